@@ -1,0 +1,379 @@
+"""Every option of every launcher: a tree of frozen dataclasses, read from YAML and the command line.
+
+    config = load_config(TrainConfig)       # --config x.yaml --optim.lr 1e-6 --loss.temperature=0.05
+
+No torch import here: arguments are parsed and refused in a tenth of a second, before anything heavy is loaded.
+Modules receive values (`hidden_size=...`), never the tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+class UserError(ValueError):
+    """Wrong input or wrong set-up: one paragraph with the numbers and what to change; exit code 2."""
+
+
+class DataError(UserError):
+    """`path:line: what is wrong and what to change`."""
+
+    def __init__(self, path: object, line: int | None, message: str):
+        super().__init__(f"{path}:{line}: {message}" if line is not None else f"{path}: {message}")
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with code 2."""
+    try:
+        yield
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"[rank {rank}] error"
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """`rope_scaling` of a Llama-3.1 config.json: rope_type "llama3"."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192  # tokens
+
+    def __post_init__(self) -> None:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Llama, under the names of Hugging Face's LlamaConfig."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 0  # 0: hidden_size // num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 131072  # tokens; recorded, not enforced (RoPE has no table here)
+    initializer_range: float = 0.02  # standard deviation of random weights
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.num_hidden_layers < 0:
+            raise UserError(f"model.num_hidden_layers={self.num_hidden_layers} must not be negative")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}; every KV head serves the same number of query heads"
+            )
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise UserError(
+                    f"model.hidden_size={self.hidden_size} is not a multiple of "
+                    f"num_attention_heads={self.num_attention_heads}; change one or set model.head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
+        if self.intermediate_size % self.num_key_value_heads:
+            raise UserError(
+                f"model.intermediate_size={self.intermediate_size} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}: gate and up rows are stored in one block per KV head"
+            )
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tp_size: int = 1  # tensor-parallel ranks; must divide the KV heads
+    sequence_parallel: bool = True  # with tp_size > 1: norms and residuals hold T / tp_size tokens
+    dp_size: int = 0  # data-parallel ranks; 0: world size / tp_size
+    reshard_after_forward: bool = False  # True: free gathered weights after each block (ZeRO-3), saves memory
+    timeout_s: int = 600  # a collective that waits longer ends the job
+
+    def __post_init__(self) -> None:
+        if self.tp_size < 1 or self.dp_size < 0:
+            raise UserError(f"parallel.tp_size={self.tp_size} must be >= 1 and dp_size={self.dp_size} >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    path: str  # a .jsonl or .jsonl.gz file of {"query", "pos", "neg"} rows, or a BEIR folder
+    task: str = ""  # instruction of the queries: "Instruct: {task}\nQuery: {text}"; "": the query as it is
+    document_task: str = ""  # the same for documents; only symmetric tasks (STS, bitext) set it
+    split: str = "train"  # of a BEIR folder: qrels/{split}.tsv
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    cache_dir: str = "data-cache"  # tokenised stores, one folder per digest of data + tokenizer + lengths
+    query_max_length: int = 512  # tokens, special tokens and instruction included
+    document_max_length: int = 512  # tokens
+    num_hard_negatives: int = 4  # per query; sampled anew each epoch when a row has more, masked when it has fewer
+    max_tokens: int = 8192  # packed tokens of one micro-batch
+
+    def __post_init__(self) -> None:
+        for name in ("query_max_length", "document_max_length", "max_tokens"):
+            if getattr(self, name) < 2:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least 2 tokens")
+        if self.num_hard_negatives < 0:
+            raise UserError(f"data.num_hard_negatives={self.num_hard_negatives} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    temperature: float = 0.02
+    # What a query is contrasted with besides its own hard negatives, gathered over the global batch:
+    # "none" (the paper), "positives" (other rows' positives), "all" (other rows' positives and negatives).
+    in_batch: Literal["none", "positives", "all"] = "none"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"loss.temperature={self.temperature} must be positive; the paper uses 0.02")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 1e-5  # peak
+    min_lr: float = 0.0  # at the last step
+    warmup_steps: int = 100  # linear from 0
+    weight_decay: float = 0.01  # on matrices; never on norms
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
+            raise UserError(
+                f"optim: lr={self.lr} must be positive; warmup_steps={self.warmup_steps}, "
+                f"weight_decay={self.weight_decay} and clip_norm={self.clip_norm} must not be negative"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 500  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept; older ones are deleted
+    resume: str = "none"  # "none", "auto" (newest whole checkpoint of output_dir, if any) or a checkpoint folder
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise UserError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Contrastive training of a bidirectional Llama: JSONL or BEIR in, sharded checkpoints and metrics out."""
+
+    output_dir: str  # step-XXXXXXXX/ checkpoints, metrics.jsonl, config.yaml
+    steps: int  # optimizer steps
+    global_batch_size: int = 128  # queries per optimizer step, over all ranks
+    init_from: str = ""  # Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of shape `model`
+    tokenizer: str = ""  # folder with tokenizer.json; "": the one in init_from
+    model: ModelConfig = field(default_factory=ModelConfig)  # ignored when init_from is set: the shape is read there
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0  # of the sampler and, without init_from, of the weights
+    # Of activations and GEMMs; weights, moments and the loss are fp32. auto: bf16 on a GPU, fp32 on a CPU.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    activation_checkpointing: bool = False  # recompute each block in backward
+    attention: Literal["auto", "flash", "varlen", "sdpa", "reference"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    log_every: int = 1  # steps between printed lines; metrics.jsonl has every step
+    tensorboard: bool = False  # also write TensorBoard events to output_dir/tensorboard
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.global_batch_size < 1 or self.log_every < 1:
+            raise UserError(
+                f"steps={self.steps}, global_batch_size={self.global_batch_size} and "
+                f"log_every={self.log_every} must be at least 1"
+            )
+        if not self.init_from and not self.tokenizer:
+            raise UserError("tokenizer is not set: without init_from there is no folder to take tokenizer.json from")
+        if self.data.num_hard_negatives == 0 and self.loss.in_batch == "none":
+            raise UserError(
+                "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in the softmax "
+                "and the loss is 0; set loss.in_batch=positives or give hard negatives"
+            )
+        if self.global_batch_size == 1 and self.data.num_hard_negatives == 0:
+            raise UserError(
+                "no negatives: global_batch_size=1 and data.num_hard_negatives=0 leave the positive alone in the softmax"
+            )
+
+
+# ------------------------------------------------------------------------------------------ the other launchers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Tokenise datasets once into a memory-mapped store (training does it by itself when the store is missing)."""
+
+    tokenizer: str  # folder with tokenizer.json
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineConfig:
+    """Hard negatives: the top passages of each query that score below threshold x its positive."""
+
+    model: str  # checkpoint or run of ours, or a Hugging Face folder
+    data: str  # whose queries are mined: a .jsonl[.gz] file of {"query", "pos", "neg"} rows, or a BEIR folder
+    split: str = "train"  # of a BEIR folder: qrels/{split}.tsv
+    task: str = ""  # instruction of the queries, as in training
+    document_task: str = ""  # instruction of the documents (symmetric tasks only)
+    output: str  # JSONL of {"query", "pos", "neg", ...} that launch/train.py reads
+    corpus: str = ""  # JSONL of {"text"} passages to search besides; "": all passages of the data
+    threshold: float = 0.95  # keep scores < threshold x positive's score (sentence-transformers: relative_margin = 1 - threshold)
+    num_negatives: int = 4  # per query, best first
+    query_max_length: int = 512  # tokens
+    document_max_length: int = 512  # tokens
+    max_tokens: int = 16384  # packed tokens of one encoder batch
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 on a GPU, fp32 on a CPU
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise UserError(f"threshold={self.threshold} must be in (0, 1]; the paper uses 0.95")
+        if self.num_negatives < 1:
+            raise UserError(f"num_negatives={self.num_negatives} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Retrieval quality on a held-out BEIR folder, through mteb's own evaluator, offline."""
+
+    models: list[str]  # checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25"
+    data: str  # BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed)
+    split: str = "test"
+    output: str = ""  # JSON report; "": only the table
+    task: str = ""  # instruction of the queries: "Instruct: {task}\nQuery: {text}"
+    max_queries: int = 0  # the first this many queries of the split; 0: all
+    query_max_length: int = 512  # tokens
+    document_max_length: int = 512  # tokens
+    max_tokens: int = 16384  # packed tokens of one encoder batch
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 on a GPU, fp32 on a CPU
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+
+# ------------------------------------------------------------------------------------------ reading and writing
+
+C = TypeVar("C")
+
+
+def load_config(cls: type[C], argv: Sequence[str] | None = None) -> C:
+    """The dataclass from `--config file.yaml` and `--a.b value` overrides; fields that are lists take `--models A B C`.
+
+    Unknown keys, wrong types and impossible values end the process with code 2 and one paragraph that names the option.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(description=cls.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_class_arguments(cls)
+    options = [name for action in parser._actions for name in action.option_strings]
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with user_errors():
+        _refuse_duplicate_keys(argv)
+        try:
+            values = parser.parse_args(_join_lists(cls, argv))
+        except ArgumentError as error:
+            raise UserError(_explain(str(error), options)) from None
+        values.pop("config", None)
+        return cls(**vars(parser.instantiate_classes(values)))
+
+
+def _refuse_duplicate_keys(argv: Sequence[str]) -> None:
+    """YAML says a repeated key is an error; PyYAML keeps the last one silently."""
+    import yaml
+
+    def check(node: yaml.Node | None, path: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            seen = {}
+            for key, value in node.value:
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise DataError(path, line, f"key {key.value!r} stands here and on line {seen[key.value]}; keep one")
+                seen[key.value] = key.start_mark.line + 1
+                check(value, path)
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                check(item, path)
+
+    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+        path = value if option == "--config" else option.removeprefix("--config=") if "--config=" in option else ""
+        if path and Path(path).is_file():
+            try:
+                check(yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader), path)
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _join_lists(cls: type, argv: list[str]) -> list[str]:
+    """`--models A B` -> `--models ["A", "B"]` for the fields of type list[str]."""
+    lists = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type == "list[str]"}
+    joined: list[str] = []
+    while argv:
+        joined.append(argv.pop(0))
+        if joined[-1] in lists and argv and not argv[0].startswith("["):
+            items = []
+            while argv and not argv[0].startswith("--"):
+                items.append(argv.pop(0))
+            joined.append(json.dumps(items))
+    return joined
+
+
+def _explain(message: str, options: Sequence[str]) -> str:
+    """The parser's message on one line, with the nearest option where one is misspelt."""
+    message = " ".join(message.split())
+    for word in re.findall(r"--?[\w.]+|[\"'][\w.]+[\"']", message):
+        name = word.strip("\"'-").split("=")[0]
+        if f"--{name}" not in options:
+            near = difflib.get_close_matches(f"--{name}", options, n=1, cutoff=0.75)
+            if near:
+                return f"{message}; did you mean {near[0]}?"
+    return message
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: Any, path: Path) -> None:
+    """The resolved tree as YAML that `--config` reads back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,76 @@
+"""Texts to unit vectors: what mining, evaluation, export checks and users of the Python API share.
+
+    from nemo_embed_core.embedder import Embedder
+    embedder = Embedder.load("runs/stage1")                       # or a checkpoint, or a Hugging Face folder
+    vectors = embedder.encode(["a text", "another"])              # [2, D] fp32, in the given order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nemo_embed_core.checkpoint.weights import fill, open_weights, tokenizer_folder
+from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.data.packing import pack_texts
+from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_embed_core.model.attention import Segments, pick_attention
+from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.parallel.mesh import TensorParallel, pick_device
+
+
+class Embedder:
+    """One process, one device, the whole model; packed batches of at most `max_tokens`."""
+
+    def __init__(
+        self, encoder: Encoder, model: ModelConfig, tokenizer: Tokenizer, digest: str, device: torch.device, max_tokens: int
+    ):
+        self.encoder, self.model, self.tokenizer = encoder, model, tokenizer
+        self.digest = digest  # of the weights: caches and reports are keyed by it
+        self.device, self.max_tokens = device, max_tokens
+
+    @classmethod
+    def load(cls, path: str, device: str = "auto", precision: str = "auto", max_tokens: int = 16384) -> Embedder:
+        """A checkpoint or run of ours (the newest checkpoint, every file verified), or any Hugging Face Llama folder.
+
+        precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
+        """
+        target = pick_device(device)
+        if precision == "auto":
+            precision = "bf16" if target.type == "cuda" else "fp32"
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        weights = open_weights(path)
+        tokenizer = load_tokenizer(tokenizer_folder(path))
+        if tokenizer.vocab_size > weights.model.vocab_size:
+            raise UserError(
+                f"{path}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, but the model has "
+                f"{weights.model.vocab_size} embedding rows"
+            )
+        with torch.device("meta"):
+            encoder = Encoder(weights.model, TensorParallel(), pick_attention("auto", target, dtype))
+        encoder.to(dtype).to_empty(device=target)
+        fill(encoder, weights.reader, weights.model)
+        encoder.requires_grad_(False).eval()
+        return cls(encoder, weights.model, tokenizer, f"{weights.digest}-{precision}", target, max_tokens)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.hidden_size
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
+        """normalize(mean of hidden states of prompt + text): [len(texts), D] fp32 unit rows, in the given order.
+
+        Texts longer than max_length tokens (prompt and special tokens included) are cut there;
+        `tokenizer.num_truncated` counts them.
+        """
+        tokens = self.tokenizer.encode([prompt + text for text in texts], max_length)
+        out = np.empty((len(texts), self.hidden_size), dtype=np.float32)
+        for indices, batch in pack_texts(tokens, self.max_tokens):
+            batch = batch.to(self.device)
+            segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
+            rows = self.encoder(batch.input_ids, batch.position_ids, segments)[: batch.num_sequences]
+            out[indices] = rows.float().cpu().numpy()
+        return out

@@ -1,0 +1,78 @@
+"""InfoNCE of the paper and its in-batch variants, equal at any world size and any micro-batching.
+
+    loss[b] = logsumexp_c(q_b . d_c / t) - q_b . d_pos(b) / t        summed over the candidates c of row b
+
+in_batch   candidates of row b
+"none"       its positive and its own hard negatives (arXiv:2511.07025)
+"positives"  + the positives of all other rows of the global batch
+"all"        + the positives and the hard negatives of all other rows
+
+b, B queries (of this rank) · K hard negatives · M = 1 + K documents per query · D hidden_size · P columns of the batch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nemo_embed_core.kernels.info_nce import info_nce_hard, info_nce_in_batch
+from nemo_embed_core.parallel.collectives import all_gather_rows, gather_tokens
+
+InBatch = Literal["none", "positives", "all"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Queries with their documents; document 0 of a row is its positive."""
+
+    q_BD: Tensor
+    docs_BMD: Tensor
+    mask_BM: Tensor  # bool; False: this row has fewer negatives, the slot does not exist
+    ids_BM: Tensor  # int64 document ids (same text, same id); -1 where mask is False
+
+
+def contrastive_loss(groups: Groups, temperature: float, in_batch: InBatch, dp_group: Any, dp_rank: int) -> Tensor:
+    """loss [B] in fp32, one value per query of this rank.
+
+    With in_batch every dp rank must call this with equally many rows: documents are gathered over dp with gradient. The
+    gather's backward sums over ranks and FSDP averages over dp: with the mean over this rank's rows that is exactly the
+    gradient of the mean over the global batch. A document with the same id as the row's positive is not a negative.
+    """
+    if in_batch == "none":
+        return info_nce_hard(groups.q_BD, groups.docs_BMD, groups.mask_BM, temperature)
+    B, M, D = groups.docs_BMD.shape
+    if in_batch == "positives":
+        local, ids, valid = groups.docs_BMD[:, 0], groups.ids_BM[:, 0], groups.mask_BM[:, 0]
+        own = {"own_docs_BKD": groups.docs_BMD[:, 1:], "own_mask_BK": groups.mask_BM[:, 1:]} if M > 1 else {}
+    else:
+        local, ids, valid = groups.docs_BMD.flatten(0, 1), groups.ids_BM.flatten(), groups.mask_BM.flatten()
+        own = {}
+    columns_PD = gather_tokens(local, dp_group)
+    if dp_group.size() > 1:
+        ids = all_gather_rows(ids, dp_group)
+        valid = all_gather_rows(valid.to(torch.int64), dp_group).bool()
+    rows = torch.arange(B, device=local.device)
+    labels_B = dp_rank * local.shape[0] + rows * (local.shape[0] // B)
+    return info_nce_in_batch(groups.q_BD, columns_PD, labels_B, temperature, doc_ids_P=ids, valid_P=valid, **own)
+
+
+@torch.no_grad()
+def retrieval_stats(groups: Groups, in_batch: InBatch) -> Tensor:
+    """[4] fp64 sums to be added over micro-batches and ranks: rows whose positive outranks every candidate at hand,
+    sum of positive similarities, sum of negative similarities, number of negatives.
+
+    Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same micro-batch.
+    """
+    own_BM = torch.einsum("bd,bmd->bm", groups.q_BD.float(), groups.docs_BMD.float())
+    scores, exists = own_BM[:, 1:], groups.mask_BM[:, 1:]
+    if in_batch != "none":
+        ids = groups.ids_BM[:, 0]
+        scores = torch.cat([scores, groups.q_BD.float() @ groups.docs_BMD[:, 0].float().T], 1)
+        exists = torch.cat([exists, ids[:, None] != ids[None]], 1)
+    positive = own_BM[:, 0]
+    best = scores.masked_fill(~exists, float("-inf")).amax(1) if scores.shape[1] else torch.full_like(positive, -1e9)
+    negatives = scores.masked_fill(~exists, 0.0).sum()
+    return torch.stack([(positive > best).sum(), positive.sum(), negatives, exists.sum()]).double()

@@ -1,0 +1,1 @@
+"""The bidirectional Llama on flat packed tokens and its Hugging Face names."""

@@ -1,0 +1,124 @@
+"""Non-causal attention over packed sequences: four backends behind one signature.
+
+    softmax(q k^T / sqrt(A)) v within each sequence, every token sees every token
+
+T packed tokens · N sequences · H query heads · G KV heads · A head_dim
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_embed_core.config import UserError
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where sequences begin and end. `lengths` is the host's copy: reading cu_seqlens would synchronise the stream."""
+
+    cu_seqlens: Tensor  # [N+1] int32, on the tokens' device
+    lengths: Sequence[int]  # [N]
+    max_seqlen: int
+
+
+def reference_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+    """Plain and obvious: one [H, n, n] score matrix per sequence, softmax in fp32 (fp64 for fp64)."""
+    r = q_THA.shape[1] // k_TGA.shape[1]
+    k_THA, v_THA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
+    out, start = [], 0
+    for n in segments.lengths:
+        q, k, v = (x[start : start + n] for x in (q_THA, k_THA, v_THA))
+        scores = torch.einsum("qha,kha->hqk", q, k) * q.shape[-1] ** -0.5
+        p = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1).to(v.dtype)
+        out.append(torch.einsum("hqk,kha->qha", p, v))
+        start += n
+    return torch.cat(out)
+
+
+def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+    """One F.scaled_dot_product_attention call per run of equally long neighbours: no padding and no mask.
+
+    Packing sorts a micro-batch by length, so there are at most as many calls as distinct lengths; any order is right.
+    """
+    r = q_THA.shape[1] // k_TGA.shape[1]
+    if r > 1:  # enable_gqa takes the slow path on CPU
+        k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
+    out, start = [], 0
+    for n, run in groupby(segments.lengths):
+        count = len(list(run))
+        q, k, v = (
+            x[start : start + count * n].view(count, n, x.shape[1], x.shape[2]).transpose(1, 2)
+            for x in (q_THA, k_TGA, v_TGA)
+        )
+        y = F.scaled_dot_product_attention(q, k, v)
+        out.append(y.transpose(1, 2).reshape(count * n, *q_THA.shape[1:]))
+        start += count * n
+    return torch.cat(out)
+
+
+def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+    """torch.nn.attention.varlen (FlashAttention-2 inside torch >= 2.11, CUDA, bf16 or fp16)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    gqa = {}
+    if q_THA.shape[1] != k_TGA.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            gqa = {"enable_gqa": True}
+        else:  # torch 2.11
+            r = q_THA.shape[1] // k_TGA.shape[1]
+            k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
+    cu, n = segments.cu_seqlens, segments.max_seqlen
+    return varlen_attn(q_THA, k_TGA, v_TGA, cu, cu, n, n, **gqa)
+
+
+@cache
+def _flash_attn_varlen_func() -> Callable[..., Tensor]:
+    """FlashAttention-3 (flash_attn_interface), else FlashAttention-2 (flash_attn)."""
+    if importlib.util.find_spec("flash_attn_interface"):
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn import flash_attn_varlen_func
+    return flash_attn_varlen_func
+
+
+def flash_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+    """flash_attn_varlen_func(..., causal=False) of the flash-attn package."""
+    cu, n = segments.cu_seqlens, segments.max_seqlen
+    out = _flash_attn_varlen_func()(q_THA, k_TGA, v_TGA, cu, cu, n, n, causal=False)
+    return out[0] if isinstance(out, tuple) else out  # FlashAttention-3 betas also return the log-sum-exp
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+_BACKENDS: dict[str, Attention] = {
+    "reference": reference_attention,
+    "sdpa": sdpa_attention,
+    "varlen": varlen_attention,
+    "flash": flash_attention,
+}
+
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The backend called `name`; "auto" is the first of flash, varlen, sdpa that runs on this device in this dtype."""
+    fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    flash = any(importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn"))
+    varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    if name == "auto":
+        name = "flash" if fused and flash else "varlen" if fused and varlen else "sdpa"
+    if name in ("flash", "varlen") and not fused:
+        raise UserError(
+            f"attention={name} needs a CUDA device and bf16, not {device.type} and {dtype}; use attention=auto or sdpa"
+        )
+    if name == "flash" and not flash:
+        raise UserError("attention=flash, but the flash-attn package is not installed; install it or use attention=varlen")
+    if name == "varlen" and not varlen:
+        raise UserError(f"attention=varlen needs torch >= 2.11, not {torch.__version__}; use attention=sdpa")
+    return _BACKENDS[name]

@@ -1,0 +1,258 @@
+"""Our names and fused layouts against Hugging Face's: one table drives import, export and tests.
+
+A box is (offset, size) per dim of a parameter's global tensor: what one rank holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter names (as in Encoder.named_parameters) -> global shapes."""
+    D, A = config.hidden_size, config.head_dim
+    H, G, F = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (D,)
+        shapes[layer + "self_attn.qkv_proj.weight"] = ((H + 2 * G) * A, D)
+        shapes[layer + "self_attn.o_proj.weight"] = (D, H * A)
+        shapes[layer + "post_attention_layernorm.weight"] = (D,)
+        shapes[layer + "mlp.gate_up_proj.weight"] = (2 * F, D)
+        shapes[layer + "mlp.down_proj.weight"] = (D, F)
+    shapes["model.norm.weight"] = (D,)
+    return shapes
+
+
+def tp_dim(name: str) -> int | None:
+    """The dim that tensor parallelism splits; None for replicated parameters."""
+    if name.endswith("norm.weight"):
+        return None
+    return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+
+
+def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
+    """Rows of our parameter, in order, as (Hugging Face name, first row there, number of rows)."""
+    plain = name.removeprefix("model.")
+    G, A = config.num_key_value_heads, config.head_dim
+    if plain.endswith("self_attn.qkv_proj.weight"):
+        prefix, q = plain.removesuffix("qkv_proj.weight"), config.num_attention_heads // G * A
+        return [
+            source
+            for g in range(G)
+            for source in (
+                (prefix + "q_proj.weight", g * q, q),
+                (prefix + "k_proj.weight", g * A, A),
+                (prefix + "v_proj.weight", g * A, A),
+            )
+        ]
+    if plain.endswith("mlp.gate_up_proj.weight"):
+        prefix, rows = plain.removesuffix("gate_up_proj.weight"), config.intermediate_size // G
+        return [
+            source
+            for g in range(G)
+            for source in ((prefix + "gate_proj.weight", g * rows, rows), (prefix + "up_proj.weight", g * rows, rows))
+        ]
+    return [(plain, 0, parameter_shapes(config)[name][0])]
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names (without "model.") -> shapes, in the order of our parameters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(config).items():
+        for hf_name, _, rows in hf_rows(name, config):
+            have = shapes.get(hf_name, (0,))[0]
+            shapes[hf_name] = (have + rows, *shape[1:])
+    return shapes
+
+
+def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that our whole parameter holds."""
+    pieces: dict[str, list[Tensor]] = {}
+    row = 0
+    for hf_name, _, rows in hf_rows(name, config):
+        pieces.setdefault(hf_name, []).append(tensor[row : row + rows])
+        row += rows
+    assert row == tensor.shape[0], f"{name=} {tensor.shape=} {row=}"
+    for hf_name, parts in pieces.items():
+        yield hf_name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+
+def local_box(
+    shape: tuple[int, ...], dim: int | None, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int
+) -> Box:
+    """What (tp_rank, dp_rank) holds: the tp chunk, then FSDP2's torch.chunk of its dim 0. Always one contiguous box."""
+    offset, size = [0] * len(shape), list(shape)
+    if dim is not None:
+        size[dim] //= tp_size
+        offset[dim] = size[dim] * tp_rank
+    chunk = -(-size[0] // dp_size)
+    start, stop = min(chunk * dp_rank, size[0]), min(chunk * (dp_rank + 1), size[0])
+    offset[0] += start
+    size[0] = stop - start
+    return tuple(offset), tuple(size)
+
+
+# ------------------------------------------------------------------------------------------ reading a folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """ModelConfig from the config.json of any Hugging Face Llama; what we would compute differently is refused."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") not in ("llama", "llama_bidirec"):
+        raise UserError(f'{path}: model_type is {raw.get("model_type")!r}; only "llama" and "llama_bidirec" are read')
+    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if raw.get(key, plain) != plain:
+            raise UserError(f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={plain!r}")
+    # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling; both are read.
+    rope = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f'{path}: rope_type {kind!r} is not supported; use "default" or "llama3"')
+    try:
+        return ModelConfig(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=raw["num_attention_heads"],
+            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            head_dim=raw.get("head_dim") or 0,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_scaling=RopeScaling(
+                factor=scaling["factor"],
+                low_freq_factor=scaling["low_freq_factor"],
+                high_freq_factor=scaling["high_freq_factor"],
+                original_max_position_embeddings=scaling["original_max_position_embeddings"],
+            )
+            if kind == "llama3"
+            else None,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            initializer_range=raw.get("initializer_range", 0.02),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: field {error} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+class HFReader:
+    """The weights of a Hugging Face Llama folder: checked by name and shape, then read box by box.
+
+    model.safetensors or model.safetensors.index.json with shards; names with or without "model."; an lm_head is
+    ignored. `bytes_read` counts what was read: a tp rank reads only its own slices.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        self.folder, self.config = folder, config
+        self.bytes_read = 0
+        self._open: dict[str, Any] = {}
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict):
+                raise UserError(f'{index}: no "weight_map" object')
+            for name, file in where.items():
+                if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+                    raise UserError(f"{index}: {name} should be in {file!r}, which is not a file of {folder}")
+        elif single.is_file():
+            where = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
+        else:
+            pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+            hint = f"; {pickles[0]} is a pickle and is never opened, convert it to safetensors" if pickles else ""
+            raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json{hint}")
+        self._where = {name.removeprefix("model."): (name, file) for name, file in where.items()}
+        self._check()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype among the weights."""
+        kinds = {str(self._slice(name).get_dtype()) for name in hf_shapes(self.config)}
+        order = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        return next(dtype for kind, dtype in order.items() if kind in kinds)
+
+    def digest(self) -> str:
+        """sha256 over the bytes of the weight files."""
+        total = hashlib.sha256()
+        for file in sorted({file for _, file in self._where.values()}):
+            with (self.folder / file).open("rb") as handle:
+                total.update(hashlib.file_digest(handle, "sha256").digest())
+        return total.hexdigest()
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.folder / name} is not a readable safetensors file: {error}") from None
+        return self._open[name]
+
+    def _check(self) -> None:
+        expected, found = hf_shapes(self.config), set(self._where) - {"lm_head.weight"}
+        # Old exports carry the RoPE buffer of each layer; it is a function of the config.
+        found = {n for n in found if not n.endswith("rotary_emb.inv_freq")}
+        problems = [f"{n} is missing" for n in expected if n not in found]
+        problems += [f"{n} is not part of this model" for n in sorted(found - set(expected))]
+        for name, shape in expected.items():
+            if name in found:
+                have = self._slice(name)
+                if tuple(have.get_shape()) != shape:
+                    problems.append(f"{name} has shape {tuple(have.get_shape())}, config.json says {shape}")
+                elif have.get_dtype() not in ("F32", "BF16", "F16", "F64"):
+                    problems.append(f"{name} has dtype {have.get_dtype()}, which is not a floating type")
+        if problems:
+            more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
+            raise UserError(f"{self.folder} does not match its config.json: " + "; ".join(problems[:10]) + more)
+
+    def _slice(self, hf_name: str) -> Any:
+        name, file = self._where[hf_name]
+        try:
+            return self._file(file).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / file}: {name}: {error}") from None
+
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """The box of our parameter, reading only its bytes; keeps the file's dtype."""
+        (first, *rest_offset), (count, *rest_size) = box
+        parts, row = [], 0
+        for hf_name, start, rows in hf_rows(name, self.config):
+            lo, hi = max(first, row), min(first + count, row + rows)
+            if lo < hi:
+                source = self._slice(hf_name)
+                a, b = start + lo - row, start + hi - row
+                if rest_size:
+                    part = source[a:b, rest_offset[0] : rest_offset[0] + rest_size[0]]
+                else:
+                    part = source[a:b]
+                self.bytes_read += part.numel() * part.element_size()
+                parts.append(part)
+            row += rows
+        return torch.cat(parts) if parts else torch.empty(box[1])

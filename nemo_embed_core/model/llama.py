@@ -1,0 +1,128 @@
+"""A bidirectional Llama on flat packed tokens, written for tensor and sequence parallelism.
+
+Reads top to bottom: RoPE table, attention, MLP, block, model, initialisation. Equal to Hugging Face's LlamaModel with
+`config.is_causal = False` (tests/model/test_hf.py).
+
+    T packed tokens (T / tp_size in norms and residuals under sequence parallelism) · D hidden_size
+    H query heads · G KV heads · R = H / G · A head_dim · F intermediate_size; a tp rank holds H/tp, G/tp, F/tp
+
+Global row order of the fused weights, so that a plain Shard(0) gives whole groups to every tp rank:
+    qkv_proj      per KV group g: [R query heads of g | k_g | v_g]
+    gate_up_proj  per KV group g: [F/G gate rows | F/G up rows]
+[q; k; v] or [gate; up] stacking would need a permutation that depends on tp_size and breaks resharding.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.kernels.rope import split_rope
+from nemo_embed_core.kernels.swiglu import swiglu
+from nemo_embed_core.model.attention import Attention, Segments
+from nemo_embed_core.parallel.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from nemo_embed_core.parallel.mesh import TensorParallel
+
+
+def rope_inv_freq(config: ModelConfig) -> Tensor:
+    """[A/2] fp64 rotation per position; with rope_scaling the long wavelengths are divided by `factor` (Llama 3.1)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
+    inv_freq = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is not None:
+        wavelength = 2 * math.pi / inv_freq
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        # 0: low frequency, scaled; 1: high frequency, kept; linear between.
+        keep = ((scaling.original_max_position_embeddings / wavelength - low) / (high - low)).clamp(0, 1)
+        inv_freq = (1 - keep) * inv_freq / scaling.factor + keep * inv_freq
+    return inv_freq
+
+
+def rope_table(inv_freq: Tensor, position_ids_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, A/2] in fp32 (fp64 for fp64 models) of position x inv_freq."""
+    angles = position_ids_T[:, None].to(inv_freq.dtype) * inv_freq
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
+        super().__init__()
+        self.num_heads = config.num_attention_heads // tp.size
+        self.num_kv_heads = config.num_key_value_heads // tp.size
+        self.head_dim = config.head_dim
+        self.attention = attention
+        qkv_rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, qkv_rows, tp)
+        self.o_proj = RowParallelLinear(config.num_attention_heads * config.head_dim, config.hidden_size, tp)
+
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        qkv = self.qkv_proj(x_TD)  # [T, (H + 2G) / tp * A]
+        q_THA, k_TGA, v_TGA = split_rope(qkv, cos, sin, self.num_heads, self.num_kv_heads, self.head_dim)
+        return self.o_proj(self.attention(q_THA, k_TGA, v_TGA, segments).flatten(1))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        self.num_blocks = config.num_key_value_heads // tp.size
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, 2 * config.intermediate_size, tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x_TD), self.num_blocks))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.self_attn = LlamaAttention(config, tp, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.mlp = LlamaMLP(config, tp)
+
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """(x, residual) -> (x, residual): the addition of x waits for the next norm, where it is fused."""
+        x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
+        x_TD = self.self_attn(x_TD, cos, sin, segments)
+        x_TD, residual_TD = self.post_attention_layernorm(x_TD, residual_TD)
+        return self.mlp(x_TD), residual_TD
+
+
+class Llama(nn.Module):
+    """input_ids [T], position_ids [T], segments -> hidden states after the final norm."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(LlamaBlock(config, tp, attention) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.inv_freq: Tensor | None = None  # made on first use: built on the meta device it would stay there
+
+    def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, segments: Segments) -> Tensor:
+        x_TD = self.embed_tokens(input_ids_T)
+        if self.inv_freq is None or self.inv_freq.device != x_TD.device:
+            self.inv_freq = rope_inv_freq(self.config).to(x_TD.device)
+        # The angles are made in fp64: a position of 100,000 in fp32 is off by up to 0.004 rad.
+        cos, sin = rope_table(self.inv_freq, position_ids_T, torch.promote_types(x_TD.dtype, torch.float32))
+        residual_TD = None
+        for layer in self.layers:
+            x_TD, residual_TD = layer(x_TD, residual_TD, cos, sin, segments)
+        return self.norm(x_TD, residual_TD)[0]
+
+
+def initial_weight(name: str, shape: torch.Size | tuple[int, ...], seed: int, std: float) -> Tensor:
+    """The whole fp32 tensor of random weights: a function of (seed, name) only, so every layout starts from the same.
+
+    Norms are ones, matrices normal(0, std) as in Hugging Face's Llama.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,171 @@
+"""Every collective of the project; the differentiable ones come in conjugate pairs.
+
+Named by what happens to the activation: forward / backward. A value replicated over a group carries the same full
+gradient on every rank, never a partial one.
+
+    copy_to_tp            identity        / all-reduce        f of Megatron-LM (arXiv:1909.08053)
+    reduce_from_tp        all-reduce      / identity          g of Megatron-LM
+    gather_tokens         all-gather      / reduce-scatter    the consumer is sharded (arXiv:2205.05198)
+    reduce_scatter_tokens reduce-scatter  / all-gather        its conjugate
+
+They go through torch.ops._c10d_functional: with torch 2.11, torch.compile differentiates an autograd.Function whose
+forward fills an output buffer (dist.all_gather_into_tensor) as if the collective were not there, and the gradient is
+silently zero (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_ops = torch.ops._c10d_functional
+
+
+def all_gather_rows(x: Tensor, group: Any) -> Tensor:
+    """torch.cat of every rank's x along dim 0: [n, ...] -> [n * size, ...]."""
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+
+
+def reduce_scatter_rows(x: Tensor, group: Any) -> Tensor:
+    """This rank's chunk along dim 0 of the sum over ranks: [n, ...] -> [n / size, ...]."""
+    assert x.shape[0] % group.size() == 0, f"{x.shape=} does not split into {group.size()} equal chunks"
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+
+
+def all_reduce_sum(x: Tensor, group: Any) -> Tensor:
+    """The sum over ranks, out of place."""
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group.group_name))
+
+
+class _CopyToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_reduce_sum(grads[0], ctx.group), None
+
+
+class _ReduceFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        return all_reduce_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return all_gather_rows(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return reduce_scatter_rows(grads[0], ctx.group), None
+
+
+class _ReduceScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_rows(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_gather_rows(grads[0], ctx.group), None
+
+
+def copy_to_tp(x: Tensor, group: Any) -> Tensor:
+    return x if group.size() == 1 else _CopyToTP.apply(x, group)
+
+
+def reduce_from_tp(x: Tensor, group: Any) -> Tensor:
+    return x if group.size() == 1 else _ReduceFromTP.apply(x, group)
+
+
+def gather_tokens(x: Tensor, group: Any) -> Tensor:
+    """Over dp with the embeddings of each rank: backward SUMS every rank's gradient; with FSDP's mean over dp that is
+    exactly the gradient of the global mean, no factor of world_size anywhere."""
+    return x if group.size() == 1 else _GatherTokens.apply(x, group)
+
+
+def reduce_scatter_tokens(x: Tensor, group: Any) -> Tensor:
+    return x if group.size() == 1 else _ReduceScatterTokens.apply(x, group)
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """F.linear(all_gather(x), w) that saves the shard [T/tp, D], not the gathered [T, D].
+
+    Backward gathers x again behind the dX product and reduce-scatters dX behind the dW product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        ctx.save_for_backward(x, w)
+        return torch.nn.functional.linear(all_gather_rows(x, group), w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
+        x, w = ctx.saved_tensors
+        size, name = ctx.group.size(), ctx.group.group_name
+        gathered = _ops.all_gather_into_tensor(x.contiguous(), size, name)  # in flight during dX
+        dx_full = dy @ w
+        gathered = _ops.wait_tensor(gathered)
+        dx = _ops.reduce_scatter_tensor(dx_full, "sum", size, name)  # in flight during dW
+        dw = dy.t() @ gathered
+        return _ops.wait_tensor(dx), dw, None
+
+
+def column_linear(x: Tensor, w: Tensor, group: Any) -> Tensor:
+    """F.linear over tokens sharded along the group, every rank with its own rows of the weight."""
+    return torch.nn.functional.linear(x, w) if group.size() == 1 else _ColumnLinear.apply(x, w, group)
+
+
+# ---- not differentiable: control and bookkeeping
+
+
+def all_reduce_(x: Tensor, group: Any, op: str = "sum") -> Tensor:
+    """In place; outside autograd."""
+    if group.size() > 1:
+        dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
+    return x
+
+
+def all_reduce_world_(x: Tensor) -> Tensor:
+    """Sum over every rank, in place; outside autograd."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when it is True on one (CPU, gloo)."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's small Python value, on every rank. Values come from our own processes only."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if dist.get_world_size() > 1:
+        any_rank(False)

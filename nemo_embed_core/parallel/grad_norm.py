@@ -1,0 +1,65 @@
+"""Gradient synchronisation over tp and the global norm, right when some parameters are sharded and others replicated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from nemo_embed_core.parallel.collectives import all_reduce_
+from nemo_embed_core.parallel.mesh import Mesh
+
+
+def local_tensor(t: Tensor) -> Tensor:
+    return t._local_tensor if isinstance(t, DTensor) else t
+
+
+def is_tp_replicated(p: Tensor) -> bool:
+    """The last mesh axis of a parameter is tp (fully_shard puts dp in front)."""
+    return isinstance(p, DTensor) and p.placements[-1] == Replicate()
+
+
+@torch.no_grad()
+def sync_replicated_grads(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """Under sequence parallelism a norm's gradient covers only this rank's tokens: sum over tp, once per step.
+
+    ONE flat all-reduce after FSDP's reduce-scatter (both are linear, so the order is free) and before clipping.
+    Post-accumulate hooks would sum again what was summed when gradients accumulate.
+    """
+    if not mesh.tp.sequence_parallel:
+        return
+    grads = [local_tensor(p.grad) for p in parameters if p.grad is not None and is_tp_replicated(p)]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    all_reduce_(flat, mesh.tp.group)
+    for grad, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(piece.view_as(grad))
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ over all shards: returns the norm before clipping; max_norm 0 only measures.
+
+    sum over dp and tp of |sharded|^2 + |replicated|^2 / tp_size: every tp rank holds the replicated ones.
+    """
+    sharded, replicated = [], []
+    for p in parameters:
+        if p.grad is not None and local_tensor(p.grad).numel():
+            (replicated if is_tp_replicated(p) else sharded).append(local_tensor(p.grad))
+    total = _sum_of_squares(sharded, mesh.device) + _sum_of_squares(replicated, mesh.device) / mesh.tp.size
+    if mesh.tp.size > 1:
+        all_reduce_(total, mesh.tp.group)
+    all_reduce_(total, mesh.dp_group)
+    norm = total.sqrt()
+    grads = sharded + replicated
+    if max_norm > 0 and grads:
+        # The clamp keeps the step free of a host sync; a non-finite norm is refused by the trainer before the step.
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
+    return norm
+
+
+def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
+    if not grads:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(grads, 2)).pow(2).sum()

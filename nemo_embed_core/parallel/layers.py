@@ -1,0 +1,123 @@
+"""Column-, row- and vocabulary-parallel layers; each parameter knows its own sharding.
+
+Every parameter is this rank's shard wrapped as a DTensor on the 1-D tp mesh before FSDP2 sees it, so that global shape
+and placement are always known (checkpoints, norms, resharding). The forward takes the local tensor. Without a mesh the
+parameters are plain tensors.
+
+    T packed tokens · D hidden_size · O output features (global; a tp rank holds O / tp_size)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from nemo_embed_core.kernels.rms_norm import rms_norm
+from nemo_embed_core.parallel.collectives import column_linear, copy_to_tp, reduce_from_tp, reduce_scatter_tokens
+from nemo_embed_core.parallel.mesh import TensorParallel
+
+
+def tp_parameter(tp: TensorParallel, shape: tuple[int, ...], tp_dim: int | None) -> nn.Parameter:
+    """An uninitialised parameter of global `shape`: Shard(tp_dim) over tp, or replicated for None."""
+    local = list(shape)
+    if tp_dim is not None:
+        assert shape[tp_dim] % tp.size == 0, f"{shape=} {tp_dim=} {tp.size=}"
+        local[tp_dim] //= tp.size
+    tensor = torch.empty(local)
+    if tp.mesh is not None:
+        placement = Replicate() if tp_dim is None else Shard(tp_dim)
+        tensor = DTensor.from_local(tensor, tp.mesh, [placement], run_check=False)
+    return nn.Parameter(tensor)
+
+
+class _Local(torch.autograd.Function):
+    """w.to_local() without DTensor's redistribution logic in backward: 60-100 us less host time per call."""
+
+    @staticmethod
+    def forward(ctx: Any, w: DTensor) -> Tensor:
+        ctx.spec = w._spec
+        return w._local_tensor.view_as(w._local_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return DTensor(grads[0], ctx.spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+def local(w: Tensor) -> Tensor:
+    """This rank's shard of a weight, differentiable."""
+    if not isinstance(w, DTensor):
+        return w
+    if torch.compiler.is_compiling() or not w.requires_grad:
+        return w.to_local()
+    return _Local.apply(w)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x**2) + eps) * weight after adding a residual; under sequence parallelism on [T/tp, D]."""
+
+    def __init__(self, hidden_size: int, eps: float, tp: TensorParallel):
+        super().__init__()
+        self.eps = eps
+        self.weight = tp_parameter(tp, (hidden_size,), None)
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normalised x + residual, x + residual): the sum is what the next block adds to."""
+        return rms_norm(x_TD, local(self.weight), self.eps, residual_TD)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is all-gathered."""
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = tp_parameter(tp, (out_features, in_features), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, local(self.weight))
+        if self.tp.sequence_parallel:
+            return column_linear(x, local(self.weight), self.tp.group)
+        return F.linear(copy_to_tp(x, self.tp.group), local(self.weight))
+
+
+class RowParallelLinear(nn.Module):
+    """y = g(x_local @ W_local.T): columns of W over tp; all-reduce, or reduce-scatter to [T/tp, D]."""
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = tp_parameter(tp, (out_features, in_features), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, local(self.weight))
+        if self.tp.size == 1:
+            return y
+        if self.tp.sequence_parallel:
+            return reduce_scatter_tokens(y, self.tp.group)
+        return reduce_from_tp(y, self.tp.group)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """F.embedding with rows over tp: a rank looks up the ids that it owns, zeros elsewhere, then the ranks are summed."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.rows = vocab_size // tp.size
+        self.weight = tp_parameter(tp, (vocab_size, hidden_size), 0)
+
+    def forward(self, input_ids_T: Tensor) -> Tensor:
+        weight = local(self.weight)
+        if self.tp.size == 1:
+            return F.embedding(input_ids_T, weight)
+        ids = input_ids_T - self.tp.rank * self.rows
+        mine = (ids >= 0) & (ids < self.rows)
+        x = F.embedding(ids.clamp(0, self.rows - 1), weight) * mine[:, None].to(weight.dtype)
+        if self.tp.sequence_parallel:
+            return reduce_scatter_tokens(x, self.tp.group)
+        return reduce_from_tp(x, self.tp.group)

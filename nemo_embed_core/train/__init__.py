@@ -1,0 +1,1 @@
+"""The trainer: one global batch per optimizer step, any tp x dp layout, exact resume."""

@@ -1,0 +1,36 @@
+"""AdamW over fp32 masters (the FSDP2 shards), weight decay on matrices only, linear warm-up and linear decay."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nemo_embed_core.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Parameters are fp32 shards and run as bf16 copies that FSDP2 makes: at lr 2e-6 a bf16 update would vanish."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Of step 0, 1, ..., steps - 1: linear from lr / warmup_steps up to lr, then linear down to min_lr after the last."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    remaining = (steps - step) / max(1, steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def ensure_state(optimizer: torch.optim.AdamW) -> None:
+    """Moments exist before the first step, so that saving and loading never depend on it."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if not state:
+                device = p.device if group["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)

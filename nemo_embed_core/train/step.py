@@ -1,0 +1,87 @@
+"""Forward and backward of one global batch, in micro-batches, with exactly the gradient of the whole batch.
+
+Own hard negatives: a row's loss needs no other row, so micro-batches simply accumulate. In-batch negatives couple the
+rows: with several micro-batches the embeddings are made first without a graph, the loss of the whole global batch gives
+their gradients, and a second forward per micro-batch carries those into the weights (GradCache, arXiv:2101.06983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_embed_core.config import LossConfig
+from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, retrieval_stats
+from nemo_embed_core.model.attention import Segments
+from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.parallel.mesh import Mesh
+
+
+def embed(model: Encoder, batch: MicroBatch) -> Tensor:
+    """[N, D] unit rows of a micro-batch; the padding sequence, if any, is the last row and nobody points at it."""
+    segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
+    return model(batch.input_ids, batch.position_ids, segments)
+
+
+def group(embeddings_ND: Tensor, batch: MicroBatch) -> Groups:
+    return Groups(
+        q_BD=embeddings_ND[batch.query_index],
+        docs_BMD=embeddings_ND[batch.document_index],
+        mask_BM=batch.document_mask,
+        ids_BM=batch.document_ids,
+    )
+
+
+def _concat(groups: Sequence[Groups]) -> Groups:
+    return Groups(
+        torch.cat([g.q_BD for g in groups]),
+        torch.cat([g.docs_BMD for g in groups]),
+        torch.cat([g.mask_BM for g in groups]),
+        torch.cat([g.ids_BM for g in groups]),
+    )
+
+
+def forward_backward(model: Encoder, batches: Sequence[MicroBatch], mesh: Mesh, loss: LossConfig) -> tuple[Tensor, Tensor]:
+    """(loss of each of this rank's queries [B], sums of retrieval_stats [4]); gradients are left on the parameters.
+
+    Every dp rank has equally many queries and equally many micro-batches, so the mean over ranks that FSDP2 takes is the
+    mean over the global batch.
+    """
+    rows = sum(len(batch.query_index) for batch in batches)
+    batches = [batch.to(mesh.device) for batch in batches]
+    if loss.in_batch != "none" and len(batches) > 1:
+        return _grad_cache(model, batches, mesh, loss, rows)
+    losses, stats = [], []
+    for i, batch in enumerate(batches):
+        _sync_on_last(model, i, len(batches))
+        groups = group(embed(model, batch), batch)
+        losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, mesh.dp_group, mesh.dp_rank)
+        (losses_B.sum() / rows).backward()
+        losses.append(losses_B.detach())
+        stats.append(retrieval_stats(groups, loss.in_batch))
+    return torch.cat(losses), torch.stack(stats).sum(0)
+
+
+def _grad_cache(
+    model: Encoder, batches: Sequence[MicroBatch], mesh: Mesh, loss: LossConfig, rows: int
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        embeddings = [embed(model, batch) for batch in batches]
+    for e in embeddings:
+        e.requires_grad_()
+    groups = _concat([group(e, batch) for e, batch in zip(embeddings, batches, strict=True)])
+    losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, mesh.dp_group, mesh.dp_rank)
+    (losses_B.sum() / rows).backward()
+    for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
+        _sync_on_last(model, i, len(batches))
+        embed(model, batch).backward(e.grad)
+    return losses_B.detach(), retrieval_stats(groups, loss.in_batch)
+
+
+def _sync_on_last(model: Encoder, i: int, count: int) -> None:
+    """One reduce-scatter per step: gradients of earlier micro-batches stay on the rank in fp32."""
+    model.set_requires_gradient_sync(i == count - 1)  # type: ignore[operator]
+    model.set_is_last_backward(i == count - 1)  # type: ignore[operator]
