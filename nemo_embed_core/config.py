@@ -197,7 +197,7 @@ class TrainConfig:
     """Contrastive training of a bidirectional Llama: JSONL or BEIR in, sharded checkpoints and metrics out."""
 
     output_dir: str  # step-XXXXXXXX/ checkpoints, metrics.jsonl, config.yaml
-    steps: int  # optimizer steps
+    steps: int  # optimizer steps; 0: only save the initial weights
     global_batch_size: int = 128  # queries per optimizer step, over all ranks
     init_from: str = ""  # Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of shape `model`
     tokenizer: str = ""  # folder with tokenizer.json; "": the one in init_from
@@ -217,9 +217,9 @@ class TrainConfig:
     tensorboard: bool = False  # also write TensorBoard events to output_dir/tensorboard
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.global_batch_size < 1 or self.log_every < 1:
+        if self.steps < 0 or self.global_batch_size < 1 or self.log_every < 1:
             raise UserError(
-                f"steps={self.steps}, global_batch_size={self.global_batch_size} and "
+                f"steps={self.steps} must not be negative, global_batch_size={self.global_batch_size} and "
                 f"log_every={self.log_every} must be at least 1"
             )
         if not self.init_from and not self.tokenizer:
@@ -313,7 +313,7 @@ def load_config(cls: type[C], argv: Sequence[str] | None = None) -> C:
         except ArgumentError as error:
             raise UserError(_explain(str(error), options)) from None
         values.pop("config", None)
-        return cls(**vars(parser.instantiate_classes(values)))
+        return cls(**vars(parser.instantiate(values)))
 
 
 def _refuse_duplicate_keys(argv: Sequence[str]) -> None:
@@ -322,7 +322,7 @@ def _refuse_duplicate_keys(argv: Sequence[str]) -> None:
 
     def check(node: yaml.Node | None, path: str) -> None:
         if isinstance(node, yaml.MappingNode):
-            seen = {}
+            seen: dict[str, int] = {}
             for key, value in node.value:
                 if key.value in seen:
                     line = key.start_mark.line + 1

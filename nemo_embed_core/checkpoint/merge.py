@@ -155,7 +155,8 @@ def training_facts(sources: Sequence[Weights]) -> TrainingFacts:
     return TrainingFacts(
         tasks=sorted({dataset["task"] for dataset in data}),
         max_length=max(lengths, default=512),
-        init_from=configs[0]["init_from"] if configs else "",
+        # A name, not a path of this machine: "runs/stage1", "meta-llama/Llama-3.1-8B".
+        init_from="/".join(Path(configs[0]["init_from"]).parts[-2:]) if configs else "",
         datasets=list(rows.values()),
         recipe={k: configs[0][k] for k in ("steps", "global_batch_size", "loss", "optim", "precision")} if configs else {},
     )

@@ -34,13 +34,11 @@ def reference_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: S
     """Plain and obvious: one [H, n, n] score matrix per sequence, softmax in fp32 (fp64 for fp64)."""
     r = q_THA.shape[1] // k_TGA.shape[1]
     k_THA, v_THA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
-    out, start = [], 0
-    for n in segments.lengths:
-        q, k, v = (x[start : start + n] for x in (q_THA, k_THA, v_THA))
+    out = []
+    for q, k, v in zip(*(x.split(list(segments.lengths)) for x in (q_THA, k_THA, v_THA)), strict=True):
         scores = torch.einsum("qha,kha->hqk", q, k) * q.shape[-1] ** -0.5
         p = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1).to(v.dtype)
         out.append(torch.einsum("hqk,kha->qha", p, v))
-        start += n
     return torch.cat(out)
 
 
@@ -52,16 +50,13 @@ def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segmen
     r = q_THA.shape[1] // k_TGA.shape[1]
     if r > 1:  # enable_gqa takes the slow path on CPU
         k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
-    out, start = [], 0
-    for n, run in groupby(segments.lengths):
-        count = len(list(run))
-        q, k, v = (
-            x[start : start + count * n].view(count, n, x.shape[1], x.shape[2]).transpose(1, 2)
-            for x in (q_THA, k_TGA, v_TGA)
-        )
-        y = F.scaled_dot_product_attention(q, k, v)
-        out.append(y.transpose(1, 2).reshape(count * n, *q_THA.shape[1:]))
-        start += count * n
+    runs = [(n, len(list(run))) for n, run in groupby(segments.lengths)]
+    # split, not slices: its backward is one cat, while every slice's backward fills a zeroed copy of the whole tensor.
+    parts = zip(*(x.split([n * count for n, count in runs]) for x in (q_THA, k_TGA, v_TGA)), strict=True)
+    out = []
+    for (n, count), qkv in zip(runs, parts, strict=True):
+        q, k, v = (x.view(count, n, *x.shape[1:]).transpose(1, 2) for x in qkv)
+        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * n, *q_THA.shape[1:]))
     return torch.cat(out)
 
 

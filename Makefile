@@ -1,0 +1,64 @@
+# make demo     everything, end to end, on this machine     make test     what CI runs
+# make gpu      tests and benchmarks on a CUDA device, with $(PYTHON) as it is; installs nothing
+#
+# make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+BENCHMARKS ?= ceilings kernels step
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test lint gpu bench clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(INSTALLED)
+	$(BIN)/python launch/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Each benchmark runs even if the tests or another benchmark failed (a rented GPU's results are not thrown away), and any
+# failure fails the target.
+gpu: RUN = PYTHONPATH=. $(PYTHON)
+gpu:
+	@failed=""; \
+	if [ -d tests/gpu ]; then $(RUN) -m pytest tests/gpu -q || failed=" tests/gpu"; fi; \
+	for name in $(BENCHMARKS); do \
+	  echo "== benchmarks.$$name"; $(RUN) -m benchmarks.$$name || failed="$$failed benchmarks.$$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
+
+bench: $(INSTALLED)
+	@failed=""; \
+	for name in $(BENCHMARKS); do \
+	  echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed benchmarks.$$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed" >&2; exit 1; fi
+
+# torch first and named again, so that no extra brings another one.
+$(INSTALLED): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing or older than 3.11: give another one, for example make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { \
+	  echo "$(PYTHON) has no venv or no pip: install them (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TORCH) --editable '.[eval,demo,log,dev]'
+	@touch $@
+
+# Keeps .venv, runs/ and data-cache/: they cost time, not space for mistakes.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,137 @@
+// The computation of topk.h. No torch, no CUDA headers: NVRTC compiles it as it is, and so does a host compiler with
+// the few CUDA names defined (tests/mine/host_cuda.h runs it without a GPU).
+
+#pragma once
+
+#include "topk.h"
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ float negative_infinity() { return __uint_as_float(0xFF800000u); }
+
+// A candidate is one word: larger is better. High half: the key, as an unsigned integer of the same order. Low half:
+// the complement of the id, so that of equal keys the lower id is the larger word. 0: a free place, below everything.
+__device__ __forceinline__ u32 ordered(float key) {
+    u32 bits = __float_as_uint(key == 0.0f ? 0.0f : key);  // -0 is a tie of +0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float key_of(u64 word) {
+    u32 bits = (u32)(word >> 32);
+    return __uint_as_float(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits);
+}
+
+__device__ __forceinline__ u64 pack(float key, long long id) {
+    return (u64)ordered(key) << 32 | (u64)(0xFFFFFFFFu - (u32)id);
+}
+
+__device__ __forceinline__ long long id_of(u64 word) { return (long long)(0xFFFFFFFFu - (u32)word); }
+
+struct Bf16 {
+    unsigned short bits;
+};
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(int x) { return __int2float_rn(x); }
+__device__ __forceinline__ float to_float(Bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+
+// Is id among the ascending ids[0, count)?
+__device__ __forceinline__ bool contains(const long long* ids, long long count, long long id) {
+    long long low = 0, high = count;
+    while (low < high) {
+        long long middle = (low + high) / 2;
+        if (ids[middle] < id) low = middle + 1;
+        else high = middle;
+    }
+    return low < count && ids[low] == id;
+}
+
+// buffer[0, count) in descending order; bitonic, on the next power of two. All threads of the block, count uniform.
+__device__ __forceinline__ void sort_descending(u64* buffer, int count) {
+    int size = 2;
+    while (size < count) size *= 2;
+    for (int i = count + (int)threadIdx.x; i < size; i += (int)blockDim.x) buffer[i] = 0;
+    __syncthreads();
+    for (int run = 2; run <= size; run *= 2) {
+        for (int stride = run / 2; stride > 0; stride /= 2) {
+            for (int i = (int)threadIdx.x; i < size / 2; i += (int)blockDim.x) {
+                int a = 2 * i - (i & (stride - 1)), b = a + stride;
+                u64 x = buffer[a], y = buffer[b];
+                if ((x < y) == ((a & run) == 0)) {
+                    buffer[a] = y;
+                    buffer[b] = x;
+                }
+            }
+            __syncthreads();
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void topk_update(
+    const T* scores, long long stride, long long num_columns, const float* row_scale, const float* col_scale,
+    const float* row_add, const float* ceilings, const long long* exclude_indptr, const long long* exclude_ids,
+    long long first_id, float* state_keys, long long* state_ids, int kept) {
+    __shared__ u64 buffer[TOPK_CAPACITY];  // [0, kept): the state, sorted at every compaction; behind it: survivors
+    __shared__ int count;
+    const long long row = blockIdx.x;
+    const int thread = (int)threadIdx.x, num_threads = (int)blockDim.x, step = num_threads * TOPK_ITEMS;
+    scores += row * stride;
+    state_keys += row * kept;
+    state_ids += row * kept;
+    const float limit = ceilings[row];
+    const float scale = row_scale ? row_scale[row] : 1.0f, add = row_add ? row_add[row] : 0.0f;
+    const long long* excluded = exclude_indptr ? exclude_ids + exclude_indptr[row] : nullptr;
+    const long long num_excluded = exclude_indptr ? exclude_indptr[row + 1] - exclude_indptr[row] : 0;
+
+    for (int i = thread; i < kept; i += num_threads) buffer[i] = state_ids[i] < 0 ? 0 : pack(state_keys[i], state_ids[i]);
+    if (thread == 0) count = kept;
+    __syncthreads();
+    u64 floor = buffer[kept - 1];  // what a candidate has to beat; 0: there is a free place
+    bool changed = false;
+
+    for (long long base = 0; base < num_columns; base += step) {
+        float keys[TOPK_ITEMS];
+#pragma unroll
+        for (int i = 0; i < TOPK_ITEMS; ++i) {  // all loads first; neighbouring threads read neighbouring columns
+            long long column = base + i * num_threads + thread;
+            keys[i] = column < num_columns ? to_float(scores[column]) : negative_infinity();
+        }
+        bool survives = false;
+        const float lowest = floor ? key_of(floor) : -3.402823466e38f;
+#pragma unroll
+        for (int i = 0; i < TOPK_ITEMS; ++i) {
+            long long column = base + i * num_threads + thread;
+            if (col_scale && column < num_columns) keys[i] = __fmul_rn(keys[i], col_scale[column]);
+            if (row_scale) keys[i] = __fmul_rn(keys[i], scale);
+            if (row_add) keys[i] = __fadd_rn(keys[i], add);
+            // Both comparisons are false for NaN; a finite floor refuses -inf, and < refuses +inf.
+            survives |= column < num_columns && keys[i] >= lowest && keys[i] < limit;
+        }
+        if (!__syncthreads_or(survives)) continue;  // most steps end here, with one barrier
+#pragma unroll
+        for (int i = 0; i < TOPK_ITEMS; ++i) {
+            long long column = base + i * num_threads + thread;
+            if (!(column < num_columns && keys[i] >= lowest && keys[i] < limit)) continue;
+            u64 word = pack(keys[i], first_id + column);
+            if (word > floor && !contains(excluded, num_excluded, first_id + column)) buffer[atomicAdd(&count, 1)] = word;
+        }
+        __syncthreads();
+        const int filled = count;
+        changed |= filled > kept;
+        __syncthreads();  // nobody appends before everybody has read the count
+        if (filled + step > TOPK_CAPACITY) {
+            sort_descending(buffer, filled);
+            floor = buffer[kept - 1];
+            if (thread == 0) count = kept;
+            __syncthreads();
+        }
+    }
+
+    if (!changed) return;
+    if (count > kept) sort_descending(buffer, count);
+    for (int i = thread; i < kept; i += num_threads) {
+        state_keys[i] = buffer[i] ? key_of(buffer[i]) : negative_infinity();
+        state_ids[i] = buffer[i] ? id_of(buffer[i]) : -1;
+    }
+}

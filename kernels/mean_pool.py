@@ -1,0 +1,424 @@
+"""Mean of every packed sequence, with the final RMSNorm before it and the L2 normalisation after it (each optional).
+
+Contract: x [T, D] holds the tokens of N sequences one after the other, cu_seqlens [N + 1] (int32 or int64) their bounds,
+from 0. Sequences may be empty (mean 0) or of any length; tokens behind the last one are ignored and get zero gradient.
+Sums are in fp32 and in a fixed order: same input, same bits, no atomics. One read of x forward; backward writes dx once,
+and reads x again only if the RMSNorm is fused.
+
+Two stages, because sequences of 1 and of 32k tokens meet in one launch. First every chunk of CHUNK tokens is summed by one
+program, one partial sum per sequence that it touches; walking through the tokens, each (chunk c, sequence n) pair comes
+after a step in c or in n, so c + n numbers the partial sums without a gap or a clash, and no prefix sum has to be computed
+or read back by the host. Then one program per sequence and column block adds that sequence's partial sums.
+"""
+
+# T packed tokens (of this rank) · N sequences · D hidden_size · C chunks of tokens
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def segment_sum_ref(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
+    num_segments = cu_seqlens.numel() - 1
+    position_T = torch.arange(token_offset, token_offset + x_TD.shape[0], device=x_TD.device, dtype=cu_seqlens.dtype)
+    # Tokens behind the last sequence fall into a row of their own, which is dropped.
+    segment_T = torch.searchsorted(cu_seqlens[1:].contiguous(), position_T, right=True)
+    x_TD = _wide(x_TD)
+    return x_TD.new_zeros(num_segments + 1, x_TD.shape[1]).index_add(0, segment_T, x_TD)[:num_segments]
+
+
+def mean_pool_ref(
+    x_TD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    normalize: bool = False,
+    norm_weight_D: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    x_TD = _wide(x_TD)
+    if norm_weight_D is not None:
+        x_TD = x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps)
+    mean_ND = segment_sum_ref(x_TD, cu_seqlens) / cu_seqlens.diff().clamp(min=1)[:, None]
+    if norm_weight_D is not None:
+        mean_ND = mean_ND * norm_weight_D.to(mean_ND.dtype)
+    return F.normalize(mean_ND, dim=-1, eps=_MIN_NORM) if normalize else mean_ND
+
+
+_MIN_NORM = 1e-12  # F.normalize's
+
+# Chosen by registers (AOT for sm_90, no spills) and by having a few programs per SM at T = 16k; not timed on a GPU yet.
+_CHUNK = 64  # tokens of one program of the first stage; the partial sums cost (T / 64 + N) rows of fp32, mostly in L2
+_COLUMNS = (16, 256, 4)  # BLOCK_T, BLOCK_D, num_warps where columns are independent
+_PARTIALS = (8, 256, 4)  # partial sums per load, BLOCK_D, num_warps of the second stage
+
+
+def _row_config(hidden_size: int) -> tuple[int, int, int]:
+    """BLOCK_T, BLOCK_D, num_warps where a whole row is needed (RMSNorm, L2)."""
+    block_d = max(16, triton.next_power_of_2(hidden_size))
+    if block_d > 16384:
+        raise ValueError(f"mean_pool holds rows in registers for its norms: hidden_size={hidden_size} is above 16384")
+    return (4 if block_d <= 4096 else 1), block_d, max(1, min(16, block_d // 512))
+
+
+def _search_steps(num_segments: int) -> int:
+    """Steps of a binary search over N, rounded up to a multiple of 4: few distinct values, few compilations."""
+    return triton.cdiv(num_segments.bit_length(), 4) * 4
+
+
+@triton.jit
+def _segment_of(cu_ptr, position, N, STEPS: tl.constexpr):
+    """The first segment that ends behind `position` (a scalar or a block); N if there is none."""
+    low = position * 0
+    high = low + N
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        searching = low < high
+        end = tl.load(cu_ptr + middle + 1, mask=searching, other=0)
+        below = searching & (end <= position)
+        high = tl.where(searching & (end > position), middle, high)
+        low = tl.where(below, middle + 1, low)
+    return low
+
+
+@triton.jit
+def _chunk_sum_kernel(
+    x_ptr, cu_ptr, partial_ptr, rstd_ptr, T, N, token_offset, eps,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """One program: the partial sums of one chunk of rows, for one block of columns (all columns if NORM)."""
+    chunk = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    row = chunk * CHUNK
+    chunk_end = tl.minimum(row + CHUNK, T)
+    segment = _segment_of(cu_ptr, row + token_offset, N, STEPS)
+    while (row < chunk_end) & (segment < N):
+        segment_end = tl.load(cu_ptr + segment + 1).to(tl.int64) - token_offset
+        end = tl.minimum(segment_end, chunk_end)
+        acc = tl.zeros((BLOCK_D,), tl.float32)
+        while row < end:
+            offs_t = row + tl.arange(0, BLOCK_T)
+            mask = (offs_t < end)[:, None] & mask_d[None, :]
+            x = tl.load(x_ptr + offs_t[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            if NORM:
+                rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+                tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < end)
+                x = x * rstd[:, None]
+            acc += tl.sum(x, 0)
+            row += BLOCK_T
+        tl.store(partial_ptr + (chunk + segment) * D + offs_d, acc, mask=mask_d)
+        row = end
+        segment += 1
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, cu_ptr, weight_ptr, sum_ptr, mean_ptr, T, token_offset,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUM: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """One program: one sequence and one block of columns; its partial sums in the order of the tokens."""
+    segment = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    start = tl.load(cu_ptr + segment).to(tl.int64)
+    end = tl.load(cu_ptr + segment + 1).to(tl.int64)
+    first_row = tl.maximum(start - token_offset, 0)
+    end_row = tl.minimum(end - token_offset, T)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    if first_row < end_row:
+        chunk = first_row // CHUNK
+        last_chunk = (end_row - 1) // CHUNK
+        while chunk <= last_chunk:
+            offs_c = chunk + tl.arange(0, BLOCK_C)
+            mask = (offs_c <= last_chunk)[:, None] & mask_d[None, :]
+            acc += tl.sum(
+                tl.load(partial_ptr + (offs_c + segment)[:, None] * D + offs_d[None, :], mask=mask, other=0.0), 0
+            )
+            chunk += BLOCK_C
+    if SUM:
+        tl.store(sum_ptr + segment * D + offs_d, acc, mask=mask_d)
+    if MEAN:
+        mean = acc / tl.maximum(end - start, 1).to(tl.float32)
+        if WEIGHT:
+            mean *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        tl.store(mean_ptr + segment * D + offs_d, mean, mask=mask_d)
+
+
+@triton.jit
+def _normalize_kernel(mean_ptr, out_ptr, inverse_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, MIN_NORM: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mean = tl.load(mean_ptr + row * D + offs_d, mask=offs_d < D, other=0.0)
+    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), MIN_NORM)
+    tl.store(inverse_ptr + row, inverse)
+    tl.store(out_ptr + row * D + offs_d, mean * inverse, mask=offs_d < D)
+
+
+@triton.jit
+def _mean_bwd_kernel(
+    dout_ptr, out_ptr, inverse_ptr, cu_ptr, dsum_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr
+):
+    """One program: one sequence; dsum = d(sum over its tokens, before the weight)."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    dsum = tl.load(dout_ptr + row * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        out = tl.load(out_ptr + row * D + offs_d, mask=mask_d, other=0.0)
+        dsum = (dsum - out * tl.sum(out * dsum, 0)) * tl.load(inverse_ptr + row)
+    length = tl.load(cu_ptr + row + 1) - tl.load(cu_ptr + row)
+    dsum /= tl.maximum(length, 1).to(tl.float32)
+    tl.store(dsum_ptr + row * D + offs_d, dsum, mask=mask_d)
+
+
+@triton.jit
+def _scatter_kernel(
+    dsum_ptr, cu_ptr, x_ptr, rstd_ptr, weight_ptr, dx_ptr, T, N, token_offset,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_T rows x BLOCK_D columns (all columns if NORM); every row finds its own sequence."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    mask = (offs_t < T)[:, None] & mask_d[None, :]
+    segment = _segment_of(cu_ptr, offs_t + token_offset, N, STEPS)
+    inside = mask & (segment < N)[:, None]
+    dx = tl.load(dsum_ptr + segment[:, None] * D + offs_d[None, :], mask=inside, other=0.0)
+    if NORM:
+        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + offs_t, mask=(offs_t < T) & (segment < N), other=0.0)[:, None]
+        normed = tl.load(x_ptr + offs_t[:, None] * D + offs_d[None, :], mask=inside, other=0.0).to(tl.float32) * rstd
+        dx *= weight[None, :]
+        dx = rstd * (dx - normed * (tl.sum(dx * normed, 1) / D)[:, None])
+    tl.store(dx_ptr + offs_t[:, None] * D + offs_d[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, want_mean: bool):
+    """-> sum [N, D] (of x, or of x * rstd with a norm weight), mean [N, D] (weighted), rstd [T]; empty if not wanted"""
+    num_tokens, hidden_size = x_TD.shape
+    num_segments, norm = cu_seqlens.numel() - 1, norm_weight_D is not None
+    block_t, block_d, num_warps = _row_config(hidden_size) if norm else _COLUMNS
+    num_chunks = triton.cdiv(num_tokens, _CHUNK)
+    partial_CD = x_TD.new_empty(num_chunks + num_segments, hidden_size, dtype=torch.float32)
+    rstd_T = x_TD.new_empty(num_tokens if norm else 0, dtype=torch.float32)
+    sum_ND = x_TD.new_empty(num_segments if want_sum else 0, hidden_size, dtype=torch.float32)
+    mean_ND = x_TD.new_empty(num_segments if want_mean else 0, hidden_size, dtype=torch.float32)
+    if num_tokens:
+        _chunk_sum_kernel[(num_chunks, triton.cdiv(hidden_size, block_d))](
+            x_TD, cu_seqlens, partial_CD, rstd_T, num_tokens, num_segments, token_offset, eps,
+            D=hidden_size, CHUNK=_CHUNK, BLOCK_T=block_t, BLOCK_D=block_d,
+            STEPS=_search_steps(num_segments), NORM=norm, num_warps=num_warps,
+        )  # fmt: skip
+    if num_segments:
+        block_c, block_d, num_warps = _PARTIALS
+        _combine_kernel[(num_segments, triton.cdiv(hidden_size, block_d))](
+            partial_CD, cu_seqlens, norm_weight_D if norm else partial_CD, sum_ND, mean_ND, num_tokens, token_offset,
+            D=hidden_size, CHUNK=_CHUNK, BLOCK_C=block_c, BLOCK_D=block_d,
+            SUM=want_sum, MEAN=want_mean, WEIGHT=norm, num_warps=num_warps,
+        )  # fmt: skip
+    return sum_ND, mean_ND, rstd_T
+
+
+def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rstd_T=None, norm_weight_D=None):
+    """-> dx [T, D] from d(sum) [N, D]"""
+    num_segments, hidden_size = dsum_ND.shape
+    norm = norm_weight_D is not None
+    block_t, block_d, num_warps = _row_config(hidden_size) if norm else _COLUMNS
+    dx_TD = dsum_ND.new_empty(num_tokens, hidden_size, dtype=dtype)
+    if num_tokens:
+        _scatter_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(hidden_size, block_d))](
+            dsum_ND, cu_seqlens, x_TD if norm else dsum_ND, rstd_T if norm else dsum_ND,
+            norm_weight_D if norm else dsum_ND, dx_TD, num_tokens, num_segments, token_offset,
+            D=hidden_size, BLOCK_T=block_t, BLOCK_D=block_d,
+            STEPS=_search_steps(num_segments), NORM=norm, num_warps=num_warps,
+        )  # fmt: skip
+    return dx_TD
+
+
+@torch.library.custom_op("nemo_embed_core::segment_sum_forward", mutates_args=())
+def _segment_sum_fwd(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int) -> torch.Tensor:
+    return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, None, 0.0, want_sum=True, want_mean=False)[
+        0
+    ]
+
+
+@_segment_sum_fwd.register_fake
+def _(x_TD, cu_seqlens, token_offset):
+    return x_TD.new_empty(cu_seqlens.shape[0] - 1, x_TD.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("nemo_embed_core::segment_sum_backward", mutates_args=())
+def _segment_sum_bwd(
+    dsum_ND: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int, num_tokens: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return _scatter(dsum_ND.contiguous(), cu_seqlens.contiguous(), token_offset, num_tokens, dtype)
+
+
+@_segment_sum_bwd.register_fake
+def _(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype):
+    return dsum_ND.new_empty(num_tokens, dsum_ND.shape[1], dtype=dtype)
+
+
+def _segment_sum_setup_context(ctx, inputs, output):
+    x_TD, cu_seqlens, ctx.token_offset = inputs
+    ctx.num_tokens, ctx.dtype = x_TD.shape[0], x_TD.dtype
+    ctx.save_for_backward(cu_seqlens)  # not x: its gradient is a copy of the sum's
+
+
+def _segment_sum_backward(ctx, dsum_ND):
+    return _segment_sum_bwd(dsum_ND, *ctx.saved_tensors, ctx.token_offset, ctx.num_tokens, ctx.dtype), None, None
+
+
+_segment_sum_fwd.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup_context)
+
+
+@torch.library.custom_op("nemo_embed_core::mean_pool_forward", mutates_args=())
+def _mean_pool_fwd(
+    x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool, norm_weight_D: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> out [N, D], sum of x * rstd [N, D] and rstd [T] (with a norm weight), 1 / norm [N] (with normalize)"""
+    norm_weight_D = None if norm_weight_D is None else norm_weight_D.contiguous()
+    sum_ND, out_ND, rstd_T = _reduce(
+        x_TD.contiguous(), cu_seqlens.contiguous(), 0, norm_weight_D, eps, norm_weight_D is not None, want_mean=True
+    )
+    inverse_N = out_ND.new_empty(out_ND.shape[0] if normalize else 0)
+    if normalize and out_ND.shape[0]:
+        _, block_d, num_warps = _row_config(out_ND.shape[1])
+        mean_ND, out_ND = out_ND, torch.empty_like(out_ND)
+        _normalize_kernel[(out_ND.shape[0],)](
+            mean_ND, out_ND, inverse_N, D=out_ND.shape[1], BLOCK_D=block_d, MIN_NORM=_MIN_NORM, num_warps=num_warps
+        )
+    return out_ND, sum_ND, rstd_T, inverse_N
+
+
+@_mean_pool_fwd.register_fake
+def _(x_TD, cu_seqlens, normalize, norm_weight_D, eps):
+    num_segments, norm = cu_seqlens.shape[0] - 1, norm_weight_D is not None
+    return (
+        x_TD.new_empty(num_segments, x_TD.shape[1], dtype=torch.float32),
+        x_TD.new_empty(num_segments if norm else 0, x_TD.shape[1], dtype=torch.float32),
+        x_TD.new_empty(x_TD.shape[0] if norm else 0, dtype=torch.float32),
+        x_TD.new_empty(num_segments if normalize else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("nemo_embed_core::mean_pool_backward", mutates_args=())
+def _mean_pool_bwd(
+    dout_ND: torch.Tensor,
+    out_ND: torch.Tensor,
+    inverse_N: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_tokens: int,
+    dtype: torch.dtype,
+    x_TD: torch.Tensor | None,
+    sum_ND: torch.Tensor | None,
+    rstd_T: torch.Tensor | None,
+    norm_weight_D: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> dx [T, D], dweight [D] (empty without a norm weight)"""
+    num_segments, hidden_size = dout_ND.shape
+    cu_seqlens, dsum_ND = cu_seqlens.contiguous(), dout_ND.new_empty(dout_ND.shape, dtype=torch.float32)
+    if num_segments:
+        _, block_d, num_warps = _row_config(hidden_size)
+        _mean_bwd_kernel[(num_segments,)](
+            dout_ND.contiguous(), out_ND, inverse_N, cu_seqlens, dsum_ND,
+            D=hidden_size, BLOCK_D=block_d, NORMALIZE=inverse_N.numel() > 0, num_warps=num_warps,
+        )  # fmt: skip
+    if norm_weight_D is None:
+        return _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype), dsum_ND.new_empty(0)
+    assert x_TD is not None and sum_ND is not None
+    dweight_D = (dsum_ND * sum_ND).sum(0).to(norm_weight_D.dtype)
+    dx_TD = _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype, x_TD.contiguous(), rstd_T, norm_weight_D.contiguous())
+    return dx_TD, dweight_D
+
+
+@_mean_pool_bwd.register_fake
+def _(dout_ND, out_ND, inverse_N, cu_seqlens, num_tokens, dtype, x_TD, sum_ND, rstd_T, norm_weight_D):
+    dx_TD = dout_ND.new_empty(num_tokens, dout_ND.shape[1], dtype=dtype)
+    return dx_TD, dout_ND.new_empty(0) if norm_weight_D is None else norm_weight_D.new_empty(norm_weight_D.shape)
+
+
+def _mean_pool_setup_context(ctx, inputs, output):
+    x_TD, cu_seqlens, ctx.normalize, norm_weight_D, _ = inputs
+    out_ND, sum_ND, rstd_T, inverse_N = output
+    ctx.norm, ctx.num_tokens, ctx.dtype = norm_weight_D is not None, x_TD.shape[0], x_TD.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out_ND, inverse_N, cu_seqlens, *((x_TD, sum_ND, rstd_T, norm_weight_D) if ctx.norm else ()))
+
+
+def _mean_pool_backward(ctx, dout_ND, *_):
+    if dout_ND is None:
+        return None, None, None, None, None
+    out_ND, inverse_N, cu_seqlens, *norm = ctx.saved_tensors
+    dx_TD, dweight_D = _mean_pool_bwd(
+        dout_ND, out_ND, inverse_N, cu_seqlens, ctx.num_tokens, ctx.dtype, *(norm or (None, None, None, None))
+    )
+    return dx_TD, None, None, dweight_D if ctx.norm else None, None
+
+
+_mean_pool_fwd.register_autograd(_mean_pool_backward, setup_context=_mean_pool_setup_context)
+
+
+def segment_sum_kernel(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
+    return _segment_sum_fwd(x_TD, cu_seqlens, token_offset)
+
+
+def mean_pool_kernel(
+    x_TD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    normalize: bool = False,
+    norm_weight_D: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    return _mean_pool_fwd(x_TD, cu_seqlens, normalize, norm_weight_D, eps)[0]
+
+
+def _check(x_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    if x_TD.dim() != 2 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"pooling wants x [T, D] and integer cu_seqlens [N + 1], not {list(x_TD.shape)} and "
+            f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+
+
+def segment_sum(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
+    """torch.stack([x[a:b].float().sum(0) for a, b in bounds]): the local share of every sequence's sum.
+
+    x [T_local, D]: tokens token_offset .. token_offset + T_local of the packed batch, bf16, fp16, fp32 (fp64: plain torch).
+    cu_seqlens [N + 1]: bounds in the whole batch.  Returns [N, D] fp32 (fp64 for fp64), zero where this rank has no token.
+    Under sequence parallelism one all-reduce of this completes the sums; divide by cu_seqlens.diff() for the mean.
+    """
+    _check(x_TD, cu_seqlens)
+    if x_TD.is_cuda and x_TD.dtype != torch.float64:
+        return segment_sum_kernel(x_TD, cu_seqlens, token_offset)
+    return segment_sum_ref(x_TD, cu_seqlens, token_offset)
+
+
+def mean_pool(
+    x_TD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    normalize: bool = False,
+    norm_weight_D: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """y = F.rms_norm(x, (D,), norm_weight, eps) if norm_weight is given, else x
+    mean = torch.stack([y[a:b].float().mean(0) for a, b in bounds]); F.normalize(mean) if normalize, else mean
+
+    x [T, D]: bf16, fp16, fp32 (fp64: plain torch).  cu_seqlens [N + 1].  norm_weight [D]: the model's final norm, fused.
+    Returns [N, D] fp32 (fp64 for fp64); an empty sequence gives 0.  CUDA: Triton, tensors on the current device,
+    D up to 16384.
+    """
+    _check(x_TD, cu_seqlens)
+    if norm_weight_D is not None and norm_weight_D.shape != x_TD.shape[1:]:
+        raise ValueError(f"mean_pool: norm_weight {list(norm_weight_D.shape)} does not fit x {list(x_TD.shape)}")
+    if x_TD.is_cuda and x_TD.dtype != torch.float64:
+        return mean_pool_kernel(x_TD, cu_seqlens, normalize, norm_weight_D, eps)
+    return mean_pool_ref(x_TD, cu_seqlens, normalize, norm_weight_D, eps)

@@ -1,0 +1,119 @@
+"""The whole path on data that is on every machine: train, mine, retrain, merge, evaluate. `make demo` runs it.
+
+    python launch/demo.py --output runs/demo
+
+Texts: docstrings of the installed Python packages (query: the summary line, passage: the rest), split by module. Every
+stage is one of the public launchers, printed as the command that it is, so each can be run again by itself.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = "Given the summary line of a docstring, retrieve the rest of it"
+STAGES = ("untrained", "stage1", "stage2", "merged", "bm25")
+
+
+def run(command: list[str]) -> None:
+    """Print and run one launcher; its failure ends the demo with its exit code."""
+    shown = [part.replace(sys.executable, "python") for part in command]
+    print(f"\n$ {shlex.join(shown)}", flush=True)
+    start = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        raise SystemExit(f"demo: the command above failed with exit code {code}")
+    print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def train(config: str, output: Path, *options: str) -> None:
+    """torchrun with tp=2 and sequence parallelism; on a CPU both ranks share the cores."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run([*torchrun, "launch/train.py", "--config", config, "--output_dir", str(output), *options])
+
+
+def prepare_data(folder: Path) -> None:
+    from nemo_embed_core.data.docstrings import write_demo_data
+    from nemo_embed_core.data.readers import read_rows
+    from nemo_embed_core.config import DatasetConfig
+    from nemo_embed_core.data.tokenizer import train_sentencepiece
+
+    counts = write_demo_data(folder)
+    rows = read_rows(DatasetConfig(path=str(folder / "train.jsonl")))
+    texts = (text for row in rows for text in (row.query, *row.pos))
+    tokenizer = train_sentencepiece(texts, 8192, folder / "tokenizer")
+    print(f"docstrings: {json.dumps(counts)}; sentencepiece vocabulary {tokenizer.vocab_size}", flush=True)
+
+
+def plot(output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in ("stage1", "stage2-a", "stage2-b"):
+        metrics = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
+        axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], label=name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
+    axes.legend()
+    figure.savefig(output / "loss.png", dpi=120, bbox_inches="tight")
+    report = json.loads((output / "mined.jsonl.report.json").read_text())
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, counts in report["histogram"]["counts"].items():
+        axes.stairs(counts, report["histogram"]["edges"], label=name, fill=True, alpha=0.5)
+    axes.set(xlabel="cosine", ylabel="pairs", title="scores of positives and of mined negatives")
+    axes.legend()
+    figure.savefig(output / "mined-scores.png", dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="replaced if it exists")
+    args = parser.parse_args()
+    output, start = args.output.resolve(), time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # two ranks share the cores
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    os.environ["DEMO"] = str(output)
+    data, python = output / "data", sys.executable
+
+    prepare_data(data)
+    common = ("--tokenizer", str(data / "tokenizer"), "--data.cache_dir", str(output / "cache"))
+    pairs = ("--data.datasets", json.dumps([{"path": str(data / "train.jsonl"), "task": TASK}]))
+    mined = ("--data.datasets", json.dumps([{"path": str(output / "mined.jsonl"), "task": TASK}]))
+    train("configs/train-demo-stage1.yaml", output / "untrained", *common, *pairs, "--steps", "0")
+    train("configs/train-demo-stage1.yaml", output / "stage1", *common, *pairs)
+    run(
+        [python, "launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK]
+        + ["--model", str(output / "stage1"), "--data", str(data / "train.jsonl"), "--output", str(output / "mined.jsonl")]
+    )
+    for name, seed in (("stage2-a", "1"), ("stage2-b", "2")):
+        start_from = ("--init_from", str(output / "stage1"), "--seed", seed)
+        train("configs/train-demo-stage2.yaml", output / name, *common, *mined, *start_from)
+    merged = [str(output / "stage2-a"), str(output / "stage2-b"), "-o", str(output / "merged")]
+    run([python, "launch/merge.py", *merged])
+    models = [str(output / name) for name in ("untrained", "stage1", "stage2-a", "stage2-b", "merged")]
+    run(
+        [python, "launch/evaluate.py", "--config", "configs/evaluate-demo.yaml", "--data", str(data / "test")]
+        + ["--task", TASK, "--output", str(output / "evaluation.json"), "--models", *models, "bm25"]
+    )
+
+    scores = json.loads((output / "evaluation.json").read_text())
+    report = {Path(name).name: values for name, values in scores.items()}
+    plot(output)
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{'held-out docstrings':22}{'nDCG@10':>9}{'recall@10':>11}{'MRR@10':>9}")
+    for name, values in report.items():
+        print(f"{name:22}{values['ndcg_at_10']:9.4f}{values['recall_at_10']:11.4f}{values['mrr_at_10']:9.4f}")
+    print(f"\n{output}: report.json, loss.png, mined-scores.png, merged/ (Hugging Face folder); {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

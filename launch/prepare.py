@@ -1,0 +1,31 @@
+"""Tokenise datasets once into the memory-mapped store that training opens.
+
+    python launch/prepare.py --tokenizer DIR --data.datasets '[{path: train.jsonl, task: "Given a question, ..."}]'
+    python launch/prepare.py --config configs/prepare.yaml
+
+Training does this by itself when the store is missing; run it beforehand on a cheap machine to check the data and to
+keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`, exit code 2.
+"""
+
+import time
+
+from nemo_embed_core.config import PrepareConfig, load_config, user_errors
+
+
+def main() -> None:
+    config = load_config(PrepareConfig)
+    with user_errors():
+        # After the arguments are parsed, so that --help and typing errors answer at once.
+        from nemo_embed_core.data.store import open_store
+        from nemo_embed_core.data.tokenizer import load_tokenizer
+
+        start = time.perf_counter()
+        tokenizer = load_tokenizer(config.tokenizer)
+        store = open_store(config.data, tokenizer)
+        store.verify()
+        seconds = time.perf_counter() - start
+        print(f"verified in {seconds:.1f} s; largest token id {store.max_token_id}, digest {store.digest}")
+
+
+if __name__ == "__main__":
+    main()

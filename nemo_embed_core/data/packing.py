@@ -1,0 +1,287 @@
+"""Rows into micro-batches: split over ranks by tokens, packed whole groups at a time, queries and passages together.
+
+A group is a query with its positive and hard negatives. Every rank computes the plan of all ranks from the lengths
+alone, so all agree on the number of micro-batches without talking.
+
+# T packed tokens · N sequences · B queries of the global batch · b queries of a micro-batch · K hard negatives
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from nemo_embed_core.config import DataConfig, UserError
+from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.data.store import Store
+
+P = TypeVar("P", bound="PackedBatch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """N sequences laid end to end, shortest first; a dummy sequence at the end when T had to be padded."""
+
+    input_ids: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64, from 0 in every sequence
+    cu_seqlens: torch.Tensor  # [N + 1] int32
+    lengths: tuple[int, ...]  # [N], host side; the dummy included
+    max_seqlen: int
+    num_sequences: int  # real ones: pooled rows [num_sequences:] are the dummy's and are never indexed
+    num_tokens: int  # real ones
+
+    def to(self: P, device: torch.device | str) -> P:
+        """The same batch with its tensors on `device` (from pinned memory where that lets the copy overlap)."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                pinned = value.pin_memory() if device.type == "cuda" else value
+                moved[field.name] = pinned.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch(PackedBatch):
+    """A packed batch of b whole groups. query_index and document_index are rows of the pooled [N, D] matrix."""
+
+    query_index: torch.Tensor  # [b] int64
+    document_index: torch.Tensor  # [b, 1 + K] int64; column 0 the positive; 0 where missing
+    document_mask: torch.Tensor  # [b, 1 + K] bool; False: the row has fewer negatives
+    document_ids: torch.Tensor  # [b, 1 + K] int64; the same text has the same id; -1 where missing
+    rows: np.ndarray  # [b] int64 rows of the store, to name a sample in an error
+
+
+# ------------------------------------------------------------------------------------------ who takes what
+
+
+def split_over_ranks(tokens_B: np.ndarray, dp_size: int) -> list[np.ndarray]:
+    """Positions in the global batch per dp rank: B / dp_size each, tokens as even as longest-first assignment makes them.
+
+    The next longest group goes to the rank with the fewest tokens that still has room; ties to the lower rank.
+    """
+    B = len(tokens_B)
+    if B % dp_size:
+        raise UserError(
+            f"global_batch_size={B} is not a multiple of the {dp_size} data-parallel ranks; "
+            f"use {B // dp_size * dp_size or dp_size} or {(B // dp_size + 1) * dp_size}"
+        )
+    taken: list[list[int]] = [[] for _ in range(dp_size)]
+    heap = [(0, rank) for rank in range(dp_size)]
+    for position in np.argsort(-tokens_B.astype(np.int64), kind="stable").tolist():
+        load, rank = heapq.heappop(heap)
+        taken[rank].append(position)
+        if len(taken[rank]) < B // dp_size:
+            heapq.heappush(heap, (load + int(tokens_B[position]), rank))
+    return [np.array(sorted(positions), dtype=np.int64) for positions in taken]
+
+
+def plan(tokens_per_group_per_rank: list[np.ndarray], max_tokens: int) -> list[list[np.ndarray]]:
+    """[rank][micro-batch] -> group indices of that rank: at most max_tokens each, as many micro-batches on every rank.
+
+    Best-fit decreasing on every rank; ranks that need fewer bins split their fullest ones. All ranks must have the
+    same number of groups (that makes the equal count always possible). Bins are ordered fullest first, so that ranks
+    working on the same index have about the same work. Raises UserError when one group alone exceeds max_tokens.
+    """
+    assert len({len(tokens) for tokens in tokens_per_group_per_rank}) == 1, "ranks have different numbers of groups"
+    bins = [_best_fit_decreasing(tokens, max_tokens) for tokens in tokens_per_group_per_rank]
+    count = max(len(rank_bins) for rank_bins in bins)
+    out = []
+    for tokens, rank_bins in zip(tokens_per_group_per_rank, bins, strict=True):
+        loads = [int(tokens[bin_].sum()) for bin_ in rank_bins]
+        while len(rank_bins) < count:
+            fullest = max((i for i in range(len(rank_bins)) if len(rank_bins[i]) > 1), key=lambda i: (loads[i], -i))
+            halves = _halve(tokens, rank_bins[fullest])
+            rank_bins[fullest : fullest + 1] = halves
+            loads[fullest : fullest + 1] = [int(tokens[half].sum()) for half in halves]
+        order = sorted(range(count), key=lambda i: (-loads[i], i))
+        out.append([np.array(sorted(rank_bins[i]), dtype=np.int64) for i in order])
+    return out
+
+
+def _best_fit_decreasing(tokens: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Longest group first, each into the fullest bin that still has room for it."""
+    if len(tokens) and int(tokens.max()) > max_tokens:
+        group = int(tokens.argmax())
+        raise UserError(
+            f"the query and passages of group {group} have {int(tokens[group])} tokens together, more than "
+            f"max_tokens={max_tokens}; raise data.max_tokens or lower the max_lengths or num_hard_negatives"
+        )
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # free tokens -> bins with exactly that much room
+    rooms = 0  # bit r is set when by_room[r] has a bin: the best fit is the lowest set bit at or above the length
+    order = np.argsort(-tokens.astype(np.int64), kind="stable")
+    for group, length in zip(order.tolist(), tokens[order].tolist(), strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            index = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, index = max_tokens, len(bins)
+            bins.append([])
+        bins[index].append(group)
+        left = room - length
+        if left:
+            by_room.setdefault(left, []).append(index)
+            rooms |= 1 << left
+    return bins
+
+
+def _halve(tokens: np.ndarray, groups: list[int]) -> list[list[int]]:
+    """Two non-empty parts of about equal tokens: longest first to the lighter part."""
+    parts: list[list[int]] = [[], []]
+    loads = [0, 0]
+    for group in sorted(groups, key=lambda g: (-int(tokens[g]), g)):
+        lighter = int(loads[1] < loads[0])
+        parts[lighter].append(group)
+        loads[lighter] += int(tokens[group])
+    return parts
+
+
+# ------------------------------------------------------------------------------------------ tensors
+
+
+def _pack(sequences: Sequence[np.ndarray], lengths: np.ndarray, pad_to_multiple: int) -> dict[str, Any]:
+    """The fields of a PackedBatch from sequences in their final order."""
+    num_tokens = int(lengths.sum())
+    parts = list(sequences)
+    # A multiple of tp_size: reduce-scatter over tokens needs equal slices on every rank. One extra real sequence
+    # (not padding inside the last one) keeps the pooled rows of the others untouched.
+    pad = -num_tokens % pad_to_multiple
+    if pad:
+        parts.append(np.zeros(pad, np.int32))
+        lengths = np.append(lengths, pad)
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    T = int(cu_seqlens[-1])
+    assert T < 2**31, f"{T} tokens do not fit int32 cu_seqlens"
+    input_ids = np.empty(T, np.int64)
+    np.concatenate(parts, out=input_ids, casting="same_kind")
+    position_ids = np.arange(T, dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(position_ids),
+        "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
+        "lengths": tuple(lengths.tolist()),
+        "max_seqlen": int(lengths.max()),
+        "num_sequences": len(sequences),
+        "num_tokens": num_tokens,
+    }
+
+
+def build_micro_batch(store: Store, rows_b: np.ndarray, doc_ids: np.ndarray, pad_to_multiple: int = 1) -> MicroBatch:
+    """One micro-batch of the groups (rows_b [b], doc_ids [b, 1 + K], -1: missing).
+
+    A document that several groups bring is encoded once: the same text has the same embedding, and its gradient is
+    the sum, as autograd's index_select makes it. Sequences stand shortest first, queries and documents mixed, so that
+    equal lengths are neighbours.
+    """
+    assert doc_ids.ndim == 2 and doc_ids.shape[0] == len(rows_b), f"{doc_ids.shape=} {rows_b.shape=}"
+    b = len(rows_b)
+    mask = doc_ids >= 0
+    unique, inverse = np.unique(doc_ids[mask], return_inverse=True)
+    lengths = np.concatenate([store.query_lengths[rows_b], store.document_lengths[unique]]).astype(np.int64)
+    order = np.argsort(lengths, kind="stable")
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    tokens = [store.query_tokens(row) for row in rows_b.tolist()]
+    tokens += [store.document_tokens(doc_id) for doc_id in unique.tolist()]
+    document_index = np.zeros(doc_ids.shape, np.int64)
+    document_index[mask] = place[b + inverse]
+    return MicroBatch(
+        **_pack([tokens[i] for i in order.tolist()], lengths[order], pad_to_multiple),
+        query_index=torch.from_numpy(place[:b].copy()),
+        document_index=torch.from_numpy(document_index),
+        document_mask=torch.from_numpy(mask),
+        document_ids=torch.from_numpy(doc_ids.astype(np.int64)),
+        rows=rows_b,
+    )
+
+
+def pack_texts(
+    token_arrays: Sequence[np.ndarray], max_tokens: int, pad_to_multiple: int = 1
+) -> Iterator[tuple[np.ndarray, PackedBatch]]:
+    """(indices [n], batch): pooled row i of the batch belongs to token_arrays[indices[i]]; at most max_tokens each.
+
+    Texts of similar length travel together, longest batches first (running out of memory shows at once).
+    """
+    lengths = np.fromiter((len(tokens) for tokens in token_arrays), np.int64, len(token_arrays))
+    room = _room(max_tokens, pad_to_multiple)
+    if len(lengths) and int(lengths.max()) > room:
+        i = int(lengths.argmax())
+        raise UserError(
+            f"text {i} has {int(lengths[i])} tokens, more than max_tokens={max_tokens} (in whole multiples of "
+            f"{pad_to_multiple}: {room}); raise max_tokens or lower max_length"
+        )
+    order = np.argsort(lengths, kind="stable")
+    end = len(order)
+    cumulated = np.concatenate([[0], np.cumsum(lengths[order])])
+    while end:
+        start = int(np.searchsorted(cumulated, cumulated[end] - room, side="left"))
+        indices = order[start:end]
+        packed = _pack([token_arrays[i] for i in indices.tolist()], lengths[indices], pad_to_multiple)
+        yield indices, PackedBatch(**packed)
+        end = start
+
+
+def _room(max_tokens: int, pad_to_multiple: int) -> int:
+    """The largest number of real tokens whose padded length is still at most max_tokens."""
+    if max_tokens < pad_to_multiple:
+        raise UserError(f"max_tokens={max_tokens} is less than the {pad_to_multiple} tensor-parallel slices of a batch")
+    return max_tokens // pad_to_multiple * pad_to_multiple
+
+
+# ------------------------------------------------------------------------------------------ a step
+
+
+def load_batch(
+    store: Store,
+    sampler: Sampler,
+    step: int,
+    dp_rank: int,
+    dp_size: int,
+    config: DataConfig,
+    pad_to_multiple: int = 1,
+    seed: int = 0,
+) -> tuple[list[MicroBatch], int]:
+    """(micro-batches of this dp rank, real tokens of the global batch); a pure function, the same on all tp ranks.
+
+    Every rank gets the same number of queries and of micro-batches. The token count is that of the sequences really
+    encoded on all ranks, without dummies and with a document repeated within a micro-batch counted once.
+    """
+    rows_B = sampler.rows(step)
+    doc_ids = choose_documents(store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed)
+    # Missing documents (-1) index the last length; the mask takes it away again.
+    document_tokens = np.where(doc_ids >= 0, store.document_lengths[doc_ids], 0).astype(np.int64)
+    query_tokens_B = store.query_lengths[rows_B].astype(np.int64)
+    tokens_B = query_tokens_B + document_tokens.sum(1)
+    room = _room(config.max_tokens, pad_to_multiple)
+    if int(tokens_B.max()) > room:
+        worst = int(tokens_B.argmax())
+        raise UserError(
+            f"row {int(rows_B[worst])} of the store (0-based) has {int(tokens_B[worst])} tokens with its passages, more than "
+            f"data.max_tokens={config.max_tokens} (in whole multiples of {pad_to_multiple}: {room}); raise data.max_tokens, "
+            "or lower data.document_max_length or data.num_hard_negatives"
+        )
+    positions = split_over_ranks(tokens_B, dp_size)
+    plans = plan([tokens_B[p] for p in positions], room)
+    num_tokens = int(query_tokens_B.sum())
+    for rank_positions, rank_bins in zip(positions, plans, strict=True):
+        for bin_ in rank_bins:
+            ids = np.unique(doc_ids[rank_positions[bin_]])
+            num_tokens += int(store.document_lengths[ids[ids >= 0]].sum(dtype=np.int64))
+    mine = positions[dp_rank]
+    micro_batches = [
+        build_micro_batch(store, rows_B[mine[bin_]], doc_ids[mine[bin_]], pad_to_multiple) for bin_ in plans[dp_rank]
+    ]
+    return micro_batches, num_tokens

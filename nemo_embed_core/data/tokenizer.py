@@ -1,0 +1,354 @@
+"""Texts to token ids with the `tokenizers` library alone: tokenizer.json as it is, sentencepiece models converted.
+
+A special token's string inside a text (`<|end_of_text|>` in a web page) stays ordinary text: only the post-processor
+of the tokenizer adds special ids (BOS for Llama).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+
+from nemo_embed_core.config import DataError, UserError
+
+# Kinds of pieces of a sentencepiece model (ModelProto.SentencePiece.Type).
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+class Tokenizer:
+    """`tokenizers.Tokenizer` with our rules: no padding, truncation to max_length, text never becomes a special id.
+
+    vocab_size: largest id + 1, added tokens included.  digest: sha256 of tokenizer.json (hex).
+    files: tokenizer.json and tokenizer_config.json as bytes, to be written beside exported weights.
+    num_truncated: how many of the texts encoded so far lost tokens.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes]):
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "<s>" in a text is three characters, not BOS
+        self._backend = backend
+        self._max_length = 0  # what the backend truncates to now; 0: it does not
+        self._num_special = backend.num_special_tokens_to_add(is_pair=False)
+        self.files = files
+        self.digest = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.num_truncated = 0
+
+    def encode(self, texts: list[str], max_length: int) -> list[np.ndarray]:
+        """One int32 array per text: special tokens of the post-processor added, at most max_length ids, never empty.
+
+        Raises UserError for a text that gives no token at all (no BOS and nothing the vocabulary knows) and for a
+        text that is not Unicode (lone surrogates).
+        """
+        if max_length <= self._num_special:
+            raise UserError(
+                f"max_length={max_length} leaves no room for text: the tokenizer adds {self._num_special} special "
+                f"token(s); use at least {self._num_special + 1}"
+            )
+        if max_length != self._max_length:
+            self._backend.enable_truncation(max_length)
+            self._max_length = max_length
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=True)
+        except TypeError:
+            for i, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise UserError(f"text {i} is a {type(text).__name__}, not a string") from None
+                if any("\ud800" <= c <= "\udfff" for c in text):
+                    raise UserError(f"text {i} has a lone surrogate and is not Unicode text: {text[:40]!r}") from None
+            raise
+        out = []
+        for i, encoding in enumerate(encodings):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            if not len(ids):
+                raise UserError(
+                    f"text {i} gives 0 tokens ({texts[i][:40]!r}): the tokenizer adds no BOS; "
+                    "use a tokenizer whose post-processor adds one, or remove the text"
+                )
+            if len(ids) == max_length and encoding.overflowing:
+                self.num_truncated += 1
+            out.append(ids)
+        return out
+
+    def check_prompt(self, prompt: str, max_length: int, name: str) -> None:
+        """UserError when the prompt alone fills max_length: every text would be cut to the same tokens."""
+        if prompt:
+            before = self.num_truncated
+            length = len(self.encode([prompt], 1 << 20)[0])
+            self.num_truncated = before
+            if length >= max_length:
+                raise UserError(
+                    f"{name}={max_length} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has "
+                    f"{length}; raise {name} to at least {length + 1} (better: {length} plus the length of the texts)"
+                )
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a folder (tokenizer.json, else a sentencepiece *.model) or of one such file.
+
+    A tokenizer_config.json beside it is kept for export; where there is none a minimal one is made, with which
+    `transformers.AutoTokenizer` gives the same ids.
+    """
+    path = Path(path)
+    if path.is_dir():
+        candidates = [path / "tokenizer.json", path / "tokenizer.model", *sorted(path.glob("*.model"))]
+        file = next((c for c in candidates if c.is_file()), None)
+        if file is None:
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+            raise UserError(f"{path} has no tokenizer.json and no tokenizer.model (it holds: {found})")
+    elif path.is_file():
+        file = path
+    else:
+        raise UserError(f"tokenizer {path} does not exist; give a folder with tokenizer.json or tokenizer.model")
+
+    if file.suffix == ".model":
+        backend = from_sentencepiece(file)
+        content = backend.to_str(pretty=True).encode()
+    else:
+        content = file.read_bytes()
+        try:
+            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for any broken file
+            raise DataError(file, None, f"not a readable tokenizer.json: {error}") from None
+    config_file = file.with_name("tokenizer_config.json")
+    config = config_file.read_bytes() if config_file.is_file() else _tokenizer_config(backend)
+    return Tokenizer(backend, {"tokenizer.json": content, "tokenizer_config.json": config})
+
+
+def _tokenizer_config(backend: tokenizers.Tokenizer, model_max_length: int = 131072) -> bytes:
+    """tokenizer_config.json for AutoTokenizer: the backend as it is, with a pad token when the vocabulary has one."""
+    vocab = backend.get_vocab(with_added_tokens=True)
+    names = {
+        "bos_token": ("<s>", "<|begin_of_text|>", "[CLS]"),
+        "eos_token": ("</s>", "<|end_of_text|>", "[SEP]"),
+        "unk_token": ("<unk>", "[UNK]"),
+        "pad_token": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "</s>", "<|end_of_text|>", "<unk>"),
+    }
+    config: dict[str, Any] = {key: next((t for t in tokens if t in vocab), None) for key, tokens in names.items()}
+    config = {key: token for key, token in config.items() if token is not None}
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    config["clean_up_tokenization_spaces"] = False
+    config["model_max_length"] = model_max_length
+    # This class name loads tokenizer.json unchanged in transformers 4 and 5; "LlamaTokenizer" would rebuild it.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+# ------------------------------------------------------------------------------------------ sentencepiece
+
+
+def from_sentencepiece(model_file: str | Path) -> tokenizers.Tokenizer:
+    """A sentencepiece BPE model (Llama-2's kind) as a `tokenizers.Tokenizer` with the same ids and BOS in front.
+
+    The same normalisation (charsmap, extra spaces, dummy prefix), pieces, merge order and byte fallback. Refused,
+    because tokenizers has no exact counterpart: other model types, user-defined and unused pieces.
+    """
+    path = Path(model_file)
+    try:
+        proto = path.read_bytes()
+        pieces, model_type, normalizer, suffix = _parse_model(proto)
+    except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
+        raise DataError(path, None, f"not a sentencepiece model: {error}") from None
+    if model_type != 2:
+        # tokenizers' Unigram also matches control and byte pieces ("<s>", "<0x0A>") in ordinary text.
+        name = {1: "unigram", 3: "word", 4: "char"}.get(model_type, str(model_type))
+        raise DataError(path, None, f"a {name} model: only BPE models convert exactly; give a tokenizer.json instead")
+    if suffix:
+        raise DataError(path, None, "treat_whitespace_as_suffix is not supported; train with whitespace as prefix")
+    for i, (piece, _, kind) in enumerate(pieces):
+        if kind in (USER_DEFINED, UNUSED):
+            raise DataError(
+                path, None, f"piece {i} {piece!r} is user-defined or unused and has no exact counterpart in "
+                "tokenizer.json; convert the model with its author's tool and give that tokenizer.json"
+            )  # fmt: skip
+    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        raise DataError(path, None, "two pieces of the model have the same text")
+    unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
+    has_bytes = any(kind == BYTE for _, _, kind in pieces)
+    if unknown is None:
+        raise DataError(path, None, "the model has no unknown piece")
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges(pieces),
+            unk_token=pieces[unknown][0],
+            fuse_unk=True,
+            byte_fallback=has_bytes,
+        )
+    )
+    steps: list[normalizers.Normalizer] = []
+    if normalizer["charsmap"]:
+        steps.append(normalizers.Precompiled(normalizer["charsmap"]))
+    if normalizer["remove_extra_whitespaces"]:
+        steps += [
+            normalizers.Replace(tokenizers.Regex("^ +| +$"), ""),
+            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
+    if normalizer["add_dummy_prefix"]:
+        steps.append(normalizers.Prepend("▁"))
+    if normalizer["escape_whitespaces"]:
+        steps.append(normalizers.Replace(" ", "▁"))
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(content=" ", left=1)] if normalizer["add_dummy_prefix"] else [])
+    )
+    special = [piece for piece, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
+    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    bos = next((piece for piece in ("<s>", "<bos>", "<|begin_of_text|>") if piece in special), None)
+    if bos is None:
+        raise DataError(path, None, f"the model has no BOS piece <s> among its control pieces {special}")
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
+    )
+    return backend
+
+
+def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
+    """The merge list of a BPE model: every split of every piece into two pieces, best score first.
+
+    sentencepiece merges the adjacent pair whose joined piece scores highest; tokenizers wants the pairs ranked.
+    Only normal pieces: a control piece is never made from text.
+    """
+    rank = {piece: i for i, (piece, _, kind) in enumerate(pieces) if kind == NORMAL}
+    merges = []
+    for piece, i in rank.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in rank and right in rank:
+                merges.append((-pieces[i][1], i, rank[left], rank[right], left, right))
+    merges.sort()
+    return [(left, right) for *_, left, right in merges]
+
+
+def _parse_model(proto: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any], bool]:
+    """(pieces, model_type, normaliser, treat_whitespace_as_suffix) of a serialised sentencepiece ModelProto.
+
+    Field numbers from sentencepiece_model.proto. Read by hand (tag, varint, bytes): the generated protobuf module
+    breaks with the protobuf version of the day.
+    """
+    pieces: list[tuple[str, float, int]] = []
+    model_type, suffix = 1, False
+    seen = set()
+    normalizer: dict[str, Any] = {
+        "charsmap": b"", "add_dummy_prefix": True, "remove_extra_whitespaces": True, "escape_whitespaces": True,
+    }  # fmt: skip
+    for number, value in _fields(proto):
+        seen.add(number)
+        if number == 1:
+            piece: dict[int, Any] = {2: 0.0, 3: NORMAL, **dict(_fields(value))}
+            pieces.append((piece[1].decode("utf-8"), piece[2], piece[3]))
+        elif number == 2:
+            spec = dict(_fields(value))
+            model_type, suffix = spec.get(3, 1), bool(spec.get(24, 0))
+        elif number == 3:
+            spec = dict(_fields(value))
+            normalizer["charsmap"] = spec.get(2, b"")
+            normalizer["add_dummy_prefix"] = bool(spec.get(3, 1))
+            normalizer["remove_extra_whitespaces"] = bool(spec.get(4, 1))
+            normalizer["escape_whitespaces"] = bool(spec.get(5, 1))
+    if not seen.issuperset({1, 2, 3}):
+        raise ValueError("pieces, trainer or normaliser are missing: is the file truncated?")
+    return pieces, model_type, normalizer, suffix
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of one protobuf message: varints as int, fixed32 as float, the rest as bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+            if shift > 63:
+                raise ValueError("varint too long")
+
+    while at < len(data):
+        tag = varint()
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            yield number, varint()
+        elif wire == 5:
+            yield number, struct.unpack_from("<f", data, at)[0]
+            at += 4
+        elif wire == 1:
+            at += 8
+        elif wire == 2:
+            size = varint()
+            if at + size > len(data):
+                raise ValueError(f"field {number} of {size} bytes ends after the file")
+            yield number, data[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"wire type {wire} of field {number}")
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Path, max_length: int = 512) -> Tokenizer:
+    """Trains a BPE model with byte fallback and writes tokenizer.model, tokenizer.json and tokenizer_config.json.
+
+    Ids: 0 <unk>, 1 <s> (BOS, added to every text), 2 </s>, 3 <pad>, 4..259 the bytes, then pieces. Text is taken as it
+    is (no Unicode normalisation, spaces kept), digits one by one, as Llama's own. max_length: model_max_length written
+    for transformers. The folder loads with `transformers.AutoTokenizer` to the same ids as ours.
+    """
+    import io
+
+    import sentencepiece
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=MAX_SENTENCE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"sentencepiece could not train {vocab_size} pieces on these texts: {error}. "
+            "Give more text or a smaller vocabulary (at least 260 plus the number of different characters)"
+        ) from None
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    backend = from_sentencepiece(folder / "tokenizer.model")
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_bytes(_tokenizer_config(backend, model_max_length=max_length))
+    return load_tokenizer(folder)
+
+
+MAX_SENTENCE = 4192  # bytes; sentencepiece skips longer ones in silence
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of at most MAX_SENTENCE bytes: the unit that sentencepiece trains on, nothing left out."""
+    for text in texts:
+        for line in text.split("\n"):
+            for at in range(0, len(line), MAX_SENTENCE // 4):  # a character has at most 4 bytes
+                yield line[at : at + MAX_SENTENCE // 4]

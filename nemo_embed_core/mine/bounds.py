@@ -1,0 +1,165 @@
+"""How a GEMM sees a block of embeddings, and how far its result can be from the score.
+
+    |q.d - q^.d^| <= |q - q^| |d| + |q^| |d - d^|        (Cauchy-Schwarz; residual norms known exactly per row)
+
+fp32: the rows themselves, no residual; what is left is the rounding of the GEMM.
+bf16: the rows rounded, products accumulated in fp32 on tensor cores.
+int8: rows rotated by a random orthogonal matrix, then one scale per row. Without the rotation a few large channels
+set the scale and the bound is useless (docs/mining.md). The int32 accumulation of int8 products is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_UNIT = 2.0**-24  # rounding unit of fp32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n rows as values * scale[:, None], with norm >= |row| and residual >= |row - values * scale| (both finite)."""
+
+    values: Tensor  # [n, D] fp32, bf16 or int8
+    scale: Tensor | None  # [n] fp32; None: 1
+    norm: Tensor  # [n] fp32
+    residual: Tensor  # [n] fp32
+
+    def __getitem__(self, rows: slice) -> Rows:
+        scale = None if self.scale is None else self.scale[rows]
+        return Rows(self.values[rows], scale, self.norm[rows], self.residual[rows])
+
+
+class Rounding:
+    """|computed - exact| <= relative |q^| |d^| + ABSOLUTE for the GEMM, its scaling and the final rounding to fp32."""
+
+    ABSOLUTE = 1e-30  # products below the smallest normal fp32, flushed to zero
+
+    def __init__(self, method: str, hidden_size: int):
+        # fp32: gamma_D for any order of summation, with or without FMA. bf16: tensor cores truncate where fp32 units
+        # round, so twice that. int8: an exact sum, then a conversion and two products.
+        # All: adding the bound to the score, and the fp32 rounding of the score itself.
+        terms = {"fp32": hidden_size, "bf16": 2 * hidden_size, "int8": 4}[method]
+        self.relative = 1.01 * (terms + 8) * _UNIT
+
+
+def fp32(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
+    def encode(x_nD: Tensor) -> Rows:
+        return Rows(x_nD, None, _norm(x_nD), torch.zeros(len(x_nD), device=x_nD.device))
+
+    return encode
+
+
+def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
+    def encode(x_nD: Tensor) -> Rows:
+        values = x_nD.bfloat16()
+        return Rows(values, None, _norm(x_nD), _norm(x_nD - values.float()))
+
+    return encode
+
+
+def int8(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
+    rotate, rotation_error = _rotation(hidden_size, device)
+
+    def encode(x_nD: Tensor) -> Rows:
+        norm = _norm(x_nD)
+        rotated = rotate(x_nD)
+        scale = rotated.abs().amax(1) / 127
+        finite = torch.isfinite(scale)
+        # A row with NaN or infinity has no score: NaN as scale keeps it out.
+        safe = torch.where(finite & (scale > 0), scale, 1)
+        values = torch.round(torch.where(finite[:, None], rotated, 0) / safe[:, None])
+        residual = _norm(torch.where(finite[:, None], rotated, 0) - values * safe[:, None])
+        residual = residual + (rotation_error + 2 * _UNIT) * norm
+        return Rows(values.to(torch.int8), torch.where(finite, safe, torch.nan), norm, residual)
+
+    return encode
+
+
+METHODS = {"fp32": fp32, "bf16": bf16, "int8": int8}
+
+
+def pair_bound(q: Rows, block: Rows, rounding: Rounding) -> Tensor:
+    """[q]: how far the scaled result of `matmul` can be from the score, for every document of the block."""
+    norm, residual = block.norm.max(), block.residual.max()
+    bound = q.residual * norm + (q.norm + q.residual) * residual
+    return bound + rounding.relative * (q.norm + q.residual) * (norm + residual) + Rounding.ABSOLUTE
+
+
+def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
+    """q.values @ block.values.T (+ add[:, None]), before the scales: [q, n] fp32, or int32 (and no add) for int8."""
+    a, b = q.values, block.values
+    if a.dtype == torch.int8:
+        return _int8_mm(a, b)
+    if a.dtype == torch.bfloat16:
+        if a.is_cuda:
+            assert add is None
+            return torch.mm(a, b.T, out_dtype=torch.float32)  # type: ignore[call-overload]  # torch 2.8+, CUDA only
+        a, b = a.float(), b.float()
+    if add is not None:  # in the GEMM: a pass over the tile less
+        return torch.addmm(add[:, None], a, b.T)
+    return a @ b.T
+
+
+def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
+    if not a.is_cuda:
+        return torch._int_mm(a, b.T)
+    # cuBLASLt takes more than 16 rows and multiples of 8 elsewhere; zeros change nothing.
+    rows, columns = len(a), len(b)
+    pad_d, pad_rows, pad_columns = -a.shape[1] % 8, max(0, 32 - rows), -columns % 8
+    if pad_d or pad_rows:
+        a = torch.nn.functional.pad(a, (0, pad_d, 0, pad_rows))
+    if pad_d or pad_columns:
+        b = torch.nn.functional.pad(b, (0, pad_d, 0, pad_columns))
+    return torch._int_mm(a, b.T)[:rows, :columns]
+
+
+def _norm(x_nD: Tensor) -> Tensor:
+    """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
+    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT)
+    finite = torch.isfinite(norm)
+    if not x_nD.is_cuda and bool(finite.all()):  # the second pass over the rows is rarely needed
+        return norm
+    # A finite row whose squares overflow keeps its infinite norm: the search refuses it by the number.
+    return torch.where(finite, norm, torch.where(torch.isfinite(x_nD).all(1), torch.inf, 0.0))
+
+
+def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor], Tensor], float]:
+    """x -> (A (x) B) diag(signs) x, and a bound on |computed - exactly orthogonal| / |x|.
+
+    A [a, a] and B [b, b] with a b = D: Hadamard matrices for powers of two (together the randomised Hadamard
+    transform), random orthogonal ones otherwise. Two small GEMMs: D (a + b) products a row instead of D^2.
+    """
+    a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
+    b = hidden_size // a
+    generator = torch.Generator().manual_seed(20240817)
+    signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(device, torch.float32)
+    left, left_error = _orthogonal(a, generator)
+    right, right_error = _orthogonal(b, generator)
+    # Both products round: relative to |x|, gamma_(a+b) |A||B| entrywise, at most sqrt(D) times in the norm.
+    error = left_error + right_error + 1.01 * (a + b + 2) * _UNIT * math.sqrt(hidden_size)
+    left, right = left.to(device), right.to(device)
+
+    def rotate(x_nD: Tensor) -> Tensor:
+        x = (x_nD * signs).view(-1, a, b)
+        return torch.matmul(left, torch.matmul(x, right.T)).reshape(len(x_nD), hidden_size)
+
+    return rotate, error
+
+
+def _orthogonal(n: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    if n & (n - 1) == 0:
+        h = torch.ones(1, 1, dtype=torch.float64)
+        while len(h) < n:
+            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+        h /= math.sqrt(n)
+    else:
+        h = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
+    rounded = h.float()
+    # |R^T R - I| bounds how far the rounded matrix is from an isometry, for scores as for norms.
+    error = float(torch.linalg.matrix_norm(rounded.double().T @ rounded.double() - torch.eye(n).double()))
+    return rounded, error + 1e-12

@@ -1,0 +1,240 @@
+"""Texts encoded once into memory-mapped shards of unit rows, so that no failure costs more than one shard.
+
+    folder/00000.npy     [n, D] float16 or float32, readable by numpy.load
+    folder/00000.json    what it is: model, texts, prompt, max_length, dtype, rows, sha256 of the .npy
+
+Both are written beside, synced and renamed, the sidecar last: a shard without a sidecar does not exist. A shard whose
+sidecar says what this run would write, and whose bytes have the sha256 it gives, is not encoded again; one that says
+something else is refused by name, never reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nemo_embed_core.config import UserError
+
+FORMAT = 1
+UNIT_TOLERANCE = 1e-3  # of |row| - 1; bf16 activations, normalised in fp32, stay below 1e-6
+
+
+class Encodes(Protocol):
+    """What mining needs of a model (nemo_embed_core.embedder.Embedder, or anything like it)."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    digest: str  # of the weights; shards of another digest are refused
+
+    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray: ...
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share the work. gather(value) -> every rank's value, in rank order; called by all ranks."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = _alone
+
+    def span(self, count: int) -> tuple[int, int]:
+        """This rank's contiguous share of count items."""
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
+
+
+class Corpus:
+    """np.concatenate(arrays) without the copy: .shape, [a:b] and [ids], read from memory maps as they are touched."""
+
+    def __init__(self, arrays: list[np.ndarray], start: int = 0, stop: int | None = None):
+        self.arrays = arrays
+        self.ends = np.cumsum([len(a) for a in arrays])
+        self.start, self.stop = start, int(self.ends[-1]) if stop is None else stop
+        self.shape = (self.stop - self.start, arrays[0].shape[1])
+        self.dtype = arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def part(self, start: int, stop: int) -> Corpus:
+        """Rows [start, stop) as a corpus: nothing is read."""
+        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        return Corpus(self.arrays, self.start + start, self.start + stop)
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1, "only contiguous slices"
+            pieces = []
+            for array, end in zip(self.arrays, self.ends, strict=True):
+                first = int(end) - len(array)
+                a, b = max(self.start + start, first) - first, min(self.start + stop, int(end)) - first
+                if a < b:
+                    pieces.append(array[a:b])
+            if not pieces:
+                return np.empty((0, self.shape[1]), self.dtype)
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        ids = np.asarray(index)
+        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < len(self)), "row ids outside of the corpus"
+        ids = ids + self.start
+        rows = np.empty((len(ids), self.shape[1]), self.dtype)
+        shard = np.searchsorted(self.ends, ids, side="right")
+        for i in np.unique(shard):
+            here = shard == i
+            rows[here] = self.arrays[i][ids[here] - (self.ends[i] - len(self.arrays[i]))]
+        return rows
+
+
+def encode_corpus(
+    texts: Sequence[str],
+    embedder: Encodes,
+    folder: Path,
+    *,
+    prompt: str = "",
+    max_length: int = 512,
+    dtype: str = "float16",
+    shard_size: int = 16384,
+    ranks: Ranks | None = None,
+    name: str = "texts",
+    log: Callable[[str], None] = print,
+) -> Corpus:
+    """np.concatenate([embedder.encode(texts[i : i + shard_size], prompt, max_length).astype(dtype) ...]), resumable.
+
+    With several ranks, rank r encodes shards r, r + size, ... of one folder that all of them see; all return the whole.
+    """
+    if not texts:
+        raise UserError(f"{folder}: there are no {name} to encode")
+    if dtype not in ("float16", "float32"):
+        raise UserError(f"dtype={dtype} of the {name} embeddings must be float16 or float32")
+    ranks = ranks or Ranks()
+    folder.mkdir(parents=True, exist_ok=True)
+    num_shards = -(-len(texts) // shard_size)
+    began, done, reused = time.monotonic(), 0, 0
+    mine = range(ranks.rank, num_shards, ranks.size)
+    for i in mine:
+        part = texts[i * shard_size : (i + 1) * shard_size]
+        shape = [len(part), embedder.hidden_size]
+        sidecar: dict[str, Any] = {
+            "format": FORMAT,
+            "model": embedder.digest,
+            "texts": texts_digest(part),
+            "prompt": prompt,
+            "max_length": max_length,
+            "dtype": dtype,
+            "shape": shape,
+        }
+        if _is_done(folder, i, sidecar, log):
+            reused += 1
+            continue
+        rows = _checked(np.asarray(embedder.encode(part, prompt, max_length)), part, i * shard_size, shape)
+        publish(folder / f"{i:05d}.npy", npy_bytes(rows.astype(dtype)), sidecar)
+        done += 1
+        rate = done / (time.monotonic() - began)
+        left = time.strftime("%H:%M:%S", time.gmtime((len(mine) - done - reused) / rate))
+        if ranks.rank == 0:
+            of = f"{min((i + 1) * shard_size, len(texts)):,} of {len(texts):,} {name}"
+            log(f"encoded {of}, {rate * shard_size:,.0f} texts/s, {left} left")
+    if reused and ranks.rank == 0:
+        log(f"{reused} of {len(mine)} shards of {name} were already there")
+    ranks.gather(None)  # a shard is opened only when every rank has published its own
+    return open_corpus(folder, num_shards)
+
+
+def open_corpus(folder: Path, num_shards: int) -> Corpus:
+    return Corpus([np.load(folder / f"{i:05d}.npy", mmap_mode="r", allow_pickle=False) for i in range(num_shards)])
+
+
+def texts_digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _checked(rows: np.ndarray, texts: Sequence[str], first: int, shape: list[int]) -> np.ndarray:
+    assert list(rows.shape) == shape, f"the embedder returned {rows.shape} for {shape}"
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # not <=: also NaN
+    if len(bad):
+        i = int(bad[0])
+        raise UserError(
+            f"{len(bad)} of {len(rows)} embeddings are not unit vectors; the first is text {first + i} "
+            f"({texts[i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows: try --precision fp32, "
+            "and look at the last lines of its metrics.jsonl"
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------ published files
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def publish(path: Path, data: bytes, sidecar: dict[str, Any]) -> None:
+    """data at path and {**sidecar, sha256} beside it, or, after a crash at any point, no sidecar."""
+    write_atomically(path, data)
+    described = {**sidecar, "sha256": hashlib.sha256(data).hexdigest()}
+    write_atomically(path.with_suffix(".json"), json.dumps(described, indent=1, ensure_ascii=False).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str], None]) -> bool:
+    path, sidecar = folder / f"{index:05d}.npy", folder / f"{index:05d}.json"
+    if not sidecar.exists():
+        return False
+    try:
+        have = json.loads(sidecar.read_text())
+    except ValueError:
+        log(f"{sidecar} is not JSON: its shard is encoded again")
+        return False
+    for key, value in want.items():
+        if have.get(key) != value:
+            what = {"texts": "of other texts (or other options that choose them)", "format": "in another format"}.get(
+                key, f"with {key} {have.get(key)!r}, and this run has {value!r}"
+            )
+            raise UserError(
+                f"{path} was encoded {what}. Shards of another model or data are never reused: delete the folder "
+                f"{folder} to encode again, or choose another output"
+            )
+    if path.exists() and sha256_of(path) == have["sha256"]:
+        return True
+    log(f"{path} is damaged or missing (its sha256 is not that of {sidecar.name}): it is encoded again")
+    return False
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

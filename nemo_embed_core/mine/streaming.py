@@ -1,0 +1,172 @@
+"""The streaming top-k of csrc/topk.h as one op: CUDA tensors -> the kernel, CPU tensors -> plain torch, the same bits.
+
+q, n rows of a tile of queries and documents · C places of the state
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_embed_core.config import UserError
+
+CSRC = Path(__file__).parent.parent / "csrc"
+THREADS, STEP = 128, 1024  # TOPK_THREADS, TOPK_THREADS * TOPK_ITEMS
+MAX_KEPT = {2048: 1024, 4096: 3072}  # TOPK_CAPACITY: TOPK_MAX_KEPT
+MAX_ID = 0xFFFFFFFF
+
+
+def streaming_topk_(
+    scores: Tensor,
+    ceilings: Tensor,
+    state_keys: Tensor,
+    state_ids: Tensor,
+    first_id: int = 0,
+    exclude_indptr: Tensor | None = None,
+    exclude_ids: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    row_add: Tensor | None = None,
+) -> None:
+    """keys = scores * col_scale * row_scale[:, None] + row_add[:, None]; state = top C of state and keys, in place.
+
+    Kept: finite keys < ceilings[:, None] of documents not excluded, by (key descending, id ascending).
+    scores [q, n] fp32, bf16 or int32: column j is document first_id + j.  ceilings [q] fp32.
+    state_keys [q, C] fp32, state_ids [q, C] int64: best first; -inf and -1 in free places.
+    exclude_indptr [q + 1], exclude_ids: CSR of int64 document ids, ascending within a row.
+    """
+    torch.ops.nemo_embed_core.streaming_topk(
+        scores, ceilings, state_keys, state_ids, first_id, exclude_indptr, exclude_ids, row_scale, col_scale, row_add
+    )
+
+
+def best_first(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k columns in the order (score descending, id ascending)."""
+    by_id = ids.argsort(dim=1, stable=True)
+    by_score = scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True)
+    order = by_id.gather(1, by_score)[:, :k]
+    return scores.gather(1, order), ids.gather(1, order)
+
+
+def excluded_places(indptr: Tensor, ids: Tensor, first_id: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the excluded documents among num_columns from first_id."""
+    counts = indptr.diff()
+    columns = ids[indptr[0] : indptr[-1]] - first_id
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts)
+    here = (columns >= 0) & (columns < num_columns)
+    return rows[here], columns[here]
+
+
+@torch.library.custom_op("nemo_embed_core::streaming_topk", mutates_args=("state_keys", "state_ids"))
+def _streaming_topk(
+    scores: Tensor,
+    ceilings: Tensor,
+    state_keys: Tensor,
+    state_ids: Tensor,
+    first_id: int,
+    exclude_indptr: Tensor | None,
+    exclude_ids: Tensor | None,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    row_add: Tensor | None,
+) -> None:
+    keys = scores.float()
+    if col_scale is not None:
+        keys = keys * col_scale
+    if row_scale is not None:
+        keys = keys * row_scale[:, None]
+    if row_add is not None:
+        keys = keys + row_add[:, None]
+    # Lowest finite number: a free place takes any finite key, and no infinity. ">=": a tie with a lower id still enters.
+    floor = state_keys[:, -1].clamp(min=torch.finfo(torch.float32).min)
+    alive = (keys >= floor[:, None]) & (keys < ceilings[:, None])
+    if exclude_indptr is not None and exclude_ids is not None:
+        alive[excluded_places(exclude_indptr, exclude_ids, first_id, keys.shape[1])] = False
+    num_kept = state_keys.shape[1]
+    if bool(torch.isneginf(state_keys[:, -1]).any()) and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept:
+        # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered below).
+        cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
+        alive &= keys >= cut[:, None]
+    rows, columns = alive.nonzero(as_tuple=True)
+    if len(rows) == 0:
+        return
+    counts = torch.bincount(rows, minlength=len(alive))
+    most = int(counts.max())
+    touched = counts.nonzero()[:, 0]
+    place = torch.arange(len(rows), device=keys.device) - (counts.cumsum(0) - counts)[rows]
+    position = torch.empty_like(counts).scatter_(0, touched, torch.arange(len(touched), device=keys.device))[rows]
+    new_keys = keys.new_full((len(touched), num_kept + most), -torch.inf)
+    new_ids = state_ids.new_full((len(touched), num_kept + most), -1)
+    new_keys[:, :num_kept], new_ids[:, :num_kept] = state_keys[touched], state_ids[touched]
+    new_keys[position, num_kept + place] = keys[rows, columns]
+    new_ids[position, num_kept + place] = columns + first_id
+    state_keys[touched], state_ids[touched] = best_first(new_keys, new_ids, num_kept)
+
+
+@_streaming_topk.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+def kernel_is_available() -> bool:
+    """CuPy compiles csrc at first use; without it CUDA tensors take the torch implementation, and the report says so."""
+    return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
+
+
+if kernel_is_available():
+
+    @_streaming_topk.register_kernel("cuda")
+    def _launch(
+        scores: Tensor,
+        ceilings: Tensor,
+        state_keys: Tensor,
+        state_ids: Tensor,
+        first_id: int,
+        exclude_indptr: Tensor | None,
+        exclude_ids: Tensor | None,
+        row_scale: Tensor | None,
+        col_scale: Tensor | None,
+        row_add: Tensor | None,
+    ) -> None:
+        import cupy
+
+        num_rows, num_columns = scores.shape
+        kept = state_keys.shape[1]
+        if first_id + num_columns > MAX_ID:
+            raise UserError(
+                f"document ids up to {first_id + num_columns} do not fit the kernel's 32 bits: use more ranks"
+            )
+        capacity = next((c for c, most in MAX_KEPT.items() if kept <= most), None)
+        if capacity is None:
+            raise UserError(f"{kept} kept candidates per query are more than the kernel's {max(MAX_KEPT.values())}")
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "int32"}[scores.dtype]
+        assert scores.stride(1) == 1 and state_keys.is_contiguous() and state_ids.is_contiguous()
+        vectors = (row_scale, col_scale, row_add, ceilings, exclude_indptr, exclude_ids)
+        assert all(x is None or x.is_contiguous() for x in vectors)
+        pointers = [0 if x is None else x.data_ptr() for x in vectors]
+        kernel = _module(capacity, scores.device.index).get_function(f"topk_update_{name}")
+        stream = torch.cuda.current_stream(scores.device).cuda_stream
+        with cupy.cuda.Device(scores.device.index), cupy.cuda.ExternalStream(stream):
+            kernel(
+                (num_rows,),
+                (THREADS,),
+                (
+                    scores.data_ptr(), scores.stride(0), num_columns, *pointers, first_id,
+                    state_keys.data_ptr(), state_ids.data_ptr(), np.int32(kept),
+                ),
+            )  # fmt: skip
+
+
+@functools.cache
+def _module(capacity: int, device_index: int) -> Any:
+    """csrc/topk.cu through NVRTC; CuPy caches the binary on disk."""
+    import cupy
+
+    options = ("--std=c++17", f"-I{CSRC}", f"-DTOPK_CAPACITY={capacity}")
+    return cupy.RawModule(code=(CSRC / "topk.cu").read_text(), options=options)

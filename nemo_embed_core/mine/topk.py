@@ -1,0 +1,382 @@
+"""Exact top-k of documents below each query's own ceiling, in bounded memory.
+
+    scores, ids = topk_below(queries, documents, ceilings, k)
+
+The score of a pair is a function of its two rows alone (`pair_scores`: fp64, one fixed order of summation, rounded to
+fp32), never of the block a GEMM happened to compute it in. So the answer is the same bits for every block size, order
+of blocks, number of ranks, device, and for the int8 path. A GEMM only finds candidates: its result is within a proven
+bound of the score, the best C > k upper bounds are kept while the documents stream past, the kept ones are scored, and
+a certificate (everything dropped is below the k-th kept) says whether that was enough. Rows without it go a slower way.
+
+Q queries · N documents · D hidden_size · q, n rows of a tile of them · k asked for · C candidates kept (k + slack)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_embed_core.config import UserError
+from nemo_embed_core.mine.bounds import METHODS, Rounding, matmul, pair_bound
+from nemo_embed_core.mine.streaming import best_first, excluded_places, streaming_topk_
+
+SLACK = {
+    "fp32": 32,
+    "bf16": 64,
+    "int8": 128,
+}  # C - k: candidates beyond k; the bound of int8 is 100x wider (docs/mining.md)
+
+
+class Exclude(NamedTuple):
+    """CSR of document ids that a query must not be given: those of query i are ids[indptr[i]:indptr[i + 1]]."""
+
+    indptr: np.ndarray  # [Q + 1] int64
+    ids: np.ndarray  # int64
+
+    @staticmethod
+    def from_lists(lists: list[list[int]]) -> Exclude:
+        indptr = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum([len(x) for x in lists], out=indptr[1:])
+        return Exclude(indptr, np.array([i for x in lists for i in x], np.int64))
+
+    def ascending(self) -> Exclude:
+        """The ids of every query in ascending order: the kernel searches them by halves."""
+        rows = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+        return Exclude(self.indptr, self.ids[np.lexsort((self.ids, rows))])
+
+    def take(self, rows: np.ndarray) -> Exclude:
+        counts = np.diff(self.indptr)[rows]
+        indptr = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        assert self.ids.dtype == np.int64 and self.indptr.dtype == np.int64
+        at = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts) + np.repeat(self.indptr[rows], counts)
+        return Exclude(indptr, self.ids[at])
+
+
+class Hidden:
+    """Exclude on the device, where the kernel reads it."""
+
+    def __init__(self, exclude: Exclude | None, device: torch.device):
+        self.indptr = self.ids = None
+        if exclude is not None:
+            self.indptr, self.ids = (
+                torch.from_numpy(exclude.indptr).to(device),
+                torch.from_numpy(exclude.ids).to(device),
+            )
+
+    def of(self, tile: slice) -> tuple[Tensor | None, Tensor | None]:
+        return (None if self.indptr is None else self.indptr[tile.start : tile.stop + 1]), self.ids
+
+    def hide_(self, keys: Tensor, tile: slice, first_id: int) -> None:
+        """-inf in place of the excluded documents of this tile."""
+        indptr, ids = self.of(tile)
+        if indptr is not None and ids is not None:
+            keys[excluded_places(indptr, ids, first_id, keys.shape[1])] = -torch.inf
+
+
+@dataclass
+class SearchStats:
+    """How the answer was found; the answer itself does not depend on it."""
+
+    method: str = ""
+    num_queries: int = 0
+    num_certified: int = 0  # rows whose candidates were proven enough; the others were searched again the slower way
+    num_exhaustive: int = 0  # rows (masses of ties) for which every document near the k-th had to be scored
+
+
+def topk_below(
+    queries: Any,
+    documents: Any,
+    ceilings: Any,
+    k: int,
+    exclude: Exclude | None = None,
+    *,
+    first_id: int = 0,
+    method: str = "fp32",
+    block_queries: int = 65536,
+    tile_queries: int = 256,
+    block_documents: int = 8192,
+    device: torch.device | str = "cpu",
+    stats: SearchStats | None = None,
+) -> tuple[Tensor, Tensor]:
+    """s = queries @ documents.T; s[excluded or s >= ceilings[:, None] or not finite] = -inf; s.topk(k), ties by lower id.
+
+    queries [Q, D], documents [N, D]: numpy arrays, memory maps, tensors, or anything with .shape, [a:b] and [ids];
+    float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores are strictly below; +inf keeps all.
+    exclude: ids never returned, per query.  first_id: id of documents[0] when they are one rank's shard.
+    Returns scores [Q, k] fp32, best first, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify.
+    Memory: block_queries x (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes.
+    """
+    num_queries, hidden_size = queries.shape
+    num_documents = documents.shape[0]
+    if k < 1:
+        raise UserError(f"k={k} must be at least 1")
+    if documents.shape[1] != hidden_size:
+        raise UserError(
+            f"queries have {hidden_size} columns and documents {documents.shape[1]}: they come from different models"
+        )
+    if len(ceilings) != num_queries:
+        raise UserError(f"{len(ceilings)} ceilings for {num_queries} queries: give one per query")
+    if exclude is not None and len(exclude.indptr) != num_queries + 1:
+        raise UserError(f"exclude.indptr has {len(exclude.indptr)} entries for {num_queries} queries: give Q + 1")
+    if method not in METHODS:
+        raise UserError(f"method={method!r} is none of {', '.join(METHODS)}")
+    stats = stats if stats is not None else SearchStats()
+    stats.method, stats.num_queries = method, num_queries
+    search = _Search(documents, k, first_id, method, tile_queries, block_documents, torch.device(device), stats)
+    scores = torch.full((num_queries, k), -torch.inf)
+    ids = torch.full((num_queries, k), -1, dtype=torch.int64)
+    if num_documents == 0 or num_queries == 0:
+        return scores, ids
+    ceilings_Q = _round_up_fp32(ceilings)
+    with ieee_fp32_matmul(), torch.inference_mode():
+        for start in range(0, num_queries, block_queries):
+            rows = slice(start, min(start + block_queries, num_queries))
+            excluded = exclude.take(np.arange(rows.start, rows.stop)).ascending() if exclude is not None else None
+            scores[rows], ids[rows] = search.block(fp32_rows(queries, rows, device), ceilings_Q[rows], excluded)
+    return scores, ids
+
+
+def pair_scores(queries_PD: Tensor, documents_PD: Tensor) -> Tensor:
+    """(q.double() * d.double()).sum(-1).float(): the score of P pairs, summed in one order fixed by D alone.
+
+    A product of two fp32 is exact in fp64 and the halving tree only adds, so CPU, GPU and numpy give the same bits.
+    """
+    x = queries_PD.double() * documents_PD.double()
+    width = x.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        x[:, : width - half] += x[:, half:width]
+        width = half
+    return x[:, 0].float()
+
+
+def merge_topk(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The top k of the union of (scores [Q, k], ids [Q, k]) of disjoint sets of documents, ties by lower id."""
+    return best_first(torch.cat([s for s, _ in parts], 1), torch.cat([i for _, i in parts], 1), k)
+
+
+def topk_below_ref(
+    queries_QD: Tensor, documents_ND: Tensor, ceilings_Q: Tensor, k: int, exclude: Exclude | None = None
+) -> tuple[Tensor, Tensor]:
+    """What topk_below returns, by scoring every pair in fp64: for tests, and for benchmarks before they take the time."""
+    scores = torch.stack([pair_scores(q.expand_as(documents_ND), documents_ND) for q in queries_QD])
+    scores[~(scores.double() < ceilings_Q.double()[:, None]) | ~torch.isfinite(scores)] = -torch.inf
+    if exclude is not None:
+        for i in range(len(queries_QD)):
+            scores[i, torch.from_numpy(exclude.ids[exclude.indptr[i] : exclude.indptr[i + 1]])] = -torch.inf
+    scores = torch.nn.functional.pad(scores, (0, max(0, k - scores.shape[1])), value=-torch.inf)
+    scores, ids = best_first(scores, torch.arange(scores.shape[1]).expand_as(scores), k)
+    return scores, torch.where(torch.isneginf(scores), -1, ids)
+
+
+class _Search:
+    """One rank's documents and how to walk them."""
+
+    def __init__(
+        self,
+        documents: Any,
+        k: int,
+        first_id: int,
+        method: str,
+        tile_queries: int,
+        block_documents: int,
+        device: torch.device,
+        stats: SearchStats,
+    ):
+        self.documents, self.k, self.first_id, self.method = documents, k, first_id, method
+        self.tile_queries, self.block_documents = tile_queries, block_documents
+        self.device, self.stats = device, stats
+
+    def block(self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
+        """The fast way for all rows, then the slower ones for the rows whose certificate failed."""
+        method = self.method
+        scores, ids, certified = self.candidates(method, queries_QD, ceilings_Q, exclude)
+        self.stats.num_certified += int(certified.sum())
+        while not bool(certified.all()):
+            rows = (~certified).nonzero()[:, 0]
+            excluded = exclude.take(rows.numpy()) if exclude is not None else None
+            args = (queries_QD[rows.to(queries_QD.device)], ceilings_Q[rows], excluded)
+            if method != "fp32":  # a wide bound was not enough (ceiling in the bulk of the scores): the narrow one
+                method = "fp32"
+                scores[rows], ids[rows], certified[rows] = self.candidates(method, *args)
+            else:  # more ties around the k-th than places
+                scores[rows], ids[rows] = self.exhaustive(*args)
+                self.stats.num_exhaustive += len(rows)
+                break
+        return scores, ids
+
+    def candidates(
+        self, method: str, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(scores [Q, k], ids [Q, k], certified [Q]): the best C upper bounds, scored."""
+        num_kept = min(self.k + SLACK[method], self.documents.shape[0])
+        rounding = Rounding(method, queries_QD.shape[1])
+        encode = METHODS[method](queries_QD.shape[1], self.device)
+        query_rows = encode(queries_QD)
+        ceilings = ceilings_Q.to(self.device)
+        hidden = Hidden(exclude, self.device)
+        state_keys = torch.full((len(queries_QD), num_kept), -torch.inf, device=self.device)
+        state_ids = torch.full((len(queries_QD), num_kept), -1, dtype=torch.int64, device=self.device)
+        largest_norm = torch.zeros((), device=self.device)
+        for first, documents_nD in self.document_blocks():
+            block = encode(documents_nD)
+            largest_norm = torch.maximum(largest_norm, block.norm.max())
+            for tile in self.tiles(len(queries_QD)):
+                q = query_rows[tile]
+                bound = pair_bound(q, block, rounding)
+                # A document is out only when even its lower bound, key - 2 bound, reaches the ceiling.
+                limit = next_after(ceilings[tile] + 2 * bound)
+                in_gemm = method != "int8" and not bound.is_cuda
+                scores, row_add = (matmul(q, block, bound), None) if in_gemm else (matmul(q, block), bound)
+                streaming_topk_(
+                    scores, limit, state_keys[tile], state_ids[tile], first,
+                    *hidden.of(tile), q.scale, block.scale, row_add,
+                )  # fmt: skip
+        if not bool(torch.isfinite(largest_norm * query_rows.norm.max() * 1e6)):
+            raise UserError(
+                f"embeddings have norms up to {float(largest_norm):.1e} and {float(query_rows.norm.max()):.1e}: their "
+                "products overflow float32; normalise the rows"
+            )
+        return self.score_candidates(method, queries_QD, query_rows.norm, ceilings, state_keys, state_ids, largest_norm)
+
+    def score_candidates(
+        self,
+        method: str,
+        queries_QD: Tensor,
+        norm_Q: Tensor,
+        ceilings: Tensor,
+        state_keys: Tensor,
+        state_ids: Tensor,
+        largest_norm: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_queries, num_kept = state_ids.shape
+        hidden_size, k = queries_QD.shape[1], min(self.k, num_kept)
+        dropped = state_keys[:, -1]  # an upper bound of everything that did not stay; -inf: nothing had to go
+        error = Rounding("fp32", hidden_size).relative * norm_Q * largest_norm + Rounding.ABSOLUTE
+        scores = torch.full((num_queries, self.k), -torch.inf, device=self.device)
+        ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=self.device)
+        step = max(1, (16 << 20) // (num_kept * hidden_size))  # at most 64 MiB of gathered rows
+        for start in range(0, num_queries, step):
+            rows = slice(start, min(start + step, num_queries))
+            found = state_ids[rows] >= 0
+            upper = state_keys[rows]
+            gathered = None
+            if method != "fp32":
+                gathered = self.gather(state_ids[rows].clamp(min=self.first_id).flatten())
+                gathered = gathered.view(*found.shape, hidden_size)
+                near = torch.bmm(gathered, queries_QD[rows, :, None])[:, :, 0]
+                upper = torch.where(found, near + error[rows, None], -torch.inf)
+            lower = upper - 2 * error[rows, None]
+            below = found & (lower < ceilings[rows, None])
+            # Only what can be among the k best is scored: the k-th lower bound of those surely below the ceiling.
+            sure = torch.where(found & (upper < ceilings[rows, None]), lower, -torch.inf)
+            kth = sure.topk(k, dim=1).values[:, -1]
+            at_row, at_column = (below & (upper >= kth[:, None])).nonzero(as_tuple=True)
+            exact = torch.full_like(upper, -torch.inf)
+            documents = (
+                gathered[at_row, at_column] if gathered is not None else self.gather(state_ids[rows][at_row, at_column])
+            )
+            exact[at_row, at_column] = _pair_scores_chunked(queries_QD[rows], at_row, documents)
+            keep = torch.isfinite(exact) & (exact < ceilings[rows, None])
+            exact = torch.where(keep, exact, -torch.inf)
+            scores[rows, :k], ids[rows, :k] = best_first(exact, torch.where(keep, state_ids[rows], -1), k)
+        kth = scores[:, k - 1]
+        certified = torch.isneginf(dropped) | (dropped < kth)
+        if num_kept >= self.documents.shape[0]:
+            certified[:] = True  # every document had a place
+        return scores.cpu(), ids.cpu(), certified.cpu()
+
+    def exhaustive(self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
+        """Every document whose bound allows it is scored: slow for masses of ties, right for any input."""
+        num_queries, hidden_size = queries_QD.shape
+        scores = torch.full((num_queries, self.k), -torch.inf, device=self.device)
+        ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=self.device)
+        rounding, ceilings = Rounding("fp32", hidden_size), ceilings_Q.to(self.device)
+        hidden = Hidden(exclude, self.device)
+        encode = METHODS["fp32"](hidden_size, self.device)
+        query_rows = encode(queries_QD)
+        for first, documents_nD in self.document_blocks():
+            block = encode(documents_nD)
+            for tile in self.tiles(num_queries):
+                bound = pair_bound(query_rows[tile], block, rounding)
+                upper = matmul(query_rows[tile], block, bound)
+                lower = upper - 2 * bound[:, None]
+                kth = scores[tile, -1]
+                if upper.shape[1] >= self.k:
+                    sure = torch.where(upper < ceilings[tile, None], lower, -torch.inf)
+                    hidden.hide_(sure, tile, first)
+                    kth = torch.maximum(kth, sure.nan_to_num(-torch.inf).topk(self.k, dim=1).values[:, -1])
+                alive = (upper >= kth[:, None]) & (lower < ceilings[tile, None])
+                rows, columns = alive.nonzero(as_tuple=True)
+                exact = torch.full_like(upper, torch.nan)
+                exact[rows, columns] = _pair_scores_chunked(queries_QD[tile], rows, documents_nD, columns)
+                streaming_topk_(exact, ceilings[tile], scores[tile], ids[tile], first, *hidden.of(tile))
+        return scores.cpu(), ids.cpu()
+
+    def document_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, self.documents.shape[0], self.block_documents):
+            rows = slice(start, min(start + self.block_documents, self.documents.shape[0]))
+            yield self.first_id + start, fp32_rows(self.documents, rows, self.device)
+
+    def tiles(self, num_queries: int) -> Iterator[slice]:
+        for start in range(0, num_queries, self.tile_queries):
+            yield slice(start, min(start + self.tile_queries, num_queries))
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """[P, D] fp32 rows of the documents with these ids."""
+        return fp32_rows(self.documents, (ids - self.first_id).cpu().numpy(), self.device)
+
+
+def _pair_scores_chunked(queries: Tensor, rows: Tensor, documents: Tensor, columns: Tensor | None = None) -> Tensor:
+    """pair_scores of queries[rows[i]] and documents[i] (or documents[columns[i]]), 1 MiB of fp64 (a cache) at a time."""
+    scores = torch.empty(len(rows), device=queries.device)
+    step = max(1, (1 << (22 if queries.is_cuda else 17)) // queries.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        at = documents[part] if columns is None else documents[columns[part]]
+        scores[part] = pair_scores(queries[rows[part]], at)
+    return scores
+
+
+def fp32_rows(array: Any, index: Any, device: torch.device | str) -> Tensor:
+    """array[index] as an fp32 tensor: numpy, memory map, tensor or corpus."""
+    rows = (
+        array[torch.from_numpy(index)] if isinstance(array, Tensor) and isinstance(index, np.ndarray) else array[index]
+    )
+    if not isinstance(rows, Tensor):
+        rows = torch.from_numpy(np.array(rows, dtype=np.float32))
+    return rows.to(device=device, dtype=torch.float32)
+
+
+def _round_up_fp32(values: Any) -> Tensor:
+    """The smallest fp32 not below each value: for fp32 s, s < value exactly when s < round_up(value). NaN: -inf."""
+    exact = np.asarray(values.cpu() if isinstance(values, Tensor) else values, np.float64)
+    if np.isnan(exact).any():
+        row = int(np.isnan(exact).nonzero()[0][0])
+        raise UserError(f"the ceiling of query {row} is NaN: its positive's score is not a number")
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(np.float32)
+    rounded = np.where(rounded < exact, np.nextafter(rounded, np.float32(np.inf)), rounded)
+    return torch.from_numpy(rounded.astype(np.float32))
+
+
+def next_after(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.full_like(x, torch.inf))
+
+
+@contextlib.contextmanager
+def ieee_fp32_matmul() -> Iterator[None]:
+    """fp32 GEMMs in fp32: "high" or "medium" precision (TF32, bf16) would break the error bound."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,276 @@
+"""Groups stay whole, bins hold at most max_tokens, every rank gets equal counts, and the tensors point at the right text."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_embed_core.config import DataConfig, UserError
+from nemo_embed_core.data.packing import (
+    MicroBatch,
+    PackedBatch,
+    build_micro_batch,
+    load_batch,
+    pack_texts,
+    plan,
+    split_over_ranks,
+)
+from nemo_embed_core.data.sampler import Sampler, choose_documents
+
+CONFIG = DataConfig(num_hard_negatives=3, max_tokens=600)
+
+
+def group_tokens(count: int, passages: int = 5, seed: int = 0) -> np.ndarray:
+    """Tokens of a query and its passages: log-normal passages around 100 tokens, cut at 512, as real corpora have."""
+    rng = np.random.default_rng(seed)
+    return np.minimum(np.exp(rng.normal(4.6, 0.8, (count, passages))).astype(np.int64) + 4, 512).sum(1) + 20
+
+
+class FakeStore(SimpleNamespace):
+    """Every text's tokens say whose they are: [owner] * length."""
+
+    def query_tokens(self, row):
+        return np.full(self.query_lengths[row], 10_000 + row, np.int32)
+
+    def document_tokens(self, doc_id):
+        return np.full(self.document_lengths[doc_id], 20_000 + doc_id, np.int32)
+
+    def __len__(self):
+        return len(self.query_lengths)
+
+
+def fake_store(rows: int = 97, documents: int = 150, seed: int = 0) -> FakeStore:
+    rng = np.random.default_rng(seed)
+    negatives = [rng.choice(documents, rng.integers(0, 6), replace=False) for _ in range(rows)]
+    return FakeStore(
+        query_lengths=rng.integers(2, 30, rows).astype(np.int32),
+        document_lengths=rng.integers(2, 120, documents).astype(np.int32),
+        positive_offsets=np.arange(rows + 1),
+        positive_ids=rng.integers(0, documents, rows),
+        negative_offsets=np.cumsum([0] + [len(n) for n in negatives]),
+        negative_ids=np.concatenate(negatives).astype(np.int64),
+    )
+
+
+# ------------------------------------------------------------------------------------------ ranks and bins
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 8, 24])
+def test_ranks_get_equal_counts_and_even_tokens(dp_size):
+    tokens = group_tokens(24 * 20)
+    parts = split_over_ranks(tokens, dp_size)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(tokens)))
+    assert {len(part) for part in parts} == {len(tokens) // dp_size}
+    loads = [int(tokens[part].sum()) for part in parts]
+    assert max(loads) <= 1.01 * np.mean(loads), "in order of arrival the spread is several percent"
+    assert all((a == b).all() for a, b in zip(parts, split_over_ranks(tokens, dp_size), strict=True))
+
+
+def test_ranks_that_do_not_divide_the_batch():
+    with pytest.raises(UserError, match=r"global_batch_size=10 is not a multiple of the 4 .* ranks; use 8 or 12"):
+        split_over_ranks(np.ones(10, np.int64), 4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_keeps_groups_whole_within_capacity_and_counts_equal(seed):
+    rng = np.random.default_rng(seed)
+    ranks, count = int(rng.integers(1, 6)), int(rng.integers(1, 40))
+    tokens = [rng.integers(1, rng.integers(2, 1000), count) for _ in range(ranks)]  # ranks differ in their sizes
+    max_tokens = int(max(t.max() for t in tokens)) + int(rng.integers(0, 500))
+    plans = plan(tokens, max_tokens)
+    assert len({len(bins) for bins in plans}) == 1
+    for rank_tokens, bins in zip(tokens, plans, strict=True):
+        assert sorted(np.concatenate(bins).tolist()) == list(range(count)), "every group once, whole"
+        loads = [int(rank_tokens[bin_].sum()) for bin_ in bins]
+        assert min(len(bin_) for bin_ in bins) > 0 and max(loads) <= max_tokens
+        assert loads == sorted(loads, reverse=True), "fullest first"
+    # At most one bin of a rank that was not split is half empty, else two of them would be one.
+    assert len(plans[0]) <= max(2 * int(r.sum()) / max_tokens for r in tokens) + 1
+
+
+def test_ranks_that_need_fewer_bins_split_theirs():
+    plans = plan([np.full(4, 100), np.array([1, 1, 1, 1])], 100)
+    assert [sorted(bin_.tolist() for bin_ in bins) for bins in plans] == [[[0], [1], [2], [3]]] * 2
+    plans = plan([np.array([60, 60, 60, 1]), np.array([50, 40, 30, 10])], 130)
+    assert [len(bins) for bins in plans] == [2, 2]
+    assert sorted(int(np.array([50, 40, 30, 10])[bin_].sum()) for bin_ in plans[1]) == [60, 70], "split evenly"
+
+
+def test_best_fit_fills_bins_exactly_where_it_can():
+    tokens = np.array([70, 60, 50, 50, 40, 30])
+    assert sorted(int(tokens[bin_].sum()) for bin_ in plan([tokens], 100)[0]) == [100, 100, 100]
+    tokens = np.array([60, 50, 40, 25, 25])  # 40 beside 60: in the emptier bin it would cost a third one
+    assert sorted(int(tokens[bin_].sum()) for bin_ in plan([tokens], 100)[0]) == [100, 100]
+
+
+@pytest.mark.parametrize(("passages", "max_tokens", "density"), [(5, 8192, 0.98), (2, 8192, 0.99), (5, 4096, 0.95)])
+def test_density_on_realistic_lengths(passages, max_tokens, density):
+    """2,048 groups on 8 ranks; a padded batch of the same texts is less than half full."""
+    tokens = group_tokens(2048, passages)
+    (bins,) = plan([tokens], max_tokens)
+    assert tokens.sum() / (len(bins) * max_tokens) > density
+    parts = split_over_ranks(tokens, 8)
+    plans = plan([tokens[part] for part in parts], max_tokens)
+    fewest = -(-int(max(tokens[part].sum() for part in parts)) // max_tokens)
+    assert len(plans[0]) <= fewest + 1, "on every rank at most one micro-batch more than tokens / max_tokens"
+
+
+def test_group_larger_than_a_micro_batch():
+    with pytest.raises(
+        UserError, match=r"group 1 have 101 tokens together, more than max_tokens=100; raise data.max_tokens"
+    ):
+        plan([np.array([5, 101])], 100)
+
+
+# ------------------------------------------------------------------------------------------ tensors
+
+
+def check_packed(batch: PackedBatch, pad_to_multiple: int) -> None:
+    T, cu = len(batch.input_ids), batch.cu_seqlens.tolist()
+    assert T == cu[-1] == sum(batch.lengths) and cu[0] == 0 and T % pad_to_multiple == 0
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
+    assert torch.diff(batch.cu_seqlens).tolist() == list(batch.lengths)
+    real = batch.lengths[: batch.num_sequences]
+    assert list(real) == sorted(real) and sum(real) == batch.num_tokens
+    assert len(batch.lengths) - batch.num_sequences == int(batch.num_tokens < T)
+    assert T - batch.num_tokens < pad_to_multiple and batch.max_seqlen == max(batch.lengths)
+    positions = [i for length in batch.lengths for i in range(length)]
+    assert batch.position_ids.tolist() == positions
+
+
+def sequence(batch: PackedBatch, index: int) -> list[int]:
+    return batch.input_ids[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]].tolist()
+
+
+def check_micro_batch(batch: MicroBatch, store: FakeStore, pad_to_multiple: int) -> None:
+    check_packed(batch, pad_to_multiple)
+    b, columns = batch.document_ids.shape
+    assert batch.query_index.shape == (b,) and batch.document_index.shape == batch.document_mask.shape == (b, columns)
+    assert max(batch.query_index.max(), batch.document_index.max()) < batch.num_sequences, "the dummy is never indexed"
+    assert (batch.document_mask == (batch.document_ids >= 0)).all()
+    assert (batch.document_index[~batch.document_mask] == 0).all()
+    for i, row in enumerate(batch.rows.tolist()):
+        assert sequence(batch, batch.query_index[i]) == store.query_tokens(row).tolist()
+        for k in range(columns):
+            if batch.document_mask[i, k]:
+                tokens = store.document_tokens(int(batch.document_ids[i, k])).tolist()
+                assert sequence(batch, batch.document_index[i, k]) == tokens
+    unique = batch.document_ids[batch.document_mask].unique()
+    assert batch.num_sequences == b + len(unique), "a document is encoded once, and nothing else is"
+
+
+@pytest.mark.parametrize("pad_to_multiple", [1, 2, 8])
+def test_micro_batch_points_at_the_right_sequences(pad_to_multiple):
+    store = fake_store()
+    rows = np.array([5, 9, 5, 80, 3])
+    doc_ids = choose_documents(store, rows, np.zeros(5, np.int64), 4, seed=0)
+    assert (doc_ids == -1).any(), "missing negatives are part of the test"
+    check_micro_batch(build_micro_batch(store, rows, doc_ids, pad_to_multiple), store, pad_to_multiple)
+
+
+def test_a_document_of_several_groups_is_encoded_once():
+    store = fake_store()
+    doc_ids = np.array([[7, 8, -1], [7, 9, 8], [9, 7, -1]])
+    batch = build_micro_batch(store, np.array([0, 1, 2]), doc_ids)
+    check_micro_batch(batch, store, 1)
+    assert batch.num_sequences == 3 + 3
+    assert batch.document_index[0, 0] == batch.document_index[1, 0] == batch.document_index[2, 1]
+    expected = store.query_lengths[:3].sum() + store.document_lengths[[7, 8, 9]].sum()
+    assert batch.num_tokens == expected
+
+
+def test_dummy_sequence_only_when_needed():
+    store = fake_store()
+    store.query_lengths[:2], store.document_lengths[:2] = 5, 11
+    even = build_micro_batch(store, np.array([0, 1]), np.array([[0], [1]]), 8)
+    assert len(even.input_ids) == 32 and even.num_sequences == len(even.lengths) == 4
+    odd = build_micro_batch(store, np.array([0, 1]), np.array([[0], [1]]), 5)
+    assert len(odd.input_ids) == 35 and odd.lengths == (5, 5, 11, 11, 3) and odd.num_sequences == 4
+
+
+def test_to_moves_every_tensor_and_nothing_else():
+    batch = build_micro_batch(fake_store(), np.array([0, 1]), np.array([[0], [1]]))
+    moved = batch.to("meta")
+    assert type(moved) is MicroBatch and moved.lengths == batch.lengths
+    tensors = [name for name, value in vars(moved).items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 7 and all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert batch.to("cpu") is batch
+
+
+# ------------------------------------------------------------------------------------------ a step
+
+
+@pytest.mark.parametrize(("dp_size", "pad_to_multiple"), [(1, 1), (2, 1), (4, 4), (16, 2)])
+def test_ranks_share_a_step_exactly(dp_size, pad_to_multiple):
+    store = fake_store()
+    sampler = Sampler(len(store), 32, seed=1)
+    for step in (0, 3):  # step 3 spans the end of an epoch
+        ranks = [
+            load_batch(store, sampler, step, rank, dp_size, CONFIG, pad_to_multiple, seed=1) for rank in range(dp_size)
+        ]
+        assert len({len(batches) for batches, _ in ranks}) == 1, "every rank runs as many micro-batches"
+        assert len({sum(len(m.query_index) for m in batches) for batches, _ in ranks}) == 1
+        everything = [m for batches, _ in ranks for m in batches]
+        assert sorted(row for m in everything for row in m.rows.tolist()) == sorted(sampler.rows(step).tolist())
+        for m in everything:
+            check_micro_batch(m, store, pad_to_multiple)
+            assert len(m.input_ids) <= CONFIG.max_tokens, "padding included"
+        assert {total for _, total in ranks} == {sum(m.num_tokens for m in everything)}
+
+
+def test_documents_of_a_row_are_the_same_at_any_world_size():
+    store = fake_store()
+    sampler = Sampler(len(store), 32, seed=1)
+
+    def documents(dp_size):
+        batches = [m for r in range(dp_size) for m in load_batch(store, sampler, 1, r, dp_size, CONFIG, 1, 7)[0]]
+        return {row: ids for m in batches for row, ids in zip(m.rows.tolist(), m.document_ids.tolist(), strict=True)}
+
+    assert documents(1) == documents(2) == documents(8)
+    rows = sampler.rows(1)
+    chosen = choose_documents(store, rows, sampler.epochs(1), CONFIG.num_hard_negatives, seed=7)
+    assert documents(1) == dict(zip(rows.tolist(), chosen.tolist(), strict=True)), "and they are keyed by the seed"
+
+
+def test_row_that_does_not_fit_is_named():
+    store = fake_store()
+    store.query_lengths[11] = 590
+    sampler = Sampler(len(store), len(store), seed=0)
+    with pytest.raises(UserError, match=r"row 11 of the store .* more than data\.max_tokens=600 .*: 600\); raise data"):
+        load_batch(store, sampler, 0, 0, 1, replace(CONFIG, num_hard_negatives=5))
+
+
+# ------------------------------------------------------------------------------------------ texts alone
+
+
+@pytest.mark.parametrize("pad_to_multiple", [1, 8])
+def test_pack_texts_covers_every_text_once(pad_to_multiple):
+    rng = np.random.default_rng(0)
+    texts = [np.full(length, i, np.int32) for i, length in enumerate(rng.integers(1, 100, 200))]
+    seen: list[int] = []
+    capacity = tokens = 0
+    for indices, batch in pack_texts(texts, 500, pad_to_multiple):
+        check_packed(batch, pad_to_multiple)
+        assert len(batch.input_ids) <= 500 and batch.num_sequences == len(indices)
+        for j, i in enumerate(indices.tolist()):
+            assert sequence(batch, j) == texts[i].tolist()
+        seen += indices.tolist()
+        capacity, tokens = capacity + 500, tokens + batch.num_tokens
+    assert sorted(seen) == list(range(200))
+    assert tokens / capacity > 0.85
+
+
+def test_pack_texts_edges():
+    assert list(pack_texts([], 10)) == []
+    (indices, batch), *rest = pack_texts([np.arange(10, dtype=np.int32)], 10)
+    assert indices.tolist() == [0] and batch.num_tokens == 10 and not rest
+    with pytest.raises(UserError, match=r"text 1 has 11 tokens, more than max_tokens=10"):
+        list(pack_texts([np.arange(3), np.arange(11)], 10))
+    with pytest.raises(
+        UserError, match=r"text 0 has 10 tokens, more than max_tokens=10 \(in whole multiples of 4: 8\)"
+    ):
+        list(pack_texts([np.arange(10)], 10, 4))
+    with pytest.raises(UserError, match="max_tokens=3 is less than the 4"):
+        list(pack_texts([np.arange(2)], 3, 4))

@@ -1,0 +1,138 @@
+"""No row lost, none doubled, the same at any world size; documents drawn without replacement, keyed by seed, epoch, row."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nemo_embed_core.config import UserError
+from nemo_embed_core.data.sampler import Sampler, choose_documents
+
+PRIME = 101
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 100, PRIME])
+def test_after_n_epochs_every_row_came_exactly_n_times(batch):
+    sampler = Sampler(PRIME, batch, seed=3)
+    epochs = 5
+    drawn = np.concatenate([sampler.rows(step) for step in range(-(-epochs * PRIME // batch))])
+    belongs = np.concatenate([sampler.epochs(step) for step in range(-(-epochs * PRIME // batch))])
+    assert Counter(drawn[: epochs * PRIME].tolist()) == dict.fromkeys(range(PRIME), epochs)
+    for epoch in range(epochs):
+        assert sorted(drawn[belongs == epoch].tolist()) == list(range(PRIME))
+
+
+def test_a_step_depends_on_nothing_but_the_seed():
+    forward = Sampler(PRIME, 30, seed=0)
+    rows = {step: forward.rows(step).tolist() for step in range(12)}
+    backward = Sampler(PRIME, 30, seed=0)
+    assert {step: backward.rows(step).tolist() for step in reversed(range(12))} == rows
+    assert Sampler(PRIME, 30, seed=0).rows(7).tolist() == rows[7], "resumed in the middle"
+    assert Sampler(PRIME, 30, seed=1).rows(7).tolist() != rows[7]
+    assert Sampler(PRIME, 30, seed=-1).rows(0).tolist() != rows[0]
+    # The stream of rows does not depend on the batch: a run may resume with another global batch at a common multiple.
+    longer = Sampler(PRIME, 60, seed=0)
+    assert longer.rows(2).tolist() == rows[4] + rows[5]
+
+
+def test_epochs_are_shuffled_differently():
+    sampler = Sampler(PRIME, PRIME, seed=0)
+    first, second = sampler.rows(0), sampler.rows(1)
+    assert (first != np.arange(PRIME)).sum() > 80 and (first != second).sum() > 80
+    assert [sampler.epoch(step) for step in range(3)] == [0, 1, 2]
+    assert [Sampler(10, 4, 0).epoch(step) for step in range(6)] == [0, 0, 0, 1, 1, 2]
+
+
+def test_batch_that_spans_the_end_of_an_epoch():
+    sampler = Sampler(10, 4, seed=0)
+    assert sampler.epochs(2).tolist() == [0, 0, 1, 1]
+    assert sorted(np.concatenate([sampler.rows(0), sampler.rows(1), sampler.rows(2)[:2]]).tolist()) == list(range(10))
+
+
+def test_order_is_pinned():
+    """A change here breaks the resume of every running job: old checkpoints hold a step, not rows."""
+    assert Sampler(10, 10, seed=0).rows(0).tolist() == GOLDEN_0
+    assert Sampler(10, 10, seed=7).rows(3).tolist() == GOLDEN_7
+    ids = choose_documents(STORE, np.array([0, 1, 2]), np.array([0, 0, 1]), 3, seed=5)
+    assert ids.tolist() == GOLDEN_IDS
+
+
+def test_fewer_rows_than_a_batch():
+    with pytest.raises(
+        UserError, match=r"has 7 rows, fewer than global_batch_size=8: lower global_batch_size to at most 7"
+    ):
+        Sampler(7, 8, seed=0)
+
+
+# ------------------------------------------------------------------------------------------ documents
+
+
+def fake_store(positives: list[list[int]], negatives: list[list[int]]):
+    def csr(lists):
+        return np.cumsum([0] + [len(x) for x in lists]), np.array([i for x in lists for i in x], np.int64)
+
+    (po, pi), (no, ni) = csr(positives), csr(negatives)
+    return SimpleNamespace(positive_offsets=po, positive_ids=pi, negative_offsets=no, negative_ids=ni)
+
+
+STORE = fake_store(
+    positives=[[0], [1, 2, 3], [4, 5]],
+    negatives=[[10, 11, 12, 13, 14, 15], [], [20, 21]],
+)
+
+GOLDEN_0 = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+GOLDEN_7 = [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
+GOLDEN_IDS = [[0, 14, 11, 12], [2, -1, -1, -1], [4, 21, 20, -1]]
+
+
+@pytest.mark.parametrize("K", [0, 1, 2, 6, 9])
+def test_documents_are_the_rows_own_without_repeats_and_missing_ones_last(K):
+    own_pos = [{0}, {1, 2, 3}, {4, 5}]
+    own_neg = [{10, 11, 12, 13, 14, 15}, set(), {20, 21}]
+    for epoch in range(30):
+        rows = np.array([2, 0, 1, 0])
+        ids = choose_documents(STORE, rows, np.full(4, epoch), K, seed=0)
+        assert ids.shape == (4, 1 + K) and ids.dtype == np.int64
+        for row, line in zip(rows.tolist(), ids.tolist(), strict=True):
+            assert line[0] in own_pos[row]
+            given = [i for i in line[1:] if i >= 0]
+            assert len(given) == min(K, len(own_neg[row])) and line[1 + len(given) :] == [-1] * (K - len(given))
+            assert len(set(given)) == len(given) and set(given) <= own_neg[row]
+        assert ids[1].tolist() == ids[3].tolist(), "the same row in the same epoch"
+
+
+def test_a_rows_documents_do_not_depend_on_the_batch():
+    whole = choose_documents(STORE, np.array([0, 1, 2]), np.array([4, 4, 4]), 3, seed=1)
+    for row in range(3):
+        alone = choose_documents(STORE, np.array([row]), np.array([4]), 3, seed=1)
+        assert alone[0].tolist() == whole[row].tolist()
+
+
+def test_documents_change_with_epoch_row_and_seed():
+    store = fake_store([[0]] * 50, [list(range(100, 120))] * 50)
+    rows, zeros = np.arange(50), np.zeros(50, np.int64)
+    base = choose_documents(store, rows, zeros, 5, seed=0)
+    assert len({tuple(line) for line in base.tolist()}) == 50, "rows with equal lists draw independently"
+    assert (choose_documents(store, rows, zeros + 1, 5, seed=0) != base).any(1).all()
+    assert (choose_documents(store, rows, zeros, 5, seed=1) != base).any(1).all()
+
+
+def test_draws_are_uniform():
+    """Every negative at every place, every positive, and every pair equally often, within 5 standard deviations."""
+    n = 6000
+    store = fake_store([[1, 2, 3]] * n, [[10, 11, 12, 13, 14]] * n)
+    ids = choose_documents(store, np.arange(n), np.zeros(n, np.int64), 2, seed=9)
+    counts = [*Counter(ids[:, 0].tolist()).values()]
+    for share, values in ((1 / 3, counts), *((1 / 5, Counter(ids[:, k].tolist()).values()) for k in (1, 2))):
+        assert len(values) == round(1 / share)
+        assert all(abs(count - n * share) < 5 * (n * share) ** 0.5 for count in values), values
+    pairs = Counter(map(tuple, ids[:, 1:].tolist()))
+    assert len(pairs) == 20 and all(abs(count - n / 20) < 5 * (n / 20) ** 0.5 for count in pairs.values())
+    with_positive = Counter(zip(ids[:, 0].tolist(), ids[:, 1].tolist(), strict=True))
+    assert all(abs(count - n / 15) < 5 * (n / 15) ** 0.5 for count in with_positive.values()), "drawn independently"
+
+
+def test_no_negatives_at_all():
+    store = fake_store([[0], [1]], [[], []])
+    assert choose_documents(store, np.array([1, 0]), np.array([0, 0]), 2, 0).tolist() == [[1, -1, -1], [0, -1, -1]]

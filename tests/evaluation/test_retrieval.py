@@ -1,0 +1,143 @@
+import math
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_embed_core.config import UserError
+from nemo_embed_core.data.readers import Beir
+from nemo_embed_core.evaluation.retrieval import evaluate_bm25, evaluate_retrieval
+
+NUM_DOCUMENTS = 30
+
+
+class TableEncoder:
+    """Vectors out of a table {text: vector}; records what it was asked for."""
+
+    def __init__(self, table: dict[str, list[float]], digest: str = "table"):
+        self.table, self.digest = table, digest
+        self.calls: list[tuple[int, str, int]] = []
+
+    def encode(self, texts, prompt="", max_length=512):
+        self.calls.append((len(texts), prompt, max_length))
+        return np.array([self.table[text] for text in texts], dtype=np.float32)
+
+
+def ranked(ranking: dict[str, list[str]]) -> tuple[TableEncoder, dict[str, str]]:
+    """An encoder for which the documents d0, d1, ... score for each query in the given order; the rest come after.
+
+    Query i asks for channel i, where document d has 1 / (1 + its rank); a last channel brings every row to unit length.
+    """
+    corpus = {f"d{i}": f"text of d{i}" for i in range(NUM_DOCUMENTS)}
+    scores = np.zeros((NUM_DOCUMENTS, len(ranking)))
+    for column, first in enumerate(ranking.values()):
+        order = first + [document for document in corpus if document not in first]
+        for rank, document in enumerate(order):
+            scores[int(document[1:]), column] = (1 - rank / 100) / math.sqrt(len(ranking))
+    rows = np.concatenate([scores, np.sqrt(1 - (scores**2).sum(1, keepdims=True))], axis=1)
+    queries = dict(zip(ranking, np.eye(len(ranking), len(ranking) + 1), strict=True))
+    return TableEncoder({**queries, **dict(zip(corpus.values(), rows, strict=True))}), corpus
+
+
+def test_a_known_ranking_gives_the_figures_calculated_by_hand():
+    encoder, corpus = ranked({"a": ["d1", "d2", "d3"], "b": ["d7", "d8"], "c": [f"d{i}" for i in range(11)]})
+    qrels = {
+        "qa": {"d3": 1},  # rank 3
+        "qb": {"d8": 1, "d7": 0, "d29": 1},  # rank 2 and one far away; d7 is judged not relevant
+        "qc": {"d10": 1},  # rank 11: outside
+    }
+    queries = {"qa": "a", "qb": "b", "qc": "c"}
+    ndcg = [1 / math.log2(4), (1 / math.log2(3)) / (1 + 1 / math.log2(3)), 0.0]
+    scores = evaluate_retrieval(encoder, Beir(corpus, queries, qrels))
+    assert scores.keys() == {"ndcg_at_10", "recall_at_10", "mrr_at_10"}
+    # mteb rounds nDCG and recall to five digits
+    assert scores["ndcg_at_10"] == pytest.approx(sum(ndcg) / 3, abs=1e-5)
+    assert scores["recall_at_10"] == pytest.approx((1 + 1 / 2 + 0) / 3, abs=1e-5)
+    assert scores["mrr_at_10"] == pytest.approx((1 / 3 + 1 / 2 + 0) / 3, abs=1e-5)
+
+
+def test_graded_relevance_counts_in_ndcg():
+    encoder, corpus = ranked({"a": ["d1", "d2"]})
+    scores = evaluate_retrieval(encoder, Beir(corpus, {"q": "a"}, {"q": {"d1": 1, "d2": 3}}))
+    expected = (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))
+    assert scores["ndcg_at_10"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_perfect_encoder_scores_one_and_gets_prompts_and_lengths():
+    ranking = {f"query {i}": [f"d{i}"] for i in range(20)}
+    encoder, corpus = ranked(ranking)
+    queries = {f"q{i}": text for i, text in enumerate(ranking)}
+    beir = Beir(corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(20)})
+    lengths = {"query_max_length": 33, "document_max_length": 44}
+    scores = evaluate_retrieval(encoder, beir, "Find it", **lengths)
+    assert scores == {"ndcg_at_10": 1.0, "recall_at_10": 1.0, "mrr_at_10": 1.0}
+    assert sorted(encoder.calls) == [(20, "Instruct: Find it\nQuery: ", 33), (NUM_DOCUMENTS, "", 44)]
+    encoder.calls.clear()
+    evaluate_retrieval(encoder, beir)
+    assert {prompt for _, prompt, _ in encoder.calls} == {""}
+
+
+@pytest.mark.parametrize("digests", [("one", "two"), ("same", "same")])
+def test_two_models_never_share_scores(digests):
+    """mteb's default cache goes by name and revision; here even equal digests give every model its own figures."""
+    good, corpus = ranked({"a": ["d5"]})
+    bad, _ = ranked({"a": [f"d{i}" for i in range(NUM_DOCUMENTS) if i != 5]})
+    good.digest, bad.digest = digests
+    beir = Beir(corpus, {"q": "a"}, {"q": {"d5": 1}})
+    assert evaluate_retrieval(good, beir)["ndcg_at_10"] == 1.0
+    assert evaluate_retrieval(bad, beir)["ndcg_at_10"] == 0.0
+    assert evaluate_retrieval(good, beir)["ndcg_at_10"] == 1.0
+
+
+def test_evaluation_touches_neither_network_nor_random_state(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    encoder, corpus = ranked({"a": ["d5"]})
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    evaluate_retrieval(encoder, Beir(corpus, {"q": "a"}, {"q": {"d5": 1}}))
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def test_a_large_corpus_is_scored_in_chunks_with_the_same_figures(monkeypatch):
+    """1,500 documents make two chunks at the smallest chunk; the best document sits in the second."""
+    corpus = {f"d{i}": f"text {i}" for i in range(1500)}
+    angle = {text: [math.cos(i / 1000), math.sin(i / 1000)] for i, text in enumerate(corpus.values())}
+    encoder = TableEncoder({**angle, "a": [math.cos(1.4), math.sin(1.4)]})
+    monkeypatch.setattr("nemo_embed_core.evaluation.retrieval.MAX_SCORES", 1)
+    scores = evaluate_retrieval(encoder, Beir(corpus, {"q": "a"}, {"q": {"d1400": 1, "d3": 1}}))
+    assert [count for count, _, _ in encoder.calls] == [1, 1000, 500]
+    assert (scores["mrr_at_10"], scores["recall_at_10"]) == (1.0, 0.5)
+
+
+def test_nan_embeddings_are_an_error_and_not_a_score():
+    encoder, corpus = ranked({"a": ["d5"]})
+    encoder.table[corpus["d9"]] = [math.nan, 0.0]
+    with pytest.raises(UserError, match=r"1 of 30 document embeddings have NaN .*'text of d9'"):
+        evaluate_retrieval(encoder, Beir(corpus, {"q": "a"}, {"q": {"d5": 1}}))
+
+
+def test_bm25_goes_through_the_same_evaluator_and_a_query_without_a_match_counts_as_a_failure():
+    corpus = {"d0": "red apple", "d1": "green pear", "d2": "red red pear"}
+    queries = {"qa": "apple", "qb": "red", "qc": "zebra"}
+    qrels = {"qa": {"d0": 1}, "qb": {"d0": 1}, "qc": {"d1": 1}}
+    scores = evaluate_bm25(Beir(corpus, queries, qrels))
+    # apple: rank 1.  red: d2 has it twice, d0 is second.  zebra: nothing.
+    assert scores["ndcg_at_10"] == pytest.approx((1 + 1 / math.log2(3) + 0) / 3, abs=1e-5)
+    assert scores["recall_at_10"] == pytest.approx(2 / 3, abs=1e-5)
+    assert scores["mrr_at_10"] == pytest.approx((1 + 1 / 2 + 0) / 3, abs=1e-5)
+
+
+def test_nothing_to_evaluate_is_an_error():
+    encoder, corpus = ranked({"a": ["d5"]})
+    with pytest.raises(UserError, match="0 queries over 30 documents"):
+        evaluate_retrieval(encoder, Beir(corpus, {}, {}))
+    with pytest.raises(UserError, match="1 of 2 queries have no relevance judgement, the first is q2"):
+        evaluate_bm25(Beir(corpus, {"q1": "a", "q2": "b"}, {"q1": {"d5": 1}}))

@@ -1,0 +1,370 @@
+"""What the kernels must satisfy, as functions: run by Triton's interpreter on the CPU and by the compiler on a GPU.
+
+    TRITON_INTERPRET=1 PYTHONPATH=. python tests/kernels/checks.py < requests > replies
+
+Every check takes the module under test, so that mutated copies go through exactly the same checks, and compares outputs and
+all gradients with the plain-torch reference in float64 under an error budget: no worse than twice what plain torch loses in
+the same dtype, plus an ulp. Uninitialised memory is NaN while the launchers run, so an element that no program wrote shows.
+
+The interpreter is set up when triton is imported, hence a process of its own, which `conftest.py` starts once: a line of JSON
+{"check", "arguments", "mutation"} in, a line of JSON {"error": traceback or null} out. Known limits of the interpreter:
+bf16 dots are garbage and bf16 casts truncate, so it checks fp32 and fp16; bf16 is for the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin return NaN (and the largest integers)."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # cuBLAS and its workspace
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def outputs_and_gradients(function: Callable, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The function's outputs, and the gradients of sum(output * fixed noise) in every input; the inputs stay as they are."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    noise = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(y.shape, generator=noise, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, cotangents)
+    for name, x in inputs.items():
+        assert torch.equal(leaves[name].detach().nan_to_num(7), x.nan_to_num(7)), f"{name} was written to"
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return results | {f"d({name})": x.grad for name, x in leaves.items() if x.grad is not None}
+
+
+def check(kernel: Callable, reference: Callable, inputs: dict[str, torch.Tensor], slack: float = 1.0, **absolute: float):
+    """slack: ulps of the largest value that are forgiven. absolute: further allowance by input name, for its gradient."""
+    truth = outputs_and_gradients(reference, {name: x.double() for name, x in inputs.items()})
+    plain = outputs_and_gradients(reference, inputs)
+    with poisoned_memory():
+        ours = outputs_and_gradients(kernel, inputs)
+    assert ours.keys() == truth.keys(), f"{ours.keys()} {truth.keys()}"
+    for name, exact in truth.items():
+        assert ours[name].dtype == plain[name].dtype and ours[name].shape == exact.shape, f"{name}: {ours[name].dtype}"
+        # -inf is a right answer (no column is left for a row): it must stand in the same places.
+        finite = exact.isfinite()
+        assert torch.equal(ours[name].isfinite(), finite), f"{name}: NaN or inf in {(~ours[name].isfinite()).sum()} places"
+        if not finite.any():
+            continue
+        error, lost = ((x.double() - exact)[finite].abs().max().item() for x in (ours[name], plain[name]))
+        ulp = torch.finfo(ours[name].dtype).eps * exact[finite].abs().max().item()
+        budget = 2 * lost + slack * ulp + absolute.get(name[2:-1], 0.0)
+        assert error <= budget, f"{name}: error {error:.2e} is above the budget {budget:.2e} (plain torch {lost:.2e})"
+
+
+def check_twice(kernel: Callable, inputs: dict[str, torch.Tensor]) -> None:
+    """Same input, same bits."""
+    first, second = outputs_and_gradients(kernel, inputs), outputs_and_gradients(kernel, inputs)
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{name} differs between two runs"
+
+
+def noise(*shape: int, dtype: str, device: str, unit: bool = False) -> torch.Tensor:
+    x = torch.randn(shape, dtype=torch.float64)
+    return (F.normalize(x, dim=-1) if unit else x).to(device, DTYPES[dtype])
+
+
+# ------------------------------------------------------------------------------------------ the glue between GEMMs
+
+
+def rms_norm(module, T, D, residual, dtype="fp32", device="cpu", programs=None):
+    if programs is not None:
+        module._BACKWARD_PROGRAMS = programs  # so that few rows already make a program loop
+    inputs = {"x_TD": noise(T, D, dtype=dtype, device=device), "weight_D": noise(D, dtype=dtype, device=device)}
+    inputs["x_TD"][0] *= 1e-3  # a row where eps counts
+    if residual:
+        inputs["residual_TD"] = noise(T, D, dtype=dtype, device=device)
+
+    def both(function):
+        return lambda **x: function(eps=1e-5, **x)
+
+    def no_hidden(function):
+        return lambda **x: function(eps=1e-5, **x)[0]
+
+    for wrap in (both, no_hidden):
+        check(wrap(module.rms_norm_kernel), wrap(module.rms_norm_ref), inputs, slack=2)
+    check_twice(both(module.rms_norm_kernel), inputs)
+
+
+def swiglu(module, T, num_blocks, width, dtype="fp32", device="cpu"):
+    inputs = {"gate_up_TE": 4 * noise(T, 2 * num_blocks * width, dtype=dtype, device=device)}
+    check(
+        lambda **x: module.swiglu_kernel(num_blocks=num_blocks, **x),
+        lambda **x: module.swiglu_ref(num_blocks=num_blocks, **x),
+        inputs,
+        slack=2,
+    )
+
+
+def split_rope(module, T, num_heads, num_kv_heads, head_dim, dtype="fp32", device="cpu"):
+    angle = torch.rand(T, head_dim // 2, dtype=torch.float64) * 6.3
+    cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    inputs = {"qkv_TE": noise(T, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)}
+    check(
+        lambda **x: module.split_rope_kernel(cos_TR=cos, sin_TR=sin, **sizes, **x),
+        lambda **x: module.split_rope_ref(cos_TR=cos, sin_TR=sin, **sizes, **x),
+        inputs,
+    )
+
+
+# ------------------------------------------------------------------------------------------ pooling
+
+
+def segment_sum(module, lengths, D, shards=(1,), padding=3, dtype="fp32", device="cpu"):
+    """`shards`: into how many pieces of tokens the batch is cut, as sequence parallelism does; `padding`: tokens behind."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    num_tokens = int(cu_seqlens[-1]) + padding
+    x_TD = noise(num_tokens, D, dtype=dtype, device=device)
+    for num_shards in shards:
+        offset = 0
+        for piece_TD in x_TD.chunk(num_shards):
+
+            def run(function, offset=offset):
+                return lambda x_TD: function(x_TD, cu_seqlens, offset)
+
+            check(run(module.segment_sum_kernel), run(module.segment_sum_ref), {"x_TD": piece_TD}, slack=4)
+            offset += piece_TD.shape[0]
+
+
+def mean_pool(module, lengths, D, normalize, norm, padding=3, dtype="fp32", device="cpu", cu_dtype="int32"):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, getattr(torch, cu_dtype))
+    inputs = {"x_TD": 1 + noise(int(cu_seqlens[-1]) + padding, D, dtype=dtype, device=device)}
+    if norm:
+        inputs["norm_weight_D"] = noise(D, dtype=dtype, device=device)
+
+    def run(function):
+        return lambda **x: function(cu_seqlens=cu_seqlens, normalize=normalize, eps=1e-5, **x)
+
+    check(run(module.mean_pool_kernel), run(module.mean_pool_ref), inputs, slack=4)
+    check_twice(run(module.mean_pool_kernel), inputs)
+
+
+# ------------------------------------------------------------------------------------------ the contrastive loss
+
+
+def info_nce_hard(module, B, M, D, temperature=0.05, normalize=False, dtype="fp32", device="cpu"):
+    q_BD = noise(B, D, dtype=dtype, device=device, unit=True)
+    docs_BMD = noise(B, M, D, dtype=dtype, device=device, unit=True)
+    docs_BMD[::2, 0] += (0.3 * q_BD[::2]).to(q_BD.dtype)  # some positives nearer to their query: losses small and large
+    if normalize:
+        q_BD, docs_BMD = q_BD * 3, docs_BMD * torch.rand(B, M, 1, device=device).add(0.5).to(q_BD.dtype)
+    mask_BM = torch.rand(B, M).to(device) > 0.3
+    mask_BM[:, 0] = True
+    if B > 2:
+        mask_BM[0] = False  # nothing at all
+        mask_BM[1, 0] = False  # negatives without a positive
+        mask_BM[2, 1:] = False  # a positive without negatives: loss 0
+    docs_BMD[~mask_BM] = float("nan")  # what is missing is never used
+    inputs = {"q_BD": q_BD, "docs_BMD": docs_BMD, "temperature": torch.tensor(temperature, device=device)}
+
+    def run(function):
+        return lambda **x: function(mask_BM=mask_BM, normalize=normalize, **x)
+
+    rounding = 2e-6 * B / temperature**2  # of d(temperature): fp32 scores, divided twice by it and summed over the rows
+    check(run(module.info_nce_hard_kernel), run(module.info_nce_hard_ref), inputs, slack=4, temperature=rounding)
+    results = outputs_and_gradients(run(module.info_nce_hard_kernel), inputs)
+    lost_rows = ~mask_BM[:, 0]
+    for name in ("output 0", "d(q_BD)", "d(docs_BMD)"):
+        assert (results[name][lost_rows] == 0).all(), f"{name} of a row without a positive"
+    assert (results["d(docs_BMD)"][~mask_BM] == 0).all(), "gradient of a missing document"
+
+
+def info_nce_in_batch(
+    module, B, P, D, temperature=0.05, ids=False, valid=False, own=0, extra=False, workspace=None, dtype="fp32", device="cpu"
+):
+    if workspace is not None:
+        module._WORKSPACE = workspace  # so that few columns already make several chunks
+    q_BD = noise(B, D, dtype=dtype, device=device, unit=True)
+    docs_PD = noise(P, D, dtype=dtype, device=device, unit=True)
+    labels_B = torch.randint(0, P, (B,)).to(device)
+    docs_PD[labels_B[::2]] += (0.3 * q_BD[::2]).to(q_BD.dtype)  # some positives nearer to their query
+    if B > 2:
+        labels_B[0] = -1
+    options = {"labels_B": labels_B}
+    inputs = {"q_BD": q_BD, "docs_PD": docs_PD, "temperature": torch.tensor(temperature, device=device)}
+    if ids:  # every document about three times, with ids that do not fit 32 bits
+        options["doc_ids_P"] = torch.randint(0, P // 3 + 1, (P,)).to(device) * 2**40 - 2**41
+    if valid:
+        options["valid_P"] = (torch.rand(P) > 0.2).to(device)
+    if own:
+        inputs["own_docs_BKD"] = noise(B, own, D, dtype=dtype, device=device, unit=True)
+        options["own_mask_BK"] = (torch.rand(B, own) > 0.4).to(device)
+        options["own_mask_BK"][-1] = False
+    if extra:
+        inputs["extra_lse_B"] = torch.randn(B, device=device)
+
+    def run(function):
+        return lambda **x: function(**options, **x)
+
+    rounding = 2e-6 * B / temperature**2
+    check(run(module.info_nce_in_batch_kernel), run(module.info_nce_in_batch_ref), inputs, slack=8, temperature=rounding)
+    results = outputs_and_gradients(run(module.info_nce_in_batch_kernel), inputs)
+    lost_rows = labels_B < 0
+    if valid:
+        lost_rows |= ~options["valid_P"][labels_B.clamp(min=0)]
+        assert (results["d(docs_PD)"][~options["valid_P"]] == 0).all(), "gradient of a missing passage"
+    for name in ("output 0", "d(q_BD)"):
+        assert (results[name][lost_rows] == 0).all(), f"{name} of a row without a positive"
+
+
+def in_batch_logsumexp(module, B, P, D, temperature=0.05, ids=False, valid=False, dtype="fp32", device="cpu"):
+    inputs = {
+        "rows_BD": noise(B, D, dtype=dtype, device=device, unit=True),
+        "docs_PD": noise(P, D, dtype=dtype, device=device, unit=True),
+        "temperature": torch.tensor(temperature, device=device),
+    }
+    options = {}
+    if ids:
+        options["doc_ids_P"] = torch.randint(0, P // 3 + 1, (P,)).to(device)
+        options["row_ids_B"] = torch.randint(0, P // 3 + 3, (B,)).to(device)  # some that no column has
+        if P == 1:
+            options["doc_ids_P"][0] = options["row_ids_B"][0]  # a row with no column left: -inf, gradient 0
+    if valid:
+        options["valid_P"] = (torch.rand(P) > 0.2).to(device)
+
+    def run(function):
+        return lambda **x: function(**options, **x)
+
+    rounding = 2e-6 * B / temperature**2
+    check(run(module.in_batch_logsumexp_kernel), run(module.in_batch_logsumexp_ref), inputs, slack=8, temperature=rounding)
+
+
+# ------------------------------------------------------------------------------------------ running them
+
+KERNEL_FILE = {"segment_sum": "mean_pool", "split_rope": "rope", "info_nce_hard": "info_nce"}
+KERNEL_FILE |= {"info_nce_in_batch": "info_nce", "in_batch_logsumexp": "info_nce"}
+
+
+def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
+    """A fresh copy of nemo_embed_core.kernels.<name>, with `mutation` (old text, new text) applied to its source.
+
+    The custom ops of a copy get a namespace of their own: registering a name twice would change the real ops.
+    """
+    spec = importlib.util.find_spec(f"nemo_embed_core.kernels.{name}")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text()
+    if mutation is not None:
+        old, new = mutation
+        assert source.count(old) >= 1, f"{name}.py has changed: nothing to mutate at {old!r}"
+        source = source.replace(old, new)
+    load.copies += 1
+    copy_name = f"copy{load.copies}_of_{name}"
+    source = source.replace('"nemo_embed_core::', f'"{copy_name}::')
+    folder = Path(tempfile.mkdtemp(prefix="kernels_"))  # stays: Triton reads a kernel's source from its file
+    path = folder / f"{copy_name}.py"
+    path.write_text(source)
+    copy_spec = importlib.util.spec_from_file_location(copy_name, path)
+    assert copy_spec is not None and copy_spec.loader is not None
+    module = importlib.util.module_from_spec(copy_spec)
+    sys.modules[copy_name] = module
+    copy_spec.loader.exec_module(module)
+    return module
+
+
+load.copies = 0
+
+
+def run(name: str, arguments: dict, mutation: tuple[str, str] | None = None) -> None:
+    torch.manual_seed(0)
+    globals()[name](load(KERNEL_FILE.get(name, name), mutation), **arguments)
+
+
+def opcheck(name: str) -> None:
+    """torch.library.opcheck (schema, fake tensors, autograd registration, AOT dispatch) of every op of a file."""
+    module = importlib.import_module(f"nemo_embed_core.kernels.{name}")
+    for operator, arguments in operator_samples(module, name):
+        torch.library.opcheck(operator, arguments)
+
+
+def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, tuple]]:
+    def x(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).requires_grad_()
+
+    def operator_of(custom_op):
+        return custom_op._opoverload
+
+    if name == "rms_norm":
+        yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), None, 1e-5)
+        yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), x(3, 16), 1e-5)
+    elif name == "swiglu":
+        yield operator_of(module._swiglu_fwd), (x(3, 32), 2)
+    elif name == "rope":
+        yield operator_of(module._split_rope_fwd), (x(3, 64), torch.rand(3, 4), torch.rand(3, 4), 4, 2, 8)
+    elif name == "mean_pool":
+        cu_seqlens = torch.tensor([0, 2, 3])
+        yield operator_of(module._segment_sum_fwd), (x(3, 16), cu_seqlens, 0)
+        yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, True, None, 1e-5)
+        yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, False, x(16), 1e-5)
+    else:
+        temperature, mask = torch.tensor(0.1, requires_grad=True), torch.ones(3, 2, dtype=torch.bool)
+        yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, temperature, True, True)
+        yield operator_of(module._columns_fwd), (x(3, 16), x(5, 16), temperature, torch.tensor([0, 1, 4]), None, None)
+        groups = torch.arange(5, dtype=torch.int32)
+        yield operator_of(module._columns_fwd), (x(3, 16), x(5, 16), temperature, None, groups[:3], groups)
+
+
+def compiled_gradients(name: str) -> None:
+    """torch.compile (aot_eager) gives the gradients of eager mode: an op whose backward is lost would give zeros."""
+    module = importlib.import_module(f"nemo_embed_core.kernels.{name}")
+    for operator, arguments in operator_samples(module, name):
+        results = []
+        for function in (operator, torch.compile(operator, backend="aot_eager", fullgraph=True)):
+            leaves = [a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in arguments]
+            outputs = function(*leaves)
+            outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad and y.numel()]
+            sum((y * y).sum() for y in outputs).backward()
+            results.append([a.grad for a in leaves if torch.is_tensor(a) and a.requires_grad])
+        for eager, compiled in zip(*results, strict=True):
+            assert eager.abs().max() > 0 and torch.allclose(eager, compiled), f"{name}: {eager} {compiled}"
+
+
+def serve() -> None:
+    replies, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        error = None
+        try:
+            if request["check"] in ("opcheck", "compiled_gradients"):
+                globals()[request["check"]](**request["arguments"])
+            else:
+                run(request["check"], request["arguments"], request.get("mutation"))
+        except AssertionError as failure:
+            error = f"AssertionError: {failure}\n{traceback.format_exc()}"
+        except Exception:  # whatever it is, the test that asked shows it
+            error = traceback.format_exc()
+        print(json.dumps({"error": error}), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from nemo_embed_core.kernels.mean_pool import mean_pool, mean_pool_ref, segment_sum, segment_sum_ref
+
+RAGGED = [1, 1, 78, 0, 120, 1, 64]  # one-token and empty sequences, chunk borders inside, on and between them
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kernel_within_budget(passes, normalize, norm, dtype):
+    passes("mean_pool", lengths=RAGGED, D=100, normalize=normalize, norm=norm, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "D", "padding"), [([1], 64, 0), ([129], 300, 0), ([2, 3], 4096, 1), ([64, 64], 64, 0), ([1] * 17, 64, 0)]
+)
+def test_kernel_over_awkward_shapes(passes, lengths, D, padding):
+    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, norm=True)
+    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=False, norm=False, cu_dtype="int64")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_segment_sum_of_every_shard_of_tokens(passes, dtype):
+    passes("segment_sum", lengths=RAGGED, D=64, shards=[1, 2, 4], dtype=dtype)
+
+
+def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):
+    passes("opcheck", name="mean_pool")
+    passes("compiled_gradients", name="mean_pool")
+
+
+def test_reference_gradcheck():
+    cu_seqlens = torch.tensor([0, 1, 4, 4, 6])
+    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 3), (3,)))
+    assert torch.autograd.gradcheck(lambda x: segment_sum_ref(x, cu_seqlens, 1), (x,))
+    for normalize in (False, True):
+        assert torch.autograd.gradcheck(lambda x: mean_pool_ref(x, cu_seqlens, normalize), (x,))  # noqa: B023
+        assert torch.autograd.gradcheck(lambda x, w: mean_pool_ref(x, cu_seqlens, normalize, w), (x, weight))  # noqa: B023
+
+
+def test_equals_a_loop_over_sequences():
+    x, weight, cu_seqlens = torch.randn(10, 16), torch.randn(16), torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    y = torch.nn.functional.rms_norm(x, (16,), weight, 1e-5)
+    expected = torch.stack([y[a:b].mean(0) for a, b in ((0, 3), (3, 4), (4, 9))])
+    torch.testing.assert_close(mean_pool(x, cu_seqlens, norm_weight_D=weight, eps=1e-5), expected)
+    torch.testing.assert_close(
+        mean_pool(x, cu_seqlens, True, weight), torch.nn.functional.normalize(expected, dim=-1), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_shards_add_up_to_the_whole():
+    x, cu_seqlens = torch.randn(12, 8), torch.tensor([0, 5, 6, 11])
+    parts = [segment_sum(piece, cu_seqlens, offset) for offset, piece in zip((0, 4, 8), x.split(4), strict=True)]
+    torch.testing.assert_close(sum(parts) / cu_seqlens.diff()[:, None], mean_pool(x, cu_seqlens))
+
+
+def test_half_precision_is_summed_in_fp32():
+    x = torch.full((4096, 8), 1.0, dtype=torch.bfloat16)
+    x[0] = 1024.0
+    assert segment_sum(x, torch.tensor([0, 4096])).dtype == torch.float32
+    assert (segment_sum(x, torch.tensor([0, 4096])) == 5119).all()
+
+
+def test_wrong_shapes_say_what_is_wanted():
+    with pytest.raises(ValueError, match="integer cu_seqlens"):
+        mean_pool(torch.zeros(3, 8), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"norm_weight \[4\]"):
+        mean_pool(torch.zeros(3, 8), torch.tensor([0, 3]), norm_weight_D=torch.zeros(4))

@@ -1,0 +1,96 @@
+"""The loss by its definition, its masks, and its statistics (one process; other layouts: parallel/test_equivalence)."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from nemo_embed_core.config import ParallelConfig
+from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, retrieval_stats
+from nemo_embed_core.parallel.mesh import distributed
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with distributed(ParallelConfig(), "cpu"):
+        yield dist.group.WORLD
+
+
+def random_groups(B: int = 5, M: int = 4, D: int = 16) -> Groups:
+    q = F.normalize(torch.randn(B, D, dtype=torch.float64), dim=-1)
+    docs = F.normalize(torch.randn(B, M, D, dtype=torch.float64), dim=-1)
+    mask = torch.rand(B, M) > 0.3
+    mask[:, 0] = True
+    ids = torch.arange(B * M).view(B, M).masked_fill(~mask, -1)
+    return Groups(q, docs, mask, ids)
+
+
+def by_definition(g: Groups, temperature: float, in_batch: str) -> torch.Tensor:
+    B, M = g.mask_BM.shape
+    losses = []
+    for b in range(B):
+        scores = [g.q_BD[b] @ g.docs_BMD[b, m] for m in range(M) if g.mask_BM[b, m]]
+        for other in range(B):
+            for m in range(M if in_batch == "all" else 1):
+                usable = g.mask_BM[other, m] and g.ids_BM[other, m] != g.ids_BM[b, 0]
+                if in_batch != "none" and other != b and usable:
+                    scores.append(g.q_BD[b] @ g.docs_BMD[other, m])
+        losses.append(torch.stack(scores).div(temperature).logsumexp(0) - scores[0] / temperature)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("in_batch", ["none", "positives", "all"])
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])
+def test_loss_is_its_definition(group, in_batch: str, temperature: float) -> None:
+    g = random_groups()
+    got = contrastive_loss(g, temperature, in_batch, group, 0)
+    assert (got - by_definition(g, temperature, in_batch)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("in_batch", ["positives", "all"])
+def test_the_same_document_is_never_a_negative(group, in_batch: str) -> None:
+    g = random_groups()
+    g.ids_BM[3, 0] = g.ids_BM[1, 0]  # rows 1 and 3 share their positive
+    g.docs_BMD[3, 0] = g.docs_BMD[1, 0]
+    got = contrastive_loss(g, 0.05, in_batch, group, 0)
+    assert (got - by_definition(g, 0.05, in_batch)).abs().max() < 1e-10
+    g.ids_BM[3, 0] = 999
+    assert contrastive_loss(g, 0.05, in_batch, group, 0)[1] > got[1] + 1e-3, "the mask made no difference"
+
+
+def test_missing_negatives_weigh_nothing(group) -> None:
+    g = random_groups()
+    poisoned = Groups(g.q_BD, g.docs_BMD.masked_fill(~g.mask_BM[..., None], float("nan")), g.mask_BM, g.ids_BM)
+    docs = poisoned.docs_BMD.requires_grad_()
+    for in_batch in ("none", "positives", "all"):
+        losses = contrastive_loss(poisoned, 0.02, in_batch, group, 0)
+        assert (losses - contrastive_loss(g, 0.02, in_batch, group, 0)).abs().max() < 1e-12
+        (grad,) = torch.autograd.grad(losses.sum(), docs)
+        assert bool(grad.isfinite().all()) and bool((grad[~g.mask_BM] == 0).all())
+
+
+def test_scores_are_fp32_for_bf16_embeddings(group) -> None:
+    """bf16 logits at temperature 0.02 would leave 75 distinct values of 1,280 (and ties with the positive)."""
+    g = random_groups()
+    half = Groups(g.q_BD.bfloat16(), g.docs_BMD.bfloat16(), g.mask_BM, g.ids_BM)
+    exact = Groups(half.q_BD.double(), half.docs_BMD.double(), g.mask_BM, g.ids_BM)
+    for in_batch in ("none", "all"):
+        got = contrastive_loss(half, 0.02, in_batch, group, 0)
+        assert got.dtype == torch.float32
+        assert (got.double() - contrastive_loss(exact, 0.02, in_batch, group, 0)).abs().max() < 1e-4
+
+
+def test_stats_count_what_they_say() -> None:
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    docs = torch.tensor([[[0.8, 0.6], [0.6, 0.8]], [[0.6, 0.8], [1.0, 0.0]]])
+    mask = torch.tensor([[True, True], [True, False]])
+    g = Groups(q, docs, mask, torch.tensor([[0, 1], [2, -1]]))
+    hits, positive, negative, count = retrieval_stats(g, "none").tolist()
+    assert (hits, count) == (2, 1)
+    assert math.isclose(positive, 1.6, rel_tol=1e-6) and math.isclose(negative, 0.6, rel_tol=1e-6)
+    hits, _, negative, count = retrieval_stats(g, "positives").tolist()
+    assert (hits, count) == (2, 3) and math.isclose(negative, 0.6 + 0.6 + 0.6, rel_tol=1e-6)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_embed_core.config import UserError
+from nemo_embed_core.mine.topk import Exclude, SearchStats, merge_topk, pair_scores, topk_below
+
+_spec = importlib.util.spec_from_file_location("mine_reference", Path(__file__).with_name("reference.py"))
+assert _spec is not None and _spec.loader is not None
+reference = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(reference)
+brute_force = reference.brute_force
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def make_case(kind: str, num_queries: int, num_documents: int, hidden_size: int, seed: int):
+    """queries, documents, ceilings: random, and the shapes of data that break searches."""
+    rng = np.random.default_rng(seed)
+    queries = unit(rng.standard_normal((num_queries, hidden_size)))
+    documents = unit(rng.standard_normal((num_documents, hidden_size)))
+    if kind == "clustered":
+        centres = rng.standard_normal((3, hidden_size))
+        documents = unit(centres[rng.integers(0, 3, num_documents)] + 0.01 * documents)
+        queries = unit(centres[rng.integers(0, 3, num_queries)] + 0.01 * queries)
+    elif kind == "ties":  # a handful of distinct documents, each many times: the k-th is always a tie
+        documents = documents[rng.integers(0, min(4, num_documents), num_documents)]
+    elif kind == "grid":  # small integers: exact ties between different documents, zeros and negative scores
+        queries = rng.integers(-1, 2, (num_queries, hidden_size)).astype(np.float32)
+        documents = rng.integers(-1, 2, (num_documents, hidden_size)).astype(np.float32)
+    elif kind == "negative":
+        documents = unit(-np.abs(documents))
+        queries = unit(np.abs(queries))
+    elif kind == "broken":  # rows with NaN and infinities, zero rows, one row far longer than the others
+        documents[rng.integers(0, num_documents, 2)] = np.nan
+        documents[rng.integers(0, num_documents), 0] = np.inf
+        documents[rng.integers(0, num_documents), -1] = -np.inf
+        documents[rng.integers(0, num_documents)] = 0
+        documents[rng.integers(0, num_documents)] *= 1000
+        queries[rng.integers(0, num_queries)] = np.nan
+    elif kind == "close":  # differences in the last bits of fp32: a GEMM alone gives another order
+        documents = (documents[:1] + 1e-7 * rng.standard_normal(documents.shape)).astype(np.float32)
+    with np.errstate(all="ignore"):
+        positives = np.nan_to_num((queries * documents[rng.integers(0, num_documents, num_queries)]).sum(-1), posinf=1)
+    threshold = rng.choice([0.5, 0.95, 1.0, 1.05])
+    ceilings = np.where(rng.random(num_queries) < 0.2, np.inf, positives - (1 - threshold) * np.abs(positives))
+    excluded = [sorted(set(rng.integers(0, num_documents, rng.integers(0, 4)).tolist())) for _ in range(num_queries)]
+    return queries, documents, ceilings, excluded
+
+
+KINDS = ["random", "clustered", "ties", "grid", "negative", "broken", "close"]
+
+
+@pytest.mark.parametrize("method", ["fp32", "bf16", "int8"])
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    num_queries=st.integers(1, 9),
+    num_documents=st.sampled_from([1, 3, 17, 64, 333]),
+    hidden_size=st.sampled_from([1, 6, 16, 33]),
+    k=st.sampled_from([1, 4, 40]),
+    blocks=st.sampled_from([(65536, 256, 8192), (3, 2, 7), (4, 4, 100), (1, 1, 64)]),
+    seed=st.integers(0, 10**6),
+)
+def test_topk_is_brute_force(method, kind, num_queries, num_documents, hidden_size, k, blocks, seed):
+    queries, documents, ceilings, excluded = make_case(kind, num_queries, num_documents, hidden_size, seed)
+    want_scores, want_ids = brute_force(queries, documents, ceilings, k, excluded)
+    scores, ids = topk_below(
+        queries, documents, ceilings, k, Exclude.from_lists(excluded), method=method,
+        block_queries=blocks[0], tile_queries=blocks[1], block_documents=blocks[2],
+    )  # fmt: skip
+    np.testing.assert_array_equal(ids.numpy(), want_ids)
+    np.testing.assert_array_equal(scores.numpy(), want_scores)
+
+
+@pytest.mark.parametrize("method", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_larger_case_with_few_places_goes_through_every_path(method, kind):
+    queries, documents, ceilings, excluded = make_case(kind, 40, 3000, 64, 7)
+    want_scores, want_ids = brute_force(queries, documents, ceilings, 10, excluded)
+    stats = SearchStats()
+    scores, ids = topk_below(
+        queries, documents, ceilings, 10, Exclude.from_lists(excluded), method=method, block_documents=512, stats=stats
+    )
+    np.testing.assert_array_equal(ids.numpy(), want_ids)
+    np.testing.assert_array_equal(scores.numpy(), want_scores)
+    if kind in ("random", "negative") and method == "fp32":
+        assert stats.num_certified == 40, stats
+    if kind == "ties":  # 750 equal documents and 42 places: no certificate may be given
+        assert stats.num_exhaustive > 0, stats
+
+
+@pytest.mark.parametrize("method", ["fp32", "bf16", "int8"])
+def test_answer_is_the_same_bits_for_every_blocking_and_sharding(method):
+    queries, documents, ceilings, excluded = make_case("close", 13, 500, 48, 3)
+    exclude = Exclude.from_lists(excluded)
+    want = topk_below(queries, documents, ceilings, 8, exclude)
+    for blocks in [(13, 13, 500), (10, 3, 77), (5, 1, 61), (7, 7, 499)]:
+        got = topk_below(
+            queries, documents, ceilings, 8, exclude, method=method,
+            block_queries=blocks[0], tile_queries=blocks[1], block_documents=blocks[2],
+        )  # fmt: skip
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), blocks
+    for cuts in [(0, 500), (0, 250, 500), (0, 1, 333, 500)]:
+        parts = [
+            topk_below(queries, documents[a:b], ceilings, 8, exclude, first_id=a, method=method)
+            for a, b in itertools.pairwise(cuts)
+        ]
+        for order in (parts, parts[::-1]):
+            got = merge_topk(order, 8)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), cuts
+
+
+def test_nothing_at_or_above_the_ceiling_even_by_one_bit():
+    documents = np.ones((5, 1), np.float32)
+    documents[3] = np.nextafter(np.float32(1), np.float32(0))
+    one = np.float32(1)
+    cases = {1.0: [3], float(documents[3, 0]): [], np.inf: [0, 1, 2, 4, 3], 1.0 + 1e-12: [0, 1, 2, 4, 3], -np.inf: []}
+    for ceiling, want in cases.items():
+        _, ids = topk_below(one.reshape(1, 1), documents, [ceiling], 5)
+        assert ids[0].tolist() == want + [-1] * (5 - len(want)), ceiling
+
+
+def test_excluded_documents_do_not_take_places():
+    documents = np.linspace(1, 0.5, 200, dtype=np.float32)[:, None]
+    queries = np.ones((2, 1), np.float32)
+    exclude = Exclude.from_lists([list(range(150)), []])
+    _, ids = topk_below(queries, documents, [np.inf, np.inf], 2, exclude, block_documents=16)
+    assert ids.tolist() == [[150, 151], [0, 1]]
+
+
+def test_pair_scores_are_the_rounded_exact_dot_product_whatever_the_batch():
+    rng = np.random.default_rng(0)
+    for hidden_size in (1, 2, 3, 64, 1000):
+        q, d = (torch.from_numpy(rng.standard_normal((50, hidden_size)).astype(np.float32)) for _ in range(2))
+        exact = (q.numpy().astype(np.longdouble) * d.numpy().astype(np.longdouble)).sum(-1).astype(np.float32)
+        got = pair_scores(q, d)
+        np.testing.assert_array_equal(got.numpy(), exact)
+        assert torch.equal(torch.cat([pair_scores(q[i : i + 1], d[i : i + 1]) for i in range(50)]), got)
+
+
+def test_low_precision_matmul_setting_of_the_process_does_not_change_the_answer():
+    queries, documents, ceilings, _ = make_case("close", 5, 300, 32, 1)
+    want = topk_below(queries, documents, ceilings, 5)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        got = topk_below(queries, documents, ceilings, 5)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got[1], want[1])
+
+
+def test_tensors_half_precision_and_memory_maps_are_searched_as_stored(tmp_path):
+    queries, documents, ceilings, _ = make_case("random", 4, 120, 16, 5)
+    half = documents.astype(np.float16)
+    np.save(tmp_path / "documents.npy", half)
+    want = brute_force(queries, half.astype(np.float32), ceilings, 6)
+    mapped = np.load(tmp_path / "documents.npy", mmap_mode="r", allow_pickle=False)
+    for stored in (half, mapped, torch.from_numpy(half)):
+        scores, ids = topk_below(torch.from_numpy(queries), stored, torch.from_numpy(ceilings), 6, block_documents=50)
+        np.testing.assert_array_equal(ids.numpy(), want[1])
+        np.testing.assert_array_equal(scores.numpy(), want[0])
+
+
+def test_wrong_shapes_are_refused_with_both_numbers():
+    q, d = np.ones((2, 4), np.float32), np.ones((3, 5), np.float32)
+    for arguments, words in [
+        ((q, d, [1, 1], 3), ("4 columns", "5")),
+        ((q, d[:, :4], [1], 3), ("1 ceilings", "2 queries")),
+        ((q, d[:, :4], [1, 1], 0), ("k=0",)),
+        ((q, d[:, :4], [1, np.nan], 1), ("query 1", "NaN")),
+        ((q * 1e20, d[:, :4] * 1e20, [1, 1], 1), ("overflow", "normalise")),
+    ]:
+        with pytest.raises(UserError) as error:
+            topk_below(*arguments)
+        assert all(word in str(error.value) for word in words), str(error.value)

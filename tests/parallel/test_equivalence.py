@@ -1,0 +1,167 @@
+"""Every layout against one plain process: loss, every gradient, the gradient norm and ten optimizer steps with clipping.
+
+fp64 at 1e-10, because in fp32 a real fault hides behind rounding; fp32 once per layout, because FSDP2 runs other code
+for it. Gradients and not only losses: Adam and clipping are blind to a factor of two.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from tiny import MODEL, train_config
+
+from nemo_embed_core.checkpoint.weights import RandomReader, fill
+from nemo_embed_core.config import TrainConfig
+from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.data.store import open_store
+from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.model.attention import Segments, reference_attention
+from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.parallel.mesh import TensorParallel, build_mesh
+from nemo_embed_core.train.optim import build_optimizer, learning_rate
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+# (loss, gradient, curve): relative. Parameters after Adam steps differ by far more in fp32 although all is right.
+TOLERANCE = {"fp64": (1e-12, 1e-10, 1e-10), "fp32": (1e-5, 1e-5, 1e-5)}
+LAYOUTS = {2: [(2, False, 1), (2, True, 1), (1, False, 2)], 4: [(4, True, 1), (2, True, 2)]}
+CASES = {("fp64", "none"): 10, ("fp64", "all"): 3, ("fp64", "positives"): 3, ("fp32", "none"): 10}  # optimizer steps
+
+
+def configure(folder: Path, in_batch: str) -> TrainConfig:
+    optim = {"lr": 2e-4, "warmup_steps": 3, "weight_decay": 0.1, "clip_norm": 0.5}
+    data = {"max_tokens": 200}  # several micro-batches on every rank, also with four queries on each
+    return train_config(folder, loss={"in_batch": in_batch, "temperature": 0.05}, optim=optim, data=data)
+
+
+def plain_process(config: TrainConfig, dtype: str, steps: int) -> dict[str, Any]:
+    """The same training without a mesh, FSDP2, packing, micro-batches or our loss: one text at a time."""
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
+        sampler = Sampler(len(store), config.global_batch_size, config.seed)
+        encoder = Encoder(MODEL, TensorParallel(), reference_attention)
+        fill(encoder, RandomReader(MODEL, config.seed), MODEL)
+        optimizer = build_optimizer(encoder, config.optim)
+        result: dict[str, Any] = {"loss": [], "norm": []}
+        for step in range(steps):
+            loss = _whole_batch_loss(encoder, store, sampler, step, config)
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                result["grads"] = {n: p.grad.clone() for n, p in encoder.named_parameters()}
+            norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.optim.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.steps, config.optim)
+            optimizer.step()
+            result["loss"].append(loss.item())
+            result["norm"].append(norm.item())
+        return result
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _whole_batch_loss(encoder: Encoder, store: Any, sampler: Sampler, step: int, config: TrainConfig) -> torch.Tensor:
+    def embed(tokens: Any) -> torch.Tensor:
+        ids = torch.from_numpy(tokens.astype("int64"))
+        n = len(ids)
+        return encoder(ids, torch.arange(n), Segments(torch.tensor([0, n], dtype=torch.int32), [n], n))[0]
+
+    rows = sampler.rows(step)
+    docs = choose_documents(store, rows, sampler.epochs(step), config.data.num_hard_negatives, config.seed)
+    queries = [embed(store.query_tokens(row)) for row in rows.tolist()]
+    passages = [[embed(store.document_tokens(d)) if d >= 0 else None for d in row] for row in docs.tolist()]
+    losses = []
+    for b, q in enumerate(queries):
+        candidates = [passages[b][0]] + [p for p in passages[b][1:] if p is not None]
+        for other in range(len(queries)):
+            if other == b or config.loss.in_batch == "none":
+                continue
+            columns = range(docs.shape[1]) if config.loss.in_batch == "all" else range(1)
+            candidates += [passages[other][m] for m in columns if docs[other, m] >= 0 and docs[other, m] != docs[b, 0]]
+        scores = torch.stack([q @ p for p in candidates]) / config.loss.temperature
+        losses.append(F.cross_entropy(scores[None], torch.tensor([0])))
+    return torch.stack(losses).mean()
+
+
+def train_on_mesh(rank: int, world_size: int, init_file: str, folder: str, layouts: list, cases: dict) -> list[dict]:
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from nemo_embed_core.data.packing import load_batch
+    from nemo_embed_core.parallel import fsdp
+    from nemo_embed_core.parallel.collectives import gather_objects
+    from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor, sync_replicated_grads
+    from nemo_embed_core.train import trainer as trainer_module
+    from nemo_embed_core.train.step import forward_backward
+
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    results = []
+    for tp, sp, dp in layouts:
+        for (dtype, in_batch), steps in cases.items():
+            torch.set_default_dtype(DTYPES[dtype])
+            trainer_module.run_dtype = lambda config, device, dtype=dtype: DTYPES[dtype]
+            config = configure(Path(folder), in_batch)
+            mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
+            prepared = trainer_module.Prepared(MODEL, load_tokenizer(config.tokenizer))
+            trainer = trainer_module.Trainer(config, mesh, prepared, log=lambda message: None)
+            batches, _ = load_batch(trainer.store, trainer.sampler, 0, mesh.dp_rank, dp, config.data, tp, config.seed)
+            forward_backward(trainer.model, batches, mesh, config.loss)
+            sync_replicated_grads(trainer.model.parameters(), mesh)
+            grads = {}
+            for name, p in trainer.model.named_parameters():
+                assert isinstance(p.grad, DTensor)
+                grads[fsdp.plain_name(name)] = p.grad.full_tensor().clone()
+            records = [trainer.train_step()[0] for _ in range(steps)]
+            digests = gather_objects(
+                {
+                    n: local_tensor(p.detach()).numpy().tobytes()
+                    for n, p in trainer.model.named_parameters()
+                    if is_tp_replicated(p)
+                }
+            )
+            replicas = [digests[mesh.dp_rank * tp + r] for r in range(tp)]
+            results.append(
+                {
+                    "micro_batches": len(batches),
+                    "grads": grads,
+                    "loss": [r["loss"] for r in records],
+                    "norm": [r["grad_norm"] for r in records],
+                    "replicas_identical": all(replica == replicas[0] for replica in replicas),
+                }
+            )
+    torch.set_default_dtype(torch.float32)
+    return results
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], dict]]:
+    folder = tmp_path_factory.mktemp("equivalence")
+    return folder, {case: plain_process(configure(folder, case[1]), case[0], steps) for case, steps in CASES.items()}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_trains_like_one_process(world_size: int, reference: tuple[Path, dict]) -> None:
+    folder, truths = reference
+    layouts = LAYOUTS[world_size]
+    results = run_ranks(train_on_mesh, world_size, str(folder), layouts, CASES)[0]
+    for (layout, case), got in zip([(lay, c) for lay in layouts for c in CASES], results, strict=True):
+        truth, (loss_tol, grad_tol, curve_tol) = truths[case], TOLERANCE[case[0]]
+        where = f"(tp, sp, dp)={layout} {case}"
+        assert got["micro_batches"] > 1, f"{where}: the batch should need several micro-batches"
+        assert abs(got["loss"][0] - truth["loss"][0]) <= loss_tol * truth["loss"][0], where
+        assert abs(got["norm"][0] - truth["norm"][0]) <= grad_tol * truth["norm"][0], where
+        for name, grad in truth["grads"].items():
+            error = relative(got["grads"][name], grad)
+            assert error <= grad_tol, f"{where}: gradient of {name} is off by {error:.1e}"
+        for key in ("loss", "norm"):
+            for step, (a, b) in enumerate(zip(got[key], truth[key], strict=True)):
+                assert abs(a - b) <= curve_tol * abs(b) + 1e-12, f"{where}: {key} of step {step}: {a} against {b}"
+        assert got["replicas_identical"], f"{where}: tp replicas of the norms drifted apart"

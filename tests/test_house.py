@@ -1,0 +1,257 @@
+"""Rules of the house that no tool checks: what the package may not call, what stands where, and that commands exist."""
+
+import ast
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_embed_core import config
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    p for folder in ("nemo_embed_core", "kernels", "launch", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+)
+LAUNCHERS = sorted((ROOT / "launch").glob("*.py"))
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+# ------------------------------------------------------------------------------------------ security
+
+# torch.distributed.checkpoint: its metadata is a pickle that loading executes.
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+FORBIDDEN_MODULES = PICKLES | {"torch.distributed.checkpoint"}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "os.system", "os.popen", "torch.load", "torch.save", "torch.serialization.load"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "pd.read_pickle", "pandas.read_pickle"),
+}
+
+
+def _forbidden(source: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or "", *(f"{node.module}.{name}" for name in modules)]
+            for module in modules:
+                if any(module == name or module.startswith(f"{name}.") for name in FORBIDDEN_MODULES) or (
+                    isinstance(node, ast.ImportFrom) and module in FORBIDDEN_CALLS
+                ):
+                    yield node.lineno, f"import of {module}"
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in FORBIDDEN_CALLS:
+                yield node.lineno, f"{name}()"
+            for keyword in node.keywords:
+                is_false = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in ("allow_pickle", "trust_remote_code", "shell") and not is_false:
+                    yield node.lineno, f"{keyword.arg}={ast.unparse(keyword.value)}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch.distributed.checkpoint as dcp",
+        "from torch.distributed import checkpoint",
+        "from torch import load",
+        "torch.load(path, weights_only=True)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "eval(text)",
+        "exec(text)",
+        "AutoModel.from_pretrained(path, trust_remote_code=flag)",
+        "subprocess.run(command, shell=True)",
+    ],
+)
+def test_a_planted_danger_is_found(source: str) -> None:
+    assert list(_forbidden(source))
+
+
+def test_the_package_neither_reads_pickles_nor_runs_text() -> None:
+    assert not list(_forbidden("model.eval()\nnp.load(path, allow_pickle=False)\nyaml.safe_load(text)"))
+    found = [f"{p.relative_to(ROOT)}:{line}: {what}" for p in SOURCES for line, what in _forbidden(p.read_text())]
+    assert not found, "\n".join(found)
+
+
+# ------------------------------------------------------------------------------------------ what stands where
+
+TOP_LEVEL = {
+    *(
+        ".ci",
+        ".gitignore",
+        ".pre-commit-config.yaml",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "SECURITY.md",
+    ),
+    *(
+        "benchmarks",
+        "configs",
+        "csrc",
+        "docs",
+        "kernels",
+        "launch",
+        "nemo_embed_core",
+        "pyproject.toml",
+        "setup.py",
+        "tests",
+    ),
+}
+
+
+def _tracked() -> list[str]:
+    result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    return result.stdout.splitlines()
+
+
+def test_top_level_is_as_fixed() -> None:
+    assert {path.split("/")[0] for path in _tracked()} <= TOP_LEVEL
+    assert not [name for name in sorted(TOP_LEVEL) if not (ROOT / name).exists()]
+
+
+def test_no_catch_all_folder_and_no_binary_weights_are_tracked() -> None:
+    for path in _tracked():
+        assert not {"utils", "common", "helpers", "misc"} & set(path.split("/")[:-1]), path
+        assert not path.endswith((".pt", ".pth", ".bin", ".pkl", ".npy", ".safetensors", ".ckpt")), path
+
+
+def test_errors_are_not_swallowed_and_ignores_have_a_code() -> None:
+    for path in SOURCES:
+        source = path.read_text()
+        assert not re.search(r"#\s*type:\s*ignore(?!\[)|#\s*noqa(?!:)", source), path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ExceptHandler):
+                catches_all = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+                is_empty = all(isinstance(s, ast.Pass | ast.Continue) for s in node.body)
+                assert not (catches_all and is_empty), f"{path}:{node.lineno}"
+
+
+# A file of the repository as texts name it: launch/train.py, configs/train-8b.yaml, docs/design.md.
+_FILE = re.compile(r"(?<![\w/.-])((?:benchmarks|configs|csrc|docs|kernels|launch|nemo_embed_core|tests)/[\w./-]*\.\w+)")
+_MODULE = re.compile(r"-m (benchmarks\.\w+)")
+
+
+def test_files_named_in_texts_and_recipes_exist() -> None:
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *RECIPES, *ROOT.glob("launch/*"), ROOT / "Makefile"]
+    missing = []
+    for path in (p for p in texts if p.is_file()):
+        text = path.read_text()
+        names = _FILE.findall(text) + [m.replace(".", "/") + ".py" for m in _MODULE.findall(text)]
+        missing += [f"{path.relative_to(ROOT)}: {name}" for name in names if not (ROOT / name.rstrip(".")).exists()]
+    assert not missing, "\n".join(missing)
+
+
+def test_benchmarks_that_make_runs_exist() -> None:
+    (names,) = re.findall(r"^BENCHMARKS \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert not [name for name in names.split() if not (ROOT / "benchmarks" / f"{name}.py").is_file()]
+
+
+# ------------------------------------------------------------------------------------------ recipes and launchers
+
+CONFIG_OF = {
+    "train": config.TrainConfig,
+    "mine": config.MineConfig,
+    "evaluate": config.EvaluateConfig,
+    "prepare": config.PrepareConfig,
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_accepted_by_its_launcher(path: Path) -> None:
+    cls = CONFIG_OF[path.stem.split("-")[0]]
+    # Places are given on the command line: a recipe may leave out where its input and output are.
+    given = {line.split(":")[0] for line in path.read_text().splitlines()}
+    places = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.type == "str"]
+    argv = [part for name in places if name not in given for part in (f"--{name}", "somewhere")]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config.load_config(cls, ["--config", str(path), *argv])
+    except SystemExit:
+        pytest.fail(errors.getvalue())
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_help_is_instant_and_imports_no_torch(path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'mteb', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'exit code {code}, imported {heavy}' if code or heavy else 0)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of CPU: the machine may be busy
+    assert seconds < 3, f"{seconds:.1f} s"
+
+
+_FAKE_SLURM = {
+    "srun": "trap 'sleep 0.5; echo saved; exit 143' TERM; echo \"step $*\"; echo $$ > pid; for i in {1..400}; do sleep 0.05; done",
+    "scancel": 'echo "scancel $*"; kill -TERM "$(cat pid)"',
+    "scontrol": 'echo "scontrol $*"',
+}
+
+
+def test_slurm_job_passes_sigterm_to_the_ranks_waits_for_the_save_and_queues_again(tmp_path: Path) -> None:
+    for name, body in _FAKE_SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-7]"}
+    env |= {"SLURM_JOB_NUM_NODES": "8", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
+    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "--output_dir", "runs/x y"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.terminate()  # what --signal=B:TERM@120 does
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == 143
+    events = ["SIGTERM", "scancel --signal=TERM 7.0", "saved", "scontrol requeue 7"]
+    assert [output.find(event) for event in events] == sorted(output.find(event) for event in events), output
+    assert all(event in output for event in (*events, "--nnodes 8 --nproc-per-node 8", "--output_dir runs/x y")), output
+
+
+# ------------------------------------------------------------------------------------------ the import layers
+
+
+@pytest.mark.parametrize(
+    "where, line",
+    [
+        ("config.py", "import nemo_embed_core.data.prompts"),  # upwards
+        ("train/__init__.py", "from nemo_embed_core.mine import topk"),  # between siblings
+        ("kernels/swiglu.py", "import nemo_embed_core.config"),  # out of the second root
+    ],
+)
+def test_a_planted_upward_import_is_refused(tmp_path: Path, where: str, line: str) -> None:
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("nemo_embed_core", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    tool = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    if not Path(tool[0]).is_file():
+        pytest.skip("import-linter is not installed")
+    clean = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
+    assert clean.returncode == 0, clean.stdout + clean.stderr
+    with (tmp_path / "nemo_embed_core" / where).open("a") as file:
+        file.write(f"\n{line}\n")
+    planted = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
+    assert planted.returncode == 1 and "BROKEN" in planted.stdout, planted.stdout + planted.stderr

@@ -1,0 +1,81 @@
+"""A toy that exercises everything: a tokenizer with BOS, ragged rows, a Llama with GQA and llama3 RoPE."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from nemo_embed_core.config import DataConfig, DatasetConfig, ModelConfig, RopeScaling, TrainConfig
+
+WORDS = "alpha beta gamma delta river moon violin copper engine llama paper kernel cat bread quiet green tower".split()
+
+MODEL = ModelConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=16,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64),
+    max_position_embeddings=512,
+    initializer_range=0.1,
+)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """folder/tokenizer.json: byte-level BPE, fewer than 400 ids, BOS in front."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS), "find nothing number Instruct Query"] * 5, trainer)
+    bos = [("<|begin_of_text|>", 0)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=bos)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[1], "model_max_length": 512}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_rows(path: Path, num_rows: int = 61, seed: int = 0) -> Path:
+    """Rows of ragged lengths with 0 to 3 negatives; some passages are the positive of two rows."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for i in range(num_rows):
+        a, b = rng.sample(WORDS, 2)
+        positive = f"{b} and {a} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
+        if rows and i % 7 == 0:
+            positive = rows[-1]["pos"][0]
+        negatives = [f"nothing {j} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for j in range(i % 4)]
+        rows.append({"query": f"find {a} {b} {i}", "pos": [positive], "neg": negatives})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_config(folder: Path, **changes: Any) -> TrainConfig:
+    """A run of 10 steps of 8 queries in folder/run; data and tokenizer are written when they are not there."""
+    if not (folder / "tokenizer").exists():
+        write_tokenizer(folder / "tokenizer")
+        write_rows(folder / "train.jsonl")
+    data = DataConfig(
+        datasets=[DatasetConfig(path=str(folder / "train.jsonl"), task="find it")],
+        cache_dir=str(folder / "cache"),
+        num_hard_negatives=2,
+        query_max_length=48,
+        document_max_length=48,
+        max_tokens=320,
+    )
+    base = TrainConfig(
+        output_dir=str(folder / "run"), steps=10, global_batch_size=8, tokenizer=str(folder / "tokenizer"), model=MODEL,
+        data=data, device="cpu", precision="fp32",
+    )  # fmt: skip
+    nested = {k: dataclasses.replace(getattr(base, k), **v) for k, v in changes.items() if isinstance(v, dict)}
+    return dataclasses.replace(base, **{**changes, **nested})
