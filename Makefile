@@ -53,9 +53,9 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import venv, ensurepip' || { \
 	  echo "$(PYTHON) has no venv or no pip: install them (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet $(TORCH) --editable '.[eval,demo,log,dev]'
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq $(TORCH)
+	$(BIN)/python -m pip install -qq $(TORCH) --editable '.[eval,demo,log,dev]'
 	@touch $@
 
 # Keeps .venv, runs/ and data-cache/: they cost time, not space for mistakes.

@@ -28,8 +28,8 @@ def split_rope_ref(
     q_THA, k_TGA = qk.split([per_group, 1], dim=2)
     return (
         q_THA.reshape(num_tokens, num_heads, head_dim),
-        k_TGA.reshape(num_tokens, num_kv_heads, head_dim),
-        v_TGA.reshape(num_tokens, num_kv_heads, head_dim),
+        k_TGA.squeeze(2).contiguous(),  # reshape would give a view of the blocks
+        v_TGA.squeeze(2).contiguous(),
     )
 
 

@@ -39,9 +39,9 @@ def train(config: str, output: Path, *options: str) -> None:
 
 
 def prepare_data(folder: Path) -> None:
+    from nemo_embed_core.config import DatasetConfig
     from nemo_embed_core.data.docstrings import write_demo_data
     from nemo_embed_core.data.readers import read_rows
-    from nemo_embed_core.config import DatasetConfig
     from nemo_embed_core.data.tokenizer import train_sentencepiece
 
     counts = write_demo_data(folder)
@@ -92,7 +92,14 @@ def main() -> None:
     train("configs/train-demo-stage1.yaml", output / "stage1", *common, *pairs)
     run(
         [python, "launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK]
-        + ["--model", str(output / "stage1"), "--data", str(data / "train.jsonl"), "--output", str(output / "mined.jsonl")]
+        + [
+            "--model",
+            str(output / "stage1"),
+            "--data",
+            str(data / "train.jsonl"),
+            "--output",
+            str(output / "mined.jsonl"),
+        ]
     )
     for name, seed in (("stage2-a", "1"), ("stage2-b", "2")):
         start_from = ("--init_from", str(output / "stage1"), "--seed", seed)
@@ -112,7 +119,9 @@ def main() -> None:
     print(f"\n{'held-out docstrings':22}{'nDCG@10':>9}{'recall@10':>11}{'MRR@10':>9}")
     for name, values in report.items():
         print(f"{name:22}{values['ndcg_at_10']:9.4f}{values['recall_at_10']:11.4f}{values['mrr_at_10']:9.4f}")
-    print(f"\n{output}: report.json, loss.png, mined-scores.png, merged/ (Hugging Face folder); {time.monotonic() - start:.0f} s")
+    print(
+        f"\n{output}: report.json, loss.png, mined-scores.png, merged/ (Hugging Face folder); {time.monotonic() - start:.0f} s"
+    )
 
 
 if __name__ == "__main__":

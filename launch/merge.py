@@ -1,7 +1,7 @@
 """Sharded checkpoints to a Hugging Face folder; several sources are averaged.
 
-    python launch/merge.py runs/stage2 -o exports/model
-    python launch/merge.py runs/a runs/b runs/c -o exports/average
+python launch/merge.py runs/stage2 -o exports/model
+python launch/merge.py runs/a runs/b runs/c -o exports/average
 """
 
 import argparse
@@ -14,7 +14,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", help="runs, checkpoints or Hugging Face folders; several are averaged")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make; must not exist or be empty")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own"
+    )
     parser.add_argument("--task", help="instruction of the query prompt; default: the one the model was trained with")
     return parser.parse_args()
 
@@ -34,11 +36,15 @@ def main() -> None:
         dtype = dtype_of(args.dtype, sources)
         facts = training_facts(sources)
         if args.task is None and len(facts.tasks) > 1:
-            raise UserError(f"the model was trained with {len(facts.tasks)} tasks {facts.tasks}; choose one with --task")
+            raise UserError(
+                f"the model was trained with {len(facts.tasks)} tasks {facts.tasks}; choose one with --task"
+            )
         task = args.task if args.task is not None else "".join(facts.tasks)
         tokenizers = [load_tokenizer(source.folder) for source in sources]
         if len({tokenizer.digest for tokenizer in tokenizers}) > 1:
-            raise UserError(f"the tokenizers of {', '.join(args.sources)} differ; only models that share one can be averaged")
+            raise UserError(
+                f"the tokenizers of {', '.join(args.sources)} differ; only models that share one can be averaged"
+            )
         name = str(dtype).removeprefix("torch.")
         with new_folder(args.output) as folder:
             write_weights(folder, sources, dtype)
@@ -59,7 +65,11 @@ def main() -> None:
             )
             embedder = Embedder.load(str(folder), device="cpu", precision="fp32")
             report = verify_folder(folder, lambda texts: embedder.encode(texts, max_length=facts.max_length))
-        print(f"wrote {args.output} ({name}, mean of {len(sources)})" if len(sources) > 1 else f"wrote {args.output} ({name})")
+        print(
+            f"wrote {args.output} ({name}, mean of {len(sources)})"
+            if len(sources) > 1
+            else f"wrote {args.output} ({name})"
+        )
         print("  " + ", ".join(f"{key} {value}" for key, value in report.items()))
 
 

@@ -25,7 +25,7 @@ def mine(config: MineConfig, mesh) -> None:
     from nemo_embed_core.data.readers import read_beir, read_passages, read_rows
     from nemo_embed_core.embedder import Embedder
     from nemo_embed_core.mine.corpus import Ranks
-    from nemo_embed_core.mine.negatives import mine_negatives
+    from nemo_embed_core.mine.negatives import Selection, mine_negatives
     from nemo_embed_core.parallel.collectives import gather_objects
 
     rows = list(read_rows(DatasetConfig(path=config.data, split=config.split)))
@@ -40,8 +40,7 @@ def mine(config: MineConfig, mesh) -> None:
         embedder,
         config.output,
         passages=passages,
-        threshold=config.threshold,
-        num_negatives=config.num_negatives,
+        selection=Selection(threshold=config.threshold, num_negatives=config.num_negatives),
         prompt=query_prompt(config.task),
         document_prompt=query_prompt(config.document_task),
         query_max_length=config.query_max_length,

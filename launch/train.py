@@ -1,6 +1,6 @@
 """Train an embedding model.
 
-    torchrun --nproc-per-node 8 launch/train.py --config configs/train-8b-stage1.yaml --output_dir runs/stage1
+torchrun --nproc-per-node 8 launch/train.py --config configs/train-8b-stage1.yaml --output_dir runs/stage1
 """
 
 from nemo_embed_core.config import TrainConfig, load_config, user_errors

@@ -199,7 +199,9 @@ class TrainConfig:
     output_dir: str  # step-XXXXXXXX/ checkpoints, metrics.jsonl, config.yaml
     steps: int  # optimizer steps; 0: only save the initial weights
     global_batch_size: int = 128  # queries per optimizer step, over all ranks
-    init_from: str = ""  # Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of shape `model`
+    init_from: str = (
+        ""  # Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of shape `model`
+    )
     tokenizer: str = ""  # folder with tokenizer.json; "": the one in init_from
     model: ModelConfig = field(default_factory=ModelConfig)  # ignored when init_from is set: the shape is read there
     data: DataConfig = field(default_factory=DataConfig)
@@ -257,7 +259,9 @@ class MineConfig:
     document_task: str = ""  # instruction of the documents (symmetric tasks only)
     output: str  # JSONL of {"query", "pos", "neg", ...} that launch/train.py reads
     corpus: str = ""  # JSONL of {"text"} passages to search besides; "": all passages of the data
-    threshold: float = 0.95  # keep scores < threshold x positive's score (sentence-transformers: relative_margin = 1 - threshold)
+    threshold: float = (
+        0.95  # keep scores < threshold x positive's score (sentence-transformers: relative_margin = 1 - threshold)
+    )
     num_negatives: int = 4  # per query, best first
     query_max_length: int = 512  # tokens
     document_max_length: int = 512  # tokens
@@ -304,6 +308,9 @@ def load_config(cls: type[C], argv: Sequence[str] | None = None) -> C:
     parser = ArgumentParser(description=cls.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     parser.add_class_arguments(cls)
+    if "model.head_dim" in parser.get_defaults():
+        # The default instance has derived 128 = 4096 / 32 from its own sizes; it would stick when those are overridden.
+        parser.set_defaults({"model.head_dim": 0})
     options = [name for action in parser._actions for name in action.option_strings]
     argv = sys.argv[1:] if argv is None else list(argv)
     with user_errors():
@@ -326,7 +333,9 @@ def _refuse_duplicate_keys(argv: Sequence[str]) -> None:
             for key, value in node.value:
                 if key.value in seen:
                     line = key.start_mark.line + 1
-                    raise DataError(path, line, f"key {key.value!r} stands here and on line {seen[key.value]}; keep one")
+                    raise DataError(
+                        path, line, f"key {key.value!r} stands here and on line {seen[key.value]}; keep one"
+                    )
                 seen[key.value] = key.start_mark.line + 1
                 check(value, path)
         elif isinstance(node, yaml.SequenceNode):

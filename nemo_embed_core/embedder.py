@@ -1,8 +1,8 @@
 """Texts to unit vectors: what mining, evaluation, export checks and users of the Python API share.
 
-    from nemo_embed_core.embedder import Embedder
-    embedder = Embedder.load("runs/stage1")                       # or a checkpoint, or a Hugging Face folder
-    vectors = embedder.encode(["a text", "another"])              # [2, D] fp32, in the given order
+from nemo_embed_core.embedder import Embedder
+embedder = Embedder.load("runs/stage1")                       # or a checkpoint, or a Hugging Face folder
+vectors = embedder.encode(["a text", "another"])              # [2, D] fp32, in the given order
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ class Embedder:
     """One process, one device, the whole model; packed batches of at most `max_tokens`."""
 
     def __init__(
-        self, encoder: Encoder, model: ModelConfig, tokenizer: Tokenizer, digest: str, device: torch.device, max_tokens: int
+        self,
+        encoder: Encoder,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        digest: str,
+        device: torch.device,
+        max_tokens: int,
     ):
         self.encoder, self.model, self.tokenizer = encoder, model, tokenizer
         self.digest = digest  # of the weights: caches and reports are keyed by it

@@ -10,7 +10,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from nemo_embed_core.config import DataConfig, DatasetConfig, ModelConfig, RopeScaling, TrainConfig
 
-WORDS = "alpha beta gamma delta river moon violin copper engine llama paper kernel cat bread quiet green tower".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "river",
+    "moon",
+    "violin",
+    "copper",
+    "engine",
+    "llama",
+    "paper",
+    "kernel",
+    "cat",
+    "bread",
+    "quiet",
+    "green",
+    "tower",
+]
 
 MODEL = ModelConfig(
     vocab_size=512,
@@ -34,7 +52,9 @@ def write_tokenizer(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|begin_of_text|>", "<|end_of_text|>"]
-    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([" ".join(WORDS), "find nothing number Instruct Query"] * 5, trainer)
     bos = [("<|begin_of_text|>", 0)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=bos)

@@ -29,7 +29,9 @@ class SafetensorsWriter:
     `entries`: name -> (dtype, shape), in the order in which the bytes will come. The library writes whole files only.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+    def __init__(
+        self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+    ):
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for name, (dtype, shape) in entries.items():

@@ -51,7 +51,9 @@ def write_weights(folder: Path, sources: Sequence[Weights], dtype: torch.dtype) 
         for name in names:
             for block in _blocks(sources, origin[name], shapes[name], dtype):
                 if not bool(block.isfinite().all()):
-                    raise UserError(f"{name} has NaN or infinite values in {_blame(sources, origin[name], shapes[name])}")
+                    raise UserError(
+                        f"{name} has NaN or infinite values in {_blame(sources, origin[name], shapes[name])}"
+                    )
                 writer.write(block)
             weight_map[name] = file
         total += writer.close()["size"]
@@ -158,7 +160,9 @@ def training_facts(sources: Sequence[Weights]) -> TrainingFacts:
         # A name, not a path of this machine: "runs/stage1", "meta-llama/Llama-3.1-8B".
         init_from="/".join(Path(configs[0]["init_from"]).parts[-2:]) if configs else "",
         datasets=list(rows.values()),
-        recipe={k: configs[0][k] for k in ("steps", "global_batch_size", "loss", "optim", "precision")} if configs else {},
+        recipe={k: configs[0][k] for k in ("steps", "global_batch_size", "loss", "optim", "precision")}
+        if configs
+        else {},
     )
 
 

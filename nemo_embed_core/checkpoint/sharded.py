@@ -166,6 +166,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name in manifest["files"]:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
             raise CheckpointError(f"{path}: {name!r} is not a plain file name")
+    for name, tensor in manifest["tensors"].items():
+        if tensor["dtype"] not in ("float32", "float64"):
+            raise CheckpointError(f"{path}: {name} has dtype {tensor['dtype']!r}; weights and moments are float32")
+        for piece in manifest["pieces"].get(name, []):
+            if piece["file"] not in manifest["files"]:  # the verified ones, so never a path out of the folder
+                raise CheckpointError(f"{path}: {name} is in {piece['file']!r}, which is not among its files")
     return manifest
 
 
@@ -261,7 +267,9 @@ class Reader:
         problems = [f"{n} is missing" for n in expected if n not in found]
         problems += [f"{n} is not part of this model" for n in found if n not in expected]
         problems += [
-            f"{n} has shape {found[n]}, expected {shape}" for n, shape in expected.items() if found.get(n, shape) != shape
+            f"{n} has shape {found[n]}, expected {shape}"
+            for n, shape in expected.items()
+            if found.get(n, shape) != shape
         ]
         if problems:
             more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
@@ -289,5 +297,3 @@ class Reader:
         if filled != out.numel():
             raise CheckpointError(f"{self.folder}: {name} has {filled} of the {out.numel()} elements asked for")
         return out
-
-

@@ -98,7 +98,7 @@ def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
     if a.dtype == torch.bfloat16:
         if a.is_cuda:
             assert add is None
-            return torch.mm(a, b.T, out_dtype=torch.float32)  # type: ignore[call-overload]  # torch 2.8+, CUDA only
+            return torch.mm(a, b.T, out_dtype=torch.float32)  # torch 2.8+, CUDA only
         a, b = a.float(), b.float()
     if add is not None:  # in the GEMM: a pass over the tile less
         return torch.addmm(add[:, None], a, b.T)

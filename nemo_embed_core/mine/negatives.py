@@ -17,9 +17,9 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ import torch
 from nemo_embed_core.config import UserError
 from nemo_embed_core.mine.corpus import Corpus, Encodes, Ranks, encode_corpus, publish, sha256_of, write_atomically
 from nemo_embed_core.mine.report import build_report, print_report
-from nemo_embed_core.mine.topk import Exclude, SearchStats, fp32_rows, merge_topk, pair_scores, topk_below
+from nemo_embed_core.mine.topk import Exclude, SearchStats, fp32_rows, merge_topk, pair_scores, pick_method, topk_below
 
 
 class Row(Protocol):
@@ -50,6 +50,74 @@ def ceiling(positive_scores: Any, threshold: float) -> np.ndarray:
 def normalize(text: str) -> str:
     """Texts that are equal after this are one text for mining: whitespace runs and case do not count."""
     return " ".join(text.split()).casefold()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which of the passages become negatives; the vocabulary of sentence-transformers' mine_hard_negatives.
+
+    threshold is the paper's and 1 - relative_margin there. Every given limit must hold; "below" is strict.
+    """
+
+    num_negatives: int = 4  # per query
+    threshold: float | None = 0.95  # score < threshold x positive's (as `ceiling` has it); None: no such limit
+    absolute_margin: float | None = None  # score < positive's - absolute_margin
+    max_score: float | None = None  # score < max_score
+    min_score: float | None = None  # score >= min_score: leaves out what is trivial
+    range_min: int = 0  # leave out the best range_min passages, whatever they score
+    range_max: int | None = None  # and everything after the best range_max
+    sampling: Literal["top", "random"] = "top"  # of those left: the best, or a seeded sample
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 1:
+            raise UserError(f"num_negatives={self.num_negatives} must be at least 1")
+        if self.range_min < 0 or (self.range_max is not None and self.range_max <= self.range_min):
+            raise UserError(f"range_min={self.range_min} must be at least 0 and below range_max={self.range_max}")
+        if self.min_score is not None and self.max_score is not None and self.min_score >= self.max_score:
+            raise UserError(f"min_score={self.min_score} must be below max_score={self.max_score}")
+
+    @property
+    def by_rank(self) -> bool:
+        """Ranks count what is above the ceiling too, so the search runs without it and the limits come after."""
+        return self.range_min > 0 or self.range_max is not None
+
+    @property
+    def num_searched(self) -> int:
+        """How many passages per query the search has to return."""
+        if self.range_max is not None:
+            return self.range_max
+        spare = 3 if self.sampling == "random" or self.by_rank else 1  # as many times as sentence-transformers looks at
+        return self.range_min + spare * self.num_negatives
+
+    def ceilings(self, lowest: np.ndarray) -> np.ndarray:
+        """[Q] fp64: what a negative's score must be below, from each query's lowest-scoring positive."""
+        limits = np.full(len(lowest), np.inf)
+        if self.threshold is not None:
+            limits = np.minimum(limits, ceiling(lowest, self.threshold))
+        if self.absolute_margin is not None:
+            limits = np.minimum(limits, lowest.astype(np.float64) - self.absolute_margin)
+        if self.max_score is not None:
+            limits = np.minimum(limits, self.max_score)
+        return limits
+
+    def choose(self, scores: np.ndarray, ids: np.ndarray, ceilings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([Q, num_negatives] scores, ids) of what was searched for, best first; -inf and -1 where there are too few."""
+        keep = (ids >= 0) & (scores.astype(np.float64) < ceilings[:, None])
+        keep[:, : self.range_min] = False
+        if self.min_score is not None:
+            keep &= scores >= self.min_score
+        out_scores = np.full((len(scores), self.num_negatives), -np.inf, np.float32)
+        out_ids = np.full((len(scores), self.num_negatives), -1, np.int64)
+        for i in range(len(scores)):
+            left = np.flatnonzero(keep[i])
+            if self.sampling == "random" and len(left) > self.num_negatives:
+                # Keyed by the row: the sample of a row does not depend on the other rows or on the number of ranks.
+                generator = np.random.Generator(np.random.Philox(key=[self.seed, i]))
+                left = np.sort(generator.choice(left, self.num_negatives, replace=False))
+            left = left[: self.num_negatives]
+            out_scores[i, : len(left)], out_ids[i, : len(left)] = scores[i, left], ids[i, left]
+        return out_scores, out_ids
 
 
 @dataclass
@@ -103,13 +171,12 @@ def mine_negatives(
     output: str | Path,
     *,
     passages: Iterable[str] = (),
-    threshold: float = 0.95,
-    num_negatives: int = 4,
+    selection: Selection | None = None,
     prompt: str = "",
     document_prompt: str = "",
     query_max_length: int = 512,
     document_max_length: int = 512,
-    method: str = "fp32",
+    method: str = "auto",
     device: torch.device | str = "cpu",
     dtype: str = "float16",
     shard_size: int = 16384,
@@ -123,7 +190,7 @@ def mine_negatives(
     file per shard and per block of queries): a run that was killed continues when it is started again. Output lines:
     {"query", "pos", "neg", "pos_scores", "neg_scores"}, every row kept, also with 0 negatives.
     """
-    output, rows, ranks = Path(output), list(rows), ranks or Ranks()
+    output, rows, ranks, selection = Path(output), list(rows), ranks or Ranks(), selection or Selection()
     say = log if ranks.rank == 0 else (lambda _: None)
     if not rows:
         raise UserError("there are no rows to mine for")
@@ -149,22 +216,26 @@ def mine_negatives(
     lowest = np.minimum.reduceat(positive_scores, positives.indptr[:-1])
     exclude = known_passages(rows, pool)
     stats = SearchStats()
-    scores, ids = search_blocks(
-        queries, documents.part(0, pool.num_searched), ceiling(lowest, threshold), num_negatives, exclude,
+    ceilings = selection.ceilings(lowest)
+    found_scores, found_ids = search_blocks(
+        queries, documents.part(0, pool.num_searched), np.full(len(rows), np.inf) if selection.by_rank else ceilings,
+        min(selection.num_searched, pool.num_searched), exclude,
         work=work, method=method, device=device, block_queries=block_queries, ranks=ranks, stats=stats, log=say,
     )  # fmt: skip
+    scores, ids = selection.choose(found_scores, found_ids, ceilings)
 
     report = build_report(
-        positive_scores=positive_scores, lowest=lowest, scores=scores, threshold=threshold,
+        positive_scores=positive_scores, lowest=lowest, scores=scores,
         settings={
             "model": embedder.digest, "queries": len(rows), "documents": pool.num_searched,
-            "duplicates_removed": len(pool.texts) - pool.num_searched, "threshold": threshold,
-            "num_negatives": num_negatives, "prompt": prompt, "document_prompt": document_prompt,
+            "duplicates_removed": len(pool.texts) - pool.num_searched, **asdict(selection),
+            "prompt": prompt, "document_prompt": document_prompt,
             "query_max_length": query_max_length, "document_max_length": document_max_length, "dtype": dtype,
         },
         stats=stats,
     )  # fmt: skip
     if ranks.rank == 0:
+        report["suspects"] = suspects(rows, pool, queries, documents, lowest, ceilings, exclude, device)
         lines = io.StringIO()
         for i, row in enumerate(rows):
             found = ids[i] >= 0
@@ -185,6 +256,29 @@ def mine_negatives(
         shutil.rmtree(work / "search", ignore_errors=True)
     ranks.gather(None)
     return report
+
+
+def suspects(
+    rows: list[Row], pool: Pool, queries: Corpus, documents: Corpus, lowest: np.ndarray, ceilings: np.ndarray,
+    exclude: Exclude, device: torch.device | str, count: int = 50,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For reading: what the ceiling kept out of a sample of rows, best first. Are these unlabelled positives?"""
+    sample = np.sort(np.random.default_rng(0).choice(len(rows), min(count, len(rows)), replace=False))
+    searched = documents.part(0, pool.num_searched)
+    scores, ids = topk_below(
+        queries[sample], searched, np.full(len(sample), np.inf), 3, exclude.take(sample), method="fp32", device=device
+    )
+    found = []
+    for i, row_scores, row_ids in zip(sample, scores.tolist(), ids.tolist(), strict=True):
+        above = [
+            {"text": pool.texts[d], "score": s}
+            for s, d in zip(row_scores, row_ids, strict=True)
+            if d >= 0 and s >= ceilings[i]
+        ]
+        if above:
+            positive = {"pos": list(rows[i].pos), "lowest_positive_score": float(lowest[i])}
+            found.append({"query": rows[i].query, **positive, "above_ceiling": above})
+    return found
 
 
 def _passages(rows: list[Row], passages: Iterable[str]) -> Iterable[str]:
@@ -266,7 +360,7 @@ def search_blocks(
         stats.num_certified += int(block[2][0])
         stats.num_exhaustive += int(block[2][1])
         stats.num_queries += rows.stop - rows.start
-    stats.method = method
+    stats.method = pick_method(torch.device(device)) if method == "auto" else method
     return scores, ids
 
 

@@ -18,7 +18,6 @@ def build_report(
     positive_scores: np.ndarray,
     lowest: np.ndarray,
     scores: np.ndarray,
-    threshold: float,
     settings: dict[str, Any],
     stats: SearchStats,
 ) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def _quantiles(values: np.ndarray) -> dict[str, float] | None:
 
 def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> None:
     total, k = report["queries"], report["num_negatives"]
-    log(f"{total:,} queries, {report['documents']:,} documents, threshold {report['threshold']:g}")
+    log(f"{total:,} queries, {report['documents']:,} documents, threshold {report['threshold']}")
     for key, words in [
         ("with_no_negatives", "no negative below the ceiling"),
         ("with_fewer_than_k", f"1 to {k - 1} negatives"),
@@ -82,3 +81,24 @@ def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> 
         log(
             f"  {report['negative_positive_scores']:,} queries have a positive that scores below 0: is the model trained?"
         )
+
+
+def plot_report(report: dict[str, Any], path: str) -> None:
+    """The two histograms as a PNG (needs matplotlib)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    histogram = report["histogram"]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key in ("positives", "negatives"):
+        total = max(1, sum(histogram[key]))
+        axes.stairs([100 * c / total for c in histogram[key]], histogram["edges"], label=key, fill=True, alpha=0.5)
+    axes.set_xlabel("score")
+    axes.set_ylabel("% of pairs")
+    title = f"{report['queries']:,} queries, {report['documents']:,} documents, threshold {report['threshold']}"
+    axes.set_title(f"{title}: {report['with_no_negatives'] / report['queries']:.1%} without a negative")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)

@@ -14,6 +14,8 @@ Q queries · N documents · D hidden_size · q, n rows of a tile of them · k as
 from __future__ import annotations
 
 import contextlib
+import functools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,8 +102,8 @@ def topk_below(
     first_id: int = 0,
     method: str = "fp32",
     block_queries: int = 65536,
-    tile_queries: int = 256,
-    block_documents: int = 8192,
+    tile_queries: int = 0,
+    block_documents: int = 0,
     device: torch.device | str = "cpu",
     stats: SearchStats | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -109,9 +111,11 @@ def topk_below(
 
     queries [Q, D], documents [N, D]: numpy arrays, memory maps, tensors, or anything with .shape, [a:b] and [ids];
     float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores are strictly below; +inf keeps all.
+    method: how candidates are found, "fp32", "bf16", "int8" or "auto" (`pick_method`); never what is found.
     exclude: ids never returned, per query.  first_id: id of documents[0] when they are one rank's shard.
     Returns scores [Q, k] fp32, best first, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify.
-    Memory: block_queries x (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes.
+    Memory: block_queries x (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes
+    (0: 1,024 x 8,192 on a CPU, 4,096 x 32,768 on a GPU), whatever N is.
     """
     num_queries, hidden_size = queries.shape
     num_documents = documents.shape[0]
@@ -125,11 +129,16 @@ def topk_below(
         raise UserError(f"{len(ceilings)} ceilings for {num_queries} queries: give one per query")
     if exclude is not None and len(exclude.indptr) != num_queries + 1:
         raise UserError(f"exclude.indptr has {len(exclude.indptr)} entries for {num_queries} queries: give Q + 1")
+    device = torch.device(device)
+    if method == "auto":
+        method = pick_method(device)
     if method not in METHODS:
-        raise UserError(f"method={method!r} is none of {', '.join(METHODS)}")
+        raise UserError(f"method={method!r} is none of auto, {', '.join(METHODS)}")
+    tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
+    block_documents = block_documents or (32768 if device.type == "cuda" else 8192)
     stats = stats if stats is not None else SearchStats()
     stats.method, stats.num_queries = method, num_queries
-    search = _Search(documents, k, first_id, method, tile_queries, block_documents, torch.device(device), stats)
+    search = _Search(documents, k, first_id, method, tile_queries, block_documents, device, stats)
     scores = torch.full((num_queries, k), -torch.inf)
     ids = torch.full((num_queries, k), -1, dtype=torch.int64)
     if num_documents == 0 or num_queries == 0:
@@ -141,6 +150,23 @@ def topk_below(
             excluded = exclude.take(np.arange(rows.start, rows.stop)).ascending() if exclude is not None else None
             scores[rows], ids[rows] = search.block(fp32_rows(queries, rows, device), ceilings_Q[rows], excluded)
     return scores, ids
+
+
+@functools.cache
+def pick_method(device: torch.device) -> str:
+    """The fastest way to find candidates here: bf16 tensor cores on a GPU; int8 on a CPU that multiplies it (VNNI)."""
+    if device.type == "cuda":
+        return "bf16"
+    a, b = torch.ones(256, 512), torch.ones(2048, 512)
+    a8, b8 = a.to(torch.int8), b.to(torch.int8)
+    seconds = {}
+    for name, run in (("fp32", lambda: a @ b.T), ("int8", lambda: torch._int_mm(a8, b8.T))):
+        run()
+        began = time.perf_counter()
+        run()
+        seconds[name] = time.perf_counter() - began
+    # Rotation, quantisation and the second scoring of candidates have to be won back.
+    return "int8" if seconds["int8"] * 2 < seconds["fp32"] else "fp32"
 
 
 def pair_scores(queries_PD: Tensor, documents_PD: Tensor) -> Tensor:
@@ -321,9 +347,26 @@ class _Search:
         return scores.cpu(), ids.cpu()
 
     def document_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, self.documents.shape[0], self.block_documents):
-            rows = slice(start, min(start + self.block_documents, self.documents.shape[0]))
-            yield self.first_id + start, fp32_rows(self.documents, rows, self.device)
+        size = self.block_documents
+        blocks = [slice(a, min(a + size, self.documents.shape[0])) for a in range(0, self.documents.shape[0], size)]
+        if self.device.type != "cuda" or isinstance(self.documents, Tensor):
+            for rows in blocks:
+                yield self.first_id + rows.start, fp32_rows(self.documents, rows, self.device)
+            return
+        # Two pinned buffers: the disk fills one while the GPU works on what came from the other. Nothing in the tile
+        # loop waits for the device, so the host runs ahead until a buffer is still being copied.
+        buffers: list[Tensor | None] = [None, None]
+        copied = [torch.cuda.Event(), torch.cuda.Event()]
+        for i, rows in enumerate(blocks):
+            block = torch.from_numpy(np.ascontiguousarray(self.documents[rows]))
+            buffer = buffers[i % 2]
+            if buffer is None:
+                buffer = buffers[i % 2] = torch.empty(size, block.shape[1], dtype=block.dtype, pin_memory=True)
+            copied[i % 2].synchronize()
+            buffer[: len(block)].copy_(block)
+            on_device = buffer[: len(block)].to(self.device, non_blocking=True)
+            copied[i % 2].record()
+            yield self.first_id + rows.start, on_device.float()
 
     def tiles(self, num_queries: int) -> Iterator[slice]:
         for start in range(0, num_queries, self.tile_queries):

@@ -113,7 +113,9 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Atten
             f"attention={name} needs a CUDA device and bf16, not {device.type} and {dtype}; use attention=auto or sdpa"
         )
     if name == "flash" and not flash:
-        raise UserError("attention=flash, but the flash-attn package is not installed; install it or use attention=varlen")
+        raise UserError(
+            "attention=flash, but the flash-attn package is not installed; install it or use attention=varlen"
+        )
     if name == "varlen" and not varlen:
         raise UserError(f"attention=varlen needs torch >= 2.11, not {torch.__version__}; use attention=sdpa")
     return _BACKENDS[name]

@@ -91,9 +91,7 @@ def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str,
         yield hf_name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
-def local_box(
-    shape: tuple[int, ...], dim: int | None, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int
-) -> Box:
+def local_box(shape: tuple[int, ...], dim: int | None, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int) -> Box:
     """What (tp_rank, dp_rank) holds: the tp chunk, then FSDP2's torch.chunk of its dim 0. Always one contiguous box."""
     offset, size = [0] * len(shape), list(shape)
     if dim is not None:

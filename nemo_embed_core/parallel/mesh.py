@@ -95,7 +95,9 @@ def rank_from_env() -> int:
 def pick_device(device: str) -> torch.device:
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
-            raise UserError("device=cuda, but torch sees no CUDA device; install a CUDA build of torch or set device=cpu")
+            raise UserError(
+                "device=cuda, but torch sees no CUDA device; install a CUDA build of torch or set device=cpu"
+            )
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -44,7 +44,9 @@ def _concat(groups: Sequence[Groups]) -> Groups:
     )
 
 
-def forward_backward(model: Encoder, batches: Sequence[MicroBatch], mesh: Mesh, loss: LossConfig) -> tuple[Tensor, Tensor]:
+def forward_backward(
+    model: Encoder, batches: Sequence[MicroBatch], mesh: Mesh, loss: LossConfig
+) -> tuple[Tensor, Tensor]:
     """(loss of each of this rank's queries [B], sums of retrieval_stats [4]); gradients are left on the parameters.
 
     Every dp rank has equally many queries and equally many micro-batches, so the mean over ranks that FSDP2 takes is the

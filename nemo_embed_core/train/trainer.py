@@ -20,7 +20,14 @@ import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.checkpoint.weights import RandomReader, Weights, fill, open_weights, read_model_config, tokenizer_folder
+from nemo_embed_core.checkpoint.weights import (
+    RandomReader,
+    Weights,
+    fill,
+    open_weights,
+    read_model_config,
+    tokenizer_folder,
+)
 from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, dump_yaml, to_dict
 from nemo_embed_core.data.packing import MicroBatch, load_batch
 from nemo_embed_core.data.sampler import Sampler
@@ -81,6 +88,11 @@ def prepare(config: TrainConfig) -> Prepared:
         _probe_output(Path(config.output_dir))
         store = open_store(config.data, tokenizer)
         Sampler(len(store), config.global_batch_size, config.seed)
+        if config.loss.in_batch == "none" and store.manifest["rows_without_negatives"] == len(store):
+            raise UserError(
+                f"no negatives: none of the {len(store)} rows has a hard negative and loss.in_batch=none, so every loss "
+                "is 0; mine negatives first (launch/mine.py) or set loss.in_batch=positives"
+            )
     return Prepared(model, tokenizer)
 
 
@@ -152,6 +164,7 @@ class Trainer:
         config, metrics = self.config, None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
         if self.mesh.rank == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
             dump_yaml(config, self.output / "config.yaml")
             metrics = MetricsLog(self.output, self.step, config.tensorboard)
         self._announce()
@@ -199,7 +212,9 @@ class Trainer:
             param_group["lr"] = lr
         self.optimizer.step()
         self.step += 1
-        self.ledger = hashlib.sha256(self.ledger.encode() + np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
+        self.ledger = hashlib.sha256(
+            self.ledger.encode() + np.ascontiguousarray(rows, dtype="<i8").tobytes()
+        ).hexdigest()
         failpoint("step.end", self.step)
         return self._metrics(totals, lr, len(batches), time.perf_counter() - start), totals["stop"] > 0
 
@@ -225,7 +240,9 @@ class Trainer:
         if np.isfinite(totals["loss"]) and np.isfinite(totals["grad_norm"]):
             return
         mine = np.concatenate([b.rows for b in batches])
-        bad = sorted({row for part in gather_objects(mine[~losses_B.isfinite().cpu().numpy()].tolist()) for row in part})
+        bad = sorted(
+            {row for part in gather_objects(mine[~losses_B.isfinite().cpu().numpy()].tolist()) for row in part}
+        )
         where = f"rows with a non-finite loss: {bad[:20]}" if bad else "every loss is finite, a gradient is not"
         raise NonFiniteError(
             f"step {self.step + 1}: loss {totals['loss'] / totals['rows']}, gradient norm {totals['grad_norm']}; the step "
@@ -362,7 +379,9 @@ class Trainer:
         """What decides the sequence of samples must be the same; other changes are named in the log."""
         old, new = manifest["config"], json.loads(json.dumps(to_dict(self.config)))
         if manifest["model"] != json.loads(json.dumps(to_dict(self.model_config))):
-            raise UserError(f"{folder} holds a model of another shape: {manifest['model']}, not {to_dict(self.model_config)}")
+            raise UserError(
+                f"{folder} holds a model of another shape: {manifest['model']}, not {to_dict(self.model_config)}"
+            )
         problems = [
             f"{key} was {was!r}, now {now!r}"
             for key, was, now in (
@@ -375,7 +394,9 @@ class Trainer:
         ]
         if problems:
             raise UserError(
-                f"{folder} cannot be continued: " + "; ".join(problems) + ". With these changed the samples of a step are "
+                f"{folder} cannot be continued: "
+                + "; ".join(problems)
+                + ". With these changed the samples of a step are "
                 "others; restore them, or start a new run with --init_from and this checkpoint."
             )
         for key in ("steps", "loss", "optim", "precision"):

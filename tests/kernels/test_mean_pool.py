@@ -3,27 +3,27 @@ import torch
 
 from nemo_embed_core.kernels.mean_pool import mean_pool, mean_pool_ref, segment_sum, segment_sum_ref
 
-RAGGED = [1, 1, 78, 0, 120, 1, 64]  # one-token and empty sequences, chunk borders inside, on and between them
+RAGGED = [1, 1, 21, 0, 34, 1, 6]  # one-token and empty sequences; borders of 16-token chunks in them, between and on them
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_kernel_within_budget(passes, normalize, norm, dtype):
-    passes("mean_pool", lengths=RAGGED, D=100, normalize=normalize, norm=norm, dtype=dtype)
+    passes("mean_pool", lengths=RAGGED, D=100, normalize=normalize, norm=norm, dtype=dtype, chunk=16)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "D", "padding"), [([1], 64, 0), ([129], 300, 0), ([2, 3], 4096, 1), ([64, 64], 64, 0), ([1] * 17, 64, 0)]
+    ("lengths", "D", "padding"), [([1], 64, 0), ([65], 300, 0), ([2, 3], 4096, 1), ([16, 16], 64, 0), ([1] * 17, 64, 0)]
 )
 def test_kernel_over_awkward_shapes(passes, lengths, D, padding):
-    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, norm=True)
+    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, norm=True, chunk=16)
     passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=False, norm=False, cu_dtype="int64")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_segment_sum_of_every_shard_of_tokens(passes, dtype):
-    passes("segment_sum", lengths=RAGGED, D=64, shards=[1, 2, 4], dtype=dtype)
+    passes("segment_sum", lengths=RAGGED, D=64, shards=[1, 2, 4], dtype=dtype, chunk=16)
 
 
 def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):

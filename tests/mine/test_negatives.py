@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 
 from nemo_embed_core.config import DatasetConfig, UserError
 from nemo_embed_core.data.readers import read_rows
-from nemo_embed_core.mine.corpus import Corpus, encode_corpus
-from nemo_embed_core.mine.negatives import Pool, ceiling, mine_negatives, normalize
+from nemo_embed_core.mine.corpus import Corpus, Ranks, encode_corpus
+from nemo_embed_core.mine.negatives import Pool, Selection, ceiling, mine_negatives, normalize
+from nemo_embed_core.mine.report import plot_report
 
 
 class Row(NamedTuple):
@@ -74,7 +77,9 @@ def lines_of(path):
 
 
 def mine(rows, output, embedder=None, **options):
-    options = {"log": lambda _: None, "shard_size": 16, "block_queries": 10, **options}
+    fields = {f.name for f in dataclasses.fields(Selection)}
+    selection = Selection(**{name: options.pop(name) for name in fields & options.keys()})
+    options = {"log": lambda _: None, "shard_size": 16, "block_queries": 10, "selection": selection, **options}
     return mine_negatives(rows, embedder or FakeEmbedder(), output, **options)
 
 
@@ -248,3 +253,87 @@ def test_corpus_reads_like_one_array():
 def test_row_without_positive_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"row 1 .*no positive"):
         mine([Row("a", ["b"], []), Row("c", [], ["d"])], tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_writes_the_same_bytes_and_encodes_each_text_once(tmp_path, size):
+    """Ranks are threads here: encoding, searching and merging only meet in `gather`."""
+    rows = make_rows(50)
+    mine(rows, tmp_path / "one.jsonl")
+    barrier, values, embedders, errors = (
+        threading.Barrier(size, timeout=60),
+        {},
+        [FakeEmbedder() for _ in range(size)],
+        [],
+    )
+
+    def work(rank):
+        def gather(value):
+            values[rank] = value
+            barrier.wait()
+            everyone = [values[r] for r in range(size)]
+            barrier.wait()
+            return everyone
+
+        try:
+            mine(rows, tmp_path / "many.jsonl", embedders[rank], ranks=Ranks(rank, size, gather))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    encoded = [text for e in embedders for text in e.encoded]
+    assert len(encoded) == len(Pool.build(t for r in rows for t in (*r.pos, *r.neg)).texts) + len(rows)
+    assert all(e.encoded for e in embedders)
+
+
+def test_suspects_are_above_the_ceiling_and_not_known(tmp_path):
+    rows = make_rows(40)
+    report = mine(rows, tmp_path / "out.jsonl", threshold=0.5, dtype="float32")
+    assert report["suspects"]
+    for row in report["suspects"]:
+        assert all(
+            s["score"] >= 0.5 * row["lowest_positive_score"] and s["text"] not in row["pos"]
+            for s in row["above_ceiling"]
+        )
+    plot_report(report, str(tmp_path / "out.png"))
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_other_limits_are_those_of_their_definitions(tmp_path):
+    rows = make_rows(30, seed=4)
+    mine(
+        rows, tmp_path / "all.jsonl", threshold=None, num_negatives=500, dtype="float32"
+    )  # every allowed passage, ranked
+    every = lines_of(tmp_path / "all.jsonl")
+    for number, (options, allowed) in enumerate([
+        ({"absolute_margin": 0.3}, lambda r, s, low: s < low - 0.3 and s < 0.95 * low),
+        ({"threshold": None, "max_score": 0.4, "min_score": 0.2}, lambda r, s, low: 0.2 <= s < 0.4),
+        ({"range_min": 5}, lambda r, s, low: 5 <= r < 17 and s < 0.95 * low),
+        ({"range_min": 2, "range_max": 9, "threshold": 0.8}, lambda r, s, low: 2 <= r < 9 and s < 0.8 * low),
+    ]):  # fmt: skip
+        mine(rows, tmp_path / f"{number}.jsonl", dtype="float32", **options)
+        for whole, line in zip(every, lines_of(tmp_path / f"{number}.jsonl"), strict=True):
+            low = min(whole["pos_scores"])
+            if low <= 0:
+                continue
+            ranked = enumerate(zip(whole["neg"], whole["neg_scores"], strict=True))
+            assert line["neg"] == [text for r, (text, s) in ranked if allowed(r, s, low)][:4], options
+
+
+def test_random_sampling_takes_from_the_best_and_repeats_itself(tmp_path):
+    rows = make_rows(30, seed=5)
+    mine(rows, tmp_path / "top.jsonl", num_negatives=12)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        mine(rows, tmp_path / f"{name}.jsonl", sampling="random", seed=seed)
+    a, b, c = ((tmp_path / f"{n}.jsonl").read_bytes() for n in "abc")
+    assert a == b and a != c
+    for best, line in zip(lines_of(tmp_path / "top.jsonl"), lines_of(tmp_path / "a.jsonl"), strict=True):
+        assert set(line["neg"]) <= set(best["neg"]) and len(line["neg"]) == min(4, len(best["neg"]))
+        assert line["neg_scores"] == sorted(line["neg_scores"], reverse=True)

@@ -85,8 +85,6 @@ def run(request: dict) -> list[int]:
 if __name__ == "__main__":
     import torch
 
-    import nemo_embed_core.train.trainer
-
     del torch
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

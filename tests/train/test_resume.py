@@ -65,7 +65,11 @@ def test_killed_five_times_ends_bit_identical(tmp_path: Path, worker: Worker, wo
     rng = random.Random(world_size)
     # Each kill lies at or behind the last checkpoint, so that every one of them is really reached.
     kills = [f"{rng.choice(IN_STEP)}@{rng.choice([1, 2])}", f"{rng.choice(IN_SAVE)}@3"]
-    kills += [f"save.after_rename@{rng.choice([3, 6])}", f"{rng.choice(IN_SAVE)}@9", f"{rng.choice(IN_STEP)}@{rng.choice([7, 8])}"]
+    kills += [
+        f"save.after_rename@{rng.choice([3, 6])}",
+        f"{rng.choice(IN_SAVE)}@9",
+        f"{rng.choice(IN_STEP)}@{rng.choice([7, 8])}",
+    ]
     for kill in kills:
         codes = worker.run(crashed, fail=kill, world_size=world_size, fail_rank=0)
         assert -9 in codes, f"the kill at {kill} never happened: {codes}"

@@ -1,0 +1,51 @@
+"""Every kernel compiles for sm_90 without a GPU, into registers, with vector loads and wgmma where they are due."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compile_all(*arguments: str) -> list[dict]:
+    bundled = Path(find_spec("triton").origin).parent / "backends/nvidia/bin"
+    missing = [tool for tool in ("ptxas", "cuobjdump", "nvdisasm") if not (bundled / tool).exists()]
+    if missing:
+        pytest.skip(f"triton was installed without {', '.join(missing)}: nothing here can assemble for sm_90")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}  # the default until triton 3.10
+    command = [sys.executable, str(Path(__file__).with_name("compile_sm90.py")), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table, _, rows = result.stdout.rstrip().rpartition("\n")
+    print(table)
+    return json.loads(rows)
+
+
+def check(rows: list[dict]) -> None:
+    assert [row for row in rows if row["spills"]] == []
+    assert [row for row in rows if row["shared"] > 227 * 1024] == [], "more shared memory than an SM has"
+    # 64 rows and more go to the tensor cores through wgmma; rows of 4096 are read 16 bytes at a time.
+    slow = [row for row in rows if row["constants"].get("BLOCK_B", 0) >= 64 and "BLOCK_P" in row["constants"]]
+    assert slow and [row for row in slow if not row["wgmma"]] == []
+    assert [row for row in rows if row["constants"].get("D") == 4096 and not row["vectors"]] == []
+
+
+def test_recipe_kernels_compile_without_spills():
+    rows = compile_all("--recipe")
+    kernels = {row["kernel"] for row in rows}
+    sources = [file.read_text() for file in (ROOT / "kernels").glob("*.py")]
+    defined = {name for source in sources for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", source)}
+    assert kernels == defined, f"never launched by compile_sm90.py: {defined - kernels}"
+    check(rows)
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_without_spills():
+    check(compile_all())

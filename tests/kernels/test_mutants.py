@@ -1,0 +1,149 @@
+"""The checks have teeth: each kernel bug planted here is caught by the very check that the healthy kernel passes."""
+
+import pytest
+
+MUTANTS = {
+    # name: (check, its arguments, text of the kernel file, what the bug makes of it)
+    "hard: mask dropped from the softmax": (
+        "info_nce_hard",
+        {"B": 5, "M": 3, "D": 64},
+        "p = tl.where(mask_m, tl.exp(scores - shift), 0.0)",
+        "p = tl.exp(scores - shift)",
+    ),
+    "hard: running maximum is not carried over blocks": (
+        "info_nce_hard",
+        {"B": 4, "M": 17, "D": 64, "temperature": 0.005},
+        "        running_max = new_max\n    lse = tl.where(total > 0, running_max + tl.log(total)",
+        "        running_max = block_max\n    lse = tl.where(total > 0, running_max + tl.log(total)",
+    ),
+    "hard: temperature missing in the backward": (
+        "info_nce_hard",
+        {"B": 5, "M": 3, "D": 64},
+        "tl.load(dlse_ptr + b) * p * inverse_temperature",
+        "tl.load(dlse_ptr + b) * p",
+    ),
+    "hard: radial part of the normalised gradient lost": (
+        "info_nce_hard",
+        {"B": 5, "M": 3, "D": 64, "normalize": True},
+        "dq = -radial_q * q",
+        "dq = 0.0 * q",
+    ),
+    "in batch: temperature missing in the backward": (
+        "info_nce_in_batch",
+        {"B": 5, "P": 37, "D": 64},
+        "(dlse * inverse_temperature)[:, None]",
+        "dlse[:, None]",
+    ),
+    "in batch: minimum for maximum over tiles": (
+        "info_nce_in_batch",
+        {"B": 3, "P": 11 * 2 * 64 + 1, "D": 32, "temperature": 0.005},
+        "new_max = tl.maximum(running_max, tl.max(scores, 1))",
+        "new_max = tl.minimum(running_max, tl.max(scores, 1))",
+    ),
+    "in batch: columns past the end count": (
+        "info_nce_in_batch",
+        {"B": 5, "P": 37, "D": 64},
+        "keep = (b < B)[:, None] & (p < P)[None, :]",
+        "keep = (b < B)[:, None] & (p < P + 64)[None, :]",
+    ),
+    "in batch: the label is masked out by its own id": (
+        "info_nce_in_batch",
+        {"B": 5, "P": 37, "D": 64, "ids": True},
+        " | (label[:, None] == p[None, :])",
+        "",
+    ),
+    "in batch: fp16 accumulation of the scores": (
+        "info_nce_in_batch",
+        {"B": 5, "P": 37, "D": 100},
+        "        acc = tl.dot(q, docs, acc, input_precision=PRECISION)",
+        "        acc = tl.dot(q, docs, acc, input_precision=PRECISION).to(tl.float16).to(tl.float32)",
+    ),
+    "in batch: gradient of a positive is lost from the second chunk on": (
+        "info_nce_in_batch",
+        {"B": 5, "P": 300, "D": 64, "workspace": 5 * 4 * 128},
+        "    p = first_column + column\n",
+        "    p = column\n",
+    ),
+    "pool: max for maximum (the bug that Liger shipped)": (
+        "mean_pool",
+        {"lengths": [3, 0, 5], "D": 64, "normalize": False, "norm": False},
+        "tl.maximum(length, 1)",
+        "tl.max(length, 0)",
+    ),
+    "pool: sequences end one token late": (
+        "mean_pool",
+        {"lengths": [3, 5, 20], "D": 64, "normalize": False, "norm": False, "chunk": 16},
+        "mask = (offs_t < end)[:, None] & mask_d[None, :]\n            x =",
+        "mask = (offs_t <= end)[:, None] & mask_d[None, :]\n            x =",
+    ),
+    "pool: last chunk of a sequence forgotten": (
+        "segment_sum",
+        {"lengths": [3, 5, 20], "D": 64, "chunk": 16},
+        "while chunk <= last_chunk:",
+        "while chunk < last_chunk:",
+    ),
+    "pool: offset of the shard ignored in the backward": (
+        "segment_sum",
+        {"lengths": [3, 5, 20], "D": 64, "shards": [2]},
+        "_segment_of(cu_ptr, offs_t + token_offset, N, STEPS)",
+        "_segment_of(cu_ptr, offs_t, N, STEPS)",
+    ),
+    "pool: fp16 accumulation": (
+        "mean_pool",
+        {"lengths": [3, 40], "D": 64, "normalize": False, "norm": False},
+        "            acc += tl.sum(x, 0)\n",
+        "            acc = (acc + tl.sum(x, 0)).to(tl.float16).to(tl.float32)\n",
+    ),
+    "rms_norm: eps dropped": (
+        "rms_norm",
+        {"T": 5, "D": 64, "residual": False},
+        "tl.sum(hidden * hidden, 0) / D + eps",
+        "tl.sum(hidden * hidden, 0) / D",
+    ),
+    "rms_norm: padding lanes count in the mean": (
+        "rms_norm",
+        {"T": 5, "D": 100, "residual": True},
+        "tl.sum(hidden * hidden, 0) / D + eps",
+        "tl.sum(hidden * hidden, 0) / BLOCK_D + eps",
+    ),
+    "rms_norm: a program keeps only its last row's dweight": (
+        "rms_norm",
+        {"T": 23, "D": 64, "residual": True, "programs": 7},
+        "dweight += dy * normed",
+        "dweight = dy * normed",
+    ),
+    "rope: the backward turns the wrong way": (
+        "split_rope",
+        {"T": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
+        "_move_heads(q_ptrs, qkv_ptrs, cos, -sin, mask, R, True)",
+        "_move_heads(q_ptrs, qkv_ptrs, cos, sin, mask, R, True)",
+    ),
+    "rope: v is left unwritten": (
+        "split_rope",
+        {"T": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
+        "        _move_heads(qkv_ptrs + 2 * R, v_ptr + k_offs, cos, sin, mask, R, False)\n",
+        "",
+    ),
+    "swiglu: derivative of the sigmoid instead of silu": (
+        "swiglu",
+        {"T": 5, "num_blocks": 2, "width": 40},
+        "sigmoid * (1 + gate * (1 - sigmoid))",
+        "sigmoid * (1 - sigmoid)",
+    ),
+    "swiglu: gate and up are not in blocks": (
+        "swiglu",
+        {"T": 5, "num_blocks": 2, "width": 40},
+        "(2 * block * WIDTH + offs_f)",
+        "(block * WIDTH + offs_f)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(interpreted, name):
+    check, arguments, old, new = MUTANTS[name]
+    assert interpreted(check, **arguments) is None, "the healthy kernel must pass"
+    error = interpreted(check, mutation=(old, new), **arguments)
+    assert error is not None, "the planted bug went unnoticed"
+    # Noticed by the comparison and not by falling over, except where the bug is one that Triton itself refuses.
+    assert error.startswith("AssertionError") or "tl.max(" in new, error
