@@ -127,7 +127,7 @@ def _join(lse_B, positive_B, has_positive_B, own_lse_B, extra_lse_B) -> torch.Te
 
 
 # Not timed on a GPU yet: chosen by registers and shared memory (AOT for sm_90, no spills, wgmma).
-_OWN = (8, 1024, 8)  # largest BLOCK_M, largest BLOCK_D, num_warps
+_OWN = (8, 512, 4)  # largest BLOCK_M, largest BLOCK_D, num_warps
 # element size -> [(largest B, BLOCK_B, BLOCK_P, BLOCK_D, num_warps, num_stages)]. 128 x 256, the usual tile of a Hopper
 # GEMM, spills 1 kB with document ids; in halves (reshape, permute, split) still 0.25 kB.
 _COLUMNS = {

@@ -17,16 +17,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TASK = "Given the summary line of a docstring, retrieve the rest of it"
-STAGES = ("untrained", "stage1", "stage2", "merged", "bm25")
+TASK = "Find the rest of the docstring"
 
 
-def run(command: list[str]) -> None:
-    """Print and run one launcher; its failure ends the demo with its exit code."""
+def threads_per_rank() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> None:
+    """Print and run one launcher; its failure ends the demo."""
     shown = [part.replace(sys.executable, "python") for part in command]
     print(f"\n$ {shlex.join(shown)}", flush=True)
     start = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code = subprocess.run(command, cwd=ROOT, env=os.environ | (env or {})).returncode
     if code:
         raise SystemExit(f"demo: the command above failed with exit code {code}")
     print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
@@ -35,7 +38,7 @@ def run(command: list[str]) -> None:
 def train(config: str, output: Path, *options: str) -> None:
     """torchrun with tp=2 and sequence parallelism; on a CPU both ranks share the cores."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run([*torchrun, "launch/train.py", "--config", config, "--output_dir", str(output), *options])
+    run([*torchrun, "launch/train.py", "--config", config, "--output_dir", str(output), *options], threads_per_rank())
 
 
 def prepare_data(folder: Path) -> None:
@@ -58,7 +61,7 @@ def plot(output: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for name in ("stage1", "stage2-a", "stage2-b"):
+    for name in ("stage1", "stage2", "stage2-seed2"):
         metrics = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
         axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], label=name)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
@@ -66,8 +69,9 @@ def plot(output: Path) -> None:
     figure.savefig(output / "loss.png", dpi=120, bbox_inches="tight")
     report = json.loads((output / "mined.jsonl.report.json").read_text())
     figure, axes = plt.subplots(figsize=(7, 4))
-    for name, counts in report["histogram"]["counts"].items():
-        axes.stairs(counts, report["histogram"]["edges"], label=name, fill=True, alpha=0.5)
+    histogram = report["histogram"]
+    for name in ("positives", "negatives"):
+        axes.stairs(histogram[name], histogram["edges"], label=name, fill=True, alpha=0.5)
     axes.set(xlabel="cosine", ylabel="pairs", title="scores of positives and of mined negatives")
     axes.legend()
     figure.savefig(output / "mined-scores.png", dpi=120, bbox_inches="tight")
@@ -78,10 +82,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="replaced if it exists")
     args = parser.parse_args()
     output, start = args.output.resolve(), time.monotonic()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # two ranks share the cores
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    os.environ["DEMO"] = str(output)
     data, python = output / "data", sys.executable
 
     prepare_data(data)
@@ -101,12 +103,12 @@ def main() -> None:
             str(output / "mined.jsonl"),
         ]
     )
-    for name, seed in (("stage2-a", "1"), ("stage2-b", "2")):
+    for name, seed in (("stage2", "1"), ("stage2-seed2", "2")):
         start_from = ("--init_from", str(output / "stage1"), "--seed", seed)
         train("configs/train-demo-stage2.yaml", output / name, *common, *mined, *start_from)
-    merged = [str(output / "stage2-a"), str(output / "stage2-b"), "-o", str(output / "merged")]
+    merged = [str(output / "stage2"), str(output / "stage2-seed2"), "-o", str(output / "merged")]
     run([python, "launch/merge.py", *merged])
-    models = [str(output / name) for name in ("untrained", "stage1", "stage2-a", "stage2-b", "merged")]
+    models = [str(output / name) for name in ("untrained", "stage1", "stage2", "stage2-seed2", "merged")]
     run(
         [python, "launch/evaluate.py", "--config", "configs/evaluate-demo.yaml", "--data", str(data / "test")]
         + ["--task", TASK, "--output", str(output / "evaluation.json"), "--models", *models, "bm25"]

@@ -224,8 +224,6 @@ class TrainConfig:
                 f"steps={self.steps} must not be negative, global_batch_size={self.global_batch_size} and "
                 f"log_every={self.log_every} must be at least 1"
             )
-        if not self.init_from and not self.tokenizer:
-            raise UserError("tokenizer is not set: without init_from there is no folder to take tokenizer.json from")
         if self.data.num_hard_negatives == 0 and self.loss.in_batch == "none":
             raise UserError(
                 "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in the softmax "
@@ -280,8 +278,9 @@ class MineConfig:
 class EvaluateConfig:
     """Retrieval quality on a held-out BEIR folder, through mteb's own evaluator, offline."""
 
-    models: list[str]  # checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25"
     data: str  # BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed)
+    # Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25
+    models: list[str] = field(default_factory=list)
     split: str = "test"
     output: str = ""  # JSON report; "": only the table
     task: str = ""  # instruction of the queries: "Instruct: {task}\nQuery: {text}"

@@ -53,7 +53,7 @@ class SafetensorsWriter:
         """The next bytes in order; the caller keeps to the order of `entries`."""
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         self._missing -= data.numel()
-        self._put(memoryview(data.numpy()))
+        self._put(data.numpy().data)
 
     def close(self) -> dict[str, Any]:
         """fsync; returns {"size", "sha256"} of what was written."""

@@ -43,7 +43,7 @@ def contrastive_loss(groups: Groups, temperature: float, in_batch: InBatch, dp_g
     """
     if in_batch == "none":
         return info_nce_hard(groups.q_BD, groups.docs_BMD, groups.mask_BM, temperature)
-    B, M, D = groups.docs_BMD.shape
+    B, M = groups.mask_BM.shape
     if in_batch == "positives":
         local, ids, valid = groups.docs_BMD[:, 0], groups.ids_BM[:, 0], groups.mask_BM[:, 0]
         own = {"own_docs_BKD": groups.docs_BMD[:, 1:], "own_mask_BK": groups.mask_BM[:, 1:]} if M > 1 else {}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segm
     """torch.nn.attention.varlen (FlashAttention-2 inside torch >= 2.11, CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    gqa = {}
+    gqa: dict[str, Any] = {}
     if q_THA.shape[1] != k_TGA.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             gqa = {"enable_gqa": True}
@@ -72,7 +73,9 @@ def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segm
             r = q_THA.shape[1] // k_TGA.shape[1]
             k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
     cu, n = segments.cu_seqlens, segments.max_seqlen
-    return varlen_attn(q_THA, k_TGA, v_TGA, cu, cu, n, n, **gqa)
+    out = varlen_attn(q_THA, k_TGA, v_TGA, cu, cu, n, n, **gqa)
+    assert isinstance(out, Tensor)  # a tuple only with return_aux
+    return out
 
 
 @cache

@@ -43,7 +43,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
 
     sum over dp and tp of |sharded|^2 + |replicated|^2 / tp_size: every tp rank holds the replicated ones.
     """
-    sharded, replicated = [], []
+    sharded: list[Tensor] = []
+    replicated: list[Tensor] = []
     for p in parameters:
         if p.grad is not None and local_tensor(p.grad).numel():
             (replicated if is_tp_replicated(p) else sharded).append(local_tensor(p.grad))

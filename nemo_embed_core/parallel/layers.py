@@ -44,7 +44,7 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return DTensor(grads[0], ctx.spec, requires_grad=False)  # type: ignore[call-arg]
+        return DTensor(grads[0], ctx.spec, requires_grad=False)
 
 
 def local(w: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ class Prepared:
 
 def prepare(config: TrainConfig) -> Prepared:
     """Shapes, tokenizer, layout and batch sizes against each other; the first rank also builds the data store."""
+    if not config.init_from and not config.tokenizer:
+        raise UserError("tokenizer is not set: without init_from there is no folder to take tokenizer.json from")
     device = pick_device(config.device)
     model = read_model_config(config.init_from) if config.init_from else config.model
     dp_size = check_layout(config.parallel, world_size_from_env(), model)

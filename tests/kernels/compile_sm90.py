@@ -14,7 +14,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -41,7 +40,9 @@ launches: dict[tuple, dict] = {}
 def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stages=3, **kwargs) -> None:
     """Instead of JITFunction.run: what its specialisation would be (16-byte aligned pointers, ints that are 1 or 16 n)."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    assert list(values) and set(values) == set(kernel.arg_names), f"{kernel.__name__}: {set(kernel.arg_names) ^ set(values)}"
+    assert list(values) and set(values) == set(kernel.arg_names), (
+        f"{kernel.__name__}: {set(kernel.arg_names) ^ set(values)}"
+    )
     constexpr_names = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -145,7 +146,9 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", (
+        "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
+    )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", action="store_true", help="only the shapes of the 8B recipe")
     parser.add_argument("files", nargs="*", default=["rms_norm", "rope", "swiglu", "mean_pool", "info_nce"])

@@ -3,7 +3,15 @@ import torch
 
 from nemo_embed_core.kernels.mean_pool import mean_pool, mean_pool_ref, segment_sum, segment_sum_ref
 
-RAGGED = [1, 1, 21, 0, 34, 1, 6]  # one-token and empty sequences; borders of 16-token chunks in them, between and on them
+RAGGED = [
+    1,
+    1,
+    21,
+    0,
+    34,
+    1,
+    6,
+]  # one-token and empty sequences; borders of 16-token chunks in them, between and on them
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

@@ -5,7 +5,7 @@ from nemo_embed_core.kernels.rms_norm import rms_norm, rms_norm_ref
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize(("T", "D", "residual"), [(1, 64, True), (33, 100, True), (5, 100, False), (2, 4096, True)])
+@pytest.mark.parametrize(("T", "D", "residual"), [(1, 64, True), (17, 100, True), (5, 100, False), (2, 4096, True)])
 def test_kernel_within_budget(passes, T, D, residual, dtype):
     passes("rms_norm", T=T, D=D, residual=residual, dtype=dtype)
 
@@ -22,8 +22,7 @@ def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):
 @pytest.mark.parametrize("residual", [False, True])
 def test_reference_gradcheck(residual):
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (5,), (3, 5))]
-    run = lambda x, weight, y: rms_norm_ref(x, weight, 1e-5, y if residual else None)
-    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradcheck(lambda x, w, y: rms_norm_ref(x, w, 1e-5, y if residual else None), inputs)
 
 
 def test_half_precision_is_llama_rms_norm_bit_for_bit():

@@ -202,3 +202,16 @@ def test_kernel_on_the_device_is_the_cpu_op_bit_for_bit(dtype, kept):
                 streaming_topk_(tile, ceilings.to(device), keys, ids, first)
             results.append((keys.cpu(), ids.cpu()))
         assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][0], results[1][0]), kind
+
+
+def test_tiles_in_any_order_give_the_sorted_list_of_all():
+    """Against plain sorting: ties of the last place go to the lower id also when it comes later."""
+    rng = np.random.default_rng(0)
+    scores = make_tile(rng, "ties", 4, 400, torch.float32)
+    ceilings = torch.tensor([torch.inf, 0.5, 0.25, -0.25])
+    want = [sorted((-s, j) for j, s in enumerate(row) if s < c)[:30] for row, c in zip(scores, ceilings, strict=True)]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        keys, ids = torch.full((4, 30), -torch.inf), torch.full((4, 30), -1, dtype=torch.int64)
+        for tile in order:
+            streaming_topk_(scores[:, 100 * tile : 100 * tile + 100], ceilings, keys, ids, 100 * tile)
+        assert ids.tolist() == [[j for _, j in row] for row in want], order

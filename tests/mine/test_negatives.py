@@ -194,7 +194,7 @@ def test_search_blocks_that_are_there_are_not_searched_again(tmp_path, monkeypat
         mine(rows, output)
     monkeypatch.setattr(negatives, "topk_below", lambda *a, **o: searched.append(1) or real(*a, **o))
     mine(rows, output)
-    assert len(searched) == 6  # 51 rows in blocks of 10
+    assert len(searched) == 7  # 51 rows in blocks of 10, and the suspects
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

@@ -139,6 +139,14 @@ def test_excluded_documents_do_not_take_places():
     assert ids.tolist() == [[150, 151], [0, 1]]
 
 
+def test_excluded_documents_do_not_hide_a_mass_of_ties_below_them():
+    documents = np.full((900, 1), 0.5, np.float32)
+    documents[100:150] = 0.9
+    stats, exclude = SearchStats(), Exclude.from_lists([list(range(149, 99, -1))])
+    _, ids = topk_below(np.ones((1, 1), np.float32), documents, [np.inf], 4, exclude, block_documents=300, stats=stats)
+    assert stats.num_exhaustive == 1 and ids.tolist() == [[0, 1, 2, 3]]
+
+
 def test_pair_scores_are_the_rounded_exact_dot_product_whatever_the_batch():
     rng = np.random.default_rng(0)
     for hidden_size in (1, 2, 3, 64, 1000):

@@ -131,7 +131,7 @@ def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(tmp_path: P
     for folder in sharded.checkpoints(tmp_path / "run"):
         (folder / "model-00000-of-00001.safetensors").write_bytes(b"")
     assert worker.run(config_for(tmp_path, "run")) == [2]
-    with pytest.raises(sharded.CheckpointError, match="every checkpoint of .* is damaged"):
+    with pytest.raises(sharded.CheckpointError, match=r"every checkpoint of .* is damaged"):
         sharded.newest(tmp_path / "run", lambda message: None)
 
 

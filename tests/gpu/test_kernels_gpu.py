@@ -1,0 +1,153 @@
+"""The kernels as they run in training: compiled, in bf16, at model shapes. The checks are those of tests/kernels/checks.py."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm
+
+pytestmark = pytest.mark.gpu
+
+spec = importlib.util.spec_from_file_location("kernel_checks", Path(__file__).parents[1] / "kernels/checks.py")
+checks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(checks)
+
+DTYPES = pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("T", "D"), [(1, 64), (123, 100), (1025, 2048), (4097, 4096), (33, 8192)])
+def test_rms_norm_within_budget(T, D, residual, dtype):
+    checks.run("rms_norm", {"T": T, "D": D, "residual": residual, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+@pytest.mark.parametrize(("T", "num_blocks", "width"), [(1, 1, 64), (123, 3, 100), (1025, 8, 1024), (513, 8, 1792)])
+def test_swiglu_within_budget(T, num_blocks, width, dtype):
+    checks.run("swiglu", {"T": T, "num_blocks": num_blocks, "width": width, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("T", "num_heads", "num_kv_heads", "head_dim"),
+    [(1, 4, 2, 64), (123, 6, 2, 100), (1025, 32, 8, 128), (513, 32, 8, 64)],
+)
+def test_split_rope_within_budget(T, num_heads, num_kv_heads, head_dim, dtype):
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    checks.run("split_rope", {"T": T, **sizes, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+@pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("lengths", "D"), [([1], 64), ([1, 0, 129, 64, 1, 300], 100), ([14, 105, 249] * 40, 4096), ([1, 32_768, 1], 2048)]
+)
+def test_mean_pool_within_budget(lengths, D, normalize, norm, dtype):
+    arguments = {"lengths": lengths, "D": D, "normalize": normalize, "norm": norm, "dtype": dtype, "device": "cuda"}
+    checks.run("mean_pool", arguments)
+
+
+@DTYPES
+def test_segment_sum_of_every_shard_of_tokens(dtype):
+    arguments = {"lengths": [1, 500, 0, 77, 1, 1024], "D": 2048, "shards": [1, 2, 8], "dtype": dtype, "device": "cuda"}
+    checks.run("segment_sum", arguments)
+
+
+@DTYPES
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("B", "M", "D"), [(1, 1, 64), (123, 5, 4096), (257, 9, 100), (33, 2, 2048)])
+def test_hard_info_nce_within_budget(B, M, D, normalize, dtype):
+    checks.run("info_nce_hard", {"B": B, "M": M, "D": D, "normalize": normalize, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+@pytest.mark.parametrize("extras", [{}, {"ids": True, "valid": True, "own": 4, "extra": True}])
+@pytest.mark.parametrize(("B", "P", "D"), [(1, 1, 64), (16, 777, 100), (64, 1025, 2048), (129, 3001, 4096)])
+def test_in_batch_info_nce_within_budget(B, P, D, extras, dtype):
+    checks.run("info_nce_in_batch", {"B": B, "P": P, "D": D, **extras, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+def test_in_batch_info_nce_in_several_chunks(dtype):
+    arguments = {"B": 300, "P": 5000, "D": 512, "ids": True, "workspace": 300 * 4 * 1024}
+    checks.run("info_nce_in_batch", {**arguments, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+@pytest.mark.parametrize("temperature", [0.005, 1.0])
+def test_info_nce_at_extreme_temperatures(temperature, dtype):
+    arguments = {"temperature": temperature, "dtype": dtype, "device": "cuda"}
+    checks.run("info_nce_hard", {"B": 64, "M": 5, "D": 512, **arguments})
+    checks.run("info_nce_in_batch", {"B": 64, "P": 777, "D": 512, **arguments})
+    checks.run("in_batch_logsumexp", {"B": 64, "P": 777, "D": 512, "ids": True, "valid": True, **arguments})
+
+
+def test_public_functions_take_the_kernels():
+    x, weight = (
+        torch.randn(5, 64, device="cuda", dtype=torch.bfloat16),
+        torch.ones(64, device="cuda", dtype=torch.bfloat16),
+    )
+    y, hidden = rms_norm.rms_norm(x, weight, 1e-5, x.requires_grad_())
+    assert "nemo_embed_core_rms_norm_forward" in type(y.grad_fn).__name__ and hidden.grad_fn is y.grad_fn
+    pooled = mean_pool.mean_pool(x, torch.tensor([0, 5], device="cuda"), normalize=True)
+    assert "mean_pool_forward" in type(pooled.grad_fn).__name__
+    assert rms_norm.rms_norm(x.double(), weight.double(), 1e-5)[0].dtype == torch.float64
+
+
+def test_rows_past_two_to_the_31_elements():
+    """Offsets are 64-bit: the last row lies behind element 2**31."""
+    num_rows, hidden_size = 2**31 // 4096 + 3, 4096
+    if torch.cuda.mem_get_info()[0] < 12 * num_rows * hidden_size:
+        pytest.skip("needs about 26 GB of free GPU memory")
+    x = torch.zeros(num_rows, hidden_size, device="cuda", dtype=torch.bfloat16)
+    x[-1] = torch.randn(hidden_size, device="cuda", dtype=torch.bfloat16)
+    weight = torch.ones(hidden_size, device="cuda", dtype=torch.bfloat16)
+    y, _ = rms_norm.rms_norm(x, weight, 1e-5)
+    assert torch.equal(y[-1:], rms_norm.rms_norm_ref(x[-1:], weight, 1e-5)[0])
+    cu_seqlens = torch.tensor([0, num_rows - 1, num_rows], device="cuda")
+    torch.testing.assert_close(mean_pool.mean_pool(x, cu_seqlens)[1], x[-1].float())
+
+
+def test_a_million_negatives_in_five_gigabytes():
+    """No [B, P] anywhere: 8192 queries against 2**20 passages of 1024 dimensions, whose logits alone would be 17 GB in bf16."""
+    num_rows, num_columns, hidden_size = 8192, 2**20, 1024
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    docs = torch.nn.functional.normalize(torch.randn(num_columns, hidden_size, device="cuda").bfloat16(), dim=-1)
+    q = docs[:num_rows].clone().requires_grad_()
+    docs.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    loss = info_nce.info_nce_in_batch(q, docs, torch.arange(num_rows, device="cuda"), 0.05)
+    loss.mean().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"{peak / 1e9:.2f} GB at the peak, inputs and gradients included")
+    assert peak < 5e9
+    exact = torch.logsumexp(q[:4].double() @ docs.double().T / 0.05, 1) - 20
+    assert (loss[:4] - exact).abs().max() < 1e-3 and q.grad.isfinite().all() and docs.grad.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "mean_pool", "info_nce"])
+def test_compiled_gradients_equal_eager(name):
+    """torch 2.11 gives zero gradients for autograd functions that fill buffers; custom ops must not be hit by it."""
+    module = importlib.import_module(f"nemo_embed_core.kernels.{name}")
+    for operator, arguments in checks.operator_samples(module, name):
+        results = []
+        for backend in (None, "aot_eager", "inductor"):
+            torch._dynamo.reset()
+            function = operator if backend is None else torch.compile(operator, backend=backend, fullgraph=True)
+            leaves = [a.detach().cuda().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in arguments]
+            outputs = function(*leaves)
+            outputs = [
+                y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad and y.numel()
+            ]
+            sum((y * y).sum() for y in outputs).backward()
+            results.append([a.grad for a in leaves if torch.is_tensor(a) and a.requires_grad])
+        for eager, *compiled in zip(*results, strict=True):
+            for gradient in compiled:
+                torch.testing.assert_close(gradient, eager)
+                assert gradient.abs().max() > 0

@@ -1,0 +1,113 @@
+"""Schedule, accounting and signals of the trainer."""
+
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import MODEL, train_config
+
+from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.config import ModelConfig, OptimConfig
+from nemo_embed_core.parallel.mesh import distributed
+from nemo_embed_core.train.metrics import MetricsLog, training_flops
+from nemo_embed_core.train.optim import build_optimizer, learning_rate
+from nemo_embed_core.train.trainer import NonFiniteError, Trainer, prepare
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_warm_up_and_decay_are_linear() -> None:
+    config = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 12, config) for step in range(12)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 and all(abs((a - b) - 0.9 / 8) < 1e-12 for a, b in itertools.pairwise(rates[4:]))
+    assert abs(learning_rate(12, 12, config) - 0.1) < 1e-12
+
+
+def test_weight_decay_spares_the_norms(tmp_path: Path) -> None:
+    config = train_config(tmp_path, optim={"weight_decay": 0.3})
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        decayed, spared = build_optimizer(trainer.model, config.optim).param_groups
+        assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+        assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in spared["params"])
+        assert len(spared["params"]) == 2 * MODEL.num_hidden_layers + 1
+
+
+def test_flops_of_llama_8b_per_token() -> None:
+    """41.87 GF of GEMM a token, 1.57 MF x length of attention (arithmetic from the shapes of Llama-3.1-8B)."""
+    model = ModelConfig()
+    assert abs(training_flops(model, 1, 0) / 41.87e9 - 1) < 1e-3
+    assert training_flops(model, 0, 512 * 512) / 512 == 12 * 32 * 4096 * 512
+
+
+def test_metrics_have_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.5})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    log = MetricsLog(tmp_path, 2, tensorboard=False)
+    log.write({"step": 3, "loss": 0.25})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["step"], m["loss"]) for m in lines] == [(1, 0.5), (2, 0.5), (3, 0.25)]
+
+
+def test_metrics_say_what_a_step_was(tmp_path: Path) -> None:
+    config = train_config(tmp_path, steps=2, tensorboard=True)
+    printed: list[str] = []
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        Trainer(config, mesh, prepare(config), log=printed.append).run()
+    first, second = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert first["step"] == 1 and second["step"] == 2 and second["epoch"] == 2 * 8 / 61
+    assert 0 <= first["accuracy"] <= 1 and -1 <= first["positive_similarity"] <= 1
+    assert 0 < first["packing_density"] <= 1 and first["tokens_per_s"] > 0 and first["mfu"] is None
+    assert sum(line.startswith("step ") for line in printed) == 2
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_sigterm_saves_and_stops_cleanly(tmp_path: Path) -> None:
+    config = train_config(tmp_path, steps=1000, checkpoint={"every": 1000})
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+
+        def terminate() -> None:
+            while trainer.step < 3:
+                time.sleep(0.005)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=terminate).start()
+        trainer.run()
+    assert 3 <= trainer.step < 1000
+    newest = sharded.checkpoints(tmp_path / "run")[0]
+    assert sharded.verify(newest)["step"] == trainer.step
+
+
+def test_a_nan_is_refused_and_leaves_the_weights_alone(tmp_path: Path) -> None:
+    config = train_config(tmp_path)
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        embedding = trainer._named_state()["model.embed_tokens.weight"]
+        row = int(trainer.store.query_tokens(int(trainer.sampler.rows(0)[0]))[-1])
+        kept = embedding[row].clone()
+        embedding[row] = float("nan")
+        before = {name: t.clone() for name, t in trainer._named_state().items()}
+        with pytest.raises(NonFiniteError, match=r"step 1: .*rows with a non-finite loss: \["):
+            trainer.train_step()
+        for name, t in trainer._named_state().items():
+            assert torch.equal(t.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+        embedding[row] = kept
+        trainer.train_step()
+        assert trainer.step == 1
