@@ -93,14 +93,10 @@ def main() -> None:
     train("configs/train-demo-stage1.yaml", output / "untrained", *common, *pairs, "--steps", "0")
     train("configs/train-demo-stage1.yaml", output / "stage1", *common, *pairs)
     run(
-        [python, "launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK]
-        + [
-            "--model",
-            str(output / "stage1"),
-            "--data",
-            str(data / "train.jsonl"),
-            "--output",
-            str(output / "mined.jsonl"),
+        [
+            *(python, "launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK),
+            *("--model", str(output / "stage1"), "--data", str(data / "train.jsonl")),
+            *("--output", str(output / "mined.jsonl")),
         ]
     )
     for name, seed in (("stage2", "1"), ("stage2-seed2", "2")):
@@ -110,8 +106,10 @@ def main() -> None:
     run([python, "launch/merge.py", *merged])
     models = [str(output / name) for name in ("untrained", "stage1", "stage2", "stage2-seed2", "merged")]
     run(
-        [python, "launch/evaluate.py", "--config", "configs/evaluate-demo.yaml", "--data", str(data / "test")]
-        + ["--task", TASK, "--output", str(output / "evaluation.json"), "--models", *models, "bm25"]
+        [
+            *(python, "launch/evaluate.py", "--config", "configs/evaluate-demo.yaml", "--data", str(data / "test")),
+            *("--task", TASK, "--output", str(output / "evaluation.json"), "--models", *models, "bm25"),
+        ]
     )
 
     scores = json.loads((output / "evaluation.json").read_text())

@@ -337,3 +337,14 @@ def test_random_sampling_takes_from_the_best_and_repeats_itself(tmp_path):
     for best, line in zip(lines_of(tmp_path / "top.jsonl"), lines_of(tmp_path / "a.jsonl"), strict=True):
         assert set(line["neg"]) <= set(best["neg"]) and len(line["neg"]) == min(4, len(best["neg"]))
         assert line["neg_scores"] == sorted(line["neg_scores"], reverse=True)
+
+
+def test_duplicates_by_case_and_whitespace_are_neither_returned_nor_searched_twice(tmp_path):
+    rows = [
+        Row("red fox", ["The red fox runs."], ["the RED fox\n runs.", "Red  FOX", "a blue whale", "A Blue\twhale", "grass"]),
+        Row("RED fox", ["a blue fox"], []),
+    ]
+    report = mine(rows, tmp_path / "out.jsonl", threshold=None, num_negatives=9)
+    first, second = lines_of(tmp_path / "out.jsonl")
+    assert sorted(first["neg"]) == sorted(second["neg"]) == ["a blue whale", "grass"]
+    assert (report["documents"], report["duplicates_removed"]) == (5, 2)
