@@ -57,6 +57,8 @@ def prepare_data(folder: Path) -> None:
 def plot(output: Path) -> None:
     import matplotlib
 
+    from nemo_embed_core.mine.report import plot_report
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -67,14 +69,7 @@ def plot(output: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
     axes.legend()
     figure.savefig(output / "loss.png", dpi=120, bbox_inches="tight")
-    report = json.loads((output / "mined.jsonl.report.json").read_text())
-    figure, axes = plt.subplots(figsize=(7, 4))
-    histogram = report["histogram"]
-    for name in ("positives", "negatives"):
-        axes.stairs(histogram[name], histogram["edges"], label=name, fill=True, alpha=0.5)
-    axes.set(xlabel="cosine", ylabel="pairs", title="scores of positives and of mined negatives")
-    axes.legend()
-    figure.savefig(output / "mined-scores.png", dpi=120, bbox_inches="tight")
+    plot_report(json.loads((output / "mined.jsonl.report.json").read_text()), output / "mined-scores.png")
 
 
 def main() -> None:

@@ -261,6 +261,15 @@ class MineConfig:
         0.95  # keep scores < threshold x positive's score (sentence-transformers: relative_margin = 1 - threshold)
     )
     num_negatives: int = 4  # per query, best first
+    absolute_margin: float | None = None  # and scores < positive's score - absolute_margin
+    max_score: float | None = None  # and scores < max_score
+    min_score: float | None = None  # and scores >= min_score
+    range_min: int = 0  # leave out the best range_min passages, whatever they score
+    range_max: int | None = None  # and everything after the best range_max
+    sampling: Literal["top", "random"] = "top"  # of those left: the best, or a sample seeded by `seed` and the row
+    seed: int = 0
+    method: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # of the search GEMM; the answer is the same, proven
+    formats: list[str] = field(default_factory=list)  # also write: flagembedding tevatron sentence-transformers automodel
     query_max_length: int = 512  # tokens
     document_max_length: int = 512  # tokens
     max_tokens: int = 16384  # packed tokens of one encoder batch

@@ -121,7 +121,7 @@ def encode_corpus(
     ranks = ranks or Ranks()
     folder.mkdir(parents=True, exist_ok=True)
     num_shards = -(-len(texts) // shard_size)
-    began, done, reused = time.monotonic(), 0, 0
+    began, done, encoded, reused = time.monotonic(), 0, 0, 0
     mine = range(ranks.rank, num_shards, ranks.size)
     for i in mine:
         part = texts[i * shard_size : (i + 1) * shard_size]
@@ -141,11 +141,12 @@ def encode_corpus(
         rows = _checked(np.asarray(embedder.encode(part, prompt, max_length)), part, i * shard_size, shape)
         publish(folder / f"{i:05d}.npy", npy_bytes(rows.astype(dtype)), sidecar)
         done += 1
-        rate = done / (time.monotonic() - began)
-        left = time.strftime("%H:%M:%S", time.gmtime((len(mine) - done - reused) / rate))
+        encoded += len(part)
+        seconds = time.monotonic() - began
+        left = time.strftime("%H:%M:%S", time.gmtime((len(mine) - done - reused) * seconds / done))
         if ranks.rank == 0:
             of = f"{min((i + 1) * shard_size, len(texts)):,} of {len(texts):,} {name}"
-            log(f"encoded {of}, {rate * shard_size:,.0f} texts/s, {left} left")
+            log(f"encoded {of}, {encoded / seconds:,.0f} texts/s, {left} left")
     if reused and ranks.rank == 0:
         log(f"{reused} of {len(mine)} shards of {name} were already there")
     ranks.gather(None)  # a shard is opened only when every rank has published its own

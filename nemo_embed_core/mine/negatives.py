@@ -27,6 +27,7 @@ import torch
 from nemo_embed_core.config import UserError
 from nemo_embed_core.mine.corpus import Corpus, Encodes, Ranks, encode_corpus, publish, sha256_of, write_atomically
 from nemo_embed_core.mine.report import build_report, print_report
+from nemo_embed_core.mine.streaming import kernel_is_available
 from nemo_embed_core.mine.topk import Exclude, SearchStats, fp32_rows, merge_topk, pair_scores, pick_method, topk_below
 
 
@@ -231,6 +232,7 @@ def mine_negatives(
             "duplicates_removed": len(pool.texts) - pool.num_searched, **asdict(selection),
             "prompt": prompt, "document_prompt": document_prompt,
             "query_max_length": query_max_length, "document_max_length": document_max_length, "dtype": dtype,
+            "topk": "csrc" if torch.device(device).type == "cuda" and kernel_is_available() else "torch",
         },
         stats=stats,
     )  # fmt: skip

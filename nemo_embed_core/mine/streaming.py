@@ -85,15 +85,20 @@ def _streaming_topk(
         keys = keys + row_add[:, None]
     # Lowest finite number: a free place takes any finite key, and no infinity. ">=": a tie with a lower id still enters.
     floor = state_keys[:, -1].clamp(min=torch.finfo(torch.float32).min)
-    alive = (keys >= floor[:, None]) & (keys < ceilings[:, None])
+    alive = keys >= floor[:, None]
+    if 32 * int(alive.count_nonzero()) > alive.numel():  # else the few that are left are compared one by one below
+        alive &= keys < ceilings[:, None]
     if exclude_indptr is not None and exclude_ids is not None:
         alive[excluded_places(exclude_indptr, exclude_ids, first_id, keys.shape[1])] = False
     num_kept = state_keys.shape[1]
     if bool(torch.isneginf(state_keys[:, -1]).any()) and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept:
         # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered below).
+        alive &= keys < ceilings[:, None]
         cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
         alive &= keys >= cut[:, None]
     rows, columns = alive.nonzero(as_tuple=True)
+    below = keys[rows, columns] < ceilings[rows]
+    rows, columns = rows[below], columns[below]
     if len(rows) == 0:
         return
     counts = torch.bincount(rows, minlength=len(alive))

@@ -380,6 +380,64 @@ def compiled_gradients(name: str) -> None:
             assert eager.abs().max() > 0 and torch.allclose(eager, compiled), f"{name}: {eager} {compiled}"
 
 
+def benchmark_rehearsal(folder: str) -> None:
+    """benchmarks.kernels from end to end, with stand-ins for the device: every line but the stopwatch's own runs here."""
+    from unittest import mock
+
+    from benchmarks import ceilings, kernels
+
+    def times(calls, repeats):
+        for call in calls.values():
+            call()
+        return {name: [1.0 + index] * repeats for index, name in enumerate(calls)}
+
+    device = mock.MagicMock(name="NVIDIA stand-in", multi_processor_count=132)
+    device.name = "stand-in"
+    cuda = {
+        "is_available": lambda: True,
+        "get_device_properties": lambda index: device,
+        "synchronize": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 2**20,
+        "reset_peak_memory_stats": lambda: None,
+        "mem_get_info": lambda: (2**40, 2**40),
+        "empty_cache": lambda: None,
+    }
+    real_cases = dict(kernels.KERNELS)
+    on_cpu = {
+        name: lambda dtype, device, case=case, **shape: case(dtype, "cpu", **shape) for name, case in real_cases.items()
+    }
+    tiny = {"T": 2, "width": 32, "blocks": 1, "H": 2, "G": 1, "A": 16, "B": 2, "P": 3, "K": 1, "D": 16, "norm": 1}
+    shapes = {name: [{k: tiny.get(k, v) for k, v in shape.items()}] for name, shape in kernels.GATE["cpu"].items()}
+    shapes["mean_pool"][0]["T"] = 60
+    patches = [mock.patch.object(torch.cuda, name, function) for name, function in cuda.items()]
+    patches += [
+        mock.patch.object(ceilings, "RESULTS", Path(folder)),
+        mock.patch.object(kernels, "L2_BYTES", 1),  # one set of inputs
+        mock.patch.object(kernels, "KERNELS", on_cpu),
+        mock.patch.object(kernels, "SHAPES", shapes),
+        mock.patch.object(kernels, "GATE", {"cuda": kernels.GATE["cpu"]}),
+        mock.patch.object(kernels, "copy_bandwidth", lambda: 4000.0),
+        mock.patch.object(kernels, "matmul_rates", lambda *_: {"bf16": 700.0}),
+        mock.patch.object(kernels, "interleaved_times", times),
+        mock.patch.object(kernels, "run_gates", lambda names, device: {name: [] for name in names}),
+        mock.patch.object(kernels, "gate", lambda case: []),
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        kernels.main(["--no-compile", "--minutes", "60"])
+    finally:
+        for patch in patches:
+            patch.stop()
+    (results,) = Path(folder).glob("kernels-*.jsonl")
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    ours = [line for line in lines if line["variant"] == "ours"]
+    assert {line["kernel"] for line in ours} == set(real_cases)
+    assert all(line["rate"] > 0 and line["share"] > 0 and line["gpu"] == "stand-in" for line in ours)
+    assert {line["variant"] for line in lines if line["kernel"] == "mean_pool"} >= {"eager", "padded", "segment_reduce"}
+
+
 def serve() -> None:
     replies, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     torch.set_num_threads(1)
@@ -387,7 +445,7 @@ def serve() -> None:
         request = json.loads(line)
         error = None
         try:
-            if request["check"] in ("opcheck", "compiled_gradients"):
+            if request["check"] in ("opcheck", "compiled_gradients", "benchmark_rehearsal"):
                 globals()[request["check"]](**request["arguments"])
             else:
                 run(request["check"], request["arguments"], request.get("mutation"))

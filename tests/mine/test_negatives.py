@@ -341,7 +341,11 @@ def test_random_sampling_takes_from_the_best_and_repeats_itself(tmp_path):
 
 def test_duplicates_by_case_and_whitespace_are_neither_returned_nor_searched_twice(tmp_path):
     rows = [
-        Row("red fox", ["The red fox runs."], ["the RED fox\n runs.", "Red  FOX", "a blue whale", "A Blue\twhale", "grass"]),
+        Row(
+            "red fox",
+            ["The red fox runs."],
+            ["the RED fox\n runs.", "Red  FOX", "a blue whale", "A Blue\twhale", "grass"],
+        ),
         Row("RED fox", ["a blue fox"], []),
     ]
     report = mine(rows, tmp_path / "out.jsonl", threshold=None, num_negatives=9)

@@ -111,3 +111,26 @@ def test_a_nan_is_refused_and_leaves_the_weights_alone(tmp_path: Path) -> None:
         embedding[row] = kept
         trainer.train_step()
         assert trainer.step == 1
+
+
+def run_losses(folder: Path, **changes: object) -> tuple[list[float], dict[str, torch.Tensor]]:
+    config = train_config(folder, steps=3, **changes)
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        losses = [trainer.train_step()[0]["loss"] for _ in range(3)]
+        return losses, {name: t.clone() for name, t in trainer._named_state().items()}
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
+    plain, state = run_losses(tmp_path)
+    recomputed, same_state = run_losses(tmp_path, activation_checkpointing=True)
+    assert plain == recomputed and state.keys() == same_state.keys()
+    assert all(torch.equal(state[name], same_state[name]) for name in state)
+
+
+def test_bf16_follows_fp32_and_keeps_fp32_masters(tmp_path: Path) -> None:
+    exact, _ = run_losses(tmp_path)
+    rounded, state = run_losses(tmp_path, precision="bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    assert all(abs(a - b) < 0.05 * a for a, b in zip(exact, rounded, strict=True)), (exact, rounded)
+    assert rounded != exact

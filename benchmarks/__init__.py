@@ -1,0 +1,1 @@
+"""One file per question; each runs as `python -m benchmarks.<name>` from the repository's root."""

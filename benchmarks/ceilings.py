@@ -1,0 +1,166 @@
+"""What this card can do at most: bytes copied per second, and bf16, fp8 and int8 products at the models' layer shapes.
+
+    python -m benchmarks.ceilings [--tokens 8192 16384] [--models 1b 8b]
+
+Every other benchmark states its figures as a share of these, measured on the same card. Prints a table and appends one JSON
+line per figure to benchmarks/results/. Also holds the stopwatch and the results file of the other benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+
+# model -> {layer: (in, out)}: the GEMMs of a Llama-3 block as this repository fuses them
+LAYERS = {
+    "1b": {"qkv": (2048, 3072), "o": (2048, 2048), "gate_up": (2048, 16384), "down": (8192, 2048)},
+    "8b": {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)},
+}
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None or not git("rev-parse", "HEAD"):
+        return "unknown"
+    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+
+
+class ResultsFile:
+    """JSON lines, one per figure, written as soon as it is known: what stops half-way loses nothing."""
+
+    def __init__(self, benchmark: str):
+        started = datetime.now(UTC)
+        properties = torch.cuda.get_device_properties(0)
+        self.run = {
+            "benchmark": benchmark,
+            "date": started.isoformat(timespec="seconds"),
+            "commit": commit(),
+            "gpu": properties.name,
+            "sms": properties.multi_processor_count,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        self.path = RESULTS / f"{benchmark}-{started:%Y%m%d-%H%M%S}.jsonl"
+
+    def append(self, **figures: object) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.run | figures) + "\n")
+
+
+def interleaved_times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """GPU milliseconds of every call, in rounds: one of each, `repeats` times, so that clocks and neighbours are shared.
+
+    Before each call the GPU is put to sleep for longer than the host needs to launch the call, so that launch overhead is
+    not measured (a kernel of 5 us behind a launch of 50 us); what a call returns is kept alive until its time is taken, so
+    that its outputs cannot be written into a buffer that is still in the cache.
+    """
+    host_ms = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        kept = call()
+        host_ms[name] = (time.perf_counter() - begin) * 1e3
+        torch.cuda.synchronize()
+        del kept
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int((2 * host_ms[name] + 0.2) * 2e6))  # cycles of a clock of at most 2 GHz
+            start.record()
+            kept = call()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(stop))
+            del kept
+    return times
+
+
+def copy_bandwidth(gib: float = 2.0, repeats: int = 30) -> float:
+    """GB/s, read plus write, of a device-to-device copy much larger than the L2 cache."""
+    source = torch.randint(0, 2**31 - 1, (int(gib * 2**28),), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    times = interleaved_times({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+    return 2 * source.numel() * 4 / statistics.median(times) / 1e6
+
+
+def matmul_call(kind: str, rows: int, inner: int, columns: int) -> Callable[[], torch.Tensor]:
+    """[rows, inner] @ [inner, columns] of random numbers; the second factor as a weight [columns, inner], transposed."""
+    if kind == "bf16":
+        a = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
+        b = torch.randn(columns, inner, device="cuda", dtype=torch.bfloat16)
+        return lambda: torch.mm(a, b.t())
+    if kind == "fp8":  # e4m3, one scale per tensor, output bf16
+        a = torch.randn(rows, inner, device="cuda").to(torch.float8_e4m3fn)
+        b = torch.randn(columns, inner, device="cuda").to(torch.float8_e4m3fn)
+        one = torch.ones((), device="cuda")
+        return lambda: torch._scaled_mm(
+            a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    a = torch.randint(-127, 128, (rows, inner), device="cuda", dtype=torch.int8)
+    b = torch.randint(-127, 128, (columns, inner), device="cuda", dtype=torch.int8)
+    return lambda: torch._int_mm(a, b.t())
+
+
+def matmul_rates(rows: int, inner: int, columns: int, kinds: list[str], repeats: int = 20) -> dict[str, float | str]:
+    """TFLOP/s (TOP/s for int8) of each kind, or why this torch or card cannot do it."""
+    calls, rates = {}, {}
+    for kind in kinds:
+        try:
+            call = matmul_call(kind, rows, inner, columns)
+            call()
+            calls[kind] = call
+        except (RuntimeError, AttributeError, NotImplementedError) as error:
+            rates[kind] = f"not measured: {str(error).splitlines()[0][:120]}"
+    for kind, times in interleaved_times(calls, repeats).items():
+        rates[kind] = 2 * rows * inner * columns / statistics.median(times) / 1e9
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="rows of the products (default 16384)")
+    parser.add_argument("--models", nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS))
+    parser.add_argument("--kinds", nargs="+", choices=["bf16", "fp8", "int8"], default=["bf16", "fp8", "int8"])
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("ceilings: no CUDA device on this machine, nothing to measure")
+        return
+    results = ResultsFile("ceilings")
+    bandwidth = copy_bandwidth()
+    print(f"{results.run['gpu']}, torch {torch.__version__}\ncopy {bandwidth:8.0f} GB/s (read + write)")
+    results.append(what="copy", gb_per_s=bandwidth)
+    shapes = [("square", 8192, 8192, 8192)]
+    for model in options.models:
+        for layer, (inner, columns) in LAYERS[model].items():
+            shapes += [(f"{model} {layer}", tokens, inner, columns) for tokens in options.tokens]
+    print(f"{'GEMM':12s} {'shape':>22s}" + "".join(f"{kind:>10s}" for kind in options.kinds) + "   TFLOP/s, TOP/s")
+    for name, rows, inner, columns in shapes:
+        rates = matmul_rates(rows, inner, columns, options.kinds)
+        cells = "".join(f"{rate:10.0f}" if isinstance(rate, float) else f"{'-':>10s}" for rate in rates.values())
+        print(f"{name:12s} {f'{rows} x {inner} x {columns}':>22s}{cells}", flush=True)
+        for reason in {rate for rate in rates.values() if isinstance(rate, str)}:
+            print(f"{'':12s} {reason}")
+        results.append(what=name, rows=rows, inner=inner, columns=columns, tera_per_s=rates)
+    print(f"written to {results.path}")
+
+
+if __name__ == "__main__":
+    main()

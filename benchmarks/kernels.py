@@ -1,0 +1,667 @@
+"""Our Triton kernels beside eager torch, torch.compile and the installed peers, as shares of what the card can do.
+
+    python -m benchmarks.kernels [--kernel rms_norm swiglu ...] [--shapes T=4096,D=4096 ...] [--minutes 30 --tune-compile]
+
+For every kernel and shape: first the correctness gate (ours against float64, outputs and all gradients, no worse than twice
+plain torch in the same dtype), and no timing of a kernel that fails it; then ours and the peers in turn in one process, over
+buffers that exceed the L2 cache, median of 20 and more. Peers (Liger, flash-attn, apex, cut-cross-entropy, Inf-CL) take part
+when they can be imported. GB/s count the bytes that the operation cannot avoid, not those that an implementation moves, and
+are given as a share of a copy measured in this run; TFLOP/s likewise, of a bf16 GEMM.
+Without a CUDA device only the gate runs, through Triton's interpreter, on small shapes.
+Needs torch, triton and numpy; draws a roofline if matplotlib can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which the next lines do
+
+from benchmarks.ceilings import ResultsFile, copy_bandwidth, interleaved_times, matmul_rates
+from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm, rope, swiglu
+
+Tensors = dict[str, torch.Tensor]
+L2_BYTES = 60 * 2**20
+TEMPERATURE = 0.02
+
+# kernel -> what the goals are: share of the ceiling (forward and backward together), and factors over peers
+GOALS: dict[str, dict[str, float]] = {
+    "rms_norm": {"ceiling": 0.90, "liger": 1.15},
+    "swiglu": {"ceiling": 0.90, "liger": 1.15},
+    "rope": {"ceiling": 0.90, "liger": 1.15},
+    "mean_pool": {"ceiling": 0.85, "padded": 8.0, "segment_reduce": 3.0},
+    "info_nce_hard": {"ceiling": 0.85, "eager": 8.0, "compile": 2.5},
+    "info_nce_in_batch": {"ceiling": 0.80, "inf_cl": 8.0, "cce": 1.5},
+}
+
+
+@dataclass
+class Case:
+    kernel: str
+    shape: dict[str, int]
+    inputs: Callable[[], Tensors]  # new random inputs, all of which want gradients
+    ours: Callable[..., object]
+    reference: Callable[..., object]  # for the gate
+    bytes: tuple[float, float]  # that have to be read and written, forward and backward
+    flops: tuple[float, float]
+    compute_bound: bool = False
+    eager: Callable[..., object] | None = None  # what users write, where that is not the reference
+    peers: dict[str, Callable[..., object]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # peer -> why it does not take part
+
+    def peer(self, name: str, module: str, make: Callable[[Any], Callable[..., object]]) -> None:
+        try:
+            self.peers[name] = make(importlib.import_module(module))
+        except (
+            ImportError,
+            AttributeError,
+        ) as error:  # apex on PyPI is another package: imports, but has no such names
+            self.missing[name] = str(error)
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, unit: bool = False) -> torch.Tensor:
+    x = torch.randn(shape, device=device)
+    return (F.normalize(x, dim=-1) if unit else x).to(dtype)
+
+
+def rms_norm_case(dtype: torch.dtype, device: str, T: int, D: int) -> Case:
+    def inputs() -> Tensors:
+        x = {name: random(T, D, dtype=dtype, device=device) for name in ("x_TD", "residual_TD")}
+        return x | {"weight_D": random(D, dtype=dtype, device=device)}
+
+    moved = 4 * T * D * dtype.itemsize  # x, residual -> y, hidden;  dy, dhidden, hidden -> dx
+    case = Case(
+        "rms_norm",
+        {"T": T, "D": D},
+        inputs,
+        ours=lambda **x: rms_norm.rms_norm_kernel(eps=1e-5, **x),
+        reference=lambda **x: rms_norm.rms_norm_ref(eps=1e-5, **x),
+        bytes=(moved, moved),
+        flops=(5 * T * D, 11 * T * D),
+    )
+
+    def liger(module):
+        apply = module.LigerFusedAddRMSNormFunction.apply
+        return lambda x_TD, residual_TD, weight_D: apply(x_TD, residual_TD, weight_D, 1e-5, 0.0, "llama", False)
+
+    def flash_attn(module):
+        norm = module.rms_norm_fn
+        return lambda x_TD, residual_TD, weight_D: norm(
+            x_TD, weight_D, None, residual=residual_TD, eps=1e-5, prenorm=True
+        )
+
+    def apex(module):
+        norm = module.fused_rms_norm_affine
+
+        def run(x_TD, residual_TD, weight_D):
+            hidden_TD = x_TD + residual_TD
+            return norm(hidden_TD, weight_D, (D,), 1e-5), hidden_TD
+
+        return run
+
+    case.peer("liger", "liger_kernel.ops.fused_add_rms_norm", liger)
+    case.peer("flash_attn", "flash_attn.ops.triton.layer_norm", flash_attn)
+    case.peer("apex", "apex.normalization.fused_layer_norm", apex)
+    return case
+
+
+def swiglu_case(dtype: torch.dtype, device: str, T: int, width: int, blocks: int) -> Case:
+    """width: of the whole output, all blocks together."""
+    case = Case(
+        "swiglu",
+        {"T": T, "width": width, "blocks": blocks},
+        lambda: {"gate_up_TE": random(T, 2 * width, dtype=dtype, device=device)},
+        ours=lambda gate_up_TE: swiglu.swiglu_kernel(gate_up_TE, blocks),
+        reference=lambda gate_up_TE: swiglu.swiglu_ref(gate_up_TE, blocks),
+        bytes=(3 * T * width * dtype.itemsize, 5 * T * width * dtype.itemsize),
+        flops=(6 * T * width, 14 * T * width),
+    )
+
+    def liger(module):
+        apply = module.LigerSiLUMulFunction.apply
+
+        def run(
+            gate_up_TE,
+        ):  # takes gate and up apart and dense: given halves of the buffer, not a copy that would count
+            return apply(*gate_up_TE.view(2, T * blocks, width // blocks))
+
+        run.other_layout = True
+        return run
+
+    case.peer("liger", "liger_kernel.ops.swiglu", liger)
+    return case
+
+
+def rope_case(dtype: torch.dtype, device: str, T: int, H: int, G: int, A: int) -> Case:
+    columns = (H + 2 * G) * A
+    angle = torch.rand(T, A // 2, device=device) * 2 * math.pi
+    cos_TR, sin_TR = angle.cos(), angle.sin()
+    moved = T * (2 * columns * dtype.itemsize + 2 * (A // 2) * 4)
+    case = Case(
+        "rope",
+        {"T": T, "H": H, "G": G, "A": A},
+        lambda: {"qkv_TE": random(T, columns, dtype=dtype, device=device)},
+        ours=lambda qkv_TE: rope.split_rope_kernel(qkv_TE, cos_TR, sin_TR, H, G, A),
+        reference=lambda qkv_TE: rope.split_rope_ref(qkv_TE, cos_TR, sin_TR, H, G, A),
+        bytes=(moved, moved),
+        flops=(3 * T * (H + G) * A, 3 * T * (H + G) * A),
+    )
+
+    def liger(module):
+        apply = module.LigerRopeFunction.apply
+        cos, sin = (torch.cat([table, table], -1)[None].to(dtype) for table in (cos_TR, sin_TR))
+
+        def run(qkv_TE):
+            q, k, v = qkv_TE.view(T, G, H // G + 2, A).split([H // G, 1, 1], 2)
+            q, k = (x.reshape(1, T, -1, A).transpose(1, 2) for x in (q, k))  # the copies that its layout needs
+            q, k = apply(q, k, cos, sin)
+            return *(x.transpose(1, 2).reshape(T, -1, A) for x in (q, k)), v.squeeze(2).contiguous()
+
+        return run
+
+    case.peer("liger", "liger_kernel.ops.rope", liger)
+    return case
+
+
+def document_lengths(num_tokens: int) -> list[int]:
+    """Lengths of a corpus of short documents: lognormal, median 81, mean about 105; a query of about 14 to every five."""
+    generator = np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) < num_tokens:
+        lengths.append(int(generator.integers(5, 24)))
+        lengths += [int(n) for n in np.clip(generator.lognormal(math.log(81), 0.72, 5), 4, 512)]
+    while sum(lengths) - lengths[-1] >= num_tokens:
+        lengths.pop()
+    lengths[-1] -= sum(lengths) - num_tokens
+    return lengths
+
+
+def mean_pool_case(dtype: torch.dtype, device: str, T: int, D: int, one_sequence: int, norm: int) -> Case:
+    """norm: with the final RMSNorm and the L2 normalisation; one_sequence: a single sequence instead of short documents."""
+    lengths = [T] if one_sequence else document_lengths(T)
+    num_sequences, longest = len(lengths), max(lengths)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    lengths_N = cu_seqlens.diff().long()
+
+    def inputs() -> Tensors:
+        x = {"x_TD": random(T, D, dtype=dtype, device=device)}
+        return x | ({"norm_weight_D": random(D, dtype=dtype, device=device)} if norm else {})
+
+    pooled = num_sequences * D * 4
+    case = Case(
+        "mean_pool",
+        {"T": T, "D": D, "one_sequence": one_sequence, "norm": norm},
+        inputs,
+        ours=lambda **x: mean_pool.mean_pool_kernel(cu_seqlens=cu_seqlens, normalize=bool(norm), eps=1e-5, **x),
+        reference=lambda **x: mean_pool.mean_pool_ref(cu_seqlens=cu_seqlens, normalize=bool(norm), eps=1e-5, **x),
+        bytes=(T * D * dtype.itemsize + pooled, (1 + norm) * T * D * dtype.itemsize + pooled),
+        flops=((1 + 3 * norm) * T * D, (1 + 6 * norm) * T * D),
+    )
+
+    def final_norm(x: torch.Tensor, weight_D: torch.Tensor | None) -> torch.Tensor:
+        return x if weight_D is None else rms_norm.rms_norm_ref(x.flatten(0, -2), weight_D, 1e-5)[0].view(x.shape)
+
+    def finish(mean_ND: torch.Tensor) -> torch.Tensor:
+        return F.normalize(mean_ND, dim=-1) if norm else mean_ND
+
+    def segment_reduce(x_TD, norm_weight_D=None):
+        hidden_TD = final_norm(x_TD, norm_weight_D).float()
+        return finish(torch.segment_reduce(hidden_TD, "mean", lengths=lengths_N, axis=0))
+
+    case.peers["segment_reduce"] = segment_reduce
+    if num_sequences > 1:
+        mask = (torch.arange(longest, device=device) < lengths_N[:, None])[..., None]
+
+        def padded(x_TD, norm_weight_D=None):  # [N, longest, D], as a padded model's hidden state
+            return finish((final_norm(x_TD, norm_weight_D).float() * mask).sum(1) / lengths_N[:, None])
+
+        def padded_inputs(x: Tensors) -> Tensors:
+            return x | {"x_TD": random(num_sequences, longest, D, dtype=dtype, device=device)}
+
+        padded.inputs = padded_inputs
+        case.peers["padded"] = padded
+    return case
+
+
+def info_nce_hard_case(dtype: torch.dtype, device: str, B: int, K: int, D: int) -> Case:
+    mask_BM = torch.rand(B, 1 + K, device=device) > 0.1
+    mask_BM[:, 0] = True
+    labels_B = torch.zeros(B, dtype=torch.int64, device=device)
+
+    def inputs() -> Tensors:
+        q_BD = random(B, D, dtype=dtype, device=device, unit=True)
+        return {"q_BD": q_BD, "docs_BMD": random(B, 1 + K, D, dtype=dtype, device=device, unit=True)}
+
+    def eager(
+        q_BD, docs_BMD
+    ):  # scores in the model's dtype, as recipes compute them: ours is more exact, and still the peer
+        scores_BM = torch.bmm(docs_BMD, q_BD[..., None]).squeeze(-1).float() / TEMPERATURE
+        return F.cross_entropy(scores_BM.masked_fill(~mask_BM, -math.inf), labels_B, reduction="none")
+
+    read = B * (2 + K) * D * dtype.itemsize
+    return Case(
+        "info_nce_hard",
+        {"B": B, "K": K, "D": D},
+        inputs,
+        ours=lambda **x: info_nce.info_nce_hard_kernel(mask_BM=mask_BM, temperature=TEMPERATURE, **x),
+        reference=lambda **x: info_nce.info_nce_hard_ref(mask_BM=mask_BM, temperature=TEMPERATURE, **x),
+        eager=eager,
+        bytes=(read, 2 * read),
+        flops=(2 * B * (1 + K) * D, 3 * B * (1 + K) * D),
+    )
+
+
+def info_nce_in_batch_case(dtype: torch.dtype, device: str, B: int, P: int, D: int, ids: int) -> Case:
+    """ids: with the mask of same-document false negatives, which the other libraries do not have."""
+    labels_B = torch.arange(B, device=device) % P
+    doc_ids_P = torch.randint(0, max(1, 9 * P // 10), (P,), device=device) if ids else None
+    options = {"labels_B": labels_B, "temperature": TEMPERATURE, "doc_ids_P": doc_ids_P}
+
+    def inputs() -> Tensors:
+        docs_PD = random(P, D, dtype=dtype, device=device, unit=True)
+        near_BD = docs_PD[labels_B].float() + random(B, D, dtype=torch.float32, device=device, unit=True)
+        return {"q_BD": F.normalize(near_BD, dim=-1).to(dtype), "docs_PD": docs_PD}
+
+    def eager(q_BD, docs_PD):
+        scores_BP = (q_BD @ docs_PD.T).float() / TEMPERATURE
+        if doc_ids_P is not None:
+            others = doc_ids_P[labels_B, None] == doc_ids_P
+            others[torch.arange(B, device=device), labels_B] = False
+            scores_BP = scores_BP.masked_fill(others, -math.inf)
+        return F.cross_entropy(scores_BP, labels_B, reduction="none")
+
+    read = (B + P) * D * dtype.itemsize
+    case = Case(
+        "info_nce_in_batch",
+        {"B": B, "P": P, "D": D, "ids": ids},
+        inputs,
+        ours=lambda **x: info_nce.info_nce_in_batch_kernel(**options, **x),
+        reference=lambda **x: info_nce.info_nce_in_batch_ref(**options, **x),
+        eager=eager,
+        bytes=(read, 2 * read),
+        flops=(
+            2 * B * P * D,
+            6 * B * P * D,
+        ),  # with the scores computed again in the backward: nothing of [B, P] is kept
+        compute_bound=True,
+    )
+
+    def cce(module):
+        loss = module.linear_cross_entropy
+        return lambda q_BD, docs_PD: loss((q_BD / TEMPERATURE).to(dtype), docs_PD, labels_B, reduction="none")
+
+    def inf_cl(module):
+        loss = module.cal_flash_loss
+        return lambda q_BD, docs_PD: loss(q_BD, docs_PD, labels_B, scale=1 / TEMPERATURE)
+
+    if not ids:
+        case.peer("cce", "cut_cross_entropy", cce)
+        case.peer("inf_cl", "inf_cl", inf_cl)
+    return case
+
+
+KERNELS: dict[str, Callable[..., Case]] = {
+    "rms_norm": rms_norm_case,
+    "swiglu": swiglu_case,
+    "rope": rope_case,
+    "mean_pool": mean_pool_case,
+    "info_nce_hard": info_nce_hard_case,
+    "info_nce_in_batch": info_nce_in_batch_case,
+}
+# The 8B and 1B models at 16k packed tokens; the losses at the sizes of their goals. The first one of each is the goal's.
+SHAPES: dict[str, list[dict[str, int]]] = {
+    "rms_norm": [{"T": 16384, "D": 4096}, {"T": 16384, "D": 2048}, {"T": 2048, "D": 4096}],
+    "swiglu": [{"T": 16384, "width": 14336, "blocks": 8}, {"T": 16384, "width": 8192, "blocks": 8}],
+    "rope": [{"T": 16384, "H": 32, "G": 8, "A": 128}, {"T": 16384, "H": 32, "G": 8, "A": 64}],
+    "mean_pool": [
+        {"T": 16384, "D": 4096, "one_sequence": 0, "norm": 1},
+        {"T": 16384, "D": 4096, "one_sequence": 0, "norm": 0},
+        {"T": 32768, "D": 4096, "one_sequence": 1, "norm": 1},
+        {"T": 16384, "D": 2048, "one_sequence": 0, "norm": 1},
+    ],
+    "info_nce_hard": [{"B": 2048, "K": 4, "D": 4096}, {"B": 16384, "K": 4, "D": 4096}, {"B": 128, "K": 4, "D": 4096}],
+    "info_nce_in_batch": [
+        {"B": 8192, "P": 40960, "D": 4096, "ids": 0},
+        {"B": 8192, "P": 40960, "D": 4096, "ids": 1},
+        {"B": 2048, "P": 10240, "D": 2048, "ids": 0},
+        {"B": 32768, "P": 32768, "D": 4096, "ids": 0},
+    ],
+}
+# Shapes of the gate: nothing divides anything. On the CPU one program takes milliseconds, so few of them.
+GATE: dict[str, dict[str, dict[str, int]]] = {
+    "cuda": {
+        "rms_norm": {"T": 1025, "D": 4096},
+        "swiglu": {"T": 513, "width": 8 * 1792, "blocks": 8},
+        "rope": {"T": 1025, "H": 32, "G": 8, "A": 128},
+        "mean_pool": {"T": 2049, "D": 4096, "one_sequence": 0, "norm": 1},
+        "info_nce_hard": {"B": 129, "K": 4, "D": 4096},
+        "info_nce_in_batch": {"B": 257, "P": 3001, "D": 4096, "ids": 0},
+    },
+    "cpu": {
+        "rms_norm": {"T": 9, "D": 100},
+        "swiglu": {"T": 9, "width": 3 * 40, "blocks": 3},
+        "rope": {"T": 9, "H": 6, "G": 2, "A": 32},
+        "mean_pool": {"T": 129, "D": 100, "one_sequence": 0, "norm": 1},
+        "info_nce_hard": {"B": 9, "K": 4, "D": 100},
+        "info_nce_in_batch": {"B": 17, "P": 129, "D": 100, "ids": 1},
+    },
+}
+
+
+# ------------------------------------------------------------------------------------------ the gate
+
+
+def run_once(function: Callable[..., object], inputs: Tensors) -> dict[str, torch.Tensor]:
+    """The outputs, and the gradients of sum(output * noise) in every input."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    outputs = as_list(function(**leaves))
+    generator = torch.Generator().manual_seed(1)
+    noise = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, noise)
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return results | {f"d({name})": x.grad for name, x in leaves.items()}
+
+
+def as_list(outputs: object) -> list[torch.Tensor]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def gate(case: Case) -> list[str]:
+    """What is wrong with ours; and peers that fail or are off are taken out, with the reason."""
+    torch.manual_seed(0)
+    inputs = case.inputs()
+    truth = run_once(case.reference, {name: x.double() for name, x in inputs.items()})
+    plain, ours = run_once(case.reference, inputs), run_once(case.ours, inputs)
+    faults = []
+    for name, exact in truth.items():
+        error, lost = ((x[name].double() - exact).abs().max().item() for x in (ours, plain))
+        ulp = torch.finfo(ours[name].dtype).eps * exact.abs().max().item()
+        budget = 2 * lost + (8 if ours[name].dtype == torch.float32 else 1) * ulp
+        if not error <= budget:  # NaN too
+            faults.append(f"{name}: error {error:.2e} is above the budget {budget:.2e}")
+    for name, peer in list(case.peers.items()):
+        if hasattr(peer, "inputs") or hasattr(peer, "other_layout"):
+            continue  # other inputs: nothing to compare entry by entry
+        try:
+            theirs = run_once(peer, inputs)["output 0"]
+            error = ((theirs.double() - truth["output 0"]).abs().max() / truth["output 0"].abs().max()).item()
+            if not error <= 0.1:
+                raise RuntimeError(f"its output is off by {error:.0%} of the largest value")
+        except Exception as error:  # a peer's failure is reported, and does not keep ours from being measured
+            del case.peers[name]
+            case.missing[name] = first_line(error)
+    return faults
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def run_gates(kernels: list[str], device: str) -> dict[str, list[str]]:
+    """-> faults by kernel, empty for those that may be measured"""
+    all_faults: dict[str, list[str]] = {}
+    for kernel in kernels:
+        faults = []
+        for dtype in (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float16, torch.float32):
+            case = KERNELS[kernel](dtype, device, **GATE[device][kernel])
+            case.peers.clear()
+            faults += [f"{dtype}: {fault}" for fault in gate(case)]
+        print(f"gate {kernel:18s} {'passed' if not faults else 'FAILED: ' + '; '.join(faults)}", flush=True)
+        all_faults[kernel] = faults
+    return all_faults
+
+
+# ------------------------------------------------------------------------------------------ timing
+
+
+def variants(case: Case, compile_mode: str | None) -> Iterator[tuple[str, Callable[..., object]]]:
+    eager = case.eager or case.reference
+    yield "ours", case.ours
+    yield "eager", eager
+    if compile_mode is not None:
+        yield "compile", torch.compile(eager, dynamic=False, mode=compile_mode)
+    yield from case.peers.items()
+
+
+@dataclass
+class Calls:
+    """Forward, and backward through graphs that are built at its first call, over all sets of inputs."""
+
+    function: Callable[..., object]
+    leaves: list[Tensors]
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    graphs: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
+
+    def forward(self) -> object:
+        return [self.function(**x) for x in self.leaves]
+
+    def backward(self) -> object:
+        if not self.graphs:
+            for x in self.leaves:
+                outputs = [y for y in as_list(self.function(**x)) if y.requires_grad]
+                self.graphs.append((outputs, list(x.values())))
+            self.gradients = [torch.randn_like(y) for y in self.graphs[0][0]]
+        return [torch.autograd.grad(ys, xs, self.gradients, retain_graph=True) for ys, xs in self.graphs]
+
+
+def peak_memory(calls: Calls) -> float:
+    """MiB above the inputs, of one forward and backward."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    one = Calls(calls.function, calls.leaves[:1])
+    one.backward()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(case: Case, repeats: int, compile_mode: str | None) -> dict[str, dict[str, Any]]:
+    """-> variant -> median milliseconds of forward and backward, peak memory of one of each; or why there are none"""
+    torch.manual_seed(0)
+    sets = [case.inputs()]
+    num_sets = max(1, min(16, math.ceil(3 * L2_BYTES / sum(x.nbytes for x in sets[0].values()))))
+    sets += [case.inputs() for _ in range(num_sets - 1)]
+    figures: dict[str, dict[str, Any]] = {}
+    all_calls: dict[str, Calls] = {}
+    for name, function in variants(case, compile_mode):
+        prepare = getattr(function, "inputs", dict)
+        try:
+            calls = Calls(function, [{k: x.detach().requires_grad_() for k, x in prepare(x).items()} for x in sets])
+            figures[name] = {"peak_mib": peak_memory(calls)}
+            all_calls[name] = calls
+        except Exception as error:  # out of memory, or a peer that does not take this shape: said in the table
+            if name == "ours":
+                raise
+            figures[name] = {"error": first_line(error)}
+            torch.cuda.empty_cache()
+    # In turn as far as all their graphs fit side by side, else one after the other.
+    needed = num_sets * 2**20 * sum(figures[name]["peak_mib"] for name in all_calls)
+    together = needed < 0.5 * torch.cuda.mem_get_info()[0]
+    for group in [list(all_calls)] if together else [[name] for name in all_calls]:
+        forward = interleaved_times({name: all_calls[name].forward for name in group}, repeats)
+        backward = interleaved_times({name: all_calls[name].backward for name in group}, repeats)
+        for name in group:
+            figures[name]["forward_ms"] = statistics.median(forward[name]) / num_sets
+            figures[name]["backward_ms"] = statistics.median(backward[name]) / num_sets
+            del all_calls[name]
+        gc.collect()
+        torch.cuda.empty_cache()
+    return figures
+
+
+def report(case: Case, figures: dict[str, dict[str, Any]], ceilings: dict[str, float], results: ResultsFile) -> None:
+    shape = " ".join(f"{name}={value}" for name, value in case.shape.items())
+    unit, ceiling = ("TFLOP/s", ceilings["tflops"]) if case.compute_bound else ("GB/s", ceilings["gb_per_s"])
+    work = [x / (1e9 if case.compute_bound else 1e6) for x in (case.flops if case.compute_bound else case.bytes)]
+    print(f"\n{case.kernel}  {shape}  bf16  (ceiling {ceiling:.0f} {unit})")
+    print(
+        f"  {'':14s} {'forward ms':>15s} {'backward ms':>17s} {unit:>8s} {'share':>6s} {'ours is faster':>15s} {'peak MiB':>9s}"
+    )
+    for name, figure in figures.items():
+        if "error" in figure:
+            print(f"  {name:14s} {figure['error']}")
+        else:
+            milliseconds = [figure["forward_ms"], figure["backward_ms"]]
+            shares = [amount / time / ceiling for amount, time in zip(work, milliseconds, strict=True)]
+            figure["rate"] = sum(work) / sum(milliseconds)
+            figure["share"] = figure["rate"] / ceiling
+            figure["ours_is_faster_by"] = sum(milliseconds) / (
+                figures["ours"]["forward_ms"] + figures["ours"]["backward_ms"]
+            )
+            print(
+                f"  {name:14s} {milliseconds[0]:8.3f} ({shares[0]:4.0%}) {milliseconds[1]:10.3f} ({shares[1]:4.0%}) "
+                f"{figure['rate']:8.0f} {figure['share']:6.1%} {figure['ours_is_faster_by']:14.2f}x {figure['peak_mib']:9.0f}"
+            )
+        results.append(
+            kernel=case.kernel, shape=case.shape, dtype="bf16", variant=name, unit=unit, ceiling=ceiling, **figure
+        )
+    for name, reason in case.missing.items():
+        print(f"  {name:14s} not here: {reason}")
+        results.append(kernel=case.kernel, shape=case.shape, dtype="bf16", variant=name, error=reason)
+    sys.stdout.flush()
+
+
+def judge(kernel: str, figures: dict) -> list[str]:
+    """The goals of a kernel, at its first shape, against what was measured."""
+    lines = []
+    for against, goal in GOALS[kernel].items():
+        if against == "ceiling":
+            value, text = figures["ours"].get("share"), f"at least {goal:.0%} of the ceiling"
+        else:
+            value, text = figures.get(against, {}).get("ours_is_faster_by"), f"at least {goal:g} x {against}"
+        verdict = "not measured" if value is None else ("met" if value >= goal else "MISSED")
+        shown = "" if value is None else (f"{value:.1%}" if against == "ceiling" else f"{value:.2f} x")
+        lines.append(f"{kernel:18s} {text:32s} {shown:>10s}  {verdict}")
+    return lines
+
+
+def draw_roofline(path: Path, points: list[tuple[str, float, float]], ceilings: dict[str, float]) -> None:
+    """points: (label, FLOP per byte, TFLOP/s)"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6))
+    intensity = np.logspace(-2, 5, 200)
+    roof = np.minimum(ceilings["tflops"], intensity * ceilings["gb_per_s"] / 1e3)
+    axes.loglog(
+        intensity,
+        roof,
+        color="black",
+        label=f"copy {ceilings['gb_per_s']:.0f} GB/s, GEMM {ceilings['tflops']:.0f} TFLOP/s",
+    )
+    for label, x, y in points:
+        axes.plot([x], [y], "o")
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, -10), fontsize=7)
+    axes.set_xlabel("FLOP per byte that has to move")
+    axes.set_ylabel("TFLOP/s")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def roofline_point(case: Case, figure: dict[str, Any]) -> tuple[str, float, float]:
+    label = f"{case.kernel} {' '.join(f'{k}{v}' for k, v in case.shape.items())}"
+    tflops = sum(case.flops) / (figure["forward_ms"] + figure["backward_ms"]) / 1e9
+    return label, sum(case.flops) / sum(case.bytes), tflops
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    try:
+        return {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like T=4096,D=4096") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", nargs="+", choices=list(KERNELS), default=list(KERNELS), help="default: all")
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, help="for one --kernel, instead of its own: T=4096,D=4096"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="timings per figure, at least 20 (default)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--tune-compile", action="store_true", help="max-autotune torch.compile: a minute for every case"
+    )
+    parser.add_argument("--minutes", type=float, default=4, help="start no further case after this long (default 4)")
+    options = parser.parse_args(arguments)
+    if options.shapes:
+        if len(options.kernel) != 1:
+            parser.error("--shapes belongs to one kernel: name it with --kernel")
+        wanted = list(SHAPES[options.kernel[0]][0])
+        for shape in options.shapes:
+            if list(shape) != wanted:
+                parser.error(f"--shapes of {options.kernel[0]} are {','.join(f'{name}=...' for name in wanted)}")
+    if options.repeats < 20:
+        parser.error("--repeats below 20 gives a median that is not worth writing down")
+    compile_mode = "max-autotune-no-cudagraphs" if options.tune_compile else "default"
+    started = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        print("no CUDA device on this machine: the correctness gate only, in Triton's interpreter (fp16, fp32)")
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # numpy's, of lanes that are masked
+    faults = run_gates(options.kernel, device)
+    failed = [kernel for kernel, found in faults.items() if found]
+    if device == "cuda":
+        results = ResultsFile("kernels")
+        ceilings = {"gb_per_s": copy_bandwidth()}
+        square = matmul_rates(8192, 8192, 8192, ["bf16"])["bf16"]
+        assert isinstance(square, float), square
+        ceilings["tflops"] = square
+        print(
+            f"{results.run['gpu']}: copy {ceilings['gb_per_s']:.0f} GB/s, bf16 GEMM {square:.0f} TFLOP/s; to {results.path}"
+        )
+        goals, points = [], []
+        shapes = {kernel: options.shapes or SHAPES[kernel] for kernel in options.kernel if kernel not in failed}
+        # The first shape of every kernel, on which the goals are, before the second of any.
+        cases = sorted(
+            ((index, kernel) for kernel in shapes for index in range(len(shapes[kernel]))), key=lambda x: x[0]
+        )
+        for index, kernel in cases:
+            shape = shapes[kernel][index]
+            if time.monotonic() - started > 60 * options.minutes:
+                print(f"{kernel} {shape}: left out, {options.minutes:g} minutes are over (--minutes)")
+                continue
+            torch._dynamo.reset()  # a limited number of compilations per function is kept
+            checked = KERNELS[kernel](torch.bfloat16, device, **GATE[device][kernel])
+            gate(checked)  # of the peers: those that fail are taken out
+            case = KERNELS[kernel](torch.bfloat16, device, **shape)
+            case.missing |= checked.missing
+            case.peers = {name: peer for name, peer in case.peers.items() if name not in checked.missing}
+            figures = measure(case, options.repeats, None if options.no_compile else compile_mode)
+            report(case, figures, ceilings, results)
+            points.append(roofline_point(case, figures["ours"]))
+            if index == 0 and not options.shapes:
+                goals += judge(kernel, figures)
+        if goals:
+            print("\ngoals\n" + "\n".join(goals))
+        try:
+            draw_roofline(results.path.with_suffix(".png"), points, ceilings)
+        except ImportError:
+            print("matplotlib is not installed: no roofline drawn")
+    if failed:
+        raise SystemExit(f"correctness gate failed, hence not measured: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
