@@ -14,7 +14,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class ResultsFile:
             file.write(json.dumps(self.run | figures) + "\n")
 
 
-def interleaved_times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """GPU milliseconds of every call, in rounds: one of each, `repeats` times, so that clocks and neighbours are shared.
 
     Before each call the GPU is put to sleep for longer than the host needs to launch the call, so that launch overhead is
@@ -121,7 +121,8 @@ def matmul_call(kind: str, rows: int, inner: int, columns: int) -> Callable[[], 
 
 def matmul_rates(rows: int, inner: int, columns: int, kinds: list[str], repeats: int = 20) -> dict[str, float | str]:
     """TFLOP/s (TOP/s for int8) of each kind, or why this torch or card cannot do it."""
-    calls, rates = {}, {}
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    rates: dict[str, float | str] = {}
     for kind in kinds:
         try:
             call = matmul_call(kind, rows, inner, columns)

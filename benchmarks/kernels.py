@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ GOALS: dict[str, dict[str, float]] = {
 
 
 @dataclass
+class Variant:
+    run: Callable[..., object]
+    inputs: Callable[[Tensors], Tensors] = dict  # from the inputs of ours, where its layout is another one
+    comparable: bool = True  # entry by entry with ours
+
+
+@dataclass
 class Case:
     kernel: str
     shape: dict[str, int]
@@ -63,12 +70,14 @@ class Case:
     flops: tuple[float, float]
     compute_bound: bool = False
     eager: Callable[..., object] | None = None  # what users write, where that is not the reference
-    peers: dict[str, Callable[..., object]] = field(default_factory=dict)
+    peers: dict[str, Variant] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # peer -> why it does not take part
 
-    def peer(self, name: str, module: str, make: Callable[[Any], Callable[..., object]]) -> None:
+    def peer(
+        self, name: str, module: str, make: Callable[[Any], Callable[..., object]], comparable: bool = True
+    ) -> None:
         try:
-            self.peers[name] = make(importlib.import_module(module))
+            self.peers[name] = Variant(make(importlib.import_module(module)), comparable=comparable)
         except (
             ImportError,
             AttributeError,
@@ -137,15 +146,10 @@ def swiglu_case(dtype: torch.dtype, device: str, T: int, width: int, blocks: int
     def liger(module):
         apply = module.LigerSiLUMulFunction.apply
 
-        def run(
-            gate_up_TE,
-        ):  # takes gate and up apart and dense: given halves of the buffer, not a copy that would count
-            return apply(*gate_up_TE.view(2, T * blocks, width // blocks))
+        # It takes gate and up apart and dense: it gets the halves of the buffer, not a copy that would count.
+        return lambda gate_up_TE: apply(*gate_up_TE.view(2, T * blocks, width // blocks))
 
-        run.other_layout = True
-        return run
-
-    case.peer("liger", "liger_kernel.ops.swiglu", liger)
+    case.peer("liger", "liger_kernel.ops.swiglu", liger, comparable=False)
     return case
 
 
@@ -225,7 +229,7 @@ def mean_pool_case(dtype: torch.dtype, device: str, T: int, D: int, one_sequence
         hidden_TD = final_norm(x_TD, norm_weight_D).float()
         return finish(torch.segment_reduce(hidden_TD, "mean", lengths=lengths_N, axis=0))
 
-    case.peers["segment_reduce"] = segment_reduce
+    case.peers["segment_reduce"] = Variant(segment_reduce)
     if num_sequences > 1:
         mask = (torch.arange(longest, device=device) < lengths_N[:, None])[..., None]
 
@@ -235,8 +239,7 @@ def mean_pool_case(dtype: torch.dtype, device: str, T: int, D: int, one_sequence
         def padded_inputs(x: Tensors) -> Tensors:
             return x | {"x_TD": random(num_sequences, longest, D, dtype=dtype, device=device)}
 
-        padded.inputs = padded_inputs
-        case.peers["padded"] = padded
+        case.peers["padded"] = Variant(padded, padded_inputs, comparable=False)
     return case
 
 
@@ -272,7 +275,7 @@ def info_nce_in_batch_case(dtype: torch.dtype, device: str, B: int, P: int, D: i
     """ids: with the mask of same-document false negatives, which the other libraries do not have."""
     labels_B = torch.arange(B, device=device) % P
     doc_ids_P = torch.randint(0, max(1, 9 * P // 10), (P,), device=device) if ids else None
-    options = {"labels_B": labels_B, "temperature": TEMPERATURE, "doc_ids_P": doc_ids_P}
+    options: dict[str, Any] = {"labels_B": labels_B, "temperature": TEMPERATURE, "doc_ids_P": doc_ids_P}
 
     def inputs() -> Tensors:
         docs_PD = random(P, D, dtype=dtype, device=device, unit=True)
@@ -376,10 +379,13 @@ def run_once(function: Callable[..., object], inputs: Tensors) -> dict[str, torc
     noise = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]
     torch.autograd.backward(outputs, noise)
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return results | {f"d({name})": x.grad for name, x in leaves.items()}
+    for name, x in leaves.items():
+        assert x.grad is not None, f"no gradient in {name}"
+        results[f"d({name})"] = x.grad
+    return results
 
 
-def as_list(outputs: object) -> list[torch.Tensor]:
+def as_list(outputs: Any) -> list[torch.Tensor]:
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
@@ -397,10 +403,10 @@ def gate(case: Case) -> list[str]:
         if not error <= budget:  # NaN too
             faults.append(f"{name}: error {error:.2e} is above the budget {budget:.2e}")
     for name, peer in list(case.peers.items()):
-        if hasattr(peer, "inputs") or hasattr(peer, "other_layout"):
-            continue  # other inputs: nothing to compare entry by entry
         try:
-            theirs = run_once(peer, inputs)["output 0"]
+            theirs = run_once(peer.run, peer.inputs(inputs))["output 0"]
+            if not peer.comparable:
+                continue
             error = ((theirs.double() - truth["output 0"]).abs().max() / truth["output 0"].abs().max()).item()
             if not error <= 0.1:
                 raise RuntimeError(f"its output is off by {error:.0%} of the largest value")
@@ -431,13 +437,12 @@ def run_gates(kernels: list[str], device: str) -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------------ timing
 
 
-def variants(case: Case, compile_mode: str | None) -> Iterator[tuple[str, Callable[..., object]]]:
+def variants(case: Case, compile_mode: str | None) -> dict[str, Variant]:
     eager = case.eager or case.reference
-    yield "ours", case.ours
-    yield "eager", eager
+    compiled = {}
     if compile_mode is not None:
-        yield "compile", torch.compile(eager, dynamic=False, mode=compile_mode)
-    yield from case.peers.items()
+        compiled["compile"] = Variant(torch.compile(eager, dynamic=False, mode=compile_mode))
+    return {"ours": Variant(case.ours), "eager": Variant(eager)} | compiled | case.peers
 
 
 @dataclass
@@ -481,10 +486,10 @@ def measure(case: Case, repeats: int, compile_mode: str | None) -> dict[str, dic
     sets += [case.inputs() for _ in range(num_sets - 1)]
     figures: dict[str, dict[str, Any]] = {}
     all_calls: dict[str, Calls] = {}
-    for name, function in variants(case, compile_mode):
-        prepare = getattr(function, "inputs", dict)
+    for name, variant in variants(case, compile_mode).items():
         try:
-            calls = Calls(function, [{k: x.detach().requires_grad_() for k, x in prepare(x).items()} for x in sets])
+            prepared = [variant.inputs(inputs) for inputs in sets]
+            calls = Calls(variant.run, [{k: x.detach().requires_grad_() for k, x in xs.items()} for xs in prepared])
             figures[name] = {"peak_mib": peak_memory(calls)}
             all_calls[name] = calls
         except Exception as error:  # out of memory, or a peer that does not take this shape: said in the table

@@ -376,7 +376,7 @@ def _combine_kernel(
 @triton.jit
 def _columns_dscores_kernel(
     dlse_ptr, dpositive_ptr, q_ptr, docs_ptr, labels_ptr, row_groups_ptr, groups_ptr, temperature_ptr, lse_ptr,
-    dscores_ptr, B, P, first_column, width,
+    dscores_ptr, B, P, first_column, width, row_stride,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -402,7 +402,7 @@ def _columns_dscores_kernel(
         dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) * inverse_temperature
         dscores += tl.where(label[:, None] == p[None, :], dpositive[:, None], 0.0)
     mask = (b < B)[:, None] & (column < width)[None, :]
-    dscores_ptrs = dscores_ptr + b.to(tl.int64)[:, None] * width + column[None, :]
+    dscores_ptrs = dscores_ptr + b.to(tl.int64)[:, None] * row_stride + column[None, :]
     tl.store(dscores_ptrs, dscores.to(dscores_ptr.dtype.element_ty), mask=mask)
 
 
@@ -416,9 +416,9 @@ def _own_config(num_documents: int, hidden_size: int) -> tuple[int, int, int]:
 
 
 def _columns_config(num_rows: int, element_size: int) -> tuple[int, int, int, int, int]:
-    for largest, *config in _COLUMNS[element_size]:
+    for largest, block_b, block_p, block_d, num_warps, num_stages in _COLUMNS[element_size]:
         if num_rows <= largest:
-            return tuple(config)
+            return block_b, block_p, block_d, num_warps, num_stages
     raise AssertionError(f"{num_rows=}")
 
 
@@ -498,8 +498,8 @@ def _(dlse_B, q_BD, docs_BMD, mask_BM, temperature, lse_B, scores_BM, q_inverse_
 
 def _own_setup_context(ctx, inputs, output):
     *tensors, ctx.relative, _ = inputs
-    lse_B, ctx.mean_B, *rest = output
-    ctx.save_for_backward(*tensors, lse_B, *rest, output[1])
+    lse_B, mean_B, *rest = output
+    ctx.save_for_backward(*tensors, lse_B, *rest, mean_B)
 
 
 def _own_backward(ctx, dlse_B, *_):
@@ -580,14 +580,15 @@ def _columns_bwd(
     q_BD, docs_PD = arguments[:2]
     chunk = max(block_p, _WORKSPACE // (num_rows * q_BD.element_size()) // block_p * block_p)
     ddocs_PD, dq_BD = torch.empty_like(docs_PD), None
-    # Flat: the last chunk is narrower, and its rows must be dense and 16-byte aligned for the GEMMs where width allows.
-    workspace = q_BD.new_empty(num_rows * min(chunk, num_columns))
+    # Rows start at multiples of 64 elements, whatever P is: GEMMs are slow on unaligned ones.
+    row_stride = triton.cdiv(min(chunk, num_columns), 64) * 64
+    workspace = q_BD.new_empty(num_rows, row_stride)
     for first in range(0, num_columns, chunk):
         width = min(chunk, num_columns - first)
-        dscores = workspace[: num_rows * width].view(num_rows, width)
+        dscores = workspace[:, :width]
         _columns_dscores_kernel[(triton.cdiv(num_rows, block_b) * triton.cdiv(width, block_p),)](
             dlse_B.contiguous(), dpositive_B.contiguous(), *arguments, temperature, lse_B,
-            dscores, num_rows, num_columns, first, width,
+            dscores, num_rows, num_columns, first, width, row_stride,
             D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
             HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None,
             PRECISION=_FP32_PRECISION, num_warps=num_warps, num_stages=num_stages,

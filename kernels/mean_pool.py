@@ -245,9 +245,8 @@ def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rs
 
 @torch.library.custom_op("nemo_embed_core::segment_sum_forward", mutates_args=())
 def _segment_sum_fwd(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int) -> torch.Tensor:
-    return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, None, 0.0, want_sum=True, want_mean=False)[
-        0
-    ]
+    sum_ND, _, _ = _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, None, 0.0, True, want_mean=False)
+    return sum_ND
 
 
 @_segment_sum_fwd.register_fake

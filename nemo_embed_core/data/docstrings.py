@@ -20,6 +20,7 @@ import sysconfig
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,16 +149,27 @@ def extract(roots: Iterable[Path]) -> list[Doc]:
     """
     docs: list[Doc] = []
     seen: set[tuple[str, str]] = set()
+    sources = [source for root in roots for source in _sources(root)]
+    if len(sources) < 500:
+        files = map(_rows, sources)
+    else:  # half a minute of parsing on one core
+        with ProcessPoolExecutor() as pool:
+            files = iter(list(pool.map(_rows, sources, chunksize=64)))
+    for rows in files:
+        for definition, query, passage in rows:
+            if (query, passage) not in seen:
+                seen.add((query, passage))
+                docs.append(Doc(definition, query, passage))
+    return docs
+
+
+def _rows(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
+    """(id, query, passage) of one file."""
+    name, path = source
     with _many_small_objects(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        for root in roots:
-            for name, path in _sources(root):
-                for definition, docstring in _docstrings(path.read_bytes()):
-                    pair = split_docstring(docstring)
-                    if pair and pair not in seen:
-                        seen.add(pair)
-                        docs.append(Doc(f"{name}:{definition}", *pair))
-    return docs
+        found = [(definition, split_docstring(text)) for definition, text in _docstrings(path.read_bytes())]
+    return [(f"{name}:{definition}", *pair) for definition, pair in found if pair]
 
 
 @contextmanager

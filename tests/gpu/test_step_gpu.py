@@ -1,0 +1,76 @@
+"""The training step on a GPU, with its own attention and kernels: the same model as the padded one, and it learns."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no installed package
+
+from benchmarks import step
+from nemo_embed_core.config import ModelConfig, ParallelConfig
+from nemo_embed_core.parallel.mesh import distributed
+
+pytestmark = pytest.mark.gpu
+
+# The heads of the 1B and of the 8B.
+SMALL = {
+    64: ModelConfig(vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=2,
+                    num_attention_heads=8, num_key_value_heads=2),
+    128: ModelConfig(vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_hidden_layers=2,
+                     num_attention_heads=8, num_key_value_heads=2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with distributed(ParallelConfig(), "cuda") as mesh:
+        yield mesh
+
+
+@pytest.mark.parametrize("head_dim", sorted(SMALL))
+def test_packed_equals_padded_in_fp32_and_bf16(mesh, head_dim, monkeypatch):
+    monkeypatch.setattr(step, "GATE_SHAPE", SMALL[head_dim])
+    step.gate("plain", mesh)
+
+
+def test_packed_equals_hugging_face(mesh):
+    pytest.importorskip("transformers")
+    step.gate("hf", mesh)
+
+
+@pytest.mark.parametrize("head_dim", sorted(SMALL))
+def test_bf16_steps_lower_the_loss_as_fp32_steps_do(mesh, head_dim):
+    groups = step.Groups(8, 4, SMALL[head_dim].vocab_size, seed=0)
+    (batch,) = step.global_batches(groups, SMALL[head_dim], num_queries=8, max_tokens=2048)
+    curves = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = step.Ours(SMALL[head_dim], mesh, dtype)
+        for group in ours.optimizer.param_groups:
+            group["lr"] = 1e-4
+        curves[dtype] = torch.tensor([ours.step(batch) for _ in range(10)])
+    full, half = curves[torch.float32], curves[torch.bfloat16]
+    assert full[-1] < 0.7 * full[0] and half[-1] < 0.7 * half[0], curves
+    assert ((half - full).abs() / full[0]).max() < 0.1, curves
+
+
+def test_a_step_is_profiled_into_its_parts(mesh):
+    groups = step.Groups(8, 4, SMALL[128].vocab_size, seed=0)
+    (batch,) = step.global_batches(groups, SMALL[128], num_queries=8, max_tokens=2048)
+    ours = step.Ours(SMALL[128], mesh, torch.bfloat16)
+    ours.step(batch)
+    parts = step.profiled(lambda: ours.step(batch))
+    missing = [part for part in step.PARTS if part != "other" and not parts.seconds[part]]
+    assert not missing, (missing, parts)
+    assert parts.seconds["other"] < 0.2 * sum(parts.seconds.values()), parts.other
+
+
+def test_the_compiled_peer_gives_the_eager_losses(mesh):
+    groups = step.Groups(8, 4, SMALL[64].vocab_size, seed=0)
+    (batch,) = step.global_batches(groups, SMALL[64], num_queries=8, max_tokens=2048)
+    peer, padded = step.Peer("plain", SMALL[64], mesh.device, torch.float32), batch.padded(groups, 4)
+    eager = peer.backward(padded)
+    peer.compile_layers(True)
+    torch.testing.assert_close(peer.backward(padded), eager, rtol=1e-3, atol=1e-3)
+    peer.compile_layers(False)
