@@ -269,7 +269,8 @@ class MineConfig:
     sampling: Literal["top", "random"] = "top"  # of those left: the best, or a sample seeded by `seed` and the row
     seed: int = 0
     method: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # of the search GEMM; the answer is the same, proven
-    formats: list[str] = field(default_factory=list)  # also write: flagembedding tevatron sentence-transformers automodel
+    # Also write the result as: flagembedding, tevatron, sentence-transformers, automodel (--formats A B).
+    formats: list[str] = field(default_factory=list)
     query_max_length: int = 512  # tokens
     document_max_length: int = 512  # tokens
     max_tokens: int = 16384  # packed tokens of one encoder batch

@@ -151,10 +151,10 @@ def extract(roots: Iterable[Path]) -> list[Doc]:
     seen: set[tuple[str, str]] = set()
     sources = [source for root in roots for source in _sources(root)]
     if len(sources) < 500:
-        files = map(_rows, sources)
+        files = [_rows(source) for source in sources]
     else:  # half a minute of parsing on one core
         with ProcessPoolExecutor() as pool:
-            files = iter(list(pool.map(_rows, sources, chunksize=64)))
+            files = list(pool.map(_rows, sources, chunksize=64))
     for rows in files:
         for definition, query, passage in rows:
             if (query, passage) not in seen:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,8 +30,9 @@ def compile_all(*arguments: str) -> list[dict]:
 
 
 def check(rows: list[dict]) -> None:
-    # One store and one load are no harm: triton 3.6's ptxas parks a scalar of two kernels. 3.9's spills nothing.
-    assert [row for row in rows if row["spills"] > 2] == []
+    # triton 3.6's ptxas parks a scalar of two kernels: one store and one load. 3.9's spills nothing.
+    allowed = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 2
+    assert [row for row in rows if row["spills"] > allowed] == []
     assert [row for row in rows if row["shared"] > 227 * 1024] == [], "more shared memory than an SM has"
     # 64 rows and more go to the tensor cores through wgmma; rows of 4096 are read 16 bytes at a time.
     slow = [row for row in rows if row["constants"].get("BLOCK_B", 0) >= 64 and "BLOCK_P" in row["constants"]]
