@@ -6,7 +6,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
-BENCHMARKS ?= ceilings kernels step
+BENCHMARKS ?= ceilings kernels step mining
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -9,6 +9,7 @@ stage is one of the public launchers, printed as the command that it is, so each
 import argparse
 import json
 import os
+import random
 import shlex
 import shutil
 import subprocess
@@ -48,6 +49,12 @@ def prepare_data(folder: Path) -> None:
     from nemo_embed_core.data.tokenizer import train_sentencepiece
 
     counts = write_demo_data(folder)
+    # Stage 2 gets rows that stage 1 has not seen, as in the paper: on rows seen before it lost on dev (docs/log.md).
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    cut = len(lines) * 7 // 10
+    (folder / "stage1.jsonl").write_text("".join(lines[:cut]), encoding="utf-8")
+    (folder / "stage2.jsonl").write_text("".join(lines[cut:]), encoding="utf-8")
     rows = read_rows(DatasetConfig(path=str(folder / "train.jsonl")))
     texts = (text for row in rows for text in (row.query, *row.pos))
     tokenizer = train_sentencepiece(texts, 8192, folder / "tokenizer")
@@ -83,14 +90,14 @@ def main() -> None:
 
     prepare_data(data)
     common = ("--tokenizer", str(data / "tokenizer"), "--data.cache_dir", str(output / "cache"))
-    pairs = ("--data.datasets", json.dumps([{"path": str(data / "train.jsonl"), "task": TASK}]))
+    pairs = ("--data.datasets", json.dumps([{"path": str(data / "stage1.jsonl"), "task": TASK}]))
     mined = ("--data.datasets", json.dumps([{"path": str(output / "mined.jsonl"), "task": TASK}]))
     train("configs/train-demo-stage1.yaml", output / "untrained", *common, *pairs, "--steps", "0")
     train("configs/train-demo-stage1.yaml", output / "stage1", *common, *pairs)
     run(
         [
             *(python, "launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK),
-            *("--model", str(output / "stage1"), "--data", str(data / "train.jsonl")),
+            *("--model", str(output / "stage1"), "--data", str(data / "stage2.jsonl")),
             *("--output", str(output / "mined.jsonl")),
         ]
     )

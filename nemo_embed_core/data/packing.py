@@ -11,14 +11,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from nemo_embed_core.config import DataConfig, UserError
 from nemo_embed_core.data.sampler import Sampler, choose_documents
-from nemo_embed_core.data.store import Store
+
+if TYPE_CHECKING:  # the tokenizers package is not needed to pack
+    from nemo_embed_core.data.store import Store
 
 P = TypeVar("P", bound="PackedBatch")
 

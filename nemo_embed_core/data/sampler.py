@@ -8,10 +8,14 @@ Randomness is Philox's raw stream and a 64-bit hash, not numpy's `Generator`, wh
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.data.store import Store
+
+if TYPE_CHECKING:  # the tokenizers package is not needed to sample
+    from nemo_embed_core.data.store import Store
 
 
 class Sampler:

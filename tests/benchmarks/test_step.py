@@ -18,7 +18,17 @@ from nemo_embed_core.config import ParallelConfig  # noqa: E402
 from nemo_embed_core.parallel.mesh import distributed  # noqa: E402
 
 # Of third parties, a GPU machine needs torch, triton and numpy alone.
-NOT_NEEDED = ("jsonargparse", "transformers", "sentence_transformers", "datasets", "mteb", "pandas", "matplotlib")
+NOT_NEEDED = (
+    "tokenizers",
+    "safetensors",
+    "jsonargparse",
+    "transformers",
+    "sentence_transformers",
+    "datasets",
+    "mteb",
+    "pandas",
+    "matplotlib",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Exact top-k on the same embeddings in one run: ours, torch matmul + topk, and faiss-cpu flat where it is installed.
 
-    python -m benchmarks.mine --Q 1024 --N 100000 --D 1024 --k 40
-    python -m benchmarks.mine --Q 16384 --N 2000000 --D 4096 --k 40 --device cuda      (one H200)
+    python -m benchmarks.mining --Q 1024 --N 100000 --D 1024 --k 40
+    python -m benchmarks.mining --Q 16384 --N 2000000 --D 4096 --k 40 --device cuda      (one H200)
 
 Ids are compared before any time is reported. Ours includes everything it does to the raw rows (norms, rotation,
 quantisation, scoring of candidates); faiss is charged for its search only, not for `index.add`.
