@@ -7,7 +7,15 @@ torchrun --nproc-per-node 8 launch/mine.py --config configs/mine.yaml --output d
 import dataclasses
 from pathlib import Path
 
-from nemo_embed_core.config import DatasetConfig, MineConfig, ParallelConfig, UserError, load_config, user_errors
+from nemo_embed_core.config import (
+    DatasetConfig,
+    MineConfig,
+    ParallelConfig,
+    UserError,
+    load_config,
+    run_rank,
+    user_errors,
+)
 
 SUFFIXES = {"flagembedding": ".jsonl", "tevatron": ".jsonl", "sentence-transformers": ".parquet", "automodel": ".json"}
 
@@ -66,4 +74,4 @@ def mine(config: MineConfig, mesh) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 8 launch/train.py --config configs/train-8b-stage1.yaml --output_dir runs/stage1
 """
 
-from nemo_embed_core.config import TrainConfig, load_config, user_errors
+from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_errors
 
 
 def main() -> None:
@@ -23,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

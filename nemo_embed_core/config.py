@@ -14,11 +14,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 
 class UserError(ValueError):
@@ -42,6 +43,28 @@ def user_errors() -> Iterator[None]:
         prefix = "error" if rank == "0" else f"[rank {rank}] error"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def run_rank(main: Callable[[], None]) -> NoReturn:
+    """main() of a launcher that makes process groups; the process then ends without finalising the interpreter.
+
+    gloo's threads outlive destroy_process_group while anything (FSDP2, autograd) refers to their group. A thread that wants
+    the interpreter while it is finalised is unwound by force, and the rank dies of SIGABRT ("terminate called without an
+    active exception") after its work was done and saved: seen in one of some fifteen runs, torch 2.13 (docs/log.md).
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # ------------------------------------------------------------------------------------------ model

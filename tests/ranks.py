@@ -96,3 +96,6 @@ def _rank_main(path: str, name: str, folder: str, timeout_s: str) -> None:
 
 if __name__ == "__main__":
     _rank_main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as run_rank of nemo_embed_core.config, and for its reason
