@@ -1,0 +1,78 @@
+"""The Triton kernels inside a training step: loss and every gradient equal the reference path's, alone and under tp x sp.
+
+On a CPU the model takes the references; here the same model runs once with them and once with the kernels' launchers in
+Triton's interpreter (fp32: its bf16 is not to be trusted).
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import MODEL, train_config
+
+from nemo_embed_core.data.tokenizer import load_tokenizer
+
+
+def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch: str) -> dict:
+    import torch.distributed as dist
+
+    from nemo_embed_core.data.packing import load_batch
+    from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm, rope, swiglu
+    from nemo_embed_core.loss import contrastive
+    from nemo_embed_core.model import encoder, llama
+    from nemo_embed_core.parallel import fsdp, layers
+    from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
+    from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.train.step import forward_backward
+    from nemo_embed_core.train.trainer import Prepared, Trainer
+
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    loss = {"in_batch": in_batch, "temperature": 0.05}
+    data = {"document_max_length": 8, "num_hard_negatives": 1}  # the interpreter takes milliseconds a program
+    config = train_config(Path(folder), loss=loss, data=data, global_batch_size=2, output_dir=f"{folder}/{in_batch}")
+    mesh = build_mesh(torch.device("cpu"), 1, world_size, True)
+    trainer = Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None)
+    batches, _ = load_batch(trainer.store, trainer.sampler, 0, 0, 1, config.data, world_size, config.seed)
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        losses_B, _ = forward_backward(trainer.model, batches, mesh, config.loss)
+        sync_replicated_grads(trainer.model.parameters(), mesh)
+        grads = {fsdp.plain_name(n): p.grad.full_tensor().clone() for n, p in trainer.model.named_parameters()}
+        return losses_B, grads
+
+    reference = step()
+    calls = dict.fromkeys(("rms_norm", "split_rope", "swiglu", "pool", "loss"), 0)
+
+    def counted(name: str, kernel):
+        def run(*args, **kwargs):
+            calls[name] += 1
+            return kernel(*args, **kwargs)
+
+        return run
+
+    layers.rms_norm = counted("rms_norm", rms_norm.rms_norm_kernel)
+    llama.split_rope = counted("split_rope", rope.split_rope_kernel)
+    llama.swiglu = counted("swiglu", swiglu.swiglu_kernel)
+    encoder.mean_pool = counted("pool", mean_pool.mean_pool_kernel)
+    encoder.segment_sum = counted("pool", mean_pool.segment_sum_kernel)
+    contrastive.info_nce_hard = counted("loss", info_nce.info_nce_hard_kernel)
+    contrastive.info_nce_in_batch = counted("loss", info_nce.info_nce_in_batch_kernel)
+    return {"reference": reference, "kernels": step(), "calls": calls}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size, in_batch", [(1, "positives"), (2, "none")])
+def test_a_step_with_kernels_equals_the_reference_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, in_batch: str
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # of the ranks; this process has imported triton already or never will
+    train_config(tmp_path)
+    for got in run_ranks(both_paths, world_size, str(tmp_path), in_batch):
+        assert all(got["calls"].values()), f"a kernel was not used: {got['calls']}"
+        (want_loss, want), (loss, grads) = got["reference"], got["kernels"]
+        assert (loss - want_loss).abs().max() <= 1e-5 * want_loss.abs().max()
+        for name, grad in want.items():
+            error = (grads[name] - grad).abs().max() / grad.abs().max()
+            assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
