@@ -23,7 +23,8 @@ SUFFIXES = {"flagembedding": ".jsonl", "tevatron": ".jsonl", "sentence-transform
 def main() -> None:
     config = load_config(MineConfig)
     with user_errors():
-        from nemo_embed_core.parallel.mesh import distributed, world_size_from_env
+        from nemo_embed_core.parallel.layout import world_size_from_env
+        from nemo_embed_core.parallel.mesh import distributed
 
         # Ranks wait for each other only at the ends of encoding and of each block of queries: hours, when one resumes.
         parallel = ParallelConfig(dp_size=world_size_from_env(), timeout_s=24 * 3600)

@@ -7,8 +7,11 @@ from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_erro
 
 
 def main() -> None:
-    config = load_config(TrainConfig)  # before torch is imported: a typo costs a tenth of a second
+    config = load_config(TrainConfig)  # before torch is imported: a typo or a wrong layout costs a tenth of a second
     with user_errors():
+        from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
+
+        check_layout(config.parallel, world_size_from_env(), None if config.init_from else config.model)
         from nemo_embed_core.parallel.mesh import distributed
         from nemo_embed_core.train.trainer import NON_FINITE_EXIT_CODE, NonFiniteError, Trainer, prepare
 

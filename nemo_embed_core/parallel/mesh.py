@@ -1,8 +1,7 @@
-"""The process grid [dp, tp]: set up, checked before any collective, torn down. The only reader of RANK and WORLD_SIZE."""
+"""The process grid [dp, tp]: set up on NCCL or gloo, and torn down."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
+from nemo_embed_core.parallel.layout import check_layout, local_rank_from_env, world_size_from_env
 
 
 @dataclass(frozen=True)
@@ -54,51 +54,13 @@ class Mesh:
         return self.dp.get_group()
 
 
-def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig | None = None) -> int:
-    """dp_size for this world; every wrong combination is refused here, before any process group exists."""
-    tp = parallel.tp_size
-    if world_size % tp:
-        raise UserError(
-            f"world size {world_size} is not a multiple of parallel.tp_size={tp}; "
-            f"start {world_size // tp * tp or tp} processes or change tp_size"
-        )
-    dp = parallel.dp_size or world_size // tp
-    if dp * tp != world_size:
-        raise UserError(
-            f"parallel.dp_size={dp} x parallel.tp_size={tp} = {dp * tp} processes, but {world_size} were started; "
-            f"leave dp_size at 0 to use {world_size // tp}"
-        )
-    if model is not None:
-        for name in ("num_key_value_heads", "num_attention_heads", "vocab_size"):
-            size = getattr(model, name)
-            if size % tp:
-                hint = f"use a divisor of {size}" if name != "vocab_size" else "pad the vocabulary to a multiple of it"
-                raise UserError(f"parallel.tp_size={tp} does not divide {name}={size}; {hint}")
-    return dp
-
-
-def world_size_from_env() -> int:
-    """WORLD_SIZE under torchrun, 1 without a launcher."""
-    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(f"RANK={os.environ['RANK']} is set but WORLD_SIZE is not; start with torchrun, or unset RANK")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but {name} is not; start with torchrun")
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank_from_env() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def pick_device(device: str) -> torch.device:
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise UserError(
                 "device=cuda, but torch sees no CUDA device; install a CUDA build of torch or set device=cpu"
             )
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = local_rank_from_env()
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"LOCAL_RANK={local_rank}, but this node has {torch.cuda.device_count()} CUDA device(s); "

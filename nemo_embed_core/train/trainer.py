@@ -39,7 +39,8 @@ from nemo_embed_core.model.hf import local_box, parameter_shapes, tp_dim
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import all_reduce_world_, gather_objects
 from nemo_embed_core.parallel.grad_norm import clip_grad_norm, is_tp_replicated, local_tensor, sync_replicated_grads
-from nemo_embed_core.parallel.mesh import Mesh, check_layout, pick_device, rank_from_env, world_size_from_env
+from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
+from nemo_embed_core.parallel.mesh import Mesh, pick_device
 from nemo_embed_core.train.metrics import MetricsLog, console_line, device_peak_flops, training_flops
 from nemo_embed_core.train.optim import build_optimizer, ensure_state, learning_rate
 from nemo_embed_core.train.step import forward_backward
