@@ -37,9 +37,13 @@ def run(command: list[str], env: dict[str, str] | None = None) -> None:
 
 
 def train(config: str, output: Path, *options: str) -> None:
-    """torchrun with tp=2 and sequence parallelism; on a CPU both ranks share the cores."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run([*torchrun, "launch/train.py", "--config", config, "--output_dir", str(output), *options], threads_per_rank())
+    """torchrun with tp=2 and sequence parallelism: on two GPUs, or on a CPU whose cores both ranks share; one GPU: tp=1."""
+    import torch
+
+    ranks = "1" if torch.cuda.device_count() == 1 else "2"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    command = [*torchrun, "launch/train.py", "--config", config, "--parallel.tp_size", ranks]
+    run([*command, "--output_dir", str(output), *options], threads_per_rank())
 
 
 def prepare_data(folder: Path) -> None:
