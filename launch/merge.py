@@ -70,7 +70,7 @@ def check(folder: Path) -> None:
     """transformers and sentence-transformers, in a fresh process, give our encoder's vectors, and no mask is causal."""
     from nemo_embed_core.embedder import Embedder
     from nemo_embed_core.export.verify import verify_folder
-    from nemo_embed_core.model.hf import read_json
+    from nemo_embed_core.model.hf_config import read_json
 
     max_length = int(read_json(folder / "sentence_bert_config.json").get("max_seq_length") or 512)
     embedder = Embedder.load(str(folder), device="cpu", precision="fp32")

@@ -3,15 +3,32 @@
 torchrun --nproc-per-node 8 launch/train.py --config configs/train-8b-stage1.yaml --output_dir runs/stage1
 """
 
+from pathlib import Path
+
 from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_errors
+
+
+def check_early(config: TrainConfig) -> None:
+    """What a config, a config.json and a tokenizer.json already tell, before the seconds that importing torch takes.
+
+    `prepare` checks the same again with everything that needs torch; the shape of a checkpoint of ours is read there.
+    """
+    from nemo_embed_core.data.tokenizer import load_tokenizer
+    from nemo_embed_core.model.hf_config import read_config
+    from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
+
+    model = None if config.init_from else config.model
+    if config.init_from and Path(config.init_from, "config.json").is_file():
+        model = read_config(Path(config.init_from))
+    check_layout(config.parallel, world_size_from_env(), model)
+    if model is not None and (config.tokenizer or config.init_from):
+        load_tokenizer(config.tokenizer or config.init_from).check_fits(model.vocab_size)
 
 
 def main() -> None:
     config = load_config(TrainConfig)  # before torch is imported: a typo or a wrong layout costs a tenth of a second
     with user_errors():
-        from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
-
-        check_layout(config.parallel, world_size_from_env(), None if config.init_from else config.model)
+        check_early(config)
         from nemo_embed_core.parallel.mesh import distributed
         from nemo_embed_core.train.trainer import NON_FINITE_EXIT_CODE, NonFiniteError, Trainer, prepare
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint.weights import fill, open_weights, tokenizer_folder
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.packing import pack_texts
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import Segments, pick_attention
@@ -49,11 +49,7 @@ class Embedder:
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
         weights = open_weights(path)
         tokenizer = load_tokenizer(tokenizer_folder(path))
-        if tokenizer.vocab_size > weights.model.vocab_size:
-            raise UserError(
-                f"{path}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, but the model has "
-                f"{weights.model.vocab_size} embedding rows"
-            )
+        tokenizer.check_fits(weights.model.vocab_size)
         with torch.device("meta"):
             encoder = Encoder(weights.model, TensorParallel(), pick_attention("auto", target, dtype))
         encoder.to(dtype).to_empty(device=target)

@@ -32,7 +32,8 @@ from nemo_embed_core.checkpoint.files import (
     write_bytes,
 )
 from nemo_embed_core.config import UserError
-from nemo_embed_core.model.hf import Box, read_json
+from nemo_embed_core.model.hf import Box
+from nemo_embed_core.model.hf_config import read_json
 from nemo_embed_core.parallel.collectives import gather_objects
 
 FORMAT_VERSION = 1

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
-from nemo_embed_core.model.hf import Box, HFReader, local_box, parameter_shapes, read_config, tp_dim
+from nemo_embed_core.model.hf import Box, HFReader, local_box, parameter_shapes, tp_dim
+from nemo_embed_core.model.hf_config import read_config
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor

@@ -79,6 +79,14 @@ class Tokenizer:
             out.append(ids)
         return out
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Every id has a row of the embedding table: on a GPU a missing one is a device-side assert, hours in."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer makes ids up to {self.vocab_size - 1}, but model.vocab_size={vocab_size}; "
+                "use the tokenizer that belongs to the model, or a larger vocabulary"
+            )
+
     def check_prompt(self, prompt: str, max_length: int, name: str) -> None:
         """UserError when the prompt alone fills max_length: every text would be cut to the same tokens."""
         if prompt:

@@ -79,11 +79,7 @@ def prepare(config: TrainConfig) -> Prepared:
             f"rank takes equally many queries: use {max(1, config.global_batch_size // dp_size) * dp_size}"
         )
     tokenizer = load_tokenizer(config.tokenizer or tokenizer_folder(config.init_from))
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, but model.vocab_size={model.vocab_size}; "
-            "use the tokenizer that belongs to the model, or a larger vocabulary"
-        )
+    tokenizer.check_fits(model.vocab_size)
     if not config.data.datasets:
         raise UserError("data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder")
     pick_attention(config.attention, device, run_dtype(config, device))

@@ -15,6 +15,7 @@ from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model import hf
 from nemo_embed_core.model.attention import Segments, reference_attention, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.model.hf_config import read_config
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 
@@ -47,7 +48,7 @@ def hf_llama(config: ModelConfig, seed: int = 0) -> LlamaModel:
 
 
 def ours(folder: Path, attention=sdpa_attention) -> Encoder:
-    config = hf.read_config(folder)
+    config = read_config(folder)
     encoder = Encoder(config, TensorParallel(), attention)
     fill(encoder, hf.HFReader(folder, config), config)
     return encoder.requires_grad_(False)
@@ -146,12 +147,12 @@ def test_random_weights_do_not_depend_on_the_layout() -> None:
 def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
     hf_llama(MODEL).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_parameters" in raw and hf.read_config(tmp_path).rope_scaling == MODEL.rope_scaling
+    assert "rope_parameters" in raw and read_config(tmp_path).rope_scaling == MODEL.rope_scaling
     rope = raw.pop("rope_parameters")
     raw["rope_theta"], raw["rope_scaling"] = rope.pop("rope_theta"), rope
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert hf.read_config(tmp_path).rope_scaling == MODEL.rope_scaling
-    assert hf.read_config(tmp_path).rope_theta == 500000.0
+    assert read_config(tmp_path).rope_scaling == MODEL.rope_scaling
+    assert read_config(tmp_path).rope_theta == 500000.0
 
 
 def _edit_weights(folder: Path, change) -> None:
