@@ -20,6 +20,7 @@ CSRC = Path(__file__).parent.parent / "csrc"
 THREADS, STEP = 128, 1024  # TOPK_THREADS, TOPK_THREADS * TOPK_ITEMS
 MAX_KEPT = {2048: 1024, 4096: 3072}  # TOPK_CAPACITY: TOPK_MAX_KEPT
 MAX_ID = 0xFFFFFFFF
+FOLD = 32  # keys whose maximum is compared first, on a CPU
 
 
 def streaming_topk_(
@@ -83,25 +84,59 @@ def _streaming_topk(
         keys = keys * row_scale[:, None]
     if row_add is not None:
         keys = keys + row_add[:, None]
-    # Lowest finite number: a free place takes any finite key, and no infinity. ">=": a tie with a lower id still enters.
-    floor = state_keys[:, -1].clamp(min=torch.finfo(torch.float32).min)
-    alive = keys >= floor[:, None]
-    if 32 * int(alive.count_nonzero()) > alive.numel():  # else the few that are left are compared one by one below
-        alive &= keys < ceilings[:, None]
+    excluded = None
     if exclude_indptr is not None and exclude_ids is not None:
-        alive[excluded_places(exclude_indptr, exclude_ids, first_id, keys.shape[1])] = False
+        excluded = excluded_places(exclude_indptr, exclude_ids, first_id, keys.shape[1])
+    rows, columns = _alive(keys, ceilings, state_keys, excluded)
+    _insert_(keys[rows, columns], rows, columns + first_id, state_keys, state_ids)
+
+
+def _alive(
+    keys: Tensor, ceilings: Tensor, state_keys: Tensor, excluded: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the keys that may enter the state, rows ascending; ties with the last place enter."""
     num_kept = state_keys.shape[1]
+    # The lowest finite number where a place is free: any finite key takes it, and no infinity.
+    floor = state_keys[:, -1].clamp(min=torch.finfo(torch.float32).min)
+    few = _few_not_below(keys, floor)
+    if few is not None:
+        rows, columns = few
+        enter = keys[rows, columns] < ceilings[rows]
+        if excluded is not None:
+            places = rows * keys.shape[1] + columns
+            enter &= torch.isin(places, excluded[0] * keys.shape[1] + excluded[1], invert=True)
+        return rows[enter], columns[enter]
+    alive = (keys >= floor[:, None]) & (keys < ceilings[:, None])
+    if excluded is not None:
+        alive[excluded] = False
     if bool(torch.isneginf(state_keys[:, -1]).any()) and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept:
-        # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered below).
-        alive &= keys < ceilings[:, None]
+        # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered by the insertion).
         cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
         alive &= keys >= cut[:, None]
-    rows, columns = alive.nonzero(as_tuple=True)
-    below = keys[rows, columns] < ceilings[rows]
-    rows, columns = rows[below], columns[below]
+    return alive.nonzero(as_tuple=True)
+
+
+def _few_not_below(keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(rows, columns) of keys >= floor[:, None] when few are, rows ascending: one pass over the tile for the maxima of FOLD
+    keys, then those only. None when they are many."""
+    num_rows, num_columns = keys.shape
+    if num_columns % FOLD or not keys.is_contiguous():
+        return None
+    folded = keys.view(num_rows, FOLD, num_columns // FOLD)
+    # "not below" and not ">=": the maximum is NaN where one of its keys is.
+    rows, places = (~(folded.amax(1) < floor[:, None])).nonzero(as_tuple=True)
+    if 8 * FOLD * len(rows) > keys.numel():
+        return None
+    at, inner = (folded[rows, :, places] >= floor[rows, None]).nonzero(as_tuple=True)
+    return rows[at], inner * (num_columns // FOLD) + places[at]
+
+
+def _insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_ids: Tensor) -> None:
+    """state row r = the first C of itself and the (keys[i], ids[i]) with rows[i] == r, best first; rows ascend."""
     if len(rows) == 0:
         return
-    counts = torch.bincount(rows, minlength=len(alive))
+    num_kept = state_keys.shape[1]
+    counts = torch.bincount(rows, minlength=len(state_keys))
     most = int(counts.max())
     touched = counts.nonzero()[:, 0]
     place = torch.arange(len(rows), device=keys.device) - (counts.cumsum(0) - counts)[rows]
@@ -109,8 +144,8 @@ def _streaming_topk(
     new_keys = keys.new_full((len(touched), num_kept + most), -torch.inf)
     new_ids = state_ids.new_full((len(touched), num_kept + most), -1)
     new_keys[:, :num_kept], new_ids[:, :num_kept] = state_keys[touched], state_ids[touched]
-    new_keys[position, num_kept + place] = keys[rows, columns]
-    new_ids[position, num_kept + place] = columns + first_id
+    new_keys[position, num_kept + place] = keys
+    new_ids[position, num_kept + place] = ids
     state_keys[touched], state_ids[touched] = best_first(new_keys, new_ids, num_kept)
 
 

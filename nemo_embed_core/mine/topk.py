@@ -115,7 +115,7 @@ def topk_below(
     exclude: ids never returned, per query.  first_id: id of documents[0] when they are one rank's shard.
     Returns scores [Q, k] fp32, best first, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify.
     Memory: block_queries x (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes
-    (0: 1,024 x 8,192 on a CPU, 4,096 x 32,768 on a GPU), whatever N is.
+    (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768 on a GPU), whatever N is.
     """
     num_queries, hidden_size = queries.shape
     num_documents = documents.shape[0]
@@ -135,7 +135,7 @@ def topk_below(
     if method not in METHODS:
         raise UserError(f"method={method!r} is none of auto, {', '.join(METHODS)}")
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
-    block_documents = block_documents or (32768 if device.type == "cuda" else 8192)
+    block_documents = block_documents or (32768 if device.type == "cuda" else 2048)
     stats = stats if stats is not None else SearchStats()
     stats.method, stats.num_queries = method, num_queries
     search = _Search(documents, k, first_id, method, tile_queries, block_documents, device, stats)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.mine.streaming import streaming_topk_
 from nemo_embed_core.mine.topk import Exclude, SearchStats, merge_topk, pair_scores, topk_below
 
 _spec = importlib.util.spec_from_file_location("mine_reference", Path(__file__).with_name("reference.py"))
@@ -145,6 +146,17 @@ def test_excluded_documents_do_not_hide_a_mass_of_ties_below_them():
     stats, exclude = SearchStats(), Exclude.from_lists([list(range(149, 99, -1))])
     _, ids = topk_below(np.ones((1, 1), np.float32), documents, [np.inf], 4, exclude, block_documents=300, stats=stats)
     assert stats.num_exhaustive == 1 and ids.tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_late_tile_with_nan_beside_a_key_that_enters():
+    """Maxima of groups of keys are compared first, columns a tile's width / 32 apart; that of a group with NaN is NaN."""
+    width = 32 * 128
+    tile = torch.full((2, width), 0.1)
+    tile[0, 5], tile[0, 5 + 128], tile[0, 5 + 256] = torch.nan, 0.9, torch.nan
+    tile[1, 64], tile[1, 65] = 0.7, 0.95
+    keys, ids = torch.tensor([[0.8, 0.5], [0.8, 0.5]]), torch.tensor([[9000, 9001], [9000, 9001]])
+    streaming_topk_(tile, torch.tensor([torch.inf, 0.95]), keys, ids, 200, torch.tensor([0, 0, 1]), torch.tensor([264]))
+    assert ids.tolist() == [[333, 9000], [9000, 9001]]  # of row 1 one key is excluded and one at its ceiling
 
 
 def test_pair_scores_are_the_rounded_exact_dot_product_whatever_the_batch():
