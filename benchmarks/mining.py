@@ -1,31 +1,44 @@
-"""Exact top-k on the same embeddings in one run: ours, torch matmul + topk, and faiss-cpu flat where it is installed.
+"""Exact top-k and mining on the same embeddings in one run: ours, torch, faiss-cpu and sentence-transformers.
 
     python -m benchmarks.mining --Q 1024 --N 100000 --D 1024 --k 40
     python -m benchmarks.mining --Q 16384 --N 2000000 --D 4096 --k 40 --device cuda      (one H200)
 
-Ids are compared before any time is reported. Ours includes everything it does to the raw rows (norms, rotation,
-quantisation, scoring of candidates); faiss is charged for its search only, not for `index.add`.
+Two tables. Top-k: every document, the k best. Mining: the 4 best below 0.95 x the score of the query's positive, which is
+never returned. Peers take part where they are installed. Ids are compared before any time is printed; all take turns, and
+the median of each is kept. Ours includes everything it does to the raw rows (norms, rotation, quantisation, scoring of
+candidates); faiss is charged for its search only, not for `index.add`. mine_hard_negatives is given a model that looks the
+embeddings up, so its time is that of its search and bookkeeping.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_embed_core.mine.topk import SearchStats, topk_below
+from benchmarks.ceilings import commit
+from nemo_embed_core.mine.selection import ceiling
+from nemo_embed_core.mine.topk import Exclude, SearchStats, pair_scores, topk_below
+
+NUM_NEGATIVES, THRESHOLD = 4, 0.95
 
 
-def make_data(num_queries: int, num_documents: int, hidden_size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Clustered unit rows with a decaying spectrum; a query is a document with noise: scores like those of text."""
+def make_data(num_queries: int, num_documents: int, hidden_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(queries, documents, the id of each query's positive): clustered unit rows with a decaying spectrum.
+
+    A query is its positive with noise: scores like those of text.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(n: int) -> Tensor:
@@ -41,38 +54,106 @@ def make_data(num_queries: int, num_documents: int, hidden_size: int, device: st
         documents[start : start + n] = torch.nn.functional.normalize(0.8 * centres[near] + randn(n))
     chosen = torch.randint(0, num_documents, (num_queries,), generator=generator, device=device)
     noise = 0.8 * torch.nn.functional.normalize(randn(num_queries))
-    return torch.nn.functional.normalize(documents[chosen].float() + noise), documents
+    return torch.nn.functional.normalize(documents[chosen].float() + noise), documents, chosen
 
 
-def torch_topk(queries: Tensor, documents: Tensor, ceilings: Tensor, k: int) -> Tensor:
-    """What one writes by hand: fp32 (bf16 on a GPU) matmul of 256 queries with everything, mask, topk."""
-    out = []
-    for start in range(0, len(queries), 256):
-        rows = slice(start, start + 256)
-        scores = queries[rows].to(documents.dtype) @ documents.T
-        scores = torch.where(scores < ceilings[rows, None], scores, -torch.inf)
-        out.append(scores.topk(k, dim=1).indices)
-    return torch.cat(out)
+def torch_topk(queries: Tensor, documents: Tensor, k: int) -> Tensor:
+    """What one writes by hand: fp32 (bf16 on a GPU) matmul of 256 queries with everything, topk."""
+    return torch.cat([(q.to(documents.dtype) @ documents.T).topk(k, dim=1).indices for q in queries.split(256)])
+
+
+def torch_mine(queries: Tensor, documents: Tensor, ceilings: Tensor, positives: Tensor) -> Tensor:
+    """The same with a mask: -inf at the positive and from the ceiling upwards."""
+    found = []
+    for q, c, p in zip(queries.split(256), ceilings.split(256), positives.split(256), strict=True):
+        scores = q.to(documents.dtype) @ documents.T
+        scores.masked_fill_(scores >= c[:, None].to(scores.dtype), -torch.inf).scatter_(1, p[:, None], -torch.inf)
+        found.append(scores.topk(NUM_NEGATIVES, dim=1).indices)
+    return torch.cat(found)
 
 
 def matmul_alone(queries: Tensor, documents: Tensor) -> None:
     rows = queries.to(documents.dtype)
-    for start in range(0, len(queries), 4096):
-        for first in range(0, len(documents), 65536):
-            rows[start : start + 4096] @ documents[first : first + 65536].T
+    for q in rows.split(4096):
+        for d in documents.split(65536 if documents.is_cuda else 2048):
+            q @ d.T
 
 
-def timed(run: Callable[[], object], repeats: int, device: str) -> tuple[float, object]:
-    times, result = [], None
+class Lookup:
+    """A sentence-transformers model whose texts are row numbers, "q17" and "d4": encoding costs nothing."""
+
+    prompts: ClassVar[dict[str, str]] = {}
+    similarity = staticmethod(lambda a, b: torch.as_tensor(a) @ torch.as_tensor(b).T)
+    similarity_pairwise = staticmethod(lambda a, b: (torch.as_tensor(a) * torch.as_tensor(b)).sum(1))
+
+    def __init__(self, queries: Tensor, documents: Tensor):
+        self.queries, self.documents, self.device = queries.numpy(), documents.numpy(), torch.device("cpu")
+
+    def encode_query(self, texts: list[str], **_: Any) -> np.ndarray:
+        return self.queries[[int(t[1:]) for t in texts]]
+
+    def encode_document(self, texts: list[str], **_: Any) -> np.ndarray:
+        return self.documents[[int(t[1:]) for t in texts]]
+
+
+def sentence_transformers_mine(queries: Tensor, documents: Tensor, positives: Tensor) -> Callable[[], np.ndarray]:
+    """util.mine_hard_negatives on the looked-up embeddings -> ids [Q, NUM_NEGATIVES]; -1 where a query has too few."""
+    from datasets import Dataset, disable_progress_bars
+    from sentence_transformers.util import mine_hard_negatives
+
+    disable_progress_bars()
+    rows = {"q": [f"q{i}" for i in range(len(queries))], "d": [f"d{i}" for i in positives.tolist()]}
+    dataset, corpus = Dataset.from_dict(rows), [f"d{i}" for i in range(len(documents))]
+    model: Any = Lookup(queries, documents)
+
+    def run() -> np.ndarray:
+        with redirect_stderr(io.StringIO()):  # its progress bars
+            mined = mine_hard_negatives(
+                dataset, model, corpus=corpus, relative_margin=1 - THRESHOLD, num_negatives=NUM_NEGATIVES,
+                output_format="n-tuple", verbose=False,
+            )  # fmt: skip
+        ids = np.full((len(queries), NUM_NEGATIVES), -1, np.int64)
+        columns = [[int(t[1:]) for t in mined[f"negative_{j + 1}"]] for j in range(NUM_NEGATIVES)]
+        ids[[int(t[1:]) for t in mined["q"]]] = np.array(columns).T.reshape(-1, NUM_NEGATIVES)
+        return ids
+
+    return run
+
+
+def compare(runs: dict[str, Callable[[], Any]], ours: str, repeats: int, device: str) -> dict[str, dict[str, Any]]:
+    """Ids first, then times in turns: {name: {"seconds", "ids_in_common"}}."""
+    answers = {name: run() for name, run in runs.items()}
+    table: dict[str, dict[str, Any]] = {name: {"times": []} for name in runs}
+    want = np.asarray(answers[ours])
+    for name, answer in answers.items():
+        if answer is not None:
+            # As sets: peers break ties, and differences below the rounding of their GEMM, as they come.
+            got = answer.cpu().numpy() if isinstance(answer, Tensor) else np.asarray(answer)
+            pairs = [(set(a) - {-1}, set(b) - {-1}) for a, b in zip(want.tolist(), got.tolist(), strict=True)]
+            table[name]["ids_in_common"] = sum(len(a & b) for a, b in pairs) / max(1, sum(len(a) for a, _ in pairs))
+            assert not name.startswith("ours") or np.array_equal(got, want), f"{name} and {ours} differ"
     for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        result = run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times)), result
+        for name, run in runs.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            table[name]["times"].append(time.perf_counter() - began)
+    for row in table.values():
+        row["seconds"] = float(np.median(row["times"]))
+    return table
+
+
+def show(title: str, table: dict[str, dict[str, Any]], ours: str, operations: float) -> None:
+    print(f"\n{title:42}{'seconds':>9}{'GFLOP/s':>10}{'x ' + ours:>14}  ids in common")
+    for name, row in table.items():
+        row["gflops"] = operations / row["seconds"] / 1e9
+        common = f"{row['ids_in_common']:.6f}" if "ids_in_common" in row else ""
+        print(
+            f"{name:42}{row['seconds']:9.3f}{row['gflops']:10.1f}{row['seconds'] / table[ours]['seconds']:14.2f}  {common}"
+        )
 
 
 def main() -> None:
@@ -86,67 +167,69 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default="", help="JSON file")
     args = parser.parse_args()
-    if args.device == "cpu":
+    on_cpu = args.device == "cpu"
+    if on_cpu:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    queries, documents, positives = make_data(args.Q, args.N, args.D, args.device)
+    methods = args.methods or (["fp32"] if on_cpu else ["bf16", "int8"])
+    ours, stats = f"ours {methods[0]}", {method: SearchStats() for method in methods}
+    print(
+        f"Q={args.Q:,} N={args.N:,} D={args.D:,} k={args.k}, {args.device}, {torch.get_num_threads()} threads",
+        flush=True,
+    )
 
-    queries, documents = make_data(args.Q, args.N, args.D, args.device)
-    no_ceiling = torch.full((args.Q,), torch.inf, device=args.device)
-    methods = args.methods or (["fp32"] if args.device == "cpu" else ["bf16", "int8"])
-    operations = 2 * args.Q * args.N * args.D
-    rows: dict[str, dict[str, object]] = {}
-    answers: dict[str, np.ndarray] = {}
-    for method in methods:
-        stats = SearchStats()
+    def search(method: str, k: int, ceilings: np.ndarray, exclude: Exclude | None = None) -> Callable[[], Tensor]:
+        stats[method] = SearchStats()
+        return lambda: topk_below(
+            queries, documents, ceilings, k, exclude, method=method, device=args.device, stats=stats[method]
+        )[1]
 
-        def search(method: str = method, stats: SearchStats = stats) -> Tensor:
-            tiles = {} if args.device == "cpu" else {"tile_queries": 4096, "block_documents": 32768}
-            return topk_below(
-                queries, documents, no_ceiling.cpu(), args.k, method=method, device=args.device, stats=stats, **tiles
-            )[1]
-
-        search()
-        certified = stats.num_certified / args.Q
-        seconds, ids = timed(search, args.repeats, args.device)
-        answers[f"ours {method}"] = np.asarray(ids)
-        rows[f"ours {method}"] = {"seconds": seconds, "certified_share": certified, "exhaustive": stats.num_exhaustive}
-    timed(lambda: torch_topk(queries[:256], documents, no_ceiling, args.k), 1, args.device)
-    seconds, ids = timed(lambda: torch_topk(queries, documents, no_ceiling, args.k), args.repeats, args.device)
-    answers["torch matmul + topk"], rows["torch matmul + topk"] = ids.cpu().numpy(), {"seconds": seconds}
-    seconds, _ = timed(lambda: matmul_alone(queries, documents), args.repeats, args.device)
-    rows["matmul alone"] = {"seconds": seconds}
-    if args.device == "cpu" and importlib.util.find_spec("faiss"):
+    no_ceiling = np.full(args.Q, np.inf)
+    runs: dict[str, Callable[[], Any]] = {f"ours {m}": search(m, args.k, no_ceiling) for m in methods}
+    runs["torch matmul + topk"] = lambda: torch_topk(queries, documents, args.k)
+    runs["matmul alone"] = lambda: matmul_alone(queries, documents)
+    if on_cpu and importlib.util.find_spec("faiss"):
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
         index = faiss.IndexFlatIP(args.D)
         index.add(documents.numpy())
-        seconds, found = timed(lambda: index.search(queries.numpy(), args.k), args.repeats, args.device)
-        answers["faiss-cpu flat"], rows["faiss-cpu flat"] = found[1], {"seconds": seconds}
+        runs["faiss-cpu flat"] = lambda: index.search(queries.numpy(), args.k)[1]
+    has_st = on_cpu and importlib.util.find_spec("sentence_transformers") is not None
+    if has_st:
+        from sentence_transformers.util import dot_score, semantic_search
 
-    best = f"ours {methods[0]}"
-    for name, ids in answers.items():
-        # In the order of the scores: peers break ties, and differences below the rounding of their GEMM, as they come.
-        same = np.mean(
-            [len(set(a) & set(b)) / args.k for a, b in zip(ids.tolist(), answers[best].tolist(), strict=True)]
-        )
-        rows[name]["ids_in_common"] = float(same)
-    for method in methods[1:]:
-        assert np.array_equal(answers[f"ours {method}"], answers[best]), f"ours {method} and {best} differ"
-    print(f"Q={args.Q:,} N={args.N:,} D={args.D:,} k={args.k}, {args.device}, {torch.get_num_threads()} threads")
-    print(f"{'':24}{'seconds':>9}{'GFLOP/s':>10}{'x ' + best:>14}  ids in common")
-    for name, row in rows.items():
-        ratio = float(row["seconds"]) / float(rows[best]["seconds"])  # type: ignore[arg-type]
-        row["gflops"] = operations / float(row["seconds"]) / 1e9  # type: ignore[arg-type]
-        common = f"{row['ids_in_common']:.6f}" if "ids_in_common" in row else ""
-        print(f"{name:24}{row['seconds']:9.3f}{row['gflops']:10.1f}{ratio:14.2f}  {common}")
+        runs["sentence-transformers semantic_search"] = lambda: np.array(
+            [[hit["corpus_id"] for hit in row] for row in semantic_search(queries, documents, top_k=args.k, score_function=dot_score)]
+        )  # fmt: skip
+    operations = 2 * args.Q * args.N * args.D
+    topk = compare(runs, ours, args.repeats, args.device)
+    for method in methods:
+        topk[f"ours {method}"]["certified_share"] = stats[method].num_certified / (args.Q * (args.repeats + 1))
+        topk[f"ours {method}"]["exhaustive"] = stats[method].num_exhaustive
+    show("top-k", topk, ours, operations)
+
+    scores = pair_scores(queries.float(), documents[positives].float())
+    limits = ceiling(scores.cpu().numpy(), THRESHOLD)
+    known = Exclude(np.arange(args.Q + 1), positives.cpu().numpy())
+    runs = {f"ours {m}": search(m, NUM_NEGATIVES, limits, known) for m in methods}
+    on_device = torch.from_numpy(limits).to(args.device)
+    runs["torch matmul + mask + topk"] = lambda: torch_mine(queries, documents, on_device, positives)
+    if has_st and importlib.util.find_spec("datasets"):
+        runs["sentence-transformers mine_hard_negatives"] = sentence_transformers_mine(queries, documents, positives)
+    mined = compare(runs, ours, args.repeats, args.device)
+    show(f"{NUM_NEGATIVES} negatives below {THRESHOLD} x positive", mined, ours, operations)
+
     if args.output:
         name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
         report = {
             "date": time.strftime("%Y-%m-%d"),
+            "commit": commit(),
             "device": name,
             "torch": torch.__version__,
             **vars(args),
-            "rows": rows,
+            "topk": topk,
+            "mining": mined,
         }
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
 
