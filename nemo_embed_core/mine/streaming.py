@@ -113,7 +113,8 @@ def _alive(
         # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered by the insertion).
         cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
         alive &= keys >= cut[:, None]
-    return alive.nonzero(as_tuple=True)
+    rows, columns = alive.nonzero(as_tuple=True)
+    return rows, columns
 
 
 def _few_not_below(keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
