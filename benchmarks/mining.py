@@ -1,13 +1,13 @@
 """Exact top-k and mining on the same embeddings in one run: ours, torch, faiss-cpu and sentence-transformers.
 
-    python -m benchmarks.mining --Q 1024 --N 100000 --D 1024 --k 40
-    python -m benchmarks.mining --Q 16384 --N 2000000 --D 4096 --k 40 --device cuda      (one H200)
+    python -m benchmarks.mining --Q 1024 --N 100000 --D 1024 --k 40           what it takes on a CPU
+    python -m benchmarks.mining --Q 16384 --N 2000000 --D 4096 --k 40         what it takes on a GPU
 
 Two tables. Top-k: every document, the k best. Mining: the 4 best below 0.95 x the score of the query's positive, which is
 never returned. Peers take part where they are installed. Ids are compared before any time is printed; all take turns, and
 the median of each is kept. Ours includes everything it does to the raw rows (norms, rotation, quantisation, scoring of
 candidates); faiss is charged for its search only, not for `index.add`. mine_hard_negatives is given a model that looks the
-embeddings up, so its time is that of its search and bookkeeping.
+embeddings up, so its time is that of its search and bookkeeping. "prepare rows" is the part of ours before the GEMM.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import commit
+from benchmarks.ceilings import ResultsFile, commit
+from nemo_embed_core.mine.bounds import METHODS
 from nemo_embed_core.mine.selection import ceiling
 from nemo_embed_core.mine.topk import Exclude, SearchStats, pair_scores, topk_below
 
@@ -149,25 +150,35 @@ def compare(runs: dict[str, Callable[[], Any]], ours: str, repeats: int, device:
 def show(title: str, table: dict[str, dict[str, Any]], ours: str, operations: float) -> None:
     print(f"\n{title:42}{'seconds':>9}{'GFLOP/s':>10}{'x ' + ours:>14}  ids in common")
     for name, row in table.items():
-        row["gflops"] = operations / row["seconds"] / 1e9
         common = f"{row['ids_in_common']:.6f}" if "ids_in_common" in row else ""
-        print(
-            f"{name:42}{row['seconds']:9.3f}{row['gflops']:10.1f}{row['seconds'] / table[ours]['seconds']:14.2f}  {common}"
-        )
+        rate = ""
+        if not name.startswith("prepare"):
+            row["gflops"] = operations / row["seconds"] / 1e9
+            rate = f"{row['gflops']:.1f}"
+        print(f"{name:42}{row['seconds']:9.3f}{rate:>10}{row['seconds'] / table[ours]['seconds']:14.2f}  {common}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--Q", type=int, default=1024)
-    parser.add_argument("--N", type=int, default=100_000)
-    parser.add_argument("--D", type=int, default=1024)
+    parser.add_argument("--Q", type=int, help="queries")
+    parser.add_argument("--N", type=int, help="documents")
+    parser.add_argument("--D", type=int, help="columns")
     parser.add_argument("--k", type=int, default=40)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--methods", nargs="*", default=None, help="fp32, bf16, int8; default: those that pay here")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--methods", nargs="*", help="fp32, bf16, int8; default: those that pay here")
+    parser.add_argument("--tile_queries", type=int, default=0, help="0: topk_below's own")
+    parser.add_argument("--block_documents", type=int, default=0, help="0: topk_below's own")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", default="", help="JSON file")
+    parser.add_argument("--output", default="", help="JSON file (a GPU's figures also go to benchmarks/results/)")
     args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = args.device == "cpu"
+    args.Q, args.N, args.D = (
+        given or usual
+        for given, usual in zip(
+            (args.Q, args.N, args.D), (1024, 100_000, 1024) if on_cpu else (16_384, 2_000_000, 4096), strict=True
+        )
+    )
     if on_cpu:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     queries, documents, positives = make_data(args.Q, args.N, args.D, args.device)
@@ -181,13 +192,24 @@ def main() -> None:
     def search(method: str, k: int, ceilings: np.ndarray, exclude: Exclude | None = None) -> Callable[[], Tensor]:
         stats[method] = SearchStats()
         return lambda: topk_below(
-            queries, documents, ceilings, k, exclude, method=method, device=args.device, stats=stats[method]
-        )[1]
+            queries, documents, ceilings, k, exclude, method=method, device=args.device, stats=stats[method],
+            tile_queries=args.tile_queries, block_documents=args.block_documents,
+        )[1]  # fmt: skip
+
+    def prepare(method: str) -> Callable[[], None]:
+        encode = METHODS[method](args.D, torch.device(args.device))
+
+        def run() -> None:
+            for block in documents.split(args.block_documents or (2048 if on_cpu else 32768)):
+                encode(block)
+
+        return run
 
     no_ceiling = np.full(args.Q, np.inf)
     runs: dict[str, Callable[[], Any]] = {f"ours {m}": search(m, args.k, no_ceiling) for m in methods}
     runs["torch matmul + topk"] = lambda: torch_topk(queries, documents, args.k)
     runs["matmul alone"] = lambda: matmul_alone(queries, documents)
+    runs |= {f"prepare rows {method}": prepare(method) for method in methods}
     if on_cpu and importlib.util.find_spec("faiss"):
         import faiss
 
@@ -220,6 +242,12 @@ def main() -> None:
     mined = compare(runs, ours, args.repeats, args.device)
     show(f"{NUM_NEGATIVES} negatives below {THRESHOLD} x positive", mined, ours, operations)
 
+    if not on_cpu:
+        results = ResultsFile("mining")
+        for what, table in (("topk", topk), ("mining", mined)):
+            for variant, row in table.items():
+                results.append(what=what, variant=variant, shape={n: vars(args)[n] for n in "QNDk"}, **row)
+        print(f"\nwrote {results.path}")
     if args.output:
         name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
         report = {

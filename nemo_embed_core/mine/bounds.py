@@ -17,7 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_embed_core.kernels.quantize_rows import quantize_rows
+
 _UNIT = 2.0**-24  # rounding unit of fp32
+SHRINK = 256.0  # a rotated entry is at most |x| <= sqrt(D) max|x|: after this no finite row becomes infinite
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Rounding:
 
 def fp32(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
     def encode(x_nD: Tensor) -> Rows:
+        x_nD = x_nD.float()
         return Rows(x_nD, None, _norm(x_nD), torch.zeros(len(x_nD), device=x_nD.device))
 
     return encode
@@ -56,8 +60,8 @@ def fp32(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
 
 def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
     def encode(x_nD: Tensor) -> Rows:
-        values = x_nD.bfloat16()
-        return Rows(values, None, _norm(x_nD), _norm(x_nD - values.float()))
+        values, _, square, error = quantize_rows(x_nD, torch.bfloat16)
+        return Rows(values, None, _root(square, hidden_size), _root(error, hidden_size))
 
     return encode
 
@@ -66,16 +70,10 @@ def int8(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
     rotate, rotation_error = _rotation(hidden_size, device)
 
     def encode(x_nD: Tensor) -> Rows:
-        norm = _norm(x_nD)
-        rotated = rotate(x_nD)
-        scale = rotated.abs().amax(1) / 127
-        finite = torch.isfinite(scale)
-        # A row with NaN or infinity has no score: NaN as scale keeps it out.
-        safe = torch.where(finite & (scale > 0), scale, 1)
-        values = torch.round(torch.where(finite[:, None], rotated, 0) / safe[:, None])
-        residual = _norm(torch.where(finite[:, None], rotated, 0) - values * safe[:, None])
-        residual = residual + (rotation_error + 2 * _UNIT) * norm
-        return Rows(values.to(torch.int8), torch.where(finite, safe, torch.nan), norm, residual)
+        values, scale, square, error = quantize_rows(rotate(x_nD), torch.int8)
+        norm = _root(square, hidden_size) * (SHRINK * (1 + 2 * rotation_error))
+        residual = _root(error, hidden_size) * SHRINK + (rotation_error + 2 * _UNIT) * norm
+        return Rows(values, scale * SHRINK, norm, residual)  # the scale of a row with NaN or infinity keeps it out
 
     return encode
 
@@ -118,6 +116,11 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)[:rows, :columns]
 
 
+def _root(square_n: Tensor, hidden_size: int) -> Tensor:
+    """An upper bound of the norm whose square was summed in fp32; infinite where the squares overflow, which is refused."""
+    return square_n.sqrt() * (1 + 2 * hidden_size * _UNIT)
+
+
 def _norm(x_nD: Tensor) -> Tensor:
     """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
     norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT)
@@ -129,7 +132,7 @@ def _norm(x_nD: Tensor) -> Tensor:
 
 
 def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor], Tensor], float]:
-    """x -> (A (x) B) diag(signs) x, and a bound on |computed - exactly orthogonal| / |x|.
+    """x -> (A (x) B) diag(signs) x / SHRINK, and a bound on |computed - exactly orthogonal| / |x|.
 
     A [a, a] and B [b, b] with a b = D: Hadamard matrices for powers of two (together the randomised Hadamard
     transform), random orthogonal ones otherwise. Two small GEMMs: D (a + b) products a row instead of D^2.
@@ -137,7 +140,7 @@ def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor]
     a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
     b = hidden_size // a
     generator = torch.Generator().manual_seed(20240817)
-    signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(device, torch.float32)
+    signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(device, torch.float32) / SHRINK
     left, left_error = _orthogonal(a, generator)
     right, right_error = _orthogonal(b, generator)
     # Both products round: relative to |x|, gamma_(a+b) |A||B| entrywise, at most sqrt(D) times in the norm.

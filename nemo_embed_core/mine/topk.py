@@ -347,9 +347,14 @@ class _Search:
         return scores.cpu(), ids.cpu()
 
     def document_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(id of the first row, rows as they are stored): `encode` reads two bytes of a number rather than four."""
         size = self.block_documents
         blocks = [slice(a, min(a + size, self.documents.shape[0])) for a in range(0, self.documents.shape[0], size)]
-        if self.device.type != "cuda" or isinstance(self.documents, Tensor):
+        if isinstance(self.documents, Tensor):
+            for rows in blocks:
+                yield self.first_id + rows.start, self.documents[rows].to(self.device)
+            return
+        if self.device.type != "cuda":
             for rows in blocks:
                 yield self.first_id + rows.start, fp32_rows(self.documents, rows, self.device)
             return
@@ -366,7 +371,7 @@ class _Search:
             buffer[: len(block)].copy_(block)
             on_device = buffer[: len(block)].to(self.device, non_blocking=True)
             copied[i % 2].record()
-            yield self.first_id + rows.start, on_device.float()
+            yield self.first_id + rows.start, on_device
 
     def tiles(self, num_queries: int) -> Iterator[slice]:
         for start in range(0, num_queries, self.tile_queries):

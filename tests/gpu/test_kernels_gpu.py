@@ -41,6 +41,13 @@ def test_split_rope_within_budget(T, num_heads, num_kv_heads, head_dim, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("values", ["int8", "bf16"])
+@pytest.mark.parametrize(("N", "D"), [(1, 100), (1025, 1024), (513, 4096), (33, 9000)])
+def test_quantize_rows_and_what_they_lost(N, D, values, dtype):
+    checks.run("quantize_rows", {"N": N, "D": D, "values": values, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
 @pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("lengths", "D"), [([1, 0, 129, 64, 1, 300], 100), ([14, 105, 249] * 40, 4096), ([1, 32_768, 1], 2048)]

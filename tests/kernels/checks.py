@@ -292,6 +292,32 @@ KERNEL_FILE = {"segment_sum": "mean_pool", "split_rope": "rope", "info_nce_hard"
 KERNEL_FILE |= {"info_nce_in_batch": "info_nce", "in_batch_logsumexp": "info_nce"}
 
 
+def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
+    """Values within a step where rounding ties, and squares of exactly what was stored; broken rows and zeros too."""
+    stored = {"int8": torch.int8, **DTYPES}[values]
+    x = noise(N, D, dtype=dtype, device=device)
+    if N > 2:
+        x[0], x[1, D // 2], x[2, 0] = 0, float("nan"), -float("inf")
+    before = x.clone()
+    with poisoned_memory():
+        got, scale, square, error = module._quantize_rows(x, stored)
+    want, want_scale, _, _ = module.quantize_rows_ref(x, stored)
+    assert torch.equal(x.nan_to_num(7), before.nan_to_num(7)) and got.dtype == stored and got.shape == x.shape
+    assert torch.equal(scale.isnan(), ~x.isfinite().all(1)) and torch.equal(scale.isnan(), want_scale.isnan())
+    scale, want_scale = scale.nan_to_num(1.0), want_scale.nan_to_num(1.0)
+    assert torch.allclose(scale, want_scale, rtol=1e-6, atol=0)
+    whole = x.isfinite().all(1)[:, None]
+    assert values == "int8" or torch.equal(got.isfinite(), x.isfinite()), "NaN and infinity stay, and come from nowhere"
+    exact, got, want = (torch.where(whole, rows.double(), 0) for rows in (x, got, want))
+    step = 1.0 if values == "int8" else torch.finfo(stored).eps * want.abs()
+    assert bool(((got - want).abs() <= step).all()), "values"
+    lost = exact - got * scale.double()[:, None]
+    limit = 0.5001 * scale.double()[:, None] if values == "int8" else 1.001 * step
+    assert bool((lost.abs() <= limit).all()), "a value is further than half a step from what it stands for"
+    for name, ours, truth in (("square", square, exact.square().sum(1)), ("error", error, lost.square().sum(1))):
+        assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-30), f"{name}: {ours} {truth}"
+
+
 def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
     """A fresh copy of nemo_embed_core.kernels.<name>, with `mutation` (old text, new text) applied to its source.
 
@@ -347,6 +373,9 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         yield operator_of(module._swiglu_fwd), (x(3, 32), 2)
     elif name == "rope":
         yield operator_of(module._split_rope_fwd), (x(3, 64), torch.rand(3, 4), torch.rand(3, 4), 4, 2, 8)
+    elif name == "quantize_rows":
+        yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.int8)
+        yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.bfloat16)
     elif name == "mean_pool":
         cu_seqlens = torch.tensor([0, 2, 3])
         yield operator_of(module._segment_sum_fwd), (x(3, 16), cu_seqlens, 0)

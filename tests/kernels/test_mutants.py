@@ -136,6 +136,24 @@ MUTANTS = {
         "(2 * block * WIDTH + offs_f)",
         "(block * WIDTH + offs_f)",
     ),
+    "quantize_rows: the error of the values before rounding": (
+        "quantize_rows",
+        {"N": 5, "D": 40},
+        "stored = rounded * scale[:, None]",
+        "stored = (x / scale[:, None]) * scale[:, None]",
+    ),
+    "quantize_rows: an infinity is taken for a number": (
+        "quantize_rows",
+        {"N": 5, "D": 40},
+        'tl.abs(x) < float("inf"), 0, 1',
+        "x == x, 0, 1",
+    ),
+    "quantize_rows: columns past the end count": (
+        "quantize_rows",
+        {"N": 5, "D": 40},
+        "(offs_n < N)[:, None] & (offs_d < D)[None, :]",
+        "(offs_n < N)[:, None] & (offs_d < D + 8)[None, :]",
+    ),
 }
 
 
