@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import ResultsFile, commit
+from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.bounds import METHODS
 from nemo_embed_core.mine.selection import ceiling
-from nemo_embed_core.mine.topk import Exclude, SearchStats, pair_scores, topk_below
+from nemo_embed_core.mine.topk import Exclude, SearchStats, topk_below
 
 NUM_NEGATIVES, THRESHOLD = 4, 0.95
 
@@ -231,7 +232,7 @@ def main() -> None:
         topk[f"ours {method}"]["exhaustive"] = stats[method].num_exhaustive
     show("top-k", topk, ours, operations)
 
-    scores = pair_scores(queries.float(), documents[positives].float())
+    scores = pair_scores(queries.float(), torch.arange(args.Q, device=args.device), documents, positives)
     limits = ceiling(scores.cpu().numpy(), THRESHOLD)
     known = Exclude(np.arange(args.Q + 1), positives.cpu().numpy())
     runs = {f"ours {m}": search(m, NUM_NEGATIVES, limits, known) for m in methods}

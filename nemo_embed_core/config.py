@@ -13,7 +13,9 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 class UserError(ValueError):
     """Wrong input or wrong set-up: one paragraph with the numbers and what to change; exit code 2."""
 
+    exit_code = 2
+
 
 class DataError(UserError):
     """`path:line: what is wrong and what to change`."""
@@ -35,14 +39,14 @@ class DataError(UserError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with code 2."""
+    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with its exit code, 2."""
     try:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"[rank {rank}] error"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
@@ -65,6 +69,27 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def failpoint(name: str, at: object) -> None:
+    """Fault injection for the tests; does nothing when NEMO_EMBED_FAIL is unset, as it is outside them.
+
+    NEMO_EMBED_FAIL=name@at[:action][,...], `*` for every `at`. Actions: kill (the default: as a power cut would), stop and
+    term send this process the signal; raise and oom raise; sleep=SECONDS.
+    """
+    for spec in filter(None, os.environ.get("NEMO_EMBED_FAIL", "").split(",")):
+        point, _, action = spec.partition(":")
+        if point not in (f"{name}@{at}", f"{name}@*"):
+            continue
+        if action == "raise":
+            raise RuntimeError(f"injected at {name}")
+        if action == "oom":
+            raise MemoryError(f"injected at {name}")
+        if action.startswith("sleep="):
+            time.sleep(float(action.removeprefix("sleep=")))
+        else:
+            signals = {"": signal.SIGKILL, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+            os.kill(os.getpid(), signals[action])
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -105,6 +130,10 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of random weights
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # a config.json or manifest may hold anything
+            value, kind = getattr(self, f.name), {"int": (int,), "float": (int, float)}.get(str(f.type))
+            if kind and (type(value) not in kind or not abs(value) < float("inf")):
+                raise UserError(f"model.{f.name}={value!r} must be a finite number of type {f.type}")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
         for name in (*sizes, "num_key_value_heads"):
             if getattr(self, name) < 1:
@@ -141,11 +170,13 @@ class ParallelConfig:
     sequence_parallel: bool = True  # with tp_size > 1: norms and residuals hold T / tp_size tokens
     dp_size: int = 0  # data-parallel ranks; 0: world size / tp_size
     reshard_after_forward: bool = False  # True: free gathered weights after each block (ZeRO-3), saves memory
-    timeout_s: int = 600  # a collective that waits longer ends the job
+    timeout_s: int = 600  # seconds without progress after which the ranks end the job and name the one that is behind
 
     def __post_init__(self) -> None:
         if self.tp_size < 1 or self.dp_size < 0:
             raise UserError(f"parallel.tp_size={self.tp_size} must be >= 1 and dp_size={self.dp_size} >= 0")
+        if self.timeout_s < 1:
+            raise UserError(f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +239,25 @@ class OptimConfig:
 class CheckpointConfig:
     every: int = 500  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept; older ones are deleted
+    keep_every: int = 0  # and those of a step that is a multiple of this, for ever; 0: none
     resume: str = "none"  # "none", "auto" (newest whole checkpoint of output_dir, if any) or a checkpoint folder
+    # Copy to host memory (of each rank, as large as its part of a checkpoint), go on training and write meanwhile.
+    async_save: bool = True
+    # Continue although these differ from the checkpoint's: seed, global_batch_size, data (--checkpoint.allow_changed seed
+    # data). The samples of a step are then others: some are seen twice, some not at all. The manifest records it.
+    allow_changed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise UserError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1")
+        if self.every < 1 or self.keep < 1 or self.keep_every < 0:
+            raise UserError(
+                f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1, "
+                f"keep_every={self.keep_every} must not be negative"
+            )
+        if unknown := set(self.allow_changed) - {"seed", "global_batch_size", "data"}:
+            raise UserError(
+                f"checkpoint.allow_changed has {sorted(unknown)}; it takes seed, global_batch_size and data. Another model "
+                "never continues a run: start one with --init_from"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +283,10 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute each block in backward
     attention: Literal["auto", "flash", "varlen", "sdpa", "reference"] = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    # A loss of more than spike_zscore standard deviations above the mean of the last 100 steps: "warn" names its rows,
+    # "skip" also leaves the weights as they are (the step still counts), "ignore" does not look.
+    on_spike: Literal["warn", "skip", "ignore"] = "warn"
+    spike_zscore: float = 6.0
     log_every: int = 1  # steps between printed lines; metrics.jsonl has every step
     tensorboard: bool = False  # also write TensorBoard events to output_dir/tensorboard
 
@@ -247,6 +296,8 @@ class TrainConfig:
                 f"steps={self.steps} must not be negative, global_batch_size={self.global_batch_size} and "
                 f"log_every={self.log_every} must be at least 1"
             )
+        if not self.spike_zscore > 0:
+            raise UserError(f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off")
         if self.data.num_hard_negatives == 0 and self.loss.in_batch == "none":
             raise UserError(
                 "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in the softmax "
@@ -273,16 +324,21 @@ class PrepareConfig:
 class MineConfig:
     """Hard negatives: the top passages of each query that score below threshold x its positive."""
 
-    model: str  # checkpoint or run of ours, or a Hugging Face folder
-    data: str  # whose queries are mined: a .jsonl[.gz] file of {"query", "pos", "neg"} rows, or a BEIR folder
+    # Whose scores decide, one or several (--model A B): a checkpoint or run of ours, a Hugging Face folder, any
+    # sentence-transformers folder (with its own prompts), or a folder of precomputed documents.npy and queries.npy.
+    model: list[str] | str = field(default_factory=list)
+    data: str = ""  # whose queries are mined: a .jsonl[.gz] file of {"query", "pos", "neg"} rows, or a BEIR folder
     split: str = "train"  # of a BEIR folder: qrels/{split}.tsv
     task: str = ""  # instruction of the queries, as in training
     document_task: str = ""  # instruction of the documents (symmetric tasks only)
-    output: str  # JSONL of {"query", "pos", "neg", ...} that launch/train.py reads
+    datasets: list[DatasetConfig] = field(default_factory=list)  # in place of the four above, as in training
+    # JSONL of {"query", "pos", "neg", ...} that launch/train.py reads; of several datasets a folder with one file for each
+    output: str = ""
     corpus: str = ""  # JSONL of {"text"} passages to search besides; "": all passages of the data
-    threshold: float = (
-        0.95  # keep scores < threshold x positive's score (sentence-transformers: relative_margin = 1 - threshold)
-    )
+    write_texts: str = ""  # only write the texts to embed to this folder: documents.jsonl and queries.jsonl
+    # Keep scores < threshold x positive's score, in (0, 2) (sentence-transformers: relative_margin = 1 - threshold).
+    threshold: float = 0.95
+    sweep: list[float] = field(default_factory=list)  # further thresholds to report on: --sweep 0.8 0.9 0.98
     num_negatives: int = 4  # per query, best first
     absolute_margin: float | None = None  # and scores < positive's score - absolute_margin
     max_score: float | None = None  # and scores < max_score
@@ -291,6 +347,9 @@ class MineConfig:
     range_max: int | None = None  # and everything after the best range_max
     sampling: Literal["top", "random"] = "top"  # of those left: the best, or a sample seeded by `seed` and the row
     seed: int = 0
+    # Of several models' lists: what is in all of them, or all that is in one, ordered by the mean of its ranks.
+    combine: Literal["intersection", "mean_rank"] = "intersection"
+    combine_depth: int = 100  # passages per query of each model's list
     method: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # of the search GEMM; the answer is the same, proven
     # Also write the result as: flagembedding, tevatron, sentence-transformers, automodel (--formats A B).
     formats: list[str] = field(default_factory=list)
@@ -299,12 +358,35 @@ class MineConfig:
     max_tokens: int = 16384  # packed tokens of one encoder batch
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: Literal["float16", "float32"] = "float16"  # of the stored embeddings
+    shard_size: int = 16384  # texts per file of embeddings: a kill costs each rank at most one of them
+    block_queries: int = 8192  # queries per file of search results
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise UserError(f"threshold={self.threshold} must be in (0, 1]; the paper uses 0.95")
-        if self.num_negatives < 1:
-            raise UserError(f"num_negatives={self.num_negatives} must be at least 1")
+        for name, value in (("threshold", self.threshold), *(("sweep", t) for t in self.sweep)):
+            if not 0 < value < 2:
+                raise UserError(
+                    f"{name}={value} must be in (0, 2); the paper uses 0.95, sentence-transformers' relative_margin is "
+                    "1 - threshold, and above 1 passages that beat the positive pass too"
+                )
+        for name in ("num_negatives", "combine_depth", "shard_size", "block_queries"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if bool(self.data) == bool(self.datasets):
+            raise UserError(
+                "give --data PATH [--task ...], or datasets: [{path, task}, ...] in a config file, "
+                f"{'not both' if self.data else 'one of them'}"
+            )
+        if self.datasets and (self.task or self.document_task or self.split != "train"):
+            raise UserError("--task, --document_task and --split belong to --data; each of `datasets` has its own")
+        if not self.write_texts:
+            for name in ("model", "output"):
+                if not getattr(self, name):
+                    raise UserError(f"--{name} is missing; only --write_texts does without")
+
+    @property
+    def models(self) -> list[str]:
+        return [self.model] if isinstance(self.model, str) else list(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,8 +466,8 @@ def _refuse_duplicate_keys(argv: Sequence[str]) -> None:
 
 
 def _join_lists(cls: type, argv: list[str]) -> list[str]:
-    """`--models A B` -> `--models ["A", "B"]` for the fields of type list[str]."""
-    lists = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type == "list[str]"}
+    """`--models A B` -> `--models ["A", "B"]` for the fields of type list[str], `--sweep 1 2` -> `--sweep [1,2]`."""
+    lists = {f"--{name}": kind for name, kind in _list_fields(cls)}
     joined: list[str] = []
     while argv:
         joined.append(argv.pop(0))
@@ -393,8 +475,16 @@ def _join_lists(cls: type, argv: list[str]) -> list[str]:
             items = []
             while argv and not argv[0].startswith("--"):
                 items.append(argv.pop(0))
-            joined.append(json.dumps(items))
+            joined.append(json.dumps(items) if "str" in lists[joined[-1]] else f"[{','.join(items)}]")
     return joined
+
+
+def _list_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for f in dataclasses.fields(cls):
+        if str(f.type).startswith(("list[str]", "list[float]")):
+            yield prefix + f.name, str(f.type)
+        elif isinstance(nested := globals().get(str(f.type)), type) and dataclasses.is_dataclass(nested):
+            yield from _list_fields(nested, f"{prefix}{f.name}.")
 
 
 def _explain(message: str, options: Sequence[str]) -> str:

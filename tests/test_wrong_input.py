@@ -189,7 +189,7 @@ def test_a_run_is_never_overwritten(launch: Launcher) -> None:
 def test_wrong_mining_merging_and_evaluation(launch: Launcher) -> None:
     data = str(launch.folder / "train.jsonl")
     mine = ["launch/mine.py", "--model", "nowhere", "--data", data, "--output", str(launch.folder / "m.jsonl")]
-    refuses(launch([*mine, "--threshold", "1.5"]), "threshold=1.5")
+    refuses(launch([*mine, "--threshold", "2.5"]), "threshold=2.5")
     refuses(launch(mine), "nowhere is not a folder")
     refuses(launch(["launch/merge.py", "nowhere", "-o", str(launch.folder / "out")]), "nowhere is not a folder")
     evaluate = ["launch/evaluate.py", "--data", str(launch.folder), "--models"]

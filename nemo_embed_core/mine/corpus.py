@@ -13,15 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.config import UserError, failpoint
+from nemo_embed_core.mine.progress import Progress
 
 FORMAT = 1
 UNIT_TOLERANCE = 1e-3  # of |row| - 1; bf16 activations, normalised in fp32, stay below 1e-6
@@ -121,11 +121,12 @@ def encode_corpus(
     ranks = ranks or Ranks()
     folder.mkdir(parents=True, exist_ok=True)
     num_shards = -(-len(texts) // shard_size)
-    began, done, encoded, reused = time.monotonic(), 0, 0, 0
-    mine = range(ranks.rank, num_shards, ranks.size)
-    for i in mine:
-        part = texts[i * shard_size : (i + 1) * shard_size]
-        shape = [len(part), embedder.hidden_size]
+    mine, reused = range(ranks.rank, num_shards, ranks.size), 0
+    sizes = [min(shard_size, len(texts) - i * shard_size) for i in mine]
+    progress = Progress("encoded", name, sum(sizes), log, shown=ranks.rank == 0)
+    for i, size in zip(mine, sizes, strict=True):
+        part = texts[i * shard_size : i * shard_size + size]
+        shape = [size, embedder.hidden_size]
         sidecar: dict[str, Any] = {
             "format": FORMAT,
             "model": embedder.digest,
@@ -137,16 +138,13 @@ def encode_corpus(
         }
         if _is_done(folder, i, sidecar, log):
             reused += 1
+            progress.skip(size)
             continue
         rows = _checked(np.asarray(embedder.encode(part, prompt, max_length)), part, i * shard_size, shape)
+        failpoint(f"{name}.encoded", i)
         publish(folder / f"{i:05d}.npy", npy_bytes(rows.astype(dtype)), sidecar)
-        done += 1
-        encoded += len(part)
-        seconds = time.monotonic() - began
-        left = time.strftime("%H:%M:%S", time.gmtime((len(mine) - done - reused) * seconds / done))
-        if ranks.rank == 0:
-            of = f"{min((i + 1) * shard_size, len(texts)):,} of {len(texts):,} {name}"
-            log(f"encoded {of}, {encoded / seconds:,.0f} texts/s, {left} left")
+        progress.step(size)
+    progress.close()
     if reused and ranks.rank == 0:
         log(f"{reused} of {len(mine)} shards of {name} were already there")
     ranks.gather(None)  # a shard is opened only when every rank has published its own
@@ -168,14 +166,14 @@ def texts_digest(texts: Sequence[str]) -> str:
 
 def _checked(rows: np.ndarray, texts: Sequence[str], first: int, shape: list[int]) -> np.ndarray:
     assert list(rows.shape) == shape, f"the embedder returned {rows.shape} for {shape}"
-    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
     bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # not <=: also NaN
     if len(bad):
         i = int(bad[0])
         raise UserError(
             f"{len(bad)} of {len(rows)} embeddings are not unit vectors; the first is text {first + i} "
-            f"({texts[i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows: try --precision fp32, "
-            "and look at the last lines of its metrics.jsonl"
+            f"({texts[i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows (try --precision fp32 and "
+            "look at the last lines of its metrics.jsonl), or the row of a precomputed embedding is"
         )
     return rows
 
@@ -198,12 +196,15 @@ def publish(path: Path, data: bytes, sidecar: dict[str, Any]) -> None:
     write_atomically(path.with_suffix(".json"), json.dumps(described, indent=1, ensure_ascii=False).encode())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """The whole file under its name or nothing; data may come in pieces, which are never all in memory."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        for piece in (data,) if isinstance(data, bytes) else data:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
+    failpoint("rename", f"{path.parent.name}/{path.name}")
     os.replace(temporary, path)
     handle = os.open(path.parent, os.O_RDONLY)
     try:
@@ -212,14 +213,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str], None]) -> bool:
-    path, sidecar = folder / f"{index:05d}.npy", folder / f"{index:05d}.json"
-    if not sidecar.exists():
-        return False
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """The JSON object beside a published file; None when there is none or it is damaged."""
     try:
-        have = json.loads(sidecar.read_text())
-    except ValueError:
-        log(f"{sidecar} is not JSON: its shard is encoded again")
+        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return sidecar if isinstance(sidecar, dict) else None
+
+
+def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str], None]) -> bool:
+    path = folder / f"{index:05d}.npy"
+    have = read_sidecar(path)
+    if have is None:
+        if path.with_suffix(".json").exists():
+            log(f"{path.with_suffix('.json')} is damaged: its shard is encoded again")
         return False
     for key, value in want.items():
         if have.get(key) != value:
@@ -230,9 +238,9 @@ def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str]
                 f"{path} was encoded {what}. Shards of another model or data are never reused: delete the folder "
                 f"{folder} to encode again, or choose another output"
             )
-    if path.exists() and sha256_of(path) == have["sha256"]:
+    if path.exists() and sha256_of(path) == have.get("sha256"):
         return True
-    log(f"{path} is damaged or missing (its sha256 is not that of {sidecar.name}): it is encoded again")
+    log(f"{path} is damaged or missing (its sha256 is not that of {index:05d}.json): it is encoded again")
     return False
 
 

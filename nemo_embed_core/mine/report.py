@@ -1,8 +1,11 @@
-"""Is the threshold right for this corpus? The numbers, a table, and a histogram that a plot can use."""
+"""Is the threshold right for this corpus? The numbers, a table, and a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,12 @@ def build_report(
     positive_scores: np.ndarray,
     lowest: np.ndarray,
     scores: np.ndarray,
+    random_scores: np.ndarray,
+    query_texts: Sequence[str],
     settings: dict[str, Any],
     stats: SearchStats,
+    sweep: list[dict[str, Any]],
+    num_searched_again: int,
 ) -> dict[str, Any]:
     """positive_scores: all pairs; lowest [Q]: each query's lowest; scores [Q, k]: mined, -inf where there is none."""
     found = np.isfinite(scores)
@@ -32,14 +39,17 @@ def build_report(
     edges = np.linspace(low, high if high > low else low + 1e-6, NUM_BINS + 1)
     return {
         **settings,
-        "with_no_negatives": int((counts == 0).sum()),
-        "with_fewer_than_k": int(((counts > 0) & (counts < k)).sum()),
-        "with_k_negatives": int((counts == k).sum()),
+        **_shares(counts, k),
         "negatives": int(counts.sum()),
+        # No harder than half of the passages drawn without looking at the query: nothing is learnt from these.
+        "trivial_negatives": int((negatives <= np.median(random_scores)).sum()),
         "positive_score_quantiles": _quantiles(positive_scores),
         "negative_score_quantiles": _quantiles(negatives),
-        "hardest_negative_to_positive": _quantiles((scores[:, 0] / lowest)[found[:, 0] & (lowest > 0)]),
+        "random_pair_score_quantiles": _quantiles(random_scores),
+        "hardest_negative_to_positive": _quantiles(_hardest_to_positive(scores, lowest)),
         "negative_positive_scores": int((lowest < 0).sum()),  # queries for which threshold * s would have been wrong
+        "by_script": by_group([script(text) for text in query_texts], counts, k),
+        "sweep": sweep,
         "histogram": {
             "edges": [float(e) for e in edges],
             "positives": np.histogram(positive_scores, edges)[0].tolist(),
@@ -49,14 +59,74 @@ def build_report(
             "method": stats.method,
             "certified_share": stats.num_certified / max(1, stats.num_queries),
             "exhaustive": stats.num_exhaustive,
+            "again_for_sweep": num_searched_again,
         },
     }
+
+
+def sweep_entry(threshold: float, scores: np.ndarray, lowest: np.ndarray) -> dict[str, Any]:
+    """What a run at this threshold finds. margin: lowest positive's score - hardest negative's, of queries with one."""
+    found = np.isfinite(scores)
+    some = found[:, 0]
+    margin = lowest[some].astype(np.float64) - scores[some, 0]
+    return {
+        "threshold": threshold,
+        **_shares(found.sum(1), scores.shape[1]),
+        "negatives": int(found.sum()),
+        "mean_margin": float(margin.mean()) if some.any() else None,
+        "mean_negative_score": float(scores[found].mean(dtype=np.float64)) if found.any() else None,
+    }
+
+
+def _shares(counts: np.ndarray, k: int) -> dict[str, int]:
+    return {
+        "with_no_negatives": int((counts == 0).sum()),
+        "with_fewer_than_k": int(((counts > 0) & (counts < k)).sum()),
+        "with_k_negatives": int((counts == k).sum()),
+    }
+
+
+def by_group(labels: Sequence[str], counts: np.ndarray, k: int) -> dict[str, dict[str, int]]:
+    """The same shares per label, the commonest label first."""
+    array = np.array(labels)
+    return {
+        label: {"queries": count, **_shares(counts[array == label], k)}
+        for label, count in sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))
+    }
+
+
+def script(text: str) -> str:
+    """The script that most letters of a text are written in: "Latin", "Han", "Cyrillic", ...; not its language."""
+    scripts: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        name = _script_of(character)
+        if name:
+            scripts[name] += count
+    return min(scripts, key=lambda name: (-scripts[name], name)) if scripts else "no letters"
+
+
+@cache
+def _script_of(character: str) -> str:
+    """By the first word of the letter's Unicode name, "" for what is no letter."""
+    if not unicodedata.category(character).startswith("L"):
+        return ""
+    words = unicodedata.name(character, "UNKNOWN").split()
+    word = words[1] if words[0] in ("FULLWIDTH", "HALFWIDTH", "MODIFIER") and len(words) > 1 else words[0]
+    return {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}.get(word.split("-")[0], word.capitalize())
+
+
+def _hardest_to_positive(scores: np.ndarray, lowest: np.ndarray) -> np.ndarray:
+    some = np.isfinite(scores[:, 0]) & (lowest > 0)
+    return scores[some, 0] / lowest[some]
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
     return {f"{q:g}": round(float(v), 6) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
+
+
+# ------------------------------------------------------------------------------------------ to read
 
 
 def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> None:
@@ -74,31 +144,96 @@ def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> 
         ("positive_score_quantiles", "positives"),
         ("negative_score_quantiles", "mined negatives"),
         ("hardest_negative_to_positive", "hardest / positive"),
+        ("random_pair_score_quantiles", "random pairs"),
     ]:
         if report[key] is not None:
             log(f"  {words:<22}" + "".join(f"{v:>9.3f}" for v in report[key].values()))
+    kept_out = report["kept_out"]
+    log(
+        f"  of {kept_out['sampled_queries']:,} queries looked at {kept_out['with_a_passage_above_the_ceiling']:,} have a "
+        "passage at or above the ceiling that is no known positive: read `suspects` in the report"
+    )
+    if report["trivial_negatives"]:
+        log(
+            f"  {report['trivial_negatives']:,} of {report['negatives']:,} negatives score no higher than a random pair"
+        )
     if report["negative_positive_scores"]:
         log(
             f"  {report['negative_positive_scores']:,} queries have a positive that scores below 0: is the model trained?"
         )
+    if len(report["by_script"]) > 1:
+        print_groups("script of the query", report["by_script"], k, log)
+    if report["sweep"]:
+        _header("threshold", k, log, f"{'margin':>9}")
+        for entry in report["sweep"]:
+            margin = f"{entry['mean_margin']:>9.4f}" if entry["mean_margin"] is not None else f"{'-':>9}"
+            _share_line(f"{entry['threshold']:g}", {**entry, "queries": total}, log, margin)
+
+
+def print_groups(title: str, groups: dict[str, dict[str, Any]], k: int, log: Callable[[str], None] = print) -> None:
+    """A line for each: queries, and the shares with no, fewer than k and k negatives."""
+    _header(title, k, log)
+    for name, group in groups.items():
+        _share_line(name, group, log)
+
+
+def _header(title: str, k: int, log: Callable[[str], None], more: str = "") -> None:
+    few = f"1..{k - 1}" if k > 1 else "few"
+    log(f"  {title:<22}{'queries':>10}{'none':>9}{few:>9}{k:>9}{more}")
+
+
+def _share_line(name: str, group: dict[str, Any], log: Callable[[str], None], more: str = "") -> None:
+    keys = ("with_no_negatives", "with_fewer_than_k", "with_k_negatives")
+    shares = "".join(f"{group[key] / group['queries']:>9.1%}" for key in keys)
+    log(f"  {name[:21]:<22}{group['queries']:>10,}{shares}{more}")
 
 
 def plot_report(report: dict[str, Any], path: str) -> None:
-    """The two histograms as a PNG (needs matplotlib)."""
-    import matplotlib
+    """The score histograms, and beside them the shares per threshold (sweep) and per script, as a PNG (needs matplotlib)."""
+    from matplotlib.figure import Figure  # not pyplot: no windows, no state, half the time to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    histogram = report["histogram"]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    total = report["queries"]
+    bars = []
+    if report["sweep"]:
+        bars.append(("threshold", {f"{e['threshold']:g}": {**e, "queries": total} for e in report["sweep"]}))
+    if len(report["by_script"]) > 1:
+        bars.append(("script of the query", dict(list(report["by_script"].items())[:8])))
+    figure = Figure(figsize=(7 + 4 * len(bars), 4), layout="constrained")
+    panels = figure.subplots(1, 1 + len(bars), width_ratios=[7] + [4] * len(bars), squeeze=False)
+    histogram, axes = report["histogram"], panels[0][0]
     for key in ("positives", "negatives"):
-        total = max(1, sum(histogram[key]))
-        axes.stairs([100 * c / total for c in histogram[key]], histogram["edges"], label=key, fill=True, alpha=0.5)
-    axes.set_xlabel("score")
-    axes.set_ylabel("% of pairs")
-    title = f"{report['queries']:,} queries, {report['documents']:,} documents, threshold {report['threshold']}"
-    axes.set_title(f"{title}: {report['with_no_negatives'] / report['queries']:.1%} without a negative")
+        count = max(1, sum(histogram[key]))
+        axes.stairs([100 * c / count for c in histogram[key]], histogram["edges"], label=key, fill=True, alpha=0.5)
+    axes.set(xlabel="score", ylabel="% of pairs")
+    title = f"{total:,} queries, {report['documents']:,} documents, threshold {report['threshold']}"
+    axes.set_title(f"{title}: {report['with_no_negatives'] / total:.1%} without a negative", fontsize=10)
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    for axes, (title, groups) in zip(panels[0][1:], bars, strict=True):
+        plot_shares(axes, title, groups, report["num_negatives"])
+    figure.savefig(path, dpi=120)
+
+
+def plot_datasets(reports: dict[str, dict[str, Any]], path: str) -> None:
+    """The shares of every dataset, side by side, as a PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no windows, no state, half the time to import
+
+    figure = Figure(figsize=(max(5, 2 + len(reports)), 4), layout="constrained")
+    plot_shares(figure.subplots(), "dataset", reports, next(iter(reports.values()))["num_negatives"])
+    figure.savefig(path, dpi=120)
+
+
+def plot_shares(axes: Any, title: str, groups: dict[str, dict[str, Any]], k: int) -> None:
+    """Stacked bars: % of the queries with no, few and k negatives, a bar for each group."""
+    bottom = np.zeros(len(groups))
+    for key, label, color in [
+        ("with_no_negatives", "none", "tab:red"),
+        ("with_fewer_than_k", "fewer", "tab:orange"),
+        ("with_k_negatives", f"{k}", "tab:green"),
+    ]:
+        share = np.array([100 * g[key] / g["queries"] for g in groups.values()])
+        axes.bar(list(groups), share, bottom=bottom, label=label, color=color, alpha=0.7)
+        bottom += share
+    axes.set(ylabel="% of queries", ylim=(0, 100))
+    axes.set_title(f"negatives per query, by {title}", fontsize=10)
+    axes.tick_params(axis="x", labelrotation=30 if max(map(len, groups)) > 6 else 0)
+    axes.legend(fontsize=8, loc="upper right")

@@ -2,8 +2,8 @@
 
     scores, ids = topk_below(queries, documents, ceilings, k)
 
-The score of a pair is a function of its two rows alone (`pair_scores`: fp64, one fixed order of summation, rounded to
-fp32), never of the block a GEMM happened to compute it in. So the answer is the same bits for every block size, order
+The score of a pair is a function of its two rows alone (kernels/pair_scores.py: fp64, one fixed order of summation,
+rounded to fp32), never of the block a GEMM happened to compute it in. So the answer is the same bits for every block size, order
 of blocks, number of ranks, device, and for the int8 path. A GEMM only finds candidates: its result is within a proven
 bound of the score, the best C > k upper bounds are kept while the documents stream past, the kept ones are scored, and
 a certificate (everything dropped is below the k-th kept) says whether that was enough. Rows without it go a slower way.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.bounds import METHODS, Rounding, matmul, pair_bound
 from nemo_embed_core.mine.streaming import best_first, excluded_places, streaming_topk_
 
@@ -169,20 +170,6 @@ def pick_method(device: torch.device) -> str:
     return "int8" if seconds["int8"] * 2 < seconds["fp32"] else "fp32"
 
 
-def pair_scores(queries_PD: Tensor, documents_PD: Tensor) -> Tensor:
-    """(q.double() * d.double()).sum(-1).float(): the score of P pairs, summed in one order fixed by D alone.
-
-    A product of two fp32 is exact in fp64 and the halving tree only adds, so CPU, GPU and numpy give the same bits.
-    """
-    x = queries_PD.double() * documents_PD.double()
-    width = x.shape[1]
-    while width > 1:
-        half = (width + 1) // 2
-        x[:, : width - half] += x[:, half:width]
-        width = half
-    return x[:, 0].float()
-
-
 def merge_topk(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
     """The top k of the union of (scores [Q, k], ids [Q, k]) of disjoint sets of documents, ties by lower id."""
     return best_first(torch.cat([s for s, _ in parts], 1), torch.cat([i for _, i in parts], 1), k)
@@ -192,7 +179,9 @@ def topk_below_ref(
     queries_QD: Tensor, documents_ND: Tensor, ceilings_Q: Tensor, k: int, exclude: Exclude | None = None
 ) -> tuple[Tensor, Tensor]:
     """What topk_below returns, by scoring every pair in fp64: for tests, and for benchmarks before they take the time."""
-    scores = torch.stack([pair_scores(q.expand_as(documents_ND), documents_ND) for q in queries_QD])
+    num_queries, num_documents = len(queries_QD), len(documents_ND)
+    rows, columns = torch.cartesian_prod(torch.arange(num_queries), torch.arange(num_documents)).unbind(1)
+    scores = pair_scores(queries_QD, rows, documents_ND, columns).view(num_queries, num_documents)
     scores[~(scores.double() < ceilings_Q.double()[:, None]) | ~torch.isfinite(scores)] = -torch.inf
     if exclude is not None:
         for i in range(len(queries_QD)):
@@ -285,39 +274,61 @@ class _Search:
         num_queries, num_kept = state_ids.shape
         hidden_size, k = queries_QD.shape[1], min(self.k, num_kept)
         dropped = state_keys[:, -1]  # an upper bound of everything that did not stay; -inf: nothing had to go
-        error = Rounding("fp32", hidden_size).relative * norm_Q * largest_norm + Rounding.ABSOLUTE
+        if self.device.type == "cuda":
+            exact = self.score_all(queries_QD, state_ids)
+        else:
+            error = Rounding("fp32", hidden_size).relative * norm_Q * largest_norm + Rounding.ABSOLUTE
+            exact = self.score_possible(method, queries_QD, error, ceilings, state_keys, state_ids)
+        keep = torch.isfinite(exact) & (exact < ceilings[:, None])
         scores = torch.full((num_queries, self.k), -torch.inf, device=self.device)
         ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=self.device)
-        step = max(1, (16 << 20) // (num_kept * hidden_size))  # at most 64 MiB of gathered rows
-        for start in range(0, num_queries, step):
-            rows = slice(start, min(start + step, num_queries))
-            found = state_ids[rows] >= 0
-            upper = state_keys[rows]
-            gathered = None
-            if method != "fp32":
-                gathered = self.gather(state_ids[rows].clamp(min=self.first_id).flatten())
-                gathered = gathered.view(*found.shape, hidden_size)
-                near = torch.bmm(gathered, queries_QD[rows, :, None])[:, :, 0]
-                upper = torch.where(found, near + error[rows, None], -torch.inf)
-            lower = upper - 2 * error[rows, None]
-            below = found & (lower < ceilings[rows, None])
-            # Only what can be among the k best is scored: the k-th lower bound of those surely below the ceiling.
-            sure = torch.where(found & (upper < ceilings[rows, None]), lower, -torch.inf)
-            kth = sure.topk(k, dim=1).values[:, -1]
-            at_row, at_column = (below & (upper >= kth[:, None])).nonzero(as_tuple=True)
-            exact = torch.full_like(upper, -torch.inf)
-            documents = (
-                gathered[at_row, at_column] if gathered is not None else self.gather(state_ids[rows][at_row, at_column])
-            )
-            exact[at_row, at_column] = _pair_scores_chunked(queries_QD[rows], at_row, documents)
-            keep = torch.isfinite(exact) & (exact < ceilings[rows, None])
-            exact = torch.where(keep, exact, -torch.inf)
-            scores[rows, :k], ids[rows, :k] = best_first(exact, torch.where(keep, state_ids[rows], -1), k)
+        scores[:, :k], ids[:, :k] = best_first(
+            torch.where(keep, exact, -torch.inf), torch.where(keep, state_ids, -1), k
+        )
         kth = scores[:, k - 1]
         certified = torch.isneginf(dropped) | (dropped < kth)
         if num_kept >= self.documents.shape[0]:
             certified[:] = True  # every document had a place
         return scores.cpu(), ids.cpu(), certified.cpu()
+
+    def score_all(self, queries_QD: Tensor, state_ids: Tensor) -> Tensor:
+        """[Q, C] scores, NaN in free places. A GPU scores a candidate faster than it decides whether that is needed."""
+        exact = torch.full(state_ids.shape, torch.nan, device=self.device)
+        everywhere = isinstance(self.documents, Tensor) and self.documents.is_cuda
+        for first, documents_nD in [(self.first_id, self.documents)] if everywhere else self.document_blocks():
+            here = (state_ids >= first) & (state_ids < first + len(documents_nD))
+            rows, places = here.nonzero(as_tuple=True)
+            exact[rows, places] = pair_scores(queries_QD, rows, documents_nD, state_ids[rows, places] - first)
+        return exact
+
+    def score_possible(
+        self, method: str, queries_QD: Tensor, error_Q: Tensor, ceilings: Tensor, state_keys: Tensor, state_ids: Tensor
+    ) -> Tensor:
+        """[Q, C] scores of what can be among the k best, -inf elsewhere."""
+        num_queries, num_kept = state_ids.shape
+        hidden_size, k = queries_QD.shape[1], min(self.k, num_kept)
+        exact = torch.full(state_ids.shape, -torch.inf)
+        step = max(1, (16 << 20) // (num_kept * hidden_size))  # at most 64 MiB of gathered rows
+        for start in range(0, num_queries, step):
+            rows = slice(start, min(start + step, num_queries))
+            found, upper, error = state_ids[rows] >= 0, state_keys[rows], error_Q[rows, None]
+            gathered = None
+            if method != "fp32":
+                gathered = self.gather(state_ids[rows].clamp(min=self.first_id).flatten())
+                near = torch.bmm(gathered.view(*found.shape, hidden_size), queries_QD[rows, :, None])[:, :, 0]
+                upper = torch.where(found, near + error, -torch.inf)
+            lower = upper - 2 * error
+            below = found & (lower < ceilings[rows, None])
+            # The k-th lower bound of those surely below the ceiling: what cannot reach it need not be scored.
+            sure = torch.where(found & (upper < ceilings[rows, None]), lower, -torch.inf)
+            kth = sure.topk(k, dim=1).values[:, -1]
+            at_row, at_column = (below & (upper >= kth[:, None])).nonzero(as_tuple=True)
+            if gathered is None:
+                documents, at = self.gather(state_ids[rows][at_row, at_column]), torch.arange(len(at_row))
+            else:
+                documents, at = gathered, at_row * num_kept + at_column
+            exact[at_row + start, at_column] = pair_scores(queries_QD[rows], at_row, documents, at)
+        return exact
 
     def exhaustive(self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
         """Every document whose bound allows it is scored: slow for masses of ties, right for any input."""
@@ -342,36 +353,13 @@ class _Search:
                 alive = (upper >= kth[:, None]) & (lower < ceilings[tile, None])
                 rows, columns = alive.nonzero(as_tuple=True)
                 exact = torch.full_like(upper, torch.nan)
-                exact[rows, columns] = _pair_scores_chunked(queries_QD[tile], rows, documents_nD, columns)
+                exact[rows, columns] = pair_scores(queries_QD[tile], rows, documents_nD, columns)
                 streaming_topk_(exact, ceilings[tile], scores[tile], ids[tile], first, *hidden.of(tile))
         return scores.cpu(), ids.cpu()
 
     def document_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(id of the first row, rows as they are stored): `encode` reads two bytes of a number rather than four."""
-        size = self.block_documents
-        blocks = [slice(a, min(a + size, self.documents.shape[0])) for a in range(0, self.documents.shape[0], size)]
-        if isinstance(self.documents, Tensor):
-            for rows in blocks:
-                yield self.first_id + rows.start, self.documents[rows].to(self.device)
-            return
-        if self.device.type != "cuda":
-            for rows in blocks:
-                yield self.first_id + rows.start, fp32_rows(self.documents, rows, self.device)
-            return
-        # Two pinned buffers: the disk fills one while the GPU works on what came from the other. Nothing in the tile
-        # loop waits for the device, so the host runs ahead until a buffer is still being copied.
-        buffers: list[Tensor | None] = [None, None]
-        copied = [torch.cuda.Event(), torch.cuda.Event()]
-        for i, rows in enumerate(blocks):
-            block = torch.from_numpy(np.ascontiguousarray(self.documents[rows]))
-            buffer = buffers[i % 2]
-            if buffer is None:
-                buffer = buffers[i % 2] = torch.empty(size, block.shape[1], dtype=block.dtype, pin_memory=True)
-            copied[i % 2].synchronize()
-            buffer[: len(block)].copy_(block)
-            on_device = buffer[: len(block)].to(self.device, non_blocking=True)
-            copied[i % 2].record()
-            yield self.first_id + rows.start, on_device
+        for start, rows in blocks_of(self.documents, self.block_documents, self.device):
+            yield self.first_id + start, rows
 
     def tiles(self, num_queries: int) -> Iterator[slice]:
         for start in range(0, num_queries, self.tile_queries):
@@ -382,15 +370,48 @@ class _Search:
         return fp32_rows(self.documents, (ids - self.first_id).cpu().numpy(), self.device)
 
 
-def _pair_scores_chunked(queries: Tensor, rows: Tensor, documents: Tensor, columns: Tensor | None = None) -> Tensor:
-    """pair_scores of queries[rows[i]] and documents[i] (or documents[columns[i]]), 1 MiB of fp64 (a cache) at a time."""
-    scores = torch.empty(len(rows), device=queries.device)
-    step = max(1, (1 << (22 if queries.is_cuda else 17)) // queries.shape[1])
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        at = documents[part] if columns is None else documents[columns[part]]
-        scores[part] = pair_scores(queries[rows[part]], at)
-    return scores
+def blocks_of(documents: Any, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows as they are stored, on the device): `encode` reads two bytes of a number rather than four."""
+    blocks = [slice(a, min(a + size, documents.shape[0])) for a in range(0, documents.shape[0], size)]
+    if isinstance(documents, Tensor):
+        for rows in blocks:
+            yield rows.start, documents[rows].to(device)
+        return
+    if device.type != "cuda":
+        for rows in blocks:
+            yield rows.start, fp32_rows(documents, rows, device)
+        return
+    # Two pinned buffers: the disk fills one while the GPU works on what came from the other. Nothing in the tile
+    # loop waits for the device, so the host runs ahead until a buffer is still being copied.
+    buffers: list[Tensor | None] = [None, None]
+    copied = [torch.cuda.Event(), torch.cuda.Event()]
+    for i, rows in enumerate(blocks):
+        block = torch.from_numpy(np.ascontiguousarray(documents[rows]))
+        buffer = buffers[i % 2]
+        if buffer is None:
+            buffer = buffers[i % 2] = torch.empty(size, block.shape[1], dtype=block.dtype, pin_memory=True)
+        copied[i % 2].synchronize()
+        buffer[: len(block)].copy_(block)
+        on_device = buffer[: len(block)].to(device, non_blocking=True)
+        copied[i % 2].record()
+        yield rows.start, on_device
+
+
+def resident(documents: Any, device: torch.device | str, share: float = 0.4) -> Any:
+    """The documents as one tensor on the GPU when they take at most `share` of its free memory; else as they are.
+
+    For several searches of the same documents: the bus carries them once. On a CPU a memory map is resident as it is.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or isinstance(documents, Tensor) or documents.shape[0] == 0:
+        return documents
+    one = torch.from_numpy(np.ascontiguousarray(documents[:1]))
+    if documents.shape[0] * one.nbytes > share * torch.cuda.mem_get_info(device)[0]:
+        return documents
+    held = torch.empty(tuple(documents.shape), dtype=one.dtype, device=device)
+    for start, rows in blocks_of(documents, 32768, device):
+        held[start : start + len(rows)] = rows
+    return held
 
 
 def fp32_rows(array: Any, index: Any, device: torch.device | str) -> Tensor:

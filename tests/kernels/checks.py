@@ -318,6 +318,21 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
         assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-30), f"{name}: {ours} {truth}"
 
 
+def pair_scores(module, M, D, dtype="fp32", device="cpu"):
+    """Bit for bit: the order of summation is part of the contract."""
+    q, d = noise(5, D, dtype="fp32", device=device), noise(9, D, dtype=dtype, device=device)
+    d[3, D // 2] = float("nan")
+    rows, ids = torch.randint(0, 5, (M,), device=device), torch.randint(-1, 9, (M,), device=device)
+    if M > 8:
+        ids[:9] = torch.arange(9, device=device)
+    with poisoned_memory():
+        got = module._pair_scores(q, rows, d, ids)
+    want = module.pair_scores_ref(q, rows, d, ids)
+    assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)) and torch.equal(got.isnan(), want.isnan()), (
+        f"{got} {want}"
+    )
+
+
 def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
     """A fresh copy of nemo_embed_core.kernels.<name>, with `mutation` (old text, new text) applied to its source.
 
@@ -376,6 +391,9 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
     elif name == "quantize_rows":
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.int8)
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.bfloat16)
+    elif name == "pair_scores":
+        ids = torch.tensor([1, 1, 0])
+        yield operator_of(module._pair_scores), (x(3, 16).detach(), ids, x(2, 16).detach(), ids)
     elif name == "mean_pool":
         cu_seqlens = torch.tensor([0, 2, 3])
         yield operator_of(module._segment_sum_fwd), (x(3, 16), cu_seqlens, 0)

@@ -1,6 +1,6 @@
 """Compile for sm_90, without a GPU, every Triton kernel that the launchers would launch, and print what it costs.
 
-    PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope swiglu mean_pool info_nce quantize_rows]
+    PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope swiglu mean_pool info_nce quantize_rows pair_scores]
 
 --recipe: the shapes of the 8B recipe only. The launchers themselves run, on uninitialised CPU tensors of real model shapes; instead of launching, the kernel with its
 argument types, constants and options is written down. So what is compiled is what runs, in every configuration of the
@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from nemo_embed_core.kernels import info_nce, mean_pool, quantize_rows, rms_norm, rope, swiglu
+from nemo_embed_core.kernels import info_nce, mean_pool, pair_scores, quantize_rows, rms_norm, rope, swiglu
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -107,6 +107,11 @@ def launch_everything(names: list[str], recipe: bool) -> None:
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 for stored in (torch.int8, torch.bfloat16):
                     quantize_rows.quantize_rows_kernel(empty(16, hidden_size).detach(), stored)
+        if "pair_scores" in names and (dtype == torch.bfloat16 or not recipe):
+            for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
+                rows, ids = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
+                q, documents = empty(16, hidden_size, dtype=torch.float32).detach(), empty(16, hidden_size).detach()
+                pair_scores.pair_scores_kernel(q, rows, documents, ids)
         if "info_nce" in names:
             temperature = torch.tensor(0.02, requires_grad=True)
             hard = ((5, 4096),) if dtype == torch.bfloat16 else ()
@@ -153,7 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", action="store_true", help="only the shapes of the 8B recipe")
     parser.add_argument(
-        "files", nargs="*", default=["rms_norm", "rope", "swiglu", "mean_pool", "info_nce", "quantize_rows"]
+        "files",
+        nargs="*",
+        default=["rms_norm", "rope", "swiglu", "mean_pool", "info_nce", "quantize_rows", "pair_scores"],
     )
     options = parser.parse_args()
     started = time.perf_counter()

@@ -154,6 +154,18 @@ MUTANTS = {
         "(offs_n < N)[:, None] & (offs_d < D)[None, :]",
         "(offs_n < N)[:, None] & (offs_d < D + 8)[None, :]",
     ),
+    "pair_scores: fp32 products": (
+        "pair_scores",
+        {"M": 20, "D": 100},
+        "x = q * d",
+        "x = (q.to(tl.float32) * d.to(tl.float32)).to(tl.float64)",
+    ),
+    "pair_scores: a missing document scores": (
+        "pair_scores",
+        {"M": 20, "D": 100},
+        'tl.where(id >= 0, score, float("nan"))',
+        "score",
+    ),
 }
 
 

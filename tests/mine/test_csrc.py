@@ -183,27 +183,6 @@ def test_host_shim_notices_a_missing_barrier(tmp_path):
     assert wrong > 0
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
-@pytest.mark.parametrize("kept", [1, 72, 1024, 2000])
-def test_kernel_on_the_device_is_the_cpu_op_bit_for_bit(dtype, kept):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    rng = np.random.default_rng(kept)
-    for kind in ("random", "ties", "rising", "broken"):
-        scores = make_tile(rng, kind, 33, 20011, dtype)
-        ceilings = torch.from_numpy(rng.choice([np.inf, 0.5], 33).astype(np.float32))
-        results = []
-        for device in ("cpu", "cuda"):
-            keys = torch.full((33, kept), -torch.inf, device=device)
-            ids = torch.full((33, kept), -1, dtype=torch.int64, device=device)
-            for first in (10000, 0):
-                tile = scores[:, first : first + 10000].to(device)
-                streaming_topk_(tile, ceilings.to(device), keys, ids, first)
-            results.append((keys.cpu(), ids.cpu()))
-        assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][0], results[1][0]), kind
-
-
 def test_tiles_in_any_order_give_the_sorted_list_of_all():
     """Against plain sorting: ties of the last place go to the lower id also when it comes later."""
     rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.mine.formats import convert
+from nemo_embed_core.mine.formats import FORMATS, convert
 
 ROWS = [
     {"query": "a", "pos": ["p1", "p2"], "neg": ["n1", "n2"], "pos_scores": [0.9, 0.8], "neg_scores": [0.5, 0.4]},
@@ -33,7 +33,11 @@ def test_tevatron_gives_one_docid_to_one_text(mined, tmp_path):
     assert convert(mined, tmp_path / "out.jsonl", "tevatron", prompt="P ") == {"rows": 2, "left_out": 1}
     first, second = (json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines())
     assert first["query"] == "P a" and [p["text"] for p in first["positive_passages"]] == ["p1", "p2"]
-    assert first["negative_passages"][0] == second["negative_passages"][0] == {"docid": "d2", "title": "", "text": "n1"}
+    n1 = {"docid": "d2", "title": "", "text": "n1"}
+    assert first["negative_passages"][0] == {**n1, "score": 0.5} and second["negative_passages"][0] == {
+        **n1,
+        "score": 0.6,
+    }
     assert first["query_id"] != second["query_id"]
 
 
@@ -56,6 +60,38 @@ def test_automodel_ids_lead_to_the_texts(mined, tmp_path):
         assert row["question"] == want["query"]
         assert [texts[d["id"]] for d in row["pos_doc"]] == want["pos"]
         assert [texts[d["id"]] for d in row["neg_doc"]] == want["neg"]
+        assert [d["score"] for d in row["pos_doc"] + row["neg_doc"]] == want["pos_scores"] + want["neg_scores"]
+    assert len(texts) == 5 and not list(tmp_path.glob(".*")), "every text once, and nothing left behind"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_large_files_pass_in_groups_and_come_out_the_same(tmp_path, monkeypatch, form):
+    rows = [
+        {
+            "query": f"q {i}",
+            "pos": [f"p {i}"],
+            "neg": [f"n {i % 7}", f"n {i}"],
+            "pos_scores": [0.5],
+            "neg_scores": [0.4, 0.3],
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "mined.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def content(name):
+        convert(tmp_path / "mined.jsonl", tmp_path / name / "out", form, num_negatives=2)
+        found = {}
+        for path in sorted((tmp_path / name).rglob("*")):
+            if path.is_file():
+                is_parquet = path.name == "train.parquet" or form == "sentence-transformers"
+                found[path.name] = pq.read_table(path).to_pylist() if is_parquet else path.read_text()
+        return found
+
+    for name in ("whole", "grouped"):
+        (tmp_path / name).mkdir()
+    whole = content("whole")
+    monkeypatch.setattr("nemo_embed_core.mine.formats.ROWS_PER_GROUP", 7)
+    assert content("grouped") == whole and whole
 
 
 def test_format_that_would_be_empty_or_is_unknown_is_refused(mined, tmp_path):

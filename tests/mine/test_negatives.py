@@ -1,86 +1,23 @@
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import threading
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks
 
 from nemo_embed_core.config import DatasetConfig, UserError
 from nemo_embed_core.data.readers import read_rows
-from nemo_embed_core.mine.corpus import Corpus, Ranks, encode_corpus
-from nemo_embed_core.mine.negatives import Pool, Selection, ceiling, mine_negatives, normalize
-from nemo_embed_core.mine.report import plot_report
+from nemo_embed_core.mine.corpus import Corpus, encode_corpus
+from nemo_embed_core.mine.pool import Pool, normalize
+from nemo_embed_core.mine.report import plot_report, script
+from nemo_embed_core.mine.selection import Selection, ceiling
 
 
-class Row(NamedTuple):
-    query: str
-    pos: list[str]
-    neg: list[str]
-
-
-class FakeEmbedder:
-    """A unit vector per text, from its words' hashes: texts that share words are near each other."""
-
-    def __init__(self, hidden_size: int = 32, digest: str = "fake", broken: str = ""):
-        self.hidden_size, self.digest, self.broken = hidden_size, digest, broken
-        self.encoded: list[str] = []
-        self.calls_left = 10**9
-
-    def encode(self, texts, prompt="", max_length=512):
-        if self.calls_left == 0:
-            raise KeyboardInterrupt
-        self.calls_left -= 1
-        self.encoded += texts
-        rows = np.stack([self.vector(prompt + text) for text in texts]).astype(np.float32)
-        for i, text in enumerate(texts):
-            if text == self.broken:
-                rows[i] = np.nan
-        return rows
-
-    def vector(self, text):
-        total = np.zeros(self.hidden_size)
-        for word in text.split() or [""]:
-            seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-            total += np.random.default_rng(seed).standard_normal(self.hidden_size)
-        return total / np.linalg.norm(total)
-
-
-WORDS = [f"w{i}" for i in range(40)]
-
-
-def make_rows(count: int, seed: int = 0):
-    rng = np.random.default_rng(seed)
-
-    def text(n):
-        return " ".join(rng.choice(WORDS, n))
-
-    rows = []
-    for i in range(count):
-        query = text(4)
-        pos = [f"{query} {text(3)}" for _ in range(rng.integers(1, 4))]
-        neg = [text(6) for _ in range(rng.integers(0, 3))]
-        if i % 7 == 0:  # the positive again, spelled differently, as another row's passage
-            neg.append("  " + pos[0].upper().replace(" ", "\t "))
-        if i % 5 == 0:
-            neg.append(query.capitalize())  # the query itself as a passage
-        rows.append(Row(query, pos, neg))
-    rows.append(Row(rows[0].query, ["another positive of the first query"], []))
-    return rows
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-
-
-def mine(rows, output, embedder=None, **options):
-    fields = {f.name for f in dataclasses.fields(Selection)}
-    selection = Selection(**{name: options.pop(name) for name in fields & options.keys()})
-    options = {"log": lambda _: None, "shard_size": 16, "block_queries": 10, "selection": selection, **options}
-    return mine_negatives(rows, embedder or FakeEmbedder(), output, **options)
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """fsync guards against power cuts, which no test here has; the files of a thousand small runs would wait for it."""
+    monkeypatch.setattr("os.fsync", lambda file: None)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.95, 1.0])
@@ -177,11 +114,11 @@ def test_killed_while_encoding_or_searching_and_resumed_gives_the_same_bytes_wit
 
 
 def test_search_blocks_that_are_there_are_not_searched_again(tmp_path, monkeypatch):
-    import nemo_embed_core.mine.negatives as negatives
+    import nemo_embed_core.mine.search as search
 
     rows, output = make_rows(50), tmp_path / "out.jsonl"
     mine(rows, tmp_path / "whole.jsonl")
-    searched, real = [], negatives.topk_below
+    searched, real = [], search.topk_below
 
     def dies_at_third(*args, **options):
         if len(searched) == 3:
@@ -189,12 +126,12 @@ def test_search_blocks_that_are_there_are_not_searched_again(tmp_path, monkeypat
         searched.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(negatives, "topk_below", dies_at_third)
+    monkeypatch.setattr(search, "topk_below", dies_at_third)
     with pytest.raises(KeyboardInterrupt):
         mine(rows, output)
-    monkeypatch.setattr(negatives, "topk_below", lambda *a, **o: searched.append(1) or real(*a, **o))
+    monkeypatch.setattr(search, "topk_below", lambda *a, **o: searched.append(1) or real(*a, **o))
     mine(rows, output)
-    assert len(searched) == 7  # 51 rows in blocks of 10, and the suspects
+    assert len(searched) == 6  # 51 rows in blocks of 10
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -257,46 +194,27 @@ def test_row_without_positive_is_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_ranks_writes_the_same_bytes_and_encodes_each_text_once(tmp_path, size):
-    """Ranks are threads here: encoding, searching and merging only meet in `gather`."""
     rows = make_rows(50)
     mine(rows, tmp_path / "one.jsonl")
-    barrier, values, embedders, errors = (
-        threading.Barrier(size, timeout=60),
-        {},
-        [FakeEmbedder() for _ in range(size)],
-        [],
-    )
-
-    def work(rank):
-        def gather(value):
-            values[rank] = value
-            barrier.wait()
-            everyone = [values[r] for r in range(size)]
-            barrier.wait()
-            return everyone
-
-        try:
-            mine(rows, tmp_path / "many.jsonl", embedders[rank], ranks=Ranks(rank, size, gather))
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
+    embedders = [FakeEmbedder() for _ in range(size)]
+    on_ranks(size, lambda ranks: mine(rows, tmp_path / "many.jsonl", embedders[ranks.rank], ranks=ranks))
     assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     encoded = [text for e in embedders for text in e.encoded]
     assert len(encoded) == len(Pool.build(t for r in rows for t in (*r.pos, *r.neg)).texts) + len(rows)
     assert all(e.encoded for e in embedders)
 
 
-def test_suspects_are_above_the_ceiling_and_not_known(tmp_path):
+def test_suspects_are_all_above_the_ceiling_and_not_known_and_every_row_that_has_some_is_counted(tmp_path):
     rows = make_rows(40)
-    report = mine(rows, tmp_path / "out.jsonl", threshold=0.5, dtype="float32")
-    assert report["suspects"]
+    mine(rows, tmp_path / "all.jsonl", threshold=None, num_negatives=500, dtype="float32")
+    report = mine(rows, tmp_path / "out.jsonl", threshold=0.5, dtype="float32", sweep=[0.4, 0.6])
+    has_some = [
+        line["query"]
+        for line in lines_of(tmp_path / "all.jsonl")
+        if line["neg_scores"][0] >= 0.5 * min(line["pos_scores"])
+    ]
+    assert report["kept_out"] == {"sampled_queries": 41, "with_a_passage_above_the_ceiling": len(has_some)}
+    assert [row["query"] for row in report["suspects"]] == has_some and 0 < len(has_some) < 50
     for row in report["suspects"]:
         assert all(
             s["score"] >= 0.5 * row["lowest_positive_score"] and s["text"] not in row["pos"]
@@ -352,3 +270,206 @@ def test_duplicates_by_case_and_whitespace_are_neither_returned_nor_searched_twi
     first, second = lines_of(tmp_path / "out.jsonl")
     assert sorted(first["neg"]) == sorted(second["neg"]) == ["a blue whale", "grass"]
     assert (report["documents"], report["duplicates_removed"]) == (5, 2)
+
+
+# ------------------------------------------------------------------------------------------ against brute force
+
+
+def drawn_rows(kind: str, seed: int) -> tuple[list[Row], dict[str, np.ndarray], int]:
+    """(rows, {text: unit vector}, num_negatives) with what breaks a search: see `kind`."""
+    rng = np.random.default_rng(seed)
+    num_documents, num_queries, k, width = 60, 14, 5, 8
+
+    def units(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    documents = units(rng.standard_normal((num_documents, width)))
+    queries = units(rng.standard_normal((num_queries, width)))
+    if kind == "negative scores":
+        documents, queries = -np.abs(documents), np.abs(queries)
+    elif kind == "zero positives":  # axes: many scores are exactly 0
+        documents = np.eye(width)[rng.integers(0, width, num_documents)] * rng.choice([1.0, -1.0], (num_documents, 1))
+        queries = np.eye(width)[rng.integers(0, width, num_queries)]
+    elif kind == "ties":
+        documents = documents[rng.integers(0, 7, num_documents)]
+    elif kind == "clustered":
+        documents = units(documents[rng.integers(0, 4, num_documents)] + 0.01 * documents)
+        queries = units(documents[rng.integers(0, num_documents, num_queries)] + 0.05 * queries)
+    elif kind == "N < k":
+        num_documents, k = 4, 9
+        documents = documents[:4]
+    vectors = {f"document {i}": documents[i] for i in range(num_documents)}
+    vectors |= {f"query {i}": queries[i] for i in range(num_queries)}
+    rows = []
+    for i in range(num_queries):
+        pos = rng.choice(num_documents, rng.integers(1, 4), replace=False)
+        rows.append(Row(f"query {i}", [f"document {j}" for j in pos], []))
+    rows.append(Row("query 0", ["document 0"], []))  # the same query with another positive
+    others = {f"document {j}" for j in range(num_documents)} | {"query 3"}  # a query that is also a passage
+    for text in ("DOCUMENT  1", "Query 0"):  # spelled differently, with a vector of its own
+        vectors[text] = queries[int(rng.integers(num_queries))]
+        others.add(text)
+    rows[-1].neg.extend(sorted(others - set(rows[-1].pos)))
+    return rows, {text: vector.astype(np.float32) for text, vector in vectors.items()}, k
+
+
+def brute_force(rows, vectors, k, threshold):
+    """[(texts, scores)] per row: fp64 products of the fp32 rows, rounded to fp32; ties by first appearance."""
+    first_of = {}
+    for text in (t for row in rows for t in (*row.pos, *row.neg)):
+        first_of.setdefault(" ".join(text.split()).casefold(), text)
+    answers = []
+    for row in rows:
+        q = vectors[row.query].astype(np.longdouble)
+        score = {t: np.float32((q * vectors[t].astype(np.longdouble)).sum()) for t in {*first_of.values(), *row.pos}}
+        known = {row.query.casefold()} | {p.casefold() for r in rows if r.query == row.query for p in r.pos}
+        limit = min(float(score[p]) - (1 - threshold) * abs(float(score[p])) for p in row.pos)
+        allowed = [t for key, t in first_of.items() if key not in known and float(score[t]) < limit]
+        best = sorted(allowed, key=lambda t: -score[t])[:k]  # stable: first appearance decides ties
+        answers.append((best, [score[t] for t in best], limit, known))
+    return answers
+
+
+KINDS = ("random", "negative scores", "zero positives", "ties", "clustered", "N < k")
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95, 1.0, 1.05])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_corpus_and_number_of_ranks_gives_the_negatives_of_brute_force(tmp_path, kind, threshold):
+    rows, vectors, k = drawn_rows(kind, seed=KINDS.index(kind))
+    want = brute_force(rows, vectors, k, threshold)
+    assert any(texts for texts, *_ in want) or threshold == 0.5
+    options = {"threshold": threshold, "num_negatives": k, "dtype": "float32", "block_queries": 6, "shard_size": 19}
+    for size in (1, 2, 3):
+        output = tmp_path / f"{size}.jsonl"
+        on_ranks(size, lambda ranks: mine(rows, output, KnownVectors(vectors), ranks=ranks, **options))  # noqa: B023
+        for line, (texts, scores, limit, known) in zip(lines_of(output), want, strict=True):
+            assert line["neg"] == texts
+            assert np.array_equal(np.float32(line["neg_scores"]), np.array(scores, np.float32))
+            assert all(np.isfinite(s) and s < limit for s in line["neg_scores"])
+            assert not known & {normalize(text) for text in line["neg"]}
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 0.0])
+def test_broken_embedding_of_a_document_is_refused_by_number_and_text(tmp_path, broken):
+    rows, vectors, _ = drawn_rows("random", 0)
+    vectors["document 7"] = np.full(8, broken, np.float32)
+    with pytest.raises(UserError, match=r"1 of \d+ embeddings are not unit vectors.* text \d+ \('document 7'"):
+        mine(rows, tmp_path / "out.jsonl", KnownVectors(vectors))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------ sweep and report
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sampling": "random", "seed": 3}, {"range_min": 2, "range_max": 9}, {"absolute_margin": 0.05}]
+)
+def test_sweep_reports_what_a_run_at_each_threshold_reports_and_leaves_the_output_alone(tmp_path, options):
+    rows, sweep = make_rows(30, seed=9), [0.8, 0.05, 0.95, 1.05]
+    options = {"dtype": "float32", "num_negatives": 60, **options}
+    report = mine(rows, tmp_path / "swept.jsonl", threshold=0.9, sweep=sweep, **options)
+    mine(rows, tmp_path / "plain.jsonl", threshold=0.9, **options)
+    assert (tmp_path / "swept.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert [entry["threshold"] for entry in report["sweep"]] == sorted(sweep)
+    keys = ("with_no_negatives", "with_fewer_than_k", "with_k_negatives", "negatives")
+    seen = set()
+    for entry in report["sweep"]:
+        alone = mine(rows, tmp_path / "alone.jsonl", threshold=entry["threshold"], **options)
+        assert {key: entry[key] for key in keys} == {key: alone[key] for key in keys}
+        lines = [line for line in lines_of(tmp_path / "alone.jsonl") if line["neg"]]
+        margins = [min(line["pos_scores"]) - line["neg_scores"][0] for line in lines]
+        scores = [s for line in lines for s in line["neg_scores"]]
+        for key, values in (("mean_margin", margins), ("mean_negative_score", scores)):
+            assert entry[key] == (pytest.approx(np.mean(values), abs=1e-7) if values else None)
+        seen.add(entry["negatives"])
+    assert len(seen) > 1
+
+
+def test_sweep_searches_again_only_where_the_first_list_does_not_reach_down(tmp_path):
+    """One query, 700 passages in a row below its positive: at 0.5 its list of 260 (4 + 256) from 0.999 ends too early."""
+    angles = np.concatenate([[0.0, 0.1], np.linspace(0.2, 1.5, 700)])
+    names = ["q", "p", *(f"n{i}" for i in range(700))]
+    vectors = {n: np.array([np.cos(a), np.sin(a)]) for n, a in zip(names, angles, strict=True)}
+    rows = [Row("q", ["p"], names[2:])]
+    report = mine(rows, tmp_path / "a.jsonl", KnownVectors(vectors), sweep=[0.5, 0.98], threshold=0.999)
+    assert report["search"]["again_for_sweep"] == 1
+    alone = mine(rows, tmp_path / "b.jsonl", KnownVectors(vectors), threshold=0.5)
+    assert report["sweep"][0]["with_k_negatives"] == alone["with_k_negatives"] == 1
+    assert report["sweep"][0]["mean_negative_score"] == pytest.approx(
+        np.mean(lines_of(tmp_path / "b.jsonl")[0]["neg_scores"])
+    )
+
+
+def test_shares_by_script_add_up_and_scripts_are_told_by_their_letters(tmp_path):
+    for text, want in [
+        ("how do plants eat?", "Latin"), ("как едят растения", "Cyrillic"), ("植物はどうやって食べますか", "Kana"),
+        ("植物如何进食", "Han"), ("나무는", "Hangul"), ("ｆｕｌｌ", "Latin"), ("123 + 4?", "no letters"), ("été ñ", "Latin"),
+        ("من أنت", "Arabic"), ("GPU の", "Latin"),
+    ]:  # fmt: skip
+        assert script(text) == want, text
+    rows = [*make_rows(20), *(Row(f"вопрос {i}", [f"w{i} w{i + 1}"], []) for i in range(5)), Row("?", ["w1"], [])]
+    said = []
+    report = mine(rows, tmp_path / "out.jsonl", log=said.append)
+    assert {name: group["queries"] for name, group in report["by_script"].items()} == {
+        "Latin": 21, "Cyrillic": 5, "no letters": 1,
+    }  # fmt: skip
+    for key in ("with_no_negatives", "with_fewer_than_k", "with_k_negatives"):
+        assert sum(group[key] for group in report["by_script"].values()) == report[key]
+    assert any("Cyrillic" in line for line in said)
+
+
+def test_trivial_negatives_are_those_that_score_like_random_pairs(tmp_path):
+    rows = make_rows(40)
+    report = mine(rows, tmp_path / "out.jsonl", num_negatives=40, threshold=None)
+    median = report["random_pair_score_quantiles"]["0.5"]
+    scores = [s for line in lines_of(tmp_path / "out.jsonl") for s in line["neg_scores"]]
+    assert 0 < report["trivial_negatives"] == sum(s <= median for s in scores) < len(scores)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0, -1.0])
+def test_threshold_outside_of_zero_to_two_is_refused(tmp_path, threshold):
+    with pytest.raises(UserError, match=r"must be in \(0, 2\)"):
+        Selection(threshold=threshold)
+    with pytest.raises(UserError, match=r"sweep=.*must be in \(0, 2\)"):
+        mine(make_rows(3), tmp_path / "out.jsonl", sweep=[threshold])
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"half', "[1, 2]", "{}", "null", '{"format": 1}'], ids=["half", "list", "empty", "null", "other"]
+)
+def test_damaged_sidecar_costs_its_shard_or_is_refused_but_is_never_believed(tmp_path, damage):
+    texts = [f"text {i}" for i in range(40)]
+    options = {"shard_size": 16, "log": lambda _: None}
+    whole = encode_corpus(texts, FakeEmbedder(), tmp_path / "d", **options)[:].copy()
+    (tmp_path / "d" / "00001.json").write_text(damage)
+    embedder = FakeEmbedder()
+    if damage.startswith("{") and damage.endswith("}"):  # an object that says something else: by name
+        with pytest.raises(UserError, match=r"00001\.npy"):
+            encode_corpus(texts, embedder, tmp_path / "d", **options)
+        return
+    np.testing.assert_array_equal(encode_corpus(texts, embedder, tmp_path / "d", **options)[:], whole)
+    assert embedder.encoded == texts[16:32]
+
+
+@pytest.mark.parametrize("damage", ["npz", "json", "no npz"])
+def test_damaged_search_block_is_searched_again(tmp_path, monkeypatch, damage):
+    import nemo_embed_core.mine.search as search
+
+    rows, output = make_rows(50), tmp_path / "out.jsonl"
+    mine(rows, output)
+    whole = output.read_bytes()
+    block = sorted((tmp_path / "out.jsonl.work" / "search").rglob("*.npz"))[2]
+    if damage == "npz":
+        data = bytearray(block.read_bytes())
+        data[len(data) // 2] ^= 1
+        block.write_bytes(bytes(data))
+    elif damage == "json":
+        block.with_suffix(".json").write_text("{")
+    else:
+        block.unlink()
+    searched, real = [], search.topk_below
+    monkeypatch.setattr(search, "topk_below", lambda *a, **o: searched.append(1) or real(*a, **o))
+    output.unlink()
+    mine(rows, output)
+    assert len(searched) == 1 and output.read_bytes() == whole

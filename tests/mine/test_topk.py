@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nemo_embed_core.config import UserError
 from nemo_embed_core.mine.streaming import streaming_topk_
-from nemo_embed_core.mine.topk import Exclude, SearchStats, merge_topk, pair_scores, topk_below
+from nemo_embed_core.mine.topk import Exclude, SearchStats, _Search, merge_topk, topk_below
 
 _spec = importlib.util.spec_from_file_location("mine_reference", Path(__file__).with_name("reference.py"))
 assert _spec is not None and _spec.loader is not None
@@ -159,14 +159,23 @@ def test_a_late_tile_with_nan_beside_a_key_that_enters():
     assert ids.tolist() == [[333, 9000], [9000, 9001]]  # of row 1 one key is excluded and one at its ceiling
 
 
-def test_pair_scores_are_the_rounded_exact_dot_product_whatever_the_batch():
-    rng = np.random.default_rng(0)
-    for hidden_size in (1, 2, 3, 64, 1000):
-        q, d = (torch.from_numpy(rng.standard_normal((50, hidden_size)).astype(np.float32)) for _ in range(2))
-        exact = (q.numpy().astype(np.longdouble) * d.numpy().astype(np.longdouble)).sum(-1).astype(np.float32)
-        got = pair_scores(q, d)
-        np.testing.assert_array_equal(got.numpy(), exact)
-        assert torch.equal(torch.cat([pair_scores(q[i : i + 1], d[i : i + 1]) for i in range(50)]), got)
+def test_scoring_every_candidate_and_scoring_the_possible_ones_agree():
+    """What a GPU does with its candidates and what a CPU does; from one array and from blocks of a memory map."""
+    queries, documents, ceilings, _ = make_case("close", 20, 400, 48, 11)
+    state_ids = torch.randint(-1, 400, (20, 60), generator=torch.Generator().manual_seed(0)) + 1000
+    state_ids[state_ids == 999] = -1
+    state_ids[:, -5:] = -1
+    q, d, limits = (torch.from_numpy(np.asarray(x, np.float32)) for x in (queries, documents, ceilings))
+    keys = torch.where(state_ids < 0, -torch.inf, (q @ d.T + 1e-3).gather(1, (state_ids - 1000).clamp(min=0)))
+    want = _Search(d, 8, 1000, "fp32", 16, 64, torch.device("cpu"), SearchStats())
+    every = want.score_all(q, state_ids)
+    assert torch.equal(every.isnan(), state_ids < 0)
+    stored = _Search(documents, 8, 1000, "bf16", 16, 64, torch.device("cpu"), SearchStats())
+    assert torch.equal(stored.score_all(q, state_ids).nan_to_num(7), every.nan_to_num(7))
+    for method in ("fp32", "bf16"):
+        possible = stored.score_possible(method, q, torch.full((20,), 1e-3), limits, keys, state_ids)
+        scored = possible.isfinite()
+        assert scored.any(1).all() and torch.equal(possible[scored], every[scored])
 
 
 def test_low_precision_matmul_setting_of_the_process_does_not_change_the_answer():

@@ -1,0 +1,244 @@
+"""topk_below over blocks of queries, resumable; one teacher's lists under several ceilings; several teachers' lists as one."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemo_embed_core.config import failpoint
+from nemo_embed_core.kernels.pair_scores import pair_scores
+from nemo_embed_core.mine.corpus import Corpus, Ranks, publish, read_sidecar, sha256_of
+from nemo_embed_core.mine.progress import Progress
+from nemo_embed_core.mine.selection import Selection
+from nemo_embed_core.mine.topk import Exclude, SearchStats, fp32_rows, merge_topk, pick_method, resident, topk_below
+
+
+@dataclass(kw_only=True)
+class Search:
+    """One teacher's embeddings and how to search them."""
+
+    queries: Corpus
+    documents: Corpus  # all of them; the first num_searched are searched
+    num_searched: int
+    exclude: Exclude
+    work: Path
+    method: str = "auto"
+    device: torch.device | str = "cpu"
+    block_queries: int = 8192
+    ranks: Ranks = field(default_factory=Ranks)
+    log: Callable[[str], None] = print
+    stats: SearchStats = field(default_factory=SearchStats)  # of the first search, over all queries
+    num_again: int = 0  # queries that were searched a second time, for a lower ceiling
+
+    def scores(self, pairs: Exclude, rows: np.ndarray | None = None) -> np.ndarray:
+        """The score of every pair (query rows[i], document) of the CSR, by the same function as the negatives' scores."""
+        of_query = np.repeat(np.arange(len(pairs.indptr) - 1), np.diff(pairs.indptr))
+        of_query = of_query if rows is None else rows[of_query]
+        scores = np.empty(len(of_query), np.float32)
+        step = max(1, (1 << 20) // self.queries.shape[1])
+        for start in range(0, len(of_query), step):
+            part = slice(start, start + step)
+            q = fp32_rows(self.queries, of_query[part], self.device)
+            d = fp32_rows(self.documents, pairs.ids[part], self.device)
+            at = torch.arange(len(q), device=q.device)
+            scores[part] = pair_scores(q, at, d, at).cpu().numpy()
+        return scores
+
+    def top(self, ceilings: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """topk_below for these query rows (None: all), each block published when it is done; documents split over ranks."""
+        rows = np.arange(len(self.queries)) if rows is None else rows
+        k = min(k, self.num_searched)
+        exclude = self.exclude.take(rows)
+        digest = self._digest(ceilings, k, rows, exclude)
+        folder = self.work / "search" / digest[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = np.full((len(rows), k), -np.inf, np.float32)
+        ids = np.full((len(rows), k), -1, np.int64)
+        ranks, size, stats = self.ranks, self.block_queries, SearchStats()
+        starts = range(0, len(rows), size)
+        first, last = ranks.span(self.num_searched)
+        documents = None
+        # Rank 0 says which blocks are there: a block that appears meanwhile must not be skipped by some ranks only.
+        found = [_read_block(folder, s // size, digest) for s in starts] if ranks.rank == 0 else None
+        done = ranks.gather(found)[0]
+        progress = Progress("searched", "queries", len(rows), self.log, shown=ranks.rank == 0)
+        for start, block in zip(starts, done, strict=True):
+            part = slice(start, min(start + size, len(rows)))
+            count = part.stop - part.start
+            if block is None:
+                local = SearchStats()
+                if documents is None:
+                    documents = resident(self.documents.part(first, last), self.device)
+                top = topk_below(
+                    self.queries[rows[part]], documents, ceilings[part], k,
+                    exclude.take(np.arange(part.start, part.stop)),
+                    first_id=first, method=self.method, device=self.device, stats=local,
+                )  # fmt: skip
+                gathered = ranks.gather((top[0].numpy(), top[1].numpy(), local))
+                merged = merge_topk([(torch.from_numpy(s), torch.from_numpy(i)) for s, i, _ in gathered], k)
+                counts = [min(s.num_certified for *_, s in gathered), max(s.num_exhaustive for *_, s in gathered)]
+                block = (merged[0].numpy(), merged[1].numpy(), np.array(counts))
+                failpoint("searched", start // size)
+                if ranks.rank == 0:
+                    _publish_block(folder, start // size, digest, block)
+                failpoint("search.published", start // size)
+                progress.step(count)
+            else:
+                progress.skip(count)
+            scores[part], ids[part] = block[0], block[1]
+            stats.num_certified += int(block[2][0])
+            stats.num_exhaustive += int(block[2][1])
+        progress.close()
+        if len(rows) == len(self.queries):
+            stats.num_queries = len(rows)
+            stats.method = pick_method(torch.device(self.device)) if self.method == "auto" else self.method
+            self.stats = stats
+        return scores, ids
+
+    def _digest(self, ceilings: np.ndarray, k: int, rows: np.ndarray, exclude: Exclude) -> str:
+        """Names one search: the embeddings (by their sidecars, which hold their sha256) and every argument that matters."""
+        digest = hashlib.sha256(f"{k} {self.num_searched} {self.block_queries}".encode())
+        for sidecar in sorted([*self.work.glob("documents/*.json"), *self.work.glob("queries/*.json")]):
+            digest.update(sidecar.read_bytes())
+        for array in (ceilings, rows, exclude.indptr, exclude.ids):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def _publish_block(folder: Path, index: int, digest: str, block: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    data = io.BytesIO()
+    np.savez(data, scores=block[0], ids=block[1], counts=block[2])
+    publish(folder / f"{index:05d}.npz", data.getvalue(), {"search": digest})
+
+
+def _read_block(folder: Path, index: int, digest: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    path = folder / f"{index:05d}.npz"
+    sidecar = read_sidecar(path)
+    if sidecar is None or sidecar.get("search") != digest:
+        return None
+    if not path.exists() or sha256_of(path) != sidecar.get("sha256"):
+        return None  # damaged: searched again
+    with np.load(path, allow_pickle=False) as block:
+        return block["scores"], block["ids"], block["counts"]
+
+
+# ------------------------------------------------------------------------------------------ several ceilings
+
+
+class Lists:
+    """Search.top(ceilings, k) under ever lower ceilings from one search with spare places, exactly.
+
+    What stands below a ceiling in a list that reached further up is the top of what stands below it in the corpus, as
+    far as the list goes. Where it holds fewer than k below and was full, that query is searched again.
+    """
+
+    def __init__(self, search: Search, k: int, width: int):
+        self.search, self.k, self.width = search, min(k, search.num_searched), max(k, width)
+        self.scores: np.ndarray | None = None
+        self.ids: np.ndarray = np.empty((0, 0), np.int64)
+
+    def below(self, ceilings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([Q, k] scores, ids) strictly below the ceilings, none of which is above those of an earlier call."""
+        if self.scores is None:
+            self.scores, self.ids = self.search.top(ceilings, self.width)
+        keep = self._keep(ceilings)
+        short = np.flatnonzero((keep.sum(1) < self.k) & (self.ids[:, -1] >= 0))
+        if len(short):
+            self.scores[short], self.ids[short] = self.search.top(ceilings[short], self.width, short)
+            self.search.num_again += len(short)
+            keep = self._keep(ceilings)
+        order = np.argsort(~keep, axis=1, kind="stable")[:, : self.k]
+        kept = np.take_along_axis(keep, order, 1)
+        scores = np.where(kept, np.take_along_axis(self.scores, order, 1), np.float32(-np.inf))
+        return scores, np.where(kept, np.take_along_axis(self.ids, order, 1), -1)
+
+    def _keep(self, ceilings: np.ndarray) -> np.ndarray:
+        assert self.scores is not None
+        return (self.ids >= 0) & (self.scores.astype(np.float64) < ceilings[:, None])
+
+
+# ------------------------------------------------------------------------------------------ several teachers
+
+
+def find(
+    lists: list[Lists], lowest: list[np.ndarray], selection: Selection
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(scores, ids, below), all [Q, n] with n <= selection.num_searched: what Selection.choose takes negatives from.
+
+    lists, lowest: per teacher. below: found, and below the ceiling of every teacher. Scores are the first teacher's.
+    """
+    ceilings = [selection.ceilings(s) for s in lowest]
+    limits = [np.full(len(c), np.inf) if selection.by_rank else c for c in ceilings]
+    tops = [one.below(limit) for one, limit in zip(lists, limits, strict=True)]
+    if len(lists) == 1:
+        scores, ids = tops[0]
+        return scores, ids, (ids >= 0) & (scores.astype(np.float64) < ceilings[0][:, None])
+    searches = [one.search for one in lists]
+    ranks = searches[0].ranks
+    rows = np.arange(*ranks.span(len(ceilings[0])))
+    part = combine(searches, [ids[rows] for _, ids in tops], [c[rows] for c in ceilings], rows, selection)
+    parts = ranks.gather(part)
+    scores, ids, below = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    return scores, ids, below
+
+
+def combine(
+    searches: list[Search], tops: list[np.ndarray], ceilings: list[np.ndarray], rows: np.ndarray, selection: Selection
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One list per query out of the lists of several teachers: (scores of the first teacher, ids, below), [R, n].
+
+    tops [R, M] per teacher: the ids of its M = combine_depth best passages below its ceiling, best first, -1 in free
+    places. In a list of m passages they have the ranks 0 .. m - 1, and any other passage has rank m.
+
+    intersection: the passages that are in every list, so below the ceiling of every teacher.
+    mean_rank: the passages that are in some list, and below the ceiling of every teacher.
+
+    Both in the order (mean of the ranks, id), the first n = selection.num_searched of them. With range_min or range_max
+    the lists hold the best passages whatever they score, n counts those too, and `below` says which may be taken.
+    """
+    n, num_rows = selection.num_searched, len(rows)
+    ordered = [_by_mean_rank([top[i] for top in tops], selection.combine == "intersection") for i in range(num_rows)]
+    scores = np.full((num_rows, n), -np.inf, np.float32)
+    ids = np.full((num_rows, n), -1, np.int64)
+    below = np.zeros((num_rows, n), bool)
+    filled = np.zeros(num_rows, np.int64)
+    looked_at = 0
+    while True:
+        open_rows = [i for i in range(num_rows) if filled[i] < n and len(ordered[i]) > looked_at]
+        if not open_rows:
+            return scores, ids, below
+        # A passage that one list lacks may be above that teacher's ceiling or merely further down: its score tells.
+        pairs = Exclude.from_lists([ordered[i][looked_at : looked_at + n].tolist() for i in open_rows])
+        by_teacher = [search.scores(pairs, rows[open_rows]) for search in searches]
+        of_row = np.repeat(np.array(open_rows), np.diff(pairs.indptr))
+        passes = np.ones(len(of_row), bool)
+        for s, limit in zip(by_teacher, ceilings, strict=True):
+            passes &= s.astype(np.float64) < limit[of_row]
+        for j in range(len(of_row)):
+            i = of_row[j]
+            if filled[i] < n and (passes[j] or selection.by_rank):
+                at = filled[i]
+                scores[i, at], ids[i, at], below[i, at] = by_teacher[0][j], pairs.ids[j], passes[j]
+                filled[i] += 1
+        looked_at += n
+
+
+def _by_mean_rank(lists: list[np.ndarray], in_all: bool) -> np.ndarray:
+    """The ids of the union (or intersection) of the lists by (sum of ranks, id); -1 is no id."""
+    lists = [one[one >= 0] for one in lists]
+    ids = np.unique(np.concatenate(lists))
+    total, everywhere = np.zeros(len(ids), np.int64), np.ones(len(ids), bool)
+    for one in lists:
+        rank = np.full(len(ids), len(one), np.int64)
+        rank[np.searchsorted(ids, one)] = np.arange(len(one))
+        total += rank
+        everywhere &= rank < len(one)
+    if in_all:
+        ids, total = ids[everywhere], total[everywhere]
+    return ids[np.argsort(total, kind="stable")]  # ids ascend, so a stable sort breaks ties by the lower one

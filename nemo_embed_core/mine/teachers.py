@@ -1,0 +1,206 @@
+"""Who scores the pairs: our models, sentence-transformers models, or embeddings that were made elsewhere.
+
+    Teacher.of(embedder, prompt="Instruct: ...")              # anything with .digest, .hidden_size, .encode
+    Teacher.of_unit_rows(encoder)                             # any model whose rows need not have length 1
+    precomputed(documents, document_texts, queries, query_texts)          # arrays: numpy, memory maps, torch, CuPy
+    open_precomputed("embeddings/", beir="data/nq")           # documents.npy and queries.npy
+
+Every score is a cosine: rows that are not of unit length are brought to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_embed_core.config import DatasetConfig, UserError
+from nemo_embed_core.data.readers import read_passages, source_files
+from nemo_embed_core.mine.corpus import Encodes
+
+BLOCK_BYTES = 64 << 20  # of an array read at once to hash it
+
+
+class AnyEncoder(Protocol):
+    """evaluation/encoders.py: SentenceTransformerEncoder, or anything like it."""
+
+    digest: str
+    prompts: dict[str, str]  # {"query": ..., "document": ...}, each only where the model has one
+
+    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An encoder for each side and the text that stands before every text of that side."""
+
+    queries: Encodes
+    documents: Encodes
+    prompt: str = ""
+    document_prompt: str = ""
+
+    @classmethod
+    def of(cls, embedder: Encodes, prompt: str = "", document_prompt: str = "") -> Teacher:
+        return cls(embedder, embedder, prompt, document_prompt)
+
+    @classmethod
+    def of_unit_rows(cls, encoder: AnyEncoder) -> Teacher:
+        """Its rows divided by their lengths, under the prompts that the model itself brings (none where it has none)."""
+        rows = _UnitRows(encoder)
+        return cls(rows, rows, encoder.prompts.get("query", ""), encoder.prompts.get("document", ""))
+
+
+class _UnitRows:
+    def __init__(self, encoder: AnyEncoder):
+        self.encoder, self.digest = encoder, encoder.digest
+        self.hidden_size = self.encode(["a"]).shape[1]
+
+    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
+        return unit(np.asarray(self.encoder.encode(texts, prompt, max_length), np.float32))
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """rows / |rows| in fp32, a function of each row alone; NaN for a zero row, which encode_corpus refuses by its text."""
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (rows / norms[:, None]).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ precomputed embeddings
+
+
+def precomputed(
+    documents: Any, document_texts: Iterable[str], queries: Any, query_texts: Iterable[str], name: str = "embeddings"
+) -> Teacher:
+    """A teacher from arrays [N, D] and [Q, D] whose rows belong to these texts, in this order.
+
+    Arrays: numpy, a memory map, a torch tensor, or anything with __dlpack__ (CuPy, JAX); float16, bfloat16 (torch),
+    float32 or float64. A text is found by the text itself, so there may be more rows than the run needs, in any
+    order; where a text stands twice its first row counts. Never loaded whole.
+    """
+    by_query = _Lookup(queries, query_texts, f"{name}: queries")
+    by_document = _Lookup(documents, document_texts, f"{name}: documents")
+    if by_query.hidden_size != by_document.hidden_size:
+        raise UserError(
+            f"{name}: queries have {by_query.hidden_size} columns and documents {by_document.hidden_size}: they come from "
+            "different models"
+        )
+    return Teacher(by_query, by_document)
+
+
+def is_precomputed(folder: str | Path) -> bool:
+    return (Path(folder) / "documents.npy").is_file() or (Path(folder) / "queries.npy").is_file()
+
+
+def open_precomputed(folder: str | Path, dataset: DatasetConfig | None = None) -> Teacher:
+    """documents.npy and queries.npy of a folder, memory-mapped; which text a row belongs to is said by, first of these:
+
+    - documents.jsonl and queries.jsonl (or .jsonl.gz) in that folder, lines {"text": ...}: row i is line i
+      (`launch/mine.py --write_texts FOLDER` writes them);
+    - corpus.jsonl and queries.jsonl of the dataset, when it is a BEIR folder: row i is line i.
+    """
+    folder = Path(folder)
+    sides: list[tuple[np.ndarray, Iterable[str]]] = []
+    for side, beir in (("documents", 0), ("queries", 1)):
+        rows = _open_npy(folder / f"{side}.npy")
+        texts = next((f for f in (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz") if f.is_file()), None)
+        if texts is None and dataset is not None and Path(dataset.path).is_dir():
+            texts = source_files(dataset)[beir]
+        if texts is None:
+            raise UserError(
+                f"{folder}: which texts do the rows of {side}.npy belong to? Put {side}.jsonl beside it, line i "
+                '{"text": ...} for row i: launch/mine.py --write_texts FOLDER writes the texts that a run needs, to be '
+                "embedded in that order"
+            )
+        sides.append((rows, _Counted(texts, len(rows), folder / f"{side}.npy")))
+    return precomputed(*sides[0], *sides[1], name=str(folder))
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: precomputed embeddings are documents.npy and queries.npy in one folder"
+        )
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a readable .npy file of numbers: {error}") from None
+
+
+class _Counted:
+    """The texts of a JSONL file, which must be as many as there are rows."""
+
+    def __init__(self, path: Path, num_rows: int, array: Path):
+        self.path, self.num_rows, self.array = path, num_rows, array
+
+    def __iter__(self) -> Iterator[str]:
+        count = 0
+        for count, text in enumerate(read_passages(self.path), 1):  # noqa: B007
+            yield text
+        if count != self.num_rows:
+            raise UserError(
+                f"{self.array} has {self.num_rows} rows and {self.path} {count} lines: row i must be the embedding of line i"
+            )
+
+
+class _Lookup:
+    """Encodes by looking up: the rows of an array, keyed by their texts."""
+
+    def __init__(self, rows: Any, texts: Iterable[str], name: str):
+        self.rows, self.name = as_rows(rows, name), name
+        self.hidden_size = self.rows.shape[1]
+        self.places: dict[bytes, int] = {}
+        digest, count = hashlib.sha256(f"{tuple(self.rows.shape)}".encode()), 0
+        for text in texts:
+            key = _key(text)
+            digest.update(key)
+            self.places.setdefault(key, count)
+            count += 1
+        if count != len(self.rows):
+            raise UserError(f"{name}: {len(self.rows)} rows and {count} texts: give one text per row")
+        step = max(1, BLOCK_BYTES // (4 * self.hidden_size))
+        for start in range(0, len(self.rows), step):
+            digest.update(_numpy(self.rows[start : start + step]).tobytes())
+        self.digest = digest.hexdigest()
+
+    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
+        places = [self.places.get(_key(text), -1) for text in texts]
+        missing = [text for text, place in zip(texts, places, strict=True) if place < 0]
+        if missing:
+            raise UserError(
+                f"{self.name} have no row for {missing[0][:60]!r}... and {len(missing) - 1} more of {len(texts)} texts: "
+                "were they embedded from other data? launch/mine.py --write_texts FOLDER writes the texts that this run "
+                "needs"
+            )
+        index = np.array(places, np.int64)
+        rows = self.rows[torch.from_numpy(index).to(self.rows.device) if isinstance(self.rows, Tensor) else index]
+        return unit(_numpy(rows))
+
+
+def as_rows(array: Any, name: str = "embeddings") -> np.ndarray | Tensor:
+    """A 2-D array of floats as numpy (memory maps stay on disk) or torch, without a copy: numpy, torch, or DLPack."""
+    if not isinstance(array, np.ndarray | Tensor):
+        if not hasattr(array, "__dlpack__"):
+            raise UserError(f"{name} are a {type(array).__name__}: give a numpy, torch or DLPack (CuPy, JAX) array")
+        array = torch.from_dlpack(array)
+    is_float = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+    if array.ndim != 2 or not is_float or 0 in array.shape:
+        raise UserError(
+            f"{name} have shape {tuple(array.shape)} and dtype {array.dtype}: they must be [rows, columns] of float16, "
+            "float32 or float64"
+        )
+    return array
+
+
+def _numpy(rows: np.ndarray | Tensor) -> np.ndarray:
+    return rows.float().cpu().numpy() if isinstance(rows, Tensor) else np.ascontiguousarray(rows, np.float32)
+
+
+def _key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+import torch
+
+from nemo_embed_core.kernels.pair_scores import pair_scores
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(("M", "D"), [(1, 1), (7, 2), (123, 3), (17, 100), (5, 4096), (3, 5000)])
+def test_kernel_gives_the_bits_of_the_reference(passes, M, D, dtype):
+    passes("pair_scores", M=M, D=D, dtype=dtype)
+
+
+def test_op_is_well_formed(passes):
+    passes("opcheck", name="pair_scores")
+
+
+def test_a_score_is_the_rounded_exact_dot_product_whatever_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size in (1, 2, 3, 64, 1000):
+        q, d = (torch.randn(50, hidden_size, generator=generator) for _ in range(2))
+        rows, ids = torch.arange(50), torch.arange(49, -1, -1)
+        exact = (q.numpy().astype(np.longdouble) * d.flip(0).numpy().astype(np.longdouble)).sum(-1).astype(np.float32)
+        got = pair_scores(q, rows, d, ids)
+        np.testing.assert_array_equal(got.numpy(), exact)
+        assert torch.equal(torch.cat([pair_scores(q, rows[i : i + 1], d, ids[i : i + 1]) for i in range(50)]), got)
+
+
+def test_wrong_shapes_say_what_is_wanted():
+    with pytest.raises(ValueError, match=r"as many columns"):
+        pair_scores(torch.zeros(2, 3), torch.zeros(1).long(), torch.zeros(2, 4), torch.zeros(1).long())

@@ -1,0 +1,95 @@
+"""The peak of host memory of a mining run is within the formula of docs/mining.md, at 8 times the documents too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from nemo_embed_core.mine.negatives import mine_negatives
+
+WIDTH, QUERIES, SHARD, BLOCK_QUERIES, K = 256, 600, 4096, 256, 4
+SMALL, LARGE = 8_000, 64_000
+
+
+def formula(num_documents: int, text_bytes: int) -> dict[str, float]:
+    """docs/mining.md, "Memory", for float16 shards, the fp32 method and one teacher on a CPU; in bytes."""
+    texts = num_documents + 2 * QUERIES
+    kept = K + 32
+    return {
+        "texts": texts * (text_bytes + 450),
+        "shard": SHARD * WIDTH * (4 + 3 * 2),
+        "queries": BLOCK_QUERIES * (12 * kept + 4 * WIDTH),
+        "block": 2 * 2048 * WIDTH * 4,
+        "tile": 1024 * 2048 * 9,
+        "gathered": 64 << 20,
+        "results": QUERIES * K * 12 * 4,
+        "mapped": texts * WIDTH * 2,
+    }
+
+
+class Line:
+    """Rows of unit length, made from the text's number: nothing is kept."""
+
+    hidden_size, digest = WIDTH, "line"
+
+    def encode(self, texts, prompt="", max_length=512):
+        first = int(texts[0].split()[1])
+        rows = np.random.default_rng(first).standard_normal((len(texts), WIDTH), np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+class Query:
+    def __init__(self, i: int):
+        self.query, self.pos, self.neg = f"query {i}", [f"passage {i} " + "x" * 40], []
+
+
+def run(num_documents: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        passages = (f"passage {i} " + "x" * 40 for i in range(num_documents))
+        rows = [Query(i) for i in range(QUERIES)]
+        mine_negatives(
+            rows, Line(), Path(folder, "out.jsonl"), passages=passages, method="fp32", shard_size=SHARD,
+            block_queries=BLOCK_QUERIES, log=lambda _: None,
+        )  # fmt: skip
+
+
+def peak(num_documents: int) -> int:
+    """ru_maxrss, in bytes, of a fork that mines (0: does nothing)."""
+    pid = os.fork()
+    if pid == 0:
+        if num_documents:
+            run(num_documents)
+        os._exit(0)
+    _, status, usage = os.wait4(pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024
+
+
+def test_peak_memory_is_within_the_formula_and_grows_by_texts_and_mapped_rows_only():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, check=True)
+    nothing, small, large = json.loads(result.stdout)
+    text_bytes = len(f"passage {LARGE} " + "x" * 40)
+    parts = [formula(n, text_bytes) for n in (SMALL, LARGE)]
+    print(
+        {"measured": [small - nothing, large - nothing], "formula": [sum(p.values()) for p in parts], "parts": parts[1]}
+    )
+    for measured, part in zip((small - nothing, large - nothing), parts, strict=True):
+        assert measured < sum(part.values())
+    # The rows again in fp32, or a second table of the texts, would not fit into this.
+    growth = sum(parts[1][key] - parts[0][key] for key in ("texts", "mapped"))
+    assert large - small < growth
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    run(500)  # what is imported and allocated once
+    print(json.dumps([peak(0), peak(SMALL), peak(LARGE)]))
