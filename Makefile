@@ -1,5 +1,6 @@
 # make demo     everything, end to end, on this machine     make test     what CI runs
 # make gpu      tests and benchmarks on a CUDA device, with $(PYTHON) as it is; installs nothing
+# make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 #
 # make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
 
@@ -11,7 +12,7 @@ BENCHMARKS ?= ceilings kernels step mining
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint gpu bench clean
+.PHONY: help demo test lint gpu bench compat clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -46,6 +47,22 @@ bench: $(INSTALLED)
 	done; \
 	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed" >&2; exit 1; fi
 
+# transformers-sentence_transformers of each environment: the published model's own, the last 4, the first 5 that is enough.
+COMPAT := 4.51.3-4.1.0 4.57.6-5.1.2 5.2.0-5.2.3
+
+compat: $(COMPAT:%=.venv-compat/%/.installed)
+	$(BIN)/python -m pytest tests/export/test_other_versions.py -q
+
+# Torch and the rest are those of .venv: a .pth file puts its packages behind the older ones.
+.venv-compat/%/.installed: | $(INSTALLED)
+	@echo "$(@D): pip will complain that nemo_embed_core wants a newer transformers; that is the point"
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "$$main" >"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install -qq "transformers==$(word 1,$(subst -, ,$*))" \
+	  "sentence-transformers==$(word 2,$(subst -, ,$*))" "datasets<5"
+	@touch $@
+
 # torch first and named again, so that no extra brings another one.
 $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -58,7 +75,7 @@ $(INSTALLED): setup.py pyproject.toml
 	$(BIN)/python -m pip install -qq $(TORCH) --editable '.[eval,demo,log,dev]'
 	@touch $@
 
-# Keeps .venv, runs/ and data-cache/: they cost time, not space for mistakes.
+# Keeps .venv, .venv-compat, runs/ and data-cache/: they cost time, not space for mistakes.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

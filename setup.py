@@ -22,6 +22,7 @@ setup(
         "nemo_embed_core.data",
         "nemo_embed_core.evaluation",
         "nemo_embed_core.export",
+        "nemo_embed_core.export.remote",
         "nemo_embed_core.kernels",
         "nemo_embed_core.loss",
         "nemo_embed_core.mine",

@@ -80,8 +80,12 @@ def test_a_planted_danger_is_found(source: str) -> None:
 
 def test_the_package_neither_reads_pickles_nor_runs_text() -> None:
     assert not list(_forbidden("model.eval()\nnp.load(path, allow_pickle=False)\nyaml.safe_load(text)"))
-    found = [f"{p.relative_to(ROOT)}:{line}: {what}" for p in SOURCES for line, what in _forbidden(p.read_text())]
-    assert not found, "\n".join(found)
+    found = [(f"{p.relative_to(ROOT)}:{line}", what) for p in SOURCES for line, what in _forbidden(p.read_text())]
+    # The process that proves an export loads it as its users will: our own remote code, or what --trust-remote-code names.
+    trusted = "nemo_embed_core/export/reload.py:"
+    assert [what for where, what in found if where.startswith(trusted)] == ["trust_remote_code=trusted"] * 3
+    found = [item for item in found if not item[0].startswith(trusted)]
+    assert not found, "\n".join(map(": ".join, found))
 
 
 # ------------------------------------------------------------------------------------------ what stands where

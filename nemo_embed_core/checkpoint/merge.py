@@ -1,65 +1,306 @@
-"""Checkpoints to Hugging Face weights, and the average of several: streamed in blocks, no GPU, no process group.
+"""Checkpoints to Hugging Face weights, and averages of several: streamed in blocks, no GPU, no process group.
 
-    merged = sum(w) / N in fp64, rounded once to the output dtype
+    mean       sum(w) / N
+    weighted   sum(c * w), the weights c as given
+    slerp      sin((1 - t) v) / sin v * a + sin(t v) / sin v * b per tensor, v the angle between a and b as vectors
 
-Memory is one block per source, whatever the size of the model. Sources may be checkpoints of any tp x dp layout, runs
-(their newest checkpoint) and Hugging Face folders, mixed.
+all correctly rounded to the output dtype (average.py). Sources may be checkpoints of any tp x dp layout, runs (their newest
+checkpoint) and Hugging Face folders, mixed. Memory is a few blocks per source, whatever the size of the model. The same
+pass measures how far each source is from the result (`merge-report.json`) and hashes the checkpoints that it reads.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.files import DTYPES, SafetensorsWriter, write_bytes
-from nemo_embed_core.checkpoint.weights import Weights, open_weights
-from nemo_embed_core.config import ModelConfig, UserError, to_dict
-from nemo_embed_core.model.hf import hf_rows, hf_shapes, parameter_shapes
+from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.average import Combiner, NonFinite, widest
+from nemo_embed_core.checkpoint.files import check_free_space, safetensors_header, write_bytes
+from nemo_embed_core.checkpoint.weights import Rows, Weights, open_weights
+from nemo_embed_core.config import UserError, to_dict
+from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.model.hf import hf_shapes
+from nemo_embed_core.model.hf_config import read_json
 
-BLOCK_ELEMENTS = 4 << 20  # per source: 16 MB in fp32
+BLOCK_ELEMENTS = 1 << 20  # read at once per source and thread, at most
+READ_BYTES = 24 << 20  # of all sources together, per thread
+CHUNK_ELEMENTS = 1 << 15  # of each source, what the arithmetic works on: stays in the cache
 SHARD_BYTES = 5_000_000_000
+_THREADS = min(8, os.cpu_count() or 1) + 1
+REPORT = "merge-report.json"
+T = TypeVar("T")
 
 
-def open_sources(paths: Sequence[str]) -> list[Weights]:
-    """Verified sources of one shape."""
-    sources = [open_weights(path) for path in paths]
+# ------------------------------------------------------------------------------------------ before anything is written
+
+
+def open_sources(paths: Sequence[str], log: Callable[[str], None] = print) -> list[Weights]:
+    """Sources of one shape and configuration, headers checked; write_weights hashes what it reads."""
+    sources = [open_weights(path, hashed=False) for path in paths]
     first = sources[0]
     for path, other in zip(paths, sources, strict=True):
         if other.model != first.model:
             ours, theirs = to_dict(first.model), to_dict(other.model)
             fields = [f"{k}: {ours[k]} and {theirs[k]}" for k in ours if ours[k] != theirs[k]]
             raise UserError(f"{paths[0]} and {path} are models of different shapes: {'; '.join(fields)}")
+    for (i, a), (j, b) in itertools.combinations(enumerate(sources), 2):
+        if a.folder.resolve() == b.folder.resolve():
+            log(f"WARNING: {paths[i]} and {paths[j]} are the same weights ({a.folder}): they count twice")
+        elif differences := _other_settings(a.folder, b.folder):
+            log(f"WARNING: config.json of {paths[i]} and {paths[j]} differ in what is not weights: {differences}")
     return sources
 
 
-def write_weights(folder: Path, sources: Sequence[Weights], dtype: torch.dtype) -> None:
-    """model.safetensors (or shards of at most 5 GB and their index) under Hugging Face names without "model."."""
-    config = sources[0].model
-    shapes = hf_shapes(config)
-    shards = _assign(shapes, dtype)
-    origin = _origin(config)
-    weight_map, total = {}, 0
-    for i, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        writer = SafetensorsWriter(folder / file, {n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
-        for name in names:
-            for block in _blocks(sources, origin[name], shapes[name], dtype):
-                if not bool(block.isfinite().all()):
-                    raise UserError(
-                        f"{name} has NaN or infinite values in {_blame(sources, origin[name], shapes[name])}"
-                    )
-                writer.write(block)
-            weight_map[name] = file
-        total += writer.close()["size"]
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_bytes(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
+# What a config.json says about its writer, and the spellings that read_config already compares.
+_NOT_SETTINGS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "rope_")
+
+
+def _other_settings(a: Path, b: Path) -> str:
+    """Differences of two folders' config.json that ModelConfig does not hold, such as is_causal."""
+    if not all((folder / "config.json").is_file() for folder in (a, b)):
+        return ""
+    ours, theirs = read_json(a / "config.json"), read_json(b / "config.json")
+    keys = [k for k in sorted(ours.keys() | theirs.keys()) if not k.startswith(_NOT_SETTINGS)]
+    return "; ".join(f"{k}: {ours.get(k)!r} and {theirs.get(k)!r}" for k in keys if ours.get(k) != theirs.get(k))
+
+
+def check_weights(weights: Sequence[float], num_sources: int) -> None:
+    if len(weights) != num_sources:
+        raise UserError(f"{len(weights)} weights for {num_sources} sources; give one for each, in their order")
+    total = math.fsum(weights)
+    if not abs(total - 1) <= 1e-6:  # NaN too
+        raise UserError(f"the weights {list(weights)} sum to {total!r}; they must sum to 1 (within 1e-6)")
+
+
+def dtype_of(name: str, sources: Sequence[Weights]) -> torch.dtype:
+    """ "auto" is the sources' own, which must then be one."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[name]
+    kinds = {source.dtype for source in sources}
+    if len(kinds) > 1 or torch.float64 in kinds:
+        named = ", ".join(f"{source.folder}: {str(source.dtype).removeprefix('torch.')}" for source in sources)
+        raise UserError(f"the sources' dtypes do not say which one to write ({named}); choose one with --dtype")
+    return sources[0].dtype
+
+
+# ------------------------------------------------------------------------------------------ the streaming pass
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Rows of one tensor that a thread works on."""
+
+    name: str
+    first: int
+    rows: int
+
+
+class _Thread(threading.local):
+    """What each thread keeps from unit to unit."""
+
+    def __init__(self) -> None:
+        self.combiner = Combiner()
+
+
+class _Pass:
+    """The same work on every block of all sources, by a few threads, in the order of the files."""
+
+    def __init__(self, sources: Sequence[Weights], rows: Sequence[Rows]):
+        self.sources, self.rows = sources, rows
+        self.shapes = hf_shapes(sources[0].model)
+        self.local = _Thread()
+
+    def units(self) -> Iterator[_Unit]:
+        for name, shape in self.shapes.items():
+            columns = torch.Size(shape[1:]).numel()
+            row_bytes = columns * sum(rows.dtypes[name].itemsize for rows in self.rows)
+            step = max(1, min(BLOCK_ELEMENTS // columns, READ_BYTES // row_bytes))
+            for first in range(0, shape[0], step):
+                yield _Unit(name, first, min(step, shape[0] - first))
+
+    def read(self, unit: _Unit) -> Tensor:
+        """This unit of all sources as [sources, values]; valid until the thread's next call."""
+        columns = torch.Size(self.shapes[unit.name][1:]).numel()
+        dtypes = [rows.dtypes[unit.name] for rows in self.rows]
+        buffer, N, R = self.local.combiner.buffer, len(self.rows), unit.rows
+        x_NRC = buffer("read", (N, R, columns), widest(dtypes))
+        for x_RC, rows, dtype in zip(x_NRC, self.rows, dtypes, strict=True):
+            if dtype == x_RC.dtype:
+                rows.read(unit.name, unit.first, x_RC)
+            else:
+                narrow = buffer(("read", dtype), (R, columns), dtype)
+                rows.read(unit.name, unit.first, narrow)
+                x_RC.copy_(narrow)
+        return x_NRC.view(N, R * columns)
+
+    def run(self, work: Callable[[_Unit], T]) -> Iterator[tuple[_Unit, T]]:
+        """(unit, its result), in order; the first error ends it."""
+        units = list(self.units())
+        # One more than cores: somebody always waits for the disk.
+        with _one_torch_thread(), ThreadPoolExecutor(_THREADS) as pool:
+            yield from zip(units, pool.map(work, units), strict=True)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Our threads are the parallelism; torch's own inside each of them would fight over the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_weights(
+    folder: Path,
+    sources: Sequence[Weights],
+    dtype: torch.dtype,
+    *,
+    weights: Sequence[float] | None = None,
+    slerp: float | None = None,
+    hashed: bool = True,
+) -> dict[str, Any]:
+    """model.safetensors (or shards of at most 5 GB and their index) under Hugging Face names without "model.".
+
+    weights: of the sources; None is the mean.  slerp: t between the two sources, instead.  hashed: files of checkpoints are
+    compared with their sha256 while they are read.  Returns the report (for one source without distances). UserError names
+    the tensor and the source of a NaN or an infinity.
+    """
+    shapes = hf_shapes(sources[0].model)
+    if weights is not None:
+        check_weights(weights, len(sources))
+    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    check_free_space(folder, total, "the merged model")
+    with ExitStack() as stack:
+        rows = [stack.enter_context(Rows(source)) for source in sources]
+        digests = stack.enter_context(_Digests(rows if hashed else []))
+        stream = _Pass(sources, rows)
+        angles = _slerp_weights(stream, slerp) if slerp is not None else {}
+        output = stack.enter_context(_Output(folder, shapes, dtype))
+        pairs = list(itertools.combinations(range(len(sources)), 2)) if len(sources) <= 3 else []
+
+        def average(unit: _Unit) -> list[float]:
+            x_NV, combiner = stream.read(unit), stream.local.combiner
+            out_V = combiner.buffer("out", (x_NV.shape[1],), dtype)
+            how = angles[unit.name][0] if angles else weights
+            sums = [0.0] * (1 + 2 * len(sources) + len(pairs))
+            for start in range(0, len(out_V), CHUNK_ELEMENTS):
+                chunk = slice(start, start + CHUNK_ELEMENTS)
+                try:
+                    out_V[chunk] = combiner(x_NV[:, chunk], how, dtype)
+                except NonFinite as error:
+                    raise UserError(f"{unit.name} has NaN or infinite values in {blame(error)}") from None
+                if len(sources) > 1:
+                    squares = _squares(x_NV[:, chunk], out_V[chunk], combiner, pairs)
+                    sums = [a + b for a, b in zip(sums, squares, strict=True)]
+            output.write(unit.name, unit.first, out_V)
+            return sums
+
+        def blame(error: NonFinite) -> str:
+            if error.source is None:
+                return f"the average (it overflows {str(dtype).removeprefix('torch.')})"
+            return str(sources[error.source].folder)
+
+        sums: dict[str, list[float]] = {}
+        try:
+            for unit, block in stream.run(average):
+                sums[unit.name] = [a + b for a, b in zip(sums.get(unit.name, [0.0] * len(block)), block, strict=True)]
+        except UserError:
+            digests.check()  # a damaged file explains a NaN
+            raise
+        digests.check()
+        output.finish()
+    report = _report(sources, dtype, sums, pairs)
+    report["method"] = "slerp" if slerp is not None else "mean" if weights is None else "weighted"
+    if slerp is not None:
+        report |= {"t": slerp, "interpolated_linearly": [name for name, (_, linear) in angles.items() if linear]}
+    elif weights is not None:
+        report["weights"] = list(weights)
+    return report
+
+
+class _Digests:
+    """sha256 of the sources' files beside the streaming pass: the disk is read once, the page cache serves the other."""
+
+    def __init__(self, rows: Sequence[Rows]):
+        files = [list(r.sha256.items()) for r in rows]
+        # The first file of each source, then the second...: about where the pass is.
+        order = [file for together in itertools.zip_longest(*files) for file in together if file]
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self._running: list[Future[None]] = [self._pool.submit(sharded.check_digest, *file) for file in order]
+
+    def check(self) -> None:
+        for future in self._running:
+            future.result()
+
+    def __enter__(self) -> _Digests:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class _Output:
+    """The files of the merged model, written at any place by any thread; fsynced by finish()."""
+
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.folder, self.shapes, self.dtype = folder, shapes, dtype
+        self._place: dict[str, tuple[int, int]] = {}  # name -> file descriptor, first byte
+        self._files: dict[str, int] = {}
+        self._left = 0  # bytes; also read by finish() alone, so += under a lock
+        self._lock = threading.Lock()
+        shards = _assign(shapes, dtype)
+        self._weight_map: dict[str, str] = {}
+        for i, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            header, size = safetensors_header({n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
+            fd = self._files[file] = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            os.pwrite(fd, header, 0)
+            end = len(header)
+            for name in names:
+                self._place[name], self._weight_map[name] = (fd, end), file
+                end += torch.Size(shapes[name]).numel() * dtype.itemsize
+            self._left += size
+        self.total = self._left
+
+    def write(self, name: str, first_row: int, values: Tensor) -> None:
+        fd, start = self._place[name]
+        data = values.view(torch.uint8).numpy().data
+        at = start + first_row * torch.Size(self.shapes[name][1:]).numel() * self.dtype.itemsize
+        with self._lock:
+            self._left -= len(data)
+        while len(data):
+            n = os.pwrite(fd, data, at)
+            data, at = data[n:], at + n
+
+    def finish(self) -> None:
+        assert self._left == 0, f"{self.folder}: {self._left} bytes were not written"
+        for fd in self._files.values():
+            os.fsync(fd)
+        if len(self._files) > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": self._weight_map}
+            write_bytes(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for fd in self._files.values():
+            os.close(fd)
 
 
 def _assign(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> list[list[str]]:
@@ -75,105 +316,187 @@ def _assign(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> list[list
     return shards
 
 
-def _origin(config: ModelConfig) -> dict[str, list[tuple[int, int, str, int]]]:
-    """Hugging Face name -> its rows in order as (first row, number of rows, our parameter, first row there)."""
-    origin: dict[str, list[tuple[int, int, str, int]]] = {}
-    for name in parameter_shapes(config):
-        row = 0
-        for hf_name, start, rows in hf_rows(name, config):
-            origin.setdefault(hf_name, []).append((start, rows, name, row))
-            row += rows
-    return {hf_name: sorted(pieces) for hf_name, pieces in origin.items()}
+def _slerp_weights(stream: _Pass, t: float) -> dict[str, tuple[tuple[float, float], bool]]:
+    """name -> the weights of the two sources for this t, and whether they are those of a straight line.
 
-
-def _blocks(
-    sources: Sequence[Weights], pieces: Sequence[tuple[int, int, str, int]], shape: tuple[int, ...], dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """The rows of one Hugging Face tensor in order, averaged over the sources."""
-    columns = shape[1:]
-    step = max(1, BLOCK_ELEMENTS // max(1, torch.Size(columns).numel()))
-    for _, rows, name, first in pieces:
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            box = ((first + start, *(0 for _ in columns)), (count, *columns))
-            yield _mean([s.reader.read_box(name, box) for s in sources], dtype)
-
-
-def _mean(blocks: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """One source is cast; several are summed in fp64 and rounded once."""
-    if len(blocks) == 1:
-        return blocks[0].to(dtype)
-    total = blocks[0].double()
-    for block in blocks[1:]:
-        total += block
-    return round_once(total / len(blocks), dtype)
-
-
-def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp64 -> dtype, correctly rounded (to nearest, ties to even).
-
-    Casting fp64 to bf16 or fp16 goes through fp32 and rounds twice. Rounding to odd on the way to fp32 keeps the second
-    rounding right: fp32 has more than two bits beyond either (Boldo and Melquiond 2008).
+    cos v = <a, b> / (|a| |b|), sums in fp64 over the whole tensor, in a pass of its own.
     """
-    if dtype in (torch.float64, torch.float32):
-        return x.to(dtype)
-    y = x.to(torch.float32)
-    bits = y.view(torch.int32)
-    exact = y.double() == x
-    # Step one ulp towards zero where the nearest fp32 lies beyond x, then set the last bit.
-    truncated = torch.where(y.double().abs() > x.abs(), bits - 1, bits)
-    odd = torch.where(exact, bits, truncated | 1)
-    return odd.view(torch.float32).to(dtype)
+    if len(stream.sources) != 2:
+        raise UserError(f"slerp goes from one source to another; {len(stream.sources)} were given")
+    if not 0 <= t <= 1:
+        raise UserError(f"t={t} of slerp lies outside 0 (the first source) to 1 (the second)")
+
+    def products(unit: _Unit) -> list[float]:
+        x_NV, sums = stream.read(unit), [0.0, 0.0, 0.0]
+        for start in range(0, x_NV.shape[1], CHUNK_ELEMENTS):
+            a, b = x_NV[:, start : start + CHUNK_ELEMENTS].double()
+            sums = [x + float(y) for x, y in zip(sums, (a.dot(a), b.dot(b), a.dot(b)), strict=True)]
+        return sums
+
+    totals: dict[str, list[float]] = {}
+    for unit, sums in stream.run(products):
+        totals[unit.name] = [a + b for a, b in zip(totals.get(unit.name, [0.0] * 3), sums, strict=True)]
+    return {name: slerp_weights(aa, bb, ab, t) for name, (aa, bb, ab) in totals.items()}
 
 
-def _blame(sources: Sequence[Weights], pieces: Sequence[tuple[int, int, str, int]], shape: tuple[int, ...]) -> str:
-    bad = [
-        str(source.folder)
-        for source in sources
-        if any(not bool(b.isfinite().all()) for b in _blocks([source], pieces, shape, torch.float64))
-    ]
-    return ", ".join(bad) or "the average (it overflows the output dtype)"
+def slerp_weights(aa: float, bb: float, ab: float, t: float) -> tuple[tuple[float, float], bool]:
+    """sin((1 - t) v) / sin v and sin(t v) / sin v for cos v = ab / sqrt(aa * bb); (1 - t, t) where that has no direction.
+
+    That is where a or b is zero, and where sin v < 1e-6: parallel tensors, whose slerp weights differ from (1 - t, t) by less
+    than v^2 < 1e-12, and opposite ones, between which every way round is as short.
+    """
+    norm = math.sqrt(aa) * math.sqrt(bb)
+    if norm > 0 and math.isfinite(norm) and math.isfinite(ab):
+        angle = math.acos(max(-1.0, min(1.0, ab / norm)))
+        if math.sin(angle) >= 1e-6:
+            return (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)), False
+    return (1 - t, t), True
+
+
+# ------------------------------------------------------------------------------------------ the report
+
+
+def _squares(x_NC: Tensor, merged_C: Tensor, combiner: Combiner, pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """|m|^2, then |a|^2 and |a - m|^2 of every source, then |a - b|^2 of every pair; fp32 within one chunk."""
+    a_NC = x_NC if x_NC.dtype == torch.float32 else combiner.buffer("fp32", x_NC.shape, torch.float32).copy_(x_NC)
+    m_C = merged_C.float()
+    difference_NC = torch.sub(a_NC, m_C, out=combiner.buffer("difference", a_NC.shape, torch.float32))
+    norms = [torch.linalg.vector_norm(x, dim=1).tolist() for x in (m_C[None], a_NC, difference_NC)]
+    norms.append([float(torch.linalg.vector_norm(a_NC[i] - a_NC[j])) for i, j in pairs])
+    squares = [[norm**2 for norm in group] for group in norms]
+    return squares[0] + [x for both in zip(*squares[1:3], strict=True) for x in both] + squares[3]
+
+
+def _compare(aa: float, bb: float, dd: float) -> dict[str, float | None]:
+    """|a - b| / |a| and the cosine from |a|^2, |b|^2, |a - b|^2; None where they mean nothing."""
+    a, b = math.sqrt(aa), math.sqrt(bb)
+    return {
+        "distance": math.sqrt(dd) / a if a else None,
+        # Not <a, b> / (|a| |b|): for close tensors everything that matters would cancel.
+        "cosine": 1 - (dd - (a - b) ** 2) / (2 * a * b) if a and b else None,
+    }
+
+
+def _report(
+    sources: Sequence[Weights], dtype: torch.dtype, sums: dict[str, list[float]], pairs: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    n = len(sources)
+    shapes = hf_shapes(sources[0].model)
+    report: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_tensors": len(shapes),
+        "num_parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+        "sources": [
+            {"name": source_name(source), "dtype": str(source.dtype).removeprefix("torch.")} for source in sources
+        ],
+    }
+    if n == 1:
+        return report
+
+    def row(values: Sequence[float]) -> dict[str, Any]:
+        mm, squares, between = values[0], values[1 : 1 + 2 * n], values[1 + 2 * n :]
+        result: dict[str, Any] = {
+            "to_merged": [_compare(squares[2 * i], mm, squares[2 * i + 1]) for i in range(n)],
+        }
+        if pairs:
+            result["between"] = [
+                {"sources": [i, j], **_compare(squares[2 * i], squares[2 * j], dd)}
+                for (i, j), dd in zip(pairs, between, strict=True)
+            ]
+        return result
+
+    report["meaning"] = "distance: |a - b| / |a|; cosine: <a, b> / (|a| |b|); a: the source, b: the merged or other one"
+    report["whole"] = row([sum(column) for column in zip(*sums.values(), strict=True)])
+    report["tensors"] = {name: row(values) for name, values in sums.items()}
+    for i, source in enumerate(report["sources"]):
+        distance = {name: tensor["to_merged"][i]["distance"] or 0.0 for name, tensor in report["tensors"].items()}
+        source["farthest"] = sorted(distance, key=lambda name: -distance[name])[:5]
+    # Sources of equal values have equal sums, to the last bit.
+    columns = [tuple(values[k] for values in sums.values() for k in (1 + 2 * i, 2 + 2 * i)) for i in range(n)]
+    report["equal_sources"] = [[i, j] for i, j in itertools.combinations(range(n), 2) if columns[i] == columns[j]]
+    return report
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """A short table for the terminal; warnings last."""
+    if "whole" not in report:
+        return []
+    width = max(len(source["name"]) for source in report["sources"])
+    lines = [f"  {'source':{width}}  distance    1 - cosine  farthest tensor"]
+    for i, source in enumerate(report["sources"]):
+        whole, worst = report["whole"]["to_merged"][i], source["farthest"][0]
+        far = report["tensors"][worst]["to_merged"][i]["distance"]
+        figures = [_short(whole["distance"]), _short(None if whole["cosine"] is None else 1 - whole["cosine"])]
+        lines.append(f"  {source['name']:{width}}  {figures[0]:10}  {figures[1]:10}  {worst} ({_short(far)})")
+    for i, j in report["equal_sources"]:
+        a, b = (report["sources"][k]["name"] for k in (i, j))
+        lines.append(f"WARNING: {a} and {b} hold the same weights: they count twice")
+    return lines
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    write_bytes(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+
+
+# ------------------------------------------------------------------------------------------ greedy soup
+
+
+def greedy_soup(
+    names: Sequence[str], score: Callable[[Sequence[int]], float]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The sources to average, and every decision: from the best source down, each stays if the average with it scores at
+    least as well as without it (Wortsman et al. 2022, greedy soup). score([i, ...]) is the average's, higher is better.
+    """
+    decisions: list[dict[str, Any]] = []
+
+    def scored(members: list[int]) -> float:
+        value = score(members)
+        decisions.append({"sources": [names[i] for i in members], "score": value})
+        return value
+
+    own = [scored([i]) for i in range(len(names))]
+    first, *others = sorted(range(len(names)), key=lambda i: -own[i])  # stable: of equal ones the first given
+    kept, best = [first], own[first]
+    for i in others:
+        value = scored([*kept, i])
+        decisions[-1]["kept"] = value >= best
+        if value >= best:
+            kept, best = [*kept, i], value
+    return kept, decisions
+
+
+# ------------------------------------------------------------------------------------------ what the model card says
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What the manifests of our checkpoints know about the training, for the model card and the query prompt."""
+    """What the sources know about the texts they were trained on."""
 
-    tasks: list[str]  # distinct query instructions
+    query_prompts: list[str]  # distinct ones, verbatim
     max_length: int  # tokens
-    init_from: str
-    datasets: list[dict[str, Any]]
-    recipe: dict[str, Any]
 
 
 def training_facts(sources: Sequence[Weights]) -> TrainingFacts:
+    """From the manifests of our checkpoints and the sentence-transformers files of Hugging Face folders."""
     configs = [m["config"] for m in (getattr(s.reader, "manifest", {}) for s in sources) if "config" in m]
     data = [dataset for config in configs for dataset in config["data"]["datasets"]]
+    prompts = {query_prompt(dataset["task"]) for dataset in data}
     lengths = [config["data"][key] for config in configs for key in ("query_max_length", "document_max_length")]
-    rows = {
-        (Path(dataset["path"]).name, dataset["task"]): {"name": Path(dataset["path"]).name, "task": dataset["task"]}
-        for dataset in data
-    }
-    return TrainingFacts(
-        tasks=sorted({dataset["task"] for dataset in data}),
-        max_length=max(lengths, default=512),
-        # A name, not a path of this machine: "runs/stage1", "meta-llama/Llama-3.1-8B".
-        init_from="/".join(Path(configs[0]["init_from"]).parts[-2:]) if configs else "",
-        datasets=list(rows.values()),
-        recipe={k: configs[0][k] for k in ("steps", "global_batch_size", "loss", "optim", "precision")}
-        if configs
-        else {},
-    )
+    for source in sources:
+        if (path := source.folder / "config_sentence_transformers.json").is_file():
+            known = read_json(path).get("prompts")
+            prompts |= {known["query"]} if isinstance(known, dict) and isinstance(known.get("query"), str) else set()
+        if (path := source.folder / "sentence_bert_config.json").is_file():
+            length = read_json(path).get("max_seq_length")
+            lengths += [length] if isinstance(length, int) else []
+    return TrainingFacts(sorted(prompts), max(lengths, default=512))
 
 
 def source_name(source: Weights) -> str:
     """run/step-00000500 or the folder's own name: no path of this machine goes into a model card."""
     parts = source.folder.absolute().parts
     return "/".join(parts[-2:]) if "manifest" in vars(source.reader) else parts[-1]
-
-
-def dtype_of(name: str, sources: Sequence[Weights]) -> torch.dtype:
-    """ "auto" is the widest dtype among the sources."""
-    if name == "auto":
-        return next(d for d in DTYPES if any(s.dtype == d for s in sources))
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[name]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
-from nemo_embed_core.model.hf import Box, HFReader, local_box, parameter_shapes, tp_dim
+from nemo_embed_core.checkpoint.files import read_safetensors_header
+from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.model.hf import Box, HFReader, hf_rows, hf_shapes, local_box, parameter_shapes, tp_dim
 from nemo_embed_core.model.hf_config import read_config
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.parallel.fsdp import plain_name
@@ -31,7 +34,7 @@ class Weights:
     reader: BoxReader
     folder: Path
     dtype: torch.dtype  # of the stored values
-    digest: str  # changes when a weight changes
+    digest: str  # changes when a weight changes; "" when opened without hashing
 
 
 class RandomReader:
@@ -46,22 +49,13 @@ class RandomReader:
         return whole[tuple(slice(o, o + s) for o, s in zip(*box, strict=True))]
 
 
-def model_from_dict(values: dict) -> ModelConfig:
-    """ModelConfig from the manifest."""
-    scaling = values.get("rope_scaling")
-    try:
-        return ModelConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-    except TypeError as error:
-        raise sharded.CheckpointError(f"the manifest's model does not fit this version: {error}") from None
-
-
 def read_model_config(path: str) -> ModelConfig:
     """The shape alone, without touching a weight: for checks that must come before any process group."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a Hugging Face folder, a checkpoint or a run of ours")
     if sharded.is_checkpoint(folder):
-        return model_from_dict(sharded.read_manifest(sharded.find(folder))["model"])
+        return sharded.model_from_dict(sharded.read_manifest(sharded.find(folder))["model"])
     return read_config(folder)
 
 
@@ -70,21 +64,152 @@ def tokenizer_folder(path: str) -> Path:
     return sharded.find(folder) if sharded.is_checkpoint(folder) else folder
 
 
-def open_weights(path: str) -> Weights:
-    """Names and shapes are checked; of a checkpoint of ours every file's sha256 too."""
+def open_weights(path: str, hashed: bool = True) -> Weights:
+    """Names and shapes are checked; of a checkpoint of ours the sha256 of every file with weights too.
+
+    hashed=False: nothing but headers is read; who reads the rest compares `Rows.sha256` itself.
+    """
     config = read_model_config(path)
     folder = Path(path)
     if sharded.is_checkpoint(folder):
         folder = sharded.find(folder)
-        manifest = sharded.verify(folder)
+        manifest = sharded.verify(folder, weights_only=True, hashed=hashed)
         reader = sharded.Reader(folder)
         expected = parameter_shapes(config)
         reader.check({**expected, **{p + n: s for n, s in expected.items() for p in sharded.OPTIM_PREFIXES}})
         digests = sorted(f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-"))
-        dtype = getattr(torch, manifest.get("export_dtype", "float32"))
-        return Weights(config, reader, folder, dtype, hashlib.sha256("".join(digests).encode()).hexdigest())
+        dtype = getattr(torch, manifest["export_dtype"])
+        digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
+        return Weights(config, reader, folder, dtype, digest)
     hf = HFReader(folder, config)
-    return Weights(config, hf, folder, hf.dtype, hf.digest())
+    return Weights(config, hf, folder, hf.dtype, hf.digest() if hashed else "")
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of a Hugging Face tensor that stand together in a file: [rows, columns] from `offset` (bytes) on."""
+
+    first: int  # row of the tensor
+    rows: int
+    column: int
+    columns: int
+    path: Path
+    offset: int
+
+
+class Rows:
+    """Rows of Hugging Face tensors from plain reads into the caller's memory, whatever the source; for many threads.
+
+    Nothing is mapped: pages of a mapped file count as this process's memory. `sha256` has what the files should hash to,
+    where the source says it (checkpoints of ours).
+    """
+
+    def __init__(self, weights: Weights):
+        self.shapes = hf_shapes(weights.model)
+        self.sha256: dict[Path, str] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._segments: dict[str, list[_Segment]] = {}
+        self._files: dict[Path, int] = {}
+        self._headers: dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...], int]]] = {}
+        try:
+            if isinstance(weights.reader, sharded.Reader):
+                self._checkpoint(weights.reader, weights.model)
+            else:
+                assert isinstance(weights.reader, HFReader), weights.reader
+                for name, (stored, file) in weights.reader._where.items():
+                    if name in self.shapes:
+                        self._add(name, weights.folder / file, stored, self.shapes[name])
+        except BaseException:
+            self.close()
+            raise
+
+    def _checkpoint(self, reader: sharded.Reader, model: ModelConfig) -> None:
+        for parameter in parameter_shapes(model):
+            row = 0
+            for name, start, count in hf_rows(parameter, model):
+                for piece in reader.manifest["pieces"][parameter]:
+                    path, offset, size = reader.folder / piece["file"], piece["offset"], piece["size"]
+                    self.sha256[path] = reader.manifest["files"][piece["file"]]["sha256"]
+                    low, high = max(row, offset[0]), min(row + count, offset[0] + size[0])
+                    if low < high:
+                        self._add(
+                            name,
+                            path,
+                            parameter,
+                            tuple(size),
+                            start + low - row,
+                            low - offset[0],
+                            high - low,
+                            *offset[1:],
+                        )
+                row += count
+
+    def _add(
+        self,
+        name: str,
+        path: Path,
+        stored: str,
+        shape: tuple[int, ...],
+        first: int = 0,
+        skip: int = 0,
+        rows: int | None = None,
+        column: int = 0,
+    ) -> None:
+        """`rows` rows from row `skip` of the file's tensor `stored` on are rows `first`... of `name`."""
+        if path not in self._headers:
+            try:
+                with safe_open(path, framework="pt"):  # checks the header and the size of the file
+                    self._headers[path] = read_safetensors_header(path)
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            except (SafetensorError, OSError) as error:
+                raise sharded.CheckpointError(f"{path}: {error}") from None
+        dtype, have, offset = self._headers[path].get(stored, (None, None, 0))
+        if dtype is None or have != shape or self.dtypes.setdefault(name, dtype) != dtype:
+            raise sharded.CheckpointError(f"{path}: {stored} is {dtype} {have}, expected {shape}")
+        columns = torch.Size(shape[1:]).numel()
+        segment = _Segment(
+            first, shape[0] if rows is None else rows, column, columns, path, offset + skip * columns * dtype.itemsize
+        )
+        self._segments.setdefault(name, []).append(segment)
+
+    def read(self, name: str, first: int, out_RC: Tensor) -> None:
+        """Rows first, first + 1, ... of the tensor (a vector is one column) into `out_RC`, of dtypes[name]."""
+        R, C = out_RC.shape
+        filled = 0
+        for segment in self._segments[name]:
+            low, high = max(first, segment.first), min(first + R, segment.first + segment.rows)
+            if low >= high:
+                continue
+            target = out_RC[low - first : high - first, segment.column : segment.column + segment.columns]
+            part = target if segment.columns == C else torch.empty(target.shape, dtype=out_RC.dtype)
+            offset = segment.offset + (low - segment.first) * segment.columns * out_RC.itemsize
+            self._read_bytes(segment.path, offset, part.view(-1).view(torch.uint8).numpy().data)
+            if part is not target:
+                target.copy_(part)
+            filled += part.numel()
+        assert filled == out_RC.numel(), f"{name}: {filled} of {out_RC.numel()} elements from row {first}"
+
+    def _read_bytes(self, path: Path, offset: int, out: memoryview) -> None:
+        while len(out):
+            try:
+                n = os.preadv(self._files[path], [out], offset)
+            except OSError as error:
+                raise sharded.CheckpointError(f"{path} cannot be read: {error}") from None
+            if n == 0:
+                raise sharded.CheckpointError(f"{path} ended at byte {offset}; it was changed while it was read")
+            out, offset = out[n:], offset + n
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
 
 def fill(

@@ -93,7 +93,7 @@ def is_foreign(path: str | Path) -> bool:
     modes = {key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True}
     is_mean = modes == {"pooling_mode_mean_tokens"} or (not modes and pooling.get("pooling_mode") == "mean")
     return not (
-        config.get("model_type") == "llama"
+        config.get("model_type") in ("llama", "llama_bidirec")
         and config.get("is_causal") is False
         and kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
         and is_mean

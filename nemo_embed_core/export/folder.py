@@ -8,34 +8,29 @@ export/verify.py re-opens the whole folder and proves it. Spellings are chosen f
 - RoPE in both spellings: transformers 4 and TEI know `rope_theta` + `rope_scaling`, transformers 5 `rope_parameters`.
 - sentence-transformers files in the verbose spelling of its versions before 5.4: what 5.4 and later save themselves is not
   understood by TEI, llama.cpp's converter and older vLLM (which then pools the last token without a word).
+
+Two formats with the same tensors: "native" is a plain LlamaModel and needs no code; "compat" is a `llama_bidirec` with
+remote/modeling_llama_bidirec.py beside the weights, for transformers that do not know `is_causal` in config.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.export.card import REMOTE_CODE, Card, Format, model_card
 
 DTYPES = ("float32", "bfloat16", "float16")  # as transformers and torch name them
 
-
-class Card(TypedDict, total=False):
-    """What the model card says; whatever is not given is not written."""
-
-    title: str
-    base_model: str  # hub id or folder of the weights that training started from
-    parents: list[str]  # the run that these weights are from, or the runs and folders that were averaged
-    license: str  # an identifier of the Hugging Face hub, e.g. "apache-2.0"
-    datasets: list[dict[str, Any]]  # one row of facts per source, e.g. {"name", "rows", "digest"}
-    recipe: dict[str, Any]  # options of the run, nested or flat
-    metrics: dict[str, dict[str, float]]  # {evaluation: {metric: value}}
-    command: str
-    commit: str
+ARCHITECTURES = {"llama": "LlamaModel", "llama_bidirec": "LlamaBidirectionalModel"}  # by model_type
+AUTO_MAP = {
+    "AutoConfig": "modeling_llama_bidirec.LlamaBidirectionalConfig",
+    "AutoModel": "modeling_llama_bidirec.LlamaBidirectionalModel",
+}
 
 
 def write_folder(
@@ -44,40 +39,50 @@ def write_folder(
     dtype: str,
     tokenizer_files: Mapping[str, bytes],
     *,
+    format: Format = "native",
     query_prompt: str = "",
     max_seq_length: int = 512,
     card: Card,
 ) -> None:
     """Write config.json, the tokenizer, the sentence-transformers files and README.md into `output` (made if missing).
 
-    dtype: of the weights, "float32", "bfloat16" or "float16".  query_prompt: put before queries, verbatim; documents are
-    raw.  max_seq_length: tokens, special tokens included.  UserError when the tokenizer does not fit the model.
+    dtype: of the weights, "float32", "bfloat16" or "float16".  format: "native" for transformers >= 5.2, "compat" adds the
+    code that 4.51 and later need.  query_prompt: put before queries, verbatim; documents are raw.  max_seq_length: tokens,
+    special tokens included.  UserError when the tokenizer does not fit the model.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} of an export must be one of {', '.join(DTYPES)}")
     unknown = set(card) - set(Card.__annotations__)
     assert not unknown, f"model card has no place for {sorted(unknown)}"
-    files, special_ids = _tokenizer(tokenizer_files, model)
+    files, special_ids = _tokenizer(tokenizer_files, model, format)
+    files |= card.get("license_files", {})
+    if format == "compat":
+        files[REMOTE_CODE.name] = REMOTE_CODE.read_bytes()
 
     output.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (output / name).write_bytes(content)
-    _write_json(output / "config.json", hf_config(model, dtype, special_ids))
+    _write_json(output / "config.json", hf_config(model, dtype, special_ids, format))
     for name, value in sentence_transformers_files(model.hidden_size, query_prompt, max_seq_length).items():
         _write_json(output / name, value)
     # Normalize has no settings; the folder exists because modules.json names it.
     (output / "2_Normalize").mkdir(exist_ok=True)
-    (output / "README.md").write_text(model_card(model, dtype, query_prompt, max_seq_length, card), encoding="utf-8")
+    text = model_card(model, dtype, query_prompt, max_seq_length, card, format)
+    (output / "README.md").write_text(text, encoding="utf-8")
 
 
-def hf_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """config.json of a bidirectional `LlamaModel`; `special_ids` has bos_token_id, eos_token_id, pad_token_id."""
+def hf_config(
+    model: ModelConfig, dtype: str, special_ids: Mapping[str, int | None], format: Format = "native"
+) -> dict[str, Any]:
+    """config.json of a bidirectional Llama; `special_ids` has bos_token_id, eos_token_id, pad_token_id."""
+    model_type = {"native": "llama", "compat": "llama_bidirec"}[format]
     scaling = None
     if model.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **dataclasses.asdict(model.rope_scaling)}
     return {
-        "architectures": ["LlamaModel"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **({"auto_map": AUTO_MAP} if format == "compat" else {}),
         "is_causal": False,
         "use_bidirectional_attention": True,
         "pooling": "avg",
@@ -133,7 +138,9 @@ def sentence_transformers_files(hidden_size: int, query_prompt: str, max_seq_len
     }
 
 
-def _tokenizer(given: Mapping[str, bytes], model: ModelConfig) -> tuple[dict[str, bytes], dict[str, int | None]]:
+def _tokenizer(
+    given: Mapping[str, bytes], model: ModelConfig, format: Format
+) -> tuple[dict[str, bytes], dict[str, int | None]]:
     """The files to write (as given, tokenizer_config.json completed where it lacks something) and config.json's ids."""
     from tokenizers import Tokenizer
 
@@ -148,8 +155,15 @@ def _tokenizer(given: Mapping[str, bytes], model: ModelConfig) -> tuple[dict[str
         )
     config = json.loads(given.get("tokenizer_config.json", b"{}"))
     added: dict[str, Any] = {}
-    # Transformers 4 refuses this class, which is right: it would run the model causally.
-    if not config.get("tokenizer_class"):
+    is_changed = config.pop("auto_map", None) is not None  # tokenizer.json is complete: no tokenizer code is passed on
+    if format == "compat":
+        # The spelling of transformers 4, which 5 reads too; 4 stops at the names that 5 writes.
+        if config.get("tokenizer_class", "TokenizersBackend") in ("TokenizersBackend", None):
+            added["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            added["additional_special_tokens"] = config.pop("extra_special_tokens")
+    elif not config.get("tokenizer_class"):
+        # Transformers 4 refuses this class, which is right: it would run the model causally.
         added["tokenizer_class"] = "TokenizersBackend"
     if not config.get("model_max_length"):
         added["model_max_length"] = model.max_position_embeddings
@@ -176,7 +190,7 @@ def _tokenizer(given: Mapping[str, bytes], model: ModelConfig) -> tuple[dict[str
         if token is not None and special_ids[f"{key}_id"] is None:
             raise UserError(f"tokenizer_config.json names {key} {token!r}, which tokenizer.json does not have")
     files = dict(given)
-    if added:
+    if added or is_changed:
         files["tokenizer_config.json"] = _json({**config, **added})
     return files, special_ids
 
@@ -184,116 +198,6 @@ def _tokenizer(given: Mapping[str, bytes], model: ModelConfig) -> tuple[dict[str
 def _content(token: Any) -> str | None:
     """A special token of tokenizer_config.json: a string, or {"content": ...} in older files."""
     return token["content"] if isinstance(token, dict) else token or None
-
-
-# ------------------------------------------------------------------------------------------ model card
-
-
-def model_card(model: ModelConfig, dtype: str, query_prompt: str, max_seq_length: int, card: Card) -> str:
-    """README.md: what is known, in the hub's front matter and in words. No figure that was not handed in."""
-    import yaml
-
-    base = card.get("base_model", "")
-    title = card.get("title") or "Bidirectional Llama text embedding model"
-    parents = [Path(parent).name for parent in card.get("parents", [])]
-    is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
-    front: dict[str, Any] = {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity"],
-    }
-    if "license" in card:
-        front["license"] = card["license"]
-    if is_hub_id:
-        front["base_model"] = base
-
-    shape = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, {model.num_attention_heads} query and "
-    shape += f"{model.num_key_value_heads} key/value heads, vocabulary {model.vocab_size}, {dtype}"
-    query = f"`{json.dumps(query_prompt, ensure_ascii=False)}` (JSON spelling)" if query_prompt else "none"
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        f"# {title}",
-        "",
-        "Text embeddings from a Llama without its causal mask: mean of the last hidden states over all tokens (special",
-        "tokens and prompt included), then L2 normalisation. Scores are cosines. Trained with nemo_embed_core.",
-        "",
-        f"- Shape: {shape}",
-        f"- Longest text: {max_seq_length} tokens; longer ones are cut",
-        f"- Prompt before queries: {query}; before documents: none",
-        *([f"- Base model: {base if is_hub_id else Path(base).name}"] if base else []),
-        *([f"- {'Average of' if len(parents) > 1 else 'Weights of'}: {', '.join(parents)}"] if parents else []),
-        "",
-        "## Usage",
-        "",
-        "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, run the model with a causal",
-        "mask and return other vectors without an error.",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        'model = SentenceTransformer("path/to/this/folder")',
-        'queries = model.encode_query(["how do plants turn light into sugar?"])',
-        'documents = model.encode_document(["Photosynthesis stores the energy of light in glucose."])',
-        "print(model.similarity(queries, documents))",
-        "```",
-        "",
-        "With transformers alone:",
-        "",
-        "```python",
-        "import torch",
-        "from transformers import AutoModel, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        'model = AutoModel.from_pretrained("path/to/this/folder").eval()',
-        f"prompt = {query_prompt!r}  # before queries only",
-        'texts = [prompt + "how do plants turn light into sugar?"]',
-        f'batch = tokenizer(texts, padding=True, truncation=True, max_length={max_seq_length}, return_tensors="pt")',
-        "with torch.no_grad():",
-        "    hidden = model(**batch).last_hidden_state.float()",
-        'mask = batch["attention_mask"][..., None]',
-        "embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)",
-        "```",
-    ]
-    if card.get("datasets"):
-        columns = list(dict.fromkeys(key for row in card["datasets"] for key in row))
-        rows = [[row.get(column, "") for column in columns] for row in card["datasets"]]
-        lines += ["", "## Training data", "", *_table(columns, rows)]
-    if card.get("recipe"):
-        lines += ["", "## Recipe", "", *_table(["option", "value"], [[k, v] for k, v in _flat(card["recipe"])])]
-    if card.get("metrics"):
-        rows = [[name, metric, value] for name, values in card["metrics"].items() for metric, value in values.items()]
-        lines += ["", "## Results", "", *_table(["evaluation", "metric", "value"], rows)]
-    facts = {"command": card.get("command"), "commit": card.get("commit")}
-    if any(facts.values()):
-        lines += ["", "## Provenance", ""]
-        lines += [f"- {name}: `{fact}`" for name, fact in facts.items() if fact]
-    if "llama" in Path(base).name.lower():
-        lines += [
-            "",
-            "## Licence of the base model",
-            "",
-            f"The base model, {Path(base).name}, says Llama. Weights derived from Meta's Llama models stay under the licence of",
-            "their version. Since Llama 3 it asks whoever distributes a derived model to pass on a copy of that licence, to show",
-            '"Built with Llama" prominently, and to begin the name of the derived model with "Llama". Read the licence that came',
-            "with the base model before you publish this folder.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in [header, *rows]]
-    body = ["| " + " | ".join(row) + " |" for row in cells]
-    return [body[0], "|" + " --- |" * len(header), *body[1:]]
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """{"optim": {"lr": 1}} -> [("optim.lr", 1)]"""
-    flat: list[tuple[str, Any]] = []
-    for key, value in options.items():
-        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
-    return flat
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -22,10 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.export.folder import ARCHITECTURES, AUTO_MAP, REMOTE_CODE
 
-# Two unit vectors for the same text and weights, by dtype of the weights: largest difference of one coordinate, and
-# distance. The distance is what binds for wide models: at 4096 channels a coordinate is 0.016, so 2e-2 alone says little.
-# Random Llamas of 2 to 32 layers and 2 to 100 tokens: bf16 is up to 3e-3 and 1.6e-2 from fp32, a causal mask at least 0.4.
+# Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference of one
+# coordinate, and distance. The distance is what binds for wide models: at 4096 channels a coordinate is 0.016, so 2e-2 alone
+# says little. About twice what random Llamas of 32 layers measure (tests/export/test_verify.py). A lost RoPE scaling can
+# stay below bf16's tolerance, which is why everything is compared in fp32 first.
 TOLERANCE = {"float32": (1e-5, 1e-4), "float16": (5e-3, 1e-2), "bfloat16": (2e-2, 4e-2)}
 
 # One word, scripts of one to four bytes a character, a prompt, special-token look-alikes, and a text that needs cutting.
@@ -42,48 +44,53 @@ TEXTS = (
 PROBE = 1  # of TEXTS: whose last token is replaced
 
 
-def verify_folder(path: Path | str, embed: Callable[[list[str]], np.ndarray] | None = None) -> dict[str, Any]:
+def verify_folder(
+    path: Path | str, embed: Callable[[list[str]], np.ndarray] | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Check an exported folder, weights to embeddings; UserError names the first thing that is wrong.
 
-    embed(texts) -> [N, D] unit rows of our own encoder for raw texts (no prompt), cut at the folder's max_seq_length; when
-    given, transformers and sentence-transformers must agree with it within TOLERANCE of the weights' dtype, as they must
-    with each other. Returns what was measured. Takes the time of two loads on the CPU and two library imports.
+    embed(texts) -> [N, D] unit rows of our own encoder in fp32 for raw texts (no prompt), cut at the folder's
+    max_seq_length. Whatever the weights' dtype is, it must agree with transformers and sentence-transformers in fp32 as
+    fp32 does; what sentence-transformers gives in that dtype is held to its own TOLERANCE. Code in the folder is run only
+    when it is the file that we write, or with trust_remote_code. Returns what was measured. Takes the time of two loads on
+    the CPU and two library imports.
     """
     path = Path(path)
     config = _read_object(path / "config.json")
+    has_code = _check_code(path, config, trust_remote_code)
     dtype = _check_config(path, config)
     expected = expected_tensors(config)
     num_parameters = _check_weights(path, expected, dtype)
     max_seq_length = _check_sentence_transformers_files(path, config)
-    vectors = _reload(path, max_seq_length)
-    # Exactly 0 where the mask is causal, at any precision: the first token then never sees the last one.
-    change = float(vectors["first_state_change"])
-    if not change > 0:
-        raise UserError(
-            f"{path} runs with a causal mask: replacing the last token leaves the first token's hidden state unchanged. "
-            f"config.json must have is_causal: false (found: {json.dumps(config.get('is_causal', 'nothing'))}) and "
-            f"transformers must be >= 5.2 (found: {vectors['transformers_version']}), older ones ignore it"
-        )
+    vectors = _reload(path, max_seq_length, has_code)
+    changes = dict(zip(vectors["case_names"].tolist(), vectors["first_state_changes"].tolist(), strict=True))
+    _check_bidirectional(path, config, changes, str(vectors["transformers_version"]), has_code)
     _check_tokens(path, vectors, max_seq_length)
-    named = {"transformers": vectors["transformers_ND"], "sentence-transformers": vectors["sentence_transformers_ND"]}
+
+    transformers_ND, left_ND = vectors["transformers_ND"], vectors["left_padded_ND"]
+    in_fp32 = {"transformers": transformers_ND, "sentence-transformers": vectors["sentence_transformers_ND"]}
     if embed is not None:
-        named["our encoder"] = np.asarray(embed(list(TEXTS)), dtype=np.float32)
-    differences = compare_vectors(path, named, dtype)
+        in_fp32["our encoder"] = np.asarray(embed(list(TEXTS)), dtype=np.float32)
+    differences = compare_vectors(path, in_fp32, "float32")
+    sides = {"padded on the right": transformers_ND[: len(left_ND)], "padded on the left": left_ND}
+    differences |= compare_vectors(path, sides, "float32")
+    as_loaded = {"transformers": transformers_ND, f"sentence-transformers in {dtype}": vectors["as_loaded_ND"]}
+    differences |= compare_vectors(path, as_loaded, dtype)
     return {
         "tensors": len(expected),
         "parameters": num_parameters,
         "dtype": dtype,
         "texts": len(TEXTS),
         "max_abs_diff": differences,
-        "tolerance": TOLERANCE[dtype][0],
-        "first_state_change": change,
+        "tolerance": {name: TOLERANCE[name][0] for name in ("float32", dtype)},
+        "smallest_first_state_change": min(changes.values()),
         "transformers": str(vectors["transformers_version"]),
         "sentence_transformers": str(vectors["sentence_transformers_version"]),
     }
 
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a headless LlamaModel with this config.json, no more and no less."""
+    """{name: shape} of a headless Llama with this config.json, no more and no less."""
     hidden_size, intermediate_size = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
     q_rows = config["num_attention_heads"] * head_dim
@@ -139,7 +146,7 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no {file.name}; an exported folder needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, IsADirectoryError) as error:
         raise UserError(f"{file} is not valid JSON ({error}); export the folder again") from None
 
 
@@ -155,11 +162,58 @@ def _require(file: Path, found: Any, wanted: Any, what: str) -> None:
         raise UserError(f"{file}: {what} is {json.dumps(found)} and must be {json.dumps(wanted)}")
 
 
+def _check_code(path: Path, config: dict[str, Any], trusted: bool) -> bool:
+    """Whether loading the folder runs Python that it names. UserError unless that is our file, byte for byte, or `trusted`."""
+    foreign, has_code = [], False
+    for file in sorted(path.rglob("*.json")):
+        # The key by which transformers imports a class out of the folder, or out of another folder or repository.
+        auto_map = value.get("auto_map") if isinstance(value := _read_json(file), dict) else None
+        if auto_map is not None:
+            has_code = True
+            if file != path / "config.json" or auto_map != AUTO_MAP:
+                foreign.append(f"auto_map in {file.relative_to(path)}")
+            elif not (path / REMOTE_CODE.name).is_file():
+                raise UserError(
+                    f"{path} has no {REMOTE_CODE.name}, which auto_map in config.json names; export it again"
+                )
+            elif (path / REMOTE_CODE.name).read_bytes() != REMOTE_CODE.read_bytes():
+                foreign.append(REMOTE_CODE.name)
+    if has_code and (path / "adapter_config.json").exists():
+        foreign.append("adapter_config.json, which loads yet another folder")
+    if foreign and not trusted:
+        raise UserError(
+            f"{path} brings code that this version did not write ({', '.join(foreign)}), and checking the folder would run it. "
+            f"Read it, then add --trust-remote-code; without that flag a folder may name no code, or exactly the "
+            f"{REMOTE_CODE.name} of --format compat"
+        )
+    return has_code
+
+
+def _check_bidirectional(
+    path: Path, config: dict[str, Any], changes: dict[str, float], version: str, has_code: bool
+) -> None:
+    causal = [case for case, change in changes.items() if not change > 0]
+    if not causal:
+        return
+    found = json.dumps(config.get("is_causal", "nothing"))
+    if has_code:
+        remedy = f"The code that the folder brings does not remove the mask in transformers {version}"
+    else:
+        remedy = f"config.json must have is_causal: false (found: {found}) and transformers must be >= 5.2 (found: {version})"
+        remedy += ", older ones ignore it"
+    raise UserError(
+        f"{path} runs with a causal mask in {len(causal)} of {len(changes)} cases ({'; '.join(causal)}): replacing the last "
+        f"token leaves the first token's hidden state unchanged. {remedy}"
+    )
+
+
 def _check_config(path: Path, config: dict[str, Any]) -> str:
     """The dtype of the weights. Whether attention is causal is not read here but seen in the hidden states."""
     file = path / "config.json"
-    _require(file, config.get("model_type"), "llama", "model_type")
-    _require(file, config.get("architectures"), ["LlamaModel"], "architectures")
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"{file}: model_type is {json.dumps(model_type)} and must be one of {', '.join(ARCHITECTURES)}")
+    _require(file, config.get("architectures"), [ARCHITECTURES[model_type]], "architectures")
     for key in ("attention_bias", "mlp_bias"):
         _require(file, config.get(key, False), False, key)
     _require(file, config.get("hidden_act", "silu"), "silu", "hidden_act")
@@ -293,22 +347,35 @@ def _check_tensor(file: Path, name: str, tensor: Any, shape: tuple[int, ...], dt
 # ------------------------------------------------------------------------------------------ another process
 
 
-def _reload(path: Path, max_seq_length: int) -> dict[str, np.ndarray]:
+def run_reload(
+    python: str, path: Path, output: Path, max_seq_length: int, trust_remote_code: bool
+) -> subprocess.CompletedProcess[str]:
+    """reload.py on the folder with this interpreter, its arrays into `output`; beside it, what the libraries write."""
+    request = output.with_name("request.json")
+    settings = {"max_seq_length": max_seq_length, "probe": PROBE, "trust_remote_code": trust_remote_code}
+    request.write_text(json.dumps({"texts": TEXTS, **settings}))
+    return subprocess.run(
+        [python, str(Path(__file__).with_name("reload.py")), str(path.resolve()), str(request), str(output)],
+        cwd=output.parent,
+        env={
+            **os.environ,
+            **{"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            "PYTHONSAFEPATH": "1",  # keeps this folder (verify.py, folder.py) off the module path of the child
+            "HF_MODULES_CACHE": str(output.parent / "modules"),  # where remote code is copied to and imported from
+        },
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+
+
+def _reload(path: Path, max_seq_length: int, trust_remote_code: bool) -> dict[str, np.ndarray]:
     """reload.py's arrays. A fresh interpreter: nothing that this one has imported, patched or cached takes part."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError("verifying an export needs sentence-transformers: pip install 'nemo_embed_core[eval]'")
     with tempfile.TemporaryDirectory() as scratch:
-        texts, output = Path(scratch) / "texts.json", Path(scratch) / "vectors.npz"
-        texts.write_text(json.dumps({"texts": TEXTS, "max_seq_length": max_seq_length, "probe": PROBE}))
-        child = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("reload.py")), str(path.resolve()), str(texts), str(output)],
-            cwd=scratch,
-            # PYTHONSAFEPATH keeps this folder (verify.py, folder.py) off the module path of the child.
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"},
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        output = Path(scratch) / "vectors.npz"
+        child = run_reload(sys.executable, path, output, max_seq_length, trust_remote_code)
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
             raise UserError(

@@ -1,20 +1,33 @@
 """merge(save(load(x))) is x, bit for bit; averages are correctly rounded; nothing half-written is left."""
 
 import dataclasses
+import importlib.util
 import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import Server
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, train_config, write_tokenizer
 
-from nemo_embed_core.checkpoint import merge, sharded
+from nemo_embed_core.checkpoint import average, merge, sharded
+from nemo_embed_core.checkpoint.files import new_folder
 from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model import hf
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfig = MODEL) -> Path:
@@ -114,7 +127,7 @@ def test_rounding_once_beats_rounding_twice() -> None:
     x = torch.tensor([1 + 2**-8 + 2**-40, -(1 + 2**-8 + 2**-40), 1 + 2**-8, 1e-46, -1e-46, 0.0], dtype=torch.float64)
     assert x[:1].to(torch.bfloat16).item() == 1.0, "torch's own cast rounds twice"
     want = [1 + 2**-7, -(1 + 2**-7), 1.0, 0.0, -0.0, 0.0]
-    assert merge.round_once(x, torch.bfloat16).tolist() == want
+    assert average.round_once(x, torch.bfloat16).tolist() == want
 
 
 def test_sources_of_other_shapes_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
@@ -138,3 +151,300 @@ def test_a_missing_or_doubled_piece_is_found(tmp_path: Path) -> None:
         sharded._check_coverage(tmp_path, "w", [4, 4], [*pieces, {"file": "c", "offset": [1, 0], "size": [1, 4]}])
     with pytest.raises(sharded.CheckpointError, match="outside its shape"):
         sharded._check_coverage(tmp_path, "w", [3, 4], pieces)
+
+
+# ------------------------------------------------------------------------------------------ weights, slerp, soup
+
+
+def launcher(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
+    """launch/merge.py with these arguments, without loading what it wrote into other libraries."""
+    spec = importlib.util.spec_from_file_location("merge_launcher", ROOT / "launch/merge.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "check", lambda folder: None)
+    monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, argv)])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("three")
+    return [write_hf(folder / f"m{i}", torch.float32, seed=i) for i in range(3)]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_weights_are_applied_in_the_order_of_the_sources(three: list[Path], tmp_path: Path, monkeypatch) -> None:
+    launcher(monkeypatch, *three, "--weights", 0.5, 0.3, 0.2, "-o", tmp_path / "out")
+    a, b, c = map(weights_of, three)
+    for name, got in weights_of(tmp_path / "out").items():
+        rounded = a[name].double() * 0.5 + b[name].double() * 0.3 + c[name].double() * 0.2
+        # Where fp64 takes the other one of two neighbours (these weights are multiples of 2^-24), ours must be the right one.
+        differ = (got != rounded.float()).nonzero().tolist()
+        assert len(differ) < 0.3 * got.numel(), name
+        for place in map(tuple, differ[:50]):
+            values = [x[name][place].item() for x in (a, b, c)]
+            assert got[place] == average.nearest(average.exact_sum(values, [0.5, 0.3, 0.2]), torch.float32)
+    report = json.loads((tmp_path / "out/merge-report.json").read_text())
+    assert report["method"] == "weighted" and report["weights"] == [0.5, 0.3, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5, 0.3, 0.3], r"sum to 1\.1"),
+        ([0.5, 0.3, 0.200002], r"sum to 1\.000002"),
+        ([float("nan"), 0.5, 0.5], "sum to nan"),
+        ([0.5, 0.5], "2 weights for 3 sources"),
+    ],
+)
+def test_weights_that_do_not_sum_to_one_are_refused(weights, message, three, tmp_path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        launcher(monkeypatch, *three, "--weights", *weights, "-o", tmp_path / "out")
+    assert end.value.code == 2 and re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_slerp_follows_its_formula(three: list[Path], tmp_path: Path) -> None:
+    # Two tensors in directions of their own, one that is parallel and one that is zero.
+    first, second = (weights_of(path) for path in three[:2])
+    second["norm.weight"] = first["norm.weight"] * 3
+    second["layers.0.input_layernorm.weight"] = torch.zeros(64)
+    folders = [write_hf(tmp_path / name, torch.float32) for name in "ab"]
+    for folder, weights in zip(folders, (first, second), strict=True):
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    sources = merge.open_sources([str(folder) for folder in folders])
+    out = tmp_path / "out"
+    out.mkdir()
+    report = merge.write_weights(out, sources, torch.float32, slerp=0.3)
+    linear = ["layers.0.input_layernorm.weight", "norm.weight"]
+    assert sorted(report["interpolated_linearly"]) == linear and report["t"] == 0.3
+    for name, got in weights_of(out).items():
+        a, b = first[name].double(), second[name].double()
+        if name in linear:
+            want = 0.7 * a + 0.3 * b
+        else:
+            angle = torch.acos((a * b).sum() / a.norm() / b.norm())
+            want = (torch.sin(0.7 * angle) * a + torch.sin(0.3 * angle) * b) / torch.sin(angle)
+            # On the arc: 0.3 of the angle away from the first source, for sources of about the same norm.
+            assert torch.acos((want * a).sum() / want.norm() / a.norm()).item() == pytest.approx(
+                0.3 * float(angle), rel=0.05
+            )
+        assert (got.double() - want).abs().max() <= want.abs().max() * 2**-23, name
+
+
+def test_slerp_ends_are_the_sources_and_need_two(three: list[Path], tmp_path: Path) -> None:
+    sources = merge.open_sources([str(path) for path in three])
+    for t in (0.0, 1.0):
+        out = tmp_path / str(t)
+        out.mkdir()
+        merge.write_weights(out, sources[:2], torch.float32, slerp=t)
+        want = weights_of(three[int(t)])
+        assert all(torch.equal(got, want[name]) for name, got in weights_of(out).items())
+    with pytest.raises(UserError, match="3 were given"):
+        merge.write_weights(tmp_path, sources, torch.float32, slerp=0.5)
+    with pytest.raises(UserError, match=r"t=1\.5 of slerp"):
+        merge.write_weights(tmp_path, sources[:2], torch.float32, slerp=1.5)
+    assert merge.slerp_weights(1.0, 1.0, -1.0, 0.5) == ((0.5, 0.5), True)  # opposite: no way round is shorter
+
+
+def test_a_greedy_soup_keeps_what_does_not_lower_the_score() -> None:
+    scores = {(0,): 1.0, (1,): 3.0, (2,): 2.0, (3,): 2.0, (1, 2): 3.0, (1, 2, 3): 2.9, (1, 2, 0): 3.5}
+    kept, decisions = merge.greedy_soup("abcd", lambda members: scores[tuple(members)])
+    assert kept == [1, 2, 0]
+    tried = [("".join(d["sources"]), d.get("kept")) for d in decisions]
+    assert tried == [("a", None), ("b", None), ("c", None), ("d", None), ("bc", True), ("bcd", False), ("bca", True)]
+
+
+SCORE = """
+import json, sys, pathlib
+from safetensors import safe_open
+folder = pathlib.Path(sys.argv[1])
+assert (folder / "tokenizer.json").is_file() and json.loads((folder / "config.json").read_text())["is_causal"] is False
+value = safe_open(folder / "model.safetensors", "np").get_tensor("norm.weight")[0].item()
+print("loading ...")
+print(-abs(value - 1.6))
+"""
+
+
+def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    """Scored by the distance of one weight to 1.6: own values 1, 2 and 9, so 2 stays, the mean with 1 is better, 9 is not."""
+    folders = []
+    for i, value in enumerate((1.0, 2.0, 9.0)):
+        folders.append(write_hf(tmp_path / f"s{i}", torch.float32, seed=i))
+        weights = weights_of(three[i])
+        weights["norm.weight"][0] = value
+        save_file(weights, folders[-1] / "model.safetensors", {"format": "pt"})
+    (tmp_path / "score.py").write_text(SCORE)
+    evaluate = f"{sys.executable} {tmp_path / 'score.py'} {{folder}}"
+    launcher(monkeypatch, *folders, "--method", "soup", "--evaluate", evaluate, "-o", tmp_path / "out")
+    report = json.loads((tmp_path / "out/merge-report.json").read_text())
+    assert [d.get("kept") for d in report["decisions"]] == [None, None, None, True, False]
+    assert [s["name"] for s in report["sources"]] == ["s1", "s0"] and report["method"] == "soup"
+    assert weights_of(tmp_path / "out")["norm.weight"][0] == 1.5
+    assert not (tmp_path / "out/candidate").exists()
+    for broken in ("print('no number')", "raise SystemExit(3)", "print(float('nan'))"):
+        (tmp_path / "score.py").write_text(broken)
+        with pytest.raises(SystemExit):
+            launcher(monkeypatch, *folders, "--method", "soup", "--evaluate", evaluate, "-o", tmp_path / "out2")
+        assert re.search("not a number|ended with code 3", capsys.readouterr().err)
+    assert not list(tmp_path.glob("*out2*"))
+
+
+# ------------------------------------------------------------------------------------------ checks and report
+
+
+def test_the_report_says_how_far_each_source_is(three: list[Path], tmp_path: Path) -> None:
+    sources = merge.open_sources([str(path) for path in three])
+    report = merge.write_weights(tmp_path, sources, torch.float32)
+    inputs, merged = [weights_of(path) for path in three], weights_of(tmp_path)
+    for name, m in merged.items():
+        tensors = [w[name].double().flatten() for w in inputs]
+        m = m.double().flatten()
+        for got, a in zip(report["tensors"][name]["to_merged"], tensors, strict=True):
+            assert got["distance"] == pytest.approx(float((a - m).norm() / a.norm()), rel=1e-5)
+            assert got["cosine"] == pytest.approx(float(a @ m / a.norm() / m.norm()), abs=1e-6)
+        for got in report["tensors"][name]["between"]:
+            a, b = (tensors[i] for i in got["sources"])
+            assert got["distance"] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-5)
+    a, m = (torch.cat([w[name].flatten() for name in merged]).double() for w in (inputs[1], merged))
+    assert report["whole"]["to_merged"][1]["distance"] == pytest.approx(float((a - m).norm() / a.norm()), rel=1e-5)
+    worst = report["sources"][0]["farthest"][0]
+    distances = [t["to_merged"][0]["distance"] for t in report["tensors"].values()]
+    assert report["tensors"][worst]["to_merged"][0]["distance"] == max(distances)
+    assert report["num_parameters"] == sum(x.numel() for x in merged.values()) and not report["equal_sources"]
+    assert worst in "\n".join(merge.report_lines(report))
+    json.dumps(report, allow_nan=False)
+
+
+def test_sources_that_count_twice_are_named(three: list[Path], tmp_path: Path) -> None:
+    warnings: list[str] = []
+    merge.open_sources([str(three[0]), str(three[1]), str(three[0])], warnings.append)
+    assert len(warnings) == 1 and "m0" in warnings[0] and "count twice" in warnings[0]
+    copied = shutil.copytree(three[0], tmp_path / "copied")
+    sources = merge.open_sources([str(three[0]), str(three[1]), str(copied)], warnings.append)
+    out = tmp_path / "out"
+    out.mkdir()
+    report = merge.write_weights(out, sources, torch.float32)
+    assert len(warnings) == 1 and report["equal_sources"] == [[0, 2]]
+    assert merge.report_lines(report)[-1] == "WARNING: m0 and copied hold the same weights: they count twice"
+
+
+def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    def refused(*argv: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            launcher(monkeypatch, *argv, "-o", tmp_path / "out")
+        assert end.value.code == 2 and not list(tmp_path.glob("*out*"))
+        return capsys.readouterr().err
+
+    changed = dataclasses.replace(MODEL, rope_theta=1e6, rms_norm_eps=1e-6)
+    other = write_hf(tmp_path / "other", torch.float32, config=changed)
+    text = refused(three[0], other)
+    assert "rope_theta: 500000.0 and 1000000.0" in text and "rms_norm_eps" in text
+    half = write_hf(tmp_path / "half", torch.bfloat16)
+    text = refused(three[0], half)
+    assert "m0: float32" in text and "half: bfloat16" in text and "--dtype" in text
+    launcher(monkeypatch, three[0], half, "--dtype", "bf16", "-o", tmp_path / "mixed")
+    a, b = weights_of(three[0]), weights_of(half)
+    for name, got in weights_of(tmp_path / "mixed").items():
+        exact = (a[name].double() + b[name].double()) / 2
+        assert torch.equal(got, average.round_once(exact, torch.bfloat16)), name
+    (half / "tokenizer.json").write_text((half / "tokenizer.json").read_text() + "\n")
+    assert "tokenizers" in refused(three[0], half, "--dtype", "bf16")
+    causal = shutil.copytree(three[0], tmp_path / "causal")
+    config = json.loads((causal / "config.json").read_text())
+    (causal / "config.json").write_text(json.dumps({**config, "is_causal": True}))
+    warnings: list[str] = []
+    merge.open_sources([str(three[1]), str(causal)], warnings.append)
+    assert len(warnings) == 1 and "is_causal: False and True" in warnings[0]
+
+
+def test_the_prompts_of_exported_folders_are_kept_or_chosen(
+    three: list[Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    a, b = (shutil.copytree(path, tmp_path / path.name) for path in three[:2])
+    for folder, prompt in ((a, "one: "), (b, "two: ")):
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": prompt}}))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 77}))
+    launcher(monkeypatch, a, "-o", tmp_path / "same")
+    assert json.loads((tmp_path / "same/config_sentence_transformers.json").read_text())["prompts"]["query"] == "one: "
+    assert json.loads((tmp_path / "same/sentence_bert_config.json").read_text())["max_seq_length"] == 77
+    with pytest.raises(SystemExit):
+        launcher(monkeypatch, a, b, "-o", tmp_path / "out")
+    assert "'one: ', 'two: '" in capsys.readouterr().err
+    launcher(monkeypatch, a, b, "--task", "x", "-o", tmp_path / "out")
+
+
+def save_checkpoint(folder: str) -> None:
+    """folder/saved: a checkpoint of one rank."""
+    init = tempfile.mktemp()
+    config = train_config(Path(folder), init_from=f"{folder}/hf", steps=0, output_dir=f"{folder}/saved")
+    from nemo_embed_core.data.tokenizer import load_tokenizer
+    from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.train.trainer import Prepared, Trainer
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"file://{init}", rank=0, world_size=1)
+    mesh = build_mesh(torch.device("cpu"), 1, 1, True)
+    Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None).run()
+
+
+def test_a_flipped_bit_of_a_checkpoint_stops_its_merge(server: Server, tmp_path: Path) -> None:
+    """Hashed while it is merged: what was read is never published unless it is what the manifest says."""
+    write_hf(tmp_path / "hf", torch.float32)
+    assert server.run(save_checkpoint, 1, str(tmp_path))[0].code == 0
+    out = tmp_path / "out"
+    with new_folder(out) as folder:
+        merge.write_weights(folder, merge.open_sources([str(tmp_path / "saved")] * 2, lambda _: None), torch.float32)
+    shutil.rmtree(out)
+    file = next((tmp_path / "saved").glob("step-*/model-*"))
+    for where in (-1, -5000):
+        data = bytearray(file.read_bytes())
+        data[where] ^= 0x40
+        file.write_bytes(data)
+        sources = merge.open_sources([str(tmp_path / "saved"), str(tmp_path / "hf")])
+        with pytest.raises(sharded.CheckpointError, match="sha256 differs"), new_folder(out) as folder:
+            merge.write_weights(folder, sources, torch.float32)
+        assert not list(tmp_path.glob("*out*"))
+
+
+# ------------------------------------------------------------------------------------------ killed
+
+
+def merge_and_die(paths: list[str], output: str, call: str, count: int) -> None:
+    """The mean of the sources, by a process that kills itself in the count-th os.pwrite, os.fsync or os.rename."""
+    real, calls, lock = getattr(os, call), [0], threading.Lock()
+
+    def fatal(*args: Any, **options: Any) -> Any:
+        with lock:
+            calls[0] += 1
+            if calls[0] == count:
+                if call == "pwrite":  # half of it is written
+                    real(args[0], args[1][: len(args[1]) // 2], *args[2:])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+    setattr(os, call, fatal)
+    merge.BLOCK_ELEMENTS = 4096
+    with new_folder(Path(output)) as folder:
+        merge.write_weights(folder, merge.open_sources(paths), torch.float32)
+
+
+@pytest.mark.parametrize(("call", "count"), [("pwrite", 1), ("pwrite", 9), ("pwrite", 30), ("fsync", 1), ("rename", 1)])
+def test_a_killed_merge_leaves_no_output_and_the_next_one_works(
+    call: str, count: int, three: list[Path], server: Server, tmp_path: Path
+) -> None:
+    paths, out = [str(path) for path in three], tmp_path / "out"
+    killed = server.run(merge_and_die, 1, paths, str(out), call, count)[0]
+    assert killed.code == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp-out-") and (left / "model.safetensors").exists()
+    with new_folder(out) as folder:
+        merge.write_weights(folder, merge.open_sources(paths), torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "what the killed merge left is gone"
+    inputs = [weights_of(path) for path in three]
+    for name, got in weights_of(out).items():
+        assert torch.equal(got, (sum(w[name].double() for w in inputs) / 3).float())

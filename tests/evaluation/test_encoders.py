@@ -75,6 +75,7 @@ def test_folders_are_told_apart_by_their_content(ours, static, tmp_path):
     pooling = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
     assert is_foreign(edited(ours, tmp_path / "causal", "config.json", is_causal=...))
     assert is_foreign(edited(ours, tmp_path / "bert", "config.json", model_type="bert"))
+    assert not is_foreign(edited(ours, tmp_path / "compat", "config.json", model_type="llama_bidirec"))
     assert is_foreign(edited(ours, tmp_path / "last", "1_Pooling/config.json", **pooling))
     dense = edited(ours, tmp_path / "dense", "config.json")
     modules = json.loads((dense / "modules.json").read_text())

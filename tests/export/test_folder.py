@@ -1,11 +1,13 @@
+import ast
 import json
 
 import pytest
-import yaml
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
-from nemo_embed_core.export.folder import hf_config, model_card, write_folder
+from nemo_embed_core.export.card import REMOTE_CODE
+from nemo_embed_core.export.folder import AUTO_MAP, hf_config, write_folder
+from nemo_embed_core.model.hf_config import read_config
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODEL = ModelConfig(vocab_size=12, num_key_value_heads=2, rope_scaling=RopeScaling(factor=4.0), **SHAPE)
@@ -32,18 +34,103 @@ def written(tmp_path, config: dict, special: tuple[str, ...] = ("<s>", "</s>")) 
     return tuple(json.loads((tmp_path / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
 
 
+@pytest.mark.parametrize("format", ["native", "compat"])
 @pytest.mark.parametrize("scaling", [None, RopeScaling(factor=4.0)])
-def test_transformers_reads_the_same_rope_from_either_spelling(scaling):
+def test_transformers_reads_the_same_rope_from_either_spelling(scaling, format):
     from transformers import LlamaConfig
 
     model = ModelConfig(vocab_size=12, num_key_value_heads=2, rope_scaling=scaling, rope_theta=7e5, **SHAPE)
-    config = hf_config(model, "float32", IDS)
+    config = hf_config(model, "float32", IDS, format)
     old = {key: value for key, value in config.items() if key != "rope_parameters"}
     new = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
     both, old, new = (LlamaConfig(**spelling).rope_parameters for spelling in (config, old, new))
     assert both == old == new
     assert both["rope_theta"] == 7e5
     assert both.get("factor") == (4.0 if scaling else None)
+
+
+@pytest.mark.parametrize("format", ["native", "compat"])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(factor=4.0)])
+@pytest.mark.parametrize("head_dim", [16, 48])  # 16 is hidden_size / num_attention_heads
+def test_our_reader_gets_back_the_model_that_was_exported(tmp_path, format, scaling, head_dim):
+    shape = {**SHAPE, "head_dim": head_dim, "rope_scaling": scaling, "rope_theta": 7e5, "max_position_embeddings": 4096}
+    model = ModelConfig(vocab_size=12, num_key_value_heads=2, rms_norm_eps=1e-6, **shape)
+    config = hf_config(model, "float32", IDS, format)
+    assert config["head_dim"] == head_dim
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 7e5
+    # transformers 4 needs null, not a "default" scaling; every key of llama3's scaling stands in both spellings.
+    assert (config["rope_scaling"] is None) == (scaling is None)
+    assert (config["rope_scaling"] or {"rope_type": "default"}).items() <= config["rope_parameters"].items()
+    for lost in ((), ("rope_parameters",), ("rope_theta", "rope_scaling")):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in lost}))
+        assert read_config(tmp_path) == model, lost
+
+
+def test_compat_differs_from_native_in_what_names_the_code_alone(tmp_path):
+    files = tokenizer_files({**COMPLETE, "padding_side": "left", "model_max_length": 99})
+    for format in ("native", "compat"):
+        settings = {"query_prompt": "Instruct: x\nQuery: ", "max_seq_length": 77, "card": {}}
+        write_folder(tmp_path / format, MODEL, "bfloat16", files, format=format, **settings)
+    native, compat = (
+        {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*.*")}
+        for name in ("native", "compat")
+    )
+    assert compat.pop("modeling_llama_bidirec.py") == REMOTE_CODE.read_bytes()
+    assert {name for name in native | compat if native.get(name) != compat.get(name)} == {"config.json", "README.md"}
+    a, b = (json.loads(folder["config.json"]) for folder in (native, compat))
+    changed = {key: b[key] for key in b if a.get(key) != b[key]}
+    assert changed == {
+        "model_type": "llama_bidirec",
+        "architectures": ["LlamaBidirectionalModel"],
+        "auto_map": AUTO_MAP,
+    }
+    assert a.keys() == b.keys() - {"auto_map"}
+    # What is the same is right in both.
+    assert json.loads(compat["tokenizer_config.json"])["padding_side"] == "left"  # the tokenizer's own
+    assert json.loads(compat["sentence_bert_config.json"])["max_seq_length"] == 77
+    prompts = json.loads(compat["config_sentence_transformers.json"])["prompts"]
+    assert prompts == {"query": "Instruct: x\nQuery: ", "document": ""}
+    assert b["is_causal"] is False and b["use_cache"] is False and b["pad_token_id"] == 0
+
+
+def test_remote_code_is_ours_short_and_self_contained():
+    """It runs on other people's machines: nothing but torch and transformers, and the classes that auto_map names."""
+    tree = ast.parse(REMOTE_CODE.read_text())
+    imports = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
+               if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    llama = "transformers.models.llama"
+    assert imports == {"torch", f"{llama}.configuration_llama", f"{llama}.modeling_llama"}
+    classes = {f"{REMOTE_CODE.stem}.{node.name}" for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert classes == set(AUTO_MAP.values())
+    assert REMOTE_CODE.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert len(REMOTE_CODE.read_text().splitlines()) < 60
+
+
+@pytest.mark.parametrize(
+    ("given", "native", "compat"),
+    [
+        ({}, {"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        (
+            {"tokenizer_class": "TokenizersBackend"},  # as transformers 5 saves it; 4 has no such class
+            {"tokenizer_class": "TokenizersBackend"},
+            {"tokenizer_class": "PreTrainedTokenizerFast"},
+        ),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, *[{"tokenizer_class": "LlamaTokenizerFast"}] * 2),
+        (
+            {"extra_special_tokens": ["</s>"]},  # likewise; 4 wants an object there
+            {"extra_special_tokens": ["</s>"]},
+            {"additional_special_tokens": ["</s>"], "extra_special_tokens": None},
+        ),
+        # The tokenizer's own code is not passed on.
+        ({"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}, *[{"auto_map": None}] * 2),
+    ],
+)
+def test_each_format_spells_the_tokenizer_for_its_readers(tmp_path, given, native, compat):
+    for format, wanted in (("native", native), ("compat", compat)):
+        files = tokenizer_files({**COMPLETE, "tokenizer_class": None, **given})
+        write_folder(tmp_path / format, MODEL, "float32", files, format=format, card={})
+        config = json.loads((tmp_path / format / "tokenizer_config.json").read_text())
+        assert {key: config.get(key) for key in wanted} == wanted
 
 
 def test_config_says_bidirectional_to_every_reader():
@@ -124,45 +211,3 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         write_folder(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
-
-
-def test_model_card_says_what_it_was_given_and_nothing_else():
-    card = {
-        "base_model": "/some/disk/base-1b",
-        "parents": ["/some/disk/run-a", "run-b"],
-        "datasets": [{"name": "a|b", "rows": 3}, {"name": "c", "digest": "12ab"}],
-        "recipe": {"optim": {"lr": 1e-5}, "steps": 7},
-        "metrics": {"held-out": {"ndcg_at_10": 0.25}},
-        "commit": "abc123",
-    }
-    text = model_card(MODEL, "float32", "Instruct: x\nQuery: ", 512, card)
-    tables = (
-        "| optim.lr | 1e-05 |",
-        "| steps | 7 |",
-        "| a\\|b | 3 |  |",
-        "| c |  | 12ab |",
-        "| held-out | ndcg_at_10 | 0.25 |",
-    )
-    for words in (*tables, "`abc123`", "Average of: run-a, run-b"):
-        assert words in text, words
-    assert "/some/disk" not in text
-    front = yaml.safe_load(text.split("---")[1])
-    assert front["library_name"] == "sentence-transformers"
-    assert "base_model" not in front and "license" not in front  # a folder name is no id of the hub
-    compile(text.split("```python")[2].split("```")[0], "usage", "exec")
-
-    empty = model_card(MODEL, "float32", "", 512, {})
-    for heading in ("Training data", "Recipe", "Results", "Provenance", "Licence"):
-        assert f"## {heading}" in text or heading == "Licence"
-        assert f"## {heading}" not in empty
-
-
-@pytest.mark.parametrize(
-    ("base", "says_llama"),
-    [("meta-llama/Llama-3.1-8B", True), ("/models/Meta-Llama-3-8B", True), ("/llama-runs/other", False), ("", False)],
-)
-def test_llama_licence_note_only_when_the_base_says_llama(base, says_llama):
-    text = model_card(MODEL, "float32", "", 512, {"base_model": base})
-    assert ("Built with Llama" in text) == says_llama
-    front = yaml.safe_load(text.split("---")[1])
-    assert front.get("base_model") == (base if base == "meta-llama/Llama-3.1-8B" else None)

@@ -1,8 +1,14 @@
 """Each fault is planted into a copy of a good folder; the two faults of behaviour need a real reload, the rest must not."""
 
+import importlib.util
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
 from nemo_embed_core.embedder import Embedder
 from nemo_embed_core.export import verify
-from nemo_embed_core.export.folder import hf_config, write_folder
-from nemo_embed_core.export.verify import TEXTS, compare_vectors, expected_tensors, verify_folder
+from nemo_embed_core.export.folder import AUTO_MAP, REMOTE_CODE, hf_config, write_folder
+from nemo_embed_core.export.verify import TEXTS, TOLERANCE, compare_vectors, expected_tensors, verify_folder
 
+TESTS = Path(__file__).parents[1]
 MODEL = ModelConfig(
     vocab_size=330,
     hidden_size=48,
@@ -53,8 +60,9 @@ def random_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: (1 + 0.1 * w if w.dim() == 1 else w).to(dtype) for name, w in scaled.items()}
 
 
-def write(folder, dtype: str = "float32"):
-    write_folder(folder, MODEL, dtype, tokenizer_files(), query_prompt="Instruct: x\nQuery: ", card={})
+def write(folder, dtype: str = "float32", format: str = "native"):
+    settings = {"query_prompt": "Instruct: x\nQuery: ", "card": {}, "format": format}
+    write_folder(folder, MODEL, dtype, tokenizer_files(), **settings)
     save_file(random_weights(getattr(torch, dtype)), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -64,10 +72,51 @@ def good(tmp_path_factory):
     return write(tmp_path_factory.mktemp("export") / "good")
 
 
+@pytest.fixture(scope="module")
+def compat(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("export") / "compat", format="compat")
+
+
 @pytest.fixture
 def folder(good, tmp_path):
     """A copy to damage."""
     return shutil.copytree(good, tmp_path / "folder")
+
+
+@pytest.fixture(scope="module")
+def reload_worker(tmp_path_factory) -> Iterator[Callable]:
+    """subprocess.run for reload.py, in forks of one process that has the libraries: ten seconds less for each folder."""
+    errors = (tmp_path_factory.mktemp("worker") / "stderr").open("w+")
+    real_run = subprocess.run
+    modules = str(tmp_path_factory.mktemp("modules"))  # this constant of transformers is read at its import
+    with subprocess.Popen(
+        [sys.executable, str(TESTS / "export" / "reload_worker.py")],
+        env={**os.environ, "PYTHONPATH": str(TESTS), "HF_MODULES_CACHE": modules},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+    ) as worker:
+
+        def run(argv, *, env=None, **others):
+            if argv[0] != sys.executable:  # git
+                return real_run(argv, env=env, **others)
+            worker.stdin.write(json.dumps({"argv": argv[1:], "env": env}) + "\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
+            if not answer:
+                errors.seek(0)
+                raise AssertionError(errors.read())
+            answer = json.loads(answer)
+            return subprocess.CompletedProcess(argv, answer["code"], "", answer["stderr"])
+
+        yield run
+        worker.stdin.close()
+
+
+@pytest.fixture
+def warm(reload_worker, monkeypatch):
+    monkeypatch.setattr(verify.subprocess, "run", reload_worker)
 
 
 @pytest.fixture
@@ -101,23 +150,187 @@ def test_transformers_has_exactly_the_expected_tensors():
     assert {name: tuple(weight.shape) for name, weight in theirs.items()} == expected_tensors(config)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_good_folder_gives_our_embeddings_everywhere(good, tmp_path, dtype):
-    path = good if dtype == "float32" else write(tmp_path / "bf16", dtype)
-    embedder = Embedder.load(str(path), "cpu", {"float32": "fp32", "bfloat16": "bf16"}[dtype])
-    report = verify_folder(path, embedder.encode)
-    assert report["tensors"] == 20
+def embed(folder) -> np.ndarray:
+    return Embedder.load(str(folder), "cpu", "fp32").encode(list(TEXTS))
+
+
+def check_report(report, dtype: str = "float32") -> None:
+    assert (report["tensors"], report["dtype"]) == (20, dtype)
     assert report["parameters"] == sum(w.numel() for w in random_weights(torch.float32).values())
-    assert report["first_state_change"] > 1e-3
-    assert len(report["max_abs_diff"]) == 3
-    assert all(difference <= report["tolerance"] for difference in report["max_abs_diff"].values())
-    assert embedder.tokenizer.num_truncated == 1  # the long text was cut on all three sides
+    assert report["smallest_first_state_change"] > 1e-3
+    pairs = report["max_abs_diff"]
+    as_loaded = pairs.pop(f"transformers / sentence-transformers in {dtype}")
+    assert (as_loaded > 1e-5) == (dtype == "bfloat16")
+    assert as_loaded <= TOLERANCE[dtype][0]
+    assert len(pairs) == 4 and all(difference <= 1e-5 for difference in pairs.values())
 
 
-def test_a_causal_folder_is_caught_by_its_hidden_states(folder):
+def test_a_compat_folder_gives_our_embeddings_in_a_fresh_process(compat):
+    check_report(verify_folder(compat, lambda _: embed(compat)))
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("native", "float32"), ("native", "bfloat16"), ("compat", "bfloat16")])
+def test_a_good_folder_gives_our_embeddings_everywhere(format, dtype, tmp_path, warm):
+    path = write(tmp_path / f"{format}-{dtype}", dtype, format)
+    check_report(verify_folder(path, lambda _: embed(path)), dtype)
+
+
+def test_our_encoder_cuts_the_long_text_as_the_libraries_do(good):
+    embedder = Embedder.load(str(good), "cpu", "fp32")
+    embedder.encode(list(TEXTS))
+    assert embedder.tokenizer.num_truncated == 1
+
+
+def test_weights_in_bf16_are_still_compared_at_the_precision_of_fp32(tmp_path, warm):
+    path = write(tmp_path / "bf16", "bfloat16")
+    almost = embed(path)
+    almost[3, 7] += 1e-3  # far below what bf16 would excuse
+    with pytest.raises(UserError, match=r"transformers and our encoder disagree.*allowed in float32: 1e-05"):
+        verify_folder(path, lambda _: almost)
+
+
+def test_a_causal_folder_is_caught_by_its_hidden_states(folder, warm):
     edit(folder / "config.json", is_causal=...)
-    with pytest.raises(UserError, match=r"runs with a causal mask.*is_causal: false \(found: \"nothing\"\)"):
+    with pytest.raises(UserError, match=r"causal mask in 8 of 8 cases.*is_causal: false \(found: \"nothing\"\)"):
         verify_folder(folder)
+
+
+# ------------------------------------------------------------------------------------------ code in the folder
+
+# In the manner of the published Llama-Embed-Nemotron-8B: the layers are told that they are not causal, and a method that
+# made the mask until transformers 4.52 is overridden. Newer versions never call it.
+PUBLISHED_STYLE = """
+import torch
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaModel
+
+class LlamaBidirectionalConfig(LlamaConfig):
+    model_type = "llama_bidirec"
+
+class LlamaBidirectionalModel(LlamaModel):
+    config_class = LlamaBidirectionalConfig
+
+    def __init__(self, config):
+        open(config.marker, "w").close()
+        super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False
+
+    def _update_causal_mask(self, attention_mask, input_tensor, *args, **kwargs):
+        mask = input_tensor.new_zeros(attention_mask.shape)
+        return mask.masked_fill(attention_mask == 0, torch.finfo(mask.dtype).min)[:, None, None, :]
+"""
+
+
+def foreign_code(compat, folder, code: str) -> Path:
+    """A compat folder with this code; what of it runs makes the file `ran` beside the folder."""
+    shutil.copytree(compat, folder)
+    (folder / REMOTE_CODE.name).write_text(code)
+    edit(folder / "config.json", is_causal=..., marker=str(folder.with_name("ran")))
+    return folder
+
+
+def test_the_published_style_of_remote_code_is_found_causal(compat, tmp_path, warm):
+    path = foreign_code(compat, tmp_path / "published", PUBLISHED_STYLE)
+    with pytest.raises(UserError, match=r"runs with a causal mask in 6 of 8 cases") as error:
+        verify_folder(path, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+    # What makes it treacherous: alone, under sdpa, no mask is made and the layers' own word counts.
+    assert "sdpa, padded on the right" in str(error.value)
+    assert "sdpa, alone" not in str(error.value)
+    assert "does not remove the mask in transformers" in str(error.value)
+
+
+def test_foreign_code_runs_only_when_it_is_trusted(compat, tmp_path, no_reload):
+    path = foreign_code(compat, tmp_path / "published", PUBLISHED_STYLE)
+    with pytest.raises(UserError, match=rf"did not write \({REMOTE_CODE.name}\).*--trust-remote-code"):
+        verify_folder(path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(AssertionError, match="the files passed"):
+        verify_folder(path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (REMOTE_CODE.name, REMOTE_CODE.read_bytes() + b"\n", rf"\({REMOTE_CODE.name}\)"),
+        (REMOTE_CODE.name, None, f"has no {REMOTE_CODE.name}, which auto_map"),
+        (
+            "config.json",
+            {"auto_map": {**AUTO_MAP, "AutoModel": "somebody/else--modeling.Model"}},
+            "auto_map in config.json",
+        ),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}, "auto_map in tokenizer_config.json"),
+        ("processor_config.json", b'{"\\u0061uto_map": {}}', "auto_map in processor_config.json"),
+        ("adapter_config.json", b"{}", "adapter_config.json, which loads yet another folder"),
+    ],
+)
+def test_any_way_to_other_code_is_refused(compat, tmp_path, no_reload, file, content, message):
+    path = shutil.copytree(compat, tmp_path / "folder")
+    if content is None:
+        (path / file).unlink()
+    elif isinstance(content, bytes):
+        (path / file).write_bytes(content)
+    else:
+        edit(path / file, **content)
+    with pytest.raises(UserError, match=message):
+        verify_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("good_line", "planted", "message"),
+    [
+        ("attention_mask[:, None, None, :].to(mask.device) == 0", "mask > 0", "transformers and our encoder disagree"),
+        ("attention_mask[:, None, None, :].to(mask.device) == 0",  # right as long as the padding is on the right
+         "(attention_mask[:, None, None, :] == 0) & (torch.arange(length) > 0)",
+         "padded on the right and padded on the left disagree"),
+        ("mask.expand(num_texts, 1, length, length)", "mask - 1e9 * torch.ones(length, length).triu(1)", "causal mask in 8"),
+    ],
+)  # fmt: skip
+def test_a_bug_planted_in_our_remote_code_is_caught(compat, tmp_path, warm, good_line, planted, message):
+    path = shutil.copytree(compat, tmp_path / f"mutant{len(planted)}")
+    code = REMOTE_CODE.read_text()
+    assert code.count(good_line) == 1
+    (path / REMOTE_CODE.name).write_text(code.replace(good_line, planted))
+    with pytest.raises(UserError, match=message):
+        verify_folder(path, lambda _: embed(compat), trust_remote_code=True)
+
+
+def launcher(monkeypatch, *argv: str):
+    """launch/merge.py as a module, this command line set."""
+    spec = importlib.util.spec_from_file_location("merge_launcher", TESTS.parent / "launch" / "merge.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["merge.py", *argv])
+    return module
+
+
+def test_check_runs_foreign_code_only_with_its_flag(compat, tmp_path, monkeypatch, no_reload, capsys):
+    path = str(foreign_code(compat, tmp_path / "published", PUBLISHED_STYLE))
+    with pytest.raises(SystemExit) as end:
+        launcher(monkeypatch, "--check", path).main()
+    assert end.value.code == 2 and "--trust-remote-code" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="the files passed"):
+        launcher(monkeypatch, "--check", path, "--trust-remote-code").main()
+    with pytest.raises(SystemExit):  # it would say nothing about what is written
+        launcher(monkeypatch, path, "-o", str(tmp_path / "out"), "--trust-remote-code").main()
+
+
+def test_both_formats_out_of_the_launcher_have_the_same_tensors_and_texts(good, tmp_path, monkeypatch, warm, capsys):
+    for format in ("native", "compat"):
+        launcher(monkeypatch, str(good), "-o", str(tmp_path / format), "--format", format).main()
+    assert "transformers / our encoder" in capsys.readouterr().out
+    native, compat = (
+        {str(file.relative_to(tmp_path / format)): file.read_bytes() for file in (tmp_path / format).rglob("*.*")}
+        for format in ("native", "compat")
+    )
+    assert compat.keys() - native.keys() == {REMOTE_CODE.name}
+    differ = {name for name, content in native.items() if compat[name] != content}
+    assert differ == {"config.json", "README.md"}
+    assert set(load_file(tmp_path / "compat" / "model.safetensors")) == set(expected_tensors(MODEL_JSON))
+
+
+MODEL_JSON = hf_config(MODEL, "float32", {})
 
 
 def test_a_folder_that_does_not_load_is_reported_with_the_last_line_of_the_other_process(folder, tmp_path, monkeypatch):
@@ -170,7 +383,8 @@ def test_tensors_must_be_exactly_those_of_the_config(folder, no_reload, change, 
         ("config.json", {"rope_scaling": None}, "rope_parameters, against rope_theta"),
         ("config.json", {"dtype": "float64"}, "dtype"),
         ("config.json", {"torch_dtype": "bfloat16"}, "torch_dtype"),
-        ("config.json", {"model_type": "llama_bidirec"}, 'model_type is "llama_bidirec" and must be "llama"'),
+        ("config.json", {"model_type": "mistral"}, 'model_type is "mistral" and must be one of llama, llama_bidirec'),
+        ("config.json", {"model_type": "llama_bidirec"}, r'architectures is \["LlamaModel"\] and must be'),
         ("config.json", {"attention_bias": True}, "attention_bias is true and must be false"),
         ("config.json", {"hidden_size": 48.0}, "hidden_size is 48.0 and must be a positive integer"),
         ("sentence_bert_config.json", {"max_seq_length": ...}, "max_seq_length is null"),
@@ -246,6 +460,41 @@ def test_vectors_that_differ_are_refused_with_the_text_that_shows_it(tmp_path):
             compare_vectors(tmp_path, {"a": good, "b": bad}, dtype)
     with pytest.raises(UserError, match=r"shape \(8, 64\) .*\(8, 32\)"):
         compare_vectors(tmp_path, {"a": good, "b": good[:, :32]}, "float32")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])  # of the weights: agitated, and as gentle as a trained model
+def test_the_tolerance_is_about_twice_what_rounding_measures_and_far_below_a_causal_mask(scale):
+    from transformers import LlamaConfig, LlamaModel
+
+    generator = torch.Generator().manual_seed(0)
+    shape = {**hf_config(MODEL, "float32", {}), "num_hidden_layers": 32, "hidden_size": 64}
+    weights = {name: torch.randn(size, generator=generator) for name, size in expected_tensors(shape).items()}
+    weights = {n: 1 + 0.1 * w if w.dim() == 1 else scale * w / w.shape[-1] ** 0.5 for n, w in weights.items()}
+    weights = {name: w.bfloat16().float() for name, w in weights.items()}
+    rows = [torch.randint(3, 300, (1, length), generator=generator) for length in (2, 9, 40)]
+
+    def vectors(dtype=torch.float32, **config) -> torch.Tensor:
+        model = LlamaModel(LlamaConfig(**{**shape, "pad_token_id": None, **config})).eval()
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            states = [model.to(dtype)(input_ids=row).last_hidden_state.float().mean(dim=1) for row in rows]
+        return torch.nn.functional.normalize(torch.cat(states), dim=-1)
+
+    def error(**change) -> tuple[float, float]:
+        """(coordinate, distance), the largest."""
+        difference_ND = vectors(**change) - truth_ND
+        return float(difference_ND.abs().max()), float(difference_ND.norm(dim=1).max())
+
+    truth_ND = vectors()
+    for dtype in (torch.bfloat16, torch.float16):
+        allowed = TOLERANCE[str(dtype).removeprefix("torch.")]
+        for measured, limit in zip(error(dtype=dtype), allowed, strict=True):
+            assert limit / 20 < 2 * measured <= 1.5 * limit, f"{dtype}: {measured:.1e} of {limit:.0e}"
+    assert error(is_causal=True)[1] > 10 * TOLERANCE["bfloat16"][1]
+    _, no_scaling = error(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": MODEL.rope_theta})
+    assert no_scaling > 20 * TOLERANCE["float32"][1]
+    if scale < 1:
+        assert no_scaling < TOLERANCE["bfloat16"][1]  # only the comparison in fp32 finds it
 
 
 def test_the_bf16_tolerance_means_something_for_wide_models(tmp_path):

@@ -1,0 +1,205 @@
+"""Weighted sums of weights, correctly rounded: the value of the target dtype nearest to the real sum, ties to even.
+
+    combine([a, b, c], None, bf16)              nearest bf16 to (a + b + c) / 3
+    combine([a, b, c], [0.5, 0.3, 0.2], bf16)   nearest bf16 to 0.5 a + 0.3 b + 0.2 c, the weights taken as the fp64 they are
+
+fp64 sums rounded once are almost that: the fp64 sum has an error of its own, and where the real sum lies closer than that to
+the middle between two neighbours of the target, the wrong one may be taken (decimal weights of bf16 values lie there
+often). So a sum is trusted where it is exact (the sources' largest and smallest magnitudes prove it) or where both ends of
+its error interval round to one value; the rest is summed again without error (Knuth's two-sum, Veltkamp's splitting;
+Ogita, Rump and Oishi 2005) and compared with the middle. Sources: bf16, fp16, fp32, and fp64 of magnitude > 1e-140.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # bits of a significand
+_BELOW_FP32 = (1 << 29) - 1  # the bits of an fp64 significand that fp32 does not have
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class NonFinite(ValueError):
+    """A NaN or an infinity: `source` is the index of the block that has it, None for the result (it overflows)."""
+
+    def __init__(self, source: int | None):
+        super().__init__(f"NaN or infinite values in source {source}")
+        self.source = source
+
+
+def combine(blocks: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
+    """sum(w * x for w, x in zip(weights, blocks)), or the mean for weights None; correctly rounded to dtype.
+
+    blocks: equally many 1-D values each, of any floating dtypes.  NonFinite names the first block that is not finite.
+    """
+    return Combiner()(torch.stack([block.to(widest([b.dtype for b in blocks])) for block in blocks]), weights, dtype)
+
+
+def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """One that holds the values of all."""
+    kinds = set(dtypes)
+    return kinds.pop() if len(kinds) == 1 else torch.float64 if torch.float64 in kinds else torch.float32
+
+
+class Combiner:
+    """combine() for one thread that calls it often, on [N, C]: C values of N sources, a size that fits the cache.
+
+    Memory is kept from call to call; taking it anew costs as much as the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[object, Tensor] = {}
+
+    def buffer(self, key: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor with any content; the same memory for the same key."""
+        size = torch.Size(shape).numel()
+        kept = self._memory.get(key)
+        if kept is None or kept.numel() < size or kept.dtype != dtype:
+            kept = self._memory[key] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)
+
+    def __call__(self, x_NC: Tensor, weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
+        N, C = x_NC.shape
+        largest, quantum = self._magnitudes(x_NC)
+        reach = largest if weights is None else sum(map(abs, weights)) * largest
+        if N == 1 and weights is None and x_NC.dtype != torch.float64:
+            out = x_NC[0].to(dtype)
+        else:
+            factors = (
+                torch.ones(N, dtype=torch.float64) if weights is None else torch.tensor(weights, dtype=torch.float64)
+            )
+            wide_NC = self.buffer("wide", (N, C), torch.float64).copy_(x_NC)
+            total_C = torch.mv(wide_NC.T, factors, out=self.buffer("total", (C,), torch.float64))
+            if weights is None:
+                total_C /= N
+            # Every value is a multiple of `quantum`: sums below 2^53 of them are exact. Then the quotient, rounded to
+            # fp64, is a middle only if the real one is (a factor of 4 is left for the quotient's own rounding).
+            if weights is None and N * largest < 2.0**51 * quantum:
+                out = round_once(total_C, dtype, self.buffer("bits", (C,), torch.int64))
+            else:
+                out = self._certified(x_NC, weights, total_C, 2 * (N + 2) * 2.0**-53 * reach, dtype)
+        if reach >= torch.finfo(dtype).max / 2 and not bool(out.isfinite().all()):
+            raise NonFinite(None)
+        return out
+
+    def _magnitudes(self, x_NC: Tensor) -> tuple[float, float]:
+        """The largest magnitude, and a power of two of which every value is a multiple."""
+        kind = _INTEGER[x_NC.itemsize]
+        # Without its sign bit, a float orders like an integer; two passes over integers cost less than any over floats.
+        bits = torch.bitwise_and(x_NC.view(kind), torch.iinfo(kind).max, out=self.buffer("magnitude", x_NC.shape, kind))
+        low, high = bits.aminmax()
+        largest = high.view(x_NC.dtype).item()
+        if not math.isfinite(largest):
+            raise NonFinite(next(i for i, row in enumerate(x_NC) if not bool(row.isfinite().all())))
+        if largest == 0:
+            return 0.0, 1.0
+        if low == 0:
+            low = bits.masked_fill_(bits == 0, torch.iinfo(kind).max).amin()
+        exponent = math.frexp(low.view(x_NC.dtype).item())[1]
+        return largest, math.ldexp(1.0, max(exponent - PRECISION[x_NC.dtype], -1074))
+
+    def _certified(
+        self, x_NC: Tensor, weights: Sequence[float] | None, total_C: Tensor, error: float, dtype: torch.dtype
+    ) -> Tensor:
+        """`total` +- error rounded; where the two ends differ, the sum is made again without error."""
+        end_C, bits = self.buffer("end", total_C.shape, torch.float64), self.buffer("bits", total_C.shape, torch.int64)
+        out = round_once(torch.sub(total_C, error, out=end_C), dtype, bits)
+        other = round_once(torch.add(total_C, error, out=end_C), dtype, bits)
+        kind = _INTEGER[dtype.itemsize]
+        open_ = (out.view(kind) ^ other.view(kind)).nonzero()[:, 0]
+        if open_.numel():
+            out[open_] = exact(list(x_NC[:, open_]), weights, dtype)
+        return out
+
+
+def exact(blocks: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
+    """combine() by error-free sums, about twenty times its cost."""
+    terms = []  # fp64, each exact
+    for i, block in enumerate(blocks):
+        values = _split(block) if block.dtype == torch.float64 and weights is not None else [block.double()]
+        factors = [1.0] if weights is None else _split(torch.tensor(weights[i], dtype=torch.float64))
+        terms += [value * factor for value in values for factor in factors if float(factor) != 0]
+    high, low = torch.zeros_like(terms[0]), torch.zeros_like(terms[0])
+    lost = torch.zeros_like(high, dtype=torch.bool)
+    for term in terms:
+        high, error = _two_sum(high, term)
+        low, error = _two_sum(low, error)
+        lost |= error != 0
+    high, low = _two_sum(high, low)  # high + low is the sum, where nothing is lost
+
+    scale = len(blocks) if weights is None else 1
+    near = round_once(high / scale, dtype)
+    is_odd = (near.view(_INTEGER[dtype.itemsize]) & 1).bool()
+    out = near.clone()
+    for sign in (1, -1):
+        neighbour = torch.nextafter(near, torch.full_like(near, sign * torch.inf))
+        middle = (near.double() + neighbour.double()) / 2 * scale  # at most 25 bits and those of scale: exact
+        difference, error = _two_sum(high, -middle)
+        beyond = (difference + (error + low)) * sign  # near the middle error = 0, so the sign is right
+        out = torch.where((beyond > 0) | ((beyond == 0) & is_odd), neighbour, out)
+    for i in lost.nonzero()[:, 0].tolist():  # values of more than a hundred binary orders apart
+        out[i] = nearest(exact_sum([block[i].item() for block in blocks], weights), dtype)
+    return out
+
+
+def exact_sum(values: Sequence[float], weights: Sequence[float] | None) -> Fraction:
+    if weights is None:
+        return sum(map(Fraction, values), Fraction()) / len(values)
+    return sum((Fraction(w) * Fraction(x) for w, x in zip(weights, values, strict=True)), Fraction())
+
+
+def nearest(value: Fraction, dtype: torch.dtype) -> Tensor:
+    """The value of dtype nearest to a rational number, ties to even; 0-d."""
+    near = torch.tensor(float(value), dtype=torch.float64).to(dtype)
+    ends = [torch.nextafter(near, torch.tensor(end, dtype=dtype)) for end in (-torch.inf, torch.inf)]
+    choices = [x for x in (near, *ends) if x.isfinite()]
+    kind = _INTEGER[dtype.itemsize]
+    return min(choices, key=lambda x: (abs(Fraction(x.item()) - value), int(x.view(kind)) & 1))
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b in fp64 and what its rounding lost, exactly (Knuth)."""
+    s = a + b
+    part = s - a
+    return s, (a - (s - part)) + (b - part)
+
+
+def _split(x: Tensor) -> list[Tensor]:
+    """fp64 as two values of 26 bits, whose products with others of 26 bits are exact (Veltkamp)."""
+    scaled = x * float((1 << 27) + 1)
+    high = scaled - (scaled - x)
+    return [high, x - high]
+
+
+def round_once(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
+    """fp64 -> dtype, correctly rounded (to nearest, ties to even).
+
+    Casting fp64 to bf16 or fp16 goes through fp32 and rounds twice. Rounding to odd on the way to fp32 keeps the second
+    rounding right: fp32 has more than two bits beyond either (Boldo and Melquiond 2008). Odd means: cut what fp32 does not
+    have, and set the last bit where anything was cut.  bits: int64 memory of x's size to work in.
+    """
+    if dtype in (torch.float64, torch.float32):
+        return x.to(dtype)
+    shape, x = x.shape, x.contiguous().view(-1)
+    given = x.view(torch.int64)
+    odd = torch.bitwise_and(given, _BELOW_FP32, out=torch.empty_like(given) if bits is None else bits)
+    odd.add_(_BELOW_FP32).bitwise_or_(given).bitwise_and_(~_BELOW_FP32)
+    y = odd.view(torch.float64).float()  # exact from fp32's smallest normal number upwards
+    magnitude = torch.abs(y, out=odd.view(torch.float32)[: y.numel()])
+    if y.numel() and float(magnitude.amin()) < torch.finfo(torch.float32).tiny:
+        small = (magnitude < torch.finfo(torch.float32).tiny).nonzero()[:, 0]
+        y[small] = _subnormal_to_odd(x[small])
+    return y.to(dtype).view(shape)
+
+
+def _subnormal_to_odd(x: Tensor) -> Tensor:
+    """Where fp32 is subnormal, its cast rounds: one step back towards zero where it went beyond x, then the last bit."""
+    rounded = x.float()
+    bits = rounded.view(torch.int32)
+    truncated = torch.where(rounded.double().abs() > x.abs(), bits - 1, bits)
+    return torch.where(rounded.double() == x, bits, truncated | 1).view(torch.float32)

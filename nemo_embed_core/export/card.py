@@ -1,0 +1,335 @@
+"""README.md of an export. Facts come from the sources' own files; nothing is invented: what is not known is not written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from nemo_embed_core import __version__
+from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.merge import source_name
+from nemo_embed_core.checkpoint.weights import Weights
+from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.model.hf_config import read_json
+
+Format = Literal["native", "compat"]
+# Copied into compat folders as it is; never imported by this package.
+REMOTE_CODE = Path(__file__).with_name("remote") / "modeling_llama_bidirec.py"
+
+
+class Card(TypedDict, total=False):
+    """What the model card says; whatever is not given is not written."""
+
+    title: str
+    base_model: str  # hub id, or name or folder of the weights that training started from
+    ancestors: list[str]  # runs of ours between the base model and the parents, the youngest first
+    parents: list[str]  # the run that these weights are from, or the runs and folders that were averaged
+    method: str  # how several parents became one
+    license: str  # an identifier of the Hugging Face hub, e.g. "apache-2.0"
+    license_files: dict[str, bytes]  # of the base model, copied beside the weights
+    runs: list[dict[str, Any]]  # one row of facts per run, e.g. {"run", "step", "rows", "data digest"}
+    datasets: list[dict[str, Any]]  # one row of facts per source, e.g. {"name", "rows", "digest"}
+    recipe: dict[str, Any]  # options of the run, nested or flat
+    metrics: dict[str, dict[str, float]]  # {evaluation: {metric: value}}
+    command: str
+    commit: str  # of the code that trained
+    exported_with: str  # version and commit of the code that wrote the folder
+
+
+# ------------------------------------------------------------------------------------------ facts
+
+
+def describe(sources: Sequence[Weights], report: Mapping[str, Any] | None = None) -> Card:
+    """What the sources say of themselves: manifests, and data stores and base models where these still lie.
+
+    report: of checkpoint/merge.py's write_weights (method, weights, t).
+    """
+    manifests = {source_name(s): s.reader.manifest for s in sources if isinstance(s.reader, sharded.Reader)}
+    configs = [manifest["config"] for manifest in manifests.values()]
+    origins = [_origin(s) for s in sources]
+    card: Card = {"parents": [source_name(source) for source in sources], "exported_with": code_version()}
+    if report is not None and len(sources) > 1:
+        card["method"] = {
+            "mean": "Average",
+            "weighted": f"Weighted average ({', '.join(map(str, report.get('weights', [])))})",
+            "slerp": f"Spherical interpolation (t = {report.get('t')})",
+        }[report["method"]]
+    if ancestors := list(dict.fromkeys(name for origin in origins for name in origin[0])):
+        card["ancestors"] = ancestors
+    bases = {origin[1] for origin in origins}
+    if len(bases) == 1 and (base := bases.pop()) is not None:
+        card |= _base(base)
+        if not manifests and card["base_model"] == base.absolute().name:
+            del card["base_model"]  # a Hugging Face folder is a parent; what it was trained from, it has not said
+    if manifests:
+        card["runs"] = [_run(name, manifest) for name, manifest in manifests.items()]
+        card["datasets"] = _datasets(manifests.values())
+        card["recipe"] = _recipe(configs)
+        commits = {m.get("commit") for m in manifests.values()}
+        if len(commits) == 1 and (commit := commits.pop()):
+            card["commit"] = commit
+    return card
+
+
+def _origin(source: Weights) -> tuple[list[str], Path | None]:
+    """(runs of ours before this one, the folder that the first of them started from; None: random weights or not known)."""
+    if not isinstance(source.reader, sharded.Reader):
+        return [], source.folder
+    names: list[str] = []
+    init_from = source.reader.manifest["config"]["init_from"]
+    while init_from and sharded.is_checkpoint(folder := Path(init_from)) and len(names) < 100:
+        try:
+            manifest = sharded.read_manifest(sharded.find(folder))
+        except UserError:
+            return names, None  # an ancestor that is damaged or too old tells nothing, and is no reason not to export
+        names.append(folder.name)
+        init_from = manifest["config"]["init_from"]
+    return names, Path(init_from) if init_from else None
+
+
+def _base(folder: Path) -> Card:
+    """Name, licence and licence files of a Hugging Face folder; of one that is gone the name alone."""
+    cached = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", folder.parent.parent.name)
+    front = _front_matter(folder / "README.md")
+    card: Card = {"base_model": f"{cached[1]}/{cached[2]}" if cached else folder.absolute().name}
+    if isinstance(front.get("base_model"), str):  # an export of ours, or another derivative, knows where it is from
+        card["base_model"] = front["base_model"]
+    if str(front.get("license")).startswith("llama"):  # the weights stay under it; any other choice is the publisher's
+        card["license"] = str(front["license"])
+    if folder.is_dir():
+        names = re.compile(r"(licen[cs]e|notice|use_policy)[\w-]*(\.txt|\.md|\.pdf)?", re.IGNORECASE)
+        files = {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.is_file() and names.fullmatch(f.name)}
+        if files:
+            card["license_files"] = files
+    return card
+
+
+def _front_matter(readme: Path) -> dict[str, Any]:
+    import yaml
+
+    if not readme.is_file():
+        return {}
+    parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        value = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _run(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    steps = manifest["config"].get("steps")
+    facts = {
+        "run": name,
+        "step": f"{manifest['step']} of {steps}" if steps else manifest["step"],
+        "rows": manifest.get("num_rows"),
+        "data digest": manifest["data_digest"],
+        "ledger of samples": manifest["ledger"],
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _datasets(manifests: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per data set and task; its rows and sha256 when the compiled store is still there to be asked."""
+    found: dict[str, dict[str, Any]] = {}
+    for manifest in manifests:
+        data = manifest["config"]["data"]
+        store = Path(data.get("cache_dir", "")) / manifest["data_digest"][:32] / "manifest.json"
+        compiled = read_json(store) if store.is_file() else {}
+        sources = compiled.get("sources", []) if compiled.get("digest") == manifest["data_digest"] else []
+        for i, dataset in enumerate(data["datasets"]):
+            row = {"name": Path(dataset.get("path", "")).name, "task": dataset.get("task", "")}
+            if dataset.get("document_task"):
+                row["document task"] = dataset["document_task"]
+            if len(sources) == len(data["datasets"]):
+                row |= {"rows": sources[i]["rows"], "sha256": ", ".join(sources[i]["files"].values())}
+            found.setdefault(json.dumps(row), row)
+    return list(found.values())
+
+
+def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options that make a run what it is; where averaged runs differ, each run's value in their order."""
+    keys = ("steps", "global_batch_size", "seed", "precision", "loss", "optim")
+    data_keys = ("num_hard_negatives", "query_max_length", "document_max_length")
+    flat = []
+    for config in configs:
+        options = {key: config[key] for key in keys if key in config}
+        flat.append(dict(_flat({**options, "data": {key: config["data"][key] for key in data_keys}})))
+    recipe = {}
+    for key in dict.fromkeys(key for options in flat for key in options):
+        values = [options.get(key, "") for options in flat]
+        recipe[key] = values[0] if all(value == values[0] for value in values) else " / ".join(map(str, values))
+    return recipe
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """A command line without this machine's folders: of absolute paths the last two parts."""
+    return shlex.join("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in argv)
+
+
+def code_version() -> str:
+    """nemo_embed_core 1.2.3, and the commit in a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    version = f"nemo_embed_core {__version__}"
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return version
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return f"{version}, commit {commit}{' with changes' if git('status', '--porcelain') else ''}" if commit else version
+
+
+# ------------------------------------------------------------------------------------------ text
+
+_REQUIREMENTS: dict[Format, list[str]] = {
+    "native": [
+        "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, run the model with a causal",
+        "mask and return other vectors without an error.",
+    ],
+    "compat": [
+        "It needs transformers >= 4.51 and `trust_remote_code=True`, which runs the fifty lines of",
+        f"`{REMOTE_CODE.name}` in this folder: transformers before 5.2 has no Llama without a causal mask.",
+    ],
+}
+
+
+def model_card(
+    model: ModelConfig, dtype: str, query_prompt: str, max_seq_length: int, card: Card, format: Format = "native"
+) -> str:
+    """README.md: what is known, in the hub's front matter and in words. No figure that was not handed in."""
+    import yaml
+
+    base = card.get("base_model", "")
+    title = card.get("title") or "Bidirectional Llama text embedding model"
+    parents = [Path(parent).name if Path(parent).is_absolute() else parent for parent in card.get("parents", [])]
+    is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+    front: dict[str, Any] = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity"],
+    }
+    if "license" in card:
+        front["license"] = card["license"]
+    if is_hub_id:
+        front["base_model"] = base
+
+    shape = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, {model.num_attention_heads} query and "
+    shape += f"{model.num_key_value_heads} key/value heads, vocabulary {model.vocab_size}, {dtype}"
+    query = f"`{json.dumps(query_prompt, ensure_ascii=False)}` (JSON spelling)" if query_prompt else "none"
+    method = card.get("method", "Average") if len(parents) > 1 else "Weights"
+    says_llama = _why_llama(card)
+    trained_here = " Trained with nemo_embed_core." if card.get("runs") else ""
+    trust = ", trust_remote_code=True" if format == "compat" else ""
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        f"# {title}",
+        "",
+        *(["**Built with Llama.**", ""] if says_llama else []),
+        "Text embeddings from a Llama without its causal mask: mean of the last hidden states over all tokens (special",
+        f"tokens and prompt included), then L2 normalisation. Scores are cosines.{trained_here}",
+        "",
+        f"- Shape: {shape}",
+        f"- Longest text: {max_seq_length} tokens; longer ones are cut",
+        f"- Prompt before queries: {query}; before documents: none",
+        *([f"- Base model: {base if is_hub_id else Path(base).name}"] if base else []),
+        *([f"- Earlier stages: {', '.join(card['ancestors'])}"] if card.get("ancestors") else []),
+        *([f"- {method} of: {', '.join(parents)}"] if parents else []),
+        "",
+        "## Usage",
+        "",
+        *_REQUIREMENTS[format],
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        f'model = SentenceTransformer("path/to/this/folder"{trust})',
+        'queries = model.encode(["how do plants turn light into sugar?"], prompt_name="query")',
+        'documents = model.encode(["Photosynthesis stores the energy of light in glucose."])',
+        "print(model.similarity(queries, documents))",
+        "```",
+        "",
+        "With transformers alone:",
+        "",
+        "```python",
+        "import torch",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f'model = AutoModel.from_pretrained("path/to/this/folder"{trust}).eval()',
+        f"prompt = {query_prompt!r}  # before queries only",
+        'texts = [prompt + "how do plants turn light into sugar?"]',
+        f'batch = tokenizer(texts, padding=True, truncation=True, max_length={max_seq_length}, return_tensors="pt")',
+        "with torch.no_grad():",
+        "    hidden = model(**batch).last_hidden_state.float()",
+        'mask = batch["attention_mask"][..., None]',
+        "embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)",
+        "```",
+    ]
+    for heading, rows in (("Training runs", card.get("runs")), ("Training data", card.get("datasets"))):
+        if rows:
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            lines += ["", f"## {heading}", "", *_table(columns, [[row.get(c, "") for c in columns] for row in rows])]
+    if card.get("recipe"):
+        lines += ["", "## Recipe", "", *_table(["option", "value"], [[k, v] for k, v in _flat(card["recipe"])])]
+    if card.get("metrics"):
+        cells = [[name, metric, value] for name, values in card["metrics"].items() for metric, value in values.items()]
+        lines += ["", "## Results", "", *_table(["evaluation", "metric", "value"], cells)]
+    facts = {
+        "trained with commit": card.get("commit"),
+        "exported with": card.get("exported_with"),
+        "exported by": card.get("command"),
+    }
+    if any(facts.values()):
+        lines += ["", "## Provenance", ""]
+        lines += [f"- {name}: `{fact}`" for name, fact in facts.items() if fact]
+    if says_llama:
+        copies = ", ".join(sorted(card.get("license_files", {}))) or "missing, none lay beside the base model"
+        lines += [
+            "",
+            "## Licence of the base model",
+            "",
+            f"{says_llama} Weights derived from Meta's Llama models stay under the licence of their version. Since Llama 3 it asks",
+            'whoever distributes a derived model to pass on a copy of that licence and its notice, to show "Built with Llama"',
+            'prominently, and to begin the name of the derived model with "Llama".',
+            "",
+            f"- Copy of the licence: {copies}",
+            f"- Name of this model: {title}" + ("" if title.startswith("Llama") else ' (does not begin with "Llama")'),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _why_llama(card: Card) -> str:
+    """The fact that makes these weights a derivative of Meta's Llama; "": none is known. Our architecture alone is none."""
+    names = [name.rsplit("/", 1)[-1] for name in (card.get("base_model", ""), *card.get("parents", []))]
+    name = names[0]
+    if card.get("license", "").startswith("llama"):
+        return f"The base model{f', {name},' if name else ''} is published under the licence `{card['license']}`."
+    for file, content in card.get("license_files", {}).items():
+        if re.search(rb"llama[\w. -]*community license", content, re.IGNORECASE):
+            return f"The base model{f', {name},' if name else ''} came with a Llama community licence ({file})."
+    name = next((name for name in names if "llama" in name.lower()), "")
+    return f"The base model, {name}, says Llama in its name." if name else ""
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in [header, *rows]]
+    body = ["| " + " | ".join(row) + " |" for row in cells]
+    return [body[0], "|" + " --- |" * len(header), *body[1:]]
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """{"optim": {"lr": 1}} -> [("optim.lr", 1)]"""
+    flat: list[tuple[str, Any]] = []
+    for key, value in options.items():
+        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
+    return flat
