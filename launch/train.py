@@ -3,6 +3,10 @@
 torchrun --nproc-per-node 8 launch/train.py --config configs/train-8b-stage1.yaml --output_dir runs/stage1
 """
 
+import ctypes
+import os
+import signal
+import sys
 from pathlib import Path
 
 from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_errors
@@ -25,21 +29,35 @@ def check_early(config: TrainConfig) -> None:
         load_tokenizer(config.tokenizer or config.init_from).check_fits(model.vocab_size)
 
 
+def train(config: TrainConfig) -> None:
+    from nemo_embed_core.parallel.mesh import distributed
+    from nemo_embed_core.train.trainer import NON_FINITE_EXIT_CODE, NonFiniteError, Trainer, prepare
+
+    prepared = prepare(config)
+    with distributed(config.parallel, config.device, prepared.model) as mesh:
+        try:
+            trainer = Trainer(config, mesh, prepared)
+            trainer.stop_on_signals()
+            trainer.run()
+        except NonFiniteError as error:
+            if mesh.rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(NON_FINITE_EXIT_CODE) from None
+
+
+def stop_with_torchrun() -> None:
+    """SIGTERM, which saves and ends, when torchrun's agent dies: ranks without it would train on as nobody's children."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main() -> None:
+    stop_with_torchrun()
     config = load_config(TrainConfig)  # before torch is imported: a typo or a wrong layout costs a tenth of a second
     with user_errors():
         check_early(config)
-        from nemo_embed_core.parallel.mesh import distributed
-        from nemo_embed_core.train.trainer import NON_FINITE_EXIT_CODE, NonFiniteError, Trainer, prepare
-
-        prepared = prepare(config)
-        with distributed(config.parallel, config.device, prepared.model) as mesh:
-            try:
-                Trainer(config, mesh, prepared).run()
-            except NonFiniteError as error:
-                if mesh.rank == 0:
-                    print(f"error: {error}", flush=True)
-                raise SystemExit(NON_FINITE_EXIT_CODE) from None
+        train(config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Durable files: a streaming safetensors writer that hashes what it writes, and atomic publication of a folder.
+"""Durable files: a streaming safetensors writer that hashes what it writes, atomic publication of a folder, and what an
+output folder is asked before a run trusts it: can it be written, is there room, does another run use it.
 
 The order that a crash at any point survives: write into a `.tmp-` folder, fsync every file, fsync the folder, rename,
 fsync the parent; only then is anything reported as saved.
@@ -10,8 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +28,60 @@ from nemo_embed_core.config import UserError
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
+def safetensors_header(
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, int]:
+    """The bytes in front of the tensors, which follow one another in the order of `entries`, and how many those are."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + dtype.itemsize * _numel(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins on a multiple of 8
+    return len(text).to_bytes(8, "little") + text, end
+
+
+def read_safetensors_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """name -> (dtype, shape, its first byte in the file), of a file that the library has opened, so checked, before."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    kinds = {text: dtype for dtype, text in DTYPES.items()}
+    return {
+        name: (kinds[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in kinds
+    }
+
+
 class SafetensorsWriter:
     """Writes one safetensors file tensor by tensor (or piece by piece), so that no file is ever held in memory.
 
     `entries`: name -> (dtype, shape), in the order in which the bytes will come. The library writes whole files only.
+    As a context manager it closes the file also when writing fails; the caller calls close() at the end of the block.
     """
 
     def __init__(
         self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
     ):
-        header: dict[str, Any] = {"__metadata__": metadata}
-        end = 0
-        for name, (dtype, shape) in entries.items():
-            start, end = end, end + dtype.itemsize * _numel(shape)
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data begins on a multiple of 8
+        header, self._missing = safetensors_header(entries, metadata)
         self.path = path
-        self._missing = end
         self._hash = hashlib.sha256()
         self._file = path.open("xb")
-        self._put(len(text).to_bytes(8, "little") + text)
+        try:
+            self._put(header)
+        except OSError:
+            self.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        # After a failed write the rest of the buffer cannot be written either; that error is on its way already.
+        with suppress(OSError):
+            self._file.close()
 
     def _put(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
@@ -112,8 +150,13 @@ def new_folder(final: Path) -> Iterator[Path]:
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final} exists and is not empty; choose another output or delete it")
     final.parent.mkdir(parents=True, exist_ok=True)
-    tmp = final.parent / f".tmp-{final.name}-{os.getpid()}"
-    shutil.rmtree(tmp, ignore_errors=True)
+    # The owner in the name: what a killed process of this host left is removed, what a living one makes is not.
+    owner = f".tmp-{final.name}-{socket.gethostname()}-{''.join(filter(str.isdigit, _pid_namespace()))}-"
+    tmp = final.parent / f"{owner}{os.getpid()}"
+    for stale in final.parent.iterdir():
+        pid = stale.name.removeprefix(owner)
+        if pid != stale.name and pid.isdecimal() and (int(pid) == os.getpid() or _start_time(int(pid)) is None):
+            shutil.rmtree(stale)
     tmp.mkdir()
     try:
         yield tmp
@@ -127,3 +170,158 @@ def new_folder(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+
+
+# ------------------------------------------------------------------------------------------ an output folder
+
+
+def probe(folder: Path) -> None:
+    """Write, fsync and rename in the folder, as a save will: an unwritable output fails now, not hours later."""
+    old = folder / f".probe-{uuid.uuid4().hex}"
+    new = folder / f"{old.name}-renamed"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(old, b"probe")
+        os.rename(old, new)
+        fsync_dir(folder)
+        new.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            old.unlink(missing_ok=True)
+        raise UserError(
+            f"output_dir {folder} is not writable: {error}; make it so or choose another output_dir"
+        ) from None
+
+
+def free_bytes(path: Path) -> int:
+    """Of the file system of `path`, or of the nearest folder above that still exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_free_space(folder: Path, needed: int, what: str) -> None:
+    free = free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} needs {needed:,} bytes, {free:,} are free on its file system; free "
+            f"{needed - free:,} more or choose an output_dir on another one"
+        )
+
+
+class Lock:
+    """folder/.lock: one run at a time writes into a folder. JSON {host, pid, start, pid_namespace, time, run}.
+
+    `start` (field 22 of /proc/PID/stat) tells a reused pid from the process that made the lock. Of a process on this
+    host we know whether it lives; of one elsewhere only the heartbeat tells, the file's mtime: a lock without one for
+    STALE_S is taken over. A job that is requeued to another node after its node died therefore waits that long instead of
+    failing; where the heartbeat moves meanwhile, it is refused at once. `run` is a new id of this run.
+    """
+
+    STALE_S = 600.0
+    BEAT_S = 15.0
+    POLL_S = 5.0
+
+    def __init__(self, folder: Path, log: Callable[[str], None]):
+        self.path, self._log = folder / ".lock", log
+        self.run = uuid.uuid4().hex
+        self._ended = threading.Event()
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": _start_time(os.getpid()),
+            "pid_namespace": _pid_namespace(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "run": self.run,
+        }
+
+    def refuse_if_held(self, warn: bool = True) -> bool:
+        """UserError when a live run holds the folder; True when a lock is there that may be taken over."""
+        first = None  # mtime when we began to wait for another host
+        while True:
+            try:
+                beat = self.path.stat().st_mtime
+                age = _now(self.path.parent) - beat
+                owner = json.loads(self.path.read_text())
+                where = f"process {owner['pid']} on {owner['host']} (since {owner['time']})"
+                same_host = all(owner[key] == self._owner[key] for key in ("host", "pid_namespace"))
+                alive = _start_time(int(owner["pid"])) == owner["start"] if same_host else age < self.STALE_S
+                mine = same_host and alive and owner["pid"] == os.getpid()
+            except FileNotFoundError:
+                return False
+            except (ValueError, KeyError, TypeError):  # empty: its process died between creating and filling it
+                where, same_host, alive, mine = "a process that left no name", True, age < self.BEAT_S, False
+            if same_host or not alive or beat != (first or beat):
+                break
+            if first is None:
+                self._log(
+                    f"{self.path} is of {where}: waiting until its heartbeat moves or is {self.STALE_S / 60:.0f} minutes old"
+                )
+            first = beat
+            time.sleep(self.POLL_S)
+        if alive and not mine:
+            raise UserError(
+                f"{self.path.parent} is in use by {where}; wait until it ends or choose another output_dir. If you know "
+                f"that it is gone, delete {self.path}"
+            )
+        if warn and not mine:
+            self._log(f"WARNING: {self.path} is of {where}, which is gone; taking it over")
+        return True
+
+    def acquire(self) -> Lock:
+        """Take the folder and keep the heartbeat going until release()."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.refuse_if_held():
+            self.path.unlink(missing_ok=True)
+        try:
+            with self.path.open("x") as file:  # O_EXCL: of two that see no lock, one gets it
+                json.dump(self._owner, file)
+        except FileExistsError:
+            self.refuse_if_held()
+            raise UserError(f"{self.path.parent} is being taken by another run at this moment; try again") from None
+        threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
+        return self
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self.BEAT_S):
+            with suppress(OSError):  # a lock that has vanished is check()'s to report
+                os.utime(self.path)
+
+    def check(self) -> None:
+        """Before anything is published: two runs that took over the same stale lock end here, as does a vanished folder."""
+        try:
+            run = json.loads(self.path.read_text())["run"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the lock {self.path} of this run is gone ({type(error).__name__}: {error})") from None
+        if run != self.run:
+            raise UserError(f"{self.path} was taken by another run ({run}, this is {self.run})")
+
+    def release(self) -> None:
+        self._ended.set()
+        with suppress(UserError, FileNotFoundError):  # not ours any more: leave it
+            self.check()
+            self.path.unlink()
+
+
+def _start_time(pid: int) -> str | None:
+    """When the process started, in clock ticks since boot; None when there is no such process or only its zombie."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
+
+
+def _pid_namespace() -> str:
+    """Containers that share a host name do not share pids."""
+    return os.readlink("/proc/self/ns/pid")
+
+
+def _now(folder: Path) -> float:
+    """The file system's own clock: nodes' clocks differ."""
+    path = folder / f".clock-{uuid.uuid4().hex}"  # two hosts may have the same pid
+    path.touch()
+    try:
+        return path.stat().st_mtime
+    finally:
+        path.unlink()

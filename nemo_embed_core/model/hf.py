@@ -6,6 +6,7 @@ A box is (offset, size) per dim of a parameter's global tensor: what one rank ho
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,13 @@ class HFReader:
         self._open: dict[str, Any] = {}
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
-            where = read_json(index).get("weight_map")
+            where = read_json(self._inside(index)).get("weight_map")
             if not isinstance(where, dict):
                 raise UserError(f'{index}: no "weight_map" object')
-            for name, file in where.items():
-                if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
-                    raise UserError(f"{index}: {name} should be in {file!r}, which is not a file of {folder}")
+            for file in {str(file): file for file in where.values()}.values():
+                plain = isinstance(file, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*", file)
+                if not plain or not (folder / file).is_file():
+                    raise UserError(f"{index}: weight_map names {str(file)[:80]!r}, which is not a file of {folder}")
         elif single.is_file():
             where = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         else:
@@ -133,6 +135,13 @@ class HFReader:
             hint = f"; {pickles[0]} is a pickle and is never opened, convert it to safetensors" if pickles else ""
             raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json{hint}")
         self._where = {name.removeprefix("model."): (name, file) for name, file in where.items()}
+        if len(self._where) != len(where):
+            twice = next(name for name in where if "model." + name in where)
+            raise UserError(f"{folder} holds both {twice} and model.{twice}; keep one")
+        if config.num_hidden_layers > len(where):
+            raise UserError(
+                f"{folder}: config.json says {config.num_hidden_layers} layers, there are {len(where)} tensors"
+            )
         self._check()
 
     @property
@@ -150,10 +159,19 @@ class HFReader:
                 total.update(hashlib.file_digest(handle, "sha256").digest())
         return total.hexdigest()
 
+    def _inside(self, path: Path) -> Path:
+        """The path, unless it is a link out of the folder. Hugging Face's cache links snapshots/*/NAME to blobs/."""
+        target, folder = path.resolve(), self.folder.resolve()
+        allowed = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+        if target.parent not in allowed:
+            raise UserError(f"{path} is a link to {target}, outside of {self.folder}; put the file itself there")
+        return path
+
     def _file(self, name: str) -> Any:
         if name not in self._open:
+            path = self._inside(self.folder / name)
             try:
-                self._open[name] = safe_open(self.folder / name, framework="pt")
+                self._open[name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{self.folder / name} is not a readable safetensors file: {error}") from None
         return self._open[name]

@@ -10,11 +10,25 @@ from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file, read strictly: no key twice, no NaN or Infinity."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) != len(items):
+            names = [name for name, _ in items]
+            raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return value
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")

@@ -15,11 +15,14 @@ silently zero (docs/log.md).
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nemo_embed_core.parallel.liveness import note_exchange
 
 _ops = torch.ops._c10d_functional
 
@@ -148,22 +151,59 @@ def all_reduce_world_(x: Tensor) -> Tensor:
     return x
 
 
+class Vote:
+    """any_rank without waiting: a call starts the exchange of this rank's flag and returns the answer of the call before.
+
+    All ranks get the same answer at the same call. The exchange runs on threads of a gloo group of its own, behind the
+    work between two calls; no device stream is touched.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._value = torch.zeros((), dtype=torch.int32)
+        self._work: Any = None
+
+    def __call__(self, flag: bool) -> bool:
+        if self._group is None:
+            return flag
+        answer = self.answer()
+        if not answer:
+            self._value.fill_(int(flag))
+            self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer
+
+    def answer(self) -> bool:
+        """Of the last call; waits for it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return bool(self._value.item())
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank when it is True on one (CPU, gloo)."""
     if dist.get_world_size() == 1:
         return flag
+    note_exchange()
     value = torch.tensor([int(flag)])
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Every rank's small Python value, on every rank. Values come from our own processes only."""
     if dist.get_world_size() == 1:
         return [value]
+    if group is None:  # not of another thread
+        note_exchange()
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def background_group(timeout: timedelta) -> Any:
+    """A gloo group of all ranks for another thread, whose collectives must not interleave with training's. All ranks call it."""
+    return None if dist.get_world_size() == 1 else dist.new_group(backend="gloo", timeout=timeout)
 
 
 def barrier() -> None:

@@ -13,7 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
-from nemo_embed_core.parallel.layout import check_layout, local_rank_from_env, world_size_from_env
+from nemo_embed_core.parallel import liveness
+from nemo_embed_core.parallel.layout import check_layout, local_rank_from_env, rank_from_env, world_size_from_env
+
+COLLECTIVE_MARGIN_S = 30
 
 
 @dataclass(frozen=True)
@@ -74,24 +77,34 @@ def pick_device(device: str) -> torch.device:
 def distributed(parallel: ParallelConfig, device: str = "auto", model: ModelConfig | None = None) -> Iterator[Mesh]:
     """NCCL on GPUs, gloo on CPUs; one process without torchrun is a world of one.
 
-    A group of size 1 is made as well: FSDP2 carries the mixed-precision policy, so there is one code path.
+    A group of size 1 is made as well: FSDP2 carries the mixed-precision policy, so there is one code path. Ranks that
+    wait for a stuck, dead or failed one end with SystemExit(OTHER_RANK_EXIT_CODE) and its name (liveness.py).
     """
-    world_size = world_size_from_env()
+    world_size, rank = world_size_from_env(), rank_from_env()
     dp_size = check_layout(parallel, world_size, model)
     target = pick_device(device)
-    timeout = timedelta(seconds=parallel.timeout_s)
     if target.type == "cuda":
         torch.cuda.set_device(target)
     # gloo beside NCCL: checkpoints and the finite check exchange small CPU objects without touching a stream.
     backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
-    try:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield build_mesh(target, dp_size, parallel.tp_size, parallel.sequence_parallel)
+        finally:
+            dist.destroy_process_group()
+        return
+    store = liveness.join(rank, world_size, parallel.timeout_s)
+    with liveness.watched(rank, world_size, parallel.timeout_s):
+        liveness.note("process group")
+        # Later than ours, which says who is behind; it is what remains when all ranks are alive and equally far.
+        timeout = timedelta(seconds=parallel.timeout_s + COLLECTIVE_MARGIN_S)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
+        )
         yield build_mesh(target, dp_size, parallel.tp_size, parallel.sequence_parallel)
-    finally:
-        dist.destroy_process_group()
+    # Not after an error: NCCL's destroy waits for the other ranks, and the process ends in any case.
+    dist.destroy_process_group()
 
 
 def build_mesh(device: torch.device, dp_size: int, tp_size: int, sequence_parallel: bool) -> Mesh:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,33 @@ def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: 
     return 6.0 * model.num_hidden_layers * per_layer * num_tokens + (
         12.0 * model.num_hidden_layers * width * sum_of_squared_lengths
     )
+
+
+class LossWindow:
+    """Tells a loss far above those of the last steps: z = (loss - mean) / max(std, 0.01 |mean|).
+
+    Mean and (population) std are over the last 100 steps; below 20 of them there is no z. A spike enters the window as
+    mean + limit x std: it does not hide the next one, and a level that stays becomes the new normal. `losses` is the
+    whole state; checkpoints carry it, so that a resumed run decides as the uninterrupted one.
+    """
+
+    SIZE, FEWEST = 100, 20
+
+    def __init__(self, limit: float, losses: Iterable[float] = ()):
+        self.limit = limit
+        self.losses = [float(loss) for loss in losses][-self.SIZE :]
+
+    def judge(self, loss: float) -> float | None:
+        """z of a finite loss, which then belongs to the window; a spike is z > limit."""
+        z = None
+        if len(self.losses) >= self.FEWEST:
+            mean = math.fsum(self.losses) / len(self.losses)
+            variance = math.fsum((x - mean) ** 2 for x in self.losses) / len(self.losses)
+            std = max(math.sqrt(variance), 0.01 * abs(mean), 1e-12)
+            z = (loss - mean) / std
+            loss = min(loss, mean + self.limit * std)
+        self.losses = [*self.losses, loss][-self.SIZE :]
+        return z
 
 
 class MetricsLog:
@@ -85,4 +113,4 @@ def console_line(m: Mapping[str, Any], steps: int) -> str:
     )
     if m["mfu"] is not None:
         line += f"  MFU {m['mfu']:.1%}"
-    return line + f"  mem {m['memory_gb']:.2f} GB"
+    return line + f"  mem {m['memory_gb']:.2f} GB" + ("  SKIPPED (loss spike)" if m["skipped"] else "")

@@ -7,7 +7,7 @@ their gradients, and a second forward per micro-batch carries those into the wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,9 +45,16 @@ def _concat(groups: Sequence[Groups]) -> Groups:
 
 
 def forward_backward(
-    model: Encoder, batches: Sequence[MicroBatch], mesh: Mesh, loss: LossConfig
+    model: Encoder,
+    batches: Sequence[MicroBatch],
+    mesh: Mesh,
+    loss: LossConfig,
+    before: Callable[[str, int], None] = lambda phase, i: None,
 ) -> tuple[Tensor, Tensor]:
     """(loss of each of this rank's queries [B], sums of retrieval_stats [4]); gradients are left on the parameters.
+
+    `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally often on
+    every rank; what it raises ends the step there.
 
     Every dp rank has equally many queries and equally many micro-batches, so the mean over ranks that FSDP2 takes is the
     mean over the global batch.
@@ -55,12 +62,14 @@ def forward_backward(
     rows = sum(len(batch.query_index) for batch in batches)
     batches = [batch.to(mesh.device) for batch in batches]
     if loss.in_batch != "none" and len(batches) > 1:
-        return _grad_cache(model, batches, mesh, loss, rows)
+        return _grad_cache(model, batches, mesh, loss, rows, before)
     losses, stats = [], []
     for i, batch in enumerate(batches):
+        before("forward", i)
         _sync_on_last(model, i, len(batches))
         groups = group(embed(model, batch), batch)
         losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, mesh.dp_group, mesh.dp_rank)
+        before("backward", i)
         (losses_B.sum() / rows).backward()
         losses.append(losses_B.detach())
         stats.append(retrieval_stats(groups, loss.in_batch))
@@ -68,18 +77,28 @@ def forward_backward(
 
 
 def _grad_cache(
-    model: Encoder, batches: Sequence[MicroBatch], mesh: Mesh, loss: LossConfig, rows: int
+    model: Encoder,
+    batches: Sequence[MicroBatch],
+    mesh: Mesh,
+    loss: LossConfig,
+    rows: int,
+    before: Callable[[str, int], None],
 ) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        embeddings = [embed(model, batch) for batch in batches]
-    for e in embeddings:
-        e.requires_grad_()
+    embeddings = []
+    for i, batch in enumerate(batches):
+        before("embedding", i)
+        with torch.no_grad():
+            embeddings.append(embed(model, batch).requires_grad_())
+    before("loss", len(batches) - 1)
     groups = _concat([group(e, batch) for e, batch in zip(embeddings, batches, strict=True)])
     losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, mesh.dp_group, mesh.dp_rank)
     (losses_B.sum() / rows).backward()
     for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
+        before("forward", i)
         _sync_on_last(model, i, len(batches))
-        embed(model, batch).backward(e.grad)
+        again = embed(model, batch)
+        before("backward", i)
+        again.backward(e.grad)
     return losses_B.detach(), retrieval_stats(groups, loss.in_batch)
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint import files, sharded
 from nemo_embed_core.checkpoint.weights import (
     RandomReader,
     Weights,
@@ -28,7 +30,7 @@ from nemo_embed_core.checkpoint.weights import (
     read_model_config,
     tokenizer_folder,
 )
-from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, dump_yaml, to_dict
+from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, dump_yaml, failpoint, to_dict
 from nemo_embed_core.data.packing import MicroBatch, load_batch
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store, open_store
@@ -37,11 +39,12 @@ from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.hf import local_box, parameter_shapes, tp_dim
 from nemo_embed_core.parallel import fsdp
-from nemo_embed_core.parallel.collectives import all_reduce_world_, gather_objects
+from nemo_embed_core.parallel.collectives import Vote, all_reduce_world_, background_group, gather_objects
 from nemo_embed_core.parallel.grad_norm import clip_grad_norm, is_tp_replicated, local_tensor, sync_replicated_grads
 from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
+from nemo_embed_core.parallel.liveness import begun_before, mark_begun, note
 from nemo_embed_core.parallel.mesh import Mesh, pick_device
-from nemo_embed_core.train.metrics import MetricsLog, console_line, device_peak_flops, training_flops
+from nemo_embed_core.train.metrics import LossWindow, MetricsLog, console_line, device_peak_flops, training_flops
 from nemo_embed_core.train.optim import build_optimizer, ensure_state, learning_rate
 from nemo_embed_core.train.step import forward_backward
 
@@ -52,10 +55,8 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite: the step was refused on all ranks and the weights are as before it."""
 
 
-def failpoint(name: str, step: int) -> None:
-    """Fault injection for the crash tests: NEMO_EMBED_FAIL=name@step kills this process there, as a power cut would."""
-    if os.environ.get("NEMO_EMBED_FAIL") == f"{name}@{step}":
-        os.kill(os.getpid(), signal.SIGKILL)
+class _Stopped(Exception):
+    """All ranks leave the step here; the text is what they would have done next."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def prepare(config: TrainConfig) -> Prepared:
     """Shapes, tokenizer, layout and batch sizes against each other; the first rank also builds the data store."""
     if not config.init_from and not config.tokenizer:
         raise UserError("tokenizer is not set: without init_from there is no folder to take tokenizer.json from")
+    try:
+        json.dumps(to_dict(config), allow_nan=False)
+    except ValueError:
+        raise UserError(
+            "an option is infinite or not a number; checkpoints record all options as JSON, which has no such"
+        ) from None
     device = pick_device(config.device)
     model = read_model_config(config.init_from) if config.init_from else config.model
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
@@ -84,7 +91,7 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError("data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder")
     pick_attention(config.attention, device, run_dtype(config, device))
     if rank_from_env() == 0:
-        _probe_output(Path(config.output_dir))
+        _check_output(Path(config.output_dir), model)
         store = open_store(config.data, tokenizer)
         Sampler(len(store), config.global_batch_size, config.seed)
         if config.loss.in_batch == "none" and store.manifest["rows_without_negatives"] == len(store):
@@ -95,15 +102,17 @@ def prepare(config: TrainConfig) -> Prepared:
     return Prepared(model, tokenizer)
 
 
-def _probe_output(folder: Path) -> None:
-    """An unwritable output fails now, not at the first checkpoint."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir {folder} is not writable: {error}") from None
+def _check_output(folder: Path, model: ModelConfig) -> None:
+    """An output that is used by another run, unwritable or too full fails now, not at the first checkpoint.
+
+    A checkpoint needs room beside the one before it: 2.2 x its size in a new folder, 1.1 x where there is one already.
+    """
+    files.probe(folder)
+    files.Lock(folder, print).refuse_if_held(warn=False)  # the one that takes it warns
+    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+    size = 12 * parameters  # fp32: the weight and two moments
+    factor = 1.1 if sharded.checkpoints(folder) else 2.2
+    files.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")
 
 
 def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -135,6 +144,10 @@ class Trainer:
     """`Trainer(config, mesh, prepare(config)).run()`; every rank makes one."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, prepared: Prepared, log: Callable[[str], None] = print):
+        note("set-up")
+        if config.checkpoint.resume == "none" and begun_before():
+            # The checkpoints in the way are those of this torchrun's own earlier attempt.
+            config = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
         self.config, self.mesh = config, mesh
         self.model_config, self.tokenizer = prepared.model, prepared.tokenizer
         self.log = log if mesh.rank == 0 else lambda message: None
@@ -143,92 +156,197 @@ class Trainer:
         self.store: Store = open_store(config.data, prepared.tokenizer, log=lambda message: None)
         self.sampler = Sampler(len(self.store), config.global_batch_size, config.seed)
         self.step = 0
-        self.ledger = "0" * 64  # hash chain over the rows of every step so far
+        self.skipped = 0  # of these steps, those whose update was left out for a loss spike
+        self.ledger = "0" * 64  # hash chain over the rows of every step so far, and whether it was skipped
+        self.losses = LossWindow(config.spike_zscore)
+
+        self.overrides: list[dict[str, Any]] = []  # what checkpoint.allow_changed has let pass, over all resumes
 
         checkpoint = self._checkpoint_to_resume()
-        weights = open_weights(config.init_from) if config.init_from and checkpoint is None else None
-        # The weights' own dtype decides what merge writes: bf16 in, bf16 out.
-        self.export_dtype = weights.dtype if weights is not None else self.dtype
-        self.model = build_model(config, self.model_config, mesh, weights)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        ensure_state(self.optimizer)
-        if checkpoint is not None:
-            self._load(checkpoint)
-        self._stop = False
+        try:
+            weights = open_weights(config.init_from) if config.init_from and checkpoint is None else None
+            # The weights' own dtype decides what merge writes: bf16 in, bf16 out.
+            self.export_dtype = weights.dtype if weights is not None else self.dtype
+            self.model = build_model(config, self.model_config, mesh, weights)
+            self.optimizer = build_optimizer(self.model, config.optim)
+            ensure_state(self.optimizer)
+            if checkpoint is not None:
+                self._load(checkpoint)
+            self.saver = self._saver()
+        except BaseException:
+            self._unlock()
+            raise
+        self._stop, self._vote = False, Vote()
+        self._micro_batch = 0  # the one at work, for an error message
         self.peak_flops = device_peak_flops(mesh.device) if self.dtype == torch.bfloat16 else None
 
     # ---- the loop
 
     def run(self) -> None:
-        config, metrics = self.config, None
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        """Train up to the last step or to a signal; what was reached is saved either way."""
+        config, metrics, stop = self.config, None, False
         if self.mesh.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             dump_yaml(config, self.output / "config.yaml")
             metrics = MetricsLog(self.output, self.step, config.tensorboard)
+            mark_begun()
         self._announce()
-        saved = self.step if sharded.checkpoints(self.output) else -1
+        saved = gather_objects(self.step if sharded.checkpoints(self.output) else -1)[0]  # a file system may lag
         try:
-            while self.step < config.steps:
-                values, stop = self.train_step()
-                if metrics is not None:
-                    metrics.write(values)
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    self.log(console_line(values, config.steps))
-                if self.step % config.checkpoint.every == 0 or self.step == config.steps or stop:
-                    self.save()
+            if config.checkpoint.async_save and self.step < config.steps:
+                self.saver.snapshot(self._pieces())  # its memory is taken now, or found missing now
+            while self.step < config.steps and not stop:
+                try:
+                    values, stop = self.train_step()
+                except _Stopped as place:
+                    self.log(f"asked to stop: left step {self.step + 1} before {place}, it runs again after the resume")
+                    self._drop_step()
+                    stop = True
+                else:
+                    if metrics is not None:
+                        metrics.write(values)
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        self.log(console_line(values, config.steps))
+                if self.step != saved and (
+                    self.step % config.checkpoint.every == 0 or self.step == config.steps or stop
+                ):
+                    note("save")
+                    self.save(wait=stop or self.step == config.steps)
                     saved = self.step
-                if stop:
-                    self.log(f"stopped by a signal after step {self.step}; saved, resume with --checkpoint.resume auto")
-                    break
+            self._vote.answer()  # the last one, so that no rank leaves the group early
+            note("save")
             if saved < 0:
                 self.save()
+            self.saver.wait()
+            if stop and self.step < config.steps:
+                self.log(f"stopped by a signal after step {self.step}; saved, resume with --checkpoint.resume auto")
         finally:
+            self.saver.close()
+            self._unlock()
             if metrics is not None:
                 metrics.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGUSR1 from now on: leave the step within one micro-batch, save, return from run().
+
+        For the rest of the process: a second signal must not undo what the first one asked for.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._stop = True
+
+    def _before(self, phase: str, i: int) -> None:
+        """Before each forward and backward of a step: ask all ranks whether one is to stop, hear what they said last time.
+
+        So the answer is never waited for, and the ranks leave before the same forward or backward, at most one
+        micro-batch after the signal.
+        """
+        self._micro_batch = i
+        phase = f"{phase} {i + 1}/{self._num_micro_batches}"
+        note(phase, self.step + 1)
+        failpoint("step.micro_batch", f"{self.step}.{i}")
+        if self._vote(self._stop):
+            raise _Stopped(phase)
+
+    def _drop_step(self) -> None:
+        """Forget a half-done step: gathered weights and gradients; weights and moments were not touched by it."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: (what metrics.jsonl records, whether some rank was asked to stop)."""
         config, mesh, start = self.config, self.mesh, time.perf_counter()
+        note("data", self.step + 1)
         rows = self.sampler.rows(self.step)
         batches, num_tokens = load_batch(
             self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size, config.seed
         )
         failpoint("step.begin", self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses_B, stats = forward_backward(self.model, batches, mesh, config.loss)
+        self._num_micro_batches = len(batches)
+        try:
+            losses_B, stats = forward_backward(self.model, batches, mesh, config.loss, self._before)
+        except (MemoryError, RuntimeError) as error:
+            if _is_out_of_memory(error):
+                error.add_note(self._memory_note(batches))
+            raise
+        note("grad norm")
         sync_replicated_grads(self.model.parameters(), mesh)
         norm = clip_grad_norm(self.model.parameters(), config.optim.clip_norm, mesh)
         failpoint("step.backward", self.step)
 
+        note("totals")
         totals = self._totals(losses_B, stats, norm, batches)
         assert totals["tokens"] == num_tokens, f"{totals['tokens']} tokens were run, the plan said {num_tokens}"
+        if totals["save_failed"]:
+            self.saver.wait()
+            raise sharded.CheckpointError("the save in the background failed on another rank, which says why")
         self._refuse_non_finite(totals, losses_B, rows, batches)
+        zscore, skip = self._judge_loss(totals["loss"] / totals["rows"], rows)
         lr = learning_rate(self.step, config.steps, config.optim)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = lr
-        self.optimizer.step()
+        note("optimizer")
+        failpoint("step.optimizer", self.step)
+        if not skip:
+            self.optimizer.step()
         self.step += 1
+        self.skipped += skip
         self.ledger = hashlib.sha256(
-            self.ledger.encode() + np.ascontiguousarray(rows, dtype="<i8").tobytes()
+            self.ledger.encode() + np.ascontiguousarray(rows, dtype="<i8").tobytes() + (b"skipped" if skip else b"")
         ).hexdigest()
         failpoint("step.end", self.step)
-        return self._metrics(totals, lr, len(batches), time.perf_counter() - start), totals["stop"] > 0
+        values = self._metrics(totals, lr, len(batches), time.perf_counter() - start)
+        return {**values, "loss_zscore": zscore, "skipped": skip}, totals["stop"] > 0
+
+    def _judge_loss(self, loss: float, rows: np.ndarray) -> tuple[float | None, bool]:
+        """(z of the loss, whether to leave out the update); the loss is the same number on all ranks."""
+        mode = self.config.on_spike
+        zscore = self.losses.judge(loss)
+        if zscore is None or zscore <= self.losses.limit or mode == "ignore":
+            return zscore, False
+        self.log(
+            f"WARNING: step {self.step + 1}: loss {loss:.4f} is {zscore:.1f} standard deviations above that of the last "
+            f"steps{'; its update is skipped' if mode == 'skip' else ''}. Rows of the step: {_shown(rows)}"
+        )
+        return zscore, mode == "skip"
+
+    def _memory_note(self, batches: Sequence[MicroBatch]) -> str:
+        batch, device = batches[self._micro_batch], self.mesh.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_rss()
+        return (
+            f"rank {self.mesh.rank} was in micro-batch {self._micro_batch + 1} of {len(batches)}: {batch.num_tokens} tokens "
+            f"in {batch.num_sequences} sequences, the longest of {batch.max_seqlen}; peak memory {peak / 1e9:.2f} GB. Lower "
+            f"data.max_tokens={self.config.data.max_tokens}, set activation_checkpointing=true or use more ranks"
+        )
 
     def _totals(
         self, losses_B: torch.Tensor, stats: torch.Tensor, norm: torch.Tensor, batches: Sequence[MicroBatch]
     ) -> dict[str, float]:
         """Sums over dp ranks, exchanged in one small all-reduce; tp ranks hold the same values."""
         squares = sum(int(np.square(np.asarray(b.lengths, dtype=np.int64)).sum()) for b in batches)
-        host = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(self._stop)]
+        host = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(self._stop), int(self.saver.failed)]
         vector = torch.cat(
             [losses_B.sum().double()[None], stats, torch.tensor(host, dtype=torch.float64, device=losses_B.device)]
         )
         all_reduce_world_(vector)
         values = torch.cat([vector, norm.double()[None]]).tolist()  # the only host sync of a step
-        names = ("loss", "hits", "positive", "negative", "negatives", "rows", "tokens", "squares", "stop")
+        names = (
+            "loss",
+            "hits",
+            "positive",
+            "negative",
+            "negatives",
+            "rows",
+            "tokens",
+            "squares",
+            "stop",
+            "save_failed",
+        )
         totals = {name: value / self.mesh.tp.size for name, value in zip(names, values, strict=False)}
         return {**totals, "grad_norm": values[-1]}
 
@@ -242,11 +360,11 @@ class Trainer:
         bad = sorted(
             {row for part in gather_objects(mine[~losses_B.isfinite().cpu().numpy()].tolist()) for row in part}
         )
-        where = f"rows with a non-finite loss: {bad[:20]}" if bad else "every loss is finite, a gradient is not"
+        where = f"rows with a non-finite loss: {_shown(bad)}" if bad else "every loss is finite, a gradient is not"
         raise NonFiniteError(
             f"step {self.step + 1}: loss {totals['loss'] / totals['rows']}, gradient norm {totals['grad_norm']}; the step "
-            f"was refused and the weights are those of step {self.step}. {where} (rows of the step: "
-            f"{np.asarray(rows)[:8].tolist()}...). Lower optim.lr, or look at these rows."
+            f"was refused and the weights are those of step {self.step}. {where} (rows of the step: {_shown(rows)}). Lower "
+            "optim.lr, or look at these rows."
         )
 
     def _metrics(self, totals: dict[str, float], lr: float, num_micro_batches: int, seconds: float) -> dict[str, Any]:
@@ -270,10 +388,8 @@ class Trainer:
             "mfu": flops / (seconds * mesh.world_size * self.peak_flops) if self.peak_flops else None,
             "memory_gb": memory / 1e9,
             "seconds": seconds,
+            "checkpoint_stall_s": self.saver.take_stall(),  # by the save before this step
         }
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._stop = True  # noticed by all ranks together at the end of the step
 
     def _announce(self) -> None:
         parameters = sum(torch.Size(s).numel() for s in parameter_shapes(self.model_config).values())
@@ -302,27 +418,43 @@ class Trainer:
         mesh = self.mesh
         return shape, local_box(shape, tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.dp_rank, mesh.dp_size)
 
-    def save(self) -> Path:
-        """Publish output_dir/step-XXXXXXXX; returns when it is durable."""
-        start, pieces = time.perf_counter(), {}
+    def _saver(self) -> sharded.Saver:
+        config, mesh = self.config.checkpoint, self.mesh
+        # Ranks of a slow file system may finish a save long after one another; training's own timeout finds dead ranks.
+        group = background_group(timedelta(seconds=max(1800, self.config.parallel.timeout_s)))
+        write = partial(
+            sharded.save,
+            self.output,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            damaged=frozenset(self._damaged),
+            check=self.lock.check if self.lock is not None else lambda: None,
+            gather=partial(gather_objects, group=group),
+            log=self.log,
+        )
+        return sharded.Saver(write, self.log, config.async_save)
+
+    def _pieces(self) -> dict[str, sharded.Piece]:
+        """What this rank writes: its boxes, and those of replicated parameters on tp rank 0."""
+        pieces = {}
         replicated = {fsdp.plain_name(n) for n, p in self.model.named_parameters() if is_tp_replicated(p)}
         for name, tensor in self._named_state().items():
             shape, box = self._box(name)
             if tensor.numel() and not (name.rsplit("/", 1)[-1] in replicated and self.mesh.tp.rank):
                 pieces[name] = sharded.Piece(shape, box, tensor)
-        path = sharded.save(
-            self.output,
-            self.step,
-            pieces,
-            rank=self.mesh.rank,
-            world_size=self.mesh.world_size,
-            meta=self._meta(),
-            extra_files=self.tokenizer.files,
-            keep=self.config.checkpoint.keep,
-            failpoint=failpoint,
-        )
-        self.log(f"saved {path} in {time.perf_counter() - start:.2f} s")
-        return path
+        return pieces
+
+    def save(self, wait: bool = True) -> None:
+        """Publish output_dir/step-XXXXXXXX; on return it is durable, or with wait=False its values are copied."""
+        self.saver.save(self.step, self._pieces(), meta=self._meta(), extra_files=self.tokenizer.files)
+        if wait:
+            self.saver.wait()
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -330,33 +462,42 @@ class Trainer:
             "model": to_dict(self.model_config),
             "export_dtype": str(self.export_dtype).removeprefix("torch."),
             "config": to_dict(self.config),
+            "run": self.lock.run if self.lock is not None else None,  # rank 0 writes the manifest
+            "overrides": self.overrides,
             "ledger": self.ledger,
+            "skipped": self.skipped,
+            "recent_losses": self.losses.losses,
             "data_digest": self.store.digest,
             "num_rows": len(self.store),
             "tokenizer_digest": self.tokenizer.digest,
         }
 
     def _checkpoint_to_resume(self) -> Path | None:
-        """Chosen and verified by rank 0, the same on every rank."""
+        """Locked, chosen and verified by rank 0, the same on every rank."""
         resume, found = self.config.checkpoint.resume, None
-        error: str | None = None
+        failure: tuple[str, bool] | None = None
+        self.lock: files.Lock | None = None
+        self._damaged: set[str] = set()
         if self.mesh.rank == 0:
             try:
+                self.lock = files.Lock(self.output, self.log).acquire()
                 if resume == "auto":
-                    found = sharded.newest(self.output, self.log)
-                elif resume == "none" and sharded.checkpoints(self.output):
-                    raise UserError(
-                        f"{self.output} already holds checkpoints (newest {sharded.checkpoints(self.output)[0].name}); "
-                        "continue with --checkpoint.resume auto or choose another output_dir"
-                    )
+                    found = sharded.newest(self.output, self.log, self._damaged)
                 elif resume != "none":
                     found = sharded.find(Path(resume))
                     sharded.verify(found)
+                present = sharded.checkpoints(self.output)
+                if resume != "auto" and present and (found is None or found.resolve() != present[0].resolve()):
+                    raise UserError(
+                        f"{self.output} already holds checkpoints (newest {present[0].name}), which checkpoint.resume="
+                        f"{resume} would leave behind; continue with --checkpoint.resume auto or choose another output_dir"
+                    )
             except UserError as caught:
-                error = str(caught)
-        found, error = gather_objects((found, error))[0]
-        if error:
-            raise sharded.CheckpointError(error)
+                failure = (str(caught), isinstance(caught, sharded.AllDamagedError))
+        found, failure = gather_objects((found, failure))[0]
+        if failure is not None:
+            self._unlock()
+            raise (sharded.AllDamagedError if failure[1] else sharded.CheckpointError)(failure[0])
         return found
 
     def _load(self, folder: Path) -> None:
@@ -369,9 +510,10 @@ class Trainer:
                 if tensor.numel():
                     tensor.copy_(reader.read_box(name, self._box(name)[1]))
             self.step, self.ledger = reader.manifest["step"], reader.manifest["ledger"]
+            self.skipped, self.losses.losses = reader.manifest["skipped"], list(reader.manifest["recent_losses"])
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
             for state in self.optimizer.state.values():
-                state["step"].fill_(float(self.step))
+                state["step"].fill_(float(self.step - self.skipped))
         self.log(f"resumed from {folder} at step {self.step}")
 
     def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -381,26 +523,47 @@ class Trainer:
             raise UserError(
                 f"{folder} holds a model of another shape: {manifest['model']}, not {to_dict(self.model_config)}"
             )
-        problems = [
-            f"{key} was {was!r}, now {now!r}"
-            for key, was, now in (
-                ("seed", old["seed"], new["seed"]),
-                ("global_batch_size", old["global_batch_size"], new["global_batch_size"]),
-                ("data (digest)", manifest["data_digest"], self.store.digest),
-                ("data.num_hard_negatives", old["data"]["num_hard_negatives"], new["data"]["num_hard_negatives"]),
+        changed = [
+            (option, f"{name} was {was!r}, now {now!r}")
+            for option, name, was, now in (
+                ("seed", "seed", old["seed"], new["seed"]),
+                ("global_batch_size", "global_batch_size", old["global_batch_size"], new["global_batch_size"]),
+                ("data", "data (digest)", manifest["data_digest"], self.store.digest),
+                (
+                    "data",
+                    "data.num_hard_negatives",
+                    old["data"]["num_hard_negatives"],
+                    new["data"]["num_hard_negatives"],
+                ),
             )
             if was != now
         ]
-        if problems:
+        refused = {option: text for option, text in changed if option not in self.config.checkpoint.allow_changed}
+        if refused:
             raise UserError(
-                f"{folder} cannot be continued: "
-                + "; ".join(problems)
-                + ". With these changed the samples of a step are "
-                "others; restore them, or start a new run with --init_from and this checkpoint."
+                f"{folder} cannot be continued: {'; '.join(refused.values())}. With these changed the samples of a step are "
+                "others; restore them, start a new run with --init_from and this checkpoint, or accept that samples are "
+                f"seen twice or left out: --checkpoint.allow_changed {' '.join(refused)}"
+            )
+        self.overrides = list(manifest["overrides"])
+        for _, text in changed:
+            self.overrides.append({"step": manifest["step"], "changed": text})
+            self.log(
+                f"WARNING: {text}, as checkpoint.allow_changed permits: from step {manifest['step'] + 1} on the samples of a "
+                "step are others, and no promise holds any more that each is seen once an epoch; the manifest records it"
             )
         for key in ("steps", "loss", "optim", "precision"):
-            if old[key] != new[key]:
-                self.log(f"WARNING: {key} changed since the checkpoint: {old[key]} -> {new[key]}")
+            if old.get(key) != new[key]:
+                self.log(f"WARNING: {key} changed since the checkpoint: {old.get(key)} -> {new[key]}")
+
+
+def _shown(rows: Sequence[int] | np.ndarray) -> str:
+    numbers = [int(row) for row in rows]
+    return f"{numbers[:32]}" + (f" and {len(numbers) - 32} more" if len(numbers) > 32 else "")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _peak_rss() -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ from nemo_embed_core.train.trainer import NonFiniteError, Trainer, prepare
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def restore_signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_warm_up_and_decay_are_linear() -> None:
@@ -78,10 +87,11 @@ def test_metrics_say_what_a_step_was(tmp_path: Path) -> None:
     assert list((tmp_path / "run/tensorboard").glob("events*"))
 
 
-def test_sigterm_saves_and_stops_cleanly(tmp_path: Path) -> None:
+def test_sigterm_saves_and_stops_cleanly(tmp_path: Path, restore_signals: None) -> None:
     config = train_config(tmp_path, steps=1000, checkpoint={"every": 1000})
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        trainer.stop_on_signals()
 
         def terminate() -> None:
             while trainer.step < 3:
