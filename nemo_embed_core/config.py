@@ -13,7 +13,9 @@ import difflib
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -22,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
+
+from nemo_embed_core import __version__
 
 
 class UserError(ValueError):
@@ -90,6 +94,20 @@ def failpoint(name: str, at: object) -> None:
         else:
             signals = {"": signal.SIGKILL, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
             os.kill(os.getpid(), signals[action])
+
+
+def code_version() -> str:
+    """nemo_embed_core 1.2.3, and the commit in a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    version = f"nemo_embed_core {__version__}"
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return version
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return f"{version}, commit {commit}{' with changes' if git('status', '--porcelain') else ''}" if commit else version
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -297,7 +315,9 @@ class TrainConfig:
                 f"log_every={self.log_every} must be at least 1"
             )
         if not self.spike_zscore > 0:
-            raise UserError(f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off")
+            raise UserError(
+                f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off"
+            )
         if self.data.num_hard_negatives == 0 and self.loss.in_batch == "none":
             raise UserError(
                 "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in the softmax "

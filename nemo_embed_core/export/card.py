@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from nemo_embed_core import __version__
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.merge import source_name
 from nemo_embed_core.checkpoint.weights import Weights
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig, UserError, code_version
 from nemo_embed_core.model.hf_config import read_json
 
 Format = Literal["native", "compat"]
@@ -171,20 +168,6 @@ def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def shown_command(argv: Sequence[str]) -> str:
     """A command line without this machine's folders: of absolute paths the last two parts."""
     return shlex.join("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in argv)
-
-
-def code_version() -> str:
-    """nemo_embed_core 1.2.3, and the commit in a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-    version = f"nemo_embed_core {__version__}"
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return version
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    return f"{version}, commit {commit}{' with changes' if git('status', '--porcelain') else ''}" if commit else version
 
 
 # ------------------------------------------------------------------------------------------ text

@@ -30,7 +30,7 @@ from nemo_embed_core.checkpoint.weights import (
     read_model_config,
     tokenizer_folder,
 )
-from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, dump_yaml, failpoint, to_dict
+from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, code_version, dump_yaml, failpoint, to_dict
 from nemo_embed_core.data.packing import MicroBatch, load_batch
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store, open_store
@@ -152,6 +152,7 @@ class Trainer:
         self.model_config, self.tokenizer = prepared.model, prepared.tokenizer
         self.log = log if mesh.rank == 0 else lambda message: None
         self.output = Path(config.output_dir)
+        self._commit = code_version() if mesh.rank == 0 else ""  # rank 0 writes the manifest
         self.dtype = run_dtype(config, mesh.device)
         self.store: Store = open_store(config.data, prepared.tokenizer, log=lambda message: None)
         self.sampler = Sampler(len(self.store), config.global_batch_size, config.seed)
@@ -462,6 +463,7 @@ class Trainer:
             "model": to_dict(self.model_config),
             "export_dtype": str(self.export_dtype).removeprefix("torch."),
             "config": to_dict(self.config),
+            "commit": self._commit,
             "run": self.lock.run if self.lock is not None else None,  # rank 0 writes the manifest
             "overrides": self.overrides,
             "ledger": self.ledger,

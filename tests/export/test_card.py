@@ -12,8 +12,8 @@ from tiny import MODEL, train_config
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.weights import RandomReader, Weights
-from nemo_embed_core.config import OptimConfig, to_dict
-from nemo_embed_core.export.card import code_version, describe, model_card, shown_command
+from nemo_embed_core.config import OptimConfig, code_version, to_dict
+from nemo_embed_core.export.card import describe, model_card, shown_command
 
 DIGEST = "d" * 64
 
