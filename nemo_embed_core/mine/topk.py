@@ -110,14 +110,18 @@ def topk_below(
 ) -> tuple[Tensor, Tensor]:
     """s = queries @ documents.T; s[excluded or s >= ceilings[:, None] or not finite] = -inf; s.topk(k), ties by lower id.
 
-    queries [Q, D], documents [N, D]: numpy arrays, memory maps, tensors, or anything with .shape, [a:b] and [ids];
-    float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores are strictly below; +inf keeps all.
+    queries [Q, D], documents [N, D]: numpy arrays, memory maps, tensors, what has __dlpack__ (CuPy, JAX), or anything with
+    .shape, [a:b] and [ids]; float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores are strictly below; +inf keeps all.
     method: how candidates are found, "fp32", "bf16", "int8" or "auto" (`pick_method`); never what is found.
     exclude: ids never returned, per query.  first_id: id of documents[0] when they are one rank's shard.
     Returns scores [Q, k] fp32, best first, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify.
     Memory: block_queries x (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes
     (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768 on a GPU), whatever N is.
     """
+    queries, documents = (
+        torch.from_dlpack(x) if not isinstance(x, np.ndarray | Tensor) and hasattr(x, "__dlpack__") else x
+        for x in (queries, documents)
+    )
     num_queries, hidden_size = queries.shape
     num_documents = documents.shape[0]
     if k < 1:

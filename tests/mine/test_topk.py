@@ -197,7 +197,12 @@ def test_tensors_half_precision_and_memory_maps_are_searched_as_stored(tmp_path)
     np.save(tmp_path / "documents.npy", half)
     want = brute_force(queries, half.astype(np.float32), ceilings, 6)
     mapped = np.load(tmp_path / "documents.npy", mmap_mode="r", allow_pickle=False)
-    for stored in (half, mapped, torch.from_numpy(half)):
+
+    class Foreign:  # as CuPy's arrays: nothing but the protocol
+        def __init__(self, tensor):
+            self.__dlpack__, self.__dlpack_device__ = tensor.__dlpack__, tensor.__dlpack_device__
+
+    for stored in (half, mapped, torch.from_numpy(half), Foreign(torch.from_numpy(half))):
         scores, ids = topk_below(torch.from_numpy(queries), stored, torch.from_numpy(ceilings), 6, block_documents=50)
         np.testing.assert_array_equal(ids.numpy(), want[1])
         np.testing.assert_array_equal(scores.numpy(), want[0])
