@@ -32,6 +32,7 @@ class Row(NamedTuple):
     neg: list[str]
     path: str
     line: int
+    lang: str = ""  # of the query, where the file says so: only reports group by it
 
 
 class Beir(NamedTuple):
@@ -63,7 +64,7 @@ def source_files(config: DatasetConfig) -> list[Path]:
 # ------------------------------------------------------------------------------------------ JSONL rows
 
 REQUIRED = ("query", "pos", "neg")
-OPTIONAL = ("pos_scores", "neg_scores", "id")
+OPTIONAL = ("pos_scores", "neg_scores", "id", "lang")
 ALLOWED = frozenset(REQUIRED + OPTIONAL)
 
 
@@ -98,9 +99,12 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 if key in ids:
                     raise ValueError(f"id {_short(key)} is already the id of line {ids[key]}: make ids unique")
                 ids[key] = line
+            lang = row.get("lang", "")
+            if not isinstance(lang, str):
+                raise ValueError(f"field 'lang' must be a string such as \"de\", got {_type(lang)}")
         except ValueError as error:
             raise DataError(path, line, str(error)) from None
-        yield Row(query, pos, neg, name, line)
+        yield Row(query, pos, neg, name, line, lang)
     if line == 0:
         raise DataError(path, 1, "the file is empty: at least one row is needed")
 
@@ -156,7 +160,8 @@ def _beir_rows(folder: Path, split: str) -> Iterator[Row]:
     file = _qrels_file(folder, split)
     qrels, lines = _read_qrels(file)
     needed = {doc for scores in qrels.values() for doc, score in scores.items() if score > 0}
-    queries = _read_texts(_beir_file(folder, "queries.jsonl"), keep=qrels.__contains__)
+    languages: dict[str, str] = {}
+    queries = _read_texts(_beir_file(folder, "queries.jsonl"), qrels.__contains__, languages)
     corpus = _read_texts(_beir_file(folder, "corpus.jsonl"), keep=needed.__contains__)
     _check_dangling(folder, split, qrels, lines, queries, corpus)
     for qid, scores in qrels.items():
@@ -167,11 +172,14 @@ def _beir_rows(folder: Path, split: str) -> Iterator[Row]:
                 file, line, f"query {_short(qid)} has no document with a score above 0: remove its judgements "
                 "from this training split or give it a positive"
             )  # fmt: skip
-        yield Row(queries[qid], pos, [], str(file), line)
+        yield Row(queries[qid], pos, [], str(file), line, languages.get(qid, ""))
 
 
-def _read_texts(path: Path, keep: Callable[[str], bool]) -> dict[str, str]:
-    """{id: text} of a corpus or queries file in file order, every line checked; text "" where keep(id) is False."""
+def _read_texts(path: Path, keep: Callable[[str], bool], languages: dict[str, str] | None = None) -> dict[str, str]:
+    """{id: text} of a corpus or queries file in file order, every line checked; text "" where keep(id) is False.
+
+    languages: gets {id: lang} of the lines that say so.
+    """
     texts: dict[str, str] = {}
     for line, row in _json_lines(path):
         try:
@@ -184,6 +192,8 @@ def _read_texts(path: Path, keep: Callable[[str], bool]) -> dict[str, str]:
                 raise ValueError(f"_id {_short(key)} is already the _id of line {first}: make ids unique")
             text = _passage(row)
             texts[key] = text if keep(key) else ""
+            if languages is not None and keep(key) and isinstance(lang := row.get("lang"), str):
+                languages[key] = lang
         except ValueError as error:
             raise DataError(path, line, str(error)) from None
     if not texts:

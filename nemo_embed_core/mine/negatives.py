@@ -136,7 +136,7 @@ def mine_negatives(
     first = searches[0]
     report = build_report(
         positive_scores=positive_scores, lowest=lowest[0], scores=scores, random_scores=random_scores(first),
-        query_texts=[row.query for row in rows], settings=settings, stats=first.stats, sweep=swept[::-1],
+        query_texts=[row.query for row in rows], languages=[getattr(row, "lang", "") for row in rows], settings=settings, stats=first.stats, sweep=swept[::-1],
         num_searched_again=sum(search.num_again for search in searches),
     )  # fmt: skip
     if ranks.rank == 0:
@@ -176,6 +176,8 @@ def _lines(
             "pos_scores": [_short(s) for s in positive_scores[a:b]],
             "neg_scores": [_short(s) for s in scores[i][found]],
         }
+        if lang := getattr(row, "lang", ""):
+            line["lang"] = lang
         yield (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 

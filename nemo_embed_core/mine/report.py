@@ -23,6 +23,7 @@ def build_report(
     scores: np.ndarray,
     random_scores: np.ndarray,
     query_texts: Sequence[str],
+    languages: Sequence[str],
     settings: dict[str, Any],
     stats: SearchStats,
     sweep: list[dict[str, Any]],
@@ -48,6 +49,8 @@ def build_report(
         "random_pair_score_quantiles": _quantiles(random_scores),
         "hardest_negative_to_positive": _quantiles(_hardest_to_positive(scores, lowest)),
         "negative_positive_scores": int((lowest < 0).sum()),  # queries for which threshold * s would have been wrong
+        # As the data says, "" where it does not; empty when it never does. No language is guessed.
+        "by_language": by_group(languages, counts, k) if any(languages) else {},
         "by_script": by_group([script(text) for text in query_texts], counts, k),
         "sweep": sweep,
         "histogram": {
@@ -161,8 +164,9 @@ def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> 
         log(
             f"  {report['negative_positive_scores']:,} queries have a positive that scores below 0: is the model trained?"
         )
-    if len(report["by_script"]) > 1:
-        print_groups("script of the query", report["by_script"], k, log)
+    for name, groups in (("language", report["by_language"]), ("script", report["by_script"])):
+        if len(groups) > 1:
+            print_groups(f"{name} of the query", groups, k, log)
     if report["sweep"]:
         _header("threshold", k, log, f"{'margin':>9}")
         for entry in report["sweep"]:
@@ -189,15 +193,20 @@ def _share_line(name: str, group: dict[str, Any], log: Callable[[str], None], mo
 
 
 def plot_report(report: dict[str, Any], path: str) -> None:
-    """The score histograms, and beside them the shares per threshold (sweep) and per script, as a PNG (needs matplotlib)."""
+    """The score histograms, and beside them the shares per threshold (sweep) and per language or script, as a PNG.
+
+    Needs matplotlib.
+    """
     from matplotlib.figure import Figure  # not pyplot: no windows, no state, half the time to import
 
     total = report["queries"]
     bars = []
     if report["sweep"]:
         bars.append(("threshold", {f"{e['threshold']:g}": {**e, "queries": total} for e in report["sweep"]}))
-    if len(report["by_script"]) > 1:
-        bars.append(("script of the query", dict(list(report["by_script"].items())[:8])))
+    for name in ("language", "script"):
+        if len(groups := report[f"by_{name}"]) > 1:
+            bars.append((f"{name} of the query", dict(list(groups.items())[:8])))
+            break
     figure = Figure(figsize=(7 + 4 * len(bars), 4), layout="constrained")
     panels = figure.subplots(1, 1 + len(bars), width_ratios=[7] + [4] * len(bars), squeeze=False)
     histogram, axes = report["histogram"], panels[0][0]

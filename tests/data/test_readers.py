@@ -102,6 +102,7 @@ BAD_ROWS = {
     "unknown field": (row(negs=["n"]), 1, "unknown fields ['negs']: remove them"),
     "prompt of FlagEmbedding": (row(prompt="Find"), 1, "set the instruction with the dataset's task option"),
     "too few scores": (row(neg_scores=[0.1]), 1, "'neg_scores' must be a list of 2 numbers (one per text), got 1 entries"),
+    "lang a number": (row(lang=7), 1, "field 'lang' must be a string"),
     "scores a string": (row(pos_scores="0.1"), 1, "'pos_scores' must be a list of 1 numbers"),
     "score a bool": (row(pos_scores=[True]), 1, "pos_scores[0] must be a finite number, got True"),
     "duplicate id": (row(id=1) + row(id="2") + row(id="1"), 3, "id '1' is already the id of line 1"),

@@ -7,6 +7,7 @@ import pytest
 from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks
 
 from nemo_embed_core.config import DatasetConfig, UserError
+from nemo_embed_core.data.readers import Row as ReadRow
 from nemo_embed_core.data.readers import read_rows
 from nemo_embed_core.mine.corpus import Corpus, encode_corpus
 from nemo_embed_core.mine.pool import Pool, normalize
@@ -417,6 +418,20 @@ def test_shares_by_script_add_up_and_scripts_are_told_by_their_letters(tmp_path)
     for key in ("with_no_negatives", "with_fewer_than_k", "with_k_negatives"):
         assert sum(group[key] for group in report["by_script"].values()) == report[key]
     assert any("Cyrillic" in line for line in said)
+
+
+def test_shares_by_language_are_as_the_rows_say_and_the_output_keeps_it(tmp_path):
+    langs = ("de", "fr", "")
+    rows = [ReadRow(row.query, row.pos, row.neg, "f", i, langs[i % 3]) for i, row in enumerate(make_rows(20))]
+    said = []
+    report = mine(rows, tmp_path / "out.jsonl", log=said.append)
+    assert {name: group["queries"] for name, group in report["by_language"].items()} == dict.fromkeys(langs, 7)
+    for key in ("with_no_negatives", "with_fewer_than_k", "with_k_negatives"):
+        assert sum(group[key] for group in report["by_language"].values()) == report[key]
+    assert any("language of the query" in line for line in said)
+    again = list(read_rows(DatasetConfig(path=str(tmp_path / "out.jsonl"))))
+    assert [row.lang for row in again] == [row.lang for row in rows]
+    assert mine(make_rows(20), tmp_path / "other.jsonl")["by_language"] == {}
 
 
 def test_trivial_negatives_are_those_that_score_like_random_pairs(tmp_path):
