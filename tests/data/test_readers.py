@@ -153,7 +153,7 @@ CORPUS = (
     '{"_id": "d3", "title": "", "text": "three"}\n'
     '{"_id": "d4", "title": "Only a title", "text": ""}\n'
 )
-QUERIES = '{"_id": "q1", "text": "first"}\n{"_id": "q2", "text": "second"}\n{"_id": "q3", "text": "of another split"}\n'
+QUERIES = '{"_id": "q1", "text": "first", "lang": "en"}\n{"_id": "q2", "text": "second"}\n{"_id": "q3", "text": "of another split"}\n'
 QRELS = "query-id\tcorpus-id\tscore\nq2\td1\t1\nq1\t2\t2\nq2\td3\t0\nq1\td4\t1\n"
 
 
@@ -175,9 +175,9 @@ def test_beir_split(tmp_path, gz):
     assert got.queries == {"q2": "second", "q1": "first"}
     assert got.qrels == {"q2": {"d1": 1, "d3": 0}, "q1": {"2": 2, "d4": 1}}
     rows = rows_of(folder)
-    assert [(r.query, r.pos, r.neg, r.line) for r in rows] == [
-        ("second", ["Title one"], [], 2),
-        ("first", ["two", "Only a title"], [], 3),
+    assert [(r.query, r.pos, r.neg, r.line, r.lang) for r in rows] == [
+        ("second", ["Title one"], [], 2, ""),
+        ("first", ["two", "Only a title"], [], 3, "en"),
     ]
     assert [f.name.removesuffix(".gz") for f in source_files(DatasetConfig(path=str(folder)))] == [
         "corpus.jsonl", "queries.jsonl", "train.tsv",
