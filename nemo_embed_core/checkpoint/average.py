@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # bits of a significand
+WIDE_ELEMENTS = 1 << 14  # of each source in fp64 at a time: what is four times as wide leaves the cache
 _BELOW_FP32 = (1 << 29) - 1  # the bits of an fp64 significand that fp32 does not have
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -73,14 +74,18 @@ class Combiner:
             factors = (
                 torch.ones(N, dtype=torch.float64) if weights is None else torch.tensor(weights, dtype=torch.float64)
             )
-            wide_NC = self.buffer("wide", (N, C), torch.float64).copy_(x_NC)
-            total_C = torch.mv(wide_NC.T, factors, out=self.buffer("total", (C,), torch.float64))
+            total_C = self.buffer("total", (C,), torch.float64)
+            for start in range(0, C, WIDE_ELEMENTS):
+                x_NW = x_NC[:, start : start + WIDE_ELEMENTS]
+                wide_NW = self.buffer("wide", tuple(x_NW.shape), torch.float64).copy_(x_NW)
+                torch.mv(wide_NW.T, factors, out=total_C[start : start + WIDE_ELEMENTS])
             if weights is None:
                 total_C /= N
             # Every value is a multiple of `quantum`: sums below 2^53 of them are exact. Then the quotient, rounded to
             # fp64, is a middle only if the real one is (a factor of 4 is left for the quotient's own rounding).
             if weights is None and N * largest < 2.0**51 * quantum:
-                out = round_once(total_C, dtype, self.buffer("bits", (C,), torch.int64))
+                is_normal = quantum / N >= torch.finfo(torch.float32).tiny
+                out = round_once(total_C, dtype, self.buffer("bits", (C,), torch.int64), is_normal)
             else:
                 out = self._certified(x_NC, weights, total_C, 2 * (N + 2) * 2.0**-53 * reach, dtype)
         if reach >= torch.finfo(dtype).max / 2 and not bool(out.isfinite().all()):
@@ -176,12 +181,13 @@ def _split(x: Tensor) -> list[Tensor]:
     return [high, x - high]
 
 
-def round_once(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
+def round_once(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None, is_normal: bool = False) -> Tensor:
     """fp64 -> dtype, correctly rounded (to nearest, ties to even).
 
     Casting fp64 to bf16 or fp16 goes through fp32 and rounds twice. Rounding to odd on the way to fp32 keeps the second
     rounding right: fp32 has more than two bits beyond either (Boldo and Melquiond 2008). Odd means: cut what fp32 does not
-    have, and set the last bit where anything was cut.  bits: int64 memory of x's size to work in.
+    have, and set the last bit where anything was cut.  bits: int64 memory of x's size to work in.  is_normal: no value but 0 is
+    below fp32's smallest normal number.
     """
     if dtype in (torch.float64, torch.float32):
         return x.to(dtype)
@@ -190,6 +196,8 @@ def round_once(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Ten
     odd = torch.bitwise_and(given, _BELOW_FP32, out=torch.empty_like(given) if bits is None else bits)
     odd.add_(_BELOW_FP32).bitwise_or_(given).bitwise_and_(~_BELOW_FP32)
     y = odd.view(torch.float64).float()  # exact from fp32's smallest normal number upwards
+    if is_normal:
+        return y.to(dtype).view(shape)
     magnitude = torch.abs(y, out=odd.view(torch.float32)[: y.numel()])
     if y.numel() and float(magnitude.amin()) < torch.finfo(torch.float32).tiny:
         small = (magnitude < torch.finfo(torch.float32).tiny).nonzero()[:, 0]
