@@ -254,7 +254,7 @@ def main() -> None:
         report = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": commit(),
-            "device": name,
+            "hardware": name,
             "torch": torch.__version__,
             **vars(args),
             "topk": topk,
