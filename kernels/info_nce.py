@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,8 @@ def _join(lse_B, positive_B, has_positive_B, own_lse_B, extra_lse_B) -> torch.Te
 
 
 # Not timed on a GPU yet: chosen by registers and shared memory (AOT for sm_90, no spills, wgmma).
-_OWN = (8, 512, 4)  # largest BLOCK_M, largest BLOCK_D, num_warps
+# A warp holds all BLOCK_M documents of its 256 columns, so that the sums over documents stay within threads.
+_OWN = (8, 1024, 4)  # largest BLOCK_M, largest BLOCK_D, num_warps
 # element size -> [(largest B, BLOCK_B, BLOCK_P, BLOCK_D, num_warps, num_stages)]. 128 x 256, the usual tile of a Hopper
 # GEMM, spills 1 kB with document ids; in halves (reshape, permute, split) still 0.25 kB.
 _COLUMNS = {
@@ -143,8 +145,8 @@ _FP32_PRECISION = "tf32x3"  # fp32 on tensor cores, about 21 bits of mantissa; "
 @triton.jit
 def _own_fwd_kernel(
     q_ptr, docs_ptr, mask_ptr, temperature_ptr,
-    lse_ptr, mean_ptr, scores_ptr, q_inverse_ptr, docs_inverse_ptr, M,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    lse_ptr, mean_ptr, scores_ptr, q_inverse_ptr, docs_inverse_ptr,
+    M: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One program: one query. RELATIVE: scores relative to document 0, the positive; without it the row is 0.
@@ -163,23 +165,25 @@ def _own_fwd_kernel(
     for m_start in range(0, M, BLOCK_M):
         m = m_start + offs_m
         mask_m = tl.load(mask_ptr + b * M + m, mask=m < M, other=0) != 0
-        dots = tl.zeros((BLOCK_M,), tl.float32)
-        q_squares = 0.0
-        doc_squares = tl.zeros((BLOCK_M,), tl.float32)
-        for d_start in range(0, D, BLOCK_D):
+        # Products are summed over the threads once, behind the loads of all columns.
+        products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        q_squares = tl.zeros((BLOCK_D,), tl.float32)
+        doc_squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for d_start in tl.static_range(0, D, BLOCK_D):
             offs_d = d_start + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
             q = tl.load(q_ptr + b * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
             docs = tl.load(
                 docs_ptr + (b * M + m)[:, None] * D + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0
             ).to(tl.float32)
-            dots += tl.sum(docs * q[None, :], 1)
+            products += docs * q[None, :]
             if NORMALIZE:
-                q_squares += tl.sum(q * q, 0)
-                doc_squares += tl.sum(docs * docs, 1)
+                q_squares += q * q
+                doc_squares += docs * docs
+        dots = tl.sum(products, 1)
         if NORMALIZE:
-            q_inverse = 1.0 / tl.maximum(tl.sqrt(q_squares), 1e-12)
-            doc_inverse = 1.0 / tl.maximum(tl.sqrt(doc_squares), 1e-12)
+            q_inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(q_squares, 0)), 1e-12)
+            doc_inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(doc_squares, 1)), 1e-12)
             tl.store(docs_inverse_ptr + b * M + m, doc_inverse, mask=m < M)
             dots *= q_inverse * doc_inverse
         tl.store(scores_ptr + b * M + m, dots, mask=m < M)
@@ -209,25 +213,36 @@ def _own_fwd_kernel(
 
 @triton.jit
 def _own_coefficients(
-    dlse_ptr, mask_ptr, scores_ptr, lse_ptr, inverse_temperature, b, m, M, RELATIVE: tl.constexpr
+    dlse_ptr, mask_ptr, scores_ptr, lse_ptr, docs_inverse_ptr, inverse_temperature, q_inverse, b, m, M: tl.constexpr,
+    RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """-> gradient of the unscaled scores of documents m of row b; 0 for those that do not exist"""
+    """-> of documents m of row b, 0 for those that do not exist: is it there, the factor between its row and q's gradient
+    and the other way round, the share of its own direction that its gradient loses, and that of q's"""
     mask_m = tl.load(mask_ptr + b * M + m, mask=m < M, other=0) != 0
-    scores = tl.load(scores_ptr + b * M + m, mask=m < M, other=0.0)
+    there = mask_m
+    dots = tl.load(scores_ptr + b * M + m, mask=m < M, other=0.0)
+    relative = dots
     if RELATIVE:
-        mask_m = mask_m & (tl.load(mask_ptr + b * M) != 0)
-        scores -= tl.load(scores_ptr + b * M)
-    p = tl.exp(scores * inverse_temperature - tl.load(lse_ptr + b))
+        there = there & (tl.load(mask_ptr + b * M) != 0)
+        relative -= tl.load(scores_ptr + b * M)
+    p = tl.exp(relative * inverse_temperature - tl.load(lse_ptr + b))
     if RELATIVE:
         p -= tl.where(m == 0, 1.0, 0.0)
-    return tl.where(mask_m, tl.load(dlse_ptr + b) * p * inverse_temperature, 0.0)
+    c = tl.where(there, tl.load(dlse_ptr + b) * p * inverse_temperature, 0.0)
+    radial = c * dots
+    radial_doc = radial
+    if NORMALIZE:
+        doc_inverse = tl.load(docs_inverse_ptr + b * M + m, mask=m < M, other=0.0)
+        radial_doc = radial * doc_inverse * doc_inverse
+        c *= q_inverse * doc_inverse
+    return mask_m, c, radial_doc, radial
 
 
 @triton.jit
 def _own_bwd_kernel(
     dlse_ptr, q_ptr, docs_ptr, mask_ptr, temperature_ptr, lse_ptr, scores_ptr, q_inverse_ptr, docs_inverse_ptr,
-    dq_ptr, ddocs_ptr, M,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq_ptr, ddocs_ptr,
+    M: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One program: one query. With c the gradients of its scores s (cosines if NORMALIZE, a and d_m the inverse norms):
@@ -238,33 +253,39 @@ def _own_bwd_kernel(
     b = tl.program_id(0).to(tl.int64)
     inverse_temperature = 1.0 / tl.load(temperature_ptr)
     offs_m = tl.arange(0, BLOCK_M)
-    q_inverse = 1.0
+    q_inverse = tl.load(q_inverse_ptr + b) if NORMALIZE else 1.0
+    # Once where one block holds all documents, so that no load of a row waits for them; else again for every block.
+    mask_m, c, radial_doc, radial = _own_coefficients(
+        dlse_ptr, mask_ptr, scores_ptr, lse_ptr, docs_inverse_ptr, inverse_temperature, q_inverse,
+        b, offs_m, M, RELATIVE, NORMALIZE,
+    )  # fmt: skip
     radial_q = 0.0
     if NORMALIZE:
-        q_inverse = tl.load(q_inverse_ptr + b)
-        for m_start in range(0, M, BLOCK_M):
-            m = m_start + offs_m
-            c = _own_coefficients(dlse_ptr, mask_ptr, scores_ptr, lse_ptr, inverse_temperature, b, m, M, RELATIVE)
-            radial_q += tl.sum(c * tl.load(scores_ptr + b * M + m, mask=m < M, other=0.0), 0)
+        radial_q = tl.sum(radial, 0)
+        for m_start in range(BLOCK_M, M, BLOCK_M):
+            _, _, _, radial = _own_coefficients(
+                dlse_ptr, mask_ptr, scores_ptr, lse_ptr, docs_inverse_ptr, inverse_temperature, q_inverse,
+                b, m_start + offs_m, M, RELATIVE, NORMALIZE,
+            )  # fmt: skip
+            radial_q += tl.sum(radial, 0)
         radial_q *= q_inverse * q_inverse
-    for d_start in range(0, D, BLOCK_D):
+    for d_start in tl.static_range(0, D, BLOCK_D):
         offs_d = d_start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         q = tl.load(q_ptr + b * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         dq = -radial_q * q
         for m_start in range(0, M, BLOCK_M):
             m = m_start + offs_m
-            mask_m = tl.load(mask_ptr + b * M + m, mask=m < M, other=0) != 0
-            c = _own_coefficients(dlse_ptr, mask_ptr, scores_ptr, lse_ptr, inverse_temperature, b, m, M, RELATIVE)
+            if M > BLOCK_M:
+                mask_m, c, radial_doc, _ = _own_coefficients(
+                    dlse_ptr, mask_ptr, scores_ptr, lse_ptr, docs_inverse_ptr, inverse_temperature, q_inverse,
+                    b, m, M, RELATIVE, NORMALIZE,
+                )  # fmt: skip
             offs = (b * M + m)[:, None] * D + offs_d[None, :]
             docs = tl.load(docs_ptr + offs, mask=mask_m[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+            ddocs = c[:, None] * q[None, :]
             if NORMALIZE:
-                doc_inverse = tl.load(docs_inverse_ptr + b * M + m, mask=m < M, other=0.0)
-                radial = c * tl.load(scores_ptr + b * M + m, mask=m < M, other=0.0) * doc_inverse * doc_inverse
-                c *= q_inverse * doc_inverse
-                ddocs = c[:, None] * q[None, :] - radial[:, None] * docs
-            else:
-                ddocs = c[:, None] * q[None, :]
+                ddocs -= radial_doc[:, None] * docs
             dq += tl.sum(c[:, None] * docs, 0)
             tl.store(ddocs_ptr + offs, ddocs.to(ddocs_ptr.dtype.element_ty), mask=(m < M)[:, None] & mask_d[None, :])
         tl.store(dq_ptr + b * D + offs_d, dq.to(dq_ptr.dtype.element_ty), mask=mask_d)
@@ -272,22 +293,30 @@ def _own_bwd_kernel(
 
 @triton.jit
 def _score_tile(
-    q_ptr, docs_ptr, b, p, B, P,
-    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    q, docs, first_row, first_column, B, P,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q[b] @ docs[p].T in fp32, [BLOCK_B, BLOCK_P]; rows and columns past the end repeat the last one."""
-    offs_d = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + tl.minimum(b, B - 1).to(tl.int64)[:, None] * D + offs_d[None, :]
-    docs_ptrs = docs_ptr + tl.minimum(p, P - 1).to(tl.int64)[None, :] * D + offs_d[:, None]
+    """q[rows] @ docs[columns].T in fp32, [BLOCK_B, BLOCK_P]; rows and columns past the end hold anything finite.
+
+    q, docs: tensor descriptors for the bulk copy engine (TMA), or pointers where rows are not multiples of 16 bytes.
+    """
     acc = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-    for d_start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
-            q = tl.load(q_ptrs + d_start)
-            docs = tl.load(docs_ptrs + d_start)
-        else:
-            q = tl.load(q_ptrs + d_start, mask=(offs_d < D - d_start)[None, :], other=0.0)
-            docs = tl.load(docs_ptrs + d_start, mask=(offs_d < D - d_start)[:, None], other=0.0)
-        acc = tl.dot(q, docs, acc, input_precision=PRECISION)
+    if TMA:
+        for d_start in range(0, D, BLOCK_D):
+            acc = tl.dot(
+                q.load([first_row, d_start]), docs.load([first_column, d_start]).T, acc, input_precision=PRECISION
+            )
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        b = tl.minimum(first_row + tl.arange(0, BLOCK_B), B - 1).to(tl.int64)
+        p = tl.minimum(first_column + tl.arange(0, BLOCK_P), P - 1).to(tl.int64)
+        q_ptrs = q + b[:, None] * D + offs_d[None, :]
+        docs_ptrs = docs + p[None, :] * D + offs_d[:, None]
+        for d_start in range(0, D, BLOCK_D):
+            rows = tl.load(q_ptrs + d_start, mask=(offs_d < D - d_start)[None, :], other=0.0)
+            columns = tl.load(docs_ptrs + d_start, mask=(offs_d < D - d_start)[:, None], other=0.0)
+            acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
     return acc
 
 
@@ -306,10 +335,10 @@ def _keep_scores(
 
 @triton.jit
 def _columns_fwd_kernel(
-    q_ptr, docs_ptr, labels_ptr, row_groups_ptr, groups_ptr, temperature_ptr,
+    q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature_ptr,
     lse_ptr, mean_ptr, positive_ptr, B, P, num_splits, tiles_per_split,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_B rows x one split of the columns; partial lse, mean and positive score, [S, B]."""
     # All splits of GROUP row blocks before the next row blocks: what runs at one time shares its rows and columns in L2.
@@ -317,7 +346,8 @@ def _columns_fwd_kernel(
     group_size = tl.minimum(tl.cdiv(B, BLOCK_B) - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * num_splits)
     split = within // group_size
-    b = (group * GROUP + within % group_size) * BLOCK_B + tl.arange(0, BLOCK_B)
+    first_row = (group * GROUP + within % group_size) * BLOCK_B
+    b = first_row + tl.arange(0, BLOCK_B)
     inverse_temperature = 1.0 / tl.load(temperature_ptr)
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
@@ -328,7 +358,9 @@ def _columns_fwd_kernel(
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(P, BLOCK_P))
     for tile in range(split * tiles_per_split, last_tile):
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        scores = _score_tile(q_ptr, docs_ptr, b, p, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, PRECISION) * inverse_temperature
+        scores = _score_tile(
+            q, docs, first_row, tile * BLOCK_P, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
+        ) * inverse_temperature  # fmt: skip
         if HAS_LABELS:
             positive += tl.sum(tl.where(label[:, None] == p[None, :], scores, 0.0), 1)
         scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
@@ -375,23 +407,27 @@ def _combine_kernel(
 
 @triton.jit
 def _columns_dscores_kernel(
-    dlse_ptr, dpositive_ptr, q_ptr, docs_ptr, labels_ptr, row_groups_ptr, groups_ptr, temperature_ptr, lse_ptr,
+    dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature_ptr, lse_ptr,
     dscores_ptr, B, P, first_column, width, row_stride,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the gradient of the unscaled scores, in columns first_column .. first_column + width."""
     num_tiles = tl.cdiv(width, BLOCK_P)
     group = tl.program_id(0) // (GROUP * num_tiles)
     group_size = tl.minimum(tl.cdiv(B, BLOCK_B) - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * num_tiles)
-    b = (group * GROUP + within % group_size) * BLOCK_B + tl.arange(0, BLOCK_B)
-    column = (within // group_size) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first_row = (group * GROUP + within % group_size) * BLOCK_B
+    b = first_row + tl.arange(0, BLOCK_B)
+    tile_column = (within // group_size) * BLOCK_P
+    column = tile_column + tl.arange(0, BLOCK_P)
     p = first_column + column
     inverse_temperature = 1.0 / tl.load(temperature_ptr)
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
-    scores = _score_tile(q_ptr, docs_ptr, b, p, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, PRECISION) * inverse_temperature
+    scores = _score_tile(
+        q, docs, first_row, first_column + tile_column, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
+    ) * inverse_temperature  # fmt: skip
     scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
     lse = tl.load(lse_ptr + b, mask=b < B, other=0.0)
     # A row that no column counts for has lse -inf: with 0 its -1e30 scores give p = 0, not NaN.
@@ -448,8 +484,8 @@ def _own_fwd(
     if num_rows:
         _own_fwd_kernel[(num_rows,)](
             q_BD.contiguous(), docs_BMD.contiguous(), mask_BM.contiguous().view(torch.uint8), temperature,
-            lse_B, mean_B, scores_BM, q_inverse_B, docs_inverse_BM, num_documents,
-            D=hidden_size, BLOCK_M=block_m, BLOCK_D=block_d,
+            lse_B, mean_B, scores_BM, q_inverse_B, docs_inverse_BM,
+            M=num_documents, D=hidden_size, BLOCK_M=block_m, BLOCK_D=block_d,
             RELATIVE=relative, NORMALIZE=normalize, num_warps=num_warps,
         )  # fmt: skip
     return lse_B, mean_B, scores_BM, q_inverse_B, docs_inverse_BM
@@ -484,8 +520,8 @@ def _own_bwd(
     if num_rows:
         _own_bwd_kernel[(num_rows,)](
             dlse_B.contiguous(), q_BD, docs_BMD, mask_BM.contiguous().view(torch.uint8), temperature, lse_B, scores_BM,
-            q_inverse_B, docs_inverse_BM, dq_BD, ddocs_BMD, num_documents,
-            D=hidden_size, BLOCK_M=block_m, BLOCK_D=block_d,
+            q_inverse_B, docs_inverse_BM, dq_BD, ddocs_BMD,
+            M=num_documents, D=hidden_size, BLOCK_M=block_m, BLOCK_D=block_d,
             RELATIVE=relative, NORMALIZE=q_inverse_B.numel() > 0, num_warps=num_warps,
         )  # fmt: skip
     return dq_BD, ddocs_BMD
@@ -534,11 +570,12 @@ def _columns_fwd(
     lse_B, mean_B, positive_B = (q_BD.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
     if num_rows:
         if num_columns:
+            q, docs, tma = _operands(q_BD.contiguous(), docs_PD.contiguous(), block_b, block_p, block_d)
             _columns_fwd_kernel[(row_blocks * num_splits,)](
-                *_column_arguments(q_BD, docs_PD, labels_B, row_groups_B, groups_P), temperature,
+                q, docs, *_or_unread(temperature, labels_B, row_groups_B, groups_P), temperature,
                 lse_SB, mean_SB, positive_SB, num_rows, num_columns, num_splits, tiles_per_split,
                 D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
-                HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None,
+                HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
                 PRECISION=_FP32_PRECISION, num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(num_rows, 128),)](
@@ -547,10 +584,17 @@ def _columns_fwd(
     return lse_B, positive_B, mean_B
 
 
-def _column_arguments(q_BD, docs_PD, *optional):
-    """The tensors of both columns kernels; absent ones are never read and stand in as q."""
-    q_BD = q_BD.contiguous()
-    return q_BD, docs_PD.contiguous(), *(q_BD if x is None else x.contiguous() for x in optional)
+def _operands(q_BD: torch.Tensor, docs_PD: torch.Tensor, block_b: int, block_p: int, block_d: int) -> tuple:
+    """-> q, docs as the columns kernels take them, and whether as descriptors for the bulk copy engine (TMA)"""
+    if any(x.shape[1] * x.element_size() % 16 or x.data_ptr() % 16 for x in (q_BD, docs_PD)):
+        return q_BD, docs_PD, False
+    q = TensorDescriptor.from_tensor(q_BD, [block_b, block_d])
+    return q, TensorDescriptor.from_tensor(docs_PD, [block_p, block_d]), True
+
+
+def _or_unread(stand_in: torch.Tensor, *optional: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """An absent tensor is never read; the kernels want a pointer all the same."""
+    return tuple(stand_in if x is None else x.contiguous() for x in optional)
 
 
 @_columns_fwd.register_fake
@@ -576,8 +620,9 @@ def _columns_bwd(
     if not num_rows or not num_columns:
         return torch.zeros_like(q_BD), torch.zeros_like(docs_PD)
     block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size())
-    arguments = _column_arguments(q_BD, docs_PD, labels_B, row_groups_B, groups_P)
-    q_BD, docs_PD = arguments[:2]
+    q_BD, docs_PD = q_BD.contiguous(), docs_PD.contiguous()
+    q, docs, tma = _operands(q_BD, docs_PD, block_b, block_p, block_d)
+    optional = _or_unread(temperature, labels_B, row_groups_B, groups_P)
     chunk = max(block_p, _WORKSPACE // (num_rows * q_BD.element_size()) // block_p * block_p)
     ddocs_PD, dq_BD = torch.empty_like(docs_PD), None
     # Rows start at multiples of 64 elements, whatever P is: GEMMs are slow on unaligned ones.
@@ -587,10 +632,10 @@ def _columns_bwd(
         width = min(chunk, num_columns - first)
         dscores = workspace[:, :width]
         _columns_dscores_kernel[(triton.cdiv(num_rows, block_b) * triton.cdiv(width, block_p),)](
-            dlse_B.contiguous(), dpositive_B.contiguous(), *arguments, temperature, lse_B,
+            dlse_B.contiguous(), dpositive_B.contiguous(), q, docs, *optional, temperature, lse_B,
             dscores, num_rows, num_columns, first, width, row_stride,
             D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
-            HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None,
+            HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
             PRECISION=_FP32_PRECISION, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         torch.mm(dscores.t(), q_BD, out=ddocs_PD[first : first + width])

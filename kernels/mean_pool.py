@@ -20,6 +20,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from nemo_embed_core.kernels.rms_norm import sum_rows
+
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -54,16 +56,21 @@ _MIN_NORM = 1e-12  # F.normalize's
 
 # Chosen by registers (AOT for sm_90, no spills) and by having a few programs per SM at T = 16k; not timed on a GPU yet.
 _CHUNK = 64  # tokens of one program of the first stage; the partial sums cost (T / 64 + N) rows of fp32, mostly in L2
-_COLUMNS = (16, 256, 4)  # BLOCK_T, BLOCK_D, num_warps where columns are independent
+_SCATTER_CHUNK = 32  # tokens of one program of the backward
+_COLUMNS = (16, 256, 4, 2)  # BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
 _PARTIALS = (8, 256, 4)  # partial sums per load, BLOCK_D, num_warps of the second stage
+# Where a whole row is needed (RMSNorm): elements of a program, elements of a warp, num_stages
+_ROWS_FORWARD = (16384, 512, 2)
+_ROWS_BACKWARD = (8192, 512, 2)
 
 
-def _row_config(hidden_size: int) -> tuple[int, int, int]:
-    """BLOCK_T, BLOCK_D, num_warps where a whole row is needed (RMSNorm, L2)."""
+def _row_config(hidden_size: int, rows: tuple[int, int, int] = _ROWS_BACKWARD) -> tuple[int, int, int, int]:
+    """BLOCK_T, BLOCK_D, num_warps, num_stages"""
     block_d = max(16, triton.next_power_of_2(hidden_size))
     if block_d > 16384:
         raise ValueError(f"mean_pool holds rows in registers for its norms: hidden_size={hidden_size} is above 16384")
-    return (4 if block_d <= 4096 else 1), block_d, max(1, min(16, block_d // 512))
+    elements, per_warp, num_stages = rows
+    return max(1, min(4, elements // block_d)), block_d, max(1, min(16, block_d // per_warp)), num_stages
 
 
 def _search_steps(num_segments: int) -> int:
@@ -90,7 +97,7 @@ def _segment_of(cu_ptr, position, N, STEPS: tl.constexpr):
 def _chunk_sum_kernel(
     x_ptr, cu_ptr, partial_ptr, rstd_ptr, T, N, token_offset, eps,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, NORM: tl.constexpr,
+    STEPS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: the partial sums of one chunk of rows, for one block of columns (all columns if NORM)."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -103,8 +110,8 @@ def _chunk_sum_kernel(
         segment_end = tl.load(cu_ptr + segment + 1).to(tl.int64) - token_offset
         end = tl.minimum(segment_end, chunk_end)
         acc = tl.zeros((BLOCK_D,), tl.float32)
-        while row < end:
-            offs_t = row + tl.arange(0, BLOCK_T)
+        for start in tl.range(row, end, BLOCK_T, num_stages=STAGES):
+            offs_t = start + tl.arange(0, BLOCK_T)
             mask = (offs_t < end)[:, None] & mask_d[None, :]
             x = tl.load(x_ptr + offs_t[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
             if NORM:
@@ -112,7 +119,6 @@ def _chunk_sum_kernel(
                 tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < end)
                 x = x * rstd[:, None]
             acc += tl.sum(x, 0)
-            row += BLOCK_T
         tl.store(partial_ptr + (chunk + segment) * D + offs_d, acc, mask=mask_d)
         row = end
         segment += 1
@@ -182,30 +188,44 @@ def _mean_bwd_kernel(
 @triton.jit
 def _scatter_kernel(
     dsum_ptr, cu_ptr, x_ptr, rstd_ptr, weight_ptr, dx_ptr, T, N, token_offset,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T rows x BLOCK_D columns (all columns if NORM); every row finds its own sequence."""
-    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One program: CHUNK rows x BLOCK_D columns (all columns if NORM), sequence by sequence; 0 behind the last one."""
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    mask = (offs_t < T)[:, None] & mask_d[None, :]
-    segment = _segment_of(cu_ptr, offs_t + token_offset, N, STEPS)
-    inside = mask & (segment < N)[:, None]
-    dx = tl.load(dsum_ptr + segment[:, None] * D + offs_d[None, :], mask=inside, other=0.0)
-    if NORM:
-        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + offs_t, mask=(offs_t < T) & (segment < N), other=0.0)[:, None]
-        normed = tl.load(x_ptr + offs_t[:, None] * D + offs_d[None, :], mask=inside, other=0.0).to(tl.float32) * rstd
-        dx *= weight[None, :]
-        dx = rstd * (dx - normed * (tl.sum(dx * normed, 1) / D)[:, None])
-    tl.store(dx_ptr + offs_t[:, None] * D + offs_d[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    row = tl.program_id(0).to(tl.int64) * CHUNK
+    chunk_end = tl.minimum(row + CHUNK, T)
+    segment = _segment_of(cu_ptr, row + token_offset, N, STEPS)
+    while row < chunk_end:
+        inside = segment < N
+        segment_end = tl.load(cu_ptr + segment + 1, mask=inside, other=0).to(tl.int64) - token_offset
+        end = tl.minimum(tl.where(inside, segment_end, chunk_end), chunk_end)
+        width = tl.where(inside, D, 0)
+        dsum = tl.load(dsum_ptr + segment * D + offs_d, mask=offs_d < width, other=0.0)
+        if NORM:
+            dsum *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        for start in tl.range(row, end, BLOCK_T, num_stages=STAGES):
+            offs_t = start + tl.arange(0, BLOCK_T)
+            offs = offs_t[:, None] * D + offs_d[None, :]
+            mask = (offs_t < end)[:, None] & mask_d[None, :]
+            dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + dsum[None, :]
+            if NORM:
+                live = (offs_t < end)[:, None] & (offs_d < width)[None, :]
+                normed = tl.load(x_ptr + offs, mask=live, other=0.0).to(tl.float32)
+                rstd = tl.load(rstd_ptr + offs_t, mask=offs_t < tl.where(inside, end, 0), other=0.0)[:, None]
+                normed *= rstd
+                dx = rstd * (dx - normed * (tl.sum(dx * normed, 1) / D)[:, None])
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        row = end
+        segment += 1
 
 
 def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, want_mean: bool):
     """-> sum [N, D] (of x, or of x * rstd with a norm weight), mean [N, D] (weighted), rstd [T]; empty if not wanted"""
     num_tokens, hidden_size = x_TD.shape
     num_segments, norm = cu_seqlens.numel() - 1, norm_weight_D is not None
-    block_t, block_d, num_warps = _row_config(hidden_size) if norm else _COLUMNS
+    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_FORWARD) if norm else _COLUMNS
     num_chunks = triton.cdiv(num_tokens, _CHUNK)
     partial_CD = x_TD.new_empty(num_chunks + num_segments, hidden_size, dtype=torch.float32)
     rstd_T = x_TD.new_empty(num_tokens if norm else 0, dtype=torch.float32)
@@ -215,7 +235,7 @@ def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, 
         _chunk_sum_kernel[(num_chunks, triton.cdiv(hidden_size, block_d))](
             x_TD, cu_seqlens, partial_CD, rstd_T, num_tokens, num_segments, token_offset, eps,
             D=hidden_size, CHUNK=_CHUNK, BLOCK_T=block_t, BLOCK_D=block_d,
-            STEPS=_search_steps(num_segments), NORM=norm, num_warps=num_warps,
+            STEPS=_search_steps(num_segments), NORM=norm, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     if num_segments:
         block_c, block_d, num_warps = _PARTIALS
@@ -231,14 +251,14 @@ def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rs
     """-> dx [T, D] from d(sum) [N, D]"""
     num_segments, hidden_size = dsum_ND.shape
     norm = norm_weight_D is not None
-    block_t, block_d, num_warps = _row_config(hidden_size) if norm else _COLUMNS
+    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_BACKWARD) if norm else _COLUMNS
     dx_TD = dsum_ND.new_empty(num_tokens, hidden_size, dtype=dtype)
     if num_tokens:
-        _scatter_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(hidden_size, block_d))](
+        _scatter_kernel[(triton.cdiv(num_tokens, _SCATTER_CHUNK), triton.cdiv(hidden_size, block_d))](
             dsum_ND, cu_seqlens, x_TD if norm else dsum_ND, rstd_T if norm else dsum_ND,
             norm_weight_D if norm else dsum_ND, dx_TD, num_tokens, num_segments, token_offset,
-            D=hidden_size, BLOCK_T=block_t, BLOCK_D=block_d,
-            STEPS=_search_steps(num_segments), NORM=norm, num_warps=num_warps,
+            D=hidden_size, CHUNK=_SCATTER_CHUNK, BLOCK_T=block_t, BLOCK_D=block_d,
+            STEPS=_search_steps(num_segments), NORM=norm, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     return dx_TD
 
@@ -290,7 +310,7 @@ def _mean_pool_fwd(
     )
     inverse_N = out_ND.new_empty(out_ND.shape[0] if normalize else 0)
     if normalize and out_ND.shape[0]:
-        _, block_d, num_warps = _row_config(out_ND.shape[1])
+        _, block_d, num_warps, _ = _row_config(out_ND.shape[1])
         mean_ND, out_ND = out_ND, torch.empty_like(out_ND)
         _normalize_kernel[(out_ND.shape[0],)](
             mean_ND, out_ND, inverse_N, D=out_ND.shape[1], BLOCK_D=block_d, MIN_NORM=_MIN_NORM, num_warps=num_warps
@@ -326,7 +346,7 @@ def _mean_pool_bwd(
     num_segments, hidden_size = dout_ND.shape
     cu_seqlens, dsum_ND = cu_seqlens.contiguous(), dout_ND.new_empty(dout_ND.shape, dtype=torch.float32)
     if num_segments:
-        _, block_d, num_warps = _row_config(hidden_size)
+        _, block_d, num_warps, _ = _row_config(hidden_size)
         _mean_bwd_kernel[(num_segments,)](
             dout_ND.contiguous(), out_ND, inverse_N, cu_seqlens, dsum_ND,
             D=hidden_size, BLOCK_D=block_d, NORMALIZE=inverse_N.numel() > 0, num_warps=num_warps,
@@ -334,7 +354,7 @@ def _mean_pool_bwd(
     if norm_weight_D is None:
         return _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype), dsum_ND.new_empty(0)
     assert x_TD is not None and sum_ND is not None
-    dweight_D = (dsum_ND * sum_ND).sum(0).to(norm_weight_D.dtype)
+    dweight_D = sum_rows(dsum_ND, norm_weight_D.dtype, sum_ND)
     dx_TD = _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype, x_TD.contiguous(), rstd_T, norm_weight_D.contiguous())
     return dx_TD, dweight_D
 

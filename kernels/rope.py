@@ -34,12 +34,12 @@ def split_rope_ref(
 
 
 # (tokens per program, num_warps); not timed on a GPU yet.
-_CONFIG = (4, 4)
+_CONFIG = (16, 4)
 
 
 @triton.jit
-def _move_heads(src_ptrs, dst_ptrs, cos, sin, mask, R: tl.constexpr, ROTATE: tl.constexpr):
-    """Heads of 2 R elements from src to dst; the pointers are of the first halves, [rows, BLOCK_R]."""
+def _move_head(src_ptrs, dst_ptrs, cos, sin, mask, R: tl.constexpr, ROTATE: tl.constexpr):
+    """One head, 2 R elements of every token, from src to dst; the pointers are of the first halves, [BLOCK_T, BLOCK_R]."""
     first = tl.load(src_ptrs, mask=mask, other=0.0)
     second = tl.load(src_ptrs + R, mask=mask, other=0.0)
     if ROTATE:
@@ -54,44 +54,36 @@ def _move_heads(src_ptrs, dst_ptrs, cos, sin, mask, R: tl.constexpr, ROTATE: tl.
 def _split_rope_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, T,
     G: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T tokens of one KV group (HEADS query heads, one k, one v).
+    """One program: BLOCK_T tokens of one KV group (HEADS query heads, one k, one v), whose tables it reads once.
 
     BACKWARD moves the other way, q/k/v gradients into the qkv gradient, rotating by the opposite angle.
     """
     group = tl.program_id(1)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    group_width = (HEADS + 2) * 2 * R
-
-    # Query heads: one row per (token, head).
-    rows = tl.arange(0, BLOCK_T * BLOCK_H)
-    t = (tl.program_id(0) * BLOCK_T + rows // BLOCK_H).to(tl.int64)
-    head = rows % BLOCK_H
-    mask = ((t < T) & (head < HEADS))[:, None] & mask_r[None, :]
-    cos = tl.load(cos_ptr + t[:, None] * R + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + t[:, None] * R + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
-    qkv_ptrs = qkv_ptr + (t * (G * group_width) + group * group_width + head * 2 * R)[:, None] + offs_r[None, :]
-    q_ptrs = q_ptr + ((t * (G * HEADS) + group * HEADS + head) * 2 * R)[:, None] + offs_r[None, :]
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    offs_r = tl.arange(0, BLOCK_R)[None, :]
+    mask = (t < T) & (offs_r < R)
+    cos = tl.load(cos_ptr + t * R + offs_r, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + t * R + offs_r, mask=mask, other=0.0).to(tl.float32)
     if BACKWARD:
-        _move_heads(q_ptrs, qkv_ptrs, cos, -sin, mask, R, True)
-    else:
-        _move_heads(qkv_ptrs, q_ptrs, cos, sin, mask, R, True)
-
-    # k and v: one row per token.
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    mask = (t < T)[:, None] & mask_r[None, :]
-    cos = tl.load(cos_ptr + t[:, None] * R + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + t[:, None] * R + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
-    qkv_ptrs = qkv_ptr + (t * (G * group_width) + group * group_width + HEADS * 2 * R)[:, None] + offs_r[None, :]
-    k_offs = ((t * G + group) * 2 * R)[:, None] + offs_r[None, :]
+        sin = -sin
+    qkv_ptrs = qkv_ptr + (t * G + group) * ((HEADS + 2) * 2 * R) + offs_r
+    q_ptrs = q_ptr + (t * G + group) * (HEADS * 2 * R) + offs_r
+    k_offs = (t * G + group) * (2 * R) + offs_r
+    for head in tl.static_range(HEADS):
+        at = head * 2 * R
+        if BACKWARD:
+            _move_head(q_ptrs + at, qkv_ptrs + at, cos, sin, mask, R, True)
+        else:
+            _move_head(qkv_ptrs + at, q_ptrs + at, cos, sin, mask, R, True)
+    qkv_ptrs += HEADS * 2 * R
     if BACKWARD:
-        _move_heads(k_ptr + k_offs, qkv_ptrs, cos, -sin, mask, R, True)
-        _move_heads(v_ptr + k_offs, qkv_ptrs + 2 * R, cos, sin, mask, R, False)
+        _move_head(k_ptr + k_offs, qkv_ptrs, cos, sin, mask, R, True)
+        _move_head(v_ptr + k_offs, qkv_ptrs + 2 * R, cos, sin, mask, R, False)
     else:
-        _move_heads(qkv_ptrs, k_ptr + k_offs, cos, sin, mask, R, True)
-        _move_heads(qkv_ptrs + 2 * R, v_ptr + k_offs, cos, sin, mask, R, False)
+        _move_head(qkv_ptrs, k_ptr + k_offs, cos, sin, mask, R, True)
+        _move_head(qkv_ptrs + 2 * R, v_ptr + k_offs, cos, sin, mask, R, False)
 
 
 def _launch(qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, backward: bool) -> None:
@@ -102,8 +94,7 @@ def _launch(qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, backward: bool) -> None
         _split_rope_kernel[(triton.cdiv(num_tokens, block_t), num_kv_heads)](
             qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, num_tokens,
             G=num_kv_heads, HEADS=num_heads // num_kv_heads, R=head_dim // 2,
-            BLOCK_T=block_t, BLOCK_H=triton.next_power_of_2(num_heads // num_kv_heads),
-            BLOCK_R=triton.next_power_of_2(head_dim // 2), BACKWARD=backward, num_warps=num_warps,
+            BLOCK_T=block_t, BLOCK_R=triton.next_power_of_2(head_dim // 2), BACKWARD=backward, num_warps=num_warps,
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemo_embed_core.kernels import info_nce, mean_pool, pair_scores, quantize_rows, rms_norm, rope, swiglu
 
@@ -53,6 +54,8 @@ def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stag
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
@@ -61,7 +64,7 @@ def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stag
             signature[name] = "fp32"
     # Recompiling for every divisibility of every int would multiply the list without telling more.
     shown = {name: value for name, value in constants.items() if name in constexpr_names}
-    dtype = next((t for t in (signature[n] for n in kernel.arg_names) if t in ("*bf16", "*fp16")), "*fp32")[1:]
+    dtype = next((t for t in ("bf16", "fp16") if any(t in signature[n] for n in kernel.arg_names)), "fp32")
     key = (kernel.__name__, dtype, json.dumps(shown), num_warps, num_stages)
     if key not in launches:
         launches[key] = {
