@@ -144,10 +144,8 @@ def swiglu_case(dtype: torch.dtype, device: str, T: int, width: int, blocks: int
     )
 
     def liger(module):
-        apply = module.LigerSiLUMulFunction.apply
-
-        # It takes gate and up apart and dense: it gets the halves of the buffer, not a copy that would count.
-        return lambda gate_up_TE: apply(*gate_up_TE.view(2, T * blocks, width // blocks))
+        # Its kernel for one buffer with all gates before all ups: as many bytes, other columns.
+        return lambda gate_up_TE: module.LigerFusedGateUpSiLUMulFunction.apply(gate_up_TE)
 
     case.peer("liger", "liger_kernel.ops.swiglu", liger, comparable=False)
     return case
@@ -306,17 +304,22 @@ def info_nce_in_batch_case(dtype: torch.dtype, device: str, B: int, P: int, D: i
         compute_bound=True,
     )
 
-    def cce(module):
+    def cce(module, **options):
         loss = module.linear_cross_entropy
-        return lambda q_BD, docs_PD: loss((q_BD / TEMPERATURE).to(dtype), docs_PD, labels_B, reduction="none")
+        return lambda q_BD, docs_PD: loss(
+            (q_BD / TEMPERATURE).to(dtype), docs_PD, labels_B, reduction="none", **options
+        )
 
     def inf_cl(module):
         loss = module.cal_flash_loss
         return lambda q_BD, docs_PD: loss(q_BD, docs_PD, labels_B, scale=1 / TEMPERATURE)
 
     if not ids:
-        case.peer("cce", "cut_cross_entropy", cce)
-        case.peer("inf_cl", "inf_cl", inf_cl)
+        # On the same work: all gradients. By default it leaves out blocks whose probabilities are small.
+        case.peer("cce", "cut_cross_entropy", lambda module: cce(module, filter_eps=None))
+        case.peer("cce_filtered", "cut_cross_entropy", cce)
+        if B * P <= 2**29:  # seconds a call beyond
+            case.peer("inf_cl", "inf_cl", inf_cl)
     return case
 
 

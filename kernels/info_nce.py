@@ -128,15 +128,17 @@ def _join(lse_B, positive_B, has_positive_B, own_lse_B, extra_lse_B) -> torch.Te
 
 
 # Not timed on a GPU yet: chosen by registers and shared memory (AOT for sm_90, no spills, wgmma).
-# A warp holds all BLOCK_M documents of its 256 columns, so that the sums over documents stay within threads.
-_OWN = (8, 1024, 4)  # largest BLOCK_M, largest BLOCK_D, num_warps
-# element size -> [(largest B, BLOCK_B, BLOCK_P, BLOCK_D, num_warps, num_stages)]. 128 x 256, the usual tile of a Hopper
-# GEMM, spills 1 kB with document ids; in halves (reshape, permute, split) still 0.25 kB.
+# A warp holds all BLOCK_M documents of its 256 columns, so that the sums over documents stay within threads: any other
+# division took twice the time.
+_OWN = (8, 2048, 8)  # largest BLOCK_M, largest BLOCK_D, num_warps
+# element size -> [(largest B, BLOCK_B, BLOCK_P, BLOCK_D, num_warps, num_stages)].
 _COLUMNS = {
-    2: [(16, 16, 64, 64, 4, 4), (64, 64, 64, 64, 4, 4), (2**62, 128, 128, 64, 8, 4)],
+    2: [(16, 16, 64, 64, 4, 4), (64, 64, 64, 64, 4, 4), (2**62, 128, 256, 64, 8, 4)],
     4: [(16, 16, 64, 32, 4, 3), (64, 64, 64, 32, 4, 3), (2**62, 128, 128, 32, 8, 3)],
 }
-_GROUP = 12  # row blocks that run side by side: 12 x 11 tiles on 132 SMs share their q and docs blocks through L2
+# With document ids, whose masks do not fit beside the 128 accumulators a thread of a 128 x 256 tile: a third slower there.
+_COLUMNS_WITH_IDS = (128, 128, 64, 8, 4)
+_GROUP = 8  # row blocks that run side by side: 8 x 16 tiles on 132 SMs share their q and docs blocks through L2
 _PROGRAMS = 528  # splits of the columns are added until the forward has about this many programs (four per SM)
 _WORKSPACE = 512 * 2**20  # bytes of d(scores) at a time in the backward
 _FP32_PRECISION = "tf32x3"  # fp32 on tensor cores, about 21 bits of mantissa; "ieee": all 24, on CUDA cores
@@ -144,17 +146,17 @@ _FP32_PRECISION = "tf32x3"  # fp32 on tensor cores, about 21 bits of mantissa; "
 
 @triton.jit
 def _own_fwd_kernel(
-    q_ptr, docs_ptr, mask_ptr, temperature_ptr,
+    q_ptr, docs_ptr, mask_ptr, temperature,
     lse_ptr, mean_ptr, scores_ptr, q_inverse_ptr, docs_inverse_ptr,
     M: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
     """One program: one query. RELATIVE: scores relative to document 0, the positive; without it the row is 0.
 
     lse = logsumexp(s), mean = sum(softmax(s) s), of which d(lse)/d(temperature) = -mean / temperature.
     """
     b = tl.program_id(0).to(tl.int64)
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
     offs_m = tl.arange(0, BLOCK_M)
     running_max = -float("inf")
     total = 0.0
@@ -240,10 +242,10 @@ def _own_coefficients(
 
 @triton.jit
 def _own_bwd_kernel(
-    dlse_ptr, q_ptr, docs_ptr, mask_ptr, temperature_ptr, lse_ptr, scores_ptr, q_inverse_ptr, docs_inverse_ptr,
+    dlse_ptr, q_ptr, docs_ptr, mask_ptr, temperature, lse_ptr, scores_ptr, q_inverse_ptr, docs_inverse_ptr,
     dq_ptr, ddocs_ptr,
     M: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
     """One program: one query. With c the gradients of its scores s (cosines if NORMALIZE, a and d_m the inverse norms):
 
@@ -251,7 +253,7 @@ def _own_bwd_kernel(
     dq = sum_m (c_m a d_m) doc_m - (a^2 sum_m c_m s_m) q,  ddoc_m = (c_m a d_m) q - (c_m s_m d_m^2) doc_m.
     """
     b = tl.program_id(0).to(tl.int64)
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
     offs_m = tl.arange(0, BLOCK_M)
     q_inverse = tl.load(q_inverse_ptr + b) if NORMALIZE else 1.0
     # Once where one block holds all documents, so that no load of a row waits for them; else again for every block.
@@ -304,9 +306,8 @@ def _score_tile(
     acc = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
     if TMA:
         for d_start in range(0, D, BLOCK_D):
-            acc = tl.dot(
-                q.load([first_row, d_start]), docs.load([first_column, d_start]).T, acc, input_precision=PRECISION
-            )
+            rows = q.load([first_row, d_start])
+            acc = tl.dot(rows, docs.load([first_column, d_start]).T, acc, input_precision=PRECISION)
     else:
         offs_d = tl.arange(0, BLOCK_D)
         b = tl.minimum(first_row + tl.arange(0, BLOCK_B), B - 1).to(tl.int64)
@@ -335,10 +336,10 @@ def _keep_scores(
 
 @triton.jit
 def _columns_fwd_kernel(
-    q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature_ptr,
+    q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature,
     lse_ptr, mean_ptr, positive_ptr, B, P, num_splits, tiles_per_split,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_B rows x one split of the columns; partial lse, mean and positive score, [S, B]."""
     # All splits of GROUP row blocks before the next row blocks: what runs at one time shares its rows and columns in L2.
@@ -348,7 +349,7 @@ def _columns_fwd_kernel(
     split = within // group_size
     first_row = (group * GROUP + within % group_size) * BLOCK_B
     b = first_row + tl.arange(0, BLOCK_B)
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
     running_max = tl.full((BLOCK_B,), -1e30, tl.float32)
@@ -407,10 +408,10 @@ def _combine_kernel(
 
 @triton.jit
 def _columns_dscores_kernel(
-    dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature_ptr, lse_ptr,
+    dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature, lse_ptr,
     dscores_ptr, B, P, first_column, width, row_stride,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the gradient of the unscaled scores, in columns first_column .. first_column + width."""
     num_tiles = tl.cdiv(width, BLOCK_P)
@@ -422,7 +423,7 @@ def _columns_dscores_kernel(
     tile_column = (within // group_size) * BLOCK_P
     column = tile_column + tl.arange(0, BLOCK_P)
     p = first_column + column
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
     scores = _score_tile(
@@ -451,7 +452,9 @@ def _own_config(num_documents: int, hidden_size: int) -> tuple[int, int, int]:
     )
 
 
-def _columns_config(num_rows: int, element_size: int) -> tuple[int, int, int, int, int]:
+def _columns_config(num_rows: int, element_size: int, has_ids: bool) -> tuple[int, int, int, int, int]:
+    if has_ids and element_size == 2 and num_rows > 64:
+        return _COLUMNS_WITH_IDS
     for largest, block_b, block_p, block_d, num_warps, num_stages in _COLUMNS[element_size]:
         if num_rows <= largest:
             return block_b, block_p, block_d, num_warps, num_stages
@@ -470,11 +473,15 @@ def _own_fwd(
     q_BD: torch.Tensor,
     docs_BMD: torch.Tensor,
     mask_BM: torch.Tensor,
-    temperature: torch.Tensor,
+    temperature: torch.Tensor | None,
+    constant: float,
     relative: bool,
     normalize: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> lse [B], mean [B], scores [B, M], inverse norms of q [B] and docs [B, M] (with normalize); all fp32"""
+    """-> lse [B], mean [B], scores [B, M], inverse norms of q [B] and docs [B, M] (with normalize); all fp32
+
+    temperature: a learned one, or None for `constant`, which saves the launch that would put a number into a tensor.
+    """
     num_rows, num_documents, hidden_size = docs_BMD.shape
     block_m, block_d, num_warps = _own_config(num_documents, hidden_size)
     lse_B, mean_B = (q_BD.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
@@ -483,16 +490,16 @@ def _own_fwd(
     docs_inverse_BM = q_BD.new_empty(num_rows if normalize else 0, num_documents, dtype=torch.float32)
     if num_rows:
         _own_fwd_kernel[(num_rows,)](
-            q_BD.contiguous(), docs_BMD.contiguous(), mask_BM.contiguous().view(torch.uint8), temperature,
+            q_BD.contiguous(), docs_BMD.contiguous(), mask_BM.contiguous().view(torch.uint8), _learned_or(temperature, constant),
             lse_B, mean_B, scores_BM, q_inverse_B, docs_inverse_BM,
             M=num_documents, D=hidden_size, BLOCK_M=block_m, BLOCK_D=block_d,
-            RELATIVE=relative, NORMALIZE=normalize, num_warps=num_warps,
+            RELATIVE=relative, NORMALIZE=normalize, LEARNED=temperature is not None, num_warps=num_warps,
         )  # fmt: skip
     return lse_B, mean_B, scores_BM, q_inverse_B, docs_inverse_BM
 
 
 @_own_fwd.register_fake
-def _(q_BD, docs_BMD, mask_BM, temperature, relative, normalize):
+def _(q_BD, docs_BMD, mask_BM, temperature, constant, relative, normalize):
     num_rows, num_documents, _ = docs_BMD.shape
     wide = [(num_rows,), (num_rows,), (num_rows, num_documents)]
     wide += [(num_rows if normalize else 0,), (num_rows if normalize else 0, num_documents)]
@@ -505,7 +512,8 @@ def _own_bwd(
     q_BD: torch.Tensor,
     docs_BMD: torch.Tensor,
     mask_BM: torch.Tensor,
-    temperature: torch.Tensor,
+    temperature: torch.Tensor | None,
+    constant: float,
     lse_B: torch.Tensor,
     scores_BM: torch.Tensor,
     q_inverse_B: torch.Tensor,
@@ -519,31 +527,30 @@ def _own_bwd(
     dq_BD, ddocs_BMD = torch.empty_like(q_BD), torch.empty_like(docs_BMD)
     if num_rows:
         _own_bwd_kernel[(num_rows,)](
-            dlse_B.contiguous(), q_BD, docs_BMD, mask_BM.contiguous().view(torch.uint8), temperature, lse_B, scores_BM,
+            dlse_B.contiguous(), q_BD, docs_BMD, mask_BM.contiguous().view(torch.uint8), _learned_or(temperature, constant), lse_B, scores_BM,
             q_inverse_B, docs_inverse_BM, dq_BD, ddocs_BMD,
             M=num_documents, D=hidden_size, BLOCK_M=block_m, BLOCK_D=block_d,
-            RELATIVE=relative, NORMALIZE=q_inverse_B.numel() > 0, num_warps=num_warps,
+            RELATIVE=relative, NORMALIZE=q_inverse_B.numel() > 0, LEARNED=temperature is not None, num_warps=num_warps,
         )  # fmt: skip
     return dq_BD, ddocs_BMD
 
 
 @_own_bwd.register_fake
-def _(dlse_B, q_BD, docs_BMD, mask_BM, temperature, lse_B, scores_BM, q_inverse_B, docs_inverse_BM, relative):
+def _(dlse_B, q_BD, docs_BMD, mask_BM, temperature, constant, lse_B, scores_BM, q_inverse_B, docs_inverse_BM, relative):
     return q_BD.new_empty(q_BD.shape), docs_BMD.new_empty(docs_BMD.shape)
 
 
 def _own_setup_context(ctx, inputs, output):
-    *tensors, ctx.relative, _ = inputs
+    *tensors, temperature, ctx.constant, ctx.relative, _ = inputs
     lse_B, mean_B, *rest = output
-    ctx.save_for_backward(*tensors, lse_B, *rest, mean_B)
+    ctx.save_for_backward(*tensors, temperature, lse_B, mean_B, *rest)
 
 
 def _own_backward(ctx, dlse_B, *_):
-    *saved, mean_B = ctx.saved_tensors
-    dq_BD, ddocs_BMD = _own_bwd(dlse_B, *saved, ctx.relative)
-    temperature = saved[3]
+    q_BD, docs_BMD, mask_BM, temperature, lse_B, mean_B, *rest = ctx.saved_tensors
+    dq_BD, ddocs_BMD = _own_bwd(dlse_B, q_BD, docs_BMD, mask_BM, temperature, ctx.constant, lse_B, *rest, ctx.relative)
     dtemperature = -(dlse_B * mean_B).sum() / temperature if ctx.needs_input_grad[3] else None
-    return dq_BD, ddocs_BMD, None, dtemperature, None, None
+    return dq_BD, ddocs_BMD, None, dtemperature, None, None, None
 
 
 _own_fwd.register_autograd(_own_backward, setup_context=_own_setup_context)
@@ -553,7 +560,8 @@ _own_fwd.register_autograd(_own_backward, setup_context=_own_setup_context)
 def _columns_fwd(
     q_BD: torch.Tensor,
     docs_PD: torch.Tensor,
-    temperature: torch.Tensor,
+    temperature: torch.Tensor | None,
+    constant: float,
     labels_B: torch.Tensor | None,
     row_groups_B: torch.Tensor | None,
     groups_P: torch.Tensor | None,
@@ -561,7 +569,9 @@ def _columns_fwd(
     """-> lse [B] over the columns that count, score of the label's column [B] (0 without), mean [B]; all fp32"""
     num_rows, hidden_size = q_BD.shape
     num_columns = docs_PD.shape[0]
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size())
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
+        num_rows, q_BD.element_size(), groups_P is not None
+    )
     row_blocks, tiles = triton.cdiv(num_rows, block_b), triton.cdiv(num_columns, block_p)
     # Few rows: more splits, to fill the GPU. Many rows: at least 11, so that a group of row blocks shares columns.
     tiles_per_split = max(1, tiles // max(11, triton.cdiv(_PROGRAMS, max(1, row_blocks))))
@@ -572,11 +582,12 @@ def _columns_fwd(
         if num_columns:
             q, docs, tma = _operands(q_BD.contiguous(), docs_PD.contiguous(), block_b, block_p, block_d)
             _columns_fwd_kernel[(row_blocks * num_splits,)](
-                q, docs, *_or_unread(temperature, labels_B, row_groups_B, groups_P), temperature,
+                q, docs, *_or_unread(lse_B, labels_B, row_groups_B, groups_P), _learned_or(temperature, constant),
                 lse_SB, mean_SB, positive_SB, num_rows, num_columns, num_splits, tiles_per_split,
                 D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
                 HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
-                PRECISION=_FP32_PRECISION, num_warps=num_warps, num_stages=num_stages,
+                PRECISION=_FP32_PRECISION, LEARNED=temperature is not None,
+                num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(num_rows, 128),)](
             lse_SB, mean_SB, positive_SB, lse_B, mean_B, positive_B, num_rows, num_splits, BLOCK_B=128, num_warps=4
@@ -598,7 +609,7 @@ def _or_unread(stand_in: torch.Tensor, *optional: torch.Tensor | None) -> tuple[
 
 
 @_columns_fwd.register_fake
-def _(q_BD, docs_PD, temperature, labels_B, row_groups_B, groups_P):
+def _(q_BD, docs_PD, temperature, constant, labels_B, row_groups_B, groups_P):
     return tuple(q_BD.new_empty(q_BD.shape[0], dtype=torch.float32) for _ in range(3))
 
 
@@ -608,7 +619,8 @@ def _columns_bwd(
     dpositive_B: torch.Tensor,
     q_BD: torch.Tensor,
     docs_PD: torch.Tensor,
-    temperature: torch.Tensor,
+    temperature: torch.Tensor | None,
+    constant: float,
     lse_B: torch.Tensor,
     labels_B: torch.Tensor | None,
     row_groups_B: torch.Tensor | None,
@@ -619,10 +631,12 @@ def _columns_bwd(
     num_columns = docs_PD.shape[0]
     if not num_rows or not num_columns:
         return torch.zeros_like(q_BD), torch.zeros_like(docs_PD)
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size())
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
+        num_rows, q_BD.element_size(), groups_P is not None
+    )
     q_BD, docs_PD = q_BD.contiguous(), docs_PD.contiguous()
     q, docs, tma = _operands(q_BD, docs_PD, block_b, block_p, block_d)
-    optional = _or_unread(temperature, labels_B, row_groups_B, groups_P)
+    optional = _or_unread(lse_B, labels_B, row_groups_B, groups_P)
     chunk = max(block_p, _WORKSPACE // (num_rows * q_BD.element_size()) // block_p * block_p)
     ddocs_PD, dq_BD = torch.empty_like(docs_PD), None
     # Rows start at multiples of 64 elements, whatever P is: GEMMs are slow on unaligned ones.
@@ -632,11 +646,12 @@ def _columns_bwd(
         width = min(chunk, num_columns - first)
         dscores = workspace[:, :width]
         _columns_dscores_kernel[(triton.cdiv(num_rows, block_b) * triton.cdiv(width, block_p),)](
-            dlse_B.contiguous(), dpositive_B.contiguous(), q, docs, *optional, temperature, lse_B,
+            dlse_B.contiguous(), dpositive_B.contiguous(), q, docs, *optional, _learned_or(temperature, constant), lse_B,
             dscores, num_rows, num_columns, first, width, row_stride,
             D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
             HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
-            PRECISION=_FP32_PRECISION, num_warps=num_warps, num_stages=num_stages,
+            PRECISION=_FP32_PRECISION, LEARNED=temperature is not None,
+                num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         torch.mm(dscores.t(), q_BD, out=ddocs_PD[first : first + width])
         if width == num_columns:
@@ -648,33 +663,36 @@ def _columns_bwd(
 
 
 @_columns_bwd.register_fake
-def _(dlse_B, dpositive_B, q_BD, docs_PD, temperature, lse_B, labels_B, row_groups_B, groups_P):
+def _(dlse_B, dpositive_B, q_BD, docs_PD, temperature, constant, lse_B, labels_B, row_groups_B, groups_P):
     return q_BD.new_empty(q_BD.shape), docs_PD.new_empty(docs_PD.shape)
 
 
 def _columns_setup_context(ctx, inputs, output):
-    lse_B, positive_B, mean_B = output
-    ctx.has = [x is not None for x in inputs[3:]]
-    ctx.save_for_backward(*inputs[:3], lse_B, positive_B, mean_B, *(x for x in inputs[3:] if x is not None))
+    q_BD, docs_PD, temperature, ctx.constant, *optional = inputs
+    ctx.save_for_backward(q_BD, docs_PD, temperature, *output, *optional)
 
 
 def _columns_backward(ctx, dlse_B, dpositive_B, _):
-    q_BD, docs_PD, temperature, lse_B, positive_B, mean_B, *given = ctx.saved_tensors
-    optional = [given.pop(0) if has else None for has in ctx.has]
-    dq_BD, ddocs_PD = _columns_bwd(dlse_B, dpositive_B, q_BD, docs_PD, temperature, lse_B, *optional)
+    q_BD, docs_PD, temperature, lse_B, positive_B, mean_B, *optional = ctx.saved_tensors
+    dq_BD, ddocs_PD = _columns_bwd(dlse_B, dpositive_B, q_BD, docs_PD, temperature, ctx.constant, lse_B, *optional)
     dtemperature = None
     if ctx.needs_input_grad[2]:
         dtemperature = -(dlse_B * mean_B + dpositive_B * positive_B).sum() / temperature
-    return dq_BD, ddocs_PD, dtemperature, None, None, None
+    return dq_BD, ddocs_PD, dtemperature, None, None, None, None
 
 
 _columns_fwd.register_autograd(_columns_backward, setup_context=_columns_setup_context)
 
 
-def _temperature(temperature: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _temperature(temperature: float | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """-> a tensor, or None and a number"""
     if isinstance(temperature, torch.Tensor):
-        return temperature.to(like.device, torch.float32).reshape(())
-    return torch.full((), temperature, dtype=torch.float32, device=like.device)
+        return temperature.to(like.device, torch.float32).reshape(()), 0.0
+    return None, temperature
+
+
+def _learned_or(temperature: torch.Tensor | None, constant: float) -> torch.Tensor | float:
+    return constant if temperature is None else temperature
 
 
 def _groups(row_ids_B, doc_ids_P, valid_P, num_rows: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -703,7 +721,7 @@ def info_nce_hard_kernel(
     temperature: float | torch.Tensor,
     normalize: bool = False,
 ) -> torch.Tensor:
-    return _own_fwd(q_BD, docs_BMD, mask_BM, _temperature(temperature, q_BD), True, normalize)[0]
+    return _own_fwd(q_BD, docs_BMD, mask_BM, *_temperature(temperature, q_BD), True, normalize)[0]
 
 
 def in_batch_logsumexp_kernel(
@@ -715,7 +733,7 @@ def in_batch_logsumexp_kernel(
     valid_P: torch.Tensor | None = None,
 ) -> torch.Tensor:
     groups = _groups(row_ids_B, doc_ids_P, valid_P, rows_BD.shape[0])
-    return _columns_fwd(rows_BD, docs_PD, _temperature(temperature, rows_BD), None, *groups)[0]
+    return _columns_fwd(rows_BD, docs_PD, *_temperature(temperature, rows_BD), None, *groups)[0]
 
 
 def info_nce_in_batch_kernel(
@@ -729,14 +747,14 @@ def info_nce_in_batch_kernel(
     own_mask_BK: torch.Tensor | None = None,
     extra_lse_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    temperature = _temperature(temperature, q_BD)
+    scale = _temperature(temperature, q_BD)
     _, row_ids_B, has_positive_B = _positives(labels_B, doc_ids_P, valid_P)
     groups = _groups(row_ids_B, doc_ids_P, valid_P, q_BD.shape[0])
-    lse_B, positive_B, _ = _columns_fwd(q_BD, docs_PD, temperature, labels_B, *groups)
+    lse_B, positive_B, _ = _columns_fwd(q_BD, docs_PD, *scale, labels_B, *groups)
     own_lse_B = None
     if own_docs_BKD is not None:
         own_mask_BK = _own_mask(own_docs_BKD, own_mask_BK)
-        own_lse_B = _own_fwd(q_BD, own_docs_BKD, own_mask_BK, temperature, False, False)[0]
+        own_lse_B = _own_fwd(q_BD, own_docs_BKD, own_mask_BK, *scale, False, False)[0]
     return _join(lse_B, positive_B, has_positive_B, own_lse_B, extra_lse_B)
 
 

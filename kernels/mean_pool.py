@@ -54,14 +54,23 @@ def mean_pool_ref(
 
 _MIN_NORM = 1e-12  # F.normalize's
 
-# Chosen by registers (AOT for sm_90, no spills) and by having a few programs per SM at T = 16k; not timed on a GPU yet.
-_CHUNK = 64  # tokens of one program of the first stage; the partial sums cost (T / 64 + N) rows of fp32, mostly in L2
-_SCATTER_CHUNK = 32  # tokens of one program of the backward
-_COLUMNS = (16, 256, 4, 2)  # BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
-_PARTIALS = (8, 256, 4)  # partial sums per load, BLOCK_D, num_warps of the second stage
+# A warp takes 256 columns of all rows of a block, 8 neighbours a thread, so that sums over rows stay within threads: every
+# other division was slower by half to four times (docs/log.md).
+_COLUMNS = (4, 1024, 4, 1)  # BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
 # Where a whole row is needed (RMSNorm): elements of a program, elements of a warp, num_stages
-_ROWS_FORWARD = (16384, 512, 2)
-_ROWS_BACKWARD = (8192, 512, 2)
+_ROWS_FORWARD = (8192, 1024, 3)
+_ROWS_BACKWARD = (4096, 1024, 3)
+_CHUNK = 64  # tokens of one program of the first stage; the partial sums cost (T / 64 + N) rows of fp32, mostly in L2
+_LONG_CHUNK = (
+    256  # where sequences are of thousands of tokens, so that one program can add up a sequence's partial sums
+)
+_SCATTER_CHUNK = 16  # tokens of one program of the backward
+_PARTIALS = (4, 512)  # partial sums at a time; their elements of a warp where columns are not independent
+_ENDS = 1024  # ends of sequences compared at a time
+
+
+def _chunk(num_tokens: int, num_segments: int) -> int:
+    return _LONG_CHUNK if num_tokens > 2048 * num_segments else _CHUNK
 
 
 def _row_config(hidden_size: int, rows: tuple[int, int, int] = _ROWS_BACKWARD) -> tuple[int, int, int, int]:
@@ -73,31 +82,25 @@ def _row_config(hidden_size: int, rows: tuple[int, int, int] = _ROWS_BACKWARD) -
     return max(1, min(4, elements // block_d)), block_d, max(1, min(16, block_d // per_warp)), num_stages
 
 
-def _search_steps(num_segments: int) -> int:
-    """Steps of a binary search over N, rounded up to a multiple of 4: few distinct values, few compilations."""
-    return triton.cdiv(num_segments.bit_length(), 4) * 4
-
-
 @triton.jit
-def _segment_of(cu_ptr, position, N, STEPS: tl.constexpr):
-    """The first segment that ends behind `position` (a scalar or a block); N if there is none."""
-    low = position * 0
-    high = low + N
-    for _ in tl.static_range(STEPS):
-        middle = (low + high) // 2
-        searching = low < high
-        end = tl.load(cu_ptr + middle + 1, mask=searching, other=0)
-        below = searching & (end <= position)
-        high = tl.where(searching & (end > position), middle, high)
-        low = tl.where(below, middle + 1, low)
-    return low
+def _segment_of(cu_ptr, position, N, ENDS: tl.constexpr):
+    """The first segment that ends behind `position`, N if there is none: as many as end at it or before.
+
+    All ends are compared: a search by halves is a chain of loads that wait for each other.
+    """
+    count = tl.zeros((ENDS,), tl.int64)
+    for start in range(0, N, ENDS):
+        offs = start + tl.arange(0, ENDS)
+        ends = tl.load(cu_ptr + 1 + offs, mask=offs < N, other=0)
+        count += ((ends <= position) & (offs < N)).to(tl.int64)
+    return tl.sum(count, 0)
 
 
 @triton.jit
 def _chunk_sum_kernel(
     x_ptr, cu_ptr, partial_ptr, rstd_ptr, T, N, token_offset, eps,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
+    ENDS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: the partial sums of one chunk of rows, for one block of columns (all columns if NORM)."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -105,7 +108,7 @@ def _chunk_sum_kernel(
     mask_d = offs_d < D
     row = chunk * CHUNK
     chunk_end = tl.minimum(row + CHUNK, T)
-    segment = _segment_of(cu_ptr, row + token_offset, N, STEPS)
+    segment = _segment_of(cu_ptr, row + token_offset, N, ENDS)
     while (row < chunk_end) & (segment < N):
         segment_end = tl.load(cu_ptr + segment + 1).to(tl.int64) - token_offset
         end = tl.minimum(segment_end, chunk_end)
@@ -126,11 +129,11 @@ def _chunk_sum_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, cu_ptr, weight_ptr, sum_ptr, mean_ptr, T, token_offset,
+    partial_ptr, cu_ptr, weight_ptr, sum_ptr, out_ptr, inverse_ptr, T, token_offset,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    SUM: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
+    SUM: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr, NORMALIZE: tl.constexpr, MIN_NORM: tl.constexpr,
 ):  # fmt: skip
-    """One program: one sequence and one block of columns; its partial sums in the order of the tokens."""
+    """One program: one sequence and one block of columns (all if NORMALIZE); its partial sums in the order of the tokens."""
     segment = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -138,34 +141,25 @@ def _combine_kernel(
     end = tl.load(cu_ptr + segment + 1).to(tl.int64)
     first_row = tl.maximum(start - token_offset, 0)
     end_row = tl.minimum(end - token_offset, T)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    if first_row < end_row:
-        chunk = first_row // CHUNK
-        last_chunk = (end_row - 1) // CHUNK
-        while chunk <= last_chunk:
-            offs_c = chunk + tl.arange(0, BLOCK_C)
-            mask = (offs_c <= last_chunk)[:, None] & mask_d[None, :]
-            acc += tl.sum(
-                tl.load(partial_ptr + (offs_c + segment)[:, None] * D + offs_d[None, :], mask=mask, other=0.0), 0
-            )
-            chunk += BLOCK_C
+    acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    # No chunk where this rank has no token of the sequence: the division of -1 rounds towards zero.
+    end_chunk = tl.where(first_row < end_row, (end_row - 1) // CHUNK + 1, 0)
+    for chunk in range(first_row // CHUNK, end_chunk, BLOCK_C):
+        offs_c = chunk + tl.arange(0, BLOCK_C)
+        mask = (offs_c < end_chunk)[:, None] & mask_d[None, :]
+        acc += tl.load(partial_ptr + (offs_c + segment)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    total = tl.sum(acc, 0)
     if SUM:
-        tl.store(sum_ptr + segment * D + offs_d, acc, mask=mask_d)
+        tl.store(sum_ptr + segment * D + offs_d, total, mask=mask_d)
     if MEAN:
-        mean = acc / tl.maximum(end - start, 1).to(tl.float32)
+        mean = total / tl.maximum(end - start, 1).to(tl.float32)
         if WEIGHT:
             mean *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        tl.store(mean_ptr + segment * D + offs_d, mean, mask=mask_d)
-
-
-@triton.jit
-def _normalize_kernel(mean_ptr, out_ptr, inverse_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, MIN_NORM: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    mean = tl.load(mean_ptr + row * D + offs_d, mask=offs_d < D, other=0.0)
-    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), MIN_NORM)
-    tl.store(inverse_ptr + row, inverse)
-    tl.store(out_ptr + row * D + offs_d, mean * inverse, mask=offs_d < D)
+        if NORMALIZE:
+            inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), MIN_NORM)
+            tl.store(inverse_ptr + segment, inverse)
+            mean *= inverse
+        tl.store(out_ptr + segment * D + offs_d, mean, mask=mask_d)
 
 
 @triton.jit
@@ -189,14 +183,14 @@ def _mean_bwd_kernel(
 def _scatter_kernel(
     dsum_ptr, cu_ptr, x_ptr, rstd_ptr, weight_ptr, dx_ptr, T, N, token_offset,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
+    ENDS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK rows x BLOCK_D columns (all columns if NORM), sequence by sequence; 0 behind the last one."""
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     row = tl.program_id(0).to(tl.int64) * CHUNK
     chunk_end = tl.minimum(row + CHUNK, T)
-    segment = _segment_of(cu_ptr, row + token_offset, N, STEPS)
+    segment = _segment_of(cu_ptr, row + token_offset, N, ENDS)
     while row < chunk_end:
         inside = segment < N
         segment_end = tl.load(cu_ptr + segment + 1, mask=inside, other=0).to(tl.int64) - token_offset
@@ -221,30 +215,35 @@ def _scatter_kernel(
         segment += 1
 
 
-def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, want_mean: bool):
-    """-> sum [N, D] (of x, or of x * rstd with a norm weight), mean [N, D] (weighted), rstd [T]; empty if not wanted"""
+def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, want_mean: bool, normalize: bool):
+    """-> sum [N, D] (of x, or of x * rstd with a norm weight), mean [N, D] (weighted, of unit length with normalize),
+    rstd [T], 1 / norm [N]; empty if not wanted"""
     num_tokens, hidden_size = x_TD.shape
     num_segments, norm = cu_seqlens.numel() - 1, norm_weight_D is not None
     block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_FORWARD) if norm else _COLUMNS
-    num_chunks = triton.cdiv(num_tokens, _CHUNK)
+    chunk = _chunk(num_tokens, num_segments)
+    num_chunks = triton.cdiv(num_tokens, chunk)
     partial_CD = x_TD.new_empty(num_chunks + num_segments, hidden_size, dtype=torch.float32)
     rstd_T = x_TD.new_empty(num_tokens if norm else 0, dtype=torch.float32)
     sum_ND = x_TD.new_empty(num_segments if want_sum else 0, hidden_size, dtype=torch.float32)
     mean_ND = x_TD.new_empty(num_segments if want_mean else 0, hidden_size, dtype=torch.float32)
+    inverse_N = x_TD.new_empty(num_segments if normalize else 0, dtype=torch.float32)
     if num_tokens:
         _chunk_sum_kernel[(num_chunks, triton.cdiv(hidden_size, block_d))](
             x_TD, cu_seqlens, partial_CD, rstd_T, num_tokens, num_segments, token_offset, eps,
-            D=hidden_size, CHUNK=_CHUNK, BLOCK_T=block_t, BLOCK_D=block_d,
-            STEPS=_search_steps(num_segments), NORM=norm, STAGES=num_stages, num_warps=num_warps,
+            D=hidden_size, CHUNK=chunk, BLOCK_T=block_t, BLOCK_D=block_d,
+            ENDS=_ENDS, NORM=norm, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     if num_segments:
-        block_c, block_d, num_warps = _PARTIALS
+        block_c, per_warp = _PARTIALS
+        block_d = _row_config(hidden_size)[1] if normalize else min(512, triton.next_power_of_2(hidden_size))
         _combine_kernel[(num_segments, triton.cdiv(hidden_size, block_d))](
-            partial_CD, cu_seqlens, norm_weight_D if norm else partial_CD, sum_ND, mean_ND, num_tokens, token_offset,
-            D=hidden_size, CHUNK=_CHUNK, BLOCK_C=block_c, BLOCK_D=block_d,
-            SUM=want_sum, MEAN=want_mean, WEIGHT=norm, num_warps=num_warps,
+            partial_CD, cu_seqlens, norm_weight_D if norm else partial_CD, sum_ND, mean_ND, inverse_N,
+            num_tokens, token_offset, D=hidden_size, CHUNK=chunk, BLOCK_C=block_c, BLOCK_D=block_d,
+            SUM=want_sum, MEAN=want_mean, WEIGHT=norm, NORMALIZE=normalize, MIN_NORM=_MIN_NORM,
+            num_warps=max(4, min(16, block_d // per_warp)),
         )  # fmt: skip
-    return sum_ND, mean_ND, rstd_T
+    return sum_ND, mean_ND, rstd_T, inverse_N
 
 
 def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rstd_T=None, norm_weight_D=None):
@@ -258,15 +257,14 @@ def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rs
             dsum_ND, cu_seqlens, x_TD if norm else dsum_ND, rstd_T if norm else dsum_ND,
             norm_weight_D if norm else dsum_ND, dx_TD, num_tokens, num_segments, token_offset,
             D=hidden_size, CHUNK=_SCATTER_CHUNK, BLOCK_T=block_t, BLOCK_D=block_d,
-            STEPS=_search_steps(num_segments), NORM=norm, STAGES=num_stages, num_warps=num_warps,
+            ENDS=_ENDS, NORM=norm, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     return dx_TD
 
 
 @torch.library.custom_op("nemo_embed_core::segment_sum_forward", mutates_args=())
 def _segment_sum_fwd(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int) -> torch.Tensor:
-    sum_ND, _, _ = _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, None, 0.0, True, want_mean=False)
-    return sum_ND
+    return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, None, 0.0, True, False, False)[0]
 
 
 @_segment_sum_fwd.register_fake
@@ -305,16 +303,9 @@ def _mean_pool_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> out [N, D], sum of x * rstd [N, D] and rstd [T] (with a norm weight), 1 / norm [N] (with normalize)"""
     norm_weight_D = None if norm_weight_D is None else norm_weight_D.contiguous()
-    sum_ND, out_ND, rstd_T = _reduce(
-        x_TD.contiguous(), cu_seqlens.contiguous(), 0, norm_weight_D, eps, norm_weight_D is not None, want_mean=True
+    sum_ND, out_ND, rstd_T, inverse_N = _reduce(
+        x_TD.contiguous(), cu_seqlens.contiguous(), 0, norm_weight_D, eps, norm_weight_D is not None, True, normalize
     )
-    inverse_N = out_ND.new_empty(out_ND.shape[0] if normalize else 0)
-    if normalize and out_ND.shape[0]:
-        _, block_d, num_warps, _ = _row_config(out_ND.shape[1])
-        mean_ND, out_ND = out_ND, torch.empty_like(out_ND)
-        _normalize_kernel[(out_ND.shape[0],)](
-            mean_ND, out_ND, inverse_N, D=out_ND.shape[1], BLOCK_D=block_d, MIN_NORM=_MIN_NORM, num_warps=num_warps
-        )
     return out_ND, sum_ND, rstd_T, inverse_N
 
 

@@ -23,14 +23,14 @@ def rms_norm_ref(
     return (weight_D * normed_TD.to(hidden_TD.dtype)).to(hidden_TD.dtype), hidden_TD
 
 
-# (largest BLOCK_D, num_warps). Chosen by registers per thread (AOT for sm_90, no spills; at 16384 the backward would spill);
-# no entry has been timed on a GPU yet.
+# (largest BLOCK_D, num_warps): by registers per thread (no spills; at 16384 the backward would spill), and at D = 4096 by
+# time on an H200, where 4, 8 and 16 warps differ by 1 % (docs/log.md).
 _CONFIGS = [(512, 1), (1024, 2), (2048, 4), (4096, 8), (8192, 16)]
 
-# Programs of the backward: four per SM of an H100/H200. A constant, not the device's SM count: the order in which
-# dweight is summed, and so its bits, must not depend on the GPU.
-_BACKWARD_PROGRAMS = 528
-_SUM_ROWS = (64, 32, 8)  # rows and columns at a time, num_warps: 128 programs at D = 4096
+# Programs of the backward: two per SM of an H100/H200 with three rows in flight each; more programs were slower. A constant,
+# not the device's SM count: the order in which dweight is summed, and so its bits, must not depend on the GPU.
+_BACKWARD_PROGRAMS = 264
+_SUM_ROWS = (128, 16, 8)  # rows and columns at a time, num_warps: 256 programs at D = 4096
 
 
 def _config(hidden_size: int) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def _rms_norm_bwd_kernel(
     mask_d = offs_d < D
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
-    for row in tl.range(pid, T, tl.num_programs(0), num_stages=2):  # the next row's loads fly during this row's sums
+    for row in tl.range(pid, T, tl.num_programs(0), num_stages=3):  # the next rows' loads fly during this row's sums
         offs = row * D + offs_d  # row is int64 like pid
         normed = tl.load(hidden_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)

@@ -60,8 +60,9 @@ def _split_rope_kernel(
 
     BACKWARD moves the other way, q/k/v gradients into the qkv gradient, rotating by the opposite angle.
     """
-    group = tl.program_id(1)
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    # Groups first: programs that run at one time cover whole rows, which DRAM gives faster than strips of them.
+    group = tl.program_id(0) % G
+    t = (tl.program_id(0) // G * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     mask = (t < T) & (offs_r < R)
     cos = tl.load(cos_ptr + t * R + offs_r, mask=mask, other=0.0).to(tl.float32)
@@ -91,7 +92,7 @@ def _launch(qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, backward: bool) -> None
     num_kv_heads = k_TGA.shape[1]
     block_t, num_warps = _CONFIG
     if num_tokens:
-        _split_rope_kernel[(triton.cdiv(num_tokens, block_t), num_kv_heads)](
+        _split_rope_kernel[(triton.cdiv(num_tokens, block_t) * num_kv_heads,)](
             qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, num_tokens,
             G=num_kv_heads, HEADS=num_heads // num_kv_heads, R=head_dim // 2,
             BLOCK_T=block_t, BLOCK_R=triton.next_power_of_2(head_dim // 2), BACKWARD=backward, num_warps=num_warps,

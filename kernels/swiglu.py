@@ -26,15 +26,21 @@ _CONFIG = (8, 256, 4)
 
 
 @triton.jit
+def _tile(NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+    """-> block, rows and columns in it of this program; columns first, so that what runs at one time covers whole rows"""
+    tiles_per_block = tl.cdiv(WIDTH, BLOCK_F)
+    tile = tl.program_id(0) % (NUM_BLOCKS * tiles_per_block)
+    offs_t = (tl.program_id(0) // (NUM_BLOCKS * tiles_per_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    return tile // tiles_per_block, offs_t, (tile % tiles_per_block) * BLOCK_F + tl.arange(0, BLOCK_F)
+
+
+@triton.jit
 def _swiglu_fwd_kernel(
     gate_up_ptr, out_ptr, T,
     NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T rows x BLOCK_F columns of one block of WIDTH columns."""
-    tiles_per_block = tl.cdiv(WIDTH, BLOCK_F)
-    block = tl.program_id(1) // tiles_per_block
-    offs_f = (tl.program_id(1) % tiles_per_block) * BLOCK_F + tl.arange(0, BLOCK_F)
-    offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    block, offs_t, offs_f = _tile(NUM_BLOCKS, WIDTH, BLOCK_T, BLOCK_F)
     mask = (offs_t < T)[:, None] & (offs_f < WIDTH)[None, :]
     gate_ptrs = gate_up_ptr + offs_t[:, None] * (2 * NUM_BLOCKS * WIDTH) + (2 * block * WIDTH + offs_f)[None, :]
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -49,10 +55,7 @@ def _swiglu_bwd_kernel(
     dout_ptr, gate_up_ptr, dgate_up_ptr, T,
     NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    tiles_per_block = tl.cdiv(WIDTH, BLOCK_F)
-    block = tl.program_id(1) // tiles_per_block
-    offs_f = (tl.program_id(1) % tiles_per_block) * BLOCK_F + tl.arange(0, BLOCK_F)
-    offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    block, offs_t, offs_f = _tile(NUM_BLOCKS, WIDTH, BLOCK_T, BLOCK_F)
     mask = (offs_t < T)[:, None] & (offs_f < WIDTH)[None, :]
     gate_offs = offs_t[:, None] * (2 * NUM_BLOCKS * WIDTH) + (2 * block * WIDTH + offs_f)[None, :]
     out_offs = offs_t[:, None] * (NUM_BLOCKS * WIDTH) + (block * WIDTH + offs_f)[None, :]
@@ -66,9 +69,9 @@ def _swiglu_bwd_kernel(
     tl.store(dgate_up_ptr + gate_offs + WIDTH, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
-def _grid(num_tokens: int, num_blocks: int, width: int) -> tuple[int, int]:
+def _grid(num_tokens: int, num_blocks: int, width: int) -> tuple[int]:
     block_t, block_f, _ = _CONFIG
-    return triton.cdiv(num_tokens, block_t), num_blocks * triton.cdiv(width, block_f)
+    return (triton.cdiv(num_tokens, block_t) * num_blocks * triton.cdiv(width, block_f),)
 
 
 @torch.library.custom_op("nemo_embed_core::swiglu_forward", mutates_args=())

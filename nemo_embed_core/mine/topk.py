@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -390,7 +391,7 @@ def blocks_of(documents: Any, size: int, device: torch.device) -> Iterator[tuple
     buffers: list[Tensor | None] = [None, None]
     copied = [torch.cuda.Event(), torch.cuda.Event()]
     for i, rows in enumerate(blocks):
-        block = torch.from_numpy(np.ascontiguousarray(documents[rows]))
+        block = _read_only(documents[rows])
         buffer = buffers[i % 2]
         if buffer is None:
             buffer = buffers[i % 2] = torch.empty(size, block.shape[1], dtype=block.dtype, pin_memory=True)
@@ -409,13 +410,20 @@ def resident(documents: Any, device: torch.device | str, share: float = 0.4) -> 
     device = torch.device(device)
     if device.type != "cuda" or isinstance(documents, Tensor) or documents.shape[0] == 0:
         return documents
-    one = torch.from_numpy(np.ascontiguousarray(documents[:1]))
+    one = _read_only(documents[:1])
     if documents.shape[0] * one.nbytes > share * torch.cuda.mem_get_info(device)[0]:
         return documents
     held = torch.empty(tuple(documents.shape), dtype=one.dtype, device=device)
     for start, rows in blocks_of(documents, 32768, device):
         held[start : start + len(rows)] = rows
     return held
+
+
+def _read_only(rows: np.ndarray) -> Tensor:
+    """The rows without a copy. torch warns that a memory map cannot be written to; nobody does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(rows))
 
 
 def fp32_rows(array: Any, index: Any, device: torch.device | str) -> Tensor:

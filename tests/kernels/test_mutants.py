@@ -55,8 +55,8 @@ MUTANTS = {
     "in batch: fp16 accumulation of the scores": (
         "info_nce_in_batch",
         {"B": 5, "P": 37, "D": 100},
-        "docs.load([first_column, d_start]).T, acc, input_precision=PRECISION)",
-        "docs.load([first_column, d_start]).T, acc, input_precision=PRECISION).to(tl.float16).to(tl.float32)",
+        "            acc = tl.dot(rows, docs.load([first_column, d_start]).T, acc, input_precision=PRECISION)\n",
+        "            acc = tl.dot(rows, docs.load([first_column, d_start]).T, acc).to(tl.float16).to(tl.float32)\n",
     ),
     "in batch: fp16 accumulation where rows are not multiples of 16 bytes": (
         "info_nce_in_batch",
@@ -85,8 +85,8 @@ MUTANTS = {
     "pool: last chunk of a sequence forgotten": (
         "segment_sum",
         {"lengths": [3, 5, 20], "D": 64, "chunk": 16},
-        "while chunk <= last_chunk:",
-        "while chunk < last_chunk:",
+        "(end_row - 1) // CHUNK + 1, 0)",
+        "(end_row - 1) // CHUNK, 0)",
     ),
     "pool: offset of the shard ignored in the backward": (
         "segment_sum",

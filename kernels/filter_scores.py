@@ -1,0 +1,202 @@
+"""The few scores of a product of two matrices that lie between a floor and a limit of their row, without the matrix.
+
+Contract: key[q, n] = (queries[q] . documents[n]) * document_scale[n] * query_scale[q] + add[q] in fp32 (int8: the sum of products
+is exact in int32); of every row those with floor[q] <= key < limit[q] are appended to its list, in any order, with their
+columns. NaN is in no list. counts says how many there were: more than the list's length L are counted, not stored.
+
+The GEMM of a search for the best documents: once a row has its C best of the documents so far, few of the next can enter, and
+storing [Q, N] scores to read them back costs as much memory traffic as the GEMM allows in its whole time.
+"""
+
+# Q queries · N documents · D columns · L places of a list
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def filter_scores_ref(
+    queries_QD: torch.Tensor,
+    documents_ND: torch.Tensor,
+    floor_Q: torch.Tensor,
+    limit_Q: torch.Tensor,
+    length: int,
+    query_scale_Q: torch.Tensor | None = None,
+    document_scale_N: torch.Tensor | None = None,
+    add_Q: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = torch.float64 if queries_QD.dtype == torch.int8 else torch.float32  # exact for int8
+    keys_QN = (queries_QD.to(wide) @ documents_ND.to(wide).T).float()
+    if document_scale_N is not None:
+        keys_QN = keys_QN * document_scale_N
+    if query_scale_Q is not None:
+        keys_QN = keys_QN * query_scale_Q[:, None]
+    if add_Q is not None:
+        keys_QN = keys_QN + add_Q[:, None]
+    keep_QN = (keys_QN >= floor_Q[:, None]) & (keys_QN < limit_Q[:, None])
+    rows, columns = keep_QN.nonzero(as_tuple=True)
+    counts_Q = keep_QN.sum(1, dtype=torch.int32)
+    places = torch.arange(len(rows), device=rows.device) - (counts_Q.cumsum(0) - counts_Q)[rows]
+    stored = places < length
+    rows, columns, places = rows[stored], columns[stored], places[stored]
+    list_keys_QL = keys_QN.new_empty(len(keys_QN), length)
+    list_columns_QL = torch.empty_like(list_keys_QL, dtype=torch.int32)
+    list_keys_QL[rows, places] = keys_QN[rows, columns]
+    list_columns_QL[rows, places] = columns.to(torch.int32)
+    return list_keys_QL, list_columns_QL, counts_Q
+
+
+# element size -> BLOCK_Q, BLOCK_N, BLOCK_D, num_warps, num_stages
+_TILE = {1: (128, 256, 128, 8, 4), 2: (128, 256, 64, 8, 4)}
+_PART = 32  # columns of a tile that are compared and appended at a time
+_GROUP = 8  # blocks of queries that run side by side, as in info_nce.py
+
+
+@triton.jit
+def _append(
+    products, q, first_column, query_scale_ptr, document_scale_ptr, add_ptr, floor_ptr, limit_ptr,
+    list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L,
+    SCALED: tl.constexpr, ADDED: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Scales the products of rows q and some columns and appends what lies between floor and limit.
+
+    Wider blocks than PART columns are halved first, a register apart from its neighbours: a whole tile's places and
+    addresses do not fit beside its products.
+    """
+    WIDTH: tl.constexpr = products.shape[1]
+    if WIDTH > PART:
+        left, right = tl.split(tl.permute(tl.reshape(products, (products.shape[0], 2, WIDTH // 2)), (0, 2, 1)))
+        _append(
+            left, q, first_column, query_scale_ptr, document_scale_ptr, add_ptr, floor_ptr, limit_ptr,
+            list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L, SCALED, ADDED, PART,
+        )  # fmt: skip
+        _append(
+            right, q, first_column + WIDTH // 2, query_scale_ptr, document_scale_ptr, add_ptr, floor_ptr, limit_ptr,
+            list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L, SCALED, ADDED, PART,
+        )  # fmt: skip
+    else:
+        n = first_column + tl.arange(0, WIDTH)
+        keys = products.to(tl.float32)
+        if SCALED:
+            keys = keys * tl.load(document_scale_ptr + n, mask=n < N, other=0.0)[None, :]
+            keys = keys * tl.load(query_scale_ptr + q, mask=q < Q, other=0.0)[:, None]
+        if ADDED:
+            keys = keys + tl.load(add_ptr + q, mask=q < Q, other=0.0)[:, None]
+        floor = tl.load(floor_ptr + q, mask=q < Q, other=float("inf"))  # nothing reaches it in rows past the end
+        limit = tl.load(limit_ptr + q, mask=q < Q, other=-float("inf"))
+        keep = (keys >= floor[:, None]) & (keys < limit[:, None]) & (n < N)[None, :]
+        if tl.max(tl.max(keep.to(tl.int32), 1), 0) > 0:
+            place = tl.atomic_add(counts_ptr + q[:, None] + tl.zeros_like(n)[None, :], 1, mask=keep, sem="relaxed")
+            stored = keep & (place < L)
+            offs = q.to(tl.int64)[:, None] * L + place
+            tl.store(list_keys_ptr + offs, keys, mask=stored)
+            tl.store(list_columns_ptr + offs, n[None, :] + tl.zeros_like(q)[:, None], mask=stored)
+
+
+@triton.jit
+def _filter_scores_kernel(
+    queries, documents, query_scale_ptr, document_scale_ptr, add_ptr, floor_ptr, limit_ptr,
+    list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    INT8: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of scores."""
+    num_tiles = tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * num_tiles)
+    group_size = tl.minimum(tl.cdiv(Q, BLOCK_Q) - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * num_tiles)
+    first_row = (group * GROUP + within % group_size) * BLOCK_Q
+    first_column = (within // group_size) * BLOCK_N
+    acc = tl.zeros((BLOCK_Q, BLOCK_N), tl.int32 if INT8 else tl.float32)
+    for d_start in range(0, D, BLOCK_D):
+        rows = queries.load([first_row, d_start])
+        acc = tl.dot(rows, documents.load([first_column, d_start]).T, acc, out_dtype=acc.dtype)
+    _append(
+        acc, first_row + tl.arange(0, BLOCK_Q), first_column, query_scale_ptr, document_scale_ptr, add_ptr, floor_ptr,
+        limit_ptr, list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L, SCALED, ADDED, PART,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("nemo_embed_core::filter_scores", mutates_args=())
+def _filter_scores(
+    queries_QD: torch.Tensor,
+    documents_ND: torch.Tensor,
+    floor_Q: torch.Tensor,
+    limit_Q: torch.Tensor,
+    length: int,
+    query_scale_Q: torch.Tensor | None,
+    document_scale_N: torch.Tensor | None,
+    add_Q: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_queries, num_columns = queries_QD.shape
+    num_documents = documents_ND.shape[0]
+    queries_QD, documents_ND = queries_QD.contiguous(), documents_ND.contiguous()
+    list_keys_QL = floor_Q.new_empty(num_queries, length)
+    list_columns_QL = torch.empty_like(list_keys_QL, dtype=torch.int32)
+    counts_Q = torch.zeros(num_queries, dtype=torch.int32, device=floor_Q.device)
+    block_q, block_n, block_d, num_warps, num_stages = _TILE[queries_QD.element_size()]
+    if num_queries and num_documents:
+        _filter_scores_kernel[(triton.cdiv(num_queries, block_q) * triton.cdiv(num_documents, block_n),)](
+            TensorDescriptor.from_tensor(queries_QD, [block_q, block_d]),
+            TensorDescriptor.from_tensor(documents_ND, [block_n, block_d]),
+            *(floor_Q if x is None else x.contiguous() for x in (query_scale_Q, document_scale_N, add_Q)),
+            floor_Q.contiguous(), limit_Q.contiguous(), list_keys_QL, list_columns_QL, counts_Q,
+            num_queries, num_documents, length,
+            D=num_columns, BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d, GROUP=_GROUP,
+            INT8=queries_QD.dtype == torch.int8, SCALED=query_scale_Q is not None, ADDED=add_Q is not None,
+            PART=_PART,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return list_keys_QL, list_columns_QL, counts_Q
+
+
+@_filter_scores.register_fake
+def _(queries_QD, documents_ND, floor_Q, limit_Q, length, query_scale_Q, document_scale_N, add_Q):
+    list_keys_QL = floor_Q.new_empty(queries_QD.shape[0], length)
+    counts_Q = floor_Q.new_empty(queries_QD.shape[0], dtype=torch.int32)
+    return list_keys_QL, torch.empty_like(list_keys_QL, dtype=torch.int32), counts_Q
+
+
+def filter_scores_kernel(
+    queries_QD: torch.Tensor,
+    documents_ND: torch.Tensor,
+    floor_Q: torch.Tensor,
+    limit_Q: torch.Tensor,
+    length: int,
+    query_scale_Q: torch.Tensor | None = None,
+    document_scale_N: torch.Tensor | None = None,
+    add_Q: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _filter_scores(queries_QD, documents_ND, floor_Q, limit_Q, length, query_scale_Q, document_scale_N, add_Q)
+
+
+def filter_scores(
+    queries_QD: torch.Tensor,
+    documents_ND: torch.Tensor,
+    floor_Q: torch.Tensor,
+    limit_Q: torch.Tensor,
+    length: int,
+    query_scale_Q: torch.Tensor | None = None,
+    document_scale_N: torch.Tensor | None = None,
+    add_Q: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """keys = (queries @ documents.T) * document_scale * query_scale[:, None] + add[:, None];
+    rows, columns = ((keys >= floor[:, None]) & (keys < limit[:, None])).nonzero(), by row
+
+    queries [Q, D], documents [N, D]: both int8 (with both scales), bf16 or fp16; rows of a multiple of 16 bytes.
+    floor, limit, scales, add: fp32 vectors; scales and add optional.  length: places of a row's list.
+    Returns keys [Q, length] fp32 and columns [Q, length] int32, of which the first min(counts[q], length) are written, in
+    any order, and counts [Q] int32, which may exceed length.  CUDA: Triton, tensors on the current device.
+    """
+    if queries_QD.dtype != documents_ND.dtype or queries_QD.shape[1] != documents_ND.shape[1]:
+        raise ValueError(
+            f"filter_scores wants queries and documents of one dtype and width, not {list(queries_QD.shape)} "
+            f"{queries_QD.dtype} and {list(documents_ND.shape)} {documents_ND.dtype}"
+        )
+    if queries_QD.shape[1] * queries_QD.element_size() % 16:
+        raise ValueError(f"filter_scores wants rows of a multiple of 16 bytes, not {queries_QD.shape[1]} columns")
+    run = filter_scores_kernel if queries_QD.is_cuda else filter_scores_ref
+    return run(queries_QD, documents_ND, floor_Q, limit_Q, length, query_scale_Q, document_scale_N, add_Q)
