@@ -27,8 +27,8 @@ def rms_norm_ref(
 # time on an H200, where 4, 8 and 16 warps differ by 1 % (docs/log.md).
 _CONFIGS = [(512, 1), (1024, 2), (2048, 4), (4096, 8), (8192, 16)]
 
-# Programs of the backward: two per SM of an H100/H200 with three rows in flight each; more programs were slower. A constant,
-# not the device's SM count: the order in which dweight is summed, and so its bits, must not depend on the GPU.
+# Programs of the backward: two per SM of an H100/H200 with rows in flight; more programs were slower. A constant, not the
+# device's SM count: the order in which dweight is summed, and so its bits, must not depend on the GPU.
 _BACKWARD_PROGRAMS = 264
 _SUM_ROWS = (128, 16, 8)  # rows and columns at a time, num_warps: 256 programs at D = 4096
 
@@ -67,7 +67,7 @@ def _rms_norm_fwd_kernel(
 @triton.jit
 def _rms_norm_bwd_kernel(
     dy_ptr, dhidden_ptr, hidden_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, T,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DHIDDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DHIDDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: rows pid, pid + P, pid + 2 P, ...; their share of dweight stays in registers until the end."""
     pid = tl.program_id(0).to(tl.int64)
@@ -75,7 +75,9 @@ def _rms_norm_bwd_kernel(
     mask_d = offs_d < D
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
-    for row in tl.range(pid, T, tl.num_programs(0), num_stages=3):  # the next rows' loads fly during this row's sums
+    for row in tl.range(
+        pid, T, tl.num_programs(0), num_stages=STAGES
+    ):  # the next rows' loads fly during this row's sums
         offs = row * D + offs_d  # row is int64 like pid
         normed = tl.load(hidden_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)
@@ -166,7 +168,8 @@ def _rms_norm_bwd(
     if num_tokens:
         _rms_norm_bwd_kernel[(num_programs,)](
             dy_TD, dhidden_TD if dhidden_TD is not None else dy_TD, hidden_TD, weight_D, rstd_T, dx_TD, dweight_PD,
-            num_tokens, D=hidden_size, BLOCK_D=block_d, HAS_DHIDDEN=dhidden_TD is not None, num_warps=num_warps,
+            num_tokens, D=hidden_size, BLOCK_D=block_d, HAS_DHIDDEN=dhidden_TD is not None,
+            STAGES=4 if block_d <= 2048 else 3, num_warps=num_warps,  # rows in flight that fit in shared memory in fp32 too
         )  # fmt: skip
     return dx_TD, sum_rows(dweight_PD, weight_D.dtype)
 

@@ -62,10 +62,15 @@ def outputs_and_gradients(function: Callable, inputs: dict[str, torch.Tensor]) -
 
 
 def check(
-    kernel: Callable, reference: Callable, inputs: dict[str, torch.Tensor], slack: float = 1.0, **absolute: float
+    kernel: Callable,
+    reference: Callable,
+    inputs: dict[str, torch.Tensor],
+    slack: float = 1.0,
+    relative: dict[str, float] | None = None,
+    **absolute: float,
 ):
-    """slack: ulps of the largest fp32 value that are forgiven (fp16, bf16: one). absolute: more, for the gradient of an input
-    or for an output (output_0)."""
+    """slack: ulps of the largest fp32 value that are forgiven (fp16, bf16: one). absolute and relative (to the largest value):
+    more, for the gradient of an input or for an output (output_0)."""
     truth = outputs_and_gradients(reference, {name: x.double() for name, x in inputs.items()})
     plain = outputs_and_gradients(reference, inputs)
     with poisoned_memory():
@@ -83,7 +88,8 @@ def check(
         error, lost = ((x.double() - exact)[finite].abs().max().item() for x in (ours[name], plain[name]))
         ulp = torch.finfo(ours[name].dtype).eps * exact[finite].abs().max().item()
         ulps = slack if ours[name].dtype == torch.float32 else 1.0
-        more = absolute.get(name[2:-1], absolute.get(name.replace(" ", "_"), 0.0))
+        key = name.replace(" ", "_") if name.startswith("output") else name[2:-1]
+        more = absolute.get(key, 0.0) + (relative or {}).get(key, 0.0) * exact[finite].abs().max().item()
         budget = 2 * lost + ulps * ulp + more
         assert error <= budget, f"{name}: error {error:.2e} is above the budget {budget:.2e} (plain torch {lost:.2e})"
 
