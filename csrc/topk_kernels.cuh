@@ -67,54 +67,53 @@ __device__ __forceinline__ void sort_descending(u64* buffer, int count) {
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void topk_update(
-    const T* scores, long long stride, long long num_columns, const float* row_scale, const float* col_scale,
-    const float* row_add, const float* ceilings, const long long* exclude_indptr, const long long* exclude_ids,
-    long long first_id, float* state_keys, long long* state_ids, int kept) {
-    __shared__ u64 buffer[TOPK_CAPACITY];  // [0, kept): the state, sorted at every compaction; behind it: survivors
-    __shared__ int count;
-    const long long row = blockIdx.x;
-    const int thread = (int)threadIdx.x, num_threads = (int)blockDim.x, step = num_threads * TOPK_ITEMS;
-    scores += row * stride;
-    state_keys += row * kept;
-    state_ids += row * kept;
-    const float limit = ceilings[row];
-    const float scale = row_scale ? row_scale[row] : 1.0f, add = row_add ? row_add[row] : 0.0f;
-    const long long* excluded = exclude_indptr ? exclude_ids + exclude_indptr[row] : nullptr;
-    const long long num_excluded = exclude_indptr ? exclude_indptr[row + 1] - exclude_indptr[row] : 0;
+__shared__ u64 buffer[TOPK_CAPACITY];  // [0, kept): the state, sorted at every compaction; behind it: survivors
+__shared__ int count;                  // places of the buffer that are taken
 
-    for (int i = thread; i < kept; i += num_threads) buffer[i] = state_ids[i] < 0 ? 0 : pack(state_keys[i], state_ids[i]);
-    if (thread == 0) count = kept;
-    __syncthreads();
-    u64 floor = buffer[kept - 1];  // what a candidate has to beat; 0: there is a free place
-    bool changed = false;
+// One row's state while candidates come in, as each thread of the row's block sees it.
+struct State {
+    float* keys;
+    long long* ids;
+    int kept;
+    const long long* excluded;
+    long long num_excluded;
+    u64 floor;  // what a candidate has to beat; 0: there is a free place
+    bool changed;
 
-    for (long long base = 0; base < num_columns; base += step) {
-        float keys[TOPK_ITEMS];
-#pragma unroll
-        for (int i = 0; i < TOPK_ITEMS; ++i) {  // all loads first; neighbouring threads read neighbouring columns
-            long long column = base + i * num_threads + thread;
-            keys[i] = column < num_columns ? to_float(scores[column]) : negative_infinity();
-        }
-        bool survives = false;
+    __device__ __forceinline__ State(long long row, const long long* exclude_indptr, const long long* exclude_ids,
+                                     float* state_keys, long long* state_ids, int kept)
+        : keys(state_keys + row * kept), ids(state_ids + row * kept), kept(kept), changed(false) {
+        excluded = exclude_indptr ? exclude_ids + exclude_indptr[row] : nullptr;
+        num_excluded = exclude_indptr ? exclude_indptr[row + 1] - exclude_indptr[row] : 0;
+        for (int i = (int)threadIdx.x; i < kept; i += (int)blockDim.x)
+            buffer[i] = ids[i] < 0 ? 0 : pack(keys[i], ids[i]);
+        if (threadIdx.x == 0) count = kept;
+        __syncthreads();
+        floor = buffer[kept - 1];
+    }
+
+    // A step of candidates, with limit as their ceiling: candidates[i] of this thread is number base + i * blockDim.x +
+    // threadIdx.x of num_candidates. Its id is first_id + that number, or + columns[that number].
+    __device__ __forceinline__ void offer(const float (&candidates)[TOPK_ITEMS], long long base,
+                                          long long num_candidates, float limit, long long first_id,
+                                          const int* columns) {
+        const int step = (int)blockDim.x * TOPK_ITEMS;
         const float lowest = floor ? key_of(floor) : -3.402823466e38f;
+        bool survives = false;
 #pragma unroll
         for (int i = 0; i < TOPK_ITEMS; ++i) {
-            long long column = base + i * num_threads + thread;
-            if (col_scale && column < num_columns) keys[i] = __fmul_rn(keys[i], col_scale[column]);
-            if (row_scale) keys[i] = __fmul_rn(keys[i], scale);
-            if (row_add) keys[i] = __fadd_rn(keys[i], add);
+            long long number = base + i * (int)blockDim.x + (int)threadIdx.x;
             // Both comparisons are false for NaN; a finite floor refuses -inf, and < refuses +inf.
-            survives |= column < num_columns && keys[i] >= lowest && keys[i] < limit;
+            survives |= number < num_candidates && candidates[i] >= lowest && candidates[i] < limit;
         }
-        if (!__syncthreads_or(survives)) continue;  // most steps end here, with one barrier
+        if (!__syncthreads_or(survives)) return;  // most steps end here, with one barrier
 #pragma unroll
         for (int i = 0; i < TOPK_ITEMS; ++i) {
-            long long column = base + i * num_threads + thread;
-            if (!(column < num_columns && keys[i] >= lowest && keys[i] < limit)) continue;
-            u64 word = pack(keys[i], first_id + column);
-            if (word > floor && !contains(excluded, num_excluded, first_id + column)) buffer[atomicAdd(&count, 1)] = word;
+            long long number = base + i * (int)blockDim.x + (int)threadIdx.x;
+            if (!(number < num_candidates && candidates[i] >= lowest && candidates[i] < limit)) continue;
+            long long id = first_id + (columns ? columns[number] : number);
+            u64 word = pack(candidates[i], id);
+            if (word > floor && !contains(excluded, num_excluded, id)) buffer[atomicAdd(&count, 1)] = word;
         }
         __syncthreads();
         const int filled = count;
@@ -123,15 +122,71 @@ __device__ __forceinline__ void topk_update(
         if (filled + step > TOPK_CAPACITY) {
             sort_descending(buffer, filled);
             floor = buffer[kept - 1];
-            if (thread == 0) count = kept;
+            if (threadIdx.x == 0) count = kept;
             __syncthreads();
         }
     }
 
-    if (!changed) return;
-    if (count > kept) sort_descending(buffer, count);
-    for (int i = thread; i < kept; i += num_threads) {
-        state_keys[i] = buffer[i] ? key_of(buffer[i]) : negative_infinity();
-        state_ids[i] = buffer[i] ? id_of(buffer[i]) : -1;
+    __device__ __forceinline__ void store() {
+        if (!changed) return;
+        if (count > kept) sort_descending(buffer, count);
+        for (int i = (int)threadIdx.x; i < kept; i += (int)blockDim.x) {
+            keys[i] = buffer[i] ? key_of(buffer[i]) : negative_infinity();
+            ids[i] = buffer[i] ? id_of(buffer[i]) : -1;
+        }
     }
+};
+
+template <typename T>
+__device__ __forceinline__ void topk_update(
+    const T* scores, long long stride, long long num_columns, const float* row_scale, const float* col_scale,
+    const float* row_add, const float* ceilings, const long long* exclude_indptr, const long long* exclude_ids,
+    long long first_id, float* state_keys, long long* state_ids, int kept) {
+    const long long row = blockIdx.x;
+    const int thread = (int)threadIdx.x, num_threads = (int)blockDim.x;
+    scores += row * stride;
+    const float limit = ceilings[row];
+    const float scale = row_scale ? row_scale[row] : 1.0f, add = row_add ? row_add[row] : 0.0f;
+    State state(row, exclude_indptr, exclude_ids, state_keys, state_ids, kept);
+
+    for (long long base = 0; base < num_columns; base += num_threads * TOPK_ITEMS) {
+        float keys[TOPK_ITEMS];
+#pragma unroll
+        for (int i = 0; i < TOPK_ITEMS; ++i) {  // all loads first; neighbouring threads read neighbouring columns
+            long long column = base + i * num_threads + thread;
+            keys[i] = column < num_columns ? to_float(scores[column]) : negative_infinity();
+        }
+#pragma unroll
+        for (int i = 0; i < TOPK_ITEMS; ++i) {
+            long long column = base + i * num_threads + thread;
+            if (col_scale && column < num_columns) keys[i] = __fmul_rn(keys[i], col_scale[column]);
+            if (row_scale) keys[i] = __fmul_rn(keys[i], scale);
+            if (row_add) keys[i] = __fadd_rn(keys[i], add);
+        }
+        state.offer(keys, base, num_columns, limit, first_id, nullptr);
+    }
+    state.store();
+}
+
+__device__ __forceinline__ void merge_row(
+    const float* list_keys, const int* list_columns, long long length, const int* counts,
+    const long long* exclude_indptr, const long long* exclude_ids, long long first_id, float* state_keys,
+    long long* state_ids, int kept) {
+    const long long row = blockIdx.x;
+    const long long listed = counts[row] < length ? counts[row] : length;
+    if (listed <= 0) return;  // the whole block, before it reads anything else
+    list_keys += row * length;
+    list_columns += row * length;
+    State state(row, exclude_indptr, exclude_ids, state_keys, state_ids, kept);
+
+    for (long long base = 0; base < listed; base += (int)blockDim.x * TOPK_ITEMS) {
+        float keys[TOPK_ITEMS];
+#pragma unroll
+        for (int i = 0; i < TOPK_ITEMS; ++i) {
+            long long place = base + i * (int)blockDim.x + (int)threadIdx.x;
+            keys[i] = place < listed ? list_keys[place] : negative_infinity();
+        }
+        state.offer(keys, base, listed, -negative_infinity(), first_id, list_columns);
+    }
+    state.store();
 }

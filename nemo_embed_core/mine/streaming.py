@@ -1,6 +1,6 @@
-"""The streaming top-k of csrc/topk.h as one op: CUDA tensors -> the kernel, CPU tensors -> plain torch, the same bits.
+"""The streaming top-k of csrc/topk.h as two ops: CUDA tensors -> the kernels, CPU tensors -> plain torch, the same bits.
 
-q, n rows of a tile of queries and documents · C places of the state
+q, n rows of a tile of queries and documents · C places of the state · L places of a list
 """
 
 from __future__ import annotations
@@ -44,6 +44,33 @@ def streaming_topk_(
     """
     torch.ops.nemo_embed_core.streaming_topk(
         scores, ceilings, state_keys, state_ids, first_id, exclude_indptr, exclude_ids, row_scale, col_scale, row_add
+    )
+
+
+def merge_lists_(
+    list_keys: Tensor,
+    list_columns: Tensor,
+    counts: Tensor,
+    state_keys: Tensor,
+    state_ids: Tensor,
+    first_id: int = 0,
+    exclude_indptr: Tensor | None = None,
+    exclude_ids: Tensor | None = None,
+) -> None:
+    """state[r] = top C of state[r] and list_keys[r, : counts[r]], in place, whatever the order of the list.
+
+    Kept: finite keys of documents not excluded, by (key descending, id ascending).
+    list_keys [q, L] fp32, list_columns [q, L] int32: entry i of row r is document first_id + list_columns[r, i].
+    counts [q] int32: entries of each list; of one that counts more than L, its L are merged.
+    state_keys, state_ids, exclude_indptr, exclude_ids: as in streaming_topk_. Columns that would give ids above MAX_ID
+    are for the caller to refuse: they are on the device.
+    """
+    assert list_keys.shape == list_columns.shape, f"{list_keys.shape=} {list_columns.shape=}"
+    assert len(list_keys) == len(counts) == len(state_keys), f"{len(list_keys)=} {len(counts)=} {len(state_keys)=}"
+    assert list_keys.dtype == torch.float32, f"{list_keys.dtype=}"
+    assert list_columns.dtype == counts.dtype == torch.int32, f"{list_columns.dtype=} {counts.dtype=}"
+    torch.ops.nemo_embed_core.merge_lists(
+        list_keys, list_columns, counts, state_keys, state_ids, first_id, exclude_indptr, exclude_ids
     )
 
 
@@ -91,6 +118,32 @@ def _streaming_topk(
     _insert_(keys[rows, columns], rows, columns + first_id, state_keys, state_ids)
 
 
+@torch.library.custom_op("nemo_embed_core::merge_lists", mutates_args=("state_keys", "state_ids"))
+def _merge_lists(
+    list_keys: Tensor,
+    list_columns: Tensor,
+    counts: Tensor,
+    state_keys: Tensor,
+    state_ids: Tensor,
+    first_id: int,
+    exclude_indptr: Tensor | None,
+    exclude_ids: Tensor | None,
+) -> None:
+    listed = torch.arange(list_keys.shape[1], device=counts.device) < counts[:, None]
+    rows, places = (listed & torch.isfinite(list_keys)).nonzero(as_tuple=True)
+    columns = list_columns[rows, places].long()
+    if exclude_indptr is not None and exclude_ids is not None:
+        width = 2**31  # whatever an int32 column can be
+        left = _not_excluded(rows, columns, excluded_places(exclude_indptr, exclude_ids, first_id, width), width)
+        rows, places, columns = rows[left], places[left], columns[left]
+    _insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
+
+
+def _not_excluded(rows: Tensor, columns: Tensor, excluded: tuple[Tensor, Tensor], num_columns: int) -> Tensor:
+    """Which of (rows, columns) are none of the excluded ones."""
+    return torch.isin(rows * num_columns + columns, excluded[0] * num_columns + excluded[1], invert=True)
+
+
 def _alive(
     keys: Tensor, ceilings: Tensor, state_keys: Tensor, excluded: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
@@ -103,8 +156,7 @@ def _alive(
         rows, columns = few
         enter = keys[rows, columns] < ceilings[rows]
         if excluded is not None:
-            places = rows * keys.shape[1] + columns
-            enter &= torch.isin(places, excluded[0] * keys.shape[1] + excluded[1], invert=True)
+            enter &= _not_excluded(rows, columns, excluded, keys.shape[1])
         return rows[enter], columns[enter]
     alive = (keys >= floor[:, None]) & (keys < ceilings[:, None])
     if excluded is not None:
@@ -145,12 +197,13 @@ def _insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_
     new_keys = keys.new_full((len(touched), num_kept + most), -torch.inf)
     new_ids = state_ids.new_full((len(touched), num_kept + most), -1)
     new_keys[:, :num_kept], new_ids[:, :num_kept] = state_keys[touched], state_ids[touched]
-    new_keys[position, num_kept + place] = keys
+    new_keys[position, num_kept + place] = keys + 0.0  # -0 becomes the +0 that it ties with, as in the kernel
     new_ids[position, num_kept + place] = ids
     state_keys[touched], state_ids[touched] = best_first(new_keys, new_ids, num_kept)
 
 
 @_streaming_topk.register_fake
+@_merge_lists.register_fake
 def _(*arguments: Any) -> None:
     return None
 
@@ -175,33 +228,60 @@ if kernel_is_available():
         col_scale: Tensor | None,
         row_add: Tensor | None,
     ) -> None:
-        import cupy
-
-        num_rows, num_columns = scores.shape
-        kept = state_keys.shape[1]
-        if first_id + num_columns > MAX_ID:
-            raise UserError(
-                f"document ids up to {first_id + num_columns} do not fit the kernel's 32 bits: use more ranks"
-            )
-        capacity = next((c for c, most in MAX_KEPT.items() if kept <= most), None)
-        if capacity is None:
-            raise UserError(f"{kept} kept candidates per query are more than the kernel's {max(MAX_KEPT.values())}")
         name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "int32"}[scores.dtype]
-        assert scores.stride(1) == 1 and state_keys.is_contiguous() and state_ids.is_contiguous()
-        vectors = (row_scale, col_scale, row_add, ceilings, exclude_indptr, exclude_ids)
-        assert all(x is None or x.is_contiguous() for x in vectors)
-        pointers = [0 if x is None else x.data_ptr() for x in vectors]
-        kernel = _module(capacity, scores.device.index).get_function(f"topk_update_{name}")
-        stream = torch.cuda.current_stream(scores.device).cuda_stream
-        with cupy.cuda.Device(scores.device.index), cupy.cuda.ExternalStream(stream):
-            kernel(
-                (num_rows,),
-                (THREADS,),
-                (
-                    scores.data_ptr(), scores.stride(0), num_columns, *pointers, first_id,
-                    state_keys.data_ptr(), state_ids.data_ptr(), np.int32(kept),
-                ),
-            )  # fmt: skip
+        assert scores.stride(1) == 1
+        num_columns = scores.shape[1]
+        inputs = (scores.data_ptr(), scores.stride(0), num_columns, *_pointers(row_scale, col_scale, row_add, ceilings))
+        _run(
+            f"topk_update_{name}", inputs, exclude_indptr, exclude_ids, first_id, first_id + num_columns,
+            state_keys, state_ids,
+        )  # fmt: skip
+
+    @_merge_lists.register_kernel("cuda")
+    def _launch_merge(
+        list_keys: Tensor,
+        list_columns: Tensor,
+        counts: Tensor,
+        state_keys: Tensor,
+        state_ids: Tensor,
+        first_id: int,
+        exclude_indptr: Tensor | None,
+        exclude_ids: Tensor | None,
+    ) -> None:
+        inputs = (*_pointers(list_keys, list_columns), list_keys.shape[1], *_pointers(counts))
+        _run("merge_lists", inputs, exclude_indptr, exclude_ids, first_id, first_id, state_keys, state_ids)
+
+
+def _pointers(*vectors: Tensor | None) -> list[int]:
+    assert all(x is None or x.is_contiguous() for x in vectors)
+    return [0 if x is None else x.data_ptr() for x in vectors]
+
+
+def _run(
+    name: str,
+    inputs: tuple[int, ...],
+    exclude_indptr: Tensor | None,
+    exclude_ids: Tensor | None,
+    first_id: int,
+    last_id: int,
+    state_keys: Tensor,
+    state_ids: Tensor,
+) -> None:
+    """The kernel `name`, one block per row of the state: its own inputs, then the arguments that all kernels end with."""
+    import cupy
+
+    num_rows, kept = state_keys.shape
+    if last_id > MAX_ID:
+        raise UserError(f"document ids up to {last_id} do not fit the kernel's 32 bits: use more ranks")
+    capacity = next((c for c, most in MAX_KEPT.items() if kept <= most), None)
+    if capacity is None:
+        raise UserError(f"{kept} kept candidates per query are more than the kernel's {max(MAX_KEPT.values())}")
+    device = state_keys.device
+    exclusions, state = _pointers(exclude_indptr, exclude_ids), _pointers(state_keys, state_ids)
+    kernel = _module(capacity, device.index).get_function(name)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
+        kernel((num_rows,), (THREADS,), (*inputs, *exclusions, first_id, *state, np.int32(kept)))
 
 
 @functools.cache

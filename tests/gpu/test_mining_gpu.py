@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_embed_core.mine.streaming import streaming_topk_
+from nemo_embed_core.mine.streaming import merge_lists_, streaming_topk_
 from nemo_embed_core.mine.topk import Exclude, resident, topk_below
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +61,19 @@ def test_cuda_topk_is_the_cpu_op(dtype, kept):
                 streaming_topk_(tile, ceilings.to(device), keys, ids, first)
             results.append((keys.cpu(), ids.cpu()))
         assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][0], results[1][0]), kind
+
+
+@pytest.mark.parametrize(("kept", "length"), [(1, 40), (72, 256), (136, 1024), (1024, 1024), (1024, 5000), (2000, 700)])
+@pytest.mark.parametrize("kind", ["random", "ties", "rising", "broken"])
+def test_cuda_merge_is_the_cpu_op(kind, kept, length):
+    *lists, first_id, indptr, excluded = csrc.make_lists(np.random.default_rng(kept), kind, 333, length, kept)
+    for exclusions in ((indptr, excluded), (None, None)):
+        results = []
+        for device in ("cpu", "cuda"):
+            arguments = [x.to(device, copy=True) for x in lists]
+            merge_lists_(*arguments, first_id, *(None if x is None else x.to(device) for x in exclusions))
+            results.append([x.cpu() for x in arguments[3:]])
+        assert csrc.same_bits(*results)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -39,3 +39,29 @@ extern "C" bool host_topk(int num_rows, int num_threads, int order, int type, co
                 exclude_ids, first_id, state_keys, state_ids, kept};
     return host_launch(num_rows, num_threads, order, body, &a);
 }
+
+struct Lists {
+    const float* keys;
+    const int* columns;
+    long long length;
+    const int* counts;
+    const long long *exclude_indptr, *exclude_ids;
+    long long first_id;
+    float* state_keys;
+    long long* state_ids;
+    int kept;
+};
+
+static void merge_body(void* argument) {
+    const Lists& a = *(const Lists*)argument;
+    merge_row(a.keys, a.columns, a.length, a.counts, a.exclude_indptr, a.exclude_ids, a.first_id, a.state_keys,
+              a.state_ids, a.kept);
+}
+
+extern "C" bool host_merge(int num_rows, int num_threads, int order, const float* keys, const int* columns,
+                           long long length, const int* counts, const long long* exclude_indptr,
+                           const long long* exclude_ids, long long first_id, float* state_keys, long long* state_ids,
+                           int kept) {
+    Lists a{keys, columns, length, counts, exclude_indptr, exclude_ids, first_id, state_keys, state_ids, kept};
+    return host_launch(num_rows, num_threads, order, merge_body, &a);
+}
