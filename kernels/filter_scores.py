@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nemo_embed_core.kernels.info_nce import halves
+
 
 def filter_scores_ref(
     queries_QD: torch.Tensor,
@@ -28,7 +30,7 @@ def filter_scores_ref(
     document_scale_N: torch.Tensor | None = None,
     add_Q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if queries_QD.dtype == torch.int8 else torch.float32  # exact for int8
+    wide = torch.float64 if queries_QD.dtype == torch.int8 else torch.float32  # int8: exact
     keys_QN = (queries_QD.to(wide) @ documents_ND.to(wide).T).float()
     if document_scale_N is not None:
         keys_QN = keys_QN * document_scale_N
@@ -49,8 +51,8 @@ def filter_scores_ref(
     return list_keys_QL, list_columns_QL, counts_Q
 
 
-# element size -> BLOCK_Q, BLOCK_N, BLOCK_D, num_warps, num_stages
-_TILE = {1: (128, 256, 128, 8, 4), 2: (128, 256, 64, 8, 4)}
+# element size -> BLOCK_Q, BLOCK_N, BLOCK_D, num_warps, num_stages: the fastest on an H200 (docs/log.md)
+_TILE = {1: (128, 256, 128, 8, 4), 2: (128, 256, 64, 8, 3)}
 _PART = 32  # columns of a tile that are compared and appended at a time
 _GROUP = 8  # blocks of queries that run side by side, as in info_nce.py
 
@@ -68,7 +70,7 @@ def _append(
     """
     WIDTH: tl.constexpr = products.shape[1]
     if WIDTH > PART:
-        left, right = tl.split(tl.permute(tl.reshape(products, (products.shape[0], 2, WIDTH // 2)), (0, 2, 1)))
+        left, right = halves(products)
         _append(
             left, q, first_column, query_scale_ptr, document_scale_ptr, add_ptr, floor_ptr, limit_ptr,
             list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L, SCALED, ADDED, PART,

@@ -136,8 +136,7 @@ _COLUMNS = {
     2: [(16, 16, 64, 64, 4, 4), (64, 64, 64, 64, 4, 4), (2**62, 128, 256, 64, 8, 4)],
     4: [(16, 16, 64, 32, 4, 3), (64, 64, 64, 32, 4, 3), (2**62, 128, 128, 32, 8, 3)],
 }
-# With document ids, whose masks do not fit beside the 128 accumulators a thread of a 128 x 256 tile: a third slower there.
-_COLUMNS_WITH_IDS = (128, 128, 64, 8, 4)
+_PART = 64  # columns of a tile that are masked and exponentiated at a time
 _GROUP = 8  # row blocks that run side by side: 8 x 16 tiles on 132 SMs share their q and docs blocks through L2
 _PROGRAMS = 528  # splits of the columns are added until the forward has about this many programs (four per SM)
 _WORKSPACE = 512 * 2**20  # bytes of d(scores) at a time in the backward
@@ -322,6 +321,12 @@ def _score_tile(
 
 
 @triton.jit
+def halves(x):
+    """The left and the right half of the columns of a tile: registers of the same thread, nothing moves."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _keep_scores(
     scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS: tl.constexpr
 ):  # fmt: skip
@@ -335,11 +340,46 @@ def _keep_scores(
 
 
 @triton.jit
+def _accumulate(
+    products, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b, first_column,
+    B, P, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The online logsumexp, mean and positive score of rows b after the columns of this tile, PART of them at a time: the
+    masks and exponentials of a whole tile do not fit beside its products."""
+    WIDTH: tl.constexpr = products.shape[1]
+    if WIDTH > PART:
+        left, right = halves(products)
+        running_max, total, weighted, positive = _accumulate(
+            left, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b,
+            first_column, B, P, HAS_LABELS, HAS_GROUPS, PART,
+        )  # fmt: skip
+        running_max, total, weighted, positive = _accumulate(
+            right, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b,
+            first_column + WIDTH // 2, B, P, HAS_LABELS, HAS_GROUPS, PART,
+        )  # fmt: skip
+    else:
+        p = first_column + tl.arange(0, WIDTH)
+        scores = products * inverse_temperature
+        if HAS_LABELS:
+            positive += tl.sum(tl.where(label[:, None] == p[None, :], scores, 0.0), 1)
+        scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        shift = tl.where(new_max > -1e29, new_max, 0.0)  # nothing kept yet: exp(-1e30 - 0) is 0
+        weights = tl.exp(scores - shift[:, None])
+        rescale = tl.exp(running_max - shift)
+        total = total * rescale + tl.sum(weights, 1)
+        weighted = weighted * rescale + tl.sum(weights * scores, 1)
+        running_max = new_max
+    return running_max, total, weighted, positive
+
+
+@triton.jit
 def _columns_fwd_kernel(
     q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature,
     lse_ptr, mean_ptr, positive_ptr, B, P, num_splits, tiles_per_split,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, LEARNED: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_B rows x one split of the columns; partial lse, mean and positive score, [S, B]."""
     # All splits of GROUP row blocks before the next row blocks: what runs at one time shares its rows and columns in L2.
@@ -358,20 +398,11 @@ def _columns_fwd_kernel(
     positive = tl.zeros((BLOCK_B,), tl.float32)
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(P, BLOCK_P))
     for tile in range(split * tiles_per_split, last_tile):
-        p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        scores = _score_tile(
-            q, docs, first_row, tile * BLOCK_P, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
-        ) * inverse_temperature  # fmt: skip
-        if HAS_LABELS:
-            positive += tl.sum(tl.where(label[:, None] == p[None, :], scores, 0.0), 1)
-        scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
-        shift = tl.where(new_max > -1e29, new_max, 0.0)  # nothing kept yet: exp(-1e30 - 0) is 0
-        weights = tl.exp(scores - shift[:, None])
-        rescale = tl.exp(running_max - shift)
-        total = total * rescale + tl.sum(weights, 1)
-        weighted = weighted * rescale + tl.sum(weights * scores, 1)
-        running_max = new_max
+        products = _score_tile(q, docs, first_row, tile * BLOCK_P, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION)
+        running_max, total, weighted, positive = _accumulate(
+            products, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b,
+            tile * BLOCK_P, B, P, HAS_LABELS, HAS_GROUPS, PART,
+        )  # fmt: skip
     out = split.to(tl.int64) * B + b
     tl.store(lse_ptr + out, tl.where(total > 0, running_max + tl.log(total), -float("inf")), mask=b < B)
     tl.store(mean_ptr + out, tl.where(total > 0, weighted / total, 0.0), mask=b < B)
@@ -407,11 +438,42 @@ def _combine_kernel(
 
 
 @triton.jit
+def _store_dscores(
+    products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b, first_column,
+    column, B, P, width, row_stride, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """column: the tile's first one in dscores; PART columns at a time, as in _accumulate."""
+    WIDTH: tl.constexpr = products.shape[1]
+    if WIDTH > PART:
+        left, right = halves(products)
+        _store_dscores(
+            left, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b, first_column,
+            column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, PART,
+        )  # fmt: skip
+        _store_dscores(
+            right, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b,
+            first_column + WIDTH // 2, column + WIDTH // 2, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, PART,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, WIDTH)
+        p = first_column + tl.arange(0, WIDTH)
+        scores = products * inverse_temperature
+        scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
+        dscores = tl.exp(scores - lse[:, None]) * (dlse * inverse_temperature)[:, None]
+        if HAS_LABELS:
+            dscores += tl.where(label[:, None] == p[None, :], (dpositive * inverse_temperature)[:, None], 0.0)
+        mask = (b < B)[:, None] & (columns < width)[None, :]
+        dscores_ptrs = dscores_ptr + b.to(tl.int64)[:, None] * row_stride + columns[None, :]
+        tl.store(dscores_ptrs, dscores.to(dscores_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _columns_dscores_kernel(
     dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature, lse_ptr,
     dscores_ptr, B, P, first_column, width, row_stride,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, LEARNED: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the gradient of the unscaled scores, in columns first_column .. first_column + width."""
     num_tiles = tl.cdiv(width, BLOCK_P)
@@ -420,27 +482,22 @@ def _columns_dscores_kernel(
     within = tl.program_id(0) % (GROUP * num_tiles)
     first_row = (group * GROUP + within % group_size) * BLOCK_B
     b = first_row + tl.arange(0, BLOCK_B)
-    tile_column = (within // group_size) * BLOCK_P
-    column = tile_column + tl.arange(0, BLOCK_P)
-    p = first_column + column
+    column = (within // group_size) * BLOCK_P
     inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
+    products = _score_tile(
+        q, docs, first_row, first_column + column, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
+    )  # fmt: skip
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
-    scores = _score_tile(
-        q, docs, first_row, first_column + tile_column, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
-    ) * inverse_temperature  # fmt: skip
-    scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
     lse = tl.load(lse_ptr + b, mask=b < B, other=0.0)
     # A row that no column counts for has lse -inf: with 0 its -1e30 scores give p = 0, not NaN.
     lse = tl.where(lse > -1e29, lse, 0.0)
     dlse = tl.load(dlse_ptr + b, mask=b < B, other=0.0)
-    dscores = tl.exp(scores - lse[:, None]) * (dlse * inverse_temperature)[:, None]
-    if HAS_LABELS:
-        dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) * inverse_temperature
-        dscores += tl.where(label[:, None] == p[None, :], dpositive[:, None], 0.0)
-    mask = (b < B)[:, None] & (column < width)[None, :]
-    dscores_ptrs = dscores_ptr + b.to(tl.int64)[:, None] * row_stride + column[None, :]
-    tl.store(dscores_ptrs, dscores.to(dscores_ptr.dtype.element_ty), mask=mask)
+    dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) if HAS_LABELS else dlse
+    _store_dscores(
+        products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b,
+        first_column + column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, PART,
+    )  # fmt: skip
 
 
 def _own_config(num_documents: int, hidden_size: int) -> tuple[int, int, int]:
@@ -452,9 +509,7 @@ def _own_config(num_documents: int, hidden_size: int) -> tuple[int, int, int]:
     )
 
 
-def _columns_config(num_rows: int, element_size: int, has_ids: bool) -> tuple[int, int, int, int, int]:
-    if has_ids and element_size == 2 and num_rows > 64:
-        return _COLUMNS_WITH_IDS
+def _columns_config(num_rows: int, element_size: int) -> tuple[int, int, int, int, int]:
     for largest, block_b, block_p, block_d, num_warps, num_stages in _COLUMNS[element_size]:
         if num_rows <= largest:
             return block_b, block_p, block_d, num_warps, num_stages
@@ -569,9 +624,7 @@ def _columns_fwd(
     """-> lse [B] over the columns that count, score of the label's column [B] (0 without), mean [B]; all fp32"""
     num_rows, hidden_size = q_BD.shape
     num_columns = docs_PD.shape[0]
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
-        num_rows, q_BD.element_size(), groups_P is not None
-    )
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size())
     row_blocks, tiles = triton.cdiv(num_rows, block_b), triton.cdiv(num_columns, block_p)
     # Few rows: more splits, to fill the GPU. Many rows: at least 11, so that a group of row blocks shares columns.
     tiles_per_split = max(1, tiles // max(11, triton.cdiv(_PROGRAMS, max(1, row_blocks))))
@@ -586,7 +639,7 @@ def _columns_fwd(
                 lse_SB, mean_SB, positive_SB, num_rows, num_columns, num_splits, tiles_per_split,
                 D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
                 HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
-                PRECISION=_FP32_PRECISION, LEARNED=temperature is not None,
+                PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART,
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(num_rows, 128),)](
@@ -631,9 +684,7 @@ def _columns_bwd(
     num_columns = docs_PD.shape[0]
     if not num_rows or not num_columns:
         return torch.zeros_like(q_BD), torch.zeros_like(docs_PD)
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
-        num_rows, q_BD.element_size(), groups_P is not None
-    )
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size())
     q_BD, docs_PD = q_BD.contiguous(), docs_PD.contiguous()
     q, docs, tma = _operands(q_BD, docs_PD, block_b, block_p, block_d)
     optional = _or_unread(lse_B, labels_B, row_groups_B, groups_P)
@@ -650,7 +701,7 @@ def _columns_bwd(
             dscores, num_rows, num_columns, first, width, row_stride,
             D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
             HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
-            PRECISION=_FP32_PRECISION, LEARNED=temperature is not None,
+            PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART,
                 num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         torch.mm(dscores.t(), q_BD, out=ddocs_PD[first : first + width])

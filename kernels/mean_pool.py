@@ -65,7 +65,6 @@ _LONG_CHUNK = (
     256  # where sequences are of thousands of tokens, so that one program can add up a sequence's partial sums
 )
 _SCATTER_CHUNK = 16  # tokens of one program of the backward
-_PARTIALS = (4, 512)  # partial sums at a time; their elements of a warp where columns are not independent
 _ENDS = 1024  # ends of sequences compared at a time
 
 
@@ -79,6 +78,7 @@ def _row_config(hidden_size: int, rows: tuple[int, int, int] = _ROWS_BACKWARD) -
     if block_d > 16384:
         raise ValueError(f"mean_pool holds rows in registers for its norms: hidden_size={hidden_size} is above 16384")
     elements, per_warp, num_stages = rows
+    num_stages = num_stages if block_d <= 8192 else 1  # what fits beside the rows
     return max(1, min(4, elements // block_d)), block_d, max(1, min(16, block_d // per_warp)), num_stages
 
 
@@ -235,13 +235,12 @@ def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, 
             ENDS=_ENDS, NORM=norm, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     if num_segments:
-        block_c, per_warp = _PARTIALS
         block_d = _row_config(hidden_size)[1] if normalize else min(512, triton.next_power_of_2(hidden_size))
         _combine_kernel[(num_segments, triton.cdiv(hidden_size, block_d))](
             partial_CD, cu_seqlens, norm_weight_D if norm else partial_CD, sum_ND, mean_ND, inverse_N,
-            num_tokens, token_offset, D=hidden_size, CHUNK=chunk, BLOCK_C=block_c, BLOCK_D=block_d,
+            num_tokens, token_offset, D=hidden_size, CHUNK=chunk, BLOCK_C=min(4, 16384 // block_d), BLOCK_D=block_d,
             SUM=want_sum, MEAN=want_mean, WEIGHT=norm, NORMALIZE=normalize, MIN_NORM=_MIN_NORM,
-            num_warps=max(4, min(16, block_d // per_warp)),
+            num_warps=max(4, min(16, block_d // 512)),
         )  # fmt: skip
     return sum_ND, mean_ND, rstd_T, inverse_N
 

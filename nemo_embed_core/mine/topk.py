@@ -26,15 +26,22 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.kernels.filter_scores import filter_scores
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.bounds import METHODS, Rounding, matmul, pair_bound
-from nemo_embed_core.mine.streaming import best_first, excluded_places, streaming_topk_
+from nemo_embed_core.mine.streaming import best_first, excluded_places, merge_lists_, streaming_topk_
 
 SLACK = {
     "fp32": 32,
     "bf16": 64,
     "int8": 128,
 }  # C - k: candidates beyond k; the bound of int8 is 100x wider (docs/mining.md)
+
+
+# On a GPU a candidate costs a few nanoseconds, and a query that is searched again costs a whole search.
+SLACK_ON_GPU = SLACK | {"int8": 600}
+FILTERING = {"cuda"}  # devices where tiles are filtered in the GEMM once the states are full
+LIST = 1024  # places for what a block of documents adds to a query's candidates, at least
 
 
 class Exclude(NamedTuple):
@@ -233,30 +240,45 @@ class _Search:
         return scores, ids
 
     def candidates(
-        self, method: str, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
+        self, method: str, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None, filters: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(scores [Q, k], ids [Q, k], certified [Q]): the best C upper bounds, scored."""
-        num_kept = min(self.k + SLACK[method], self.documents.shape[0])
-        rounding = Rounding(method, queries_QD.shape[1])
-        encode = METHODS[method](queries_QD.shape[1], self.device)
+        num_queries, hidden_size = queries_QD.shape
+        slack = (SLACK_ON_GPU if self.device.type == "cuda" else SLACK)[method]
+        num_kept = min(self.k + slack, self.documents.shape[0])
+        rounding = Rounding(method, hidden_size)
+        encode = METHODS[method](hidden_size, self.device)
         query_rows = encode(queries_QD)
         ceilings = ceilings_Q.to(self.device)
         hidden = Hidden(exclude, self.device)
-        state_keys = torch.full((len(queries_QD), num_kept), -torch.inf, device=self.device)
-        state_ids = torch.full((len(queries_QD), num_kept), -1, dtype=torch.int64, device=self.device)
-        largest_norm = torch.zeros((), device=self.device)
-        for first, documents_nD in self.document_blocks():
+        state_keys = torch.full((num_queries, num_kept), -torch.inf, device=self.device)
+        state_ids = torch.full((num_queries, num_kept), -1, dtype=torch.int64, device=self.device)
+        largest_norm, widest = torch.zeros((), device=self.device), torch.zeros(num_queries, device=self.device)
+        lost = torch.zeros(num_queries, dtype=torch.bool, device=self.device)
+        filters = filters and self.device.type in FILTERING and method != "fp32" and hidden_size % 16 == 0
+        for first, documents_nD in self.document_blocks(growing=filters):
             block = encode(documents_nD)
             largest_norm = torch.maximum(largest_norm, block.norm.max())
-            for tile in self.tiles(len(queries_QD)):
-                q = query_rows[tile]
-                bound = pair_bound(q, block, rounding)
-                # A document is out only when even its lower bound, key - 2 bound, reaches the ceiling.
-                limit = next_after(ceilings[tile] + 2 * bound)
+            bound = pair_bound(query_rows, block, rounding)
+            widest = torch.maximum(widest, bound)
+            # A document is out only when even its lower bound, key - 2 bound, reaches the ceiling.
+            limit = next_after(ceilings + 2 * bound)
+            if filters and first > self.first_id:
+                # A free place takes any finite key. Lists that overflow belong to rows that are searched again below.
+                floor = state_keys[:, -1].clamp(min=torch.finfo(torch.float32).min)
+                length = LIST + num_kept
+                keys, columns, counts = filter_scores(
+                    query_rows.values, block.values, floor, limit, length, query_rows.scale, block.scale, bound
+                )
+                lost |= counts > length
+                merge_lists_(keys, columns, counts, state_keys, state_ids, first, *hidden.of(slice(0, num_queries)))
+                continue
+            for tile in self.tiles(num_queries):
+                q, add = query_rows[tile], bound[tile]
                 in_gemm = method != "int8" and not bound.is_cuda
-                scores, row_add = (matmul(q, block, bound), None) if in_gemm else (matmul(q, block), bound)
+                scores, row_add = (matmul(q, block, add), None) if in_gemm else (matmul(q, block), add)
                 streaming_topk_(
-                    scores, limit, state_keys[tile], state_ids[tile], first,
+                    scores, limit[tile], state_keys[tile], state_ids[tile], first,
                     *hidden.of(tile), q.scale, block.scale, row_add,
                 )  # fmt: skip
         if not bool(torch.isfinite(largest_norm * query_rows.norm.max() * 1e6)):
@@ -264,7 +286,16 @@ class _Search:
                 f"embeddings have norms up to {float(largest_norm):.1e} and {float(query_rows.norm.max()):.1e}: their "
                 "products overflow float32; normalise the rows"
             )
-        return self.score_candidates(method, queries_QD, query_rows.norm, ceilings, state_keys, state_ids, largest_norm)
+        found = self.score_candidates(
+            method, queries_QD, query_rows.norm, ceilings, state_keys, state_ids, largest_norm, widest
+        )
+        rows = lost.nonzero()[:, 0]
+        if len(rows):  # documents in an order that keeps getting better, say: through whole tiles
+            excluded = exclude.take(rows.cpu().numpy()) if exclude is not None else None
+            again = self.candidates(method, queries_QD[rows], ceilings_Q[rows.cpu()], excluded, filters=False)
+            for whole, part in zip(found, again, strict=True):
+                whole[rows.cpu()] = part
+        return found
 
     def score_candidates(
         self,
@@ -275,21 +306,29 @@ class _Search:
         state_keys: Tensor,
         state_ids: Tensor,
         largest_norm: Tensor,
+        widest: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_queries, num_kept = state_ids.shape
         hidden_size, k = queries_QD.shape[1], min(self.k, num_kept)
-        dropped = state_keys[:, -1]  # an upper bound of everything that did not stay; -inf: nothing had to go
+        dropped = state_keys[:, -1].clone()  # an upper bound of all that did not stay; -inf: nothing had to go
         if self.device.type == "cuda":
-            exact = self.score_all(queries_QD, state_ids)
+            # The k-th lower bound of those surely below the ceiling: what cannot reach it need not be scored.
+            lower = state_keys - 2 * widest[:, None]
+            sure = torch.where(state_keys < ceilings[:, None], lower, -torch.inf)
+            reach = (state_keys >= sure.topk(k, dim=1).values[:, -1:]) & (lower < ceilings[:, None])
+            exact = self.score_all(queries_QD, torch.where(reach, state_ids, -1))
         else:
             error = Rounding("fp32", hidden_size).relative * norm_Q * largest_norm + Rounding.ABSOLUTE
             exact = self.score_possible(method, queries_QD, error, ceilings, state_keys, state_ids)
         keep = torch.isfinite(exact) & (exact < ceilings[:, None])
         scores = torch.full((num_queries, self.k), -torch.inf, device=self.device)
         ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=self.device)
-        scores[:, :k], ids[:, :k] = best_first(
-            torch.where(keep, exact, -torch.inf), torch.where(keep, state_ids, -1), k
-        )
+        exact = torch.where(keep, exact, -torch.inf)
+        if self.device.type == "cuda":  # one sort of packed words on the chip instead of two of the whole matrix
+            columns = (state_ids - self.first_id).to(torch.int32)
+            merge_lists_(exact, columns, torch.full_like(columns[:, 0], num_kept), scores, ids, self.first_id)
+        else:
+            scores[:, :k], ids[:, :k] = best_first(exact, torch.where(keep, state_ids, -1), k)
         kth = scores[:, k - 1]
         certified = torch.isneginf(dropped) | (dropped < kth)
         if num_kept >= self.documents.shape[0]:
@@ -297,7 +336,7 @@ class _Search:
         return scores.cpu(), ids.cpu(), certified.cpu()
 
     def score_all(self, queries_QD: Tensor, state_ids: Tensor) -> Tensor:
-        """[Q, C] scores, NaN in free places. A GPU scores a candidate faster than it decides whether that is needed."""
+        """[Q, C] scores, NaN where the id is -1."""
         exact = torch.full(state_ids.shape, torch.nan, device=self.device)
         everywhere = isinstance(self.documents, Tensor) and self.documents.is_cuda
         for first, documents_nD in [(self.first_id, self.documents)] if everywhere else self.document_blocks():
@@ -362,7 +401,15 @@ class _Search:
                 streaming_topk_(exact, ceilings[tile], scores[tile], ids[tile], first, *hidden.of(tile))
         return scores.cpu(), ids.cpu()
 
-    def document_blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def document_blocks(self, growing: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """growing: each block of documents in device memory as large as all before it, up to four times the first."""
+        if growing and isinstance(self.documents, Tensor):
+            start, size = 0, self.block_documents
+            while start < len(self.documents):
+                yield self.first_id + start, self.documents[start : start + size].to(self.device)
+                start += size
+                size = min(start, 4 * self.block_documents)
+            return
         for start, rows in blocks_of(self.documents, self.block_documents, self.device):
             yield self.first_id + start, rows
 

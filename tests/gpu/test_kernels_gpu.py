@@ -47,6 +47,13 @@ def test_quantize_rows_and_what_they_lost(N, D, values, dtype):
     checks.run("quantize_rows", {"N": N, "D": D, "values": values, "dtype": dtype, "device": "cuda"})
 
 
+@pytest.mark.parametrize("values", ["int8", "bf16", "fp16"])
+@pytest.mark.parametrize(("Q", "N", "D"), [(1, 1, 32), (300, 1001, 4096), (128, 256, 384)])
+def test_filter_scores_appends_what_the_reference_keeps(Q, N, D, values):
+    for scaled in (True, False):
+        checks.run("filter_scores", {"Q": Q, "N": N, "D": D, "values": values, "scaled": scaled, "device": "cuda"})
+
+
 @DTYPES
 @pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(

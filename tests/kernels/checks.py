@@ -352,6 +352,40 @@ def pair_scores(module, M, D, dtype="fp32", device="cpu"):
     )
 
 
+def filter_scores(module, Q, N, D, length=64, values="int8", scaled=True, device="cpu"):
+    """Exactly the reference's entries: small integers and scales that are powers of two, so no product or sum is rounded."""
+    dtype = torch.int8 if values == "int8" else DTYPES[values]
+    if device == "cpu":  # a program takes milliseconds in the interpreter
+        module._TILE = {1: (16, 64, 32, 4, 2), 2: (16, 64, 32, 4, 2)}
+    queries, documents = (torch.randint(-9, 10, (n, D)).to(dtype).to(device) for n in (Q, N))
+    scales = [2.0 ** torch.randint(-2, 2, (n,)).float().to(device) for n in (Q, N)]
+    options = dict(zip(("query_scale_Q", "document_scale_N"), scales, strict=True)) if scaled else {}
+    options["add_Q"] = torch.randint(-3, 4, (Q,)).float().to(device)
+    if scaled:
+        options["document_scale_N"][0] = float("nan")  # a broken row
+    keys = queries.double() @ documents.double().T
+    floor = keys.std() * 2 * torch.rand(Q, device=device).double()
+    limit = floor + keys.std() * torch.rand(Q, device=device).double()
+    floor[0], limit[0] = torch.finfo(torch.float32).min, float("inf")  # everything: more than the list holds
+    if Q > 1:
+        floor[1] = limit[1]  # nothing
+    arguments = (queries, documents, floor.round().float(), limit.round().float(), length)
+    with poisoned_memory():
+        got_keys, got_columns, got_counts = module.filter_scores_kernel(*arguments, **options)
+    want_keys, want_columns, want_counts = module.filter_scores_ref(*arguments, **options)
+    assert torch.equal(got_counts, want_counts), f"counts {got_counts} {want_counts}"
+    assert length + 1 >= N or int(got_counts[0]) > length, "no list overflowed"  # one column is broken
+    for row, count in enumerate(got_counts.tolist()):
+        stored = min(count, length)
+        columns, order = got_columns[row, :stored].sort()
+        entries = dict(zip(columns.tolist(), got_keys[row, :stored][order].tolist(), strict=True))
+        assert len(entries) == stored, f"row {row}: a column twice"
+        if count <= length:
+            assert entries == dict(
+                zip(want_columns[row, :stored].tolist(), want_keys[row, :stored].tolist(), strict=True)
+            )
+
+
 def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
     """A fresh copy of nemo_embed_core.kernels.<name>, with `mutation` (old text, new text) applied to its source.
 
@@ -411,6 +445,12 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
     elif name == "quantize_rows":
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.int8)
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.bfloat16)
+    elif name == "filter_scores":
+        rows, vector = torch.randint(-9, 10, (4, 32), dtype=torch.int8), torch.ones(4)
+        yield (
+            operator_of(module._filter_scores),
+            (rows, rows, -1e9 * vector, 1e9 * vector, 4, vector, vector, None),
+        )  # all of the lists is written
     elif name == "pair_scores":
         ids = torch.tensor([1, 1, 0])
         yield operator_of(module._pair_scores), (x(3, 16).detach(), ids, x(2, 16).detach(), ids)

@@ -1,6 +1,6 @@
 """Compile for sm_90, without a GPU, every Triton kernel that the launchers would launch, and print what it costs.
 
-    PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope swiglu mean_pool info_nce quantize_rows pair_scores]
+    PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope ...]
 
 --recipe: the shapes of the 8B recipe only. The launchers themselves run, on uninitialised CPU tensors of real model shapes; instead of launching, the kernel with its
 argument types, constants and options is written down. So what is compiled is what runs, in every configuration of the
@@ -25,7 +25,16 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_embed_core.kernels import info_nce, mean_pool, pair_scores, quantize_rows, rms_norm, rope, swiglu
+from nemo_embed_core.kernels import (
+    filter_scores,
+    info_nce,
+    mean_pool,
+    pair_scores,
+    quantize_rows,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -115,6 +124,14 @@ def launch_everything(names: list[str], recipe: bool) -> None:
                 rows, ids = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
                 q, documents = empty(16, hidden_size, dtype=torch.float32).detach(), empty(16, hidden_size).detach()
                 pair_scores.pair_scores_kernel(q, rows, documents, ids)
+        if "filter_scores" in names and dtype == torch.bfloat16:
+            vector = torch.empty(512)
+            for stored in (torch.int8, torch.bfloat16):
+                rows, scales = (
+                    torch.empty(512, 4096, dtype=stored),
+                    (vector, vector) if stored == torch.int8 else (None, None),
+                )
+                filter_scores.filter_scores_kernel(rows, rows, vector, vector, 1024, *scales, vector)
         if "info_nce" in names:
             temperature = torch.tensor(0.02, requires_grad=True)
             hard = ((5, 4096),) if dtype == torch.bfloat16 else ()
@@ -163,7 +180,10 @@ def main() -> None:
     parser.add_argument(
         "files",
         nargs="*",
-        default=["rms_norm", "rope", "swiglu", "mean_pool", "info_nce", "quantize_rows", "pair_scores"],
+        default=[
+            *("rms_norm", "rope", "swiglu", "mean_pool", "info_nce"),
+            *("quantize_rows", "pair_scores", "filter_scores"),
+        ],
     )
     options = parser.parse_args()
     started = time.perf_counter()

@@ -160,6 +160,36 @@ MUTANTS = {
         "(offs_n < N)[:, None] & (offs_d < D)[None, :]",
         "(offs_n < N)[:, None] & (offs_d < D - 1)[None, :]",
     ),
+    "filter: columns past the end are appended": (
+        "filter_scores",
+        {"Q": 5, "N": 70, "D": 32},
+        " & (n < N)[None, :]",
+        "",
+    ),
+    "filter: the limit is let in": (
+        "filter_scores",
+        {"Q": 20, "N": 200, "D": 32},
+        "(keys < limit[:, None])",
+        "(keys <= limit[:, None])",
+    ),
+    "filter: the right halves have the columns of the left ones": (
+        "filter_scores",
+        {"Q": 20, "N": 200, "D": 32},
+        "first_column + WIDTH // 2",
+        "first_column",
+    ),
+    "filter: a full list is written over": (
+        "filter_scores",
+        {"Q": 20, "N": 200, "D": 32},
+        "stored = keep & (place < L)",
+        "stored = keep",
+    ),
+    "filter: the documents' scales are left out": (
+        "filter_scores",
+        {"Q": 20, "N": 200, "D": 32},
+        "keys = keys * tl.load(document_scale_ptr + n, mask=n < N, other=0.0)[None, :]",
+        "keys = keys",
+    ),
     "pair_scores: fp32 products": (
         "pair_scores",
         {"M": 20, "D": 100},

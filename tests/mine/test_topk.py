@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.mine import topk
 from nemo_embed_core.mine.streaming import streaming_topk_
 from nemo_embed_core.mine.topk import Exclude, SearchStats, _Search, merge_topk, topk_below
 
@@ -60,6 +61,34 @@ def make_case(kind: str, num_queries: int, num_documents: int, hidden_size: int,
 
 
 KINDS = ["random", "clustered", "ties", "grid", "negative", "broken", "close"]
+
+
+@pytest.mark.parametrize("method", ["bf16", "int8"])
+@pytest.mark.parametrize("order", ["as it comes", "ever better"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_filtered_tiles_are_brute_force(kind, order, method, monkeypatch):
+    """The way a GPU takes, here by the references of its kernels: survivors in lists, and rows whose lists overflow."""
+    monkeypatch.setattr(topk, "FILTERING", {"cpu"})
+    monkeypatch.setattr(topk, "LIST", 0 if order == "ever better" else 1024)
+    monkeypatch.setattr(topk, "SLACK", {"fp32": 2, "bf16": 4, "int8": 8})
+    passes = []
+    once = _Search.candidates
+    monkeypatch.setattr(
+        _Search, "candidates", lambda self, *args, **options: passes.append(options) or once(self, *args, **options)
+    )
+    for seed in range(3):
+        queries, documents, ceilings, excluded = make_case(kind, 9, 333, 48, seed)
+        if order == "ever better" and kind != "broken":
+            documents = documents[np.argsort(documents @ queries[0], kind="stable")]
+        want_scores, want_ids = brute_force(queries, documents, ceilings, 5, excluded)
+        scores, ids = topk_below(
+            queries, torch.from_numpy(documents), ceilings, 5, Exclude.from_lists(excluded), method=method,
+            block_documents=40,
+        )  # fmt: skip
+        assert np.array_equal(ids.numpy(), want_ids)
+        assert np.array_equal(scores.numpy(), want_scores)
+    if order == "ever better" and kind == "random":
+        assert {"filters": False} in passes, "no list overflowed: the test shows nothing"
 
 
 @pytest.mark.parametrize("method", ["fp32", "bf16", "int8"])
