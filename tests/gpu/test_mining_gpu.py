@@ -77,11 +77,12 @@ def test_cuda_merge_is_the_cpu_op(kind, kept, length):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("M", "D"), [(1, 1), (1000, 100), (5000, 4096), (40, 16384)])
+@pytest.mark.parametrize(("M", "D"), [(1, 1), (1000, 100), (5000, 4096), (1000, 5000), (40, 16384)])
 def test_pair_scores_are_those_of_the_reference(M, D, dtype):
     checks_spec = importlib.util.spec_from_file_location(
         "kernel_checks", Path(__file__).parents[1] / "kernels/checks.py"
     )
     checks = importlib.util.module_from_spec(checks_spec)
     checks_spec.loader.exec_module(checks)
-    checks.run("pair_scores", {"M": M, "D": D, "dtype": dtype, "device": "cuda"})
+    for q_dtype in ("fp32", dtype):
+        checks.run("pair_scores", {"M": M, "D": D, "dtype": dtype, "q_dtype": q_dtype, "device": "cuda"})

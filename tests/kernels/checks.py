@@ -337,19 +337,34 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
         assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-30), f"{name}: {ours} {truth}"
 
 
-def pair_scores(module, M, D, dtype="fp32", device="cpu"):
-    """Bit for bit: the order of summation is part of the contract."""
-    q, d = noise(5, D, dtype="fp32", device=device), noise(9, D, dtype=dtype, device=device)
+def pair_scores(module, M, D, dtype="fp32", q_dtype="fp32", device="cpu", config=None):
+    """Bit for bit, zeros with their signs: the order of summation is part of the contract."""
+    if config is not None:
+        module._CONFIG = tuple(config)  # so that few columns already make several chunks, and loops over them
+    q, d = noise(5, D, dtype=q_dtype, device=device), noise(9, D, dtype=dtype, device=device)
+    q[0], d[0] = -0.0, d[0].abs()
     d[3, D // 2] = float("nan")
-    rows, ids = torch.randint(0, 5, (M,), device=device), torch.randint(-1, 9, (M,), device=device)
-    if M > 8:
-        ids[:9] = torch.arange(9, device=device)
+    d[4, D // 2] = float("inf")
+    d[5] *= 2.0**-14  # subnormals of fp16
+    # Numbers of all sizes that cancel: what is left is what rounding lost, another number in any other order.
+    left, right = torch.randperm(D, device=device)[: D // 2 * 2].view(2, -1)
+    for side in (q[1:], d[6:]):
+        side *= 2.0 ** torch.randint(-12, 13, (D,), device=device)
+        side[:, right] = side[:, left]
+    d[6:, right] *= -1
+    rows, ids = torch.randint(0, 5, (M,), device=device).sort()[0], torch.randint(-1, 9, (M,), device=device)
+    if M > 9:
+        rows[4], rows[-1] = rows[-1].item(), rows[0].item()  # neighbours of different queries
+        ids[:10] = torch.arange(-1, 9, device=device)
     with poisoned_memory():
         got = module._pair_scores(q, rows, d, ids)
     want = module.pair_scores_ref(q, rows, d, ids)
-    assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)) and torch.equal(got.isnan(), want.isnan()), (
-        f"{got} {want}"
-    )
+    assert torch.equal(got.isnan(), want.isnan()), f"{got} {want}"
+    # The sums of the interpreter are numpy's, which lose the sign of a zero.
+    got, want = (scores.nan_to_num(7) + (0.0 if device == "cpu" else -0.0) for scores in (got, want))
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32)), f"{got} {want}"
+    nothing = module._pair_scores(q, rows, d[:0], torch.full_like(ids, -1))
+    assert nothing.isnan().all(), "without documents every pair is a missing one"
 
 
 def filter_scores(module, Q, N, D, length=64, values="int8", scaled=True, device="cpu"):

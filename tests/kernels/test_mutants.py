@@ -193,14 +193,34 @@ MUTANTS = {
     "pair_scores: fp32 products": (
         "pair_scores",
         {"M": 20, "D": 100},
-        "x = q * d",
-        "x = (q.to(tl.float32) * d.to(tl.float32)).to(tl.float64)",
+        "x0, x1 = q0 * d0, q1 * d1",
+        "x0, x1 = (q0.to(tl.float32) * d0.to(tl.float32)).to(tl.float64), q1 * d1",
     ),
     "pair_scores: a missing document scores": (
         "pair_scores",
         {"M": 20, "D": 100},
-        'tl.where(id >= 0, score, float("nan"))',
-        "score",
+        'tl.where(id >= 0, tl.sum(x, 0).to(tl.float32), float("nan"))',
+        "tl.sum(x, 0).to(tl.float32)",
+    ),
+    "pair_scores: two neighbours always share a query": (
+        "pair_scores",
+        {"M": 20, "D": 100},
+        "if row0 == row1:",
+        "if row0 <= row1:",
+    ),
+    "pair_scores: neighbouring chunks are added first": (
+        "pair_scores",
+        {"M": 20, "D": 100, "config": [4, 32]},
+        "offs_d, HALF, 2 * STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, "
+        "offs_d + STEP, HALF, 2 * STEP,",
+        "offs_d, HALF, STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, "
+        "offs_d + HALF * STEP, HALF, STEP,",
+    ),
+    "pair_scores: a loop over chunks forgets the second half": (
+        "pair_scores",
+        {"M": 20, "D": 64, "config": [4, 4]},
+        "offs = offs_d + i * STEP",
+        "offs = offs_d",
     ),
 }
 
@@ -211,5 +231,6 @@ def test_planted_bug_is_caught(interpreted, name):
     assert interpreted(check, **arguments) is None, "the healthy kernel must pass"
     error = interpreted(check, mutation=(old, new), **arguments)
     assert error is not None, "the planted bug went unnoticed"
+    assert "nothing to mutate" not in error, error
     # Noticed by the comparison and not by falling over, except where the bug is one that Triton itself refuses.
     assert error.startswith("AssertionError") or "tl.max(" in new, error

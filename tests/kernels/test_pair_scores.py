@@ -11,6 +11,12 @@ def test_kernel_gives_the_bits_of_the_reference(passes, M, D, dtype):
     passes("pair_scores", M=M, D=D, dtype=dtype)
 
 
+@pytest.mark.parametrize("config", [(4, 2), (8, 4), (1, 1), (256, 16)])
+@pytest.mark.parametrize("D", [1, 30, 64, 100])
+def test_the_bits_do_not_depend_on_how_a_row_is_cut(passes, D, config):
+    passes("pair_scores", M=23, D=D, dtype="fp16", q_dtype="fp16", config=config)
+
+
 def test_op_is_well_formed(passes):
     passes("opcheck", name="pair_scores")
 
