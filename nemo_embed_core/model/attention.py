@@ -65,13 +65,10 @@ def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segm
     """torch.nn.attention.varlen (FlashAttention-2 inside torch >= 2.11, CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 has no such argument and hands the heads as they are to FlashAttention, which divides them into groups.
     gqa: dict[str, Any] = {}
-    if q_THA.shape[1] != k_TGA.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            gqa = {"enable_gqa": True}
-        else:  # torch 2.11
-            r = q_THA.shape[1] // k_TGA.shape[1]
-            k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
+    if q_THA.shape[1] != k_TGA.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        gqa = {"enable_gqa": True}
     cu, n = segments.cu_seqlens, segments.max_seqlen
     out = varlen_attn(q_THA, k_TGA, v_TGA, cu, cu, n, n, **gqa)
     assert isinstance(out, Tensor)  # a tuple only with return_aux

@@ -1,5 +1,6 @@
 """The training step on a GPU, with its own attention and kernels: the same model as the padded one, and it learns."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no installe
 
 from benchmarks import step
 from nemo_embed_core.config import ModelConfig, ParallelConfig
+from nemo_embed_core.model import attention
 from nemo_embed_core.parallel.mesh import distributed
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +35,32 @@ def mesh():
 def test_packed_equals_padded_in_fp32_and_bf16(mesh, head_dim, monkeypatch):
     monkeypatch.setattr(step, "GATE_SHAPE", SMALL[head_dim])
     step.gate("plain", mesh)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_of_grouped_heads_has_the_reference_gradients(backend, head_dim):
+    """bf16: no further from fp64 than twice the plain attention in bf16, outputs and the gradients of q, k and v."""
+    if backend == "flash" and not any(importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn")):
+        pytest.skip("flash-attn is not installed")
+    torch.manual_seed(0)
+    lengths = [1, 70, 129, 300]
+    segments = attention.Segments(torch.tensor([0, 1, 71, 200, 500], device="cuda", dtype=torch.int32), lengths, 300)
+    shapes = [(500, 8, head_dim), (500, 2, head_dim), (500, 2, head_dim)]
+    values = [torch.randn(s, device="cuda").bfloat16() for s in shapes]
+    weights = torch.randn(500, 8, head_dim, device="cuda").bfloat16()
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in values]
+        out = function(*leaves, segments)
+        out.backward(weights.to(dtype))
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    truth = run(attention.reference_attention, torch.float64)
+    plain = run(attention.reference_attention, torch.bfloat16)
+    ours = run(attention.pick_attention(backend, torch.device("cuda"), torch.bfloat16), torch.bfloat16)
+    for name, exact, theirs, mine in zip(("out", "dq", "dk", "dv"), truth, plain, ours, strict=True):
+        assert (mine - exact).norm() <= 2 * (theirs - exact).norm(), name
 
 
 def test_packed_equals_hugging_face(mesh):

@@ -67,8 +67,8 @@ MUTANTS = {
     "in batch: gradient of a positive is lost from the second chunk on": (
         "info_nce_in_batch",
         {"B": 5, "P": 300, "D": 64, "workspace": 5 * 4 * 128},
-        "    p = first_column + column\n",
-        "    p = column\n",
+        "        first_column + column, column, B, P, width,",
+        "        column, column, B, P, width,",
     ),
     "pool: max for maximum (the bug that Liger shipped)": (
         "mean_pool",
