@@ -136,7 +136,8 @@ _COLUMNS = {
     2: [(16, 16, 64, 64, 4, 4), (64, 64, 64, 64, 4, 4), (2**62, 128, 256, 64, 8, 4)],
     4: [(16, 16, 64, 32, 4, 3), (64, 64, 64, 32, 4, 3), (2**62, 128, 128, 32, 8, 3)],
 }
-_PART = 64  # columns of a tile that are masked and exponentiated at a time
+# Columns of a tile that are masked and exponentiated at a time; in the forward with document ids 128 would spill.
+_PART, _PART_WITH_IDS = 128, 64
 _GROUP = 8  # row blocks that run side by side: 8 x 16 tiles on 132 SMs share their q and docs blocks through L2
 _PROGRAMS = 528  # splits of the columns are added until the forward has about this many programs (four per SM)
 _WORKSPACE = 512 * 2**20  # bytes of d(scores) at a time in the backward
@@ -639,7 +640,7 @@ def _columns_fwd(
                 lse_SB, mean_SB, positive_SB, num_rows, num_columns, num_splits, tiles_per_split,
                 D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
                 HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
-                PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART,
+                PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART if groups_P is None else _PART_WITH_IDS,
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(num_rows, 128),)](

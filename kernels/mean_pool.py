@@ -59,7 +59,7 @@ _MIN_NORM = 1e-12  # F.normalize's
 _COLUMNS = (4, 1024, 4, 1)  # BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
 # Where a whole row is needed (RMSNorm): elements of a program, elements of a warp, num_stages
 _ROWS_FORWARD = (8192, 1024, 3)
-_ROWS_BACKWARD = (4096, 1024, 3)
+_ROWS_BACKWARD = (8192, 512, 3)
 _CHUNK = 64  # tokens of one program of the first stage; the partial sums cost (T / 64 + N) rows of fp32, mostly in L2
 _LONG_CHUNK = (
     256  # where sequences are of thousands of tokens, so that one program can add up a sequence's partial sums

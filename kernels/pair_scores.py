@@ -1,7 +1,7 @@
 """Dot products of chosen pairs of rows, in fp64 and one order of summation that D alone fixes.
 
 Contract: a product of two fp32 is exact in fp64, and the sum is a tree of halves, x[:h] + x[h:] with h = 2^(n-1), ..., 2, 1 for
-D <= 2^n. So a score is a function of its two rows: the same bits on a CPU, on a GPU and in numpy, in any batch. Documents are
+D <= 2^n; a zero is +0. So a score is a function of its two rows: the same bits on a CPU, on a GPU and in numpy, in any batch. Documents are
 read once per pair, queries once per two pairs of the same query; nothing is gathered.
 """
 
@@ -27,13 +27,12 @@ def pair_scores_ref(q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor
             half //= 2
             x[:, : x.shape[1] - half] += x[:, half:]
             x = x[:, :half]
-        scores[part] = x[:, 0].float()
+        scores[part] = x[:, 0].float() + 0.0  # -0.0 becomes 0.0
     return scores
 
 
-# (columns of a chunk, chunks of a row in straight-line code). Of q 16 bytes a lane, 104 registers at D = 4096: 19 warps on an
-# SM with some 24 loads in flight each. (64, 64): 72 registers. Not timed on a GPU yet.
-_CONFIG = (128, 32)
+# (columns of a chunk, chunks of a row in straight-line code): of seven the fastest on an H200 at D = 4096 (docs/log.md).
+_CONFIG = (64, 16)
 
 
 @triton.jit
@@ -70,7 +69,9 @@ def _sums_of_chunks(
 def _store_score(scores_ptr, m, x, id, LEVELS: tl.constexpr):
     for level in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, (2, 1 << (LEVELS - 1 - level))), 0)
-    tl.store(scores_ptr + m, tl.where(id >= 0, tl.sum(x, 0).to(tl.float32), float("nan")))
+    score = tl.sum(x, 0).to(tl.float32)
+    score = tl.where(score == 0, 0.0, score)
+    tl.store(scores_ptr + m, tl.where(id >= 0, score, float("nan")))
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -279,9 +280,17 @@ def _run(
     device = state_keys.device
     exclusions, state = _pointers(exclude_indptr, exclude_ids), _pointers(state_keys, state_ids)
     kernel = _module(capacity, device.index).get_function(name)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
+    with cupy.cuda.Device(device.index), _stream(torch.cuda.current_stream(device).cuda_stream):
         kernel((num_rows,), (THREADS,), (*inputs, *exclusions, first_id, *state, np.int32(kept)))
+
+
+@functools.cache
+def _stream(handle: int) -> Any:
+    import cupy
+
+    with warnings.catch_warnings():  # CuPy 14 would rather have an object than the handle that torch gives
+        warnings.filterwarnings("ignore", message="ExternalStream is deprecated", category=DeprecationWarning)
+        return cupy.cuda.ExternalStream(handle)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from nemo_embed_core.config import UserError
 from nemo_embed_core.kernels.filter_scores import filter_scores
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.bounds import METHODS, Rounding, matmul, pair_bound
-from nemo_embed_core.mine.streaming import best_first, excluded_places, merge_lists_, streaming_topk_
+from nemo_embed_core.mine.streaming import MAX_ID, best_first, excluded_places, merge_lists_, streaming_topk_
 
 SLACK = {
     "fp32": 32,
@@ -182,6 +182,17 @@ def pick_method(device: torch.device) -> str:
     return "int8" if seconds["int8"] * 2 < seconds["fp32"] else "fp32"
 
 
+def _kth_lower_bound(state_keys: Tensor, widest: Tensor, ceilings: Tensor, k: int) -> Tensor:
+    """[Q]: k documents surely below the ceiling score at least this, -inf where so many are not known.
+
+    state_keys [Q, C]: upper bounds, best first, none further than 2 widest [Q] above its score.
+    """
+    above = (state_keys >= ceilings[:, None]).sum(1)  # these come first, and may be above the ceiling themselves
+    place = above + k - 1
+    kth = state_keys.gather(1, place.clamp(max=state_keys.shape[1] - 1)[:, None])[:, 0] - 2 * widest
+    return torch.where(place < state_keys.shape[1], kth, -torch.inf)
+
+
 def merge_topk(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
     """The top k of the union of (scores [Q, k], ids [Q, k]) of disjoint sets of documents, ties by lower id."""
     return best_first(torch.cat([s for s, _ in parts], 1), torch.cat([i for _, i in parts], 1), k)
@@ -264,8 +275,12 @@ class _Search:
             # A document is out only when even its lower bound, key - 2 bound, reaches the ceiling.
             limit = next_after(ceilings + 2 * bound)
             if filters and first > self.first_id:
-                # A free place takes any finite key. Lists that overflow belong to rows that are searched again below.
-                floor = state_keys[:, -1].clamp(min=torch.finfo(torch.float32).min)
+                if first + len(documents_nD) > MAX_ID:
+                    raise UserError(f"document ids above {MAX_ID} do not fit the search's 32 bits: use more ranks")
+                # What beats neither the last candidate nor the k-th lower bound so far cannot be among the k best. A free
+                # place takes any finite key. Lists that overflow belong to rows that are searched again below.
+                kth = _kth_lower_bound(state_keys, widest, ceilings, min(self.k, num_kept))
+                floor = torch.maximum(state_keys[:, -1], kth).clamp(min=torch.finfo(torch.float32).min)
                 length = LIST + num_kept
                 keys, columns, counts = filter_scores(
                     query_rows.values, block.values, floor, limit, length, query_rows.scale, block.scale, bound
@@ -312,10 +327,7 @@ class _Search:
         hidden_size, k = queries_QD.shape[1], min(self.k, num_kept)
         dropped = state_keys[:, -1].clone()  # an upper bound of all that did not stay; -inf: nothing had to go
         if self.device.type == "cuda":
-            # The k-th lower bound of those surely below the ceiling: what cannot reach it need not be scored.
-            lower = state_keys - 2 * widest[:, None]
-            sure = torch.where(state_keys < ceilings[:, None], lower, -torch.inf)
-            reach = (state_keys >= sure.topk(k, dim=1).values[:, -1:]) & (lower < ceilings[:, None])
+            reach = state_keys >= _kth_lower_bound(state_keys, widest, ceilings, k)[:, None]
             exact = self.score_all(queries_QD, torch.where(reach, state_ids, -1))
         else:
             error = Rounding("fp32", hidden_size).relative * norm_Q * largest_norm + Rounding.ABSOLUTE
