@@ -29,12 +29,15 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Most of the GPU tests' time is compilation: in parallel where pytest-xdist is installed.
+in_parallel = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
+
 # Each benchmark runs even if the tests or another benchmark failed (a rented GPU's results are not thrown away), and any
 # failure fails the target.
 gpu: RUN = PYTHONPATH=. $(PYTHON)
 gpu:
 	@failed=""; \
-	if [ -d tests/gpu ]; then $(RUN) -m pytest tests/gpu -q || failed=" tests/gpu"; fi; \
+	$(RUN) -m pytest tests/gpu -q $(call in_parallel) || failed=" tests/gpu"; \
 	for name in $(BENCHMARKS); do \
 	  echo "== benchmarks.$$name"; $(RUN) -m benchmarks.$$name || failed="$$failed benchmarks.$$name"; \
 	done; \

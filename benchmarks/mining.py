@@ -75,10 +75,12 @@ def torch_mine(queries: Tensor, documents: Tensor, ceilings: Tensor, positives: 
 
 
 def matmul_alone(queries: Tensor, documents: Tensor) -> None:
-    rows = queries.to(documents.dtype)
-    for q in rows.split(4096):
-        for d in documents.split(65536 if documents.is_cuda else 2048):
-            q @ d.T
+    """The scores and nothing else, in tiles of the shape that was fastest: an H200 is not faster for any smaller one."""
+    rows, num_documents = queries.to(documents.dtype), 32768 if documents.is_cuda else 2048
+    tile = documents.new_empty(min(len(rows), 16384), num_documents)
+    for q in rows.split(16384):
+        for d in documents.split(num_documents):
+            torch.mm(q, d.T, out=tile[: len(q), : len(d)])
 
 
 class Lookup:

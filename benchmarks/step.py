@@ -877,12 +877,13 @@ def run_encoding(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shape", default="", help="of 1b, 8b, tiny, with commas; default: 1b,8b on a GPU, tiny on a CPU"
+        "--shape", default="", help="of 1b, 8b, tiny, with commas; default: 8b,1b on a GPU, tiny on a CPU"
     )
     parser.add_argument("--only", default="", help="of train, encode, profile; default: all on a GPU, train on a CPU")
     parser.add_argument("--layers", type=int, default=0, help="default: all, and 8 of the 8b when training")
     parser.add_argument("--queries", type=int, default=0, help="per optimizer step; default: 28, 4 on a CPU")
-    parser.add_argument("--tokens", type=int, default=8192, help="of our micro-batch; encoding packs twice as many")
+    parser.add_argument("--tokens", type=int, default=0, help="of our micro-batch; encoding packs twice as many; "
+                        "default: 16384, 8192 on a CPU")  # fmt: skip
     parser.add_argument("--encode-tokens", type=int, default=0, help="default: 65536, 4096 on a CPU")
     parser.add_argument("--peer", default="auto", choices=["auto", *PEERS, "none"], help="auto: hf when importable")
     parser.add_argument("--peer-batches", type=_numbers, default=[], help="queries per micro-batch, as 1,4,16")
@@ -895,15 +896,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     cuda = pick_device(args.device).type == "cuda"
-    args.shape = (args.shape or ("1b,8b" if cuda else "tiny")).split(",")
+    args.shape = (args.shape or ("8b,1b" if cuda else "tiny")).split(",")
     args.only = (args.only or ("train,profile,encode" if cuda else "train")).split(",")
     for given, known, name in ((args.shape, SHAPES, "--shape"), (args.only, ("train", "encode", "profile"), "--only")):
         if unknown := set(given) - set(known):
             parser.error(f"{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
-    args.queries = args.queries or (28 if cuda else 4)  # 28: two full micro-batches of 8192
+    args.tokens = args.tokens or (16384 if cuda else 8192)
+    args.queries = args.queries or (28 if cuda else 4)  # 28: one full micro-batch of 16384
     args.encode_tokens = args.encode_tokens or (65536 if cuda else 4096)
     args.seconds = args.seconds or (12 if cuda else 20)
-    args.rounds = (3, 20) if cuda else (1, 5)
+    args.rounds = (2, 20) if cuda else (1, 5)
     args.compile = args.compile and cuda
     half = args.precision == "bf16" or (args.precision == "auto" and cuda)
     args.dtype = torch.bfloat16 if half else torch.float32

@@ -414,13 +414,14 @@ class _Search:
         return scores.cpu(), ids.cpu()
 
     def document_blocks(self, growing: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """growing: each block of documents in device memory as large as all before it, up to four times the first."""
+        """growing: from a quarter of a block, each as large as all before it, up to eight blocks: a filtered block adds as
+        many candidates as it is larger than what was seen, and costs a merge. For documents in device memory."""
         if growing and isinstance(self.documents, Tensor):
-            start, size = 0, self.block_documents
+            start, size = 0, max(1, self.block_documents // 4)
             while start < len(self.documents):
                 yield self.first_id + start, self.documents[start : start + size].to(self.device)
                 start += size
-                size = min(start, 4 * self.block_documents)
+                size = min(start, 8 * self.block_documents)
             return
         for start, rows in blocks_of(self.documents, self.block_documents, self.device):
             yield self.first_id + start, rows
