@@ -41,6 +41,7 @@ SLACK = {
 # On a GPU a candidate costs a few nanoseconds, and a query that is searched again costs a whole search.
 SLACK_ON_GPU = SLACK | {"int8": 600}
 FILTERING = {"cuda"}  # devices where tiles are filtered in the GEMM once the states are full
+REACHED_FROM = 131072  # documents that are seen before candidates are scored on the way, at each doubling
 LIST = 1024  # places for what a block of documents adds to a query's candidates, at least
 
 
@@ -266,6 +267,8 @@ class _Search:
         state_ids = torch.full((num_queries, num_kept), -1, dtype=torch.int64, device=self.device)
         largest_norm, widest = torch.zeros((), device=self.device), torch.zeros(num_queries, device=self.device)
         lost = torch.zeros(num_queries, dtype=torch.bool, device=self.device)
+        reached = torch.full((num_queries,), -torch.inf, device=self.device)  # k documents are known to score this
+        seen, seen_before = 0, REACHED_FROM // 2
         filters = filters and self.device.type in FILTERING and method != "fp32" and hidden_size % 16 == 0
         for first, documents_nD in self.document_blocks(growing=filters):
             block = encode(documents_nD)
@@ -277,17 +280,24 @@ class _Search:
             if filters and first > self.first_id:
                 if first + len(documents_nD) > MAX_ID:
                     raise UserError(f"document ids above {MAX_ID} do not fit the search's 32 bits: use more ranks")
-                # What beats neither the last candidate nor the k-th lower bound so far cannot be among the k best. A free
+                if (
+                    method == "int8" and seen >= 2 * seen_before
+                ):  # the scores themselves: by bounds twice as many survive
+                    seen_before = seen
+                    reached = torch.maximum(reached, self.reached(queries_QD, ceilings, state_keys, state_ids))
+                # What beats neither the last candidate nor what k documents reach cannot be among the k best. A free
                 # place takes any finite key. Lists that overflow belong to rows that are searched again below.
-                kth = _kth_lower_bound(state_keys, widest, ceilings, min(self.k, num_kept))
-                floor = torch.maximum(state_keys[:, -1], kth).clamp(min=torch.finfo(torch.float32).min)
+                reached = torch.maximum(reached, _kth_lower_bound(state_keys, widest, ceilings, min(self.k, num_kept)))
+                floor = torch.maximum(state_keys[:, -1], reached).clamp(min=torch.finfo(torch.float32).min)
                 length = LIST + num_kept
                 keys, columns, counts = filter_scores(
                     query_rows.values, block.values, floor, limit, length, query_rows.scale, block.scale, bound
                 )
                 lost |= counts > length
                 merge_lists_(keys, columns, counts, state_keys, state_ids, first, *hidden.of(slice(0, num_queries)))
+                seen += len(documents_nD)
                 continue
+            seen += len(documents_nD)
             for tile in self.tiles(num_queries):
                 q, add = query_rows[tile], bound[tile]
                 in_gemm = method != "int8" and not bound.is_cuda
@@ -302,7 +312,7 @@ class _Search:
                 "products overflow float32; normalise the rows"
             )
         found = self.score_candidates(
-            method, queries_QD, query_rows.norm, ceilings, state_keys, state_ids, largest_norm, widest
+            method, queries_QD, query_rows.norm, ceilings, state_keys, state_ids, largest_norm, widest, reached
         )
         rows = lost.nonzero()[:, 0]
         if len(rows):  # documents in an order that keeps getting better, say: through whole tiles
@@ -322,13 +332,16 @@ class _Search:
         state_ids: Tensor,
         largest_norm: Tensor,
         widest: Tensor,
+        reached: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_queries, num_kept = state_ids.shape
         hidden_size, k = queries_QD.shape[1], min(self.k, num_kept)
         dropped = state_keys[:, -1].clone()  # an upper bound of all that did not stay; -inf: nothing had to go
         if self.device.type == "cuda":
-            reach = state_keys >= _kth_lower_bound(state_keys, widest, ceilings, k)[:, None]
-            exact = self.score_all(queries_QD, torch.where(reach, state_ids, -1))
+            reached = torch.maximum(reached, _kth_lower_bound(state_keys, widest, ceilings, k))
+            if num_kept > 2 * k and method == "int8":
+                reached = torch.maximum(reached, self.reached(queries_QD, ceilings, state_keys, state_ids))
+            exact = self.score_all(queries_QD, torch.where(state_keys >= reached[:, None], state_ids, -1))
         else:
             error = Rounding("fp32", hidden_size).relative * norm_Q * largest_norm + Rounding.ABSOLUTE
             exact = self.score_possible(method, queries_QD, error, ceilings, state_keys, state_ids)
@@ -346,6 +359,17 @@ class _Search:
         if num_kept >= self.documents.shape[0]:
             certified[:] = True  # every document had a place
         return scores.cpu(), ids.cpu(), certified.cpu()
+
+    def reached(self, queries_QD: Tensor, ceilings: Tensor, state_keys: Tensor, state_ids: Tensor) -> Tensor:
+        """[Q]: the k-th of the scores below the ceiling of the k candidates with the best bounds of those surely below it;
+        -inf where there are fewer. By definition k documents that may be returned score at least this."""
+        k = self.k
+        above = (state_keys >= ceilings[:, None]).sum(1)
+        places = above[:, None] + torch.arange(k, device=self.device)
+        inside = places < state_keys.shape[1]
+        ids = torch.where(inside, state_ids.gather(1, places.clamp(max=state_keys.shape[1] - 1)), -1)
+        exact = self.score_all(queries_QD, ids)
+        return torch.where(exact < ceilings[:, None], exact, -torch.inf).amin(1)
 
     def score_all(self, queries_QD: Tensor, state_ids: Tensor) -> Tensor:
         """[Q, C] scores, NaN where the id is -1."""

@@ -69,6 +69,7 @@ KINDS = ["random", "clustered", "ties", "grid", "negative", "broken", "close"]
 def test_filtered_tiles_are_brute_force(kind, order, method, monkeypatch):
     """The way a GPU takes, here by the references of its kernels: survivors in lists, and rows whose lists overflow."""
     monkeypatch.setattr(topk, "FILTERING", {"cpu"})
+    monkeypatch.setattr(topk, "REACHED_FROM", 64)
     monkeypatch.setattr(topk, "LIST", 0 if order == "ever better" else 1024)
     monkeypatch.setattr(topk, "SLACK", {"fp32": 2, "bf16": 4, "int8": 8})
     passes = []
