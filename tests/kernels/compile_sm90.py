@@ -1,6 +1,6 @@
 """Compile for sm_90, without a GPU, every Triton kernel that the launchers would launch, and print what it costs.
 
-    PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope swiglu mean_pool info_nce quantize_rows pair_scores]
+    PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope swiglu mean_pool info_nce quantize_rows rotate_quantize pair_scores]
 
 --recipe: the shapes of the 8B recipe only. The launchers themselves run, on uninitialised CPU tensors of real model shapes; instead of launching, the kernel with its
 argument types, constants and options is written down. So what is compiled is what runs, in every configuration of the
@@ -25,7 +25,16 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_embed_core.kernels import info_nce, mean_pool, pair_scores, quantize_rows, rms_norm, rope, swiglu
+from nemo_embed_core.kernels import (
+    info_nce,
+    mean_pool,
+    pair_scores,
+    quantize_rows,
+    rms_norm,
+    rope,
+    rotate_quantize,
+    swiglu,
+)
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -110,6 +119,10 @@ def launch_everything(names: list[str], recipe: bool) -> None:
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 for stored in (torch.int8, torch.bfloat16):
                     quantize_rows.quantize_rows_kernel(empty(16, hidden_size).detach(), stored)
+        if "rotate_quantize" in names and (dtype == torch.bfloat16 or not recipe):
+            for hidden_size in (4096,) if recipe else (256, 512, 1024, 2048, 4096, 8192, 16384):
+                if rotate_quantize.is_rotatable(hidden_size, dtype):
+                    rotate_quantize._rotate_quantize(empty(16, hidden_size).detach(), torch.ones(hidden_size))
         if "pair_scores" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 rows, ids = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
@@ -163,7 +176,16 @@ def main() -> None:
     parser.add_argument(
         "files",
         nargs="*",
-        default=["rms_norm", "rope", "swiglu", "mean_pool", "info_nce", "quantize_rows", "pair_scores"],
+        default=[
+            "rms_norm",
+            "rope",
+            "swiglu",
+            "mean_pool",
+            "info_nce",
+            "quantize_rows",
+            "rotate_quantize",
+            "pair_scores",
+        ],
     )
     options = parser.parse_args()
     started = time.perf_counter()
