@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_embed_core.kernels import rotate_quantize
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
+from nemo_embed_core.kernels.rotate_quantize import SHRINK
 
 _UNIT = 2.0**-24  # rounding unit of fp32
-SHRINK = 256.0  # a rotated entry is at most |x| <= sqrt(D) max|x|: after this no finite row becomes infinite
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,17 @@ def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
 
 
 def int8(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
-    rotate, rotation_error = _rotation(hidden_size, device)
+    rotate, torch_error, signs = _rotation(hidden_size, device)
 
     def encode(x_nD: Tensor) -> Rows:
-        values, scale, square, error = quantize_rows(rotate(x_nD), torch.int8)
+        # The same exact rotation in one pass, where there is a kernel for it.
+        if x_nD.is_cuda and rotate_quantize.is_rotatable(hidden_size, x_nD.dtype):
+            values, scale, square, error = rotate_quantize.rotate_quantize(x_nD, signs)
+            rotation_error = rotate_quantize.rotation_error(hidden_size, x_nD.dtype)
+            error = error + hidden_size * rotate_quantize.UNDERFLOW
+        else:
+            values, scale, square, error = quantize_rows(rotate(x_nD), torch.int8)
+            rotation_error = torch_error
         norm = _root(square, hidden_size) * (SHRINK * (1 + 2 * rotation_error))
         residual = _root(error, hidden_size) * SHRINK + (rotation_error + 2 * _UNIT) * norm
         return Rows(values, scale * SHRINK, norm, residual)  # the scale of a row with NaN or infinity keeps it out
@@ -104,7 +112,7 @@ def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
 
 
 def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
-    if not a.is_cuda:
+    if not a.is_cuda and a.shape[1] > 1:  # of one column torch 2.13 makes garbage where the CPU has VNNI
         return torch._int_mm(a, b.T)
     # cuBLASLt takes more than 16 rows and multiples of 8 elsewhere; zeros change nothing.
     rows, columns = len(a), len(b)
@@ -131,8 +139,8 @@ def _norm(x_nD: Tensor) -> Tensor:
     return torch.where(finite, norm, torch.where(torch.isfinite(x_nD).all(1), torch.inf, 0.0))
 
 
-def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor], Tensor], float]:
-    """x -> (A (x) B) diag(signs) x / SHRINK, and a bound on |computed - exactly orthogonal| / |x|.
+def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor], Tensor], float, Tensor]:
+    """x -> (A (x) B) diag(signs) x / SHRINK, a bound on |computed - exactly orthogonal| / |x|, and the signs.
 
     A [a, a] and B [b, b] with a b = D: Hadamard matrices for powers of two (together the randomised Hadamard
     transform), random orthogonal ones otherwise. Two small GEMMs: D (a + b) products a row instead of D^2.
@@ -151,7 +159,7 @@ def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor]
         x = (x_nD * signs).view(-1, a, b)
         return torch.matmul(left, torch.matmul(x, right.T)).reshape(len(x_nD), hidden_size)
 
-    return rotate, error
+    return rotate, error, signs * SHRINK
 
 
 def _orthogonal(n: int, generator: torch.Generator) -> tuple[Tensor, float]:

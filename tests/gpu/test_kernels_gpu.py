@@ -54,6 +54,22 @@ def test_filter_scores_appends_what_the_reference_keeps(Q, N, D, values):
         checks.run("filter_scores", {"Q": Q, "N": N, "D": D, "values": values, "scaled": scaled, "device": "cuda"})
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("N", "D"), [(1, 256), (1025, 256), (33, 512), (1025, 1024), (257, 2048), (513, 4096), (65, 8192), (33, 16384)]
+)
+def test_rotate_quantize_is_within_its_bound_of_the_exact_rotation(N, D, dtype):
+    if D == 16384 and dtype == "fp32":
+        pytest.skip("does not fit registers: mining rotates such rows by torch")
+    checks.run("rotate_quantize", {"N": N, "D": D, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [1e-15, 1e4])
+def test_rotate_quantize_of_short_and_long_rows(scale, dtype):
+    checks.run("rotate_quantize", {"N": 99, "D": 4096, "scale": scale, "dtype": dtype, "device": "cuda"})
+
+
 @DTYPES
 @pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(

@@ -335,6 +335,41 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
         assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-30), f"{name}: {ours} {truth}"
 
 
+def rotate_quantize(module, N, D, dtype="fp32", device="cpu", scale=1.0, rows=None):
+    """Within half a step of the exact rotation, which is orthogonal, and what was lost is known: rotation_error is a bound."""
+    if rows is not None:
+        module._ROWS = rows  # so that few rows already make several programs
+    x = scale * noise(N, D, dtype=dtype, device=device)
+    x[-1] = x[-1, 0]  # of one sign, or one entry after the rotation
+    if N > 4:
+        x[0], x[1, D // 2], x[2, 0] = 0, float("nan"), -float("inf")
+        x[3] = torch.where(torch.arange(D, device=device) == 5, x[3], 0)
+    signs = (torch.randint(0, 2, (D,), device=device) * 2 - 1).float()
+    with poisoned_memory():
+        values, scale, square, error = module._rotate_quantize(x, signs)
+    assert values.dtype == torch.int8 and values.shape == x.shape
+    whole = x.isfinite().all(1)
+    assert torch.equal(scale.isnan(), ~whole) and (square[~whole] == 0).all() and (error[~whole] == 0).all()
+    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)
+    while len(matrix) < D:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    exact = torch.where(whole[:, None], x.double(), 0) * signs @ matrix.T / (module.SHRINK * D**0.5)
+    stored = values.double() * scale.double().nan_to_num(1.0)[:, None]
+    norm, allowed = exact.norm(dim=1), module.rotation_error(D, x.dtype) * exact.norm(dim=1)
+    lost = exact - stored
+    assert bool((lost.abs() <= (0.5001 * scale.double().nan_to_num(1.0) + allowed)[:, None]).all()), "half a step"
+    largest = values.abs().amax(1)
+    assert torch.equal(largest[norm > 1e-20], torch.full_like(largest, 127)[norm > 1e-20]), "the largest is not 127"
+    for name, ours, truth in (("square", square, norm), ("error", error, lost.norm(dim=1))):
+        difference = (ours.double().sqrt() - truth).abs()
+        underflow = (D * module.UNDERFLOW) ** 0.5
+        assert bool((difference <= allowed + 1e-4 * truth + underflow).all()), f"{name}: {ours} {truth}"
+    want_values, want_scale, want_square, _ = module.rotate_quantize_ref(x, signs)
+    assert bool(((want_values.int() - values.int()).abs() <= 1).all())
+    assert torch.allclose(want_scale, scale, rtol=1e-3, equal_nan=True)
+    assert torch.allclose(want_square, square, rtol=1e-3, atol=D * module.UNDERFLOW)
+
+
 def pair_scores(module, M, D, dtype="fp32", q_dtype="fp32", device="cpu", config=None):
     """Bit for bit: the order of summation is part of the contract, and so is that a zero is +0."""
     if config is not None:
@@ -463,6 +498,8 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
             operator_of(module._filter_scores),
             (rows, rows, -1e9 * vector, 1e9 * vector, 4, vector, vector, None),
         )  # all of the lists is written
+    elif name == "rotate_quantize":
+        yield operator_of(module._rotate_quantize), (x(3, 256).detach(), torch.ones(256))
     elif name == "pair_scores":
         ids = torch.tensor([1, 1, 0])
         yield operator_of(module._pair_scores), (x(3, 16).detach(), ids, x(2, 16).detach(), ids)

@@ -190,6 +190,48 @@ MUTANTS = {
         "keys = keys * tl.load(document_scale_ptr + n, mask=n < N, other=0.0)[None, :]",
         "keys = keys",
     ),
+    "rotate_quantize: a level adds where it should subtract": (
+        "rotate_quantize",
+        {"N": 5, "D": 256},
+        "tl.where(is_second, -x, x)",
+        "x",
+    ),
+    "rotate_quantize: a difference across lanes is doubled": (
+        "rotate_quantize",
+        {"N": 5, "D": 256, "dtype": "fp16"},
+        "tl.where(is_second, -2.0, 0.0)",
+        "tl.where(is_second, -3.0, 0.0)",
+    ),
+    "rotate_quantize: one bit of the matrix does not count": (
+        "rotate_quantize",
+        {"N": 5, "D": 256, "dtype": "fp16"},
+        "common ^= common >> 1",
+        "common ^= 0",
+    ),
+    "rotate_quantize: signs are forgotten": (
+        "rotate_quantize",
+        {"N": 5, "D": 256, "dtype": "fp16"},
+        "tl.trans(loaded * signs)",
+        "tl.trans(loaded)",
+    ),
+    "rotate_quantize: the error of the values before rounding": (
+        "rotate_quantize",
+        {"N": 5, "D": 256},
+        "(shifted - 12582912.0) * scale",
+        "x / scale * scale",
+    ),
+    "rotate_quantize: the row ahead is not kept": (
+        "rotate_quantize",
+        {"N": 5, "D": 256, "dtype": "fp16"},
+        "tl.minimum(n + 1, last_n)",
+        "tl.minimum(n, last_n)",
+    ),
+    "rotate_quantize: an infinity is taken for a number": (
+        "rotate_quantize",
+        {"N": 5, "D": 256, "dtype": "fp16"},
+        'tl.where(broken, float("nan"), scale)',
+        "scale",
+    ),
     "pair_scores: fp32 products": (
         "pair_scores",
         {"M": 20, "D": 100},
@@ -199,7 +241,7 @@ MUTANTS = {
     "pair_scores: a missing document scores": (
         "pair_scores",
         {"M": 20, "D": 100},
-        'tl.where(id >= 0, tl.sum(x, 0).to(tl.float32), float("nan"))',
+        'tl.where(id >= 0, score, float("nan"))',
         "tl.sum(x, 0).to(tl.float32)",
     ),
     "pair_scores: two neighbours always share a query": (
