@@ -7,7 +7,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
-BENCHMARKS ?= ceilings kernels step mining
+BENCHMARKS ?= ceilings kernels mining step
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -888,7 +888,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", default="auto", choices=["auto", *PEERS, "none"], help="auto: hf when importable")
     parser.add_argument("--peer-batches", type=_numbers, default=[], help="queries per micro-batch, as 1,4,16")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip the compiled peer")
-    parser.add_argument("--seconds", type=float, default=0, help="per comparison; default: 12, 20 on a CPU")
+    parser.add_argument("--seconds", type=float, default=0, help="per comparison; default: 8, 20 on a CPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument(
@@ -904,7 +904,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.tokens = args.tokens or (16384 if cuda else 8192)
     args.queries = args.queries or (28 if cuda else 4)  # 28: one full micro-batch of 16384
     args.encode_tokens = args.encode_tokens or (65536 if cuda else 4096)
-    args.seconds = args.seconds or (12 if cuda else 20)
+    args.seconds = args.seconds or (8 if cuda else 20)
     args.rounds = (2, 20) if cuda else (1, 5)
     args.compile = args.compile and cuda
     half = args.precision == "bf16" or (args.precision == "auto" and cuda)

@@ -242,8 +242,10 @@ class _Search:
             rows = (~certified).nonzero()[:, 0]
             excluded = exclude.take(rows.numpy()) if exclude is not None else None
             args = (queries_QD[rows.to(queries_QD.device)], ceilings_Q[rows], excluded)
-            if method != "fp32":  # a wide bound was not enough (ceiling in the bulk of the scores): the narrow one
-                method = "fp32"
+            if (
+                method != "fp32"
+            ):  # a wide bound was not enough (ceiling in the bulk of the scores): the next narrower one
+                method = "bf16" if method == "int8" and self.device.type in FILTERING else "fp32"
                 scores[rows], ids[rows], certified[rows] = self.candidates(method, *args)
             else:  # more ties around the k-th than places
                 scores[rows], ids[rows] = self.exhaustive(*args)
