@@ -34,7 +34,7 @@ in_parallel = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if 
 
 # Each benchmark runs even if the tests or another benchmark failed (a rented GPU's results are not thrown away), and any
 # failure fails the target.
-gpu: RUN = PYTHONPATH=. $(PYTHON)
+gpu: RUN = PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 gpu:
 	@failed=""; \
 	$(RUN) -m pytest tests/gpu -q $(call in_parallel) || failed=" tests/gpu"; \
