@@ -411,8 +411,9 @@ def filter_scores(module, Q, N, D, length=64, values="int8", scaled=True, device
     if scaled:
         options["document_scale_N"][0] = float("nan")  # a broken row
     keys = queries.double() @ documents.double().T
-    floor = keys.std() * 2 * torch.rand(Q, device=device).double()
-    limit = floor + keys.std() * torch.rand(Q, device=device).double()
+    spread = keys.std(correction=0)
+    floor = spread * 2 * torch.rand(Q, device=device).double()
+    limit = floor + spread * torch.rand(Q, device=device).double()
     floor[0], limit[0] = torch.finfo(torch.float32).min, float("inf")  # everything: more than the list holds
     if Q > 1:
         floor[1] = limit[1]  # nothing
