@@ -1,5 +1,6 @@
 # make demo     everything, end to end, on this machine     make test     what CI runs
 # make gpu      tests and benchmarks on a CUDA device, with $(PYTHON) as it is; installs nothing
+# make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 #
 # make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
@@ -12,7 +13,7 @@ BENCHMARKS ?= ceilings kernels step mining
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint gpu bench compat clean
+.PHONY: help demo test lint faults gpu bench compat clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -28,6 +29,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+FAULTS ?= fault and not slow
+
+# Stealing, because a file of many tests would be the last one on one core.
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest tests/checkpoint tests/data tests/mine tests/train -m "$(FAULTS)" -n $(JOBS) --dist worksteal -q
 
 # Each benchmark runs even if the tests or another benchmark failed (a rented GPU's results are not thrown away), and any
 # failure fails the target.

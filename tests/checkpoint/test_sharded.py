@@ -166,6 +166,7 @@ def train_on_a_disk_that_fills(config: TrainConfig) -> None:
     train(config)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.dist
 def test_a_full_disk_costs_no_checkpoint_and_the_resume_is_bit_exact(tmp_path: Path, server: Server) -> None:
     config = config_for(tmp_path, "run")
@@ -196,6 +197,7 @@ def one_megabyte(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.fault(18)
 def test_a_really_full_disk(one_megabyte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """400 kB a checkpoint: the third does not fit beside two, which is seen before it is begun; and if not, while it is."""
     numel = 400_000 // (4 * (len(parameter_shapes(MODEL)) + 1))
@@ -241,6 +243,7 @@ def test_too_little_room_is_refused_at_the_start(
         prepare(config)
 
 
+@pytest.mark.fault(19)
 def test_an_unwritable_output_is_refused_at_the_start() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
@@ -274,6 +277,7 @@ def train_in_a_folder_that_vanishes(config: TrainConfig) -> None:
     train(config, plant)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.dist
 def test_an_output_that_vanishes_ends_all_ranks(tmp_path: Path, server: Server) -> None:
     outcomes = server.run(train_in_a_folder_that_vanishes, 2, config_for(tmp_path, "run", checkpoint={"every": 6}))
@@ -286,6 +290,7 @@ def test_an_output_that_vanishes_ends_all_ranks(tmp_path: Path, server: Server) 
 # ------------------------------------------------------------------------------------------ damage
 
 
+@pytest.mark.fault(4)
 def test_all_damaged_ends_with_code_3_and_a_reason_for_each(tmp_path: Path, server: Server) -> None:
     config = config_for(tmp_path, "run")
     assert codes(server.run(train, 1, config)) == [0]
@@ -306,6 +311,7 @@ def test_all_damaged_ends_with_code_3_and_a_reason_for_each(tmp_path: Path, serv
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in (".lock", "run")} == before
 
 
+@pytest.mark.fault(3)
 def test_a_stale_shard_beside_the_others_is_not_read(tmp_path: Path) -> None:
     """A world of 2 left its shard where a world of 1 has saved: the manifest decides."""
     folder = save(tmp_path, 1)
@@ -317,6 +323,7 @@ def test_a_stale_shard_beside_the_others_is_not_read(tmp_path: Path) -> None:
     assert torch.equal(sharded.Reader(folder).read_box("model.norm.weight", ((0,), (8,))), want)
 
 
+@pytest.mark.fault(11)
 def test_masters_of_a_bf16_run_resume_bit_exactly_and_are_never_done_without(tmp_path: Path, server: Server) -> None:
     calm, halted = (config_for(tmp_path, name, precision="bf16") for name in ("calm", "halted"))
     assert codes(server.run(train, 1, calm)) == [0]
@@ -354,6 +361,7 @@ def sleeper() -> Iterator[subprocess.Popen]:
     process.wait()
 
 
+@pytest.mark.fault(20)
 def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path, sleeper: subprocess.Popen) -> None:
     log: list[str] = []
     held = files.Lock(tmp_path, log.append)
@@ -458,6 +466,7 @@ def train_and_be_killed(config: TrainConfig) -> None:
     train(config)
 
 
+@pytest.mark.fault(20)
 def test_a_second_run_in_the_same_folder(tmp_path: Path, server: Server, sleeper: subprocess.Popen) -> None:
     """Refused while the first one lives, with nothing touched; after kill -9 the lock is taken over with a warning."""
     config = config_for(tmp_path, "run")
@@ -579,6 +588,7 @@ def close_losses(a: Path, b: Path, tolerance: float, steps: int) -> float:
     return worst
 
 
+@pytest.mark.fault(8)
 @pytest.mark.dist
 @pytest.mark.slow
 def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(tmp_path: Path, server: Server) -> None:
@@ -605,6 +615,7 @@ def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(tmp_path: Path, server: S
         assert worst == 0.0 or world_size != 2, "at the same world size not one bit differs"
 
 
+@pytest.mark.fault(9)
 @pytest.mark.dist
 @pytest.mark.slow
 def test_tensor_parallelism_1_2_4_1(tmp_path: Path, server: Server) -> None:
