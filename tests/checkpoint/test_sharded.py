@@ -25,6 +25,7 @@ from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import CheckpointConfig, TrainConfig, UserError
 from nemo_embed_core.model.hf import parameter_shapes
 from nemo_embed_core.parallel.mesh import distributed
+from nemo_embed_core.train import trainer as trainer_module
 from nemo_embed_core.train.trainer import Trainer, prepare
 
 
@@ -541,11 +542,13 @@ def test_a_run_never_goes_back_behind_its_newest_checkpoint(tmp_path: Path, serv
 # ------------------------------------------------------------------------------------------ other layouts
 
 
-def load_then_train(config: TrainConfig, step: int, beside: str) -> None:
-    """Resume; save at once what was loaded, in another folder; train up to `step`."""
+def load_then_train(config: TrainConfig, dtype: torch.dtype, step: int, beside: str = "") -> None:
+    """Resume; save at once what was loaded, in another folder; train up to `step`. All of it in fp32 or fp64."""
+    torch.set_default_dtype(dtype)
+    trainer_module.run_dtype = lambda config, device: dtype
 
     def plant(trainer: Trainer) -> None:
-        if trainer.step:
+        if beside and trainer.step:
             sharded.save(
                 Path(beside),
                 trainer.step,
@@ -575,8 +578,11 @@ def same_bits(a: Path, b: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-# At the recipe's 0.02 a cosine's rounding error is multiplied by 50, and single losses near zero differ by some 6e-6.
-WARM = {"temperature": 0.1}
+# At the recipe's 0.02 a cosine's rounding error is multiplied by 50, and single losses near zero differ by some 6e-6 in fp32.
+ROUNDINGS = [
+    pytest.param({"temperature": 0.1}, torch.float32, 1e-6, id="fp32"),
+    pytest.param({"temperature": 0.02}, torch.float64, 1e-12, id="fp64"),
+]
 
 
 def close_losses(a: Path, b: Path, tolerance: float, steps: int) -> float:
@@ -591,49 +597,50 @@ def close_losses(a: Path, b: Path, tolerance: float, steps: int) -> float:
 @pytest.mark.fault(8)
 @pytest.mark.dist
 @pytest.mark.slow
-def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(tmp_path: Path, server: Server) -> None:
-    calm = config_for(tmp_path, "calm", steps=40, loss=WARM, checkpoint={"every": 40})
-    assert codes(server.run(train, 2, calm)) == [0, 0]
-    assert codes(
-        server.run(train_until, 2, config_for(tmp_path, "start", steps=40, loss=WARM, checkpoint={"every": 40}), 17)
-    ) == [
-        0,
-        0,
-    ]
+@pytest.mark.parametrize("loss, dtype, tolerance", ROUNDINGS)
+def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(
+    tmp_path: Path, server: Server, loss: dict[str, float], dtype: torch.dtype, tolerance: float
+) -> None:
+    fixed: dict[str, Any] = {"steps": 40, "loss": loss, "checkpoint": {"every": 40}}
+    assert codes(server.run(load_then_train, 2, config_for(tmp_path, "calm", **fixed), dtype, 40)) == [0, 0]
+    assert codes(server.run(load_then_train, 2, config_for(tmp_path, "start", **fixed), dtype, 17)) == [0, 0]
     assert steps_in(tmp_path / "start") == [17]
     for world_size in (1, 2, 4):
         name = f"at-{world_size}"
         shutil.copytree(tmp_path / "start", tmp_path / name)
         (tmp_path / f"beside-{world_size}").mkdir()
-        config = config_for(tmp_path, name, steps=40, loss=WARM, checkpoint={"every": 40})
+        config = config_for(tmp_path, name, **fixed)
         beside = str(tmp_path / f"beside-{world_size}")
-        assert codes(server.run(load_then_train, world_size, config, 40, beside)) == [0] * world_size
+        assert codes(server.run(load_then_train, world_size, config, dtype, 40, beside)) == [0] * world_size
         same_bits(tmp_path / "start" / "step-00000017", Path(beside) / "step-00000017")
-        ledgers = {sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", name)}
-        assert len(ledgers) == 1, "the same samples in every step"
-        worst = close_losses(tmp_path / "calm", tmp_path / name, 1e-6, 40)
+        ends = [sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0]) for n in ("calm", name)]
+        assert ends[0]["ledger"] == ends[1]["ledger"], "the same samples in every step"
+        assert {f"torch.{t['dtype']}" for t in ends[1]["tensors"].values()} == {str(dtype)}
+        worst = close_losses(tmp_path / "calm", tmp_path / name, tolerance, 40)
         assert worst == 0.0 or world_size != 2, "at the same world size not one bit differs"
 
 
 @pytest.mark.fault(9)
 @pytest.mark.dist
 @pytest.mark.slow
-def test_tensor_parallelism_1_2_4_1(tmp_path: Path, server: Server) -> None:
+@pytest.mark.parametrize("loss, dtype, tolerance", ROUNDINGS)
+def test_tensor_parallelism_1_2_4_1(
+    tmp_path: Path, server: Server, loss: dict[str, float], dtype: torch.dtype, tolerance: float
+) -> None:
     """Four hops of ten steps; the model has 4 KV heads."""
-    calm = config_for(tmp_path, "calm", steps=40, loss=WARM, checkpoint={"every": 40})
-    assert codes(server.run(train, 1, calm)) == [0]
+    fixed: dict[str, Any] = {"steps": 40, "loss": loss, "checkpoint": {"every": 40, "keep": 9}}
+    assert codes(server.run(load_then_train, 1, config_for(tmp_path, "calm", **fixed), dtype, 40)) == [0]
     for hop, tp_size in enumerate((1, 2, 4, 1)):
         beside = tmp_path / f"beside-{hop}"
         beside.mkdir()
-        config = config_for(
-            tmp_path, "moved", steps=40, loss=WARM, checkpoint={"every": 40, "keep": 9}, parallel={"tp_size": tp_size}
-        )
-        assert codes(server.run(load_then_train, tp_size, config, 10 * hop + 10, str(beside))) == [0] * tp_size
+        config = config_for(tmp_path, "moved", **fixed, parallel={"tp_size": tp_size})
+        outcomes = server.run(load_then_train, tp_size, config, dtype, 10 * hop + 10, str(beside))
+        assert codes(outcomes) == [0] * tp_size
         if hop:
             step = f"step-{10 * hop:08d}"
             assert sharded.read_manifest(beside / step)["layout"] == {"tp_size": tp_size, "dp_size": 1}
             same_bits(tmp_path / "moved" / step, beside / step)
-    close_losses(tmp_path / "calm", tmp_path / "moved", 1e-6, 40)
+    close_losses(tmp_path / "calm", tmp_path / "moved", tolerance, 40)
     ledgers = {sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", "moved")}
     assert len(ledgers) == 1
     assert open_weights(str(tmp_path / "moved")).model == MODEL
