@@ -1,5 +1,6 @@
 # make demo     everything, end to end, on this machine     make test     what CI runs
 # make gpu      tests and benchmarks on a CUDA device, with $(PYTHON) as it is; installs nothing
+# make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 #
 # make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
@@ -12,7 +13,7 @@ BENCHMARKS ?= ceilings kernels mining step
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint gpu bench compat clean
+.PHONY: help demo test lint faults gpu bench compat clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -29,6 +30,12 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+FAULTS ?= fault and not slow
+
+# Stealing, because a file of many tests would be the last one on one core.
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest tests/checkpoint tests/data tests/mine tests/train -m "$(FAULTS)" -n $(JOBS) --dist worksteal -q
+
 # Most of the GPU tests' time is compilation: in parallel where pytest-xdist is installed.
 in_parallel = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
 
@@ -37,7 +44,7 @@ in_parallel = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if 
 gpu: RUN = PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 gpu:
 	@failed=""; \
-	$(RUN) -m pytest tests/gpu -q $(call in_parallel) || failed=" tests/gpu"; \
+	$(RUN) -m pytest tests/gpu -q $(in_parallel) || failed=" tests/gpu"; \
 	for name in $(BENCHMARKS); do \
 	  echo "== benchmarks.$$name"; $(RUN) -m benchmarks.$$name || failed="$$failed benchmarks.$$name"; \
 	done; \

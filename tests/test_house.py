@@ -165,6 +165,22 @@ def test_benchmarks_that_make_runs_exist() -> None:
     assert not [name for name in names.split() if not (ROOT / "benchmarks" / f"{name}.py").is_file()]
 
 
+def test_the_table_of_faults_is_what_the_tests_mark() -> None:
+    text = (ROOT / "docs/checkpoint-format.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", text, re.M)
+    table = {(int(n), name) for n, _, names in rows for name in names.split(", ")}
+    marked = set()
+    files = {ROOT / "tests" / name for _, names, _ in rows for name in names.split(", ")}
+    for path in files:
+        for node in ast.parse(path.read_text()).body:
+            marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", ())]
+            numbers = [int(n) for n in re.findall(r"pytest\.mark\.fault\((\d+)\)", " ".join(marks))]
+            marked |= {(n, getattr(node, "name", "")) for n in numbers}
+    assert table == marked and {n for n, _ in table} == set(range(1, 26))
+    written = {p for p in (ROOT / "tests").rglob("test_*.py") if "mark.fault(" in p.read_text()}
+    assert written - {Path(__file__)} == files
+
+
 # ------------------------------------------------------------------------------------------ recipes and launchers
 
 CONFIG_OF = {

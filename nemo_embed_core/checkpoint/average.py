@@ -13,15 +13,18 @@ Ogita, Rump and Oishi 2005) and compared with the middle. Sources: bf16, fp16, f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
 PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # bits of a significand
+CHUNK_ELEMENTS = 1 << 17  # of each source, one call of the arithmetic: less costs calls
 WIDE_ELEMENTS = 1 << 14  # of each source in fp64 at a time: what is four times as wide leaves the cache
 _BELOW_FP32 = (1 << 29) - 1  # the bits of an fp64 significand that fp32 does not have
+_BF16_TINY, _BF16_HUGE = 127 - 100 << 7, 127 + 120 << 7  # the bits of 2^-100 and 2^120
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,7 +41,8 @@ def combine(blocks: Sequence[Tensor], weights: Sequence[float] | None, dtype: to
 
     blocks: equally many 1-D values each, of any floating dtypes.  NonFinite names the first block that is not finite.
     """
-    return Combiner()(torch.stack([block.to(widest([b.dtype for b in blocks])) for block in blocks]), weights, dtype)
+    kind = widest([block.dtype for block in blocks])
+    return Combiner()(torch.stack([block.to(kind) for block in blocks]), weights, dtype)
 
 
 def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -48,7 +52,7 @@ def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 class Combiner:
-    """combine() for one thread that calls it often, on [N, C]: C values of N sources, a size that fits the cache.
+    """combine() for one thread that calls it often, on [N, V] of N sources.
 
     Memory is kept from call to call; taking it anew costs as much as the arithmetic.
     """
@@ -64,47 +68,112 @@ class Combiner:
             kept = self._memory[key] = torch.empty(size, dtype=dtype)
         return kept[:size].view(shape)
 
-    def __call__(self, x_NC: Tensor, weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
+    def __call__(
+        self,
+        x_NV: Tensor,
+        weights: Sequence[float] | None,
+        dtype: torch.dtype,
+        visit: Callable[[Tensor, Tensor], object] | None = None,
+    ) -> Tensor:
+        """[V], valid until the next call. visit(x_NC, out_C) sees both piece by piece, while the cache holds them.
+
+        They are fp32 and visit's to write to, also where that is x itself. Of those columns of a mean of bf16 or fp16 that are
+        summed again at the end, visit sees the fp32 mean: in the last place it may be another one.
+        """
+        N, V = x_NV.shape
+        out_V, reach, again = self.buffer("out", (V,), dtype), 0.0, [np.empty(0, np.int64)]
+        short = weights is None and x_NV.itemsize == 2 and 1 < N <= 64
+        for start in range(0, V, CHUNK_ELEMENTS):
+            x_NC, out_C = x_NV[:, start : start + CHUNK_ELEMENTS], out_V[start : start + CHUNK_ELEMENTS]
+            x32_NC = x_NC
+            if x_NC.dtype != torch.float32 and (short or visit):
+                x32_NC = self.buffer("fp32", tuple(x_NC.shape), torch.float32).copy_(x_NC)
+            if short:
+                largest, far = self._short_mean(x_NC, x32_NC, out_C)
+                again.append(far + start)
+            else:
+                largest = self._wide(x_NC, weights, out_C)
+            reach = max(reach, largest)
+            if visit:
+                visit(x32_NC, out_C.float())
+        places = torch.from_numpy(np.concatenate(again))
+        for part in places.split(CHUNK_ELEMENTS) if len(places) else ():
+            out_C = torch.empty(len(part), dtype=dtype)
+            self._wide(x_NV[:, part], None, out_C)
+            out_V[part] = out_C
+        if reach >= torch.finfo(dtype).max / 2 and not bool(out_V.isfinite().all()):
+            raise NonFinite(None)
+        return out_V
+
+    def _short_mean(self, x_NC: Tensor, x32_NC: Tensor, out_C: Tensor) -> tuple[float, np.ndarray]:
+        """The mean of bf16 or fp16 by sums in fp32. Returns the largest magnitude and the columns where it may be wrong.
+
+        It is right where N * largest < 2^22 units in the last place of the column's smallest: the sum is below 2^24 of them, so
+        exact, and its quotient in fp32 is a middle of two neighbours of the target only if the real one is, as in _wide().
+        """
         N, C = x_NC.shape
+        bits_NC = self._bits(x_NC)
+        high_C = torch.amax(bits_NC, 0, out=self.buffer("high", (C,), torch.int16))
+        low_C = torch.amin(bits_NC, 0, out=self.buffer("low", (C,), torch.int16))
+        largest = high_C.amax().view(x_NC.dtype).item()
+        self._check_finite(x_NC, largest)
+        sum_C = torch.add(x32_NC[0], x32_NC[1], out=self.buffer("sum", (C,), torch.float32))
+        for x32_C in x32_NC[2:]:
+            sum_C += x32_C
+        out_C.copy_(sum_C.div_(N))
+        precision = PRECISION[x_NC.dtype]
+        orders = 22 - precision - (N - 1).bit_length()  # from the smallest to the largest, at most
+        high, low = high_C.numpy(), low_C.numpy()
+        far = np.subtract(high, low, out=low) > orders << precision - 1
+        if x_NC.dtype == torch.bfloat16:  # whose sums may overflow fp32, and whose units may be its subnormal numbers
+            far |= (high < _BF16_TINY) | (high > _BF16_HUGE)
+        return largest, np.flatnonzero(far)
+
+    def _wide(self, x_NC: Tensor, weights: Sequence[float] | None, out_C: Tensor) -> float:
+        """By sums in fp64; returns how large a sum may be."""
+        (N, C), dtype = x_NC.shape, out_C.dtype
         largest, quantum = self._magnitudes(x_NC)
         reach = largest if weights is None else sum(map(abs, weights)) * largest
         if N == 1 and weights is None and x_NC.dtype != torch.float64:
-            out = x_NC[0].to(dtype)
+            out_C.copy_(x_NC[0])
+            return reach
+        factors = torch.ones(N, dtype=torch.float64) if weights is None else torch.tensor(weights, dtype=torch.float64)
+        total_C = self.buffer("total", (C,), torch.float64)
+        for start in range(0, C, WIDE_ELEMENTS):
+            x_NW = x_NC[:, start : start + WIDE_ELEMENTS]
+            wide_NW = self.buffer("wide", tuple(x_NW.shape), torch.float64).copy_(x_NW)
+            torch.mv(wide_NW.T, factors, out=total_C[start : start + WIDE_ELEMENTS])
+        if weights is None:
+            total_C /= N
+        # Every value is a multiple of `quantum`: sums below 2^53 of them are exact. Then the quotient, rounded to
+        # fp64, is a middle only if the real one is (a factor of 4 is left for the quotient's own rounding).
+        if weights is None and N * largest < 2.0**51 * quantum:
+            is_normal = quantum / N >= torch.finfo(torch.float32).tiny
+            out_C.copy_(round_once(total_C, dtype, self.buffer("bits", (C,), torch.int64), is_normal))
         else:
-            factors = (
-                torch.ones(N, dtype=torch.float64) if weights is None else torch.tensor(weights, dtype=torch.float64)
-            )
-            total_C = self.buffer("total", (C,), torch.float64)
-            for start in range(0, C, WIDE_ELEMENTS):
-                x_NW = x_NC[:, start : start + WIDE_ELEMENTS]
-                wide_NW = self.buffer("wide", tuple(x_NW.shape), torch.float64).copy_(x_NW)
-                torch.mv(wide_NW.T, factors, out=total_C[start : start + WIDE_ELEMENTS])
-            if weights is None:
-                total_C /= N
-            # Every value is a multiple of `quantum`: sums below 2^53 of them are exact. Then the quotient, rounded to
-            # fp64, is a middle only if the real one is (a factor of 4 is left for the quotient's own rounding).
-            if weights is None and N * largest < 2.0**51 * quantum:
-                is_normal = quantum / N >= torch.finfo(torch.float32).tiny
-                out = round_once(total_C, dtype, self.buffer("bits", (C,), torch.int64), is_normal)
-            else:
-                out = self._certified(x_NC, weights, total_C, 2 * (N + 2) * 2.0**-53 * reach, dtype)
-        if reach >= torch.finfo(dtype).max / 2 and not bool(out.isfinite().all()):
-            raise NonFinite(None)
-        return out
+            out_C.copy_(self._certified(x_NC, weights, total_C, 2 * (N + 2) * 2.0**-53 * reach, dtype))
+        return reach
+
+    def _bits(self, x_NC: Tensor) -> Tensor:
+        """Magnitudes as integers: without its sign bit a float orders like one, and passes over integers cost less."""
+        kind = _INTEGER[x_NC.itemsize]
+        out = self.buffer("magnitude", tuple(x_NC.shape), kind)
+        return torch.bitwise_and(x_NC.view(kind), torch.iinfo(kind).max, out=out)
+
+    def _check_finite(self, x_NC: Tensor, largest: float) -> None:
+        if not math.isfinite(largest):
+            raise NonFinite(next(i for i, row in enumerate(x_NC) if not bool(row.isfinite().all())))
 
     def _magnitudes(self, x_NC: Tensor) -> tuple[float, float]:
         """The largest magnitude, and a power of two of which every value is a multiple."""
-        kind = _INTEGER[x_NC.itemsize]
-        # Without its sign bit, a float orders like an integer; two passes over integers cost less than any over floats.
-        bits = torch.bitwise_and(x_NC.view(kind), torch.iinfo(kind).max, out=self.buffer("magnitude", x_NC.shape, kind))
+        bits = self._bits(x_NC)
         low, high = bits.aminmax()
         largest = high.view(x_NC.dtype).item()
-        if not math.isfinite(largest):
-            raise NonFinite(next(i for i, row in enumerate(x_NC) if not bool(row.isfinite().all())))
+        self._check_finite(x_NC, largest)
         if largest == 0:
             return 0.0, 1.0
         if low == 0:
-            low = bits.masked_fill_(bits == 0, torch.iinfo(kind).max).amin()
+            low = bits.masked_fill_(bits == 0, torch.iinfo(bits.dtype).max).amin()
         exponent = math.frexp(low.view(x_NC.dtype).item())[1]
         return largest, math.ldexp(1.0, max(exponent - PRECISION[x_NC.dtype], -1074))
 

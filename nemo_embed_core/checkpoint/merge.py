@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.checkpoint.average import Combiner, NonFinite, widest
-from nemo_embed_core.checkpoint.files import check_free_space, safetensors_header, write_bytes
+from nemo_embed_core.checkpoint.average import CHUNK_ELEMENTS, Combiner, NonFinite, widest
+from nemo_embed_core.checkpoint.files import check_free_space, safetensors_header, start_writing_back, write_bytes
 from nemo_embed_core.checkpoint.weights import Rows, Weights, open_weights
 from nemo_embed_core.config import UserError, to_dict
 from nemo_embed_core.data.prompts import query_prompt
@@ -37,7 +37,6 @@ from nemo_embed_core.model.hf_config import read_json
 
 BLOCK_ELEMENTS = 1 << 20  # read at once per source and thread, at most
 READ_BYTES = 24 << 20  # of all sources together, per thread
-CHUNK_ELEMENTS = 1 << 17  # of each source, one call of the arithmetic: less costs calls
 SHARD_BYTES = 5_000_000_000
 _THREADS = min(8, os.cpu_count() or 1)  # one more than cores lost: their calls wait for one another
 REPORT = "merge-report.json"
@@ -193,19 +192,16 @@ def write_weights(
         pairs = list(itertools.combinations(range(len(sources)), 2)) if len(sources) <= 3 else []
 
         def average(unit: _Unit) -> list[float]:
-            x_NV, combiner = stream.read(unit), stream.local.combiner
-            out_V = combiner.buffer("out", (x_NV.shape[1],), dtype)
-            how = angles[unit.name][0] if angles else weights
             sums = [0.0] * (1 + 2 * len(sources) + len(pairs))
-            for start in range(0, len(out_V), CHUNK_ELEMENTS):
-                chunk = slice(start, start + CHUNK_ELEMENTS)
-                try:
-                    out_V[chunk] = combiner(x_NV[:, chunk], how, dtype)
-                except NonFinite as error:
-                    raise UserError(f"{unit.name} has NaN or infinite values in {blame(error)}") from None
-                if len(sources) > 1:
-                    squares = _squares(x_NV[:, chunk], out_V[chunk], combiner, pairs)
-                    sums = [a + b for a, b in zip(sums, squares, strict=True)]
+
+            def measure(x_NC: Tensor, merged_C: Tensor) -> None:
+                sums[:] = [a + b for a, b in zip(sums, _squares(x_NC, merged_C, pairs), strict=True)]
+
+            how = angles[unit.name][0] if angles else weights
+            try:
+                out_V = stream.local.combiner(stream.read(unit), how, dtype, measure if len(sources) > 1 else None)
+            except NonFinite as error:
+                raise UserError(f"{unit.name} has NaN or infinite values in {blame(error)}") from None
             output.write(unit.name, unit.first, out_V)
             return sums
 
@@ -282,9 +278,11 @@ class _Output:
         at = start + first_row * torch.Size(self.shapes[name][1:]).numel() * self.dtype.itemsize
         with self._lock:
             self._left -= len(data)
+        begin = at
         while len(data):
             n = os.pwrite(fd, data, at)
             data, at = data[n:], at + n
+        start_writing_back(fd, begin, at - begin)
 
     def finish(self) -> None:
         assert self._left == 0, f"{self.folder}: {self._left} bytes were not written"
@@ -355,9 +353,8 @@ def slerp_weights(aa: float, bb: float, ab: float, t: float) -> tuple[tuple[floa
 # ------------------------------------------------------------------------------------------ the report
 
 
-def _squares(x_NC: Tensor, merged_C: Tensor, combiner: Combiner, pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """|m|^2, then |a|^2 and |a - m|^2 of every source, then |a - b|^2 of every pair; fp32 within one chunk."""
-    a_NC, m_C = combiner.buffer("fp32", x_NC.shape, torch.float32).copy_(x_NC), merged_C.float()
+def _squares(a_NC: Tensor, m_C: Tensor, pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """|m|^2, then |a|^2 and |a - m|^2 of every source, then |a - b|^2 of every pair; leaves a - m in `a_NC`."""
     norms = [torch.linalg.vector_norm(x, dim=1).tolist() for x in (m_C[None], a_NC)]
     between = [float(torch.linalg.vector_norm(a_NC[i] - a_NC[j])) for i, j in pairs]
     norms += [torch.linalg.vector_norm(a_NC.sub_(m_C), dim=1).tolist(), between]

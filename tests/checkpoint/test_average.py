@@ -3,10 +3,12 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from nemo_embed_core.checkpoint import average
 from nemo_embed_core.checkpoint.average import NonFinite, combine, exact, exact_sum, nearest, round_once
 
 TARGETS = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,6 +41,8 @@ def cases(kind: torch.dtype, num_sources: int, target: torch.dtype) -> dict[str,
         # bf16 values a few units apart: every other mean of two, one in six of six, lies exactly between two neighbours.
         "neighbours": [(sisters + steps(-3, 4).short()).view(torch.bfloat16).to(kind) for _ in range(num_sources)],
         "wild": wild,
+        # About as far apart as fp32 holds in one sum of bf16 or fp16 values.
+        "spread": [(sisters.view(torch.bfloat16) * 2.0 ** -steps(0, 16)).to(kind) for _ in range(num_sources)],
         "cancelling": [cancelling * (-1) ** i for i in range(num_sources)],
         "zeros": [(normal() * 0.02).to(kind) * (torch.arange(SIZE) % 3 > 0) for _ in range(num_sources)],
     }
@@ -74,6 +78,18 @@ def test_fp64_sums_rounded_once_are_not_always_the_nearest() -> None:
     assert wrong(combine(blocks, weights, torch.bfloat16), blocks, weights) == 0
 
 
+def test_fp32_sums_alone_are_not_always_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 + 2^-7 over four is the middle of two bf16 values; fp32 does not have the 2^-30 that decides."""
+    monkeypatch.setattr(average, "CHUNK_ELEMENTS", 3)  # so that the columns lie in several parts
+    rows = [[1.0] * 8, [1.0] * 8, [1 + 2**-7] * 8, [2.0**-30, -(2.0**-30)] * 4]
+    blocks = [torch.tensor(row).bfloat16() for row in rows]
+    assert combine(blocks, None, torch.bfloat16).tolist() == [0.75 + 2**-8, 0.75] * 4
+    honest = average.Combiner._short_mean
+    nowhere = np.empty(0, np.int64)
+    monkeypatch.setattr(average.Combiner, "_short_mean", lambda *args: (honest(*args)[0], nowhere))
+    assert wrong(combine(blocks, None, torch.bfloat16), blocks, None) == 4
+
+
 def test_sums_beyond_two_words_of_fp64_are_decided_in_rationals() -> None:
     """1 + 2^-8 is the middle of two bf16 values; what decides lies 2^-140 below."""
     middle, tiny = torch.tensor([1 + 2**-8] * 2, dtype=torch.float64), torch.tensor([2.0**-140, -(2.0**-140)])
@@ -91,6 +107,8 @@ def test_non_finite_values_and_overflow_are_named() -> None:
     with pytest.raises(NonFinite) as error:
         combine([good * 70000, good * 70000], None, torch.float16)
     assert error.value.source is None
+    large = torch.tensor([3e38, -3e38, 1.0]).bfloat16()  # the sum overflows fp32, the mean does not
+    assert torch.equal(combine([large] * 3, None, torch.bfloat16), large)
 
 
 def test_nearest_takes_the_even_of_two() -> None:

@@ -236,6 +236,7 @@ def read_back(tree: Tree, folder: Path) -> tuple[int, bool, int]:
         return 0, False, broken
 
 
+@pytest.mark.fault(5)
 def test_no_power_cut_costs_a_reported_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for keep in (1, 2):
         ops = record(tmp_path / f"run-{keep}", monkeypatch, lambda path: False, keep)
@@ -287,6 +288,7 @@ MUTANTS: dict[str, tuple[Callable[[str], bool], int, str]] = {
 }
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_planted_bugs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     skip, keep, harm = MUTANTS[mutant]

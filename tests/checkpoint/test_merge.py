@@ -130,6 +130,7 @@ def test_rounding_once_beats_rounding_twice() -> None:
     assert average.round_once(x, torch.bfloat16).tolist() == want
 
 
+@pytest.mark.fault(22)
 def test_sources_of_other_shapes_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
     a = write_hf(tmp_path / "a", torch.float32)
     b = write_hf(tmp_path / "b", torch.float32, config=dataclasses.replace(MODEL, num_hidden_layers=1))
@@ -192,6 +193,7 @@ def test_weights_are_applied_in_the_order_of_the_sources(three: list[Path], tmp_
     assert report["method"] == "weighted" and report["weights"] == [0.5, 0.3, 0.2]
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
@@ -333,6 +335,7 @@ def test_sources_that_count_twice_are_named(three: list[Path], tmp_path: Path) -
     assert merge.report_lines(report)[-1] == "WARNING: m0 and copied hold the same weights: they count twice"
 
 
+@pytest.mark.fault(22)
 def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
     def refused(*argv: object) -> str:
         with pytest.raises(SystemExit) as end:
@@ -433,6 +436,7 @@ def merge_and_die(paths: list[str], output: str, call: str, count: int) -> None:
         merge.write_weights(folder, merge.open_sources(paths), torch.float32)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize(("call", "count"), [("pwrite", 1), ("pwrite", 9), ("pwrite", 30), ("fsync", 1), ("rename", 1)])
 def test_a_killed_merge_leaves_no_output_and_the_next_one_works(
     call: str, count: int, three: list[Path], server: Server, tmp_path: Path

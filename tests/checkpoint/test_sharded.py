@@ -25,6 +25,7 @@ from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import CheckpointConfig, TrainConfig, UserError
 from nemo_embed_core.model.hf import parameter_shapes
 from nemo_embed_core.parallel.mesh import distributed
+from nemo_embed_core.train import trainer as trainer_module
 from nemo_embed_core.train.trainer import Trainer, prepare
 
 
@@ -166,6 +167,7 @@ def train_on_a_disk_that_fills(config: TrainConfig) -> None:
     train(config)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.dist
 def test_a_full_disk_costs_no_checkpoint_and_the_resume_is_bit_exact(tmp_path: Path, server: Server) -> None:
     config = config_for(tmp_path, "run")
@@ -196,6 +198,7 @@ def one_megabyte(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.fault(18)
 def test_a_really_full_disk(one_megabyte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """400 kB a checkpoint: the third does not fit beside two, which is seen before it is begun; and if not, while it is."""
     numel = 400_000 // (4 * (len(parameter_shapes(MODEL)) + 1))
@@ -241,6 +244,7 @@ def test_too_little_room_is_refused_at_the_start(
         prepare(config)
 
 
+@pytest.mark.fault(19)
 def test_an_unwritable_output_is_refused_at_the_start() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
@@ -274,6 +278,7 @@ def train_in_a_folder_that_vanishes(config: TrainConfig) -> None:
     train(config, plant)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.dist
 def test_an_output_that_vanishes_ends_all_ranks(tmp_path: Path, server: Server) -> None:
     outcomes = server.run(train_in_a_folder_that_vanishes, 2, config_for(tmp_path, "run", checkpoint={"every": 6}))
@@ -286,6 +291,7 @@ def test_an_output_that_vanishes_ends_all_ranks(tmp_path: Path, server: Server) 
 # ------------------------------------------------------------------------------------------ damage
 
 
+@pytest.mark.fault(4)
 def test_all_damaged_ends_with_code_3_and_a_reason_for_each(tmp_path: Path, server: Server) -> None:
     config = config_for(tmp_path, "run")
     assert codes(server.run(train, 1, config)) == [0]
@@ -306,6 +312,7 @@ def test_all_damaged_ends_with_code_3_and_a_reason_for_each(tmp_path: Path, serv
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in (".lock", "run")} == before
 
 
+@pytest.mark.fault(3)
 def test_a_stale_shard_beside_the_others_is_not_read(tmp_path: Path) -> None:
     """A world of 2 left its shard where a world of 1 has saved: the manifest decides."""
     folder = save(tmp_path, 1)
@@ -317,6 +324,7 @@ def test_a_stale_shard_beside_the_others_is_not_read(tmp_path: Path) -> None:
     assert torch.equal(sharded.Reader(folder).read_box("model.norm.weight", ((0,), (8,))), want)
 
 
+@pytest.mark.fault(11)
 def test_masters_of_a_bf16_run_resume_bit_exactly_and_are_never_done_without(tmp_path: Path, server: Server) -> None:
     calm, halted = (config_for(tmp_path, name, precision="bf16") for name in ("calm", "halted"))
     assert codes(server.run(train, 1, calm)) == [0]
@@ -354,6 +362,7 @@ def sleeper() -> Iterator[subprocess.Popen]:
     process.wait()
 
 
+@pytest.mark.fault(20)
 def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path, sleeper: subprocess.Popen) -> None:
     log: list[str] = []
     held = files.Lock(tmp_path, log.append)
@@ -458,6 +467,7 @@ def train_and_be_killed(config: TrainConfig) -> None:
     train(config)
 
 
+@pytest.mark.fault(20)
 def test_a_second_run_in_the_same_folder(tmp_path: Path, server: Server, sleeper: subprocess.Popen) -> None:
     """Refused while the first one lives, with nothing touched; after kill -9 the lock is taken over with a warning."""
     config = config_for(tmp_path, "run")
@@ -532,11 +542,13 @@ def test_a_run_never_goes_back_behind_its_newest_checkpoint(tmp_path: Path, serv
 # ------------------------------------------------------------------------------------------ other layouts
 
 
-def load_then_train(config: TrainConfig, step: int, beside: str) -> None:
-    """Resume; save at once what was loaded, in another folder; train up to `step`."""
+def load_then_train(config: TrainConfig, dtype: torch.dtype, step: int, beside: str = "") -> None:
+    """Resume; save at once what was loaded, in another folder; train up to `step`. All of it in fp32 or fp64."""
+    torch.set_default_dtype(dtype)
+    trainer_module.run_dtype = lambda config, device: dtype
 
     def plant(trainer: Trainer) -> None:
-        if trainer.step:
+        if beside and trainer.step:
             sharded.save(
                 Path(beside),
                 trainer.step,
@@ -566,8 +578,11 @@ def same_bits(a: Path, b: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-# At the recipe's 0.02 a cosine's rounding error is multiplied by 50, and single losses near zero differ by some 6e-6.
-WARM = {"temperature": 0.1}
+# At the recipe's 0.02 a cosine's rounding error is multiplied by 50, and single losses near zero differ by some 6e-6 in fp32.
+ROUNDINGS = [
+    pytest.param({"temperature": 0.1}, torch.float32, 1e-6, id="fp32"),
+    pytest.param({"temperature": 0.02}, torch.float64, 1e-12, id="fp64"),
+]
 
 
 def close_losses(a: Path, b: Path, tolerance: float, steps: int) -> float:
@@ -579,50 +594,53 @@ def close_losses(a: Path, b: Path, tolerance: float, steps: int) -> float:
     return worst
 
 
+@pytest.mark.fault(8)
 @pytest.mark.dist
 @pytest.mark.slow
-def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(tmp_path: Path, server: Server) -> None:
-    calm = config_for(tmp_path, "calm", steps=40, loss=WARM, checkpoint={"every": 40})
-    assert codes(server.run(train, 2, calm)) == [0, 0]
-    assert codes(
-        server.run(train_until, 2, config_for(tmp_path, "start", steps=40, loss=WARM, checkpoint={"every": 40}), 17)
-    ) == [
-        0,
-        0,
-    ]
+@pytest.mark.parametrize("loss, dtype, tolerance", ROUNDINGS)
+def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(
+    tmp_path: Path, server: Server, loss: dict[str, float], dtype: torch.dtype, tolerance: float
+) -> None:
+    fixed: dict[str, Any] = {"steps": 40, "loss": loss, "checkpoint": {"every": 40}}
+    assert codes(server.run(load_then_train, 2, config_for(tmp_path, "calm", **fixed), dtype, 40)) == [0, 0]
+    assert codes(server.run(load_then_train, 2, config_for(tmp_path, "start", **fixed), dtype, 17)) == [0, 0]
     assert steps_in(tmp_path / "start") == [17]
     for world_size in (1, 2, 4):
         name = f"at-{world_size}"
         shutil.copytree(tmp_path / "start", tmp_path / name)
         (tmp_path / f"beside-{world_size}").mkdir()
-        config = config_for(tmp_path, name, steps=40, loss=WARM, checkpoint={"every": 40})
+        config = config_for(tmp_path, name, **fixed)
         beside = str(tmp_path / f"beside-{world_size}")
-        assert codes(server.run(load_then_train, world_size, config, 40, beside)) == [0] * world_size
+        assert codes(server.run(load_then_train, world_size, config, dtype, 40, beside)) == [0] * world_size
         same_bits(tmp_path / "start" / "step-00000017", Path(beside) / "step-00000017")
-        ledgers = {sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", name)}
-        assert len(ledgers) == 1, "the same samples in every step"
-        worst = close_losses(tmp_path / "calm", tmp_path / name, 1e-6, 40)
+        ends = [sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0]) for n in ("calm", name)]
+        assert ends[0]["ledger"] == ends[1]["ledger"], "the same samples in every step"
+        assert {f"torch.{t['dtype']}" for t in ends[1]["tensors"].values()} == {str(dtype)}
+        worst = close_losses(tmp_path / "calm", tmp_path / name, tolerance, 40)
         assert worst == 0.0 or world_size != 2, "at the same world size not one bit differs"
 
 
+@pytest.mark.fault(9)
 @pytest.mark.dist
 @pytest.mark.slow
-def test_tensor_parallelism_1_2_4_1(tmp_path: Path, server: Server) -> None:
+@pytest.mark.parametrize("loss, dtype, tolerance", ROUNDINGS)
+def test_tensor_parallelism_1_2_4_1(
+    tmp_path: Path, server: Server, loss: dict[str, float], dtype: torch.dtype, tolerance: float
+) -> None:
     """Four hops of ten steps; the model has 4 KV heads."""
-    calm = config_for(tmp_path, "calm", steps=40, loss=WARM, checkpoint={"every": 40})
-    assert codes(server.run(train, 1, calm)) == [0]
+    fixed: dict[str, Any] = {"steps": 40, "loss": loss, "checkpoint": {"every": 40, "keep": 9}}
+    assert codes(server.run(load_then_train, 1, config_for(tmp_path, "calm", **fixed), dtype, 40)) == [0]
     for hop, tp_size in enumerate((1, 2, 4, 1)):
         beside = tmp_path / f"beside-{hop}"
         beside.mkdir()
-        config = config_for(
-            tmp_path, "moved", steps=40, loss=WARM, checkpoint={"every": 40, "keep": 9}, parallel={"tp_size": tp_size}
-        )
-        assert codes(server.run(load_then_train, tp_size, config, 10 * hop + 10, str(beside))) == [0] * tp_size
+        config = config_for(tmp_path, "moved", **fixed, parallel={"tp_size": tp_size})
+        outcomes = server.run(load_then_train, tp_size, config, dtype, 10 * hop + 10, str(beside))
+        assert codes(outcomes) == [0] * tp_size
         if hop:
             step = f"step-{10 * hop:08d}"
             assert sharded.read_manifest(beside / step)["layout"] == {"tp_size": tp_size, "dp_size": 1}
             same_bits(tmp_path / "moved" / step, beside / step)
-    close_losses(tmp_path / "calm", tmp_path / "moved", 1e-6, 40)
+    close_losses(tmp_path / "calm", tmp_path / "moved", tolerance, 40)
     ledgers = {sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", "moved")}
     assert len(ledgers) == 1
     assert open_weights(str(tmp_path / "moved")).model == MODEL

@@ -23,6 +23,7 @@ def test_after_n_epochs_every_row_came_exactly_n_times(batch):
         assert sorted(drawn[belongs == epoch].tolist()) == list(range(PRIME))
 
 
+@pytest.mark.fault(10)
 def test_a_step_depends_on_nothing_but_the_seed():
     forward = Sampler(PRIME, 30, seed=0)
     rows = {step: forward.rows(step).tolist() for step in range(12)}
@@ -102,6 +103,7 @@ def test_documents_are_the_rows_own_without_repeats_and_missing_ones_last(K):
         assert ids[1].tolist() == ids[3].tolist(), "the same row in the same epoch"
 
 
+@pytest.mark.fault(10)
 def test_a_rows_documents_do_not_depend_on_the_batch():
     whole = choose_documents(STORE, np.array([0, 1, 2]), np.array([4, 4, 4]), 3, seed=1)
     for row in range(3):

@@ -54,6 +54,7 @@ def shards(work: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.fault(21)
 def test_killed_at_ten_points_one_after_the_other_and_resumed(miner, calm, tmp_path):
     output = tmp_path / "mined.jsonl"
     work = tmp_path / "mined.jsonl.work"
@@ -102,6 +103,7 @@ def test_killed_with_several_datasets_the_finished_ones_are_not_done_again(miner
     assert re.search(r"^  other +20 ", result["stderr"], re.M), "the table has a line for it"
 
 
+@pytest.mark.fault(21)
 def test_what_was_altered_or_is_of_something_else_is_refused_or_made_again_but_never_believed(miner, calm, tmp_path):
     output = tmp_path / "mined.jsonl"
     work = tmp_path / "mined.jsonl.work"

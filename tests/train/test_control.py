@@ -57,6 +57,7 @@ def left(answer: Answer) -> tuple[int, str, int, int]:
 # ---- signals
 
 
+@pytest.mark.fault(12)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "layout, rank, next_phase",
@@ -79,6 +80,7 @@ def test_a_signal_stops_all_ranks_within_one_micro_batch(
     assert final_state(tmp_path / "run", STEPS) == calm(layout)
 
 
+@pytest.mark.fault(12)
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks, seed", [([0, 1], 1), ([1], 2), ([0], 3)])
 def test_a_signal_at_a_random_time(tmp_path: Path, worker: Worker, calm: Any, ranks: list[int], seed: int) -> None:
@@ -95,6 +97,7 @@ def test_a_signal_at_a_random_time(tmp_path: Path, worker: Worker, calm: Any, ra
     assert final_state(tmp_path / "run", STEPS) == calm("dp 2")
 
 
+@pytest.mark.fault(13)
 @pytest.mark.dist
 @pytest.mark.parametrize("when", ["twice", "in a save"])
 def test_a_second_signal_and_one_during_a_save_change_nothing(
@@ -119,6 +122,7 @@ def test_a_second_signal_and_one_during_a_save_change_nothing(
 # ---- one rank fails
 
 
+@pytest.mark.fault(15)
 @pytest.mark.dist
 @pytest.mark.parametrize("rank, action", [(0, "raise"), (1, "raise"), (1, "oom")])
 def test_the_error_of_one_rank_ends_all_and_is_named_by_all(
@@ -147,6 +151,7 @@ def test_the_error_of_one_rank_ends_all_and_is_named_by_all(
 # ---- not finite
 
 
+@pytest.mark.fault(16)
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["nan loss", "nan gradient", "nan embedding"])
 def test_a_nan_of_one_rank_is_refused_by_all_before_the_optimizer(tmp_path: Path, worker: Worker, kind: str) -> None:
@@ -191,6 +196,7 @@ def test_the_window_tells_a_jump_from_noise_and_follows_a_new_level() -> None:
     assert [again.judge(3.0 + rng.gauss(0, 0.1)) for _ in range(50)] == following, "its losses are its whole state"
 
 
+@pytest.mark.fault(17)
 @pytest.mark.dist
 def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(tmp_path: Path, worker: Worker) -> None:
     """A loss x 100 in step 23 of 28; the second run is killed in step 26 and resumes from step 24, behind the spike."""

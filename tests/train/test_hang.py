@@ -19,6 +19,7 @@ def run(worker: Worker, folder: Path, **request: object) -> Answer:
     return worker.train(config, 2, end_others=False, limit_s=60, **request)
 
 
+@pytest.mark.fault(14)
 @pytest.mark.dist
 @pytest.mark.parametrize("stopped", [1, 0])  # rank 0 also serves the ranks' store
 def test_a_stopped_rank_is_named(tmp_path: Path, worker: Worker, stopped: int) -> None:

@@ -19,6 +19,7 @@ IN_SAVE = ["save.begin", "save.model_written", "save.optim_written"]
 IN_PUBLISH = ["save.before_manifest", "save.before_rename", "save.after_rename"]  # rank 0 alone
 
 
+@pytest.mark.fault(1)
 @pytest.mark.dist
 def test_each_failpoint_killed_once_and_resumed_once(tmp_path: Path, worker: Worker) -> None:
     """Eleven points, on either rank where both pass them: weights, moments and ledger are those of the calm run."""
@@ -40,6 +41,8 @@ def test_each_failpoint_killed_once_and_resumed_once(tmp_path: Path, worker: Wor
         assert not list((tmp_path / point).glob(".tmp-*")), point
 
 
+@pytest.mark.fault(2)
+@pytest.mark.fault(7)
 @pytest.mark.dist
 def test_killed_five_times_under_tensor_parallelism(tmp_path: Path, worker: Worker) -> None:
     calm = config_for(tmp_path, "calm", parallel={"tp_size": 2})
@@ -61,6 +64,8 @@ def test_killed_five_times_under_tensor_parallelism(tmp_path: Path, worker: Work
     assert steps == list(range(1, 11)), "metrics.jsonl has each step once"
 
 
+@pytest.mark.fault(2)
+@pytest.mark.fault(7)
 @pytest.mark.dist
 @pytest.mark.slow
 def test_killed_at_random_times_loses_and_repeats_no_row(tmp_path: Path, worker: Worker) -> None:
@@ -121,6 +126,7 @@ def test_resume_under_other_layouts(tmp_path: Path, worker: Worker) -> None:
     assert len(ledgers) == 1
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("damage", ["flip a bit", "truncate", "empty", "delete", "manifest"])
 def test_a_damaged_newest_checkpoint_is_skipped_by_name(tmp_path: Path, worker: Worker, damage: str) -> None:
     calm = config_for(tmp_path, "calm")

@@ -59,6 +59,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.fault(23)
 def test_restarted_twice_by_itself_and_ends_bit_identical(tmp_path: Path, worker: Worker) -> None:
     """checkpoint.resume is left at none: a restart continues its own run. A new torchrun on it is refused, restarts too."""
     calm = train_config(tmp_path, output_dir=str(tmp_path / "calm"), checkpoint={"every": 3})
@@ -89,6 +90,7 @@ def test_restarted_twice_by_itself_and_ends_bit_identical(tmp_path: Path, worker
     assert refused.returncode != 0 and refused.stderr.count("already holds checkpoints") == 2, refused.stderr
 
 
+@pytest.mark.fault(24)
 def test_no_worker_outlives_a_killed_torchrun(tmp_path: Path) -> None:
     slow = environment(NEMO_EMBED_FAIL="step.micro_batch@*:sleep=0.05")
     with (tmp_path / "log").open("w") as file:
@@ -110,6 +112,7 @@ def test_no_worker_outlives_a_killed_torchrun(tmp_path: Path) -> None:
     assert "asked to stop" in text, text
 
 
+@pytest.mark.fault(25)
 def test_two_fresh_processes_compute_the_same_bits(tmp_path: Path) -> None:
     """Other hash seeds, so no order of a set or dict of strings decides anything."""
     runs = []
