@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_embed_core.config import UserError
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
 
 _UNIT = 2.0**-24  # rounding unit of fp32
@@ -114,6 +115,14 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
     if pad_d or pad_columns:
         b = torch.nn.functional.pad(b, (0, pad_d, 0, pad_columns))
     return torch._int_mm(a, b.T)[:rows, :columns]
+
+
+def check_norms(document_norm: Tensor, query_norm: Tensor) -> None:
+    if not bool(torch.isfinite(document_norm * query_norm * 1e6)):
+        raise UserError(
+            f"embeddings have norms up to {float(document_norm):.1e} and {float(query_norm):.1e}: their products overflow "
+            "float32; normalise the rows"
+        )
 
 
 def _root(square_n: Tensor, hidden_size: int) -> Tensor:

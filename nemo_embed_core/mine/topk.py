@@ -26,7 +26,8 @@ from torch import Tensor
 
 from nemo_embed_core.config import UserError
 from nemo_embed_core.kernels.pair_scores import pair_scores
-from nemo_embed_core.mine.bounds import METHODS, Rounding, matmul, pair_bound
+from nemo_embed_core.mine.bounds import METHODS, Rounding, check_norms, matmul, pair_bound
+from nemo_embed_core.mine.int8_cpu import int8_candidates, score_places
 from nemo_embed_core.mine.streaming import best_first, excluded_places, streaming_topk_
 
 SLACK = {
@@ -236,6 +237,8 @@ class _Search:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(scores [Q, k], ids [Q, k], certified [Q]): the best C upper bounds, scored."""
         num_kept = min(self.k + SLACK[method], self.documents.shape[0])
+        if method == "int8" and self.device.type == "cpu":
+            return self.candidates_int8_cpu(queries_QD, ceilings_Q, exclude)
         rounding = Rounding(method, queries_QD.shape[1])
         encode = METHODS[method](queries_QD.shape[1], self.device)
         query_rows = encode(queries_QD)
@@ -258,12 +261,15 @@ class _Search:
                     scores, limit, state_keys[tile], state_ids[tile], first,
                     *hidden.of(tile), q.scale, block.scale, row_add,
                 )  # fmt: skip
-        if not bool(torch.isfinite(largest_norm * query_rows.norm.max() * 1e6)):
-            raise UserError(
-                f"embeddings have norms up to {float(largest_norm):.1e} and {float(query_rows.norm.max()):.1e}: their "
-                "products overflow float32; normalise the rows"
-            )
+        check_norms(largest_norm, query_rows.norm.max())
         return self.score_candidates(method, queries_QD, query_rows.norm, ceilings, state_keys, state_ids, largest_norm)
+
+    def candidates_int8_cpu(
+        self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_kept = min(self.k + SLACK["fp32"], self.documents.shape[0])
+        places = int8_candidates(self, queries_QD, ceilings_Q, num_kept, Hidden(exclude, self.device))
+        return score_places(self, queries_QD, places)
 
     def score_candidates(
         self,
