@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +28,15 @@ from nemo_embed_core.mine.bounds import (
     _orthogonal,
     _root,
     check_norms,
+    linear,
     pair_bound,
 )
 from nemo_embed_core.mine.streaming import best_first, excluded_places
 
-ROTATED = 1024  # documents whose fp32 entries fit into the cache
+ROTATED = 512  # documents whose fp32 entries fit into the cache
 FOLD = 8  # products whose maximum is compared first
-SEED = 512  # documents that are all scored in fp32 when nothing is known yet
-DENSE_ROWS = 256  # queries of a tile of fp32 scores
+GROWTH = 1.2  # of the number of documents, after which what the k-th best is known to have is looked at again
+DENSE_ROWS = 256  # queries whose products or scores are looked at one by one, at a time
 
 
 class Rotation:
@@ -63,14 +63,6 @@ class Rotation:
         return linear(self.left, half.view(self.b * n, self.a), limit).view(-1, n)
 
 
-def linear(x: Tensor, weight: Tensor, limit: float = math.inf) -> Tensor:
-    """(x @ weight.T).clamp(-limit, limit)"""
-    if torch.backends.mkldnn.is_available():  # MKL is half as fast on an AMD CPU
-        post = ("none", []) if math.isinf(limit) else ("hardtanh", [-limit, limit])
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, *post, "")
-    return (x @ weight.T).clamp_(-limit, limit)
-
-
 @dataclass(frozen=True)
 class Block:
     """Documents x with |R x - scale codes| <= residual and |x| <= norm; those with NaN or infinity have codes 0."""
@@ -81,9 +73,6 @@ class Block:
     norm: Tensor  # [1]
     residual: Tensor  # [1]
 
-    def columns(self, start: int, stop: int) -> Block:
-        return Block(self.x_nD[start:stop], self.codes_Dn[:, start:stop], self.scale, self.norm, self.residual)
-
     def bounds(self) -> Rows:
         return Rows(self.codes_Dn, None, self.norm, self.residual)
 
@@ -92,6 +81,7 @@ class Quantiser:
     def __init__(self, queries_QD: Tensor):
         self.hidden_size = queries_QD.shape[1]
         self.rotation, self.query_norm = Rotation(self.hidden_size), _norm(queries_QD).max()
+        self.scale = 1.0
         self.spread = 6.0  # the largest entry expected after the rotation, in root mean squares of the longest row
         self.codes, self.rounded = torch.empty(0, dtype=torch.int8), torch.empty(0)
 
@@ -103,40 +93,45 @@ class Quantiser:
         return Rows(values, scale * SHRINK, norm_q, residual)
 
     def documents(self, x_nD: Tensor) -> Block:
-        """One scale for all: guessed from the norms and the blocks before, larger where a code was cut off."""
-        parts = x_nD.split(ROTATED)
-        norms = [_norm(x) for x in parts]
-        norm = torch.stack([x.max() for x in norms]).max()[None]
-        check_norms(norm, self.query_norm)
-        if any(bool((x == 0).any()) for x in norms):  # zeros, or not finite
-            parts = [torch.where(torch.isfinite(x).all(1, keepdim=True), x, 0) for x in parts]
-        shape = self.hidden_size, len(x_nD)
-        if self.codes.numel() < math.prod(shape):
-            self.codes = torch.empty(shape, dtype=torch.int8)
-        codes = self.codes.view(-1)[: math.prod(shape)].view(shape)
-        unit = float(norm) / math.sqrt(self.hidden_size)
-        scale = max(self.spread * unit / 126, 1e-30)
+        """One scale for all: that of the block before where it fits."""
+        if self.codes.numel() < x_nD.numel():
+            self.codes = torch.empty(x_nD.numel(), dtype=torch.int8)
+        codes = self.codes[: x_nD.numel()].view(self.hidden_size, len(x_nD))
+        first_try = True
         while True:
-            squares = [self.quantise(part, 1 / scale, to) for part, to in zip(parts, codes.split(ROTATED, dim=1), strict=True)]
-            least, most = codes.aminmax()
-            largest = max(-int(least), int(most))
-            if largest < 127:
+            parts = zip(x_nD.split(ROTATED), codes.split(ROTATED, dim=1), strict=True)
+            norms, squares = zip(*(self.quantise(*part) for part in parts), strict=True)
+            norm, scale, least_and_most = torch.stack(norms).max()[None], self.scale, codes.aminmax()
+            largest = max(abs(int(x)) for x in least_and_most)
+            unit = float(norm) / math.sqrt(self.hidden_size)
+            expected = max(self.spread * unit / 126, 1e-30)
+            if largest == 127:  # may have been cut off
+                self.scale = max(1.25 * scale, expected)
+            elif first_try and scale > 2 * expected:  # coarser than these rows need
+                self.scale = expected
+            else:
                 break
-            scale *= 1.25
-        if unit > 1e-20:
+            first_try = False
+        if largest > 0:
             self.spread = 1.1 * largest * scale / unit
+            self.scale = self.spread * unit / 126
         residual = _root(torch.stack(squares).max(), self.hidden_size) * scale * (1 + 2 * _UNIT)
         return Block(x_nD, codes, scale, norm, residual + self.rotation.error * norm)
 
-    def quantise(self, x_nD: Tensor, factor: float, codes_Dn: Tensor) -> Tensor:
-        """codes = factor R x, rounded, -127 and 127 where it was cut off. Returns the largest square of what a column lost."""
-        entries = self.rotation(x_nD, factor, 127)
+    def quantise(self, x_nD: Tensor, codes_Dn: Tensor) -> tuple[Tensor, Tensor]:
+        """codes = R x / scale, rounded and within 127; (the largest norm of a row, the largest square of what one lost / scale)"""
+        norm_n = _norm(x_nD)
+        norm = norm_n.max()
+        check_norms(norm, self.query_norm)
+        if bool((norm_n == 0).any()):  # zeros, or not finite
+            x_nD = torch.where(torch.isfinite(x_nD).all(1, keepdim=True), x_nD, 0)
+        entries = self.rotation(x_nD, 1 / self.scale, 127)
         # Into the same memory every time: fresh pages would cost more than what is computed.
         if self.rounded.numel() < entries.numel():
             self.rounded = torch.empty(entries.numel())
         rounded = torch.round(entries, out=self.rounded[: entries.numel()].view(entries.shape))
         codes_Dn.copy_(rounded)
-        return torch.ops.aten.mse_loss.out(entries, rounded, 0, out=entries).sum(0).max()
+        return norm, torch.ops.aten.mse_loss.out(entries, rounded, 0, out=entries).sum(0).max()
 
 
 class Places:
@@ -182,88 +177,123 @@ class Places:
 
 def int8_candidates(search: Any, queries_QD: Tensor, ceilings: Tensor, num_kept: int, hidden: Any) -> Places:
     """The candidates among all documents of a `_Search`; hidden: what it excludes."""
-    num_queries = len(queries_QD)
     quantiser = Quantiser(queries_QD)
     queries = quantiser.queries(queries_QD)
-    places = Places(num_queries, search.k, num_kept, ceilings)
     assert queries.scale is not None
+    places = Places(len(queries_QD), search.k, num_kept, ceilings)
     places.floor[~torch.isfinite(queries.scale)] = torch.inf  # nothing has a score with NaN or infinity
-    tile_of_products = torch.empty(0, dtype=torch.int32)
-    for number, (first, documents_nD) in enumerate(search.document_blocks()):
+    memory, raise_at = torch.empty(0, dtype=torch.int32), 1
+    for number, (first, documents_nD) in enumerate(search.document_blocks(), 1):
         block = quantiser.documents(documents_nD.float())
-        n = len(documents_nD)
-        for start, stop in [(0, n)] if number else pieces(n):
-            part = block.columns(start, stop)
-            for tile in search.tiles(num_queries):
-                size = (tile.stop - tile.start) * (stop - start)
-                if len(tile_of_products) < size:
-                    tile_of_products = torch.empty(size, dtype=torch.int32)
-                add_tile(places, tile, queries_QD[tile], queries[tile], part, first + start, hidden.of(tile), tile_of_products[:size])
-                if number & (number - 1) == 0 or number % 3 == 0 and (number // 3) & (number // 3 - 1) == 0:
-                    places.raise_floor(tile)
+        for rows in search.tiles(len(queries_QD)):
+            size = (rows.stop - rows.start) * len(documents_nD)
+            memory = memory if len(memory) >= size else torch.empty(size, dtype=torch.int32)
+            Tile(places, rows, queries_QD[rows], queries[rows], block, first, hidden.of(rows)).search(memory[:size])
+            if number >= raise_at:
+                places.raise_floor(rows)
+        if number >= raise_at:
+            raise_at = max(number + 1, int(number * GROWTH))
     return places
 
 
-def pieces(n: int) -> Iterator[tuple[int, int]]:
-    """0, SEED, 2 SEED, 4 SEED, ..., n: what is known of the first ones keeps most of the next ones out."""
-    start, stop = 0, min(SEED, n)
-    while start < n:
-        yield start, stop
-        start, stop = stop, min(2 * stop, n)
+class Tile:
+    """Some queries (the `rows` of all of them) and a block of documents."""
+
+    def __init__(self, places: Places, rows: slice, x_qD: Tensor, q: Rows, block: Block, first: int, hidden: Any):
+        self.places, self.rows, self.x_qD, self.q, self.block, self.first = places, rows, x_qD, q, block, first
+        self.num_rows, self.num_columns = len(x_qD), len(block.x_nD)
+        self.ceilings = places.ceilings[rows]
+        rounding = Rounding("fp32", x_qD.shape[1])
+        self.narrow = rounding.relative * q.norm * block.norm + Rounding.ABSOLUTE  # bound of a score in fp32
+        self.bound = pair_bound(q, block.bounds(), Rounding("int8", x_qD.shape[1])).double()
+        assert q.scale is not None
+        self.slope = q.scale.double() * block.scale
+        self.excluded = None if hidden[0] is None else excluded_places(*hidden, first, self.num_columns)
+        places.bound[rows] = torch.maximum(places.bound[rows], self.narrow)
+
+    def search(self, memory: Tensor) -> None:
+        places = self.places
+        products = torch._int_mm(self.q.values, self.block.codes_Dn, out=memory.view(self.num_rows, self.num_columns))
+        if self.num_columns >= places.k:
+            for some in chunks(torch.isneginf(places.floor[self.rows])):
+                self.seed_floor(some, products)
+        rows, columns, crowded = self.survivors(products)
+        keys = sampled_scores(self.x_qD, self.block.x_nD, rows, columns) + self.narrow[rows]
+        enter = (keys >= places.floor[self.rows][rows]) & (keys - 2 * self.narrow[rows] < self.ceilings[rows])
+        if self.excluded is not None:
+            out = self.excluded[0] * self.num_columns + self.excluded[1]
+            enter &= torch.isin(rows * self.num_columns + columns, out, invert=True)
+        if bool(enter.any()):
+            at = torch.arange(self.rows.start, self.rows.stop)
+            places.add(at, rows[enter], columns[enter] + self.first, keys[enter])
+        for some in chunks(crowded):
+            self.score_all(some)
+
+    def excluded_of(self, some: Tensor) -> tuple[Tensor, Tensor]:
+        """(position in `some`, column) of what is excluded for these rows."""
+        if self.excluded is None:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        position = torch.full((self.num_rows,), -1)
+        position[some] = torch.arange(len(some))
+        rows, columns = position[self.excluded[0]], self.excluded[1]
+        return rows[rows >= 0], columns[rows >= 0]
+
+    def seed_floor(self, some: Tensor, products: Tensor) -> None:
+        """The k largest products of these rows are scored: the k-th best is no worse than the worst of them."""
+        k = self.places.k
+        sure = integers((self.ceilings - self.bound) / self.slope - 1)[some, None]
+        lowest = torch.iinfo(torch.int32).min
+        ours = torch.where(products[some] < sure, products[some], lowest)
+        ours[self.excluded_of(some)] = lowest
+        largest, columns = ours.topk(k, dim=1)
+        columns = columns.sort(dim=1).values
+        rows = torch.arange(len(some)).repeat_interleave(k)
+        scores = sampled_scores(self.x_qD[some], self.block.x_nD, rows, columns.flatten()).view(-1, k)
+        floor = scores.amin(1) - self.narrow[some]
+        known = (largest[:, -1] > lowest) & torch.isfinite(floor)
+        self.places.floor[self.rows.start + some[known]] = floor[known]
+
+    def survivors(self, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, columns) of the products that the bounds do not rule out, and [q] which rows have too many and are left out."""
+        floor = self.places.floor[self.rows]
+        least = integers((floor - self.bound) / self.slope - 1)
+        most = integers((self.ceilings + self.bound) / self.slope + 1)
+        fold = math.gcd(FOLD, self.num_columns)
+        num_groups = self.num_columns // fold
+        groups = products.view(-1, fold)
+        at = (groups.amax(1).view(self.num_rows, num_groups) >= least[:, None]).flatten().nonzero()[:, 0]
+        rows = at // num_groups
+        crowded = torch.isneginf(floor) | (2 * torch.bincount(rows, minlength=self.num_rows) > num_groups)
+        if bool(crowded.any()):
+            at = at[~crowded[rows]]
+            rows = at // num_groups
+        chosen = groups.index_select(0, at)
+        inside, inner = ((chosen >= least[rows, None]) & (chosen <= most[rows, None])).nonzero(as_tuple=True)
+        rows, columns = rows[inside], at[inside] % num_groups * fold + inner
+        many = torch.bincount(rows, minlength=self.num_rows) > 3 * self.places.num_kept
+        if bool(many.any()):
+            crowded |= many
+            rows, columns = rows[~many[rows]], columns[~many[rows]]
+        return rows, columns, crowded
+
+    def score_all(self, some: Tensor) -> None:
+        """Every document for these rows, in fp32: the best num_kept of those that can be below the ceiling."""
+        places, at, narrow = self.places, self.rows.start + some, self.narrow[some, None]
+        keys = linear(self.x_qD[some], self.block.x_nD).add_(narrow)
+        keys[self.excluded_of(some)] = -torch.inf
+        keys = torch.where((keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys), keys, -torch.inf)
+        columns = torch.arange(self.num_columns).expand_as(keys)
+        if self.num_columns > places.num_kept:
+            keys, columns = keys.topk(places.num_kept + 1, dim=1)
+            places.dropped[at] = torch.maximum(places.dropped[at], keys[:, -1])
+            keys, columns = keys[:, :-1], columns[:, :-1]
+        rows, place = torch.isfinite(keys).nonzero(as_tuple=True)
+        places.add(at, rows, columns[rows, place] + self.first, keys[rows, place])
 
 
-def add_tile(places: Places, tile: slice, x_qD: Tensor, q: Rows, block: Block, first: int, hidden: Any, products: Tensor) -> None:
-    num_rows, num_columns, hidden_size = len(x_qD), len(block.x_nD), x_qD.shape[1]
-    if num_columns == 0:
-        return
-    narrow = Rounding("fp32", hidden_size).relative * q.norm * block.norm + Rounding.ABSOLUTE
-    places.bound[tile] = torch.maximum(places.bound[tile], narrow)
-    excluded = None if hidden[0] is None else excluded_places(*hidden, first, num_columns)
-    unknown = torch.isneginf(places.floor[tile])
-    dense = unknown.nonzero()[:, 0]
-    if len(dense) < num_rows:
-        rows, columns, crowded = survivors(places, tile, q, block, products)
-        dense = (unknown | crowded).nonzero()[:, 0]
-        keys = sampled_scores(x_qD, block.x_nD, rows, columns) + narrow[rows]
-        enter = (keys >= places.floor[tile][rows]) & (keys - 2 * narrow[rows] < places.ceilings[tile][rows])
-        if excluded is not None:
-            enter &= torch.isin(rows * num_columns + columns, excluded[0] * num_columns + excluded[1], invert=True)
-        places.add(torch.arange(tile.start, tile.stop), rows[enter], columns[enter] + first, keys[enter])
-    for some in dense.split(DENSE_ROWS) if len(dense) else ():
-        keys = linear(x_qD[some], block.x_nD).add_(narrow[some, None])
-        if excluded is not None:
-            at = torch.full((num_rows,), -1)
-            at[some] = torch.arange(len(some))
-            here = at[excluded[0]] >= 0
-            keys[at[excluded[0][here]], excluded[1][here]] = -torch.inf
-        add_scores(places, some + tile.start, keys, narrow[some], first)
-
-
-def survivors(places: Places, tile: slice, q: Rows, block: Block, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, columns) of the products that the bounds do not rule out, and [q] which rows have too many and are left out."""
-    num_rows, num_columns = len(q.values), len(block.x_nD)
-    assert q.scale is not None
-    products = torch._int_mm(q.values, block.codes_Dn, out=products.view(num_rows, num_columns))
-    bound = pair_bound(q, block.bounds(), Rounding("int8", len(block.codes_Dn)))
-    slope = q.scale.double() * block.scale
-    least = integers((places.floor[tile] - bound.double()) / slope - 1)
-    most = integers((places.ceilings[tile] + bound.double()) / slope + 1)
-    fold = math.gcd(FOLD, num_columns)
-    num_groups = num_columns // fold
-    groups = products.view(-1, fold)
-    hit = groups.amax(1).view(num_rows, num_groups) >= least[:, None]
-    crowded = 2 * hit.sum(1) > num_groups
-    hit[crowded] = False
-    at = hit.flatten().nonzero()[:, 0]
-    rows = at // num_groups
-    chosen = groups.index_select(0, at)
-    inside, inner = ((chosen >= least[rows, None]) & (chosen <= most[rows, None])).nonzero(as_tuple=True)
-    rows, columns = rows[inside], at[inside] % num_groups * fold + inner
-    many = torch.bincount(rows, minlength=num_rows) > 3 * places.num_kept
-    if bool(many.any()):
-        crowded |= many
-        rows, columns = rows[~many[rows]], columns[~many[rows]]
-    return rows, columns, crowded
+def chunks(chosen: Tensor) -> tuple[Tensor, ...]:
+    at = chosen.nonzero()[:, 0]
+    return at.split(DENSE_ROWS) if len(at) else ()
 
 
 def integers(x: Tensor) -> Tensor:
@@ -280,20 +310,6 @@ def sampled_scores(x_qD: Tensor, y_nD: Tensor, rows: Tensor, columns: Tensor) ->
         warnings.simplefilter("ignore")  # CSR tensors are in beta, says torch
         wanted = torch.sparse_csr_tensor(starts, columns, x_qD.new_zeros(len(rows)), (len(x_qD), len(y_nD)))
         return torch.sparse.sampled_addmm(wanted, x_qD, y_nD.T, beta=0.0).values()
-
-
-def add_scores(places: Places, at: Tensor, keys: Tensor, bound: Tensor, first: int) -> None:
-    """keys [q, n] for the queries `at`: all that can be among the k best, the best num_kept of them where that is more."""
-    kept, ceilings = places.num_kept, places.ceilings[at, None]
-    keys = torch.where((keys - 2 * bound[:, None] < ceilings) & torch.isfinite(keys), keys, -torch.inf)
-    if keys.shape[1] > kept:
-        keys, columns = keys.topk(kept + 1, dim=1)
-        places.dropped[at] = torch.maximum(places.dropped[at], keys[:, -1])
-        keys, columns = keys[:, :-1], columns[:, :-1]
-    else:
-        columns = torch.arange(keys.shape[1]).expand_as(keys)
-    rows, place = torch.isfinite(keys).nonzero(as_tuple=True)
-    places.add(at, rows, columns[rows, place] + first, keys[rows, place])
 
 
 def score_places(search: Any, queries_QD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
