@@ -35,7 +35,8 @@ from nemo_embed_core.mine.streaming import best_first, excluded_places
 
 ROTATED = 512  # documents whose fp32 entries fit into the cache
 FOLD = 8  # products whose maximum is compared first
-GROWTH = 1.2  # of the number of documents, after which what the k-th best is known to have is looked at again
+MARGIN = 1.15  # of the largest code, for the next block
+GROWTH = 1.5  # of the number of documents, after which what the k-th best is known to have is looked at again
 DENSE_ROWS = 256  # queries whose products or scores are looked at one by one, at a time
 
 
@@ -81,8 +82,9 @@ class Quantiser:
     def __init__(self, queries_QD: Tensor):
         self.hidden_size = queries_QD.shape[1]
         self.rotation, self.query_norm = Rotation(self.hidden_size), _norm(queries_QD).max()
-        self.scale = 1.0
         self.spread = 6.0  # the largest entry expected after the rotation, in root mean squares of the longest row
+        # Of the next block. Documents are mostly as long as queries.
+        self.scale = max(self.spread * float(self.query_norm) / math.sqrt(self.hidden_size) / 126, 1e-30)
         self.codes, self.rounded = torch.empty(0, dtype=torch.int8), torch.empty(0)
 
     def queries(self, x_qD: Tensor) -> Rows:
@@ -113,7 +115,7 @@ class Quantiser:
                 break
             first_try = False
         if largest > 0:
-            self.spread = 1.1 * largest * scale / unit
+            self.spread = MARGIN * largest * scale / unit
             self.scale = self.spread * unit / 126
         residual = _root(torch.stack(squares).max(), self.hidden_size) * scale * (1 + 2 * _UNIT)
         return Block(x_nD, codes, scale, norm, residual + self.rotation.error * norm)
@@ -203,6 +205,7 @@ class Tile:
         self.places, self.rows, self.x_qD, self.q, self.block, self.first = places, rows, x_qD, q, block, first
         self.num_rows, self.num_columns = len(x_qD), len(block.x_nD)
         self.ceilings = places.ceilings[rows]
+        self.has_ceilings = bool((self.ceilings < torch.inf).any())
         rounding = Rounding("fp32", x_qD.shape[1])
         self.narrow = rounding.relative * q.norm * block.norm + Rounding.ABSOLUTE  # bound of a score in fp32
         self.bound = pair_bound(q, block.bounds(), Rounding("int8", x_qD.shape[1])).double()
@@ -218,12 +221,16 @@ class Tile:
             for some in chunks(torch.isneginf(places.floor[self.rows])):
                 self.seed_floor(some, products)
         rows, columns, crowded = self.survivors(products)
-        keys = sampled_scores(self.x_qD, self.block.x_nD, rows, columns) + self.narrow[rows]
-        enter = (keys >= places.floor[self.rows][rows]) & (keys - 2 * self.narrow[rows] < self.ceilings[rows])
+        narrow = self.narrow[rows]
+        keys = sampled_scores(self.x_qD, self.block.x_nD, rows, columns).add_(narrow)
+        enter = keys >= places.floor[self.rows][rows]
+        if self.has_ceilings:
+            enter &= keys - 2 * narrow < self.ceilings[rows]
         if self.excluded is not None:
             out = self.excluded[0] * self.num_columns + self.excluded[1]
             enter &= torch.isin(rows * self.num_columns + columns, out, invert=True)
-        if bool(enter.any()):
+        enter = enter.nonzero()[:, 0]
+        if len(enter):
             at = torch.arange(self.rows.start, self.rows.stop)
             places.add(at, rows[enter], columns[enter] + self.first, keys[enter])
         for some in chunks(crowded):
@@ -257,7 +264,6 @@ class Tile:
         """(rows, columns) of the products that the bounds do not rule out, and [q] which rows have too many and are left out."""
         floor = self.places.floor[self.rows]
         least = integers((floor - self.bound) / self.slope - 1)
-        most = integers((self.ceilings + self.bound) / self.slope + 1)
         fold = math.gcd(FOLD, self.num_columns)
         num_groups = self.num_columns // fold
         groups = products.view(-1, fold)
@@ -268,7 +274,11 @@ class Tile:
             at = at[~crowded[rows]]
             rows = at // num_groups
         chosen = groups.index_select(0, at)
-        inside, inner = ((chosen >= least[rows, None]) & (chosen <= most[rows, None])).nonzero(as_tuple=True)
+        reach = chosen >= least[rows, None]
+        if self.has_ceilings:
+            most = integers((self.ceilings + self.bound) / self.slope + 1)
+            reach &= chosen <= most[rows, None]
+        inside, inner = reach.nonzero(as_tuple=True)
         rows, columns = rows[inside], at[inside] % num_groups * fold + inner
         many = torch.bincount(rows, minlength=self.num_rows) > 3 * self.places.num_kept
         if bool(many.any()):

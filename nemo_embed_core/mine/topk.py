@@ -141,7 +141,8 @@ def topk_below(
     if method not in METHODS:
         raise UserError(f"method={method!r} is none of auto, {', '.join(METHODS)}")
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
-    block_documents = block_documents or (32768 if device.type == "cuda" else 2048)
+    if not block_documents:
+        block_documents = 32768 if device.type == "cuda" else (4096 if method == "int8" else 2048)
     stats = stats if stats is not None else SearchStats()
     stats.method, stats.num_queries = method, num_queries
     search = _Search(documents, k, first_id, method, tile_queries, block_documents, device, stats)
