@@ -21,6 +21,7 @@ from nemo_embed_core.config import UserError
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
 
 _UNIT = 2.0**-24  # rounding unit of fp32
+UNDERFLOW = 1.2e-19  # numbers below it may count as 0 in a norm: their squares are below the smallest normal fp32
 SHRINK = 256.0  # a rotated entry is at most |x| <= sqrt(D) max|x|: after this no finite row becomes infinite
 
 
@@ -140,7 +141,7 @@ def _root(square_n: Tensor, hidden_size: int) -> Tensor:
 
 def _norm(x_nD: Tensor) -> Tensor:
     """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
-    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT)
+    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT) + UNDERFLOW * math.sqrt(x_nD.shape[1])
     finite = torch.isfinite(norm)
     if not x_nD.is_cuda and bool(finite.all()):  # the second pass over the rows is rarely needed
         return norm

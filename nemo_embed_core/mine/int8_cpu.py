@@ -22,6 +22,7 @@ from nemo_embed_core.kernels.quantize_rows import quantize_rows
 from nemo_embed_core.mine.bounds import (
     _UNIT,
     SHRINK,
+    UNDERFLOW,
     Rounding,
     Rows,
     _norm,
@@ -37,7 +38,7 @@ ROTATED = 512  # documents whose fp32 entries fit into the cache
 FOLD = 8  # products whose maximum is compared first
 MARGIN = 1.15  # of the largest code, for the next block
 GROWTH = 1.5  # of the number of documents, after which what the k-th best is known to have is looked at again
-DENSE_ROWS = 256  # queries whose products or scores are looked at one by one, at a time
+DENSE_ROWS = 256  # queries at a time where more than what is left of a tile is converted
 
 
 class Rotation:
@@ -87,12 +88,16 @@ class Quantiser:
         self.scale = max(self.spread * float(self.query_norm) / math.sqrt(self.hidden_size) / 126, 1e-30)
         self.codes, self.rounded = torch.empty(0, dtype=torch.int8), torch.empty(0)
 
-    def queries(self, x_qD: Tensor) -> Rows:
+    def queries(self, x_QD: Tensor) -> Rows:
         """One scale per row; that of a row with NaN or infinity is NaN."""
-        values, scale, _, error = quantize_rows(self.rotation(x_qD, 1 / SHRINK).T.contiguous(), torch.int8)
-        norm_q = _norm(x_qD)
-        residual = _root(error, self.hidden_size) * SHRINK + (self.rotation.error + 2 * _UNIT) * norm_q
-        return Rows(values, scale * SHRINK, norm_q, residual)
+        parts = []
+        for x_qD in x_QD.split(DENSE_ROWS):
+            values, scale, _, error = quantize_rows(self.rotation(x_qD, 1 / SHRINK).T.contiguous(), torch.int8)
+            norm = _norm(x_qD)
+            lost = _root(error, self.hidden_size) + UNDERFLOW * math.sqrt(self.hidden_size)
+            residual = lost * SHRINK + (self.rotation.error + 2 * _UNIT) * norm
+            parts.append((values, scale * SHRINK, norm, residual))
+        return Rows(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def documents(self, x_nD: Tensor) -> Block:
         """One scale for all: that of the block before where it fits."""
@@ -125,7 +130,7 @@ class Quantiser:
         norm_n = _norm(x_nD)
         norm = norm_n.max()
         check_norms(norm, self.query_norm)
-        if bool((norm_n == 0).any()):  # zeros, or not finite
+        if bool((norm_n == 0).any()):  # not finite
             x_nD = torch.where(torch.isfinite(x_nD).all(1, keepdim=True), x_nD, 0)
         entries = self.rotation(x_nD, 1 / self.scale, 127)
         # Into the same memory every time: fresh pages would cost more than what is computed.
@@ -269,7 +274,7 @@ class Tile:
         groups = products.view(-1, fold)
         at = (groups.amax(1).view(self.num_rows, num_groups) >= least[:, None]).flatten().nonzero()[:, 0]
         rows = at // num_groups
-        crowded = torch.isneginf(floor) | (2 * torch.bincount(rows, minlength=self.num_rows) > num_groups)
+        crowded = torch.isneginf(floor) | (4 * torch.bincount(rows, minlength=self.num_rows) > num_groups)
         if bool(crowded.any()):
             at = at[~crowded[rows]]
             rows = at // num_groups
@@ -346,6 +351,6 @@ def score_places(search: Any, queries_QD: Tensor, places: Places) -> tuple[Tenso
 def score_pairs(search: Any, x_qD: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     if isinstance(search.documents, Tensor):
         return pair_scores(x_qD, rows, search.documents, ids - search.first_id)
-    step = max(1, (16 << 20) // x_qD.shape[1])  # at most 64 MiB of gathered rows
+    step = max(1, (8 << 20) // x_qD.shape[1])  # 32 MiB of gathered rows
     parts = zip(rows.split(step), ids.split(step), strict=True)
     return torch.cat([pair_scores(x_qD, r, search.gather(i), torch.arange(len(i))) for r, i in parts])
