@@ -141,7 +141,9 @@ def _root(square_n: Tensor, hidden_size: int) -> Tensor:
 
 def _norm(x_nD: Tensor) -> Tensor:
     """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
-    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT) + UNDERFLOW * math.sqrt(x_nD.shape[1])
+    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT) + UNDERFLOW * math.sqrt(
+        x_nD.shape[1]
+    )
     finite = torch.isfinite(norm)
     if not x_nD.is_cuda and bool(finite.all()):  # the second pass over the rows is rarely needed
         return norm

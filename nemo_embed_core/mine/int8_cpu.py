@@ -216,7 +216,8 @@ class Tile:
         self.bound = pair_bound(q, block.bounds(), Rounding("int8", x_qD.shape[1])).double()
         assert q.scale is not None
         self.slope = q.scale.double() * block.scale
-        self.excluded = None if hidden[0] is None else excluded_places(*hidden, first, self.num_columns)
+        indptr, ids = hidden
+        self.excluded = None if indptr is None else excluded_places(indptr, ids, first, self.num_columns)
         places.bound[rows] = torch.maximum(places.bound[rows], self.narrow)
 
     def search(self, memory: Tensor) -> None:

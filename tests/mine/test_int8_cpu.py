@@ -22,8 +22,22 @@ def blocks_of_every_kind(hidden_size: int) -> list[torch.Tensor]:
     one_long[3] *= 1000
     outlier[:, 0] += 30
     broken[5, 0], broken[7] = torch.nan, torch.inf
-    row = int8_cpu.Rotation(hidden_size)(torch.eye(hidden_size), 1.0)[:1]  # all of its length in one entry, once rotated
-    return [unit, one_long, unit, row.expand(40, -1) * 5, 1e-6 * unit, outlier, 0 * unit, broken, unit, 1e-35 * unit, 1e8 * unit]
+    row = int8_cpu.Rotation(hidden_size)(torch.eye(hidden_size), 1.0)[
+        :1
+    ]  # all of its length in one entry, once rotated
+    return [
+        unit,
+        one_long,
+        unit,
+        row.expand(40, -1) * 5,
+        1e-6 * unit,
+        outlier,
+        0 * unit,
+        broken,
+        unit,
+        1e-35 * unit,
+        1e8 * unit,
+    ]
 
 
 @pytest.mark.parametrize("hidden_size", [1, 6, 64, 100])
@@ -42,7 +56,7 @@ def test_a_product_is_within_the_bound_of_the_dot_product(hidden_size):
         assert bool((block.codes_Dn[:, ~finite] == 0).all())
         largest = float(x[finite].double().norm(dim=1).max())
         assert float(block.norm) >= largest
-        if 1e-20 < largest and len(x) == 600 and hidden_size > 1:  # not so wide that it says nothing
+        if largest > 1e-20 and len(x) == 600 and hidden_size > 1:  # not so wide that it says nothing
             assert float(block.residual) < 0.1 * largest
 
 
@@ -104,6 +118,13 @@ def test_nan_infinity_and_zeros_among_documents_and_queries():
     documents[:300:7], documents[5, 1], documents[650] = torch.nan, torch.inf, -torch.inf
     documents[20:40] = 0
     search(queries, documents, torch.tensor([torch.inf, 1, 1, 0.5, -torch.inf]), 6, block_documents=100)
+
+
+@pytest.mark.parametrize("method", ["fp32", "int8"])
+def test_rows_so_short_that_their_squares_are_zero(method):
+    queries, documents = randn(5, 24), 1e-22 * randn(400, 24, seed=1)
+    got = topk_below(queries, documents, np.full(5, np.inf), 6, method=method, block_documents=100)
+    assert torch.equal(got[1], topk_below_ref(queries, documents, torch.full((5,), torch.inf), 6)[1])
 
 
 def test_half_precision_tensors_and_ids_of_a_shard():
