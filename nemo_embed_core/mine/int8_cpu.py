@@ -108,11 +108,12 @@ class Quantiser:
         while True:
             parts = zip(x_nD.split(ROTATED), codes.split(ROTATED, dim=1), strict=True)
             norms, squares = zip(*(self.quantise(*part) for part in parts), strict=True)
-            norm, scale, least_and_most = torch.stack(norms).max()[None], self.scale, codes.aminmax()
+            norm, square = torch.stack(norms).max()[None], torch.stack(squares).max()
+            scale, least_and_most = self.scale, codes.aminmax()
             largest = max(abs(int(x)) for x in least_and_most)
             unit = float(norm) / math.sqrt(self.hidden_size)
             expected = max(self.spread * unit / 126, 1e-30)
-            if largest == 127:  # may have been cut off
+            if largest >= 127 or not bool(torch.isfinite(square)):  # may have been cut off, or overflowed
                 self.scale = max(1.25 * scale, expected)
             elif first_try and scale > 2 * expected:  # coarser than these rows need
                 self.scale = expected
@@ -122,7 +123,7 @@ class Quantiser:
         if largest > 0:
             self.spread = MARGIN * largest * scale / unit
             self.scale = self.spread * unit / 126
-        residual = _root(torch.stack(squares).max(), self.hidden_size) * scale * (1 + 2 * _UNIT)
+        residual = _root(square, self.hidden_size) * scale * (1 + 2 * _UNIT)
         return Block(x_nD, codes, scale, norm, residual + self.rotation.error * norm)
 
     def quantise(self, x_nD: Tensor, codes_Dn: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def topk_below(
     exclude: ids never returned, per query.  first_id: id of documents[0] when they are one rank's shard.
     Returns scores [Q, k] fp32, best first, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify.
     Memory: block_queries x (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes
-    (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768 on a GPU), whatever N is.
+    (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768 on a GPU; int8 on a CPU: docs/mining.md), whatever N is.
     """
     queries, documents = (
         torch.from_dlpack(x) if not isinstance(x, np.ndarray | Tensor) and hasattr(x, "__dlpack__") else x
