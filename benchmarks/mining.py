@@ -30,8 +30,9 @@ from torch import Tensor
 from benchmarks.ceilings import ResultsFile, commit
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.bounds import METHODS
+from nemo_embed_core.mine.int8_cpu import Quantiser
 from nemo_embed_core.mine.selection import ceiling
-from nemo_embed_core.mine.topk import Exclude, SearchStats, topk_below
+from nemo_embed_core.mine.topk import Exclude, SearchStats, pick_method, topk_below
 
 NUM_NEGATIVES, THRESHOLD = 4, 0.95
 
@@ -185,7 +186,7 @@ def main() -> None:
     if on_cpu:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     queries, documents, positives = make_data(args.Q, args.N, args.D, args.device)
-    methods = args.methods or (["fp32"] if on_cpu else ["bf16", "int8"])
+    methods = args.methods or (on_a_cpu() if on_cpu else ["bf16", "int8"])
     ours, stats = f"ours {methods[0]}", {method: SearchStats() for method in methods}
     print(
         f"Q={args.Q:,} N={args.N:,} D={args.D:,} k={args.k}, {args.device}, {torch.get_num_threads()} threads",
@@ -200,7 +201,9 @@ def main() -> None:
         )[1]  # fmt: skip
 
     def prepare(method: str) -> Callable[[], None]:
-        encode = METHODS[method](args.D, torch.device(args.device))
+        encode: Callable[[Tensor], Any] = METHODS[method](args.D, torch.device(args.device))
+        if on_cpu and method == "int8":
+            encode = Quantiser(queries).documents
 
         def run() -> None:
             for block in documents.split(args.block_documents or (2048 if on_cpu else 32768)):
@@ -219,6 +222,7 @@ def main() -> None:
         faiss.omp_set_num_threads(torch.get_num_threads())
         index = faiss.IndexFlatIP(args.D)
         index.add(documents.numpy())
+        print(f"faiss {faiss.__version__}: {blas_kernel('faiss')}", flush=True)
         runs["faiss-cpu flat"] = lambda: index.search(queries.numpy(), args.k)[1]
     has_st = on_cpu and importlib.util.find_spec("sentence_transformers") is not None
     if has_st:
@@ -258,11 +262,29 @@ def main() -> None:
             "commit": commit(),
             "hardware": name,
             "torch": torch.__version__,
+            "faiss_blas": blas_kernel("faiss"),
             **vars(args),
             "topk": topk,
             "mining": mined,
         }
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def on_a_cpu() -> list[str]:
+    """What `auto` takes here first, and fp32."""
+    return list(dict.fromkeys([pick_method(torch.device("cpu")), "fp32"]))
+
+
+def blas_kernel(library: str) -> str:
+    """ "OpenBLAS 0.3.15 SkylakeX": the kernel that the OpenBLAS in a package's files takes on this CPU, for good or bad."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return "BLAS not known without threadpoolctl"
+    import threadpoolctl
+
+    for pool in threadpoolctl.threadpool_info():
+        if pool.get("internal_api") == "openblas" and library in pool["filepath"]:
+            return f"OpenBLAS {pool['version']} {pool['architecture']}"
+    return "BLAS not known"
 
 
 def _cpu_name() -> str:

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_embed_core.config import UserError
 from nemo_embed_core.kernels import rotate_quantize
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
 from nemo_embed_core.kernels.rotate_quantize import SHRINK
 
 _UNIT = 2.0**-24  # rounding unit of fp32
+UNDERFLOW = 1.2e-19  # numbers below it may count as 0 in a norm: their squares are below the smallest normal fp32
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,17 @@ def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
             assert add is None
             return torch.mm(a, b.T, out_dtype=torch.float32)  # torch 2.8+, CUDA only
         a, b = a.float(), b.float()
-    if add is not None:  # in the GEMM: a pass over the tile less
-        return torch.addmm(add[:, None], a, b.T)
+    if not a.is_cuda:
+        return linear(a, b) if add is None else linear(a, b).add_(add[:, None])
     return a @ b.T
+
+
+def linear(x: Tensor, weight: Tensor, limit: float = math.inf) -> Tensor:
+    """(x @ weight.T).clamp(-limit, limit), fp32 on a CPU: by oneDNN, because MKL is half as fast on an AMD CPU."""
+    if torch.backends.mkldnn.is_available():
+        after = ("none", []) if math.isinf(limit) else ("hardtanh", [-limit, limit])
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, *after, "")
+    return (x @ weight.T).clamp_(-limit, limit)
 
 
 def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -124,6 +134,14 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)[:rows, :columns]
 
 
+def check_norms(document_norm: Tensor, query_norm: Tensor) -> None:
+    if not bool(torch.isfinite(document_norm * query_norm * 1e6)):
+        raise UserError(
+            f"embeddings have norms up to {float(document_norm):.1e} and {float(query_norm):.1e}: their products overflow "
+            "float32; normalise the rows"
+        )
+
+
 def _root(square_n: Tensor, hidden_size: int) -> Tensor:
     """An upper bound of the norm whose square was summed in fp32; infinite where the squares overflow, which is refused."""
     return square_n.sqrt() * (1 + 2 * hidden_size * _UNIT)
@@ -131,7 +149,9 @@ def _root(square_n: Tensor, hidden_size: int) -> Tensor:
 
 def _norm(x_nD: Tensor) -> Tensor:
     """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
-    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT)
+    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT) + UNDERFLOW * math.sqrt(
+        x_nD.shape[1]
+    )
     finite = torch.isfinite(norm)
     if not x_nD.is_cuda and bool(finite.all()):  # the second pass over the rows is rarely needed
         return norm

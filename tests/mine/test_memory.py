@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from nemo_embed_core.mine.negatives import mine_negatives
 
@@ -17,16 +18,25 @@ WIDTH, QUERIES, SHARD, BLOCK_QUERIES, K = 256, 600, 4096, 256, 4
 SMALL, LARGE = 8_000, 64_000
 
 
-def formula(num_documents: int, text_bytes: int) -> dict[str, float]:
-    """docs/mining.md, "Memory", for float16 shards, the fp32 method and one teacher on a CPU; in bytes."""
+def formula(method: str, num_documents: int, text_bytes: int) -> dict[str, float]:
+    """docs/mining.md, "Memory", for float16 shards and one teacher on a CPU; in bytes."""
     texts = num_documents + 2 * QUERIES
     kept = K + 32
-    return {
+    if method == "fp32":
+        search = {
+            "queries": BLOCK_QUERIES * (12 * kept + 4 * WIDTH),
+            "block": 2 * 2048 * WIDTH * 4,
+            "tile": 1024 * 2048 * 9,
+        }
+    else:
+        search = {
+            "queries": BLOCK_QUERIES * (48 * kept + 5 * WIDTH),
+            "block": 4096 * WIDTH * 9 + 512 * WIDTH * 16,
+            "tile": min(BLOCK_QUERIES, 1024) * 4096 * 14,
+        }
+    return search | {
         "texts": texts * (text_bytes + 450),
         "shard": SHARD * WIDTH * (4 + 3 * 2),
-        "queries": BLOCK_QUERIES * (12 * kept + 4 * WIDTH),
-        "block": 2 * 2048 * WIDTH * 4,
-        "tile": 1024 * 2048 * 9,
         "gathered": 64 << 20,
         "results": QUERIES * K * 12 * 4,
         "mapped": texts * WIDTH * 2,
@@ -49,34 +59,35 @@ class Query:
         self.query, self.pos, self.neg = f"query {i}", [f"passage {i} " + "x" * 40], []
 
 
-def run(num_documents: int) -> None:
+def run(method: str, num_documents: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         passages = (f"passage {i} " + "x" * 40 for i in range(num_documents))
         rows = [Query(i) for i in range(QUERIES)]
         mine_negatives(
-            rows, Line(), Path(folder, "out.jsonl"), passages=passages, method="fp32", shard_size=SHARD,
+            rows, Line(), Path(folder, "out.jsonl"), passages=passages, method=method, shard_size=SHARD,
             block_queries=BLOCK_QUERIES, log=lambda _: None,
         )  # fmt: skip
 
 
-def peak(num_documents: int) -> int:
+def peak(method: str, num_documents: int) -> int:
     """ru_maxrss, in bytes, of a fork that mines (0: does nothing)."""
     pid = os.fork()
     if pid == 0:
         if num_documents:
-            run(num_documents)
+            run(method, num_documents)
         os._exit(0)
     _, status, usage = os.wait4(pid, 0)
     assert status == 0
     return usage.ru_maxrss * 1024
 
 
-def test_peak_memory_is_within_the_formula_and_grows_by_texts_and_mapped_rows_only():
+@pytest.mark.parametrize("method", ["fp32", "int8"])
+def test_peak_memory_is_within_the_formula_and_grows_by_texts_and_mapped_rows_only(method):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, check=True)
+    result = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, env=env, check=True)
     nothing, small, large = json.loads(result.stdout)
     text_bytes = len(f"passage {LARGE} " + "x" * 40)
-    parts = [formula(n, text_bytes) for n in (SMALL, LARGE)]
+    parts = [formula(method, n, text_bytes) for n in (SMALL, LARGE)]
     print(
         {"measured": [small - nothing, large - nothing], "formula": [sum(p.values()) for p in parts], "parts": parts[1]}
     )
@@ -91,5 +102,5 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    run(500)  # what is imported and allocated once
-    print(json.dumps([peak(0), peak(SMALL), peak(LARGE)]))
+    run(sys.argv[1], 500)  # what is imported and allocated once
+    print(json.dumps([peak(sys.argv[1], n) for n in (0, SMALL, LARGE)]))

@@ -1,0 +1,358 @@
+"""Candidates on a CPU that multiplies int8 fast: int8 products rule documents out, fp32 scores what is left.
+
+One scale for a whole block of documents: then what a document's product must reach to matter is one integer per query, and a
+tile of products is read once, as integers, for the maxima of FOLD neighbours. The few documents that reach it are scored in
+fp32 while the block is in the cache, and those that can still be among the k best are kept.
+
+q, n rows of a tile of queries and of a block of documents · D = a b hidden_size · C candidates kept of the W = 4 C places
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_embed_core.kernels.pair_scores import pair_scores
+from nemo_embed_core.kernels.quantize_rows import quantize_rows
+from nemo_embed_core.mine.bounds import (
+    _UNIT,
+    SHRINK,
+    UNDERFLOW,
+    Rounding,
+    Rows,
+    _norm,
+    _orthogonal,
+    _root,
+    check_norms,
+    linear,
+    pair_bound,
+)
+from nemo_embed_core.mine.streaming import best_first, excluded_places
+
+ROTATED = 512  # documents whose fp32 entries fit into the cache
+FOLD = 8  # products whose maximum is compared first
+MARGIN = 1.15  # of the largest code, for the next block
+GROWTH = 1.5  # of the number of documents, after which what the k-th best is known to have is looked at again
+DENSE_ROWS = 256  # queries at a time where more than what is left of a tile is converted
+
+
+class Rotation:
+    """x -> (A (x) B) x, orthogonal, A [a, a] and B [b, b]: no channel stands out afterwards (bounds.py).
+
+    The random signs are those of the columns of A and of B, so that no pass over x is needed for them.
+    """
+
+    def __init__(self, hidden_size: int):
+        self.a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
+        self.b = hidden_size // self.a
+        generator = torch.Generator().manual_seed(20240817)
+        self.left, left_error = _orthogonal(self.a, generator)
+        self.right, right_error = _orthogonal(self.b, generator)
+        for matrix in (self.left, self.right):
+            matrix *= torch.randint(0, 2, (len(matrix),), generator=generator) * 2 - 1
+        # As in bounds.py, and the rounding of right * factor.
+        self.error = left_error + right_error + 1.01 * (self.a + self.b + 4) * _UNIT * math.sqrt(hidden_size)
+
+    def __call__(self, x_nD: Tensor, factor: float, limit: float = math.inf) -> Tensor:
+        """factor (A (x) B) x, cut to -limit..limit, a column per row of x: [D, n]. Both products come out transposed."""
+        n = len(x_nD)
+        half = linear(self.right * factor, x_nD.reshape(n * self.a, self.b))  # [b, n a]
+        return linear(self.left, half.view(self.b * n, self.a), limit).view(-1, n)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Documents x with |R x - scale codes| <= residual and |x| <= norm; those with NaN or infinity have codes 0."""
+
+    x_nD: Tensor  # fp32
+    codes_Dn: Tensor  # int8
+    scale: float
+    norm: Tensor  # [1]
+    residual: Tensor  # [1]
+
+    def bounds(self) -> Rows:
+        return Rows(self.codes_Dn, None, self.norm, self.residual)
+
+
+class Quantiser:
+    def __init__(self, queries_QD: Tensor):
+        self.hidden_size = queries_QD.shape[1]
+        self.rotation, self.query_norm = Rotation(self.hidden_size), _norm(queries_QD).max()
+        self.spread = 6.0  # the largest entry expected after the rotation, in root mean squares of the longest row
+        # Of the next block. Documents are mostly as long as queries.
+        self.scale = max(self.spread * float(self.query_norm) / math.sqrt(self.hidden_size) / 126, 1e-30)
+        self.codes, self.rounded = torch.empty(0, dtype=torch.int8), torch.empty(0)
+
+    def queries(self, x_QD: Tensor) -> Rows:
+        """One scale per row; that of a row with NaN or infinity is NaN."""
+        parts = []
+        for x_qD in x_QD.split(DENSE_ROWS):
+            values, scale, _, error = quantize_rows(self.rotation(x_qD, 1 / SHRINK).T.contiguous(), torch.int8)
+            norm = _norm(x_qD)
+            lost = _root(error, self.hidden_size) + UNDERFLOW * math.sqrt(self.hidden_size)
+            residual = lost * SHRINK + (self.rotation.error + 2 * _UNIT) * norm
+            parts.append((values, scale * SHRINK, norm, residual))
+        return Rows(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def documents(self, x_nD: Tensor) -> Block:
+        """One scale for all: that of the block before where it fits."""
+        if self.codes.numel() < x_nD.numel():
+            self.codes = torch.empty(x_nD.numel(), dtype=torch.int8)
+        codes = self.codes[: x_nD.numel()].view(self.hidden_size, len(x_nD))
+        first_try = True
+        while True:
+            parts = zip(x_nD.split(ROTATED), codes.split(ROTATED, dim=1), strict=True)
+            norms, squares = zip(*(self.quantise(*part) for part in parts), strict=True)
+            norm, square = torch.stack(norms).max()[None], torch.stack(squares).max()
+            scale, least_and_most = self.scale, codes.aminmax()
+            largest = max(abs(int(x)) for x in least_and_most)
+            unit = float(norm) / math.sqrt(self.hidden_size)
+            expected = max(self.spread * unit / 126, 1e-30)
+            if largest >= 127 or not bool(torch.isfinite(square)):  # may have been cut off, or overflowed
+                self.scale = max(1.25 * scale, expected)
+            elif first_try and scale > 2 * expected:  # coarser than these rows need
+                self.scale = expected
+            else:
+                break
+            first_try = False
+        if largest > 0:
+            self.spread = MARGIN * largest * scale / unit
+            self.scale = self.spread * unit / 126
+        residual = _root(square, self.hidden_size) * scale * (1 + 2 * _UNIT)
+        return Block(x_nD, codes, scale, norm, residual + self.rotation.error * norm)
+
+    def quantise(self, x_nD: Tensor, codes_Dn: Tensor) -> tuple[Tensor, Tensor]:
+        """codes = R x / scale, rounded and within 127; (the largest norm of a row, the largest square of what one lost / scale)"""
+        norm_n = _norm(x_nD)
+        norm = norm_n.max()
+        check_norms(norm, self.query_norm)
+        if bool((norm_n == 0).any()):  # not finite
+            x_nD = torch.where(torch.isfinite(x_nD).all(1, keepdim=True), x_nD, 0)
+        entries = self.rotation(x_nD, 1 / self.scale, 127)
+        # Into the same memory every time: fresh pages would cost more than what is computed.
+        if self.rounded.numel() < entries.numel():
+            self.rounded = torch.empty(entries.numel())
+        rounded = torch.round(entries, out=self.rounded[: entries.numel()].view(entries.shape))
+        codes_Dn.copy_(rounded)
+        return norm, torch.ops.aten.mse_loss.out(entries, rounded, 0, out=entries).sum(0).max()
+
+
+class Places:
+    """What may be among the k best of each query, unsorted, and the lower bound that the k-th best is known to have.
+
+    A document whose upper bound is below that `floor` is out for good, and is not counted as dropped.
+    """
+
+    def __init__(self, num_queries: int, k: int, num_kept: int, ceilings: Tensor):
+        self.k, self.num_kept, self.ceilings = k, num_kept, ceilings
+        self.keys = torch.full((num_queries, 4 * num_kept), -torch.inf)  # upper bounds
+        self.ids = torch.full((num_queries, 4 * num_kept), -1, dtype=torch.int64)
+        self.taken = torch.zeros(num_queries, dtype=torch.int64)
+        self.floor = torch.full((num_queries,), -torch.inf)
+        self.dropped = torch.full((num_queries,), -torch.inf)  # the best upper bound that had to go
+        self.bound = torch.zeros(num_queries)  # the widest so far: lower bound = key - 2 bound
+
+    def add(self, at: Tensor, rows: Tensor, ids: Tensor, keys: Tensor) -> None:
+        """at: the queries; rows ascend and index them, at most 3 num_kept each."""
+        counts = torch.bincount(rows, minlength=len(at))
+        if int((self.taken[at] + counts).max()) > self.keys.shape[1]:
+            self.keep_best(at)
+        place = self.taken[at][rows] + torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        self.keys[at[rows], place], self.ids[at[rows], place] = keys, ids
+        self.taken[at] += counts
+
+    def keep_best(self, at: Tensor) -> None:
+        keys, order = self.keys[at].topk(self.num_kept + 1, dim=1)
+        self.dropped[at] = torch.maximum(self.dropped[at], keys[:, -1])
+        ids = self.ids[at].gather(1, order)
+        self.keys[at] = torch.nn.functional.pad(keys[:, :-1], (0, 3 * self.num_kept), value=-torch.inf)
+        self.ids[at, : self.num_kept] = ids[:, :-1]
+        self.taken[at] = self.taken[at].clamp(max=self.num_kept)
+
+    def raise_floor(self, tile: slice) -> None:
+        """The k-th best lower bound of the documents that are surely below the ceiling."""
+        keys = self.keys[tile, : int(self.taken[tile].max())]
+        if keys.shape[1] >= self.k:
+            sure = torch.where(keys < self.ceilings[tile, None], keys, -torch.inf)
+            floor = sure.topk(self.k, dim=1).values[:, -1] - 2 * self.bound[tile]
+            self.floor[tile] = torch.maximum(self.floor[tile], floor)
+
+
+def int8_candidates(search: Any, queries_QD: Tensor, ceilings: Tensor, num_kept: int, hidden: Any) -> Places:
+    """The candidates among all documents of a `_Search`; hidden: what it excludes."""
+    quantiser = Quantiser(queries_QD)
+    queries = quantiser.queries(queries_QD)
+    assert queries.scale is not None
+    places = Places(len(queries_QD), search.k, num_kept, ceilings)
+    places.floor[~torch.isfinite(queries.scale)] = torch.inf  # nothing has a score with NaN or infinity
+    memory, raise_at = torch.empty(0, dtype=torch.int32), 1
+    for number, (first, documents_nD) in enumerate(search.document_blocks(), 1):
+        block = quantiser.documents(documents_nD.float())
+        for rows in search.tiles(len(queries_QD)):
+            size = (rows.stop - rows.start) * len(documents_nD)
+            memory = memory if len(memory) >= size else torch.empty(size, dtype=torch.int32)
+            Tile(places, rows, queries_QD[rows], queries[rows], block, first, hidden.of(rows)).search(memory[:size])
+            if number >= raise_at:
+                places.raise_floor(rows)
+        if number >= raise_at:
+            raise_at = max(number + 1, int(number * GROWTH))
+    return places
+
+
+class Tile:
+    """Some queries (the `rows` of all of them) and a block of documents."""
+
+    def __init__(self, places: Places, rows: slice, x_qD: Tensor, q: Rows, block: Block, first: int, hidden: Any):
+        self.places, self.rows, self.x_qD, self.q, self.block, self.first = places, rows, x_qD, q, block, first
+        self.num_rows, self.num_columns = len(x_qD), len(block.x_nD)
+        self.ceilings = places.ceilings[rows]
+        self.has_ceilings = bool((self.ceilings < torch.inf).any())
+        rounding = Rounding("fp32", x_qD.shape[1])
+        self.narrow = rounding.relative * q.norm * block.norm + Rounding.ABSOLUTE  # bound of a score in fp32
+        self.bound = pair_bound(q, block.bounds(), Rounding("int8", x_qD.shape[1])).double()
+        assert q.scale is not None
+        self.slope = q.scale.double() * block.scale
+        indptr, ids = hidden
+        self.excluded = None if indptr is None else excluded_places(indptr, ids, first, self.num_columns)
+        places.bound[rows] = torch.maximum(places.bound[rows], self.narrow)
+
+    def search(self, memory: Tensor) -> None:
+        places = self.places
+        products = torch._int_mm(self.q.values, self.block.codes_Dn, out=memory.view(self.num_rows, self.num_columns))
+        if self.num_columns >= places.k:
+            for some in chunks(torch.isneginf(places.floor[self.rows])):
+                self.seed_floor(some, products)
+        rows, columns, crowded = self.survivors(products)
+        narrow = self.narrow[rows]
+        keys = sampled_scores(self.x_qD, self.block.x_nD, rows, columns).add_(narrow)
+        enter = keys >= places.floor[self.rows][rows]
+        if self.has_ceilings:
+            enter &= keys - 2 * narrow < self.ceilings[rows]
+        if self.excluded is not None:
+            out = self.excluded[0] * self.num_columns + self.excluded[1]
+            enter &= torch.isin(rows * self.num_columns + columns, out, invert=True)
+        enter = enter.nonzero()[:, 0]
+        if len(enter):
+            at = torch.arange(self.rows.start, self.rows.stop)
+            places.add(at, rows[enter], columns[enter] + self.first, keys[enter])
+        for some in chunks(crowded):
+            self.score_all(some)
+
+    def excluded_of(self, some: Tensor) -> tuple[Tensor, Tensor]:
+        """(position in `some`, column) of what is excluded for these rows."""
+        if self.excluded is None:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        position = torch.full((self.num_rows,), -1)
+        position[some] = torch.arange(len(some))
+        rows, columns = position[self.excluded[0]], self.excluded[1]
+        return rows[rows >= 0], columns[rows >= 0]
+
+    def seed_floor(self, some: Tensor, products: Tensor) -> None:
+        """The k largest products of these rows are scored: the k-th best is no worse than the worst of them."""
+        k = self.places.k
+        sure = integers((self.ceilings - self.bound) / self.slope - 1)[some, None]
+        lowest = torch.iinfo(torch.int32).min
+        ours = torch.where(products[some] < sure, products[some], lowest)
+        ours[self.excluded_of(some)] = lowest
+        largest, columns = ours.topk(k, dim=1)
+        columns = columns.sort(dim=1).values
+        rows = torch.arange(len(some)).repeat_interleave(k)
+        scores = sampled_scores(self.x_qD[some], self.block.x_nD, rows, columns.flatten()).view(-1, k)
+        floor = scores.amin(1) - self.narrow[some]
+        known = (largest[:, -1] > lowest) & torch.isfinite(floor)
+        self.places.floor[self.rows.start + some[known]] = floor[known]
+
+    def survivors(self, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, columns) of the products that the bounds do not rule out, and [q] which rows have too many and are left out."""
+        floor = self.places.floor[self.rows]
+        least = integers((floor - self.bound) / self.slope - 1)
+        fold = math.gcd(FOLD, self.num_columns)
+        num_groups = self.num_columns // fold
+        groups = products.view(-1, fold)
+        at = (groups.amax(1).view(self.num_rows, num_groups) >= least[:, None]).flatten().nonzero()[:, 0]
+        rows = at // num_groups
+        crowded = torch.isneginf(floor) | (4 * torch.bincount(rows, minlength=self.num_rows) > num_groups)
+        if bool(crowded.any()):
+            at = at[~crowded[rows]]
+            rows = at // num_groups
+        chosen = groups.index_select(0, at)
+        reach = chosen >= least[rows, None]
+        if self.has_ceilings:
+            most = integers((self.ceilings + self.bound) / self.slope + 1)
+            reach &= chosen <= most[rows, None]
+        inside, inner = reach.nonzero(as_tuple=True)
+        rows, columns = rows[inside], at[inside] % num_groups * fold + inner
+        many = torch.bincount(rows, minlength=self.num_rows) > 3 * self.places.num_kept
+        if bool(many.any()):
+            crowded |= many
+            rows, columns = rows[~many[rows]], columns[~many[rows]]
+        return rows, columns, crowded
+
+    def score_all(self, some: Tensor) -> None:
+        """Every document for these rows, in fp32: the best num_kept of those that can be below the ceiling."""
+        places, at, narrow = self.places, self.rows.start + some, self.narrow[some, None]
+        keys = linear(self.x_qD[some], self.block.x_nD).add_(narrow)
+        keys[self.excluded_of(some)] = -torch.inf
+        keys = torch.where((keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys), keys, -torch.inf)
+        columns = torch.arange(self.num_columns).expand_as(keys)
+        if self.num_columns > places.num_kept:
+            keys, columns = keys.topk(places.num_kept + 1, dim=1)
+            places.dropped[at] = torch.maximum(places.dropped[at], keys[:, -1])
+            keys, columns = keys[:, :-1], columns[:, :-1]
+        rows, place = torch.isfinite(keys).nonzero(as_tuple=True)
+        places.add(at, rows, columns[rows, place] + self.first, keys[rows, place])
+
+
+def chunks(chosen: Tensor) -> tuple[Tensor, ...]:
+    at = chosen.nonzero()[:, 0]
+    return at.split(DENSE_ROWS) if len(at) else ()
+
+
+def integers(x: Tensor) -> Tensor:
+    """Rounded down, within int32; NaN: the largest, which nothing reaches."""
+    largest = 2.0**31 - 1
+    return x.floor().nan_to_num(largest, largest, -largest).clamp_(-largest, largest).to(torch.int32)
+
+
+def sampled_scores(x_qD: Tensor, y_nD: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(x[rows] * y[columns]).sum(1) in fp32; rows ascend. Nothing is gathered."""
+    starts = torch.zeros(len(x_qD) + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(rows, minlength=len(x_qD)), 0, out=starts[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CSR tensors are in beta, says torch
+        wanted = torch.sparse_csr_tensor(starts, columns, x_qD.new_zeros(len(rows)), (len(x_qD), len(y_nD)))
+        return torch.sparse.sampled_addmm(wanted, x_qD, y_nD.T, beta=0.0).values()
+
+
+def score_places(search: Any, queries_QD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [Q, k], ids [Q, k], certified [Q])"""
+    num_queries, k = len(queries_QD), search.k
+    scores = torch.full((num_queries, k), -torch.inf)
+    ids = torch.full((num_queries, k), -1, dtype=torch.int64)
+    for tile in search.tiles(num_queries):
+        places.raise_floor(tile)
+        possible = torch.isfinite(places.keys[tile]) & (places.keys[tile] >= places.floor[tile, None])
+        most = int(possible.sum(1).max())
+        keys, at = torch.where(possible, places.keys[tile], -torch.inf).topk(most, dim=1)
+        candidates = places.ids[tile].gather(1, at)
+        rows, columns = torch.isfinite(keys).nonzero(as_tuple=True)
+        exact = score_pairs(search, queries_QD[tile], rows, candidates[rows, columns])
+        counts = torch.isfinite(exact) & (exact < places.ceilings[tile][rows])
+        keys[rows, columns] = torch.where(counts, exact, -torch.inf)
+        take = min(k, most)
+        scores[tile, :take], ids[tile, :take] = best_first(keys, candidates, take)
+    ids[torch.isneginf(scores)] = -1
+    return scores, ids, torch.isneginf(places.dropped) | (places.dropped < scores[:, -1])
+
+
+def score_pairs(search: Any, x_qD: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    if isinstance(search.documents, Tensor):
+        return pair_scores(x_qD, rows, search.documents, ids - search.first_id)
+    step = max(1, (8 << 20) // x_qD.shape[1])  # 32 MiB of gathered rows
+    parts = zip(rows.split(step), ids.split(step), strict=True)
+    return torch.cat([pair_scores(x_qD, r, search.gather(i), torch.arange(len(i))) for r, i in parts])
