@@ -61,9 +61,7 @@ _COLUMNS = (4, 1024, 4, 1)  # BLOCK_T, BLOCK_D, num_warps, num_stages where colu
 _ROWS_FORWARD = (8192, 1024, 3)
 _ROWS_BACKWARD = (8192, 512, 3)
 _CHUNK = 64  # tokens of one program of the first stage; the partial sums cost (T / 64 + N) rows of fp32, mostly in L2
-_LONG_CHUNK = (
-    256  # where sequences are of thousands of tokens, so that one program can add up a sequence's partial sums
-)
+_LONG_CHUNK = 256  # the same where sequences have thousands of tokens: one program adds up a sequence's partial sums
 _SCATTER_CHUNK = 16  # tokens of one program of the backward
 _ENDS = 1024  # ends of sequences compared at a time
 

@@ -32,13 +32,8 @@ from nemo_embed_core.mine.bounds import METHODS, Rounding, check_norms, linear, 
 from nemo_embed_core.mine.int8_cpu import int8_candidates, score_places
 from nemo_embed_core.mine.streaming import MAX_ID, best_first, excluded_places, merge_lists_, streaming_topk_
 
-SLACK = {
-    "fp32": 32,
-    "bf16": 64,
-    "int8": 128,
-}  # C - k: candidates beyond k; the bound of int8 is 100x wider (docs/mining.md)
-
-
+# C - k: candidates beyond k; the bound of int8 is 100x wider (docs/mining.md)
+SLACK = {"fp32": 32, "bf16": 64, "int8": 128}
 # On a GPU a candidate costs a few nanoseconds, and a query that is searched again costs a whole search.
 SLACK_ON_GPU = SLACK | {"int8": 600}
 FILTERING = {"cuda"}  # devices where tiles are filtered in the GEMM once the states are full
@@ -237,6 +232,7 @@ class _Search:
         self.documents, self.k, self.first_id, self.method = documents, k, first_id, method
         self.tile_queries, self.block_documents = tile_queries, block_documents
         self.device, self.stats = device, stats
+        self.at_hand = isinstance(documents, Tensor) and documents.device.type == device.type  # no bus, no disk
 
     def block(self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
         """The fast way for all rows, then the slower ones for the rows whose certificate failed."""
@@ -247,9 +243,8 @@ class _Search:
             rows = (~certified).nonzero()[:, 0]
             excluded = exclude.take(rows.numpy()) if exclude is not None else None
             args = (queries_QD[rows.to(queries_QD.device)], ceilings_Q[rows], excluded)
-            if (
-                method != "fp32"
-            ):  # a wide bound was not enough (ceiling in the bulk of the scores): the next narrower one
+            # A wide bound was not enough (ceiling in the bulk of the scores): the next narrower one.
+            if method != "fp32":
                 method = "bf16" if method == "int8" and self.device.type in FILTERING else "fp32"
                 scores[rows], ids[rows], certified[rows] = self.candidates(method, *args)
             else:  # more ties around the k-th than places
@@ -289,7 +284,7 @@ class _Search:
             if filters and first > self.first_id:
                 if first + len(documents_nD) > MAX_ID:
                     raise UserError(f"document ids above {MAX_ID} do not fit the search's 32 bits: use more ranks")
-                if method == "int8" and seen >= 2 * seen_before:
+                if method == "int8" and self.at_hand and seen >= 2 * seen_before:
                     seen_before = seen  # the scores themselves: by bounds alone twice as many survive
                     reached = torch.maximum(reached, self.reached(queries_QD, ceilings, state_keys, state_ids))
                 # What beats neither the last candidate nor what k documents reach cannot be among the k best. A free
@@ -349,7 +344,7 @@ class _Search:
         dropped = state_keys[:, -1].clone()  # an upper bound of all that did not stay; -inf: nothing had to go
         if self.device.type == "cuda":
             reached = torch.maximum(reached, _kth_lower_bound(state_keys, widest, ceilings, k))
-            if num_kept > 2 * k and method == "int8":
+            if method == "int8" and self.at_hand:
                 reached = torch.maximum(reached, self.reached(queries_QD, ceilings, state_keys, state_ids))
             exact = self.score_all(queries_QD, torch.where(state_keys >= reached[:, None], state_ids, -1))
         else:
@@ -384,8 +379,7 @@ class _Search:
     def score_all(self, queries_QD: Tensor, state_ids: Tensor) -> Tensor:
         """[Q, C] scores, NaN where the id is -1."""
         exact = torch.full(state_ids.shape, torch.nan, device=self.device)
-        everywhere = isinstance(self.documents, Tensor) and self.documents.is_cuda
-        for first, documents_nD in [(self.first_id, self.documents)] if everywhere else self.document_blocks():
+        for first, documents_nD in [(self.first_id, self.documents)] if self.at_hand else self.document_blocks():
             here = (state_ids >= first) & (state_ids < first + len(documents_nD))
             rows, places = here.nonzero(as_tuple=True)
             exact[rows, places] = pair_scores(queries_QD, rows, documents_nD, state_ids[rows, places] - first)
