@@ -22,7 +22,7 @@ from nemo_embed_core.kernels import rotate_quantize
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
 from nemo_embed_core.kernels.rotate_quantize import SHRINK
 
-_UNIT = 2.0**-24  # rounding unit of fp32
+UNIT = 2.0**-24  # rounding unit of fp32
 UNDERFLOW = 1.2e-19  # numbers below it may count as 0 in a norm: their squares are below the smallest normal fp32
 
 
@@ -50,13 +50,13 @@ class Rounding:
         # round, so twice that. int8: an exact sum, then a conversion and two products.
         # All: adding the bound to the score, and the fp32 rounding of the score itself.
         terms = {"fp32": hidden_size, "bf16": 2 * hidden_size, "int8": 4}[method]
-        self.relative = 1.01 * (terms + 8) * _UNIT
+        self.relative = 1.01 * (terms + 8) * UNIT
 
 
 def fp32(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
     def encode(x_nD: Tensor) -> Rows:
         x_nD = x_nD.float()
-        return Rows(x_nD, None, _norm(x_nD), torch.zeros(len(x_nD), device=x_nD.device))
+        return Rows(x_nD, None, norm_above(x_nD), torch.zeros(len(x_nD), device=x_nD.device))
 
     return encode
 
@@ -64,7 +64,7 @@ def fp32(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
 def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
     def encode(x_nD: Tensor) -> Rows:
         values, _, square, error = quantize_rows(x_nD, torch.bfloat16)
-        return Rows(values, None, _root(square, hidden_size), _root(error, hidden_size))
+        return Rows(values, None, root_above(square, hidden_size), root_above(error, hidden_size))
 
     return encode
 
@@ -81,8 +81,8 @@ def int8(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
         else:
             values, scale, square, error = quantize_rows(rotate(x_nD), torch.int8)
             rotation_error = torch_error
-        norm = _root(square, hidden_size) * (SHRINK * (1 + 2 * rotation_error))
-        residual = _root(error, hidden_size) * SHRINK + (rotation_error + 2 * _UNIT) * norm
+        norm = root_above(square, hidden_size) * (SHRINK * (1 + 2 * rotation_error))
+        residual = root_above(error, hidden_size) * SHRINK + (rotation_error + 2 * UNIT) * norm
         return Rows(values, scale * SHRINK, norm, residual)  # the scale of a row with NaN or infinity keeps it out
 
     return encode
@@ -142,16 +142,15 @@ def check_norms(document_norm: Tensor, query_norm: Tensor) -> None:
         )
 
 
-def _root(square_n: Tensor, hidden_size: int) -> Tensor:
+def root_above(square_n: Tensor, hidden_size: int) -> Tensor:
     """An upper bound of the norm whose square was summed in fp32; infinite where the squares overflow, which is refused."""
-    return square_n.sqrt() * (1 + 2 * hidden_size * _UNIT)
+    return square_n.sqrt() * (1 + 2 * hidden_size * UNIT)
 
 
-def _norm(x_nD: Tensor) -> Tensor:
+def norm_above(x_nD: Tensor) -> Tensor:
     """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
-    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * x_nD.shape[1] * _UNIT) + UNDERFLOW * math.sqrt(
-        x_nD.shape[1]
-    )
+    hidden_size = x_nD.shape[1]
+    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * hidden_size * UNIT) + UNDERFLOW * math.sqrt(hidden_size)
     finite = torch.isfinite(norm)
     if not x_nD.is_cuda and bool(finite.all()):  # the second pass over the rows is rarely needed
         return norm
@@ -169,10 +168,10 @@ def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor]
     b = hidden_size // a
     generator = torch.Generator().manual_seed(20240817)
     signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(device, torch.float32) / SHRINK
-    left, left_error = _orthogonal(a, generator)
-    right, right_error = _orthogonal(b, generator)
+    left, left_error = orthogonal(a, generator)
+    right, right_error = orthogonal(b, generator)
     # Both products round: relative to |x|, gamma_(a+b) |A||B| entrywise, at most sqrt(D) times in the norm.
-    error = left_error + right_error + 1.01 * (a + b + 2) * _UNIT * math.sqrt(hidden_size)
+    error = left_error + right_error + 1.01 * (a + b + 2) * UNIT * math.sqrt(hidden_size)
     left, right = left.to(device), right.to(device)
 
     def rotate(x_nD: Tensor) -> Tensor:
@@ -182,7 +181,7 @@ def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor]
     return rotate, error, signs * SHRINK
 
 
-def _orthogonal(n: int, generator: torch.Generator) -> tuple[Tensor, float]:
+def orthogonal(n: int, generator: torch.Generator) -> tuple[Tensor, float]:
     if n & (n - 1) == 0:
         h = torch.ones(1, 1, dtype=torch.float64)
         while len(h) < n:

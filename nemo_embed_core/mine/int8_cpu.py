@@ -20,17 +20,17 @@ from torch import Tensor
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
 from nemo_embed_core.mine.bounds import (
-    _UNIT,
     SHRINK,
     UNDERFLOW,
+    UNIT,
     Rounding,
     Rows,
-    _norm,
-    _orthogonal,
-    _root,
     check_norms,
     linear,
+    norm_above,
+    orthogonal,
     pair_bound,
+    root_above,
 )
 from nemo_embed_core.mine.streaming import best_first, excluded_places
 
@@ -51,12 +51,12 @@ class Rotation:
         self.a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
         self.b = hidden_size // self.a
         generator = torch.Generator().manual_seed(20240817)
-        self.left, left_error = _orthogonal(self.a, generator)
-        self.right, right_error = _orthogonal(self.b, generator)
+        self.left, left_error = orthogonal(self.a, generator)
+        self.right, right_error = orthogonal(self.b, generator)
         for matrix in (self.left, self.right):
             matrix *= torch.randint(0, 2, (len(matrix),), generator=generator) * 2 - 1
         # As in bounds.py, and the rounding of right * factor.
-        self.error = left_error + right_error + 1.01 * (self.a + self.b + 4) * _UNIT * math.sqrt(hidden_size)
+        self.error = left_error + right_error + 1.01 * (self.a + self.b + 4) * UNIT * math.sqrt(hidden_size)
 
     def __call__(self, x_nD: Tensor, factor: float, limit: float = math.inf) -> Tensor:
         """factor (A (x) B) x, cut to -limit..limit, a column per row of x: [D, n]. Both products come out transposed."""
@@ -82,7 +82,7 @@ class Block:
 class Quantiser:
     def __init__(self, queries_QD: Tensor):
         self.hidden_size = queries_QD.shape[1]
-        self.rotation, self.query_norm = Rotation(self.hidden_size), _norm(queries_QD).max()
+        self.rotation, self.query_norm = Rotation(self.hidden_size), norm_above(queries_QD).max()
         self.spread = 6.0  # the largest entry expected after the rotation, in root mean squares of the longest row
         # Of the next block. Documents are mostly as long as queries.
         self.scale = max(self.spread * float(self.query_norm) / math.sqrt(self.hidden_size) / 126, 1e-30)
@@ -93,9 +93,9 @@ class Quantiser:
         parts = []
         for x_qD in x_QD.split(DENSE_ROWS):
             values, scale, _, error = quantize_rows(self.rotation(x_qD, 1 / SHRINK).T.contiguous(), torch.int8)
-            norm = _norm(x_qD)
-            lost = _root(error, self.hidden_size) + UNDERFLOW * math.sqrt(self.hidden_size)
-            residual = lost * SHRINK + (self.rotation.error + 2 * _UNIT) * norm
+            norm = norm_above(x_qD)
+            lost = root_above(error, self.hidden_size) + UNDERFLOW * math.sqrt(self.hidden_size)
+            residual = lost * SHRINK + (self.rotation.error + 2 * UNIT) * norm
             parts.append((values, scale * SHRINK, norm, residual))
         return Rows(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -123,12 +123,12 @@ class Quantiser:
         if largest > 0:
             self.spread = MARGIN * largest * scale / unit
             self.scale = self.spread * unit / 126
-        residual = _root(square, self.hidden_size) * scale * (1 + 2 * _UNIT)
+        residual = root_above(square, self.hidden_size) * scale * (1 + 2 * UNIT)
         return Block(x_nD, codes, scale, norm, residual + self.rotation.error * norm)
 
     def quantise(self, x_nD: Tensor, codes_Dn: Tensor) -> tuple[Tensor, Tensor]:
         """codes = R x / scale, rounded and within 127; (the largest norm of a row, the largest square of what one lost / scale)"""
-        norm_n = _norm(x_nD)
+        norm_n = norm_above(x_nD)
         norm = norm_n.max()
         check_norms(norm, self.query_norm)
         if bool((norm_n == 0).any()):  # not finite

@@ -121,7 +121,7 @@ def topk_below(
     exclude: ids never returned, per query.  first_id: id of documents[0] when they are one rank's shard.
     Returns scores [Q, k] fp32, best first, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify.
     Memory: block_queries x (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes
-    (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768 on a GPU; int8 on a CPU: docs/mining.md), whatever N is.
+    (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768 on a GPU), whatever N is; docs/mining.md has int8 and what a GPU adds.
     """
     queries, documents = (
         torch.from_dlpack(x) if not isinstance(x, np.ndarray | Tensor) and hasattr(x, "__dlpack__") else x
@@ -140,6 +140,12 @@ def topk_below(
     if exclude is not None and len(exclude.indptr) != num_queries + 1:
         raise UserError(f"exclude.indptr has {len(exclude.indptr)} entries for {num_queries} queries: give Q + 1")
     device = torch.device(device)
+    # On a GPU ids share a 64-bit word with their key, and a rank's own places are int32.
+    if device.type == "cuda" and (first_id + num_documents > MAX_ID or num_documents >= 2**31):
+        raise UserError(
+            f"{num_documents:,} documents from id {first_id:,} on: a GPU searches ids up to {MAX_ID:,} and fewer than 2^31 of "
+            "them; use more ranks, or device=cpu"
+        )
     if method == "auto":
         method = pick_method(device)
     if method not in METHODS:
@@ -282,8 +288,6 @@ class _Search:
             # A document is out only when even its lower bound, key - 2 bound, reaches the ceiling.
             limit = next_after(ceilings + 2 * bound)
             if filters and first > self.first_id:
-                if first + len(documents_nD) > MAX_ID:
-                    raise UserError(f"document ids above {MAX_ID} do not fit the search's 32 bits: use more ranks")
                 if method == "int8" and self.at_hand and seen >= 2 * seen_before:
                     seen_before = seen  # the scores themselves: by bounds alone twice as many survive
                     reached = torch.maximum(reached, self.reached(queries_QD, ceilings, state_keys, state_ids))

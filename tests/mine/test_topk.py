@@ -250,3 +250,11 @@ def test_wrong_shapes_are_refused_with_both_numbers():
         with pytest.raises(UserError) as error:
             topk_below(*arguments)
         assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(("first_id", "num_documents"), [(2**32 - 2, 3), (0, 2**31)])
+def test_more_documents_than_a_gpu_can_number_are_refused(first_id, num_documents):
+    """Before the device is touched, so here too."""
+    documents = torch.zeros(1, 4, dtype=torch.float16).expand(num_documents, 4)
+    with pytest.raises(UserError, match="use more ranks"):
+        topk_below(np.ones((1, 4), np.float32), documents, [np.inf], 1, first_id=first_id, device="cuda")
