@@ -121,8 +121,9 @@ def read(paths: Sequence[Path]) -> None:
     piece = bytearray(PIECE)
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            while file.readinto(piece):
-                pass
+            while n := file.readinto(piece):
+                # Pages of one file for the next: taking new ones from a virtual machine's host costs more than the disk.
+                os.posix_fadvise(file.fileno(), 0, file.tell() - n, os.POSIX_FADV_DONTNEED)
 
 
 def read_and_write(paths: Sequence[Path], target: Path, size: int) -> None:

@@ -21,6 +21,8 @@ from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
 
+BEHIND_BYTES = 8 << 20  # threads that read blocks out of order are not as far apart
+
 
 class BoxReader(Protocol):
     def read_box(self, name: str, box: Box) -> Tensor: ...
@@ -101,11 +103,16 @@ class Rows:
     """Rows of Hugging Face tensors from plain reads into the caller's memory, whatever the source; for many threads.
 
     Nothing is mapped: pages of a mapped file count as this process's memory. `sha256` has what the files should hash to,
-    where the source says it (checkpoints of ours).
+    where the source says it (checkpoints of ours); who compares reads the same files.
+
+    once: rows are read about in the order of the file and not again, so what lies BEHIND_BYTES behind leaves the page cache.
+    What comes takes its place there; new pages for every byte cost a cold read up to four times its time on a virtual machine.
+    Files that were in the page cache before stay there, as do those that are hashed beside.
     """
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Weights, once: bool = False):
         self.shapes = hf_shapes(weights.model)
+        self._once, self._passing = once, set[int]()  # file descriptors whose pages leave
         self.sha256: dict[Path, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._segments: dict[str, list[_Segment]] = {}
@@ -160,8 +167,10 @@ class Rows:
             try:
                 with safe_open(path, framework="pt"):  # checks the header and the size of the file
                     self._headers[path] = read_safetensors_header(path)
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                fd = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                if self._once and path not in self.sha256 and not _is_cached(fd):
+                    self._passing.add(fd)
             except (SafetensorError, OSError) as error:
                 raise sharded.CheckpointError(f"{path}: {error}") from None
         dtype, have, offset = self._headers[path].get(stored, (None, None, 0))
@@ -191,9 +200,13 @@ class Rows:
         assert filled == out_RC.numel(), f"{name}: {filled} of {out_RC.numel()} elements from row {first}"
 
     def _read_bytes(self, path: Path, offset: int, out: memoryview) -> None:
+        fd = self._files[path]
+        if fd in self._passing:
+            behind = max(0, offset - BEHIND_BYTES)
+            os.posix_fadvise(fd, behind, offset - behind, os.POSIX_FADV_DONTNEED)
         while len(out):
             try:
-                n = os.preadv(self._files[path], [out], offset)
+                n = os.preadv(fd, [out], offset)
             except OSError as error:
                 raise sharded.CheckpointError(f"{path} cannot be read: {error}") from None
             if n == 0:
@@ -202,6 +215,8 @@ class Rows:
 
     def close(self) -> None:
         for fd in self._files.values():
+            if fd in self._passing:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
         self._files.clear()
 
@@ -210,6 +225,14 @@ class Rows:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+
+def _is_cached(fd: int) -> bool:
+    """Whether the end of the file, which opening does not read, is in the page cache."""
+    try:
+        return os.preadv(fd, [bytearray(1)], os.fstat(fd).st_size - 1, os.RWF_NOWAIT) == 1
+    except OSError:  # it would have to wait, or the file system cannot say
+        return False
 
 
 def fill(

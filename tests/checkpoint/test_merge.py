@@ -23,7 +23,7 @@ from tiny import MODEL, train_config, write_tokenizer
 
 from nemo_embed_core.checkpoint import average, merge, sharded
 from nemo_embed_core.checkpoint.files import new_folder
-from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
+from nemo_embed_core.checkpoint.weights import RandomReader, _is_cached, open_weights
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model import hf
 
@@ -128,6 +128,27 @@ def test_rounding_once_beats_rounding_twice() -> None:
     assert x[:1].to(torch.bfloat16).item() == 1.0, "torch's own cast rounds twice"
     want = [1 + 2**-7, -(1 + 2**-7), 1.0, 0.0, -0.0, 0.0]
     assert average.round_once(x, torch.bfloat16).tolist() == want
+
+
+def test_a_merge_leaves_the_page_cache_as_it_was(tmp_path: Path) -> None:
+    paths = [write_hf(tmp_path / str(i), torch.float32, seed=i) for i in range(3)]
+    first, *others = [path / "model.safetensors" for path in paths]
+
+    def cached(file: Path) -> bool:
+        with file.open("rb") as handle:
+            return _is_cached(handle.fileno())
+
+    for file in others:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    first.read_bytes()
+    if not cached(first) or any(map(cached, others)):
+        pytest.skip("this file system does not say what is cached, or keeps all")
+    (tmp_path / "out").mkdir()
+    merge.write_weights(tmp_path / "out", merge.open_sources([str(path) for path in paths]), torch.float32)
+    assert cached(first)
+    assert not any(map(cached, others))
 
 
 @pytest.mark.fault(22)
