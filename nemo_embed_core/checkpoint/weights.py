@@ -165,12 +165,12 @@ class Rows:
         """`rows` rows from row `skip` of the file's tensor `stored` on are rows `first`... of `name`."""
         if path not in self._headers:
             try:
-                with safe_open(path, framework="pt"):  # checks the header and the size of the file
-                    self._headers[path] = read_safetensors_header(path)
                 fd = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 if self._once and path not in self.sha256 and not _is_cached(fd):
                     self._passing.add(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                with safe_open(path, framework="pt"):  # checks the header and the size of the file
+                    self._headers[path] = read_safetensors_header(path)
             except (SafetensorError, OSError) as error:
                 raise sharded.CheckpointError(f"{path}: {error}") from None
         dtype, have, offset = self._headers[path].get(stored, (None, None, 0))
@@ -228,7 +228,7 @@ class Rows:
 
 
 def _is_cached(fd: int) -> bool:
-    """Whether the end of the file, which opening does not read, is in the page cache."""
+    """Whether the end of the file, which reading its header does not bring there, is in the page cache; afterwards it may be."""
     try:
         return os.preadv(fd, [bytearray(1)], os.fstat(fd).st_size - 1, os.RWF_NOWAIT) == 1
     except OSError:  # it would have to wait, or the file system cannot say
