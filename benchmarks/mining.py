@@ -1,6 +1,6 @@
 """Exact top-k and mining on the same embeddings in one run: ours, torch, faiss-cpu and sentence-transformers.
 
-    python -m benchmarks.mining --Q 1024 --N 100000 --D 1024 --k 40           what it takes on a CPU
+    python -m benchmarks.mining --Q 8192 --N 100000 --D 1024 --k 40           what it takes on a CPU
     python -m benchmarks.mining --Q 16384 --N 2000000 --D 4096 --k 40         what it takes on a GPU
 
 Two tables. Top-k: every document, the k best. Mining: the 4 best below 0.95 x the score of the query's positive, which is
@@ -32,7 +32,7 @@ from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.bounds import METHODS
 from nemo_embed_core.mine.int8_cpu import Quantiser
 from nemo_embed_core.mine.selection import ceiling
-from nemo_embed_core.mine.topk import Exclude, SearchStats, pick_method, topk_below
+from nemo_embed_core.mine.topk import MANY_QUERIES, Exclude, SearchStats, pick_method, topk_below
 
 NUM_NEGATIVES, THRESHOLD = 4, 0.95
 
@@ -180,7 +180,7 @@ def main() -> None:
     args.Q, args.N, args.D = (
         given or usual
         for given, usual in zip(
-            (args.Q, args.N, args.D), (1024, 100_000, 1024) if on_cpu else (16_384, 2_000_000, 4096), strict=True
+            (args.Q, args.N, args.D), (8192, 100_000, 1024) if on_cpu else (16_384, 2_000_000, 4096), strict=True
         )
     )
     if on_cpu:
@@ -272,7 +272,7 @@ def main() -> None:
 
 def on_a_cpu() -> list[str]:
     """What `auto` takes here first, and fp32."""
-    return list(dict.fromkeys([pick_method(torch.device("cpu")), "fp32"]))
+    return list(dict.fromkeys([pick_method(torch.device("cpu"), MANY_QUERIES), "fp32"]))
 
 
 def blas_kernel(library: str) -> str:

@@ -97,7 +97,9 @@ class Search:
         progress.close()
         if len(rows) == len(self.queries):
             stats.num_queries = len(rows)
-            stats.method = pick_method(torch.device(self.device)) if self.method == "auto" else self.method
+            stats.method = self.method
+            if self.method == "auto":
+                stats.method = pick_method(torch.device(self.device), min(len(rows), self.block_queries))
             self.stats = stats
         return scores, ids
 

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ SLACK = {"fp32": 32, "bf16": 64, "int8": 128}
 SLACK_ON_GPU = SLACK | {"int8": 600}
 FILTERING = {"cuda"}  # devices where tiles are filtered in the GEMM once the states are full
 REACHED_FROM = 131072  # documents that are seen before candidates are scored on the way, at each doubling
+MANY_QUERIES = 512  # on a CPU; fewer are searched faster in fp32
 LIST = 1024  # places for what a block of documents adds to a query's candidates, at least
 
 
@@ -147,7 +148,7 @@ def topk_below(
             "them; use more ranks, or device=cpu"
         )
     if method == "auto":
-        method = pick_method(device)
+        method = pick_method(device, min(num_queries, block_queries))
     if method not in METHODS:
         raise UserError(f"method={method!r} is none of auto, {', '.join(METHODS)}")
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
@@ -169,24 +170,30 @@ def topk_below(
     return scores, ids
 
 
-@functools.cache
-def pick_method(device: torch.device) -> str:
-    """The fastest way to find candidates here: bf16 tensor cores on a GPU; int8 on a CPU that multiplies it (VNNI)."""
+def pick_method(device: torch.device, num_queries: int) -> str:
+    """The fastest way to find candidates here: bf16 tensor cores on a GPU; int8 on a CPU that multiplies it (VNNI), where the
+    queries are as many as it takes to win back that every document is rotated and quantised."""
     if device.type == "cuda":
         return "bf16"
+    return "int8" if num_queries >= MANY_QUERIES and _int8_is_fast() else "fp32"
+
+
+@functools.cache
+def _int8_is_fast() -> bool:
+    """Whether the int8 GEMM of this CPU takes less than half the time of that in fp32: candidates are scored twice."""
     a, b = torch.ones(512, 512), torch.ones(2048, 512)
     a8, b8 = a.to(torch.int8), b.to(torch.int8)
-    seconds = {}
-    for name, run in (("fp32", lambda: linear(a, b)), ("int8", lambda: torch._int_mm(a8, b8.T))):
+
+    def best_of_five(run: Callable[[], Tensor]) -> float:  # one alone may be that of a busy machine
         run()
         times = []
-        for _ in range(5):  # the best: one alone may be that of a busy machine
+        for _ in range(5):
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)
-        seconds[name] = min(times)
-    # Rotation, quantisation and the second scoring of candidates have to be won back.
-    return "int8" if seconds["int8"] * 2 < seconds["fp32"] else "fp32"
+        return min(times)
+
+    return 2 * best_of_five(lambda: torch._int_mm(a8, b8.T)) < best_of_five(lambda: linear(a, b))
 
 
 def _kth_lower_bound(state_keys: Tensor, widest: Tensor, ceilings: Tensor, k: int) -> Tensor:

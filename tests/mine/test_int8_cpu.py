@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_embed_core.mine import int8_cpu
+from nemo_embed_core.mine import int8_cpu, topk
 from nemo_embed_core.mine.bounds import Rounding, pair_bound
 from nemo_embed_core.mine.topk import Exclude, SearchStats, pick_method, topk_below, topk_below_ref
 
@@ -143,5 +143,16 @@ def test_few_rows_need_the_slower_way_at_a_usual_size():
     assert search(queries, documents, torch.full((200,), torch.inf), 10).num_certified == 200
 
 
-def test_the_method_picked_for_a_cpu_is_one_of_two():
-    assert pick_method(torch.device("cpu")) in ("fp32", "int8")
+def test_int8_is_picked_where_it_is_fast_and_queries_are_many(monkeypatch):
+    cpu = torch.device("cpu")
+    for is_fast, few, many in ((True, "fp32", "int8"), (False, "fp32", "fp32")):
+        monkeypatch.setattr(topk, "_int8_is_fast", lambda is_fast=is_fast: is_fast)
+        assert [pick_method(cpu, n) for n in (1, topk.MANY_QUERIES - 1, topk.MANY_QUERIES)] == [few, few, many]
+
+
+def test_auto_says_what_it_took():
+    x = torch.nn.functional.normalize(randn(topk.MANY_QUERIES, 32))
+    for n, want in ((topk.MANY_QUERIES, "int8" if topk._int8_is_fast() else "fp32"), (8, "fp32")):
+        stats = SearchStats()
+        topk_below(x[:n], x, torch.full((n,), torch.inf), 3, method="auto", stats=stats)
+        assert stats.method == want
