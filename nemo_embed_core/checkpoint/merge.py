@@ -184,7 +184,9 @@ def write_weights(
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     check_free_space(folder, total, "the merged model")
     with ExitStack() as stack:
-        rows = [stack.enter_context(Rows(source, once=slerp is None)) for source in sources]
+        # Threads are at most as many blocks apart as there are of them; slerp reads everything twice.
+        behind = 2 * _THREADS * READ_BYTES // len(sources) if slerp is None else 0
+        rows = [stack.enter_context(Rows(source, behind)) for source in sources]
         digests = stack.enter_context(_Digests(rows if hashed else []))
         stream = _Pass(sources, rows)
         angles = _slerp_weights(stream, slerp) if slerp is not None else {}

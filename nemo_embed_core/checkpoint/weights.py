@@ -21,8 +21,6 @@ from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
 
-BEHIND_BYTES = 8 << 20  # threads that read blocks out of order are not as far apart
-
 
 class BoxReader(Protocol):
     def read_box(self, name: str, box: Box) -> Tensor: ...
@@ -105,14 +103,14 @@ class Rows:
     Nothing is mapped: pages of a mapped file count as this process's memory. `sha256` has what the files should hash to,
     where the source says it (checkpoints of ours); who compares reads the same files.
 
-    once: rows are read about in the order of the file and not again, so what lies BEHIND_BYTES behind leaves the page cache.
-    What comes takes its place there; new pages for every byte cost a cold read up to four times its time on a virtual machine.
-    Files that were in the page cache before stay there, as do those that are hashed beside.
+    behind: rows are read about in the order of the file and not again, so what lies this many bytes behind leaves the page
+    cache, 0 for nothing. What comes takes its place there; new pages for every byte cost a cold read up to four times its time
+    on a virtual machine. Files that were in the page cache before stay there, as do those that are hashed beside.
     """
 
-    def __init__(self, weights: Weights, once: bool = False):
+    def __init__(self, weights: Weights, behind: int = 0):
         self.shapes = hf_shapes(weights.model)
-        self._once, self._passing = once, set[int]()  # file descriptors whose pages leave
+        self._behind, self._passing = behind, set[int]()  # file descriptors whose pages leave
         self.sha256: dict[Path, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._segments: dict[str, list[_Segment]] = {}
@@ -166,7 +164,7 @@ class Rows:
         if path not in self._headers:
             try:
                 fd = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if self._once and path not in self.sha256 and not _is_cached(fd):
+                if self._behind and path not in self.sha256 and not _is_cached(fd):
                     self._passing.add(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 with safe_open(path, framework="pt"):  # checks the header and the size of the file
@@ -201,9 +199,8 @@ class Rows:
 
     def _read_bytes(self, path: Path, offset: int, out: memoryview) -> None:
         fd = self._files[path]
-        if fd in self._passing:
-            behind = max(0, offset - BEHIND_BYTES)
-            os.posix_fadvise(fd, behind, offset - behind, os.POSIX_FADV_DONTNEED)
+        if fd in self._passing and offset > self._behind:  # a length of 0 would be the whole file
+            os.posix_fadvise(fd, 0, offset - self._behind, os.POSIX_FADV_DONTNEED)
         while len(out):
             try:
                 n = os.preadv(fd, [out], offset)
