@@ -34,7 +34,14 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which the next lines do
 
-from benchmarks.ceilings import ResultsFile, copy_bandwidth, interleaved_times, matmul_rates
+from benchmarks.ceilings import (
+    ResultsFile,
+    copy_bandwidth,
+    interleaved_times,
+    kernel_lines,
+    kernel_times,
+    matmul_rates,
+)
 from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm, rope, swiglu
 
 Tensors = dict[str, torch.Tensor]
@@ -484,7 +491,8 @@ def peak_memory(calls: Calls) -> float:
 
 
 def measure(case: Case, repeats: int, compile_mode: str | None) -> dict[str, dict[str, Any]]:
-    """-> variant -> median milliseconds of forward and backward, peak memory of one of each; or why there are none"""
+    """-> variant -> median milliseconds of forward and backward, peak memory of one of each; or why there are none.
+    Of ours also the microseconds of every kernel."""
     torch.manual_seed(0)
     sets = [case.inputs()]
     num_sets = max(1, min(16, math.ceil(3 * L2_BYTES / sum(x.nbytes for x in sets[0].values()))))
@@ -511,6 +519,9 @@ def measure(case: Case, repeats: int, compile_mode: str | None) -> dict[str, dic
         for name in group:
             figures[name]["forward_ms"] = statistics.median(forward[name]) / num_sets
             figures[name]["backward_ms"] = statistics.median(backward[name]) / num_sets
+            if name == "ours":
+                passes = {"forward": all_calls[name].forward, "backward": all_calls[name].backward}
+                figures[name]["kernels_us"] = {way: kernel_times(call, num_sets) for way, call in passes.items()}
             del all_calls[name]
         gc.collect()
         torch.cuda.empty_cache()
@@ -543,6 +554,8 @@ def report(case: Case, figures: dict[str, dict[str, Any]], ceilings: dict[str, f
         results.append(
             kernel=case.kernel, shape=case.shape, dtype="bf16", variant=name, unit=unit, ceiling=ceiling, **figure
         )
+    for way, times in figures["ours"]["kernels_us"].items():
+        print(f"  ours, {way}: {kernel_lines(times)}")
     for name, reason in case.missing.items():
         print(f"  {name:14s} not here: {reason}")
         results.append(kernel=case.kernel, shape=case.shape, dtype="bf16", variant=name, error=reason)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import ResultsFile, commit
+from benchmarks.ceilings import ResultsFile, commit, kernel_lines, kernel_times
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.bounds import METHODS
 from nemo_embed_core.mine.int8_cpu import Quantiser
@@ -162,6 +162,14 @@ def show(title: str, table: dict[str, dict[str, Any]], ours: str, operations: fl
         print(f"{name:42}{row['seconds']:9.3f}{rate:>10}{row['seconds'] / table[ours]['seconds']:14.2f}  {common}")
 
 
+def break_down(runs: dict[str, Callable[[], Any]], table: dict[str, dict[str, Any]]) -> None:
+    """On a GPU: what the kernels of ours take."""
+    for name in runs:
+        if name.startswith("ours"):
+            table[name]["kernels_us"] = kernel_times(runs[name])
+            print(f"{name}: {kernel_lines(table[name]['kernels_us'], 12)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--Q", type=int, help="queries")
@@ -237,6 +245,8 @@ def main() -> None:
         topk[f"ours {method}"]["certified_share"] = stats[method].num_certified / (args.Q * (args.repeats + 1))
         topk[f"ours {method}"]["exhaustive"] = stats[method].num_exhaustive
     show("top-k", topk, ours, operations)
+    if not on_cpu:
+        break_down(runs, topk)
 
     scores = pair_scores(queries.float(), torch.arange(args.Q, device=args.device), documents, positives)
     limits = ceiling(scores.cpu().numpy(), THRESHOLD)
@@ -250,6 +260,7 @@ def main() -> None:
     show(f"{NUM_NEGATIVES} negatives below {THRESHOLD} x positive", mined, ours, operations)
 
     if not on_cpu:
+        break_down(runs, mined)
         results = ResultsFile("mining")
         for what, table in (("topk", topk), ("mining", mined)):
             for variant, row in table.items():

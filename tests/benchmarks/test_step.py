@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
 from benchmarks import step  # noqa: E402
+from benchmarks.ceilings import kernel_lines  # noqa: E402
 from nemo_embed_core.config import ParallelConfig  # noqa: E402
 from nemo_embed_core.parallel.mesh import distributed  # noqa: E402
 
@@ -163,3 +164,9 @@ def test_needs_no_package_that_a_gpu_machine_may_lack() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_kernels_are_listed_longest_first_and_the_rest_is_summed():
+    times = {"void cub::Sort<int, 3>(x)": 5.25, "_scatter_kernel": 3.0, "a": 1.0, "b": 0.5}
+    assert kernel_lines(times, most=2) == "5.2 us cub::Sort, 3.0 us _scatter_kernel, 1.5 us others"
+    assert kernel_lines(times).endswith("1.0 us a, 0.5 us b")

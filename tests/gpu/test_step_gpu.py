@@ -10,7 +10,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no installed package
 
 from benchmarks import step
+from benchmarks.ceilings import kernel_times
 from nemo_embed_core.config import ModelConfig, ParallelConfig
+from nemo_embed_core.kernels import mean_pool
 from nemo_embed_core.model import attention
 from nemo_embed_core.parallel.mesh import distributed
 
@@ -102,3 +104,11 @@ def test_the_compiled_peer_gives_the_eager_losses(mesh):
     peer.compile_layers(True)
     torch.testing.assert_close(peer.backward(padded), eager, rtol=1e-3, atol=1e-3)
     peer.compile_layers(False)
+
+
+def test_the_benchmark_names_what_a_call_spends_on_the_card():
+    x_TD, cu_seqlens = torch.randn(4096, 256, device="cuda"), torch.tensor([0, 100, 4096], device="cuda")
+    times = kernel_times(lambda: [mean_pool.mean_pool_kernel(x_TD, cu_seqlens) for _ in range(2)], calls=2)
+    assert {"_chunk_sum_kernel", "_combine_kernel"} <= set(times)
+    assert list(times.values()) == sorted(times.values(), reverse=True)
+    assert 0 < sum(times.values()) < 1e4
