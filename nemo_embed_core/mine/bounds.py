@@ -64,7 +64,9 @@ def fp32(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
 def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
     def encode(x_nD: Tensor) -> Rows:
         values, _, square, error = quantize_rows(x_nD, torch.bfloat16)
-        return Rows(values, None, root_above(square, hidden_size), root_above(error, hidden_size))
+        # Squares that underflow count as UNDERFLOW each.
+        lost = UNDERFLOW * math.sqrt(hidden_size)
+        return Rows(values, None, root_above(square, hidden_size) + lost, root_above(error, hidden_size) + lost)
 
     return encode
 
@@ -81,6 +83,8 @@ def int8(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
         else:
             values, scale, square, error = quantize_rows(rotate(x_nD), torch.int8)
             rotation_error = torch_error
+            lost = hidden_size * UNDERFLOW**2  # squares that underflow
+            square, error = square + lost, error + lost
         norm = root_above(square, hidden_size) * (SHRINK * (1 + 2 * rotation_error))
         residual = root_above(error, hidden_size) * SHRINK + (rotation_error + 2 * UNIT) * norm
         return Rows(values, scale * SHRINK, norm, residual)  # the scale of a row with NaN or infinity keeps it out
@@ -110,7 +114,7 @@ def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
         a, b = a.float(), b.float()
     if not a.is_cuda:
         return linear(a, b) if add is None else linear(a, b).add_(add[:, None])
-    return a @ b.T
+    return a @ b.T if add is None else (a @ b.T).add_(add[:, None])
 
 
 def linear(x: Tensor, weight: Tensor, limit: float = math.inf) -> Tensor:

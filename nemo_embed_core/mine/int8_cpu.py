@@ -264,7 +264,7 @@ class Tile:
         rows = torch.arange(len(some)).repeat_interleave(k)
         scores = sampled_scores(self.x_qD[some], self.block.x_nD, rows, columns.flatten()).view(-1, k)
         floor = scores.amin(1) - self.narrow[some]
-        known = (largest[:, -1] > lowest) & torch.isfinite(floor)
+        known = (largest[:, -1] > lowest) & torch.isfinite(scores).all(1)
         self.places.floor[self.rows.start + some[known]] = floor[known]
 
     def survivors(self, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -156,3 +156,23 @@ def test_auto_says_what_it_took():
         stats = SearchStats()
         topk_below(x[:n], x, torch.full((n,), torch.inf), 3, method="auto", stats=stats)
         assert stats.method == want
+
+
+def test_a_document_with_infinity_does_not_raise_the_floor():
+    generator = torch.Generator().manual_seed(0)
+    documents = -torch.rand(200, 16, generator=generator) - 0.1
+    documents[7] = torch.inf
+    queries = torch.rand(5, 16, generator=generator)
+    exact = queries.double() @ documents.double().T
+    exact[:, 7] = -torch.inf
+    _, ids = topk_below(queries, documents, torch.full((5,), torch.inf), 3, method="int8")
+    assert torch.equal(ids, exact.topk(3, dim=1).indices)
+
+
+@pytest.mark.parametrize("method", ["bf16", "int8"])
+def test_rows_whose_squares_underflow_are_bounded(method):
+    documents = (randn(1, 64) + 1e-4 * randn(3000, 64, seed=1)) * 1e-24
+    queries = randn(20, 64, seed=2)
+    _, want = topk_below(queries, documents, torch.full((20,), torch.inf), 6, method="fp32")
+    _, ids = topk_below(queries, documents, torch.full((20,), torch.inf), 6, method=method)
+    assert torch.equal(ids, want)
