@@ -602,8 +602,14 @@ def _own_setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, temperature, lse_B, mean_B, *rest)
 
 
+def _without_empty_rows(dlse_B: torch.Tensor, lse_B: torch.Tensor) -> torch.Tensor:
+    """0 where no column is left: torch.logaddexp(-inf, -inf) hands back NaN, and 0 * NaN would reach every document."""
+    return dlse_B.masked_fill(lse_B == -math.inf, 0.0)
+
+
 def _own_backward(ctx, dlse_B, *_):
     q_BD, docs_BMD, mask_BM, temperature, lse_B, mean_B, *rest = ctx.saved_tensors
+    dlse_B = _without_empty_rows(dlse_B, lse_B)
     dq_BD, ddocs_BMD = _own_bwd(dlse_B, q_BD, docs_BMD, mask_BM, temperature, ctx.constant, lse_B, *rest, ctx.relative)
     dtemperature = -(dlse_B * mean_B).sum() / temperature if ctx.needs_input_grad[3] else None
     return dq_BD, ddocs_BMD, None, dtemperature, None, None, None
@@ -726,6 +732,7 @@ def _columns_setup_context(ctx, inputs, output):
 
 def _columns_backward(ctx, dlse_B, dpositive_B, _):
     q_BD, docs_PD, temperature, lse_B, positive_B, mean_B, *optional = ctx.saved_tensors
+    dlse_B = _without_empty_rows(dlse_B, lse_B)
     dq_BD, ddocs_PD = _columns_bwd(dlse_B, dpositive_B, q_BD, docs_PD, temperature, ctx.constant, lse_B, *optional)
     dtemperature = None
     if ctx.needs_input_grad[2]:

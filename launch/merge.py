@@ -99,8 +99,7 @@ def merge(args: argparse.Namespace) -> None:
         report = m.write_weights(folder, chosen, dtype, **how)
         card = {**describe(chosen, report), "title": args.output.name, "command": shown_command(sys.argv)}
         if decisions:
-            kept = [m.source_name(source) for source in chosen]
-            score = next(decision["score"] for decision in decisions if decision["sources"] == kept)
+            score = next(decision["score"] for decision in decisions if decision["members"] == list(members))
             card["metrics"] = {shown_command(shlex.split(args.evaluate)): {"score": score}}
         settings = {"format": args.format, "query_prompt": prompt, "max_seq_length": facts.max_length, "card": card}
         write_folder(folder, sources[0].model, name, tokenizers[0].files, **settings)

@@ -39,9 +39,7 @@ def train(config: TrainConfig) -> None:
             trainer = Trainer(config, mesh, prepared)
             trainer.stop_on_signals()
             trainer.run()
-        except NonFiniteError as error:
-            if mesh.rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+        except NonFiniteError:  # run() has said what it is
             raise SystemExit(NON_FINITE_EXIT_CODE) from None
 
 

@@ -237,7 +237,7 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = 1e-5  # peak
-    min_lr: float = 0.0  # at the last step
+    min_lr: float = 0.0  # one step after the last
     warmup_steps: int = 100  # linear from 0
     weight_decay: float = 0.01  # on matrices; never on norms
     beta1: float = 0.9
@@ -250,6 +250,12 @@ class OptimConfig:
             raise UserError(
                 f"optim: lr={self.lr} must be positive; warmup_steps={self.warmup_steps}, "
                 f"weight_decay={self.weight_decay} and clip_norm={self.clip_norm} must not be negative"
+            )
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"optim.min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
+            raise UserError(
+                f"optim: beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1), eps={self.eps} must be positive"
             )
 
 

@@ -7,13 +7,15 @@ vectors = embedder.encode(["a text", "another"])              # [2, D] fp32, in 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint.weights import fill, open_weights, tokenizer_folder
-from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.config import ModelConfig, to_dict
 from nemo_embed_core.data.packing import pack_texts
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import Segments, pick_attention
@@ -34,7 +36,7 @@ class Embedder:
         max_tokens: int,
     ):
         self.encoder, self.model, self.tokenizer = encoder, model, tokenizer
-        self.digest = digest  # of the weights: caches and reports are keyed by it
+        self.digest = digest  # of weights, shape, tokenizer and precision: caches and reports are keyed by it
         self.device, self.max_tokens = device, max_tokens
 
     @classmethod
@@ -55,7 +57,8 @@ class Embedder:
         encoder.to(dtype).to_empty(device=target)
         fill(encoder, weights.reader, weights.model)
         encoder.requires_grad_(False).eval()
-        return cls(encoder, weights.model, tokenizer, f"{weights.digest}-{precision}", target, max_tokens)
+        known = json.dumps([weights.digest, to_dict(weights.model), tokenizer.digest, precision])
+        return cls(encoder, weights.model, tokenizer, hashlib.sha256(known.encode()).hexdigest(), target, max_tokens)
 
     @property
     def hidden_size(self) -> int:

@@ -143,13 +143,19 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def publish(tmp: Path, final: Path) -> None:
-    """Make a finished folder visible under its name: durable before and after the rename."""
+def publish(tmp: Path, final: Path) -> Path | None:
+    """Make a finished folder visible under its name: durable before and after the rename.
+
+    What has that name already keeps its files under a new one, which is returned.
+    """
     fsync_dir(tmp)
-    if final.exists():  # the same step, saved again after a resume from an older checkpoint
-        shutil.rmtree(final)
+    aside = None
+    if final.exists():  # damaged: the same step, saved again after a resume from an older checkpoint
+        aside = final.with_name(f"damaged-{final.name}-{uuid.uuid4().hex[:8]}")
+        os.rename(final, aside)
     os.rename(tmp, final)
     fsync_dir(final.parent)
+    return aside
 
 
 @contextmanager

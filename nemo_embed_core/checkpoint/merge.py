@@ -79,8 +79,8 @@ def _other_settings(a: Path, b: Path) -> str:
 def check_weights(weights: Sequence[float], num_sources: int) -> None:
     if len(weights) != num_sources:
         raise UserError(f"{len(weights)} weights for {num_sources} sources; give one for each, in their order")
-    total = math.fsum(weights)
-    if not abs(total - 1) <= 1e-6:  # NaN too
+    total = sum(weights)
+    if not abs(total - 1) <= 1e-6:  # infinity and NaN too
         raise UserError(f"the weights {list(weights)} sum to {total!r}; they must sum to 1 (within 1e-6)")
 
 
@@ -452,7 +452,7 @@ def greedy_soup(
 
     def scored(members: list[int]) -> float:
         value = score(members)
-        decisions.append({"sources": [names[i] for i in members], "score": value})
+        decisions.append({"sources": [names[i] for i in members], "members": members, "score": value})
         return value
 
     own = [scored([i]) for i in range(len(names))]

@@ -83,7 +83,7 @@ def save(
     extra_files: Mapping[str, bytes],
     keep: int,
     keep_every: int = 0,
-    damaged: frozenset[str] = frozenset(),
+    damaged: set[str] | None = None,
     check: Callable[[], None] = lambda: None,
     gather: Callable[[Any], list[Any]] = gather_objects,
     log: Callable[[str], None] = print,
@@ -92,7 +92,7 @@ def save(
 
     `pieces` are what this rank writes (an owner per box); names under exp_avg/ and exp_avg_sq/ go to the optim file. A
     failure on any rank is raised on all of them, and leaves nothing. Then the oldest beyond the `keep` newest are
-    deleted, but none of a step that `keep_every` divides and none that was found `damaged`; those do not count.
+    deleted, but none of a step that `keep_every` divides and none that was found `damaged`; those do not count. One whose step is saved again gets another name.
     `check` runs on rank 0 before anything is written (the lock is still ours); `gather` exchanges small objects.
     """
     final, tmp = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
@@ -144,7 +144,11 @@ def save(
         write_bytes(tmp / MANIFEST, seal(manifest))
         failpoint("save.before_rename", step)
         check()
-        publish(tmp, final)
+        if aside := publish(tmp, final):
+            log(
+                f"WARNING: the damaged checkpoint of step {step} is kept as {aside}; delete it when you need it no more"
+            )
+        (damaged or set()).discard(final.name)
         failpoint("save.after_rename", step)
 
     first = rank == 0
@@ -157,7 +161,7 @@ def save(
             shutil.rmtree(tmp, ignore_errors=True)
         raise
     if first:
-        _prune(root, final, keep, keep_every, damaged, log)
+        _prune(root, final, keep, keep_every, damaged or set(), log)
     return final
 
 
@@ -165,12 +169,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _prune(
-    root: Path, newest: Path, keep: int, keep_every: int, damaged: frozenset[str], log: Callable[[str], None]
-) -> None:
+def _prune(root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]) -> None:
     """A folder loses its name durably before its files go: neither a kill nor a power cut leaves half a checkpoint."""
     try:
-        whole = [p for p in checkpoints(root) if p.name not in damaged or p == newest]
+        whole = [p for p in checkpoints(root) if p.name not in damaged]
         gone = []
         for old in whole[keep:]:
             if old == newest or (keep_every and _step_of(old) % keep_every == 0):

@@ -112,9 +112,8 @@ def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
             assert add is None
             return torch.mm(a, b.T, out_dtype=torch.float32)  # torch 2.8+, CUDA only
         a, b = a.float(), b.float()
-    if not a.is_cuda:
-        return linear(a, b) if add is None else linear(a, b).add_(add[:, None])
-    return a @ b.T if add is None else (a @ b.T).add_(add[:, None])
+    product = a @ b.T if a.is_cuda else linear(a, b)
+    return product if add is None else product.add_(add[:, None])
 
 
 def linear(x: Tensor, weight: Tensor, limit: float = math.inf) -> Tensor:

@@ -151,6 +151,10 @@ def topk_below(
         method = pick_method(device, min(num_queries, block_queries))
     if method not in METHODS:
         raise UserError(f"method={method!r} is none of auto, {', '.join(METHODS)}")
+    if method == "int8" and device.type == "cpu" and not _int8_is_exact():
+        raise UserError(
+            "int8 products saturate here, as oneDNN's do when ONEDNN_MAX_CPU_ISA takes VNNI away; unset it or choose fp32"
+        )
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
     if not block_documents:
         block_documents = 32768 if device.type == "cuda" else (4096 if method == "int8" else 2048)
@@ -175,7 +179,14 @@ def pick_method(device: torch.device, num_queries: int) -> str:
     queries are as many as it takes to win back that every document is rotated and quantised."""
     if device.type == "cuda":
         return "bf16"
-    return "int8" if num_queries >= MANY_QUERIES and _int8_is_fast() else "fp32"
+    return "int8" if num_queries >= MANY_QUERIES and _int8_is_exact() and _int8_is_fast() else "fp32"
+
+
+@functools.cache
+def _int8_is_exact() -> bool:
+    """Whether this CPU's int8 GEMM keeps the largest sums: without VNNI pairs of products may be summed in 16 bits."""
+    a = torch.full((64, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(a, a.T) == 256 * 127**2).all()) and bool((torch._int_mm(a, -a.T) == -256 * 127**2).all())
 
 
 @functools.cache

@@ -41,7 +41,12 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_json(path)
     if raw.get("model_type") not in ("llama", "llama_bidirec"):
         raise UserError(f'{path}: model_type is {raw.get("model_type")!r}; only "llama" and "llama_bidirec" are read')
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    for key, plain in (
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("hidden_act", "silu"),
+        ("pooling", "avg"),
+    ):
         if raw.get(key, plain) != plain:
             raise UserError(f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={plain!r}")
     # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling; both are read.

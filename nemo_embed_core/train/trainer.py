@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -145,9 +146,6 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, mesh: Mesh, prepared: Prepared, log: Callable[[str], None] = print):
         note("set-up")
-        if config.checkpoint.resume == "none" and begun_before():
-            # The checkpoints in the way are those of this torchrun's own earlier attempt.
-            config = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
         self.config, self.mesh = config, mesh
         self.model_config, self.tokenizer = prepared.model, prepared.tokenizer
         self.log = log if mesh.rank == 0 else lambda message: None
@@ -221,6 +219,10 @@ class Trainer:
             self.saver.wait()
             if stop and self.step < config.steps:
                 self.log(f"stopped by a signal after step {self.step}; saved, resume with --checkpoint.resume auto")
+        except NonFiniteError as error:
+            if self.mesh.rank == 0:  # now: the others leave at once, and this rank has its save to finish first
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise
         finally:
             self.saver.close()
             self._unlock()
@@ -430,7 +432,7 @@ class Trainer:
             world_size=mesh.world_size,
             keep=config.keep,
             keep_every=config.keep_every,
-            damaged=frozenset(self._damaged),
+            damaged=self._damaged,
             check=self.lock.check if self.lock is not None else lambda: None,
             gather=partial(gather_objects, group=group),
             log=self.log,
@@ -483,12 +485,14 @@ class Trainer:
         if self.mesh.rank == 0:
             try:
                 self.lock = files.Lock(self.output, self.log).acquire()
+                present = sharded.checkpoints(self.output)
+                if present and begun_before():  # what would be in the way is this torchrun's own earlier attempt's
+                    resume = "auto"
                 if resume == "auto":
                     found = sharded.newest(self.output, self.log, self._damaged)
                 elif resume != "none":
                     found = sharded.find(Path(resume))
                     sharded.verify(found)
-                present = sharded.checkpoints(self.output)
                 if resume != "auto" and present and (found is None or found.resolve() != present[0].resolve()):
                     raise UserError(
                         f"{self.output} already holds checkpoints (newest {present[0].name}), which checkpoint.resume="

@@ -261,7 +261,7 @@ def write_in_place(tmp: Path, final: Path) -> None:
 
 
 def delete_at_once(
-    root: Path, newest: Path, keep: int, keep_every: int, damaged: frozenset[str], log: Callable[[str], None]
+    root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]
 ) -> None:
     for old in sharded.checkpoints(root)[keep:]:
         shutil.rmtree(old)

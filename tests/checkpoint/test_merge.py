@@ -279,6 +279,7 @@ def test_a_greedy_soup_keeps_what_does_not_lower_the_score() -> None:
     scores = {(0,): 1.0, (1,): 3.0, (2,): 2.0, (3,): 2.0, (1, 2): 3.0, (1, 2, 3): 2.9, (1, 2, 0): 3.5}
     kept, decisions = merge.greedy_soup("abcd", lambda members: scores[tuple(members)])
     assert kept == [1, 2, 0]
+    assert all(scores[tuple(d["members"])] == d["score"] for d in decisions), "also where two sources have one name"
     tried = [("".join(d["sources"]), d.get("kept")) for d in decisions]
     assert tried == [("a", None), ("b", None), ("c", None), ("d", None), ("bc", True), ("bcd", False), ("bca", True)]
 
@@ -434,6 +435,12 @@ def test_a_flipped_bit_of_a_checkpoint_stops_its_merge(server: Server, tmp_path:
         with pytest.raises(sharded.CheckpointError, match="sha256 differs"), new_folder(out) as folder:
             merge.write_weights(folder, sources, torch.float32)
         assert not list(tmp_path.glob("*out*"))
+    tokenizer = file.parent / "tokenizer.json"
+    data = bytearray(tokenizer.read_bytes())
+    data[len(data) // 2] ^= 1
+    tokenizer.write_bytes(data)
+    with pytest.raises(sharded.CheckpointError, match=r"tokenizer\.json: sha256 differs"):
+        merge.open_sources([str(tmp_path / "saved")])
 
 
 # ------------------------------------------------------------------------------------------ killed

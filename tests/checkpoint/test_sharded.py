@@ -133,8 +133,36 @@ def test_a_damaged_checkpoint_neither_counts_nor_is_deleted(tmp_path: Path) -> N
     found = sharded.newest(tmp_path, lambda message: None, damaged)
     assert found is not None and found.name == "step-00000002" and damaged == {"step-00000003"}
     for step in (4, 5):
-        save(tmp_path, step, keep=2, damaged=frozenset(damaged))
+        save(tmp_path, step, keep=2, damaged=damaged)
     assert steps_in(tmp_path) == [5, 4, 3]
+
+
+def test_a_damaged_checkpoint_makes_room_for_its_step_and_keeps_its_files(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, keep=9)
+    weights = "model-00000-of-00001.safetensors"
+    (tmp_path / "step-00000002" / weights).write_bytes(b"broken")
+    damaged: set[str] = set()
+    log: list[str] = []
+    assert sharded.newest(tmp_path, log.append, damaged) == tmp_path / "step-00000001"
+    save(tmp_path, 2, keep=2, damaged=damaged, log=log.append)
+    (aside,) = tmp_path.glob("damaged-step-00000002-*")
+    assert (aside / weights).read_bytes() == b"broken" and str(aside) in log[-1]
+    assert sharded.verify(tmp_path / "step-00000002") and not damaged
+    for step in (3, 4):
+        save(tmp_path, step, keep=2, damaged=damaged)
+    assert steps_in(tmp_path) == [4, 3], "its successor is pruned as any other"
+
+
+def test_a_leftover_that_cannot_be_deleted_does_not_end_the_run(tmp_path: Path) -> None:
+    log: list[str] = []
+    save(tmp_path, 1, keep=1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / ".tmp-old-step-00000000").symlink_to(elsewhere)  # rmtree refuses links
+    save(tmp_path, 2, keep=1, log=log.append)
+    assert steps_in(tmp_path) == [2] and elsewhere.is_dir()
+    assert len(log) == 1 and log[0].startswith("WARNING: ") and ".tmp-old-step-00000000" in log[0]
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

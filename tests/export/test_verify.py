@@ -519,3 +519,19 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_caught(good):
     verify._check_tokens(good, as_read(rows), 512)
     with pytest.raises(UserError, match=r"for 'hello' and tokenizer.json"):
         verify._check_tokens(good, as_read([row[1:] for row in rows]), 512)  # BOS lost
+
+
+def test_another_shape_tokenizer_or_precision_is_another_model(good: Path, tmp_path: Path) -> None:
+    """The same weights: what mining has encoded with them otherwise must not be taken for theirs."""
+    digests = [Embedder.load(str(good), "cpu", precision).digest for precision in ("fp32", "bf16")]
+    for file, change in (
+        ("config.json", lambda value: value.update(rms_norm_eps=0.1)),
+        ("tokenizer.json", lambda value: value["model"].update(unk_token="[UNK]", byte_fallback=True)),
+    ):
+        folder = shutil.copytree(good, tmp_path / file)
+        value = json.loads((folder / file).read_text())
+        change(value)
+        (folder / file).write_text(json.dumps(value))
+        digests.append(Embedder.load(str(folder), "cpu", "fp32").digest)
+    assert len(set(digests)) == 4
+    assert Embedder.load(str(good), "cpu", "fp32").digest == digests[0]

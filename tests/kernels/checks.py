@@ -303,10 +303,31 @@ def in_batch_logsumexp(module, B, P, D, temperature=0.05, ids=False, valid=False
     check(run(module.in_batch_logsumexp_kernel), run(module.in_batch_logsumexp_ref), inputs, slack=8, **budgets)
 
 
+def joined_empty_terms(module, B, D=64, dtype="fp32", device="cpu"):
+    """The loss joined with two terms that no column is left for, because all rows have one document."""
+    ids = torch.full((B,), 4, device=device)
+    inputs = {
+        "q_BD": noise(B, D, dtype=dtype, device=device, unit=True),
+        "docs_PD": noise(B, D, dtype=dtype, device=device, unit=True),
+        "temperature": torch.tensor(0.05, device=device),
+    }
+
+    def run(loss, logsumexp):
+        def joined(q_BD, docs_PD, temperature):
+            terms = [logsumexp(rows, rows, temperature, ids, ids) for rows in (docs_PD, q_BD)]
+            extra = torch.logaddexp(*terms)
+            return loss(q_BD, docs_PD, torch.arange(B, device=device), temperature, ids, extra_lse_B=extra)
+
+        return joined
+
+    kernel = run(module.info_nce_in_batch_kernel, module.in_batch_logsumexp_kernel)
+    check(kernel, run(module.info_nce_in_batch_ref, module.in_batch_logsumexp_ref), inputs, slack=8)
+
+
 # ------------------------------------------------------------------------------------------ running them
 
 KERNEL_FILE = {"segment_sum": "mean_pool", "split_rope": "rope", "info_nce_hard": "info_nce"}
-KERNEL_FILE |= {"info_nce_in_batch": "info_nce", "in_batch_logsumexp": "info_nce"}
+KERNEL_FILE |= dict.fromkeys(("info_nce_in_batch", "in_batch_logsumexp", "joined_empty_terms"), "info_nce")
 
 
 def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):

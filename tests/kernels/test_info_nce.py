@@ -53,6 +53,11 @@ def test_logsumexp_within_budget(passes, B, P):
     passes("in_batch_logsumexp", B=B, P=P, D=64, ids=True, valid=P > 1)
 
 
+@pytest.mark.parametrize("B", [1, 4])
+def test_terms_without_columns_give_no_gradient_when_joined(passes, B):
+    passes("joined_empty_terms", B=B)
+
+
 def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):
     passes("opcheck", name="info_nce")
     passes("compiled_gradients", name="info_nce")

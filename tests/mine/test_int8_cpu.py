@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_embed_core.config import UserError
 from nemo_embed_core.mine import int8_cpu, topk
 from nemo_embed_core.mine.bounds import Rounding, pair_bound
 from nemo_embed_core.mine.topk import Exclude, SearchStats, pick_method, topk_below, topk_below_ref
@@ -147,12 +148,13 @@ def test_int8_is_picked_where_it_is_fast_and_queries_are_many(monkeypatch):
     cpu = torch.device("cpu")
     for is_fast, few, many in ((True, "fp32", "int8"), (False, "fp32", "fp32")):
         monkeypatch.setattr(topk, "_int8_is_fast", lambda is_fast=is_fast: is_fast)
+        monkeypatch.setattr(topk, "_int8_is_exact", lambda: True)
         assert [pick_method(cpu, n) for n in (1, topk.MANY_QUERIES - 1, topk.MANY_QUERIES)] == [few, few, many]
 
 
 def test_auto_says_what_it_took():
     x = torch.nn.functional.normalize(randn(topk.MANY_QUERIES, 32))
-    for n, want in ((topk.MANY_QUERIES, "int8" if topk._int8_is_fast() else "fp32"), (8, "fp32")):
+    for n, want in ((topk.MANY_QUERIES, pick_method(torch.device("cpu"), topk.MANY_QUERIES)), (8, "fp32")):
         stats = SearchStats()
         topk_below(x[:n], x, torch.full((n,), torch.inf), 3, method="auto", stats=stats)
         assert stats.method == want
@@ -176,3 +178,15 @@ def test_rows_whose_squares_underflow_are_bounded(method):
     _, want = topk_below(queries, documents, torch.full((20,), torch.inf), 6, method="fp32")
     _, ids = topk_below(queries, documents, torch.full((20,), torch.inf), 6, method=method)
     assert torch.equal(ids, want)
+
+
+def test_a_gemm_that_saturates_is_refused_and_never_picked(monkeypatch):
+    x = torch.nn.functional.normalize(randn(topk.MANY_QUERIES, 32))
+    ceilings = torch.full((len(x),), torch.inf)
+    exact = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b, **out: exact(a, b, **out).clamp_(-(2**20), 2**20))
+    topk._int8_is_exact.cache_clear()
+    with pytest.raises(UserError, match="ONEDNN_MAX_CPU_ISA"):
+        topk_below(x, x, ceilings, 3, method="int8")
+    assert pick_method(torch.device("cpu"), len(x)) == "fp32"
+    topk._int8_is_exact.cache_clear()

@@ -155,6 +155,15 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
     assert read_config(tmp_path).rope_theta == 500000.0
 
 
+@pytest.mark.parametrize(("key", "value"), [("pooling", "cls"), ("hidden_act", "gelu"), ("attention_bias", True)])
+def test_what_we_would_compute_differently_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    hf_llama(MODEL).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+    with pytest.raises(UserError, match=f"{key}={value!r} is not supported"):
+        read_config(tmp_path)
+
+
 def _edit_weights(folder: Path, change) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)

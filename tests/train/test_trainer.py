@@ -16,6 +16,7 @@ from tiny import MODEL, train_config
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.config import ModelConfig, OptimConfig
 from nemo_embed_core.parallel.mesh import distributed
+from nemo_embed_core.train import trainer as trainer_module
 from nemo_embed_core.train.metrics import MetricsLog, training_flops
 from nemo_embed_core.train.optim import build_optimizer, learning_rate
 from nemo_embed_core.train.trainer import NonFiniteError, Trainer, prepare
@@ -121,6 +122,43 @@ def test_a_nan_is_refused_and_leaves_the_weights_alone(tmp_path: Path) -> None:
         embedding[row] = kept
         trainer.train_step()
         assert trainer.step == 1
+
+
+def test_what_a_nan_is_about_is_said_before_the_last_save_is_waited_for(tmp_path: Path, monkeypatch, capsys) -> None:
+    config, said = train_config(tmp_path), []
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        trainer._named_state()["model.embed_tokens.weight"].fill_(float("nan"))
+        close = trainer.saver.close
+        monkeypatch.setattr(trainer.saver, "close", lambda: (said.append(capsys.readouterr().err), close()))
+        with pytest.raises(NonFiniteError):
+            trainer.run()
+    assert len(said) == 1 and "error: step 1: " in said[0] and "rows with a non-finite loss" in said[0]
+
+
+def test_a_restart_of_torchrun_goes_on_from_its_own_checkpoints(tmp_path: Path, monkeypatch) -> None:
+    """Whatever the command says about resuming; before there is one of its own, as the command says."""
+
+    def reached(name: str, steps: int, resume: str) -> tuple[int, list[str]]:
+        log: list[str] = []
+        config = train_config(
+            tmp_path, steps=steps, output_dir=str(tmp_path / name), checkpoint={"every": 1, "resume": resume}
+        )
+        with distributed(config.parallel, "cpu", MODEL) as mesh:
+            Trainer(config, mesh, prepare(config), log=log.append).run()
+        return sharded.read_manifest(sharded.checkpoints(tmp_path / name)[0])["step"], log
+
+    reached("old", 2, "none")
+    old = str(tmp_path / "old/step-00000002")
+    assert reached("new", 3, old)[0] == 3
+    with pytest.raises(sharded.CheckpointError, match="already holds checkpoints"):
+        reached("new", 4, old)
+    monkeypatch.setattr(trainer_module, "begun_before", lambda: True)
+    for steps, resume in ((4, old), (5, "none")):
+        step, log = reached("new", steps, resume)
+        assert step == steps and any(f"new/step-{steps - 1:08d} at step {steps - 1}" in line for line in log), log
+    step, log = reached("newer", 3, old)
+    assert step == 3 and any("old/step-00000002 at step 2" in line for line in log), log
 
 
 def run_losses(folder: Path, **changes: object) -> tuple[list[float], dict[str, torch.Tensor]]:
