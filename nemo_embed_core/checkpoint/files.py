@@ -235,7 +235,7 @@ class Lock:
     failing; where the heartbeat moves meanwhile, it is refused at once. `run` is a new id of this run.
     """
 
-    STALE_S = 600.0
+    STALE_S = 300.0  # less than parallel.timeout_s by default: rank 0 waits this long before it joins the others
     BEAT_S = 15.0
     POLL_S = 5.0
 

@@ -28,7 +28,13 @@ from torch import Tensor
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.average import CHUNK_ELEMENTS, Combiner, NonFinite, widest
-from nemo_embed_core.checkpoint.files import check_free_space, safetensors_header, start_writing_back, write_bytes
+from nemo_embed_core.checkpoint.files import (
+    check_free_space,
+    free_bytes,
+    safetensors_header,
+    start_writing_back,
+    write_bytes,
+)
 from nemo_embed_core.checkpoint.weights import Rows, Weights, open_weights
 from nemo_embed_core.config import UserError, to_dict
 from nemo_embed_core.data.prompts import query_prompt
@@ -258,21 +264,20 @@ class _Output:
         self.folder, self.shapes, self.dtype = folder, shapes, dtype
         self._place: dict[str, tuple[int, int]] = {}  # name -> file descriptor, first byte
         self._files: dict[str, int] = {}
-        self._left = 0  # bytes; also read by finish() alone, so += under a lock
+        self.total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+        self._left = self.total  # bytes; also read by finish() alone, so += under a lock
         self._lock = threading.Lock()
         shards = _assign(shapes, dtype)
         self._weight_map: dict[str, str] = {}
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            header, size = safetensors_header({n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
+            header, _ = safetensors_header({n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
             fd = self._files[file] = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            os.pwrite(fd, header, 0)
+            self._put(fd, memoryview(header), 0)
             end = len(header)
             for name in names:
                 self._place[name], self._weight_map[name] = (fd, end), file
                 end += torch.Size(shapes[name]).numel() * dtype.itemsize
-            self._left += size
-        self.total = self._left
 
     def write(self, name: str, first_row: int, values: Tensor) -> None:
         fd, start = self._place[name]
@@ -280,11 +285,18 @@ class _Output:
         at = start + first_row * torch.Size(self.shapes[name][1:]).numel() * self.dtype.itemsize
         with self._lock:
             self._left -= len(data)
-        begin = at
-        while len(data):
-            n = os.pwrite(fd, data, at)
-            data, at = data[n:], at + n
-        start_writing_back(fd, begin, at - begin)
+        self._put(fd, data, at)
+        start_writing_back(fd, at, len(data))
+
+    def _put(self, fd: int, data: memoryview, at: int) -> None:
+        try:
+            while len(data):
+                n = os.pwrite(fd, data, at)
+                data, at = data[n:], at + n
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: {error}; the merged model needs {self.total:,} bytes, {free_bytes(self.folder):,} are free"
+            ) from None
 
     def finish(self) -> None:
         assert self._left == 0, f"{self.folder}: {self._left} bytes were not written"

@@ -169,7 +169,7 @@ class Rows:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 with safe_open(path, framework="pt"):  # checks the header and the size of the file
                     self._headers[path] = read_safetensors_header(path)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch, of too many open files
                 raise sharded.CheckpointError(f"{path}: {error}") from None
         dtype, have, offset = self._headers[path].get(stored, (None, None, 0))
         if dtype is None or have != shape or self.dtypes.setdefault(name, dtype) != dtype:

@@ -443,6 +443,30 @@ def test_a_flipped_bit_of_a_checkpoint_stops_its_merge(server: Server, tmp_path:
         merge.open_sources([str(tmp_path / "saved")])
 
 
+def test_a_merge_that_cannot_write_says_where_and_leaves_nothing(
+    three: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    real, calls = os.pwrite, [0]
+
+    def full(fd: int, data: Any, at: int) -> int:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(28, os.strerror(28))
+        return real(fd, data[: len(data) // 2 + 1], at)  # and no write is whole
+
+    monkeypatch.setattr(os, "pwrite", full)
+    sources = merge.open_sources([str(path) for path in three])
+    says = r"out.*No space left on device; the merged model needs [\d,]+ bytes"
+    with pytest.raises(UserError, match=says), new_folder(tmp_path / "out") as folder:
+        merge.write_weights(folder, sources, torch.float32)
+    assert calls[0] >= 3 and not list(tmp_path.iterdir())
+    calls[0] = 3
+    with new_folder(tmp_path / "out") as folder:
+        merge.write_weights(folder, merge.open_sources([str(three[0])]), torch.float32)
+    want = weights_of(three[0])
+    assert all(torch.equal(got, want[name]) for name, got in weights_of(tmp_path / "out").items())
+
+
 # ------------------------------------------------------------------------------------------ killed
 
 

@@ -419,18 +419,18 @@ def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path, slee
 def test_on_another_host_the_heartbeat_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
 ) -> None:
-    """Older than ten minutes: taken over. Younger: waited for, until it moves (refused) or is ten minutes old."""
+    """Older than five minutes: taken over. Younger: waited for, until it moves (refused) or is five minutes old."""
     monkeypatch.setattr(files.Lock, "POLL_S", 0.01)
     log: list[str] = []
-    write_lock(tmp_path, age_s=610, **where)
+    write_lock(tmp_path, age_s=310, **where)
     files.Lock(tmp_path, log.append).acquire().release()
     assert len(log) == 1 and "taking it over" in log[0]
     start = time.monotonic()
-    write_lock(tmp_path, age_s=599.5, **where)
+    write_lock(tmp_path, age_s=299.5, **where)
     files.Lock(tmp_path, log.append).acquire().release()
-    assert len(log) == 3 and "waiting until its heartbeat moves or is 10 minutes old" in log[1]
+    assert len(log) == 3 and "waiting until its heartbeat moves or is 5 minutes old" in log[1]
     assert 0.3 < time.monotonic() - start < 5
-    write_lock(tmp_path, age_s=300, **where)
+    write_lock(tmp_path, age_s=150, **where)
     threading.Timer(0.2, os.utime, [tmp_path / ".lock"]).start()
     with pytest.raises(UserError, match="in use by process"):
         files.Lock(tmp_path, log.append).acquire()
