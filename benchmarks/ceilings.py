@@ -71,31 +71,41 @@ def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -
     """GPU milliseconds of every call, in rounds: one of each, `repeats` times, so that clocks and neighbours are shared.
 
     Before each call the GPU is put to sleep for longer than the host needs to launch the call, so that launch overhead is
-    not measured (a kernel of 5 us behind a launch of 50 us); what a call returns is kept alive until its time is taken, so
-    that its outputs cannot be written into a buffer that is still in the cache.
+    not measured (a kernel of 5 us behind a launch of 50 us). A host that was slower than that is found out, as the GPU has
+    then passed the start of the call before all of it was launched: the call is timed again behind a longer sleep. (Of a call
+    that waits for the GPU itself, the launches are part.) What a call returns is kept alive until its time is taken, so that
+    its outputs cannot be written into a buffer that is still in the cache.
     """
-    host_ms = {}
+    sleep_ms = {}
     for name, call in calls.items():
         for _ in range(3):
             call()
         torch.cuda.synchronize()
         begin = time.perf_counter()
         kept = call()
-        host_ms[name] = (time.perf_counter() - begin) * 1e3
+        sleep_ms[name] = 2e3 * (time.perf_counter() - begin) + 0.2
         torch.cuda.synchronize()
         del kept
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(int((2 * host_ms[name] + 0.2) * 2e6))  # cycles of a clock of at most 2 GHz
-            start.record()
-            kept = call()
-            stop.record()
-            torch.cuda.synchronize()
+            while True:
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(int(sleep_ms[name] * 2e6))  # cycles of a clock of at most 2 GHz
+                start.record()
+                kept = call()
+                late = start.query()
+                stop.record()
+                torch.cuda.synchronize()
+                del kept
+                if not late or sleep_ms[name] > _LONGEST_SLEEP_MS:
+                    break
+                sleep_ms[name] *= 2
             times[name].append(start.elapsed_time(stop))
-            del kept
     return times
+
+
+_LONGEST_SLEEP_MS = 20.0
 
 
 def kernel_times(call: Callable[[], object], calls: int = 1) -> dict[str, float]:

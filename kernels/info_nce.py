@@ -129,7 +129,8 @@ def _join(lse_B, positive_B, has_positive_B, own_lse_B, extra_lse_B) -> torch.Te
 
 # A warp holds all BLOCK_M documents of its 256 columns, so that the sums over documents stay within threads: any other
 # division took twice the time.
-_OWN = (8, 2048, 8)  # largest BLOCK_M, largest BLOCK_D, num_warps
+_OWN_FORWARD = (8, 2048, 8)  # largest BLOCK_M, largest BLOCK_D, num_warps
+_OWN_BACKWARD = (8, 4096, 16)  # all columns at once: fewer loads that wait for those before
 # element size -> [(largest B, BLOCK_B, BLOCK_P, BLOCK_D, num_warps, num_stages)]. Timed on an H200: the bf16 tile of many rows;
 # the others by registers and shared memory (no spills, wgmma).
 _COLUMNS = {
@@ -491,9 +492,9 @@ def _columns_dscores_kernel(
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
     lse = tl.load(lse_ptr + b, mask=b < B, other=0.0)
-    # A row that no column counts for has lse -inf: with 0 its -1e30 scores give p = 0, not NaN.
+    # A row that no column counts for has lse -inf: with 0 its -1e30 scores give p = 0, not NaN; its gradient may be NaN.
+    dlse = tl.where(lse > -1e29, tl.load(dlse_ptr + b, mask=b < B, other=0.0), 0.0)
     lse = tl.where(lse > -1e29, lse, 0.0)
-    dlse = tl.load(dlse_ptr + b, mask=b < B, other=0.0)
     dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) if HAS_LABELS else dlse
     _store_dscores(
         products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b,
@@ -501,8 +502,8 @@ def _columns_dscores_kernel(
     )  # fmt: skip
 
 
-def _own_config(num_documents: int, hidden_size: int) -> tuple[int, int, int]:
-    block_m, block_d, num_warps = _OWN
+def _own_config(config: tuple[int, int, int], num_documents: int, hidden_size: int) -> tuple[int, int, int]:
+    block_m, block_d, num_warps = config
     return (
         min(block_m, triton.next_power_of_2(num_documents)),
         min(block_d, max(16, triton.next_power_of_2(hidden_size))),
@@ -539,7 +540,7 @@ def _own_fwd(
     temperature: a learned one, or None for `constant`, which saves the launch that would put a number into a tensor.
     """
     num_rows, num_documents, hidden_size = docs_BMD.shape
-    block_m, block_d, num_warps = _own_config(num_documents, hidden_size)
+    block_m, block_d, num_warps = _own_config(_OWN_FORWARD, num_documents, hidden_size)
     lse_B, mean_B = (q_BD.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     scores_BM = q_BD.new_empty(num_rows, num_documents, dtype=torch.float32)
     q_inverse_B = q_BD.new_empty(num_rows if normalize else 0, dtype=torch.float32)
@@ -578,7 +579,7 @@ def _own_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> dq [B, D], ddocs [B, M, D]"""
     num_rows, num_documents, hidden_size = docs_BMD.shape
-    block_m, block_d, num_warps = _own_config(num_documents, hidden_size)
+    block_m, block_d, num_warps = _own_config(_OWN_BACKWARD, num_documents, hidden_size)
     q_BD, docs_BMD = q_BD.contiguous(), docs_BMD.contiguous()
     dq_BD, ddocs_BMD = torch.empty_like(q_BD), torch.empty_like(docs_BMD)
     if num_rows:
@@ -599,19 +600,24 @@ def _(dlse_B, q_BD, docs_BMD, mask_BM, temperature, constant, lse_B, scores_BM, 
 def _own_setup_context(ctx, inputs, output):
     *tensors, temperature, ctx.constant, ctx.relative, _ = inputs
     lse_B, mean_B, *rest = output
+    ctx.set_materialize_grads(False)  # zeros for outputs that nobody differentiates would be launches
     ctx.save_for_backward(*tensors, temperature, lse_B, mean_B, *rest)
 
 
 def _without_empty_rows(dlse_B: torch.Tensor, lse_B: torch.Tensor) -> torch.Tensor:
-    """0 where no column is left: torch.logaddexp(-inf, -inf) hands back NaN, and 0 * NaN would reach every document."""
+    """0 where no column is left: torch.logaddexp(-inf, -inf) hands back NaN. The backward kernels do the same in passing,
+    since this costs four launches, as long as the hard loss of 128 queries."""
     return dlse_B.masked_fill(lse_B == -math.inf, 0.0)
 
 
 def _own_backward(ctx, dlse_B, *_):
+    if dlse_B is None:
+        return (None,) * 7
     q_BD, docs_BMD, mask_BM, temperature, lse_B, mean_B, *rest = ctx.saved_tensors
-    dlse_B = _without_empty_rows(dlse_B, lse_B)
     dq_BD, ddocs_BMD = _own_bwd(dlse_B, q_BD, docs_BMD, mask_BM, temperature, ctx.constant, lse_B, *rest, ctx.relative)
-    dtemperature = -(dlse_B * mean_B).sum() / temperature if ctx.needs_input_grad[3] else None
+    dtemperature = None
+    if ctx.needs_input_grad[3]:
+        dtemperature = -(_without_empty_rows(dlse_B, lse_B) * mean_B).sum() / temperature
     return dq_BD, ddocs_BMD, None, dtemperature, None, None, None
 
 
@@ -732,11 +738,10 @@ def _columns_setup_context(ctx, inputs, output):
 
 def _columns_backward(ctx, dlse_B, dpositive_B, _):
     q_BD, docs_PD, temperature, lse_B, positive_B, mean_B, *optional = ctx.saved_tensors
-    dlse_B = _without_empty_rows(dlse_B, lse_B)
     dq_BD, ddocs_PD = _columns_bwd(dlse_B, dpositive_B, q_BD, docs_PD, temperature, ctx.constant, lse_B, *optional)
     dtemperature = None
     if ctx.needs_input_grad[2]:
-        dtemperature = -(dlse_B * mean_B + dpositive_B * positive_B).sum() / temperature
+        dtemperature = -(_without_empty_rows(dlse_B, lse_B) * mean_B + dpositive_B * positive_B).sum() / temperature
     return dq_BD, ddocs_PD, dtemperature, None, None, None, None
 
 

@@ -20,8 +20,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from nemo_embed_core.kernels.rms_norm import sum_rows
-
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -58,16 +56,20 @@ _MIN_NORM = 1e-12  # F.normalize's
 # other division was slower by half to four times (docs/log.md).
 _COLUMNS = (4, 1024, 4, 1)  # BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
 # Where a whole row is needed (RMSNorm): elements of a program, elements of a warp, num_stages
-_ROWS_FORWARD = (8192, 1024, 3)
+_ROWS_FORWARD = (4096, 1024, 4)
 _ROWS_BACKWARD = (8192, 512, 3)
-_CHUNK = 64  # tokens of one program of the first stage; the partial sums cost (T / 64 + N) rows of fp32, mostly in L2
-_LONG_CHUNK = 256  # the same where sequences have thousands of tokens: one program adds up a sequence's partial sums
+# Tokens of one program of the first stage: enough programs for every SM to have two, and few partial sums, of which there are
+# T / chunk + N rows of fp32.
+_CHUNK, _CHUNK_OF_MANY, _MANY_TOKENS = 64, 128, 32768
 _SCATTER_CHUNK = 16  # tokens of one program of the backward
 _ENDS = 1024  # ends of sequences compared at a time
+_LONG = 2048  # mean length above which the partial sums of one sequence are added by many programs
+_COMBINE_LONG = (64, 64, 4)  # BLOCK_C, BLOCK_D, num_warps of those
+_WEIGHT_WIDTH = 32  # columns of the weight's gradient that one program of the backward sums
 
 
-def _chunk(num_tokens: int, num_segments: int) -> int:
-    return _LONG_CHUNK if num_tokens > 2048 * num_segments else _CHUNK
+def _chunk(num_tokens: int) -> int:
+    return _CHUNK if num_tokens < _MANY_TOKENS else _CHUNK_OF_MANY
 
 
 def _row_config(hidden_size: int, rows: tuple[int, int, int] = _ROWS_BACKWARD) -> tuple[int, int, int, int]:
@@ -100,29 +102,39 @@ def _chunk_sum_kernel(
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     ENDS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sums of one chunk of rows, for one block of columns (all columns if NORM)."""
+    """One program: the partial sums of one chunk of rows, for one block of columns (all columns if NORM).
+
+    One loop over the rows, whatever sequences they belong to: their loads stay in flight across the ends of sequences.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     row = chunk * CHUNK
-    chunk_end = tl.minimum(row + CHUNK, T)
+    chunk_end = tl.minimum(tl.minimum(row + CHUNK, T), tl.load(cu_ptr + N).to(tl.int64) - token_offset)
     segment = _segment_of(cu_ptr, row + token_offset, N, ENDS)
-    while (row < chunk_end) & (segment < N):
-        segment_end = tl.load(cu_ptr + segment + 1).to(tl.int64) - token_offset
-        end = tl.minimum(segment_end, chunk_end)
-        acc = tl.zeros((BLOCK_D,), tl.float32)
-        for start in tl.range(row, end, BLOCK_T, num_stages=STAGES):
-            offs_t = start + tl.arange(0, BLOCK_T)
-            mask = (offs_t < end)[:, None] & mask_d[None, :]
-            x = tl.load(x_ptr + offs_t[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-            if NORM:
-                rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-                tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < end)
-                x = x * rstd[:, None]
-            acc += tl.sum(x, 0)
+    segment_end = tl.load(cu_ptr + segment + 1, mask=segment < N, other=0).to(tl.int64) - token_offset
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in tl.range(row, chunk_end, BLOCK_T, num_stages=STAGES):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        end = tl.minimum(start + BLOCK_T, chunk_end)
+        mask = (offs_t < end)[:, None] & mask_d[None, :]
+        x = tl.load(x_ptr + offs_t[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORM:
+            rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+            tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < end)
+            x = x * rstd[:, None]
+        acc += tl.sum(x if BLOCK_T == 1 else tl.where((offs_t < segment_end)[:, None], x, 0.0), 0)
+        # A branch around the loop, or triton would take ours for an outer one and not pipeline it.
+        if segment_end <= end:
+            while (segment < N) & (segment_end <= end):
+                tl.store(partial_ptr + (chunk + segment) * D + offs_d, acc, mask=mask_d)
+                begin = segment_end
+                segment += 1
+                segment_end = tl.load(cu_ptr + segment + 1, mask=segment < N, other=0).to(tl.int64) - token_offset
+                inside = (offs_t >= begin) & (offs_t < segment_end)
+                acc = tl.sum(tl.where(inside[:, None], x, 0.0), 0)
+    if (row < chunk_end) & (segment < N):
         tl.store(partial_ptr + (chunk + segment) * D + offs_d, acc, mask=mask_d)
-        row = end
-        segment += 1
 
 
 @triton.jit
@@ -162,8 +174,9 @@ def _combine_kernel(
 
 @triton.jit
 def _mean_bwd_kernel(
-    dout_ptr, out_ptr, inverse_ptr, cu_ptr, dsum_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr
-):
+    dout_ptr, out_ptr, inverse_ptr, cu_ptr, dsum_ptr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
     """One program: one sequence; dsum = d(sum over its tokens, before the weight)."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -178,39 +191,69 @@ def _mean_bwd_kernel(
 
 
 @triton.jit
+def _normalize_kernel(mean_ptr, inverse_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, MIN_NORM: tl.constexpr):
+    """One program: one sequence, whose mean is scaled to unit length where it lies."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mean = tl.load(mean_ptr + row * D + offs_d, mask=offs_d < D, other=0.0)
+    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), MIN_NORM)
+    tl.store(inverse_ptr + row, inverse)
+    tl.store(mean_ptr + row * D + offs_d, mean * inverse, mask=offs_d < D)
+
+
+@triton.jit
+def _dweight(dsum_ptr, sum_ptr, dweight_ptr, program, N, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """(dsum * sum).sum(0) of WIDTH columns."""
+    offs_d = program * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(0, N, ROWS):
+        offs_n = (first + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+        offs = offs_n[:, None] * D + offs_d[None, :]
+        total += tl.load(dsum_ptr + offs, mask=mask, other=0.0) * tl.load(sum_ptr + offs, mask=mask, other=0.0)
+    tl.store(dweight_ptr + offs_d, tl.sum(total, 0).to(dweight_ptr.dtype.element_ty), mask=offs_d < D)
+
+
+@triton.jit
 def _scatter_kernel(
-    dsum_ptr, cu_ptr, x_ptr, rstd_ptr, weight_ptr, dx_ptr, T, N, token_offset,
+    dsum_ptr, cu_ptr, x_ptr, rstd_ptr, weight_ptr, sum_ptr, dx_ptr, dweight_ptr, T, N, token_offset,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     ENDS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHT_PROGRAMS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, WEIGHT_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK rows x BLOCK_D columns (all columns if NORM), sequence by sequence; 0 behind the last one."""
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    row = tl.program_id(0).to(tl.int64) * CHUNK
-    chunk_end = tl.minimum(row + CHUNK, T)
-    segment = _segment_of(cu_ptr, row + token_offset, N, ENDS)
-    while row < chunk_end:
-        inside = segment < N
-        segment_end = tl.load(cu_ptr + segment + 1, mask=inside, other=0).to(tl.int64) - token_offset
-        end = tl.minimum(tl.where(inside, segment_end, chunk_end), chunk_end)
-        width = tl.where(inside, D, 0)
-        dsum = tl.load(dsum_ptr + segment * D + offs_d, mask=offs_d < width, other=0.0)
-        if NORM:
-            dsum *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        for start in tl.range(row, end, BLOCK_T, num_stages=STAGES):
-            offs_t = start + tl.arange(0, BLOCK_T)
-            offs = offs_t[:, None] * D + offs_d[None, :]
-            mask = (offs_t < end)[:, None] & mask_d[None, :]
-            dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + dsum[None, :]
+    """One program: CHUNK rows x BLOCK_D columns (all columns if NORM), sequence by sequence; 0 behind the last one. With NORM
+    the first WEIGHT_PROGRAMS programs sum the gradient of the weight, beside the others."""
+    program = tl.program_id(0)
+    if program < WEIGHT_PROGRAMS:
+        _dweight(dsum_ptr, sum_ptr, dweight_ptr, program, N, D, WEIGHT_ROWS, WEIGHT_WIDTH)
+    else:
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        row = (program - WEIGHT_PROGRAMS).to(tl.int64) * CHUNK
+        chunk_end = tl.minimum(row + CHUNK, T)
+        segment = _segment_of(cu_ptr, row + token_offset, N, ENDS)
+        while row < chunk_end:
+            inside = segment < N
+            segment_end = tl.load(cu_ptr + segment + 1, mask=inside, other=0).to(tl.int64) - token_offset
+            end = tl.minimum(tl.where(inside, segment_end, chunk_end), chunk_end)
+            width = tl.where(inside, D, 0)
+            dsum = tl.load(dsum_ptr + segment * D + offs_d, mask=offs_d < width, other=0.0)
             if NORM:
-                live = (offs_t < end)[:, None] & (offs_d < width)[None, :]
-                normed = tl.load(x_ptr + offs, mask=live, other=0.0).to(tl.float32)
-                rstd = tl.load(rstd_ptr + offs_t, mask=offs_t < tl.where(inside, end, 0), other=0.0)[:, None]
-                normed *= rstd
-                dx = rstd * (dx - normed * (tl.sum(dx * normed, 1) / D)[:, None])
-            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        row = end
-        segment += 1
+                dsum *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            for start in tl.range(row, end, BLOCK_T, num_stages=STAGES):
+                offs_t = start + tl.arange(0, BLOCK_T)
+                offs = offs_t[:, None] * D + offs_d[None, :]
+                mask = (offs_t < end)[:, None] & mask_d[None, :]
+                dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + dsum[None, :]
+                if NORM:
+                    live = (offs_t < end)[:, None] & (offs_d < width)[None, :]
+                    normed = tl.load(x_ptr + offs, mask=live, other=0.0).to(tl.float32)
+                    rstd = tl.load(rstd_ptr + offs_t, mask=offs_t < tl.where(inside, end, 0), other=0.0)[:, None]
+                    normed *= rstd
+                    dx = rstd * (dx - normed * (tl.sum(dx * normed, 1) / D)[:, None])
+                tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            row = end
+            segment += 1
 
 
 def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, want_mean: bool, normalize: bool):
@@ -219,7 +262,7 @@ def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, 
     num_tokens, hidden_size = x_TD.shape
     num_segments, norm = cu_seqlens.numel() - 1, norm_weight_D is not None
     block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_FORWARD) if norm else _COLUMNS
-    chunk = _chunk(num_tokens, num_segments)
+    chunk, long = _chunk(num_tokens), num_tokens > _LONG * num_segments
     num_chunks = triton.cdiv(num_tokens, chunk)
     partial_CD = x_TD.new_empty(num_chunks + num_segments, hidden_size, dtype=torch.float32)
     rstd_T = x_TD.new_empty(num_tokens if norm else 0, dtype=torch.float32)
@@ -233,30 +276,46 @@ def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, 
             ENDS=_ENDS, NORM=norm, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     if num_segments:
-        block_d = _row_config(hidden_size)[1] if normalize else min(512, triton.next_power_of_2(hidden_size))
+        whole_row = _row_config(hidden_size)[1]
+        if long:
+            block_c, block_d, num_warps = _COMBINE_LONG
+        else:
+            block_d = whole_row if normalize else min(512, triton.next_power_of_2(hidden_size))
+            block_c, num_warps = min(4, 16384 // block_d), max(4, min(16, block_d // 512))
         _combine_kernel[(num_segments, triton.cdiv(hidden_size, block_d))](
             partial_CD, cu_seqlens, norm_weight_D if norm else partial_CD, sum_ND, mean_ND, inverse_N,
-            num_tokens, token_offset, D=hidden_size, CHUNK=chunk, BLOCK_C=min(4, 16384 // block_d), BLOCK_D=block_d,
-            SUM=want_sum, MEAN=want_mean, WEIGHT=norm, NORMALIZE=normalize, MIN_NORM=_MIN_NORM,
-            num_warps=max(4, min(16, block_d // 512)),
+            num_tokens, token_offset, D=hidden_size, CHUNK=chunk, BLOCK_C=block_c, BLOCK_D=block_d,
+            SUM=want_sum, MEAN=want_mean, WEIGHT=norm, NORMALIZE=normalize and not long, MIN_NORM=_MIN_NORM,
+            num_warps=num_warps,
         )  # fmt: skip
+        if normalize and long:
+            _normalize_kernel[(num_segments,)](
+                mean_ND, inverse_N, D=hidden_size, BLOCK_D=whole_row, MIN_NORM=_MIN_NORM, num_warps=8
+            )
     return sum_ND, mean_ND, rstd_T, inverse_N
 
 
-def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rstd_T=None, norm_weight_D=None):
-    """-> dx [T, D] from d(sum) [N, D]"""
+def _scatter(
+    dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rstd_T=None, norm_weight_D=None, sum_ND=None
+):
+    """-> dx [T, D] from d(sum) [N, D], and dweight [D] (empty without a norm weight)"""
     num_segments, hidden_size = dsum_ND.shape
     norm = norm_weight_D is not None
     block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_BACKWARD) if norm else _COLUMNS
     dx_TD = dsum_ND.new_empty(num_tokens, hidden_size, dtype=dtype)
-    if num_tokens:
-        _scatter_kernel[(triton.cdiv(num_tokens, _SCATTER_CHUNK), triton.cdiv(hidden_size, block_d))](
-            dsum_ND, cu_seqlens, x_TD if norm else dsum_ND, rstd_T if norm else dsum_ND,
-            norm_weight_D if norm else dsum_ND, dx_TD, num_tokens, num_segments, token_offset,
+    dweight_D = dsum_ND.new_empty(hidden_size if norm else 0, dtype=norm_weight_D.dtype if norm else torch.float32)
+    weight_programs = triton.cdiv(hidden_size, _WEIGHT_WIDTH) if norm else 0
+    num_programs = weight_programs + triton.cdiv(num_tokens, _SCATTER_CHUNK)
+    if num_programs:
+        _scatter_kernel[(num_programs, triton.cdiv(hidden_size, block_d))](
+            dsum_ND, cu_seqlens, *((x_TD, rstd_T, norm_weight_D, sum_ND) if norm else (dsum_ND,) * 4), dx_TD, dweight_D,
+            num_tokens, num_segments, token_offset,
             D=hidden_size, CHUNK=_SCATTER_CHUNK, BLOCK_T=block_t, BLOCK_D=block_d,
-            ENDS=_ENDS, NORM=norm, STAGES=num_stages, num_warps=num_warps,
+            ENDS=_ENDS, NORM=norm, STAGES=num_stages,
+            WEIGHT_PROGRAMS=weight_programs, WEIGHT_ROWS=16 * num_warps, WEIGHT_WIDTH=_WEIGHT_WIDTH,
+            num_warps=num_warps,
         )  # fmt: skip
-    return dx_TD
+    return dx_TD, dweight_D
 
 
 @torch.library.custom_op("nemo_embed_core::segment_sum_forward", mutates_args=())
@@ -273,7 +332,7 @@ def _(x_TD, cu_seqlens, token_offset):
 def _segment_sum_bwd(
     dsum_ND: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int, num_tokens: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    return _scatter(dsum_ND.contiguous(), cu_seqlens.contiguous(), token_offset, num_tokens, dtype)
+    return _scatter(dsum_ND.contiguous(), cu_seqlens.contiguous(), token_offset, num_tokens, dtype)[0]
 
 
 @_segment_sum_bwd.register_fake
@@ -340,11 +399,11 @@ def _mean_pool_bwd(
             D=hidden_size, BLOCK_D=block_d, NORMALIZE=inverse_N.numel() > 0, num_warps=num_warps,
         )  # fmt: skip
     if norm_weight_D is None:
-        return _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype), dsum_ND.new_empty(0)
-    assert x_TD is not None and sum_ND is not None
-    dweight_D = sum_rows(dsum_ND, norm_weight_D.dtype, sum_ND)
-    dx_TD = _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype, x_TD.contiguous(), rstd_T, norm_weight_D.contiguous())
-    return dx_TD, dweight_D
+        return _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype)
+    assert x_TD is not None
+    return _scatter(
+        dsum_ND, cu_seqlens, 0, num_tokens, dtype, x_TD.contiguous(), rstd_T, norm_weight_D.contiguous(), sum_ND
+    )
 
 
 @_mean_pool_bwd.register_fake

@@ -93,31 +93,25 @@ def _rms_norm_bwd_kernel(
 
 
 @triton.jit
-def _sum_rows_kernel(
-    a_ptr, b_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PRODUCT: tl.constexpr
-):  # fmt: skip
-    """One program: BLOCK_D columns of a.sum(0), or of (a * b).sum(0) with PRODUCT, in out's dtype."""
+def _sum_rows_kernel(a_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program: BLOCK_D columns of a.sum(0), in out's dtype."""
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for start in range(0, P, BLOCK_P):
         offs_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         mask = (offs_p < P)[:, None] & (offs_d < D)[None, :]
         offs = offs_p[:, None] * D + offs_d[None, :]
-        part = tl.load(a_ptr + offs, mask=mask, other=0.0)
-        if PRODUCT:
-            part *= tl.load(b_ptr + offs, mask=mask, other=0.0)
-        total += part
+        total += tl.load(a_ptr + offs, mask=mask, other=0.0)
     tl.store(out_ptr + offs_d, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
 
-def sum_rows(a_PD: torch.Tensor, dtype: torch.dtype, b_PD: torch.Tensor | None = None) -> torch.Tensor:
-    """a.sum(0).to(dtype), or (a * b).sum(0).to(dtype): fp32 rows, a fixed order, one launch instead of two or three."""
+def _sum_rows(a_PD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a.sum(0).to(dtype): fp32 rows, a fixed order, one launch instead of two."""
     num_rows, hidden_size = a_PD.shape
     out_D = a_PD.new_empty(hidden_size, dtype=dtype)
     block_p, block_d, num_warps = _SUM_ROWS
     _sum_rows_kernel[(triton.cdiv(hidden_size, block_d),)](
-        a_PD, a_PD if b_PD is None else b_PD, out_D, num_rows, hidden_size,
-        BLOCK_P=block_p, BLOCK_D=block_d, PRODUCT=b_PD is not None, num_warps=num_warps,
+        a_PD, out_D, num_rows, hidden_size, BLOCK_P=block_p, BLOCK_D=block_d, num_warps=num_warps
     )  # fmt: skip
     return out_D
 
@@ -171,7 +165,7 @@ def _rms_norm_bwd(
             num_tokens, D=hidden_size, BLOCK_D=block_d, HAS_DHIDDEN=dhidden_TD is not None,
             STAGES=4 if block_d <= 2048 else 3, num_warps=num_warps,  # rows in flight that fit in shared memory in fp32 too
         )  # fmt: skip
-    return dx_TD, sum_rows(dweight_PD, weight_D.dtype)
+    return dx_TD, _sum_rows(dweight_PD, weight_D.dtype)
 
 
 @_rms_norm_bwd.register_fake

@@ -607,6 +607,7 @@ def benchmark_rehearsal(folder: str) -> None:
         mock.patch.object(kernels, "copy_bandwidth", lambda: 4000.0),
         mock.patch.object(kernels, "matmul_rates", lambda *_: {"bf16": 700.0}),
         mock.patch.object(kernels, "interleaved_times", times),
+        mock.patch.object(kernels, "copy_milliseconds", lambda size, num_sets, repeats: 1.0),
         mock.patch.object(kernels, "kernel_times", lambda call, calls: {"stand-in": 1.0}),
         mock.patch.object(kernels, "run_gates", lambda names, device: {name: [] for name in names}),
         mock.patch.object(kernels, "gate", lambda case: []),

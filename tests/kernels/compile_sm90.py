@@ -114,8 +114,9 @@ def launch_everything(names: list[str], recipe: bool) -> None:
                 backward(mean_pool.segment_sum_kernel(empty(160, hidden_size), cu_seqlens, 16))
                 if not recipe:
                     backward(mean_pool.mean_pool_kernel(empty(160, hidden_size), cu_seqlens))
-                x, weight = empty(160, hidden_size), empty(hidden_size)
-                backward(mean_pool.mean_pool_kernel(x, cu_seqlens, True, weight))
+                for bounds in (cu_seqlens, torch.tensor([0, 2100], dtype=torch.int32)):  # short and long sequences
+                    x, weight = empty(int(bounds[-1]), hidden_size), empty(hidden_size)
+                    backward(mean_pool.mean_pool_kernel(x, bounds, True, weight))
         if "quantize_rows" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 for stored in (torch.int8, torch.bfloat16):

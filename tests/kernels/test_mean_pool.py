@@ -29,6 +29,11 @@ def test_kernel_over_awkward_shapes(passes, lengths, D, padding):
     passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=False, norm=False, cu_dtype="int64")
 
 
+@pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, True)])
+def test_partial_sums_of_long_sequences_are_added_by_many_programs(passes, normalize, norm):
+    passes("mean_pool", lengths=[4200, 0], D=100, padding=0, normalize=normalize, norm=norm)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_segment_sum_of_every_shard_of_tokens(passes, dtype):
     passes("segment_sum", lengths=RAGGED, D=64, shards=[1, 2, 4], dtype=dtype, chunk=16)

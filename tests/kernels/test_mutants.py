@@ -79,8 +79,8 @@ MUTANTS = {
     "pool: sequences end one token late": (
         "mean_pool",
         {"lengths": [3, 5, 20], "D": 64, "normalize": False, "norm": False, "chunk": 16},
-        "mask = (offs_t < end)[:, None] & mask_d[None, :]\n            x =",
-        "mask = (offs_t <= end)[:, None] & mask_d[None, :]\n            x =",
+        "tl.where((offs_t < segment_end)[:, None], x, 0.0), 0)",
+        "tl.where((offs_t <= segment_end)[:, None], x, 0.0), 0)",
     ),
     "pool: last chunk of a sequence forgotten": (
         "segment_sum",
@@ -97,8 +97,8 @@ MUTANTS = {
     "pool: fp16 accumulation": (
         "mean_pool",
         {"lengths": [3, 40], "D": 64, "normalize": False, "norm": False},
-        "            acc += tl.sum(x, 0)\n",
-        "            acc = (acc + tl.sum(x, 0)).to(tl.float16).to(tl.float32)\n",
+        "        if segment_end <= end:",
+        "        acc = acc.to(tl.float16).to(tl.float32)\n        if segment_end <= end:",
     ),
     "rms_norm: eps dropped": (
         "rms_norm",
