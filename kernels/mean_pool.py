@@ -54,7 +54,9 @@ _MIN_NORM = 1e-12  # F.normalize's
 
 # A warp takes 256 columns of all rows of a block, 8 neighbours a thread, so that sums over rows stay within threads: every
 # other division was slower by half to four times (docs/log.md).
-_COLUMNS = (4, 1024, 4, 1)  # BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
+# BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
+_COLUMNS_FORWARD = (4, 1024, 4, 3)
+_COLUMNS_BACKWARD = (4, 1024, 4, 1)
 # Where a whole row is needed (RMSNorm): elements of a program, elements of a warp, num_stages
 _ROWS_FORWARD = (4096, 1024, 4)
 _ROWS_BACKWARD = (8192, 512, 3)
@@ -261,7 +263,7 @@ def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, 
     rstd [T], 1 / norm [N]; empty if not wanted"""
     num_tokens, hidden_size = x_TD.shape
     num_segments, norm = cu_seqlens.numel() - 1, norm_weight_D is not None
-    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_FORWARD) if norm else _COLUMNS
+    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_FORWARD) if norm else _COLUMNS_FORWARD
     chunk, long = _chunk(num_tokens), num_tokens > _LONG * num_segments
     num_chunks = triton.cdiv(num_tokens, chunk)
     partial_CD = x_TD.new_empty(num_chunks + num_segments, hidden_size, dtype=torch.float32)
@@ -301,7 +303,7 @@ def _scatter(
     """-> dx [T, D] from d(sum) [N, D], and dweight [D] (empty without a norm weight)"""
     num_segments, hidden_size = dsum_ND.shape
     norm = norm_weight_D is not None
-    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_BACKWARD) if norm else _COLUMNS
+    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_BACKWARD) if norm else _COLUMNS_BACKWARD
     dx_TD = dsum_ND.new_empty(num_tokens, hidden_size, dtype=dtype)
     dweight_D = dsum_ND.new_empty(hidden_size if norm else 0, dtype=norm_weight_D.dtype if norm else torch.float32)
     weight_programs = triton.cdiv(hidden_size, _WEIGHT_WIDTH) if norm else 0
