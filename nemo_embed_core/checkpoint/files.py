@@ -143,12 +143,21 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """mkdir -p, durably: a new folder that a power cut takes away takes along all that was saved in it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_dir(folder.parent)
+
+
 def publish(tmp: Path, final: Path) -> Path | None:
     """Make a finished folder visible under its name: durable before and after the rename.
 
     What has that name already keeps its files under a new one, which is returned.
     """
-    fsync_dir(tmp)
+    for folder in (*(path for path in tmp.rglob("*") if path.is_dir()), tmp):
+        fsync_dir(folder)
     aside = None
     if final.exists():  # damaged: the same step, saved again after a resume from an older checkpoint
         aside = final.with_name(f"damaged-{final.name}-{uuid.uuid4().hex[:8]}")
@@ -166,7 +175,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     """
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final} exists and is not empty; choose another output or delete it")
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     # The owner in the name: what a killed process of this host left is removed, what a living one makes is not.
     owner = f".tmp-{final.name}-{socket.gethostname()}-{''.join(filter(str.isdigit, _pid_namespace()))}-"
     tmp = final.parent / f"{owner}{os.getpid()}"
@@ -197,7 +206,7 @@ def probe(folder: Path) -> None:
     old = folder / f".probe-{uuid.uuid4().hex}"
     new = folder / f"{old.name}-renamed"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_bytes(old, b"probe")
         os.rename(old, new)
         fsync_dir(folder)
@@ -287,7 +296,7 @@ class Lock:
 
     def acquire(self) -> Lock:
         """Take the folder and keep the heartbeat going until release()."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         if self.refuse_if_held():
             self.path.unlink(missing_ok=True)
         try:

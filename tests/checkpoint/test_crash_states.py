@@ -247,6 +247,21 @@ def test_no_power_cut_costs_a_reported_checkpoint(tmp_path: Path, monkeypatch: p
         assert counts == {"disks": counts["disks"], "lost": 0, "corrupt": 0, "broken": 0}
 
 
+@pytest.mark.fault(5)
+def test_new_folders_on_the_way_are_as_durable_as_what_is_saved_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable: list[str] = []
+    monkeypatch.setattr(files, "fsync_dir", lambda path: durable.append(str(path.relative_to(tmp_path))))
+    files.probe(tmp_path / "runs/a")
+    assert set(durable) == {".", "runs", "runs/a"}  # where runs, a and the probed file were entered
+    durable.clear()
+    with files.new_folder(tmp_path / "out/merged") as folder:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text("{}")
+    assert durable == [".", f"out/{folder.name}/1_Pooling", f"out/{folder.name}", "out"]
+
+
 def prune_first(tmp: Path, final: Path) -> None:
     for old in final.parent.glob("step-*"):
         shutil.rmtree(old)
