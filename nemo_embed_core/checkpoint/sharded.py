@@ -401,6 +401,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its digest differs from what it holds; the file was changed or damaged")
     _conform(manifest, _MANIFEST, str(path))
     _conform(manifest.setdefault("overrides", []), [dict], f"{path}: overrides")
+    if re.fullmatch(r"step-\d{8}", folder.name) and _step_of(folder) != manifest["step"]:
+        raise CheckpointError(
+            f"{folder} holds step {manifest['step']}: name it step-{manifest['step']:08d}, or another way than step-NNNNNNNN"
+        )
     for name in manifest["files"]:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
             raise CheckpointError(f"{path}: {_short(name)} is not a plain file name")

@@ -154,6 +154,15 @@ def test_a_damaged_checkpoint_makes_room_for_its_step_and_keeps_its_files(tmp_pa
     assert steps_in(tmp_path) == [4, 3], "its successor is pruned as any other"
 
 
+def test_a_folder_named_after_another_step_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1, keep=2)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000007")
+    with pytest.raises(sharded.CheckpointError, match="step-00000007 holds step 1: name it step-00000001"):
+        sharded.verify(tmp_path / "step-00000007")
+    (tmp_path / "step-00000007").rename(tmp_path / "best")
+    assert sharded.verify(tmp_path / "best")["step"] == 1
+
+
 def test_a_leftover_that_cannot_be_deleted_does_not_end_the_run(tmp_path: Path) -> None:
     log: list[str] = []
     save(tmp_path, 1, keep=1)
