@@ -46,20 +46,16 @@ __device__ __forceinline__ bool contains(const long long* ids, long long count, 
     return low < count && ids[low] == id;
 }
 
-// buffer[0, count) in descending order; bitonic, on the next power of two. All threads of the block, count uniform.
-__device__ __forceinline__ void sort_descending(u64* buffer, int count) {
-    int size = 2;
-    while (size < count) size *= 2;
-    for (int i = count + (int)threadIdx.x; i < size; i += (int)blockDim.x) buffer[i] = 0;
-    __syncthreads();
+// words[0, size) in order; bitonic, size a power of two (or 1). All threads of the block, size uniform.
+__device__ __forceinline__ void sort(u64* words, int size, bool ascending) {
     for (int run = 2; run <= size; run *= 2) {
         for (int stride = run / 2; stride > 0; stride /= 2) {
             for (int i = (int)threadIdx.x; i < size / 2; i += (int)blockDim.x) {
                 int a = 2 * i - (i & (stride - 1)), b = a + stride;
-                u64 x = buffer[a], y = buffer[b];
-                if ((x < y) == ((a & run) == 0)) {
-                    buffer[a] = y;
-                    buffer[b] = x;
+                u64 x = words[a], y = words[b];
+                if ((x < y) == (((a & run) == 0) != ascending)) {
+                    words[a] = y;
+                    words[b] = x;
                 }
             }
             __syncthreads();
@@ -67,8 +63,43 @@ __device__ __forceinline__ void sort_descending(u64* buffer, int count) {
     }
 }
 
-__shared__ u64 buffer[TOPK_CAPACITY];  // [0, kept): the state, sorted at every compaction; behind it: survivors
-__shared__ int count;                  // places of the buffer that are taken
+__shared__ u64 buffer[TOPK_CAPACITY];  // [0, kept): the state, sorted; from the end backwards: survivors
+__shared__ int count;                  // survivors
+
+// buffer[0, kept), descending, = the best of itself and of num_survivors words at the end of the buffer, in any order. Only
+// the survivors are sorted, then merged: they are few. All threads of the block, num_survivors > 0 uniform.
+__device__ __forceinline__ void compact(int kept, int num_survivors) {
+    int tail = 1, size = 2;
+    while (tail < num_survivors) tail *= 2;
+    const bool fits = kept + tail <= TOPK_CAPACITY;
+    if (!fits) tail = TOPK_CAPACITY - kept;  // so many that all of the buffer is sorted
+    while (size < kept + tail) size *= 2;
+    // Element i of the merge: the state, nothing (0), and the survivors at the end of the buffer.
+    const int survivors = size - tail, shift = TOPK_CAPACITY - size;
+    for (int i = kept + (int)threadIdx.x; i < size - num_survivors; i += (int)blockDim.x)
+        buffer[i < survivors ? i : i + shift] = 0;
+    __syncthreads();
+    if (!fits) {
+        sort(buffer, TOPK_CAPACITY, false);
+        return;
+    }
+    sort(buffer + TOPK_CAPACITY - tail, tail, true);
+    // Descending, then ascending: each step leaves the larger half in front. What cannot be kept is not looked at again.
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+        for (int i = (int)threadIdx.x; i < size / 2; i += (int)blockDim.x) {
+            int a = 2 * i - (i & (stride - 1)), b = a + stride;
+            a += a < survivors ? 0 : shift;
+            b += b < survivors ? 0 : shift;
+            u64 x = buffer[a], y = buffer[b];
+            if (x < y) {
+                buffer[a] = y;
+                buffer[b] = x;
+            }
+        }
+        if (stride >= kept && size == 2 * stride) size = stride;
+        __syncthreads();
+    }
+}
 
 // One row's state while candidates come in, as each thread of the row's block sees it.
 struct State {
@@ -87,7 +118,7 @@ struct State {
         num_excluded = exclude_indptr ? exclude_indptr[row + 1] - exclude_indptr[row] : 0;
         for (int i = (int)threadIdx.x; i < kept; i += (int)blockDim.x)
             buffer[i] = ids[i] < 0 ? 0 : pack(keys[i], ids[i]);
-        if (threadIdx.x == 0) count = kept;
+        if (threadIdx.x == 0) count = 0;
         __syncthreads();
         floor = buffer[kept - 1];
     }
@@ -113,23 +144,23 @@ struct State {
             if (!(number < num_candidates && candidates[i] >= lowest && candidates[i] < limit)) continue;
             long long id = first_id + (columns ? columns[number] : number);
             u64 word = pack(candidates[i], id);
-            if (word > floor && !contains(excluded, num_excluded, id)) buffer[atomicAdd(&count, 1)] = word;
+            if (word > floor && !contains(excluded, num_excluded, id)) buffer[TOPK_CAPACITY - 1 - atomicAdd(&count, 1)] = word;
         }
         __syncthreads();
         const int filled = count;
-        changed |= filled > kept;
+        changed |= filled > 0;
         __syncthreads();  // nobody appends before everybody has read the count
-        if (filled + step > TOPK_CAPACITY) {
-            sort_descending(buffer, filled);
+        if (kept + filled + step > TOPK_CAPACITY) {
+            compact(kept, filled);
             floor = buffer[kept - 1];
-            if (threadIdx.x == 0) count = kept;
+            if (threadIdx.x == 0) count = 0;
             __syncthreads();
         }
     }
 
     __device__ __forceinline__ void store() {
         if (!changed) return;
-        if (count > kept) sort_descending(buffer, count);
+        if (count > 0) compact(kept, count);
         for (int i = (int)threadIdx.x; i < kept; i += (int)blockDim.x) {
             keys[i] = buffer[i] ? key_of(buffer[i]) : negative_infinity();
             ids[i] = buffer[i] ? id_of(buffer[i]) : -1;

@@ -36,7 +36,7 @@ _CONFIG = (8192, 8)
 @triton.jit
 def _quantize_rows_kernel(
     x_ptr, values_ptr, scale_ptr, square_ptr, error_ptr, N,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N whole rows."""
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -55,11 +55,12 @@ def _quantize_rows_kernel(
         scale = tl.full((BLOCK_N,), 1.0, tl.float32)
         rounded = loaded.to(values_ptr.dtype.element_ty)
         stored = tl.where(broken[:, None], 0.0, rounded.to(tl.float32))
-    error = x - stored
-    tl.store(values_ptr + offs, rounded.to(values_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + offs_n, tl.where(broken, float("nan"), scale), mask=offs_n < N)
     tl.store(square_ptr + offs_n, tl.sum(x * x, 1), mask=offs_n < N)
-    tl.store(error_ptr + offs_n, tl.sum(error * error, 1), mask=offs_n < N)
+    if STORED:
+        error = x - stored
+        tl.store(values_ptr + offs, rounded.to(values_ptr.dtype.element_ty), mask=mask)
+        tl.store(scale_ptr + offs_n, tl.where(broken, float("nan"), scale), mask=offs_n < N)
+        tl.store(error_ptr + offs_n, tl.sum(error * error, 1), mask=offs_n < N)
 
 
 @torch.library.custom_op("nemo_embed_core::quantize_rows", mutates_args=())
@@ -76,7 +77,7 @@ def _quantize_rows(
     if num_rows:
         _quantize_rows_kernel[(triton.cdiv(num_rows, block_n),)](
             x_ND, values, scale, square, error, num_rows,
-            D=columns, BLOCK_N=block_n, BLOCK_D=block_d, INT8=dtype == torch.int8, num_warps=num_warps,
+            D=columns, BLOCK_N=block_n, BLOCK_D=block_d, INT8=dtype == torch.int8, STORED=True, num_warps=num_warps,
         )  # fmt: skip
     return values, scale, square, error
 
@@ -85,6 +86,26 @@ def _quantize_rows(
 def _(x_ND, dtype):
     vectors = (x_ND.new_empty(x_ND.shape[0], dtype=torch.float32) for _ in range(3))
     return torch.empty_like(x_ND, dtype=dtype), *vectors
+
+
+@torch.library.custom_op("nemo_embed_core::square_rows", mutates_args=())
+def _square_rows(x_ND: torch.Tensor) -> torch.Tensor:
+    num_rows, columns = x_ND.shape
+    square = x_ND.new_empty(num_rows, dtype=torch.float32)
+    block_d = triton.next_power_of_2(columns)
+    elements, num_warps = _CONFIG
+    block_n = max(1, elements // block_d)
+    if num_rows:
+        _quantize_rows_kernel[(triton.cdiv(num_rows, block_n),)](
+            x_ND.contiguous(), square, square, square, square, num_rows,
+            D=columns, BLOCK_N=block_n, BLOCK_D=block_d, INT8=False, STORED=False, num_warps=num_warps,
+        )  # fmt: skip
+    return square
+
+
+@_square_rows.register_fake
+def _(x_ND):
+    return x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
 
 
 def quantize_rows_kernel(
@@ -113,3 +134,14 @@ def quantize_rows(
             raise ValueError(f"quantize_rows holds whole rows in registers: D={x_ND.shape[1]} is more than 16384")
         return quantize_rows_kernel(x_ND, dtype)
     return quantize_rows_ref(x_ND, dtype)
+
+
+def square_rows(x_ND: torch.Tensor) -> torch.Tensor:
+    """quantize_rows(x, x.dtype)[2], the squares, where nothing else is wanted: one read of the rows, no write
+
+    x [N, D]: bf16, fp16, fp32, D <= 16384 on CUDA.  Returns [N] fp32, 0 for a row with NaN or infinity.
+    CUDA: Triton, tensors on the current device.
+    """
+    if x_ND.dim() != 2 or (x_ND.is_cuda and x_ND.shape[1] > 16384):
+        raise ValueError(f"square_rows wants [N, D] with D <= 16384 on CUDA, not {list(x_ND.shape)}")
+    return _square_rows(x_ND) if x_ND.is_cuda else quantize_rows_ref(x_ND, torch.bfloat16)[2]

@@ -28,7 +28,7 @@ from torch import Tensor
 from nemo_embed_core.config import UserError
 from nemo_embed_core.kernels.filter_scores import filter_scores
 from nemo_embed_core.kernels.pair_scores import pair_scores
-from nemo_embed_core.mine.bounds import METHODS, Rounding, check_norms, linear, matmul, pair_bound
+from nemo_embed_core.mine.bounds import METHODS, Rounding, check_norms, linear, matmul, pair_bound, split_bound
 from nemo_embed_core.mine.int8_cpu import int8_candidates, score_places
 from nemo_embed_core.mine.streaming import MAX_ID, best_first, excluded_places, merge_lists_, streaming_topk_
 
@@ -39,6 +39,7 @@ SLACK_ON_GPU = SLACK | {"int8": 600}
 FILTERING = {"cuda"}  # devices where tiles are filtered in the GEMM once the states are full
 REACHED_FROM = 131072  # documents that are seen before candidates are scored on the way, at each doubling
 MANY_QUERIES = 512  # on a CPU; fewer are searched faster in fp32
+FIRST_BLOCK = 16  # part of a block: documents in device memory whose scores are sorted before floors are known
 LIST = 1024  # places for what a block of documents adds to a query's candidates, at least
 
 
@@ -314,9 +315,13 @@ class _Search:
                 reached = torch.maximum(reached, _kth_lower_bound(state_keys, widest, ceilings, min(self.k, num_kept)))
                 floor = torch.maximum(state_keys[:, -1], reached).clamp(min=torch.finfo(torch.float32).min)
                 length = LIST + num_kept
+                add, slope, spread = bound, None, None
+                if method == "int8":  # bf16 documents have no residual, others nearly the same
+                    (add, slope), spread = split_bound(query_rows, block, rounding), block.residual
                 keys, columns, counts = filter_scores(
-                    query_rows.values, block.values, floor, limit, length, query_rows.scale, block.scale, bound
-                )
+                    query_rows.values, block.values, floor, limit, length,
+                    query_rows.scale, block.scale, add, slope, spread,
+                )  # fmt: skip
                 lost |= counts > length
                 merge_lists_(keys, columns, counts, state_keys, state_ids, first, *hidden.of(slice(0, num_queries)))
                 seen += len(documents_nD)
@@ -464,10 +469,10 @@ class _Search:
         return scores.cpu(), ids.cpu()
 
     def document_blocks(self, growing: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """growing: from a quarter of a block, each as large as all before it, up to eight blocks: a filtered block adds as
+        """growing: from a sixteenth of a block, each as large as all before it, up to eight blocks: a filtered block adds as
         many candidates as it is larger than what was seen, and costs a merge. For documents in device memory."""
         if growing and isinstance(self.documents, Tensor):
-            start, size = 0, max(1, self.block_documents // 4)
+            start, size = 0, max(1, self.block_documents // FIRST_BLOCK)
             while start < len(self.documents):
                 yield self.first_id + start, self.documents[start : start + size].to(self.device)
                 start += size

@@ -354,6 +354,11 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
     assert bool((lost.abs() <= limit).all()), "a value is further than half a step from what it stands for"
     for name, ours, truth in (("square", square, exact.square().sum(1)), ("error", error, lost.square().sum(1))):
         assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-30), f"{name}: {ours} {truth}"
+    with poisoned_memory():
+        alone = module._square_rows(x)
+    assert torch.allclose(alone.double(), exact.square().sum(1), rtol=1e-4, atol=1e-30), (
+        f"square_rows: {alone} {square}"
+    )
 
 
 def rotate_quantize(module, N, D, dtype="fp32", device="cpu", scale=1.0, rows=None):
@@ -424,13 +429,15 @@ def filter_scores(module, Q, N, D, length=64, values="int8", scaled=True, device
     """Exactly the reference's entries: small integers and scales that are powers of two, so no product or sum is rounded."""
     dtype = torch.int8 if values == "int8" else DTYPES[values]
     if device == "cpu":  # a program takes milliseconds in the interpreter
-        module._TILE = {1: (16, 64, 32, 4, 2), 2: (16, 64, 32, 4, 2)}
+        module._TILE = {1: (16, 64, 32, 4, 2, 8), 2: (16, 64, 32, 4, 2, 8)}
     queries, documents = (torch.randint(-9, 10, (n, D)).to(dtype).to(device) for n in (Q, N))
     scales = [2.0 ** torch.randint(-2, 2, (n,)).float().to(device) for n in (Q, N)]
     options = dict(zip(("query_scale_Q", "document_scale_N"), scales, strict=True)) if scaled else {}
     options["add_Q"] = torch.randint(-3, 4, (Q,)).float().to(device)
     if scaled:
         options["document_scale_N"][0] = float("nan")  # a broken row
+        for name, n in (("slope_Q", Q), ("spread_N", N)):
+            options[name] = torch.randint(0, 4, (n,)).float().to(device)
     keys = queries.double() @ documents.double().T
     spread = keys.std(correction=0)
     floor = spread * 2 * torch.rand(Q, device=device).double()
@@ -514,11 +521,12 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
     elif name == "quantize_rows":
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.int8)
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.bfloat16)
+        yield operator_of(module._square_rows), (x(3, 16).detach(),)
     elif name == "filter_scores":
         rows, vector = torch.randint(-9, 10, (4, 32), dtype=torch.int8), torch.ones(4)
         yield (
             operator_of(module._filter_scores),
-            (rows, rows, -1e9 * vector, 1e9 * vector, 4, vector, vector, None),
+            (rows, rows, -1e9 * vector, 1e9 * vector, 4, vector, vector, None, vector, vector),
         )  # all of the lists is written
     elif name == "rotate_quantize":
         yield operator_of(module._rotate_quantize), (x(3, 256).detach(), torch.ones(256))

@@ -73,7 +73,7 @@ def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stag
         else:
             signature[name] = "fp32"
     # Recompiling for every divisibility of every int would multiply the list without telling more.
-    shown = {name: value for name, value in constants.items() if name in constexpr_names}
+    shown = {name: value for name, value in constants.items() if name in constexpr_names and not isinstance(value, str)}
     dtype = next((t for t in ("bf16", "fp16") if any(t in signature[n] for n in kernel.arg_names)), "fp32")
     key = (kernel.__name__, dtype, json.dumps(shown), num_warps, num_stages)
     if key not in launches:
@@ -121,6 +121,7 @@ def launch_everything(names: list[str], recipe: bool) -> None:
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 for stored in (torch.int8, torch.bfloat16):
                     quantize_rows.quantize_rows_kernel(empty(16, hidden_size).detach(), stored)
+                quantize_rows._square_rows(empty(16, hidden_size).detach())
         if "rotate_quantize" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (256, 512, 1024, 2048, 4096, 8192, 16384):
                 if rotate_quantize.is_rotatable(hidden_size, dtype):
@@ -137,7 +138,7 @@ def launch_everything(names: list[str], recipe: bool) -> None:
                     torch.empty(512, 4096, dtype=stored),
                     (vector, vector) if stored == torch.int8 else (None, None),
                 )
-                filter_scores.filter_scores_kernel(rows, rows, vector, vector, 1024, *scales, vector)
+                filter_scores.filter_scores_kernel(rows, rows, vector, vector, 1024, *scales, vector, *scales)
         if "info_nce" in names:
             temperature = torch.tensor(0.02, requires_grad=True)
             hard = ((5, 4096),) if dtype == torch.bfloat16 else ()

@@ -162,9 +162,9 @@ MUTANTS = {
     ),
     "filter: columns past the end are appended": (
         "filter_scores",
-        {"Q": 5, "N": 70, "D": 32},
-        " & (n < N)[None, :]",
-        "",
+        {"Q": 5, "N": 70, "D": 32, "scaled": False},
+        'tl.where((n < N)[None, :], keys, float("nan"))',
+        "keys",
     ),
     "filter: the limit is let in": (
         "filter_scores",
@@ -184,10 +184,22 @@ MUTANTS = {
         "stored = keep & (place < L)",
         "stored = keep",
     ),
+    "filter: scaled columns past the end are appended": (
+        "filter_scores",
+        {"Q": 5, "N": 70, "D": 32},
+        'mask=n < N, other=float("nan"))',
+        "mask=n < N, other=0.0)",
+    ),
+    "filter: every document is given the spread of the first": (
+        "filter_scores",
+        {"Q": 20, "N": 200, "D": 32},
+        "tl.load(spread_ptr + n,",
+        "tl.load(spread_ptr + 0 * n,",
+    ),
     "filter: the documents' scales are left out": (
         "filter_scores",
         {"Q": 20, "N": 200, "D": 32},
-        "keys = keys * tl.load(document_scale_ptr + n, mask=n < N, other=0.0)[None, :]",
+        'keys = keys * tl.load(document_scale_ptr + n, mask=n < N, other=float("nan"))[None, :]',
         "keys = keys",
     ),
     "rotate_quantize: a level adds where it should subtract": (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nemo_embed_core.config import UserError
 from nemo_embed_core.mine import topk
+from nemo_embed_core.mine.bounds import METHODS, Rounding, pair_bound, split_bound
 from nemo_embed_core.mine.streaming import streaming_topk_
 from nemo_embed_core.mine.topk import Exclude, SearchStats, _Search, merge_topk, topk_below
 
@@ -160,6 +161,20 @@ def test_nothing_at_or_above_the_ceiling_even_by_one_bit():
     for ceiling, want in cases.items():
         _, ids = topk_below(one.reshape(1, 1), documents, [ceiling], 5)
         assert ids[0].tolist() == want + [-1] * (5 - len(want)), ceiling
+
+
+@pytest.mark.parametrize("hidden_size", [48, 256])
+def test_split_bound_holds_for_every_pair_and_is_within_that_of_the_worst(hidden_size):
+    generator = torch.Generator().manual_seed(1)
+    queries, documents = (torch.randn(n, hidden_size, generator=generator) for n in (50, 400))
+    documents[::3, 5] *= 9  # rows of other lengths and residuals
+    encode, rounding = METHODS["int8"](hidden_size, torch.device("cpu")), Rounding("int8", hidden_size)
+    q, d = encode(queries), encode(documents)
+    fixed, slope = split_bound(q, d, rounding)
+    bound, worst = fixed[:, None] + slope[:, None] * d.residual, pair_bound(q, d, rounding)
+    seen = (q.values.double() * q.scale.double()[:, None]) @ (d.values.double() * d.scale.double()[:, None]).T
+    assert ((seen - queries.double() @ documents.double().T).abs() <= bound).all()
+    assert torch.allclose(bound.amax(1), worst, rtol=1e-5) and (bound.mean(1) < 0.9 * worst).all()
 
 
 def test_excluded_documents_do_not_take_places():
