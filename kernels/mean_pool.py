@@ -8,7 +8,8 @@ and reads x again only if the RMSNorm is fused.
 Two stages, because sequences of 1 and of 32k tokens meet in one launch. First every chunk of CHUNK tokens is summed by one
 program, one partial sum per sequence that it touches; walking through the tokens, each (chunk c, sequence n) pair comes
 after a step in c or in n, so c + n numbers the partial sums without a gap or a clash, and no prefix sum has to be computed
-or read back by the host. Then one program per sequence and column block adds that sequence's partial sums.
+or read back by the host. Then one program per sequence (several for sequences of thousands of tokens) adds that sequence's
+partial sums.
 """
 
 # T packed tokens (of this rank) · N sequences · D hidden_size · C chunks of tokens
@@ -278,11 +279,10 @@ def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, 
             ENDS=_ENDS, NORM=norm, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     if num_segments:
-        whole_row = _row_config(hidden_size)[1]
         if long:
             block_c, block_d, num_warps = _COMBINE_LONG
         else:
-            block_d = whole_row if normalize else min(512, triton.next_power_of_2(hidden_size))
+            block_d = _row_config(hidden_size)[1] if normalize else min(512, triton.next_power_of_2(hidden_size))
             block_c, num_warps = min(4, 16384 // block_d), max(4, min(16, block_d // 512))
         _combine_kernel[(num_segments, triton.cdiv(hidden_size, block_d))](
             partial_CD, cu_seqlens, norm_weight_D if norm else partial_CD, sum_ND, mean_ND, inverse_N,
@@ -292,7 +292,7 @@ def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, 
         )  # fmt: skip
         if normalize and long:
             _normalize_kernel[(num_segments,)](
-                mean_ND, inverse_N, D=hidden_size, BLOCK_D=whole_row, MIN_NORM=_MIN_NORM, num_warps=8
+                mean_ND, inverse_N, D=hidden_size, BLOCK_D=_row_config(hidden_size)[1], MIN_NORM=_MIN_NORM, num_warps=8
             )
     return sum_ND, mean_ND, rstd_T, inverse_N
 
