@@ -109,7 +109,8 @@ _LONGEST_SLEEP_MS = 20.0
 
 
 def kernel_times(call: Callable[[], object], calls: int = 1) -> dict[str, float]:
-    """{kernel: GPU microseconds of all its launches by one of the `calls` that call() makes}, longest first.
+    """{kernel, without its template arguments: GPU microseconds of all its launches by one of the `calls` that call() makes},
+    longest first.
 
     From the card's own record of activity (CUPTI), so without what lies between launches: where the sum is far below what
     interleaved_times says, the time is lost there.
@@ -119,7 +120,10 @@ def kernel_times(call: Callable[[], object], calls: int = 1) -> dict[str, float]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / calls for event in profile.key_averages()}
+    times: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = event.key.removeprefix("void ").split("<")[0]
+        times[name] = times.get(name, 0.0) + event.self_device_time_total / calls
     return dict(sorted(((name, us) for name, us in times.items() if us > 0), key=lambda item: -item[1]))
 
 
@@ -127,7 +131,7 @@ def kernel_lines(times: Mapping[str, float], most: int = 8) -> str:
     """ "12.3 us first_kernel, 4.5 us second_kernel": the `most` longest; the rest as a sum."""
     longest = list(times.items())[:most]
     rest = sum(times.values()) - sum(us for _, us in longest)
-    parts = [f"{us:.1f} us {name.removeprefix('void ').split('<')[0]}" for name, us in longest]
+    parts = [f"{us:.1f} us {name}" for name, us in longest]
     return ", ".join(parts + ([f"{rest:.1f} us others"] if len(times) > most else []))
 
 

@@ -647,9 +647,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tune-compile", action="store_true", help="max-autotune torch.compile: a minute for every case"
     )
-    parser.add_argument(
-        "--minutes", type=float, default=2.5, help="start no further case after this long (default 2.5)"
-    )
+    parser.add_argument("--minutes", type=float, default=3.0, help="start no further case after this long (default 3)")
     options = parser.parse_args(arguments)
     if options.shapes:
         if len(options.kernel) != 1:
