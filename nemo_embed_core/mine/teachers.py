@@ -128,9 +128,12 @@ def _open_npy(path: Path) -> np.ndarray:
             f"{path} does not exist: precomputed embeddings are documents.npy and queries.npy in one folder"
         )
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a readable .npy file of numbers: {error}") from None
+    if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32, np.float64):
+        raise UserError(f"{path} holds {rows.dtype} {list(rows.shape)}: save [N, D] as float16, float32 or float64")
+    return rows
 
 
 class _Counted:

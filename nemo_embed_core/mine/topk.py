@@ -43,6 +43,9 @@ FIRST_BLOCK = 16  # part of a block: documents in device memory whose scores are
 LIST = 1024  # places for what a block of documents adds to a query's candidates, at least
 
 
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
 class Exclude(NamedTuple):
     """CSR of document ids that a query must not be given: those of query i are ids[indptr[i]:indptr[i + 1]]."""
 
@@ -141,6 +144,9 @@ def topk_below(
         raise UserError(f"{len(ceilings)} ceilings for {num_queries} queries: give one per query")
     if exclude is not None and len(exclude.indptr) != num_queries + 1:
         raise UserError(f"exclude.indptr has {len(exclude.indptr)} entries for {num_queries} queries: give Q + 1")
+    for name, rows in (("queries", queries), ("documents", documents)):
+        if (dtype := str(getattr(rows, "dtype", "float32")).removeprefix("torch.")) not in _DTYPES:
+            raise UserError(f"{name} are {dtype}: convert them to one of {', '.join(_DTYPES)}")
     device = torch.device(device)
     # On a GPU ids share a 64-bit word with their key, and a rank's own places are int32.
     if device.type == "cuda" and (first_id + num_documents > MAX_ID or num_documents >= 2**31):
@@ -159,6 +165,8 @@ def topk_below(
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
     if not block_documents:
         block_documents = 32768 if device.type == "cuda" else (4096 if method == "int8" else 2048)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     stats = stats if stats is not None else SearchStats()
     stats.method, stats.num_queries = method, num_queries
     search = _Search(documents, k, first_id, method, tile_queries, block_documents, device, stats)
@@ -257,7 +265,7 @@ class _Search:
         self.documents, self.k, self.first_id, self.method = documents, k, first_id, method
         self.tile_queries, self.block_documents = tile_queries, block_documents
         self.device, self.stats = device, stats
-        self.at_hand = isinstance(documents, Tensor) and documents.device.type == device.type  # no bus, no disk
+        self.at_hand = isinstance(documents, Tensor) and documents.device == device  # no bus, no disk
 
     def block(self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
         """The fast way for all rows, then the slower ones for the rows whose certificate failed."""

@@ -59,8 +59,9 @@ def test_wrong_options_are_refused_before_anything_is_read(miner, tmp_path):
     out = ("--output", str(tmp_path / "o.jsonl"))
     data, model = ("--data", miner.data), ("--model", miner.model)
     datasets = ("--datasets", json.dumps([{"path": miner.data}, {"path": miner.data}]))
-    (tmp_path / "empty").mkdir()
-    np.save(tmp_path / "empty" / "documents.npy", np.ones((2, 2)))
+    for name, dtype in (("empty", np.float64), ("bytes", np.int8)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "documents.npy", np.ones((2, 2), dtype))
     for options, words in [
         ((*data, *out), "--model is missing"),
         ((*data, *model), "--output is missing"),
@@ -76,6 +77,10 @@ def test_wrong_options_are_refused_before_anything_is_read(miner, tmp_path):
         ((*data, *model, "--output", str(tmp_path)), "is a folder, and one dataset is written to a file"),
         ((*datasets, *model, "--output", miner.data), "is a file, and several need a folder"),
         ((*data, "--model", str(tmp_path / "empty"), *out), "which texts do the rows of documents.npy belong to"),
+        (
+            (*data, "--model", str(tmp_path / "bytes"), *out),
+            "documents.npy holds int8 [2, 2]: save [N, D] as float16,",
+        ),
     ]:
         result = miner(*options)
         assert result["code"] == 2 and "Traceback" not in result["stderr"], (options, result["stderr"])

@@ -261,6 +261,8 @@ def test_wrong_shapes_are_refused_with_both_numbers():
         ((q, d[:, :4], [1, 1], 0), ("k=0",)),
         ((q, d[:, :4], [1, np.nan], 1), ("query 1", "NaN")),
         ((q * 1e20, d[:, :4] * 1e20, [1, 1], 1), ("overflow", "normalise")),
+        ((q.astype(np.float64), d[:, :4], [1, 1], 1), ("queries are float64", "convert", "float32")),
+        ((q, torch.ones(3, 4, dtype=torch.int8), [1, 1], 1), ("documents are int8", "convert", "float32")),
     ]:
         with pytest.raises(UserError) as error:
             topk_below(*arguments)
