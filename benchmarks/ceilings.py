@@ -67,6 +67,9 @@ class ResultsFile:
             file.write(json.dumps(self.run | figures) + "\n")
 
 
+_LONGEST_SLEEP_MS = 20.0  # no host needs longer for a launch: a call that is late behind it waits for the GPU itself
+
+
 def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """GPU milliseconds of every call, in rounds: one of each, `repeats` times, so that clocks and neighbours are shared.
 
@@ -103,9 +106,6 @@ def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -
                 sleep_ms[name] *= 2
             times[name].append(start.elapsed_time(stop))
     return times
-
-
-_LONGEST_SLEEP_MS = 20.0
 
 
 def kernel_times(call: Callable[[], object], calls: int = 1) -> dict[str, float]:

@@ -606,7 +606,7 @@ def _own_setup_context(ctx, inputs, output):
 
 def _without_empty_rows(dlse_B: torch.Tensor, lse_B: torch.Tensor) -> torch.Tensor:
     """0 where no column is left: torch.logaddexp(-inf, -inf) hands back NaN. The backward kernels do the same in passing,
-    since this costs four launches, as long as the hard loss of 128 queries."""
+    since this costs four launches, nearly the time of the hard loss of 128 queries."""
     return dlse_B.masked_fill(lse_B == -math.inf, 0.0)
 
 

@@ -92,7 +92,8 @@ def save(
 
     `pieces` are what this rank writes (an owner per box); names under exp_avg/ and exp_avg_sq/ go to the optim file. A
     failure on any rank is raised on all of them, and leaves nothing. Then the oldest beyond the `keep` newest are
-    deleted, but none of a step that `keep_every` divides and none that was found `damaged`; those do not count. One whose step is saved again gets another name.
+    deleted, but none of a step that `keep_every` divides and none that was found `damaged`; those do not count. A damaged one
+    whose step is saved again gets another name.
     `check` runs on rank 0 before anything is written (the lock is still ours); `gather` exchanges small objects.
     """
     final, tmp = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"

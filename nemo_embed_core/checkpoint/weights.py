@@ -104,8 +104,8 @@ class Rows:
     where the source says it (checkpoints of ours); who compares reads the same files.
 
     behind: rows are read about in the order of the file and not again, so what lies this many bytes behind leaves the page
-    cache, 0 for nothing. What comes takes its place there; on a virtual machine new pages for
-    every byte cost a cold read more time than the disk. Files that were in the page cache before stay there, as do those that are hashed beside.
+    cache, 0 for nothing. What comes takes its place there; on a virtual machine new pages for every byte cost a cold read
+    more time than the disk. Files that were in the page cache before stay there, as do those that are hashed beside.
     """
 
     def __init__(self, weights: Weights, behind: int = 0):

@@ -77,8 +77,6 @@ def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
 
 
 def int8(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
-    if device.type == "cuda" and device.index is None:  # what is kept must not follow a change of the current device
-        device = torch.device("cuda", torch.cuda.current_device())
     rotate, torch_error, signs = _rotation(hidden_size, device)
 
     def encode(x_nD: Tensor) -> Rows:

@@ -41,9 +41,7 @@ REACHED_FROM = 131072  # documents that are seen before candidates are scored on
 MANY_QUERIES = 512  # on a CPU; fewer are searched faster in fp32
 FIRST_BLOCK = 16  # part of a block: documents in device memory whose scores are sorted before floors are known
 LIST = 1024  # places for what a block of documents adds to a query's candidates, at least
-
-
-_DTYPES = ("float16", "bfloat16", "float32")
+_DTYPES = ("float16", "bfloat16", "float32")  # others would be rounded by each method in its own way
 
 
 class Exclude(NamedTuple):
@@ -165,7 +163,7 @@ def topk_below(
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
     if not block_documents:
         block_documents = 32768 if device.type == "cuda" else (4096 if method == "int8" else 2048)
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and device.index is None:  # a name that says which one, to compare and to cache by
         device = torch.device("cuda", torch.cuda.current_device())
     stats = stats if stats is not None else SearchStats()
     stats.method, stats.num_queries = method, num_queries
