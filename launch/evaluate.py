@@ -61,9 +61,11 @@ def load_encoder(model: str, config: EvaluateConfig):
     """Ours for a checkpoint, a run, a Llama folder or an export; sentence-transformers for its other folders; None: bm25."""
     if model == "bm25":
         return None
-    from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder, is_foreign
+    from nemo_embed_core.checkpoint.source import resolve
 
-    if is_foreign(model):
+    if resolve(model).kind == "sentence-transformers":
+        from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder
+
         return SentenceTransformerEncoder(model, config.device, config.precision)
     from nemo_embed_core.embedder import Embedder
 

@@ -105,15 +105,17 @@ def loader(config: MineConfig, device) -> Callable[[str, DatasetConfig], Any]:
     kept: dict[str, Any] = {}
 
     def load(path: str, dataset: DatasetConfig) -> Any:
+        from nemo_embed_core.checkpoint.source import resolve
         from nemo_embed_core.embedder import Embedder
-        from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder, is_foreign
-        from nemo_embed_core.mine.teachers import Teacher, is_precomputed, open_precomputed
+        from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder
+        from nemo_embed_core.mine.teachers import Teacher, open_precomputed
 
-        if is_precomputed(path):
+        kind = resolve(path).kind
+        if kind == "precomputed":
             return open_precomputed(path, dataset)
         if path not in kept:
             kept.clear()  # before the next one is loaded
-            if is_foreign(path):
+            if kind == "sentence-transformers":
                 if importlib.util.find_spec("sentence_transformers") is None:
                     raise UserError(f"{path} needs sentence-transformers: pip install nemo_embed_core[eval]")
                 precision = config.precision

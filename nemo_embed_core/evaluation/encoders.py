@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -75,30 +74,3 @@ def folder_digest(path: Path) -> str:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.relative_to(path).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
-
-
-def is_foreign(path: str | Path) -> bool:
-    """Whether a model folder needs sentence-transformers: it has modules.json and they are not ours.
-
-    Ours are a Llama that is not causal, mean pooling, and at most a normalisation; so a run, a checkpoint, a bare Llama
-    folder and our own exports are not foreign, whatever they are called.
-    """
-    path = Path(path)
-    if not (path / "modules.json").is_file():
-        return False
-    modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-    config = _json(path / "config.json")
-    pooling = _json(path / "1_Pooling" / "config.json")
-    modes = {key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True}
-    is_mean = modes == {"pooling_mode_mean_tokens"} or (not modes and pooling.get("pooling_mode") == "mean")
-    return not (
-        config.get("model_type") in ("llama", "llama_bidirec")
-        and config.get("is_causal") is False
-        and kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-        and is_mean
-    )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

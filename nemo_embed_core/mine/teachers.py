@@ -94,10 +94,6 @@ def precomputed(
     return Teacher(by_query, by_document)
 
 
-def is_precomputed(folder: str | Path) -> bool:
-    return (Path(folder) / "documents.npy").is_file() or (Path(folder) / "queries.npy").is_file()
-
-
 def open_precomputed(folder: str | Path, dataset: DatasetConfig | None = None) -> Teacher:
     """documents.npy and queries.npy of a folder, memory-mapped; which text a row belongs to is said by, first of these:
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
+from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import EvaluateConfig, ModelConfig, UserError
-from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder, folder_digest, is_foreign
+from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder, folder_digest
 from nemo_embed_core.export.folder import write_folder
 from nemo_embed_core.export.verify import expected_tensors
 
@@ -69,18 +70,18 @@ def edited(folder: Path, target: Path, file: str, **changes) -> Path:
 
 
 def test_folders_are_told_apart_by_their_content(ours, static, tmp_path):
-    assert not is_foreign(ours)
-    assert not is_foreign(tmp_path)  # a run, a checkpoint or a bare Llama folder: no modules.json
-    assert is_foreign(static)
+    assert resolve(ours).kind == "llama"
+    assert resolve(tmp_path).kind == "llama"  # a run, a checkpoint or a bare Llama folder: no modules.json
+    assert resolve(static).kind == "sentence-transformers"
     pooling = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
-    assert is_foreign(edited(ours, tmp_path / "causal", "config.json", is_causal=...))
-    assert is_foreign(edited(ours, tmp_path / "bert", "config.json", model_type="bert"))
-    assert not is_foreign(edited(ours, tmp_path / "compat", "config.json", model_type="llama_bidirec"))
-    assert is_foreign(edited(ours, tmp_path / "last", "1_Pooling/config.json", **pooling))
+    assert resolve(edited(ours, tmp_path / "causal", "config.json", is_causal=...)).kind == "sentence-transformers"
+    assert resolve(edited(ours, tmp_path / "bert", "config.json", model_type="bert")).kind == "sentence-transformers"
+    assert resolve(edited(ours, tmp_path / "compat", "config.json", model_type="llama_bidirec")).kind == "llama"
+    assert resolve(edited(ours, tmp_path / "last", "1_Pooling/config.json", **pooling)).kind == "sentence-transformers"
     dense = edited(ours, tmp_path / "dense", "config.json")
     modules = json.loads((dense / "modules.json").read_text())
     (dense / "modules.json").write_text(json.dumps([*modules[:2], {**modules[2], "type": "x.Dense"}]))
-    assert is_foreign(dense)
+    assert resolve(dense).kind == "sentence-transformers"
 
 
 def test_folder_digest_depends_on_names_and_contents(tmp_path):

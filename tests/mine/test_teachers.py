@@ -11,9 +11,10 @@ import pytest
 import torch
 from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks
 
+from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, UserError
 from nemo_embed_core.mine.pool import Pool
-from nemo_embed_core.mine.teachers import Teacher, as_rows, is_precomputed, open_precomputed, precomputed
+from nemo_embed_core.mine.teachers import Teacher, as_rows, open_precomputed, precomputed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,10 +51,10 @@ def write_bert(folder: Path, prompts: dict[str, str] | None = None) -> Path:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_path):
-    from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder, is_foreign
+    from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder
 
     folder = write_bert(tmp_path / "model", prompts={"query": "query: ", "document": "passage: "})
-    assert is_foreign(folder) and not is_precomputed(folder)
+    assert resolve(folder).kind == "sentence-transformers"
     rows = make_rows(20)
     teacher = Teacher.of_unit_rows(SentenceTransformerEncoder(folder, "cpu", "fp32"))
     assert (teacher.prompt, teacher.document_prompt) == ("query: ", "passage: ")
@@ -162,7 +163,7 @@ def test_folder_of_embeddings_is_read_through_its_own_texts_or_the_lines_of_a_be
     for name, texts in (("corpus", document_texts), ("queries", query_texts)):
         lines = [json.dumps({"_id": f"{name[0]}{i}", "text": text}) + "\n" for i, text in enumerate(texts)]
         (beir / f"{name}.jsonl").write_text("".join(lines))
-    assert is_precomputed(folder)
+    assert resolve(folder).kind == "precomputed"
     dataset = DatasetConfig(path=str(beir))
     with pytest.raises(UserError, match=r"which texts do the rows of documents\.npy belong to"):
         open_precomputed(folder)
