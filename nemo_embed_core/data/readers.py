@@ -15,11 +15,12 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_embed_core.config import DataError, DatasetConfig, UserError
+from nemo_embed_core.data.texts import Texts, TextsById
 
 MAX_LINE = 16 << 20  # bytes; longer is a broken file, not a row
 
@@ -36,10 +37,13 @@ class Row(NamedTuple):
 
 
 class Beir(NamedTuple):
-    """One split of a BEIR folder. corpus: id -> `title + " " + text`; queries: those with judgements in the split."""
+    """One split of a BEIR folder. corpus: id -> `title + " " + text`; queries: those with judgements in the split.
 
-    corpus: dict[str, str]
-    queries: dict[str, str]
+    What read_beir returns has its texts on disk (data/texts.py).
+    """
+
+    corpus: Mapping[str, str]
+    queries: Mapping[str, str]
     qrels: dict[str, dict[str, int]]
 
 
@@ -151,11 +155,11 @@ def read_beir(path: str | Path, split: str) -> Beir:
     queries = _read_texts(_beir_file(folder, "queries.jsonl"), keep=qrels.__contains__)
     corpus = _read_texts(_beir_file(folder, "corpus.jsonl"), keep=lambda _: True)
     _check_dangling(folder, split, qrels, lines, queries, corpus)
-    return Beir(corpus, {qid: queries[qid] for qid in qrels}, qrels)
+    return Beir(corpus, TextsById({qid: queries.indices[qid] for qid in qrels}, queries.texts), qrels)
 
 
 def _beir_rows(folder: Path, split: str) -> Iterator[Row]:
-    """One row per judged query in the order of the qrels; only the texts that the rows need are held in memory."""
+    """One row per judged query in the order of the qrels, made when it is asked for: the texts stand on disk."""
     folder = _beir_folder(folder)
     file = _qrels_file(folder, split)
     qrels, lines = _read_qrels(file)
@@ -175,12 +179,13 @@ def _beir_rows(folder: Path, split: str) -> Iterator[Row]:
         yield Row(queries[qid], pos, [], str(file), line, languages.get(qid, ""))
 
 
-def _read_texts(path: Path, keep: Callable[[str], bool], languages: dict[str, str] | None = None) -> dict[str, str]:
+def _read_texts(path: Path, keep: Callable[[str], bool], languages: dict[str, str] | None = None) -> TextsById:
     """{id: text} of a corpus or queries file in file order, every line checked; text "" where keep(id) is False.
 
     languages: gets {id: lang} of the lines that say so.
     """
-    texts: dict[str, str] = {}
+    texts = TextsById({}, Texts())
+    nothing = texts.texts.append("")
     for line, row in _json_lines(path):
         try:
             if "_id" not in row:
@@ -191,11 +196,11 @@ def _read_texts(path: Path, keep: Callable[[str], bool], languages: dict[str, st
                 first = next(i for i, k in enumerate(texts, 1) if k == key)
                 raise ValueError(f"_id {_short(key)} is already the _id of line {first}: make ids unique")
             text = _passage(row)
-            texts[key] = text if keep(key) else ""
-            if languages is not None and keep(key) and isinstance(lang := row.get("lang"), str):
-                languages[key] = lang
         except ValueError as error:
             raise DataError(path, line, str(error)) from None
+        texts.indices[key] = texts.texts.append(text) if keep(key) else nothing
+        if languages is not None and keep(key) and isinstance(lang := row.get("lang"), str):
+            languages[key] = lang
     if not texts:
         raise DataError(path, 1, "the file is empty: at least one line is needed")
     return texts
@@ -250,8 +255,8 @@ def _check_dangling(
     split: str,
     qrels: dict[str, dict[str, int]],
     lines: dict[tuple[str, str], int],
-    queries: dict[str, str],
-    corpus: dict[str, str],
+    queries: Mapping[str, str],
+    corpus: Mapping[str, str],
 ) -> None:
     """DataError at the first judgement whose query or document does not exist, with the count of all of them."""
     bad = [pair for pair in lines if pair[0] not in queries or pair[1] not in corpus]

@@ -1,0 +1,130 @@
+"""list[str] and dict[str, str] whose texts stand on disk: a corpus costs 8 bytes of memory a text, and its ids.
+
+texts = Texts()            # in the folder for temporary files (TMPDIR), gone with the process
+index = texts.append("a document")
+texts[index], texts[10:20], len(texts), for text in texts
+TextsById({"d1": index}, texts)["d1"]
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import overload
+
+from nemo_embed_core.config import UserError
+
+BLOCK = 1 << 20  # bytes that are written, and read by an iteration, at a time
+
+
+class Texts(Sequence[str]):
+    """list[str] over an unlinked temporary file of UTF-8 in `folder`; append and read in any order, also after a fork.
+
+    Only valid Unicode is taken: a lone surrogate is a UnicodeEncodeError. UserError when the disk is full.
+    """
+
+    def __init__(self, folder: str | Path | None = None):
+        self._folder = str(folder) if folder is not None else tempfile.gettempdir()
+        try:
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 (closed in __del__)
+        except OSError as error:
+            raise self._error(error) from error
+        self._ends = array("q", [0])  # text i is bytes[_ends[i]:_ends[i + 1]]
+        self._pending = bytearray()  # the end of the file, not written yet
+        self._written = 0  # bytes
+
+    def append(self, text: str) -> int:
+        """The index that the text gets."""
+        self._pending += text.encode("utf-8")
+        self._ends.append(self._written + len(self._pending))
+        if len(self._pending) >= BLOCK:
+            self._write()
+        return len(self._ends) - 2
+
+    def num_bytes(self, index: int) -> int:
+        """len(self[index].encode()), without reading it: for batches that are bounded in bytes."""
+        return self._ends[index + 1] - self._ends[index]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return self._read(start, max(start, stop))
+            return [self[i] for i in range(start, stop, step)]
+        i = index + len(self) if index < 0 else index
+        if not 0 <= i < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        return self._bytes(self._ends[i], self._ends[i + 1]).decode("utf-8")
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        while start < len(self):
+            stop = start + 1
+            while stop < len(self) and self._ends[stop + 1] - self._ends[start] <= BLOCK:
+                stop += 1
+            yield from self._read(start, stop)
+            start = stop
+
+    def _read(self, start: int, stop: int) -> list[str]:
+        ends = self._ends[start : stop + 1]
+        data = self._bytes(ends[0], ends[-1])
+        return [data[a - ends[0] : b - ends[0]].decode("utf-8") for a, b in itertools.pairwise(ends)]
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        if stop > self._written:
+            self._write()
+        data = os.pread(self._file.fileno(), stop - start, start)
+        while len(data) < stop - start:  # one call reads at most 2 GiB
+            more = os.pread(self._file.fileno(), stop - start - len(data), start + len(data))
+            if not more:
+                raise UserError(f"a temporary file in {self._folder} was cut short by another program; start again")
+            data += more
+        return data
+
+    def _write(self) -> None:
+        try:
+            while self._pending:
+                count = os.pwrite(self._file.fileno(), self._pending, self._written)
+                self._written += count
+                del self._pending[:count]
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> UserError:
+        return UserError(
+            f"texts cannot be kept in {self._folder}: {error.strerror}; set TMPDIR to a folder with room for the whole text"
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
+class TextsById(Mapping[str, str]):
+    """{key: texts[index] for key, index in indices.items()}, read when it is asked for."""
+
+    def __init__(self, indices: dict[str, int], texts: Texts):
+        self.indices, self.texts = indices, texts
+
+    def __getitem__(self, key: str) -> str:
+        return self.texts[self.indices[key]]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.indices  # Mapping's own would read the text
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
