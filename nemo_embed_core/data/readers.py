@@ -15,7 +15,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,10 @@ class Row(NamedTuple):
     path: str
     line: int
     lang: str = ""  # of the query, where the file says so: only reports group by it
+    id: str = ""  # the row's own; of a BEIR folder the query's _id
+    group: str = ""  # its class: documents of the same group are not negatives of each other
+    pos_ids: Sequence[str] = ()  # of the documents, one per text where the file has them
+    neg_ids: Sequence[str] = ()
 
 
 class Beir(NamedTuple):
@@ -68,7 +72,7 @@ def source_files(config: DatasetConfig) -> list[Path]:
 # ------------------------------------------------------------------------------------------ JSONL rows
 
 REQUIRED = ("query", "pos", "neg")
-OPTIONAL = ("pos_scores", "neg_scores", "id", "lang")
+OPTIONAL = ("pos_scores", "neg_scores", "id", "lang", "group", "pos_ids", "neg_ids")
 ALLOWED = frozenset(REQUIRED + OPTIONAL)
 
 
@@ -98,6 +102,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             for scores, texts in (("pos_scores", pos), ("neg_scores", neg)):
                 if scores in row:
                     _check_scores(row[scores], scores, len(texts))
+            key = ""
             if "id" in row:
                 key = _id(row["id"], "id")
                 if key in ids:
@@ -106,9 +111,11 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             lang = row.get("lang", "")
             if not isinstance(lang, str):
                 raise ValueError(f"field 'lang' must be a string such as \"de\", got {_type(lang)}")
+            group = _id(row["group"], "group") if "group" in row else ""
+            pos_ids, neg_ids = _document_ids(row, "pos_ids", len(pos)), _document_ids(row, "neg_ids", len(neg))
         except ValueError as error:
             raise DataError(path, line, str(error)) from None
-        yield Row(query, pos, neg, name, line, lang)
+        yield Row(query, pos, neg, name, line, lang, key, group, pos_ids, neg_ids)
     if line == 0:
         raise DataError(path, 1, "the file is empty: at least one row is needed")
 
@@ -121,6 +128,16 @@ def _texts(row: dict[str, Any], field: str) -> list[str]:
     if not isinstance(value, list):
         raise ValueError(f"field {field!r} must be a list of strings, got {_type(value)}")
     return [_check_text(text, f"{field}[{i}]") for i, text in enumerate(value)]
+
+
+def _document_ids(row: dict[str, Any], field: str, count: int) -> list[str]:
+    if field not in row:
+        return []
+    value = row[field]
+    if not isinstance(value, list) or len(value) != count:
+        got = f"{len(value)} entries" if isinstance(value, list) else _type(value)
+        raise ValueError(f"field {field!r} must be a list of {count} ids (one per text), got {got}")
+    return [_id(key, f"{field}[{i}]") for i, key in enumerate(value)]
 
 
 def _check_scores(value: Any, field: str, count: int) -> None:
@@ -170,13 +187,14 @@ def _beir_rows(folder: Path, split: str) -> Iterator[Row]:
     _check_dangling(folder, split, qrels, lines, queries, corpus)
     for qid, scores in qrels.items():
         line = lines[qid, next(iter(scores))]
-        pos = [corpus[doc] for doc, score in scores.items() if score > 0]
+        pos_ids = [doc for doc, score in scores.items() if score > 0]
+        pos = [corpus[doc] for doc in pos_ids]
         if not pos:
             raise DataError(
                 file, line, f"query {_short(qid)} has no document with a score above 0: remove its judgements "
                 "from this training split or give it a positive"
             )  # fmt: skip
-        yield Row(queries[qid], pos, [], str(file), line, languages.get(qid, ""))
+        yield Row(queries[qid], pos, [], str(file), line, languages.get(qid, ""), qid, pos_ids=pos_ids)
 
 
 def _read_texts(path: Path, keep: Callable[[str], bool], languages: dict[str, str] | None = None) -> TextsById:
