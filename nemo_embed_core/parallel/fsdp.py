@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from nemo_embed_core.parallel.mesh import Mesh
 
@@ -35,6 +35,25 @@ def shard(
             blocks[i] = block = checkpoint_wrapper(block)  # non-reentrant
         fully_shard(block, mesh=mesh.dp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh.dp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+
+
+def drop_step(model: nn.Module) -> None:
+    """Forget a half-done step: gathered weights and gradients of all kinds; the shards keep their values.
+
+    Between micro-batches without a reduce-scatter FSDP2 keeps whole gradients beside the parameters, where zero_grad does
+    not reach and whence they would be added to the next step's: in the dtype of the gathered weights on those, else in fp32
+    as unsharded_accumulated_grad. No public call forgets them (torch 2.11 to 2.13).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            group = module._get_fsdp_state()._fsdp_param_group
+            for parameter in group.fsdp_params if group is not None else ():
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):  # not before the first gather
+                    parameter._unsharded_param.grad = None
+    for shard_ in model.parameters():
+        shard_.grad = None
 
 
 def plain_name(name: str) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from nemo_embed_core.checkpoint import files, sharded
 from nemo_embed_core.checkpoint.weights import (
@@ -199,7 +198,7 @@ class Trainer:
                     values, stop = self.train_step()
                 except _Stopped as place:
                     self.log(f"asked to stop: left step {self.step + 1} before {place}, it runs again after the resume")
-                    self._drop_step()
+                    fsdp.drop_step(self.model)  # weights and moments were not touched by it
                     stop = True
                 else:
                     if metrics is not None:
@@ -252,13 +251,6 @@ class Trainer:
         failpoint("step.micro_batch", f"{self.step}.{i}")
         if self._vote(self._stop):
             raise _Stopped(phase)
-
-    def _drop_step(self) -> None:
-        """Forget a half-done step: gathered weights and gradients; weights and moments were not touched by it."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: (what metrics.jsonl records, whether some rank was asked to stop)."""

@@ -1,0 +1,73 @@
+"""A step that was left half-way leaves nothing behind: the same step again has the gradients of a run that never left it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import MODEL, train_config
+
+
+# precision, in_batch, reshard_after_forward; FSDP2 keeps fp32 and bf16 gradients in different places.
+CASES = [("fp32", "none", False), ("fp32", "positives", True), ("bf16", "none", True)]
+
+
+class Left(Exception):
+    pass
+
+
+def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) -> list[tuple[str, str, list[str]]]:
+    """(case, place, names of the gradients that differ) for every place where a step may be left."""
+    import torch.distributed as dist
+
+    from nemo_embed_core.data.packing import load_batch
+    from nemo_embed_core.data.tokenizer import load_tokenizer
+    from nemo_embed_core.parallel import fsdp
+    from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.train import trainer as trainer_module
+    from nemo_embed_core.train.step import forward_backward
+
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    mesh, results = build_mesh(torch.device("cpu"), world_size, 1, False), []
+    for precision, in_batch, reshard in CASES:
+        options: dict[str, Any] = {"precision": precision, "loss": {"in_batch": in_batch}, "data": {"max_tokens": 400}}
+        options |= {"global_batch_size": 16, "parallel": {"reshard_after_forward": reshard}}
+        config = train_config(Path(folder), **options)
+        prepared = trainer_module.Prepared(MODEL, load_tokenizer(config.tokenizer))
+        trainer = trainer_module.Trainer(config, mesh, prepared, log=lambda message: None)
+        model = trainer.model
+        batches, _ = load_batch(trainer.store, trainer.sampler, 0, mesh.dp_rank, world_size, config.data, 1, 0)
+        assert len(batches) >= 3, "the places in between are the point"
+
+        def gradients(leave_at: int = -1, t: Any = trainer, b: Any = batches, c: Any = config) -> dict:
+            def before(phase: str, i: int) -> None:
+                if len(places) == leave_at:
+                    raise Left
+                places.append(f"{phase} {i}")
+
+            places.clear()
+            t.optimizer.zero_grad(set_to_none=True)
+            forward_backward(t.model, b, mesh, c.loss, before)
+            return {n: p.grad.full_tensor().clone() for n, p in t.model.named_parameters()}
+
+        places: list[str] = []
+        right = gradients()
+        all_places = list(places)
+        for number, place in enumerate(all_places):
+            with pytest.raises(Left):
+                gradients(number)
+            fsdp.drop_step(model)
+            again = gradients()
+            wrong = [name for name, grad in right.items() if not torch.equal(again[name], grad)]
+            results.append((f"{precision} {in_batch} {reshard=}", place, wrong))
+        trainer._unlock()
+    return results
+
+
+@pytest.mark.dist
+def test_the_next_step_has_the_gradients_of_a_run_that_never_left_one(tmp_path: Path) -> None:
+    for results in run_ranks(leave_everywhere, 2, str(tmp_path)):
+        assert len({place.split()[0] for _, place, _ in results}) == 4  # embedding, loss, forward, backward
+        for case, place, wrong in results:
+            assert not wrong, f"{case}: left before {place}, these gradients differ: {wrong}"
