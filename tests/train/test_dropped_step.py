@@ -8,7 +8,6 @@ import torch
 from ranks import run_ranks
 from tiny import MODEL, train_config
 
-
 # precision, in_batch, reshard_after_forward; FSDP2 keeps fp32 and bf16 gradients in different places.
 CASES = [("fp32", "none", False), ("fp32", "positives", True), ("bf16", "none", True)]
 
@@ -31,34 +30,31 @@ def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) ->
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     mesh, results = build_mesh(torch.device("cpu"), world_size, 1, False), []
     for precision, in_batch, reshard in CASES:
-        options: dict[str, Any] = {"precision": precision, "loss": {"in_batch": in_batch}, "data": {"max_tokens": 400}}
+        options: dict[str, Any] = {"precision": precision, "loss": {"in_batch": in_batch}, "data": {"max_tokens": 250}}
         options |= {"global_batch_size": 16, "parallel": {"reshard_after_forward": reshard}}
         config = train_config(Path(folder), **options)
         prepared = trainer_module.Prepared(MODEL, load_tokenizer(config.tokenizer))
         trainer = trainer_module.Trainer(config, mesh, prepared, log=lambda message: None)
-        model = trainer.model
         batches, _ = load_batch(trainer.store, trainer.sampler, 0, mesh.dp_rank, world_size, config.data, 1, 0)
         assert len(batches) >= 3, "the places in between are the point"
 
-        def gradients(leave_at: int = -1, t: Any = trainer, b: Any = batches, c: Any = config) -> dict:
+        def gradients(leave_at: int = -1, t: Any = trainer, b: Any = batches, c: Any = config) -> tuple[list, dict]:
             def before(phase: str, i: int) -> None:
                 if len(places) == leave_at:
                     raise Left
                 places.append(f"{phase} {i}")
 
-            places.clear()
+            places: list[str] = []
             t.optimizer.zero_grad(set_to_none=True)
             forward_backward(t.model, b, mesh, c.loss, before)
-            return {n: p.grad.full_tensor().clone() for n, p in t.model.named_parameters()}
+            return places, {n: p.grad.full_tensor().clone() for n, p in t.model.named_parameters()}
 
-        places: list[str] = []
-        right = gradients()
-        all_places = list(places)
-        for number, place in enumerate(all_places):
+        places, right = gradients()
+        for number, place in enumerate(places):
             with pytest.raises(Left):
                 gradients(number)
-            fsdp.drop_step(model)
-            again = gradients()
+            fsdp.drop_step(trainer.model)
+            _, again = gradients()
             wrong = [name for name, grad in right.items() if not torch.equal(again[name], grad)]
             results.append((f"{precision} {in_batch} {reshard=}", place, wrong))
         trainer._unlock()
@@ -67,6 +63,7 @@ def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) ->
 
 @pytest.mark.dist
 def test_the_next_step_has_the_gradients_of_a_run_that_never_left_one(tmp_path: Path) -> None:
+    train_config(tmp_path)  # writes the data, before two ranks would
     for results in run_ranks(leave_everywhere, 2, str(tmp_path)):
         assert len({place.split()[0] for _, place, _ in results}) == 4  # embedding, loss, forward, backward
         for case, place, wrong in results:
