@@ -260,7 +260,7 @@ def peer_weights(
             for part, rows in (("q_proj", blocks[:, :R]), ("k_proj", blocks[:, R]), ("v_proj", blocks[:, R + 1])):
                 yield name.replace("qkv_proj", part), rows.reshape(-1, D)
         elif name.endswith("gate_up_proj.weight"):
-            blocks = w.view(G, 2, -1, D)
+            blocks = w.view(model.mlp_blocks, 2, -1, D)
             for i, part in enumerate(("gate_proj", "up_proj")):
                 yield name.replace("gate_up_proj", part), blocks[:, i].reshape(-1, D)
         else:

@@ -1,6 +1,6 @@
 """silu(gate) * up on the fused output of the gate_up projection.
 
-Contract: the columns are num_blocks blocks of [gate block | up block] (one block per KV group, so that a plain row shard of
+Contract: the columns are num_blocks blocks of [gate block | up block] (ModelConfig.mlp_blocks, so that a plain row shard of
 the weight holds whole blocks); the output columns are in block order. One read and one write each way; math in fp32.
 """
 
@@ -69,16 +69,21 @@ def _swiglu_bwd_kernel(
     tl.store(dgate_up_ptr + gate_offs + WIDTH, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
+def _block_f(width: int) -> int:
+    return min(_CONFIG[1], triton.next_power_of_2(width))  # narrow blocks: no lane beyond them idles
+
+
 def _grid(num_tokens: int, num_blocks: int, width: int) -> tuple[int]:
-    block_t, block_f, _ = _CONFIG
+    block_t, block_f = _CONFIG[0], _block_f(width)
     return (triton.cdiv(num_tokens, block_t) * num_blocks * triton.cdiv(width, block_f),)
 
 
 @torch.library.custom_op("nemo_embed_core::swiglu_forward", mutates_args=())
 def _swiglu_fwd(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
     num_tokens, columns = gate_up_TE.shape
-    block_t, block_f, num_warps = _CONFIG
+    block_t, _, num_warps = _CONFIG
     width = columns // (2 * num_blocks)
+    block_f = _block_f(width)
     gate_up_TE = gate_up_TE.contiguous()
     out_TF = gate_up_TE.new_empty(num_tokens, columns // 2)
     if num_tokens:
@@ -97,8 +102,9 @@ def _(gate_up_TE, num_blocks):
 @torch.library.custom_op("nemo_embed_core::swiglu_backward", mutates_args=())
 def _swiglu_bwd(dout_TF: torch.Tensor, gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
     num_tokens, columns = gate_up_TE.shape
-    block_t, block_f, num_warps = _CONFIG
+    block_t, _, num_warps = _CONFIG
     width = columns // (2 * num_blocks)
+    block_f = _block_f(width)
     dout_TF, gate_up_TE = dout_TF.contiguous(), gate_up_TE.contiguous()
     dgate_up_TE = torch.empty_like(gate_up_TE)
     if num_tokens:

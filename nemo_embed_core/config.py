@@ -123,6 +123,10 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192  # tokens
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise UserError(f"rope_scaling.{f.name}={value!r} must be a positive number")
         if self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
                 f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
@@ -156,8 +160,12 @@ class ModelConfig:
         for name in (*sizes, "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
-        if self.num_hidden_layers < 0:
-            raise UserError(f"model.num_hidden_layers={self.num_hidden_layers} must not be negative")
+        for name in ("num_hidden_layers", "head_dim", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must not be negative")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -172,11 +180,19 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
-        if self.intermediate_size % self.num_key_value_heads:
-            raise UserError(
-                f"model.intermediate_size={self.intermediate_size} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}: gate and up rows are stored in one block per KV head"
-            )
+
+    @property
+    def mlp_blocks(self) -> int:
+        """Blocks of [gate rows | up rows] in the fused weight, as checkpoints store it: a function of the shape alone.
+
+        One per KV head where those divide intermediate_size: tensor parallelism, which divides them too, then cuts between
+        blocks. Elsewhere (Llama-2-13B: 13824 and 40) blocks of at most 64 channels, of which every rank takes equally many; the
+        last ranks' may be padding.
+        """
+        if self.intermediate_size % self.num_key_value_heads == 0:
+            return self.num_key_value_heads
+        largest = max(1, min(64, self.intermediate_size // self.num_key_value_heads))
+        return self.intermediate_size // next(n for n in range(largest, 0, -1) if self.intermediate_size % n == 0)
 
 
 # ------------------------------------------------------------------------------------------ training

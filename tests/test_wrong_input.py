@@ -105,7 +105,11 @@ LAYOUTS: list[tuple[list[str], dict[str, str], str]] = [
     (["--parallel.tp_size=2"], {}, "world size 1 is not a multiple of parallel.tp_size=2"),
     (["--parallel.tp_size=4"], {**ENV, "WORLD_SIZE": "6"}, "world size 6 is not a multiple of parallel.tp_size=4"),
     (["--parallel.tp_size=8"], {**ENV, "WORLD_SIZE": "8"}, "tp_size=8 does not divide num_key_value_heads=4"),
-    (["--parallel.tp_size=4", "--model.vocab_size=510"], {**ENV, "WORLD_SIZE": "4"}, "does not divide vocab_size=510"),
+    (
+        ["--parallel.tp_size=4", "--model.num_key_value_heads=2"],
+        {**ENV, "WORLD_SIZE": "4"},
+        "does not divide num_key_value_heads=2",
+    ),
     (["--parallel.dp_size=3"], {**ENV, "WORLD_SIZE": "4"}, "dp_size=3 x parallel.tp_size=1 = 3 processes, but 4"),
     (["--global_batch_size=9"], {**ENV, "WORLD_SIZE": "2"}, "global_batch_size=9 is not a multiple of the 2"),
     ([], {"RANK": "0"}, "RANK=0 is set but WORLD_SIZE is not"),

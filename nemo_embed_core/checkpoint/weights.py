@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import read_safetensors_header
 from nemo_embed_core.config import ModelConfig, UserError
-from nemo_embed_core.model.hf import Box, HFReader, hf_rows, hf_shapes, local_box, parameter_shapes, tp_dim
+from nemo_embed_core.model.hf import (
+    Box,
+    HFReader,
+    hf_rows,
+    hf_shapes,
+    local_box,
+    parameter_shapes,
+    tp_dim,
+    tp_unit,
+    unpadded,
+)
 from nemo_embed_core.model.hf_config import read_config
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.parallel.fsdp import plain_name
@@ -235,13 +245,15 @@ def _is_cached(fd: int) -> bool:
 def fill(
     model: nn.Module, reader: BoxReader, config: ModelConfig, tp: tuple[int, int] = (0, 1), dp: tuple[int, int] = (0, 1)
 ) -> None:
-    """Read this rank's box of every parameter into it; tp and dp are (rank, size)."""
+    """Read this rank's box of every parameter into it, zeros into its padding; tp and dp are (rank, size)."""
     shapes = parameter_shapes(config)
     with torch.no_grad():
         for full_name, parameter in model.named_parameters():
             name = plain_name(full_name)
-            box = local_box(shapes[name], tp_dim(name), *tp, *dp)
+            box = local_box(shapes[name], tp_dim(name), *tp, *dp, tp_unit(name, config))
             target = local_tensor(parameter)
-            assert tuple(target.shape) == box[1], f"{name}: {target.shape=} {box=}"
-            if target.numel():
-                target.copy_(reader.read_box(name, box))
+            inside = unpadded(target, box)
+            if inside.shape != target.shape:
+                target.zero_()
+            if inside.numel():
+                inside.copy_(reader.read_box(name, box))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.parallel.layout import tp_chunk
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
 
@@ -45,6 +46,12 @@ def tp_dim(name: str) -> int | None:
     return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
 
 
+def tp_unit(name: str, config: ModelConfig) -> int:
+    """Rows or columns of the tp dim that stay together: a rank holds whole units."""
+    width = config.intermediate_size // config.mlp_blocks
+    return 2 * width if name.endswith("gate_up_proj.weight") else width if name.endswith("down_proj.weight") else 1
+
+
 def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
     """Rows of our parameter, in order, as (Hugging Face name, first row there, number of rows)."""
     plain = name.removeprefix("model.")
@@ -61,11 +68,11 @@ def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
             )
         ]
     if plain.endswith("mlp.gate_up_proj.weight"):
-        prefix, rows = plain.removesuffix("gate_up_proj.weight"), config.intermediate_size // G
+        prefix, rows = plain.removesuffix("gate_up_proj.weight"), config.intermediate_size // config.mlp_blocks
         return [
             source
-            for g in range(G)
-            for source in ((prefix + "gate_proj.weight", g * rows, rows), (prefix + "up_proj.weight", g * rows, rows))
+            for m in range(config.mlp_blocks)
+            for source in ((prefix + "gate_proj.weight", m * rows, rows), (prefix + "up_proj.weight", m * rows, rows))
         ]
     return [(plain, 0, parameter_shapes(config)[name][0])]
 
@@ -92,17 +99,30 @@ def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str,
         yield hf_name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
-def local_box(shape: tuple[int, ...], dim: int | None, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int) -> Box:
-    """What (tp_rank, dp_rank) holds: the tp chunk, then FSDP2's torch.chunk of its dim 0. Always one contiguous box."""
+def local_box(
+    shape: tuple[int, ...], dim: int | None, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int, unit: int = 1
+) -> Box:
+    """What (tp_rank, dp_rank) holds: the tp chunk, then FSDP2's torch.chunk of its dim 0. Always one contiguous box.
+
+    What the rank holds beyond `shape` (tp_chunk) is no part of it: `unpadded` takes the box out of the rank's tensor.
+    """
     offset, size = [0] * len(shape), list(shape)
     if dim is not None:
-        size[dim] //= tp_size
+        size[dim] = tp_chunk(shape[dim], tp_size, unit)
         offset[dim] = size[dim] * tp_rank
     chunk = -(-size[0] // dp_size)
     start, stop = min(chunk * dp_rank, size[0]), min(chunk * (dp_rank + 1), size[0])
     offset[0] += start
     size[0] = stop - start
-    return tuple(offset), tuple(size)
+    starts = [min(o, full) for o, full in zip(offset, shape, strict=True)]
+    ends = [min(o + s, full) for o, s, full in zip(offset, size, shape, strict=True)]
+    return tuple(starts), tuple(end - start for start, end in zip(starts, ends, strict=True))
+
+
+def unpadded(tensor: Tensor, box: Box) -> Tensor:
+    """The part of a rank's tensor that is its box: all but the padding, which stands behind it."""
+    assert all(have >= s for have, s in zip(tensor.shape, box[1], strict=True)), f"{tensor.shape=} {box=}"
+    return tensor[tuple(slice(0, s) for s in box[1])]
 
 
 # ------------------------------------------------------------------------------------------ reading a folder

@@ -4,11 +4,12 @@ Reads top to bottom: RoPE table, attention, MLP, block, model, initialisation. E
 `config.is_causal = False` (tests/model/test_hf.py).
 
     T packed tokens (T / tp_size in norms and residuals under sequence parallelism) · D hidden_size
-    H query heads · G KV heads · R = H / G · A head_dim · F intermediate_size; a tp rank holds H/tp, G/tp, F/tp
+    H query heads · G KV heads · R = H / G · A head_dim · F intermediate_size · M MLP blocks (config.mlp_blocks)
+    a tp rank holds H/tp, G/tp, M/tp; where tp does not divide M or the vocabulary, zeros stand behind the last ones
 
 Global row order of the fused weights, so that a plain Shard(0) gives whole groups to every tp rank:
     qkv_proj      per KV group g: [R query heads of g | k_g | v_g]
-    gate_up_proj  per KV group g: [F/G gate rows | F/G up rows]
+    gate_up_proj  per block of F/M channels: [gate rows | up rows]; M = G where G divides F
 [q; k; v] or [gate; up] stacking would need a permutation that depends on tp_size and breaks resharding.
 """
 
@@ -25,6 +26,7 @@ from nemo_embed_core.kernels.rope import split_rope
 from nemo_embed_core.kernels.swiglu import swiglu
 from nemo_embed_core.model.attention import Attention, Segments
 from nemo_embed_core.parallel.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from nemo_embed_core.parallel.layout import tp_chunk
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 
@@ -68,9 +70,10 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
-        self.num_blocks = config.num_key_value_heads // tp.size
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, 2 * config.intermediate_size, tp)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
+        self.num_blocks = tp_chunk(config.mlp_blocks, tp.size)
+        F, width = config.intermediate_size, config.intermediate_size // config.mlp_blocks
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, 2 * F, tp, unit=2 * width)
+        self.down_proj = RowParallelLinear(F, config.hidden_size, tp, unit=width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x_TD), self.num_blocks))

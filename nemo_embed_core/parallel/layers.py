@@ -5,6 +5,8 @@ and placement are always known (checkpoints, norms, resharding). The forward tak
 parameters are plain tensors.
 
     T packed tokens · D hidden_size · O output features (global; a tp rank holds O / tp_size)
+
+Ranks hold equally much: where tp_size does not divide a dim, the last ranks' parameters reach beyond it (`tp_chunk`).
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nemo_embed_core.kernels.rms_norm import rms_norm
 from nemo_embed_core.parallel.collectives import column_linear, copy_to_tp, reduce_from_tp, reduce_scatter_tokens
+from nemo_embed_core.parallel.layout import tp_chunk
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 
-def tp_parameter(tp: TensorParallel, shape: tuple[int, ...], tp_dim: int | None) -> nn.Parameter:
-    """An uninitialised parameter of global `shape`: Shard(tp_dim) over tp, or replicated for None."""
+def tp_parameter(tp: TensorParallel, shape: tuple[int, ...], tp_dim: int | None, unit: int = 1) -> nn.Parameter:
+    """An uninitialised parameter of global `shape`: Shard(tp_dim) over tp in whole units, or replicated for None."""
     local = list(shape)
     if tp_dim is not None:
-        assert shape[tp_dim] % tp.size == 0, f"{shape=} {tp_dim=} {tp.size=}"
-        local[tp_dim] //= tp.size
+        local[tp_dim] = tp_chunk(shape[tp_dim], tp.size, unit)
     tensor = torch.empty(local)
     if tp.mesh is not None:
         placement = Replicate() if tp_dim is None else Shard(tp_dim)
@@ -72,10 +74,10 @@ class RMSNorm(nn.Module):
 class ColumnParallelLinear(nn.Module):
     """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is all-gathered."""
 
-    def __init__(self, in_features: int, out_features: int, tp: TensorParallel):
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
         self.tp = tp
-        self.weight = tp_parameter(tp, (out_features, in_features), 0)
+        self.weight = tp_parameter(tp, (out_features, in_features), 0, unit)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:
@@ -88,10 +90,10 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = g(x_local @ W_local.T): columns of W over tp; all-reduce, or reduce-scatter to [T/tp, D]."""
 
-    def __init__(self, in_features: int, out_features: int, tp: TensorParallel):
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
         self.tp = tp
-        self.weight = tp_parameter(tp, (out_features, in_features), 1)
+        self.weight = tp_parameter(tp, (out_features, in_features), 1, unit)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, local(self.weight))
@@ -108,7 +110,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel):
         super().__init__()
         self.tp = tp
-        self.rows = vocab_size // tp.size
+        self.rows = tp_chunk(vocab_size, tp.size)
         self.weight = tp_parameter(tp, (vocab_size, hidden_size), 0)
 
     def forward(self, input_ids_T: Tensor) -> Tensor:

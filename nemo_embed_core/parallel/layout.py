@@ -25,12 +25,20 @@ def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig |
             f"leave dp_size at 0 to use {world_size // tp}"
         )
     if model is not None:
-        for name in ("num_key_value_heads", "num_attention_heads", "vocab_size"):
-            size = getattr(model, name)
-            if size % tp:
-                hint = f"use a divisor of {size}" if name != "vocab_size" else "pad the vocabulary to a multiple of it"
-                raise UserError(f"parallel.tp_size={tp} does not divide {name}={size}; {hint}")
+        size = model.num_key_value_heads  # and so the query heads; what else a rank holds is padded (tp_chunk)
+        if size % tp:
+            raise UserError(f"parallel.tp_size={tp} does not divide num_key_value_heads={size}; use a divisor of {size}")
     return dp
+
+
+def tp_chunk(size: int, tp_size: int, unit: int = 1) -> int:
+    """What each tp rank holds of `size` rows or columns, in whole units; the last ranks' may reach beyond it, into padding.
+
+    Padding is zeros and stays zero: no id looks up its embedding, and a channel whose gate, up and down weights are zero has
+    zero gradients. It is no part of a tensor's global shape: never saved, never exported.
+    """
+    assert size % unit == 0, f"{size=} {unit=}"
+    return -(-size // unit // tp_size) * unit
 
 
 def world_size_from_env() -> int:

@@ -37,7 +37,7 @@ from nemo_embed_core.data.store import Store, open_store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.hf import local_box, parameter_shapes, tp_dim
+from nemo_embed_core.model.hf import local_box, parameter_shapes, tp_dim, tp_unit, unpadded
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import Vote, all_reduce_world_, background_group, gather_objects
 from nemo_embed_core.parallel.grad_norm import clip_grad_norm, is_tp_replicated, local_tensor, sync_replicated_grads
@@ -398,20 +398,21 @@ class Trainer:
     # ---- checkpoints
 
     def _named_state(self) -> dict[str, torch.Tensor]:
-        """Our parameter name, exp_avg/NAME, exp_avg_sq/NAME -> this rank's live shard."""
+        """Our parameter name, exp_avg/NAME, exp_avg_sq/NAME -> this rank's live shard, without its padding."""
         named = {}
         for full_name, p in self.model.named_parameters():
             name = fsdp.plain_name(full_name)
             named[name] = local_tensor(p.detach())
             for moment in ("exp_avg", "exp_avg_sq"):
                 named[f"{moment}/{name}"] = local_tensor(self.optimizer.state[p][moment])
-        return named
+        return {name: unpadded(tensor, self._box(name)[1]) for name, tensor in named.items()}
 
     def _box(self, name: str) -> tuple[tuple[int, ...], sharded.Box]:
         plain = name.rsplit("/", 1)[-1]
         shape = parameter_shapes(self.model_config)[plain]
         mesh = self.mesh
-        return shape, local_box(shape, tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.dp_rank, mesh.dp_size)
+        unit = tp_unit(plain, self.model_config)
+        return shape, local_box(shape, tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.dp_rank, mesh.dp_size, unit)
 
     def _saver(self) -> sharded.Saver:
         config, mesh = self.config.checkpoint, self.mesh

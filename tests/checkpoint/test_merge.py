@@ -46,7 +46,9 @@ def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfi
 
 
 def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, sources: list[str]) -> None:
-    """Load each source under tp = 1, 2, 4 (the rest of the ranks are dp) and save it untrained (steps = 0)."""
+    """Load each source under tp = 1, 2, 4 (the rest of the ranks are dp) and save it untrained (steps = 0); then that again
+    under tp = 2, 4, 1."""
+    from nemo_embed_core.checkpoint.weights import read_model_config
     from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.train.trainer import Prepared, Trainer
@@ -55,23 +57,28 @@ def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, source
     for source in sources:
         for tp in (1, 2, 4):
             output = f"{folder}/saved-{Path(source).name}-{tp}"
-            config = train_config(Path(folder), init_from=source, steps=0, output_dir=output)
-            mesh = build_mesh(torch.device("cpu"), world_size // tp, tp, True)
-            Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None).run()
+            for init_from, output_dir, size in ((source, output, tp), (output, output + "-again", tp % 4 * 2 or 1)):
+                config = train_config(Path(folder), init_from=init_from, steps=0, output_dir=output_dir)
+                mesh = build_mesh(torch.device("cpu"), world_size // size, size, True)
+                prepared = Prepared(read_model_config(source), load_tokenizer(config.tokenizer))
+                Trainer(config, mesh, prepared, lambda message: None).run()
 
 
 @pytest.mark.dist
 def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path) -> None:
     train_config(tmp_path)
-    folders = {d: write_hf(tmp_path / str(d).removeprefix("torch."), d) for d in (torch.bfloat16, torch.float32)}
-    run_ranks(save_on_mesh, 4, str(tmp_path), [str(f) for f in folders.values()])
-    for dtype, folder in folders.items():
+    folders = [(write_hf(tmp_path / str(d).removeprefix("torch."), d), d) for d in (torch.bfloat16, torch.float32)]
+    # Neither the vocabulary nor the MLP's blocks are divisible: the last ranks hold padding, which no file has.
+    odd = dataclasses.replace(MODEL, vocab_size=509, intermediate_size=99)
+    folders.append((write_hf(tmp_path / "odd", torch.float32, config=odd), torch.float32))
+    run_ranks(save_on_mesh, 4, str(tmp_path), [str(folder) for folder, _ in folders])
+    for folder, dtype in folders:
         want = load_file(folder / "model.safetensors")
-        for tp in (1, 2, 4):
-            saved = open_weights(str(tmp_path / f"saved-{folder.name}-{tp}"))
+        for tp, name in [(tp, f"{tp}") for tp in (1, 2, 4)] + [(tp % 4 * 2 or 1, f"{tp}-again") for tp in (1, 2, 4)]:
+            saved = open_weights(str(tmp_path / f"saved-{folder.name}-{name}"))
             layout = saved.reader.manifest["layout"]
             assert layout == {"tp_size": tp, "dp_size": 4 // tp} and saved.dtype == dtype
-            out = tmp_path / f"merged-{folder.name}-{tp}"
+            out = tmp_path / f"merged-{folder.name}-{name}"
             out.mkdir()
             merge.write_weights(out, [saved], merge.dtype_of("auto", [saved]))
             got = load_file(out / "model.safetensors")

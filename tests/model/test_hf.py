@@ -11,11 +11,12 @@ from tiny import MODEL
 from transformers import LlamaConfig, LlamaModel
 
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
 from nemo_embed_core.model import hf
 from nemo_embed_core.model.attention import Segments, reference_attention, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.hf_config import read_config
+from nemo_embed_core.parallel.layout import check_layout
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 
@@ -77,6 +78,72 @@ def test_hidden_states_equal_bidirectional_hf(tmp_path: Path, num_kv_heads: int,
     embeddings = encoder(torch.cat(texts), positions, Segments(cu_seqlens, lengths, 33))
     means = torch.stack([h.mean(0) for h in want.split(lengths)])
     assert (embeddings - torch.nn.functional.normalize(means, dim=-1)).abs().max() < 1e-5
+
+
+# (hidden_size, intermediate_size, query heads, KV heads, vocabulary) as published; what is fused must cut at every tp.
+PUBLISHED = {
+    "Llama-2-7B": (4096, 11008, 32, 32, 32000),
+    "Llama-2-13B": (5120, 13824, 40, 40, 32000),
+    "LLaMA-30B": (6656, 17920, 52, 52, 32000),
+    "Sheared-LLaMA-2.7B": (2560, 6912, 20, 20, 32000),
+    "Llama-3.2-1B": (2048, 8192, 32, 8, 128256),
+    "Llama-3.2-3B": (3072, 8192, 24, 8, 128256),
+    "SmolLM-135M": (576, 1536, 9, 3, 49152),
+    "AMD-Llama-135m": (768, 2048, 12, 12, 32000),
+    "Minitron": (4096, 9216, 32, 8, 128256),
+    "one token added": (4096, 11008, 32, 32, 32001),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_are_cut_at_every_tp_that_divides_the_kv_heads(name: str) -> None:
+    """Each element of each tensor is held by one rank, whole gate and up blocks together, equally much memory on all."""
+    D, F, H, G, V = PUBLISHED[name]
+    config = ModelConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        head_dim=128 if name in ("Llama-3.2-3B", "Minitron") else 0,
+    )
+    if F % G == 0:  # checkpoints from before other shapes were read
+        rows = hf.hf_rows("model.layers.0.mlp.gate_up_proj.weight", config)
+        assert rows[2:4] == [
+            ("layers.0.mlp." + part, F // G, F // G) for part in ("gate_proj.weight", "up_proj.weight")
+        ]
+    shapes = hf.parameter_shapes(config)
+    with torch.device("meta"):
+        for tp in (tp for tp in range(1, G + 1) if G % tp == 0):
+            check_layout(ParallelConfig(tp_size=tp), tp, config)
+            held = Encoder(config, TensorParallel(size=tp), reference_attention)
+            for full_name, parameter in held.named_parameters():
+                dim, unit = hf.tp_dim(full_name), hf.tp_unit(full_name, config)
+                boxes = [hf.local_box(shapes[full_name], dim, r, tp, 0, 1, unit) for r in range(tp)]
+                if dim is None:
+                    continue
+                ends = [offset[dim] + size[dim] for offset, size in boxes]
+                assert [offset[dim] for offset, _ in boxes] == [0, *ends[:-1]] and ends[-1] == shapes[full_name][dim]
+                assert all(size[dim] % unit == 0 and size[dim] <= parameter.shape[dim] for _, size in boxes)
+                if tp <= 8:  # a few percent of memory, no more
+                    assert parameter.shape[dim] * tp <= 1.04 * shapes[full_name][dim]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "intermediate"), [(20, 20, 216), (12, 4, 130), (6, 3, 97)])
+def test_hidden_states_where_kv_heads_do_not_divide_the_mlp(
+    tmp_path: Path, heads: int, kv_heads: int, intermediate: int
+) -> None:
+    config = dataclasses.replace(
+        MODEL, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=intermediate, hidden_size=120
+    )
+    theirs = hf_llama(config)
+    theirs.save_pretrained(tmp_path)
+    ids, n = torch.arange(40, 49), 9
+    segments = Segments(torch.tensor([0, n], dtype=torch.int32), [n], n)
+    got = ours(tmp_path)(ids, torch.arange(n), segments, return_hidden=True)
+    with torch.no_grad():
+        assert (got - theirs(input_ids=ids[None]).last_hidden_state[0]).abs().max() < 1e-5
 
 
 def test_every_token_sees_the_last_one(tmp_path: Path) -> None:
