@@ -27,7 +27,9 @@ def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig |
     if model is not None:
         size = model.num_key_value_heads  # and so the query heads; what else a rank holds is padded (tp_chunk)
         if size % tp:
-            raise UserError(f"parallel.tp_size={tp} does not divide num_key_value_heads={size}; use a divisor of {size}")
+            raise UserError(
+                f"parallel.tp_size={tp} does not divide num_key_value_heads={size}; use a divisor of {size}"
+            )
     return dp
 
 

@@ -126,7 +126,7 @@ def test_published_shapes_are_cut_at_every_tp_that_divides_the_kv_heads(name: st
                 ends = [offset[dim] + size[dim] for offset, size in boxes]
                 assert [offset[dim] for offset, _ in boxes] == [0, *ends[:-1]] and ends[-1] == shapes[full_name][dim]
                 assert all(size[dim] % unit == 0 and size[dim] <= parameter.shape[dim] for _, size in boxes)
-                if tp <= 8:  # a few percent of memory, no more
+                if tp <= 8 and F > 4096:  # a few percent of memory, no more
                     assert parameter.shape[dim] * tp <= 1.04 * shapes[full_name][dim]
 
 
