@@ -102,8 +102,40 @@ def test_in_batch_info_nce_within_budget(B, P, D, extras, dtype):
 
 @DTYPES
 def test_in_batch_info_nce_in_several_chunks(dtype):
-    arguments = {"B": 300, "P": 5000, "D": 512, "ids": True, "workspace": 300 * 4 * 1024}
-    checks.run("info_nce_in_batch", {**arguments, "dtype": dtype, "device": "cuda"})
+    arguments = {"B": 300, "P": 5000, "D": 512, "ids": True, "dtype": dtype, "device": "cuda"}
+    checks.run("info_nce_in_batch", arguments, constants={"_WORKSPACE": 300 * 4 * 1024})
+
+
+@DTYPES
+def test_shapes_beyond_one_group_block_or_chunk(dtype):
+    """Every loop of a kernel a second time, with the constants that production has."""
+    where = {"dtype": dtype, "device": "cuda"}
+    everything = {"ids": True, "valid": True, "own": 4, "extra": True}
+    checks.run("info_nce_in_batch", {"B": 1100, "P": 2300, "D": 128, **everything, **where})  # 9 row blocks: two groups
+    checks.run("in_batch_logsumexp", {"B": 1100, "P": 2300, "D": 128, "ids": True, **where})
+    checks.run("info_nce_hard", {"B": 1030, "M": 17, "D": 64, "normalize": True, **where})
+    checks.run("info_nce_hard", {"B": 9, "M": 17, "D": 4200, "normalize": True, **where})  # two blocks of columns
+    many = {
+        "lengths": [3, 0, 30, 1] * 600,
+        "D": 1100,
+        **where,
+    }  # 2,400 sequences, 20,400 tokens; 2,200 columns of blocks
+    for normalize, norm in ((False, False), (True, True)):
+        checks.run("mean_pool", {**many, "normalize": normalize, "norm": norm})
+        long = {"lengths": [9000, 40_000], "D": 100, "normalize": normalize, "norm": norm, **where}
+        checks.run("mean_pool", long)  # more than 64 partial sums a sequence
+    checks.run("segment_sum", {**many, "shards": [2]})
+    checks.run(
+        "rms_norm", {"T": 2000, "D": 520, "residual": True, **where}
+    )  # 264 programs: three blocks of partial sums
+    checks.run(
+        "filter_scores",
+        {"Q": 4500, "N": 600, "D": 64, **({"values": dtype} if dtype == "bf16" else {}), "device": "cuda"},
+    )
+    checks.run("quantize_rows", {"N": 5000, "D": 64, **where})
+    checks.run("rotate_quantize", {"N": 5000, "D": 256, **where})
+    checks.run("swiglu", {"T": 4100, "num_blocks": 3, "width": 600, **where})
+    checks.run("split_rope", {"T": 4100, "num_heads": 6, "num_kv_heads": 2, "head_dim": 64, **where})
 
 
 @DTYPES

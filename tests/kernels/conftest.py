@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable[..., str | None]]:
-    """interpreted(check, mutation=None, **arguments) -> the error, or None."""
+    """interpreted(check, mutation=None, constants=None, **arguments) -> the error, or None."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore::RuntimeWarning", str(Path(__file__).with_name("checks.py"))],
@@ -27,8 +27,11 @@ def interpreted() -> Iterator[Callable[..., str | None]]:
     )
     assert process.stdin is not None and process.stdout is not None
 
-    def ask(check: str, mutation: tuple[str, str] | None = None, **arguments) -> str | None:
-        process.stdin.write(json.dumps({"check": check, "arguments": arguments, "mutation": mutation}) + "\n")
+    def ask(
+        check: str, mutation: tuple[str, str] | None = None, constants: dict | None = None, **arguments
+    ) -> str | None:
+        request = {"check": check, "arguments": arguments, "mutation": mutation, "constants": constants}
+        process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         reply = process.stdout.readline()
         assert reply, f"the interpreter process died (exit code {process.wait()}); its stderr is above"

@@ -39,7 +39,28 @@ def test_in_batch_at_extreme_temperatures(passes, temperature):
 
 def test_in_batch_with_several_row_blocks_splits_and_chunks(passes):
     # 2 row blocks of 128; 12 tiles of columns in splits; a workspace of 128 columns makes 2 chunks of the backward.
-    passes("info_nce_in_batch", B=130, P=1500, D=32, ids=True, workspace=130 * 4 * 800)
+    passes("info_nce_in_batch", B=130, P=1500, D=32, ids=True, constants={"_WORKSPACE": 130 * 4 * 800})
+
+
+# Tiles of 16 rows of which two stand side by side, and little work for a split: 70 rows are three groups, the last one short.
+SMALL_GROUPS = {"_COLUMNS": {size: [[2**40, 16, 32, 32, 4, 3]] for size in (2, 4)}, "_GROUP": 2, "_PROGRAMS": 4}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_in_batch_beyond_one_group_of_row_blocks(passes, dtype):
+    """As beyond 1,024 rows, where a group of eight blocks of 128 ends; D of two steps, with and without 16-byte rows."""
+    for D in (48, 33):
+        passes("info_nce_in_batch", B=70, P=67, D=D, dtype=dtype, constants=SMALL_GROUPS)
+    small = SMALL_GROUPS | {"_WORKSPACE": 70 * 4 * 64}
+    passes("info_nce_in_batch", B=70, P=67, D=48, dtype=dtype, ids=True, valid=True, own=2, extra=True, constants=small)
+    passes("in_batch_logsumexp", B=70, P=67, D=48, dtype=dtype, ids=True, constants=SMALL_GROUPS)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_hard_beyond_one_block_of_documents_and_of_columns(passes, normalize):
+    """As beyond 8 documents, 2,048 columns forward and 4,096 backward; a program is one row, however many there are."""
+    small = {"_OWN_FORWARD": [2, 16, 1], "_OWN_BACKWARD": [4, 32, 1]}
+    passes("info_nce_hard", B=9, M=7, D=70, normalize=normalize, constants=small)
 
 
 def test_in_batch_split_of_several_tiles(passes):

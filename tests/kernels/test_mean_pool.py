@@ -12,31 +12,46 @@ RAGGED = [
     1,
     6,
 ]  # one-token and empty sequences; borders of 16-token chunks in them, between and on them
+CHUNKS = {"_CHUNK": 16, "_SCATTER_CHUNK": 16}  # tokens: so that few already make several chunks
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_kernel_within_budget(passes, normalize, norm, dtype):
-    passes("mean_pool", lengths=RAGGED, D=100, normalize=normalize, norm=norm, dtype=dtype, chunk=16)
+    passes("mean_pool", lengths=RAGGED, D=100, normalize=normalize, norm=norm, dtype=dtype, constants=CHUNKS)
 
 
 @pytest.mark.parametrize(
     ("lengths", "D", "padding"), [([1], 64, 0), ([65], 300, 0), ([2, 3], 4096, 1), ([16, 16], 64, 0), ([1] * 17, 64, 0)]
 )
 def test_kernel_over_awkward_shapes(passes, lengths, D, padding):
-    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, norm=True, chunk=16)
+    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, norm=True, constants=CHUNKS)
     passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=False, norm=False, cu_dtype="int64")
 
 
 @pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, True)])
+def test_more_sequences_than_ends_are_compared_at_a_time(passes, normalize, norm):
+    """As beyond 1,024 sequences, 1,024 columns and 16 rows of the weight's gradient, with chunks of the many-token size."""
+    small = CHUNKS | {"_ENDS": 8, "_MANY_TOKENS": 32, "_CHUNK_OF_MANY": 8, "_SCATTER_CHUNK": 8}
+    if not norm:
+        small |= {"_COLUMNS_FORWARD": [4, 32, 1, 3], "_COLUMNS_BACKWARD": [4, 32, 1, 1]}
+    lengths = [1, 3, 0, 5] * 5 + [70]  # 21: three blocks of ends; the last one takes three blocks of partial sums
+    passes("mean_pool", lengths=lengths, D=70, normalize=normalize, norm=norm, constants=small)
+    passes("segment_sum", lengths=lengths, D=70, shards=[3], constants=small)
+
+
+@pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, True)])
 def test_partial_sums_of_long_sequences_are_added_by_many_programs(passes, normalize, norm):
-    passes("mean_pool", lengths=[4200, 0], D=100, padding=0, normalize=normalize, norm=norm)
+    """As above a mean length of 2,048, with more partial sums than one block of the sum takes."""
+    small = CHUNKS | {"_LONG": 8, "_COMBINE_LONG": [2, 32, 1]}
+    passes("mean_pool", lengths=[70, 0], D=100, padding=0, normalize=normalize, norm=norm, constants=small)
+    passes("mean_pool", lengths=[90, 40, 1], D=70, normalize=normalize, norm=norm, constants=small)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_segment_sum_of_every_shard_of_tokens(passes, dtype):
-    passes("segment_sum", lengths=RAGGED, D=64, shards=[1, 2, 4], dtype=dtype, chunk=16)
+    passes("segment_sum", lengths=RAGGED, D=64, shards=[1, 2, 4], dtype=dtype, constants=CHUNKS)
 
 
 def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):

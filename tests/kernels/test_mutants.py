@@ -66,7 +66,7 @@ MUTANTS = {
     ),
     "in batch: gradient of a positive is lost from the second chunk on": (
         "info_nce_in_batch",
-        {"B": 5, "P": 300, "D": 64, "workspace": 5 * 4 * 128},
+        {"B": 5, "P": 300, "D": 64, "constants": {"_WORKSPACE": 5 * 4 * 128}},
         "        first_column + column, column, B, P, width,",
         "        column, column, B, P, width,",
     ),
@@ -78,13 +78,19 @@ MUTANTS = {
     ),
     "pool: sequences end one token late": (
         "mean_pool",
-        {"lengths": [3, 5, 20], "D": 64, "normalize": False, "norm": False, "chunk": 16},
+        {
+            "lengths": [3, 5, 20],
+            "D": 64,
+            "normalize": False,
+            "norm": False,
+            "constants": {"_CHUNK": 16, "_SCATTER_CHUNK": 16},
+        },
         "tl.where((offs_t < segment_end)[:, None], x, 0.0), 0)",
         "tl.where((offs_t <= segment_end)[:, None], x, 0.0), 0)",
     ),
     "pool: last chunk of a sequence forgotten": (
         "segment_sum",
-        {"lengths": [3, 5, 20], "D": 64, "chunk": 16},
+        {"lengths": [3, 5, 20], "D": 64, "constants": {"_CHUNK": 16, "_SCATTER_CHUNK": 16}},
         "(end_row - 1) // CHUNK + 1, 0)",
         "(end_row - 1) // CHUNK, 0)",
     ),
@@ -114,7 +120,7 @@ MUTANTS = {
     ),
     "rms_norm: a program keeps only its last row's dweight": (
         "rms_norm",
-        {"T": 23, "D": 64, "residual": True, "programs": 7},
+        {"T": 23, "D": 64, "residual": True, "constants": {"_BACKWARD_PROGRAMS": 7}},
         "dweight += dy * normed",
         "dweight = dy * normed",
     ),
@@ -264,7 +270,7 @@ MUTANTS = {
     ),
     "pair_scores: neighbouring chunks are added first": (
         "pair_scores",
-        {"M": 20, "D": 100, "config": [4, 32]},
+        {"M": 20, "D": 100, "constants": {"_CONFIG": [4, 32]}},
         "offs_d, HALF, 2 * STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, "
         "offs_d + STEP, HALF, 2 * STEP,",
         "offs_d, HALF, STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, "
@@ -272,7 +278,7 @@ MUTANTS = {
     ),
     "pair_scores: a loop over chunks forgets the second half": (
         "pair_scores",
-        {"M": 20, "D": 64, "config": [4, 4]},
+        {"M": 20, "D": 64, "constants": {"_CONFIG": [4, 4]}},
         "offs = offs_d + i * STEP",
         "offs = offs_d",
     ),

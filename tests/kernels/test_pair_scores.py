@@ -14,7 +14,12 @@ def test_kernel_gives_the_bits_of_the_reference(passes, M, D, dtype):
 @pytest.mark.parametrize("config", [(4, 2), (8, 4), (1, 1), (256, 16)])
 @pytest.mark.parametrize("D", [1, 30, 64, 100])
 def test_the_bits_do_not_depend_on_how_a_row_is_cut(passes, D, config):
-    passes("pair_scores", M=23, D=D, dtype="fp16", q_dtype="fp16", config=config)
+    passes("pair_scores", M=23, D=D, dtype="fp16", q_dtype="fp16", constants={"_CONFIG": config})
+
+
+def test_the_reference_takes_the_pairs_in_parts(passes):
+    """As beyond 2**19 / D pairs: the parts of the CPU's path share their memory."""
+    passes("pair_scores", M=53, D=30, constants={"_CHUNK": 30 * 8})
 
 
 def test_op_is_well_formed(passes):

@@ -10,6 +10,10 @@ def test_kernel_values_and_what_they_lost(passes, N, D, values, dtype):
     passes("quantize_rows", N=N, D=D, values=values, dtype=dtype)
 
 
+def test_more_rows_than_a_program_holds(passes):
+    passes("quantize_rows", N=23, D=33, constants={"_CONFIG": [256, 1]})
+
+
 def test_op_is_well_formed(passes):
     passes("opcheck", name="quantize_rows")
 

@@ -11,7 +11,12 @@ def test_kernel_within_budget(passes, T, D, residual, dtype):
 
 
 def test_backward_programs_sum_their_rows(passes):
-    passes("rms_norm", T=23, D=64, residual=True, programs=7)
+    passes("rms_norm", T=23, D=64, residual=True, constants={"_BACKWARD_PROGRAMS": 7})
+
+
+def test_more_partial_sums_than_are_added_at_a_time(passes):
+    """As beyond 128 programs of the backward, and in more blocks of columns than one."""
+    passes("rms_norm", T=53, D=40, residual=True, constants={"_BACKWARD_PROGRAMS": 37, "_SUM_ROWS": [16, 16, 1]})
 
 
 def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):

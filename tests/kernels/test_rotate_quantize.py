@@ -12,7 +12,7 @@ def test_kernel_is_within_its_bound_of_the_exact_rotation(passes, N, D, dtype):
 
 @pytest.mark.parametrize("scale", [1e-15, 1e4])
 def test_short_and_long_rows(passes, scale):
-    passes("rotate_quantize", N=9, D=512, scale=scale, rows=4)
+    passes("rotate_quantize", N=9, D=512, scale=scale, constants={"_ROWS": 4})
 
 
 def test_op_is_well_formed(passes):
