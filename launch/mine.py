@@ -22,8 +22,6 @@ from nemo_embed_core.config import (
     user_errors,
 )
 
-SUFFIXES = {"flagembedding": ".jsonl", "tevatron": ".jsonl", "sentence-transformers": ".parquet", "automodel": ".json"}
-
 
 def main() -> None:
     config = load_config(MineConfig)
@@ -45,9 +43,11 @@ def main() -> None:
 
 def check(config: MineConfig) -> None:
     """What can be wrong without reading anything, before the first hour of encoding."""
-    unknown = sorted(set(config.formats) - set(SUFFIXES))
+    from nemo_embed_core.mine.formats import FORMATS
+
+    unknown = sorted(set(config.formats) - set(FORMATS))
     if unknown:
-        raise UserError(f"formats={unknown}: none of {', '.join(SUFFIXES)}")
+        raise UserError(f"formats={unknown}: none of {', '.join(FORMATS)}")
     for model in config.models:
         if not Path(model).is_dir():
             raise UserError(f"model {model} is not a folder; give a checkpoint, a run, a model folder or embeddings")
@@ -132,13 +132,14 @@ def loader(config: MineConfig, device) -> Callable[[str, DatasetConfig], Any]:
 def mine(config: MineConfig, mesh) -> None:
     from nemo_embed_core.data.prompts import query_prompt
     from nemo_embed_core.mine.corpus import Ranks, write_atomically
-    from nemo_embed_core.mine.formats import convert
+    from nemo_embed_core.mine.formats import convert_all
     from nemo_embed_core.mine.negatives import mine_negatives
     from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
     from nemo_embed_core.mine.selection import Selection
     from nemo_embed_core.parallel.collectives import gather_objects
 
     load, datasets, reports = loader(config, mesh.device), named_datasets(config), {}
+    failed: dict[str, str] = {}  # files of other formats, and why
     can_plot = importlib.util.find_spec("matplotlib") is not None
     single = len(datasets) == 1
     for name, dataset in datasets.items():
@@ -173,12 +174,8 @@ def mine(config: MineConfig, mesh) -> None:
         if mesh.rank == 0:
             if can_plot:
                 plot_report(reports[name], f"{output}.report.png")
-            for form in config.formats:
-                path = f"{output}.{form}{SUFFIXES[form]}"
-                counts = convert(
-                    output, path, form, num_negatives=config.num_negatives, prompt=query_prompt(dataset.task)
-                )
-                print(f"wrote {path}: {counts['rows']:,} rows, {counts['left_out']:,} left out (too few negatives)")
+            prompts = {"prompt": query_prompt(dataset.task), "document_prompt": query_prompt(dataset.document_task)}
+            failed |= convert_all(output, config.formats, num_negatives=config.num_negatives, **prompts)
     if mesh.rank == 0 and not single:
         folder = Path(config.output)
         print()
@@ -189,6 +186,9 @@ def mine(config: MineConfig, mesh) -> None:
         print(f"wrote {folder}/report.json; to train: --data.datasets, each with the task it was mined with")
     if mesh.rank == 0 and not can_plot:
         print("no pictures of the reports: pip install matplotlib")
+    if failed:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in failed.items())
+        raise UserError(f"all is mined, but {len(failed)} of --formats could not be written: {reasons}")
 
 
 if __name__ == "__main__":

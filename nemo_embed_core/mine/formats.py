@@ -1,14 +1,16 @@
 """Mined rows in the files that other trainers read. Our own JSONL needs no conversion.
 
-flagembedding          JSONL {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt"}
-tevatron               JSONL {"query_id", "query", "positive_passages": [{"docid", "title", "text", "score"}],
-                       "negative_passages"}
-sentence-transformers  parquet, columns query, positive, negative_1 .. negative_n, score_positive, score_1 .. score_n
+flagembedding          JSONL {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt": ""}
+tevatron               JSONL {"query_id", "query", "positive_passages": [{"docid", "text", "score"}], "negative_passages"}
+sentence-transformers  parquet, columns query, positive, negative_1 .. negative_n, scores (of positive and negatives), as
+                       its own mine_hard_negatives writes them: losses of texts leave `scores` alone, others learn from it
 automodel              JSON {"corpus", "data"} of {"id", "score"}, beside a folder with the texts (train.parquet,
                        merlin_metadata.json)
 
-The last three cannot hold a row without negatives, and sentence-transformers' none with fewer than n: such rows are
-left out and counted in what `convert` returns. Rows pass through one by one: of the texts only a key is kept.
+The prompts stand in the texts: each peer has fields for them and ignores those under some of its options. A document's id is
+the row's where it has one, else (Automodel: always, it masks equal ids over all its files) made of the text. None of the
+four trains on a row without negatives, and sentence-transformers on none with fewer than n: such rows are left out and
+counted in what `convert` returns. Rows pass through one by one: of the texts only a key is kept.
 """
 
 from __future__ import annotations
@@ -16,31 +18,63 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import UserError
 from nemo_embed_core.mine.corpus import write_atomically
 
-FORMATS = ("flagembedding", "tevatron", "sentence-transformers", "automodel")
-ROWS_PER_GROUP = 4096  # of a parquet file: what is in memory at once
+SUFFIXES = {"flagembedding": ".jsonl", "tevatron": ".jsonl", "sentence-transformers": ".parquet", "automodel": ".json"}
+FORMATS = tuple(SUFFIXES)
+ROWS_PER_GROUP, CHARACTERS_PER_GROUP = 4096, 32 << 20  # of a parquet file, at most: what is in memory at once
+
+
+def convert_all(
+    mined: str | Path, forms: Sequence[str], log: Callable[[str], None] = print, **options: Any
+) -> dict[str, str]:
+    """convert(mined, f"{mined}.{form}{suffix}", form, **options) for every form; {path: why} of those that failed."""
+    failed = {}
+    for form in forms:
+        path = f"{mined}.{form}{SUFFIXES[form]}"
+        try:
+            counts = convert(mined, path, form, **options)
+        except (UserError, OSError) as error:
+            failed[path] = str(error)
+            log(f"{path} is not written: {error}")
+        else:
+            log(f"wrote {path}: {counts['rows']:,} rows, {counts['left_out']:,} left out (too few negatives)")
+    return failed
 
 
 def convert(
-    mined: str | Path, output: str | Path, form: str, *, num_negatives: int = 4, prompt: str = ""
+    mined: str | Path,
+    output: str | Path,
+    form: str,
+    *,
+    num_negatives: int = 4,
+    prompt: str = "",
+    document_prompt: str = "",
 ) -> dict[str, int]:
-    """Write `mined` (a JSONL of launch/mine.py) at `output` in another format: {"rows": written, "left_out": not}."""
+    """Write `mined` (a JSONL of launch/mine.py) at `output` in another format: {"rows": written, "left_out": not}.
+
+    prompt, document_prompt: put before every query and every document.
+    """
     writers = dict(zip(FORMATS, (_flagembedding, _tevatron, _sentence_transformers, _automodel), strict=True))
     if form not in writers:
         raise UserError(f"format {form!r} is none of {', '.join(FORMATS)}")
-    least = {"flagembedding": 0, "sentence-transformers": num_negatives}.get(form, 1)
+    least = num_negatives if form == "sentence-transformers" else 1
     counts = [len(row["neg"]) for row in _read(Path(mined))]
     num_whole = sum(count >= least for count in counts)
     if not num_whole:
-        raise UserError(f"{mined}: none of {len(counts)} rows has the {least} negatives that {form} needs")
-    whole = (row for row in _read(Path(mined)) if len(row["neg"]) >= least)
-    writers[form](whole, Path(output), num_negatives, prompt)
+        raise UserError(
+            f"{mined}: none of {len(counts)} rows has the {least} negatives that {form} needs; the most is "
+            f"{max(counts, default=0)}: mine with a higher threshold or a smaller num_negatives"
+        )
+    whole = (_prompted(row, prompt, document_prompt) for row in _read(Path(mined)) if len(row["neg"]) >= least)
+    with open(mined, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    writers[form](whole, Path(output), num_negatives, digest)
     return {"rows": num_whole, "left_out": len(counts) - num_whole}
 
 
@@ -50,55 +84,69 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def _prompted(row: dict[str, Any], prompt: str, document_prompt: str) -> dict[str, Any]:
+    documents = {kind: [document_prompt + text for text in row[kind]] for kind in ("pos", "neg")}
+    return {**row, "query": prompt + row["query"], **documents}
+
+
+def _document_id(text: str) -> str:
+    """The same for the same text in every file, so that files may be trained on together."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _jsonl(rows: Iterable[dict[str, Any]], path: Path) -> None:
     write_atomically(path, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
 
 
-def _flagembedding(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, prompt: str) -> None:
-    _jsonl(({**row, "prompt": prompt} for row in rows), path)
+def _flagembedding(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, digest: str) -> None:
+    fields = ("query", "pos", "neg", "pos_scores", "neg_scores")
+    # Empty, and not left out: else its query_instruction_for_retrieval comes before our prompt.
+    _jsonl(({**{field: row[field] for field in fields}, "prompt": ""} for row in rows), path)
 
 
-def _tevatron(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, prompt: str) -> None:
-    ids = _Ids()
-
+def _tevatron(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, digest: str) -> None:
     def passages(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-        pairs = zip(row[kind], row[f"{kind}_scores"], strict=True)
-        return [{"docid": ids.of(text)[0], "title": "", "text": text, "score": score} for text, score in pairs]
+        ids = row.get(f"{kind}_ids") or map(_document_id, row[kind])
+        # No "title", not even an empty one: the peer would put a space behind it, in front of the text.
+        triples = zip(ids, row[kind], row[f"{kind}_scores"], strict=True)
+        return [{"docid": key, "text": text, "score": score} for key, text, score in triples]
 
     def lines() -> Iterator[dict[str, Any]]:
         for i, row in enumerate(rows):
             texts = {"positive_passages": passages(row, "pos"), "negative_passages": passages(row, "neg")}
-            yield {"query_id": f"q{i}", "query": prompt + row["query"], **texts}
+            yield {"query_id": str(row.get("id", f"q{i}")), "query": row["query"], **texts}
 
     _jsonl(lines(), path)
 
 
-def _sentence_transformers(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, prompt: str) -> None:
+def _sentence_transformers(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, digest: str) -> None:
     def tuples() -> Iterator[dict[str, Any]]:
         for row in rows:
             for positive, score in zip(row["pos"], row["pos_scores"], strict=True):
                 yield {
-                    "query": prompt + row["query"],
+                    "query": row["query"],
                     "positive": positive,
                     **{f"negative_{j + 1}": row["neg"][j] for j in range(num_negatives)},
-                    **{f"score_{j + 1}": row["neg_scores"][j] for j in range(num_negatives)},
-                    "score_positive": score,
+                    "scores": [score, *row["neg_scores"][:num_negatives]],
                 }
 
     _parquet(tuples(), path)
 
 
-def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, prompt: str) -> None:
+def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, digest: str) -> None:
     corpus = path.with_name(path.stem + "_corpus")
     corpus.mkdir(parents=True, exist_ok=True)
-    ids = _Ids()
+    # The peer refuses two folders under one corpus_id, and files of one name in several folders are common.
+    corpus_id = f"{path.stem}-{digest[:8]}"
+    seen: set[bytes] = set()
     new: list[dict[str, str]] = []
 
     def documents(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
         out = []
         for text, score in zip(row[kind], row[f"{kind}_scores"], strict=True):
-            key, is_new = ids.of(text)
-            if is_new:
+            key = _document_id(text)
+            if (raw := bytes.fromhex(key)) not in seen:
+                seen.add(raw)
                 new.append({"id": key, "text": text})
             out.append({"id": key, "score": score})
         return out
@@ -109,7 +157,11 @@ def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, p
         # One pass over the rows: their ids go to a file of their own while the texts they introduce go to the corpus.
         with open(data, "w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
-                question = {"question_id": f"q{i}", "question": row["query"], "corpus_id": path.stem}
+                question = {
+                    "question_id": str(row.get("id", f"q{i}")),
+                    "question": row["query"],
+                    "corpus_id": corpus_id,
+                }
                 line = {**question, "pos_doc": documents(row, "pos"), "neg_doc": documents(row, "neg")}
                 file.write((",\n" if i else "") + json.dumps(line, ensure_ascii=False))
                 yield from new
@@ -122,31 +174,19 @@ def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, p
                 yield piece
         yield b"\n]}\n"
 
-    _parquet(texts(), corpus / "train.parquet")
-    # The peer joins instruction and query with a space of its own.
     metadata = {
         "class": "TextQADataset",
-        "corpus_id": path.stem,
-        "query_instruction": prompt.removesuffix(" "),
+        "corpus_id": corpus_id,
+        "query_instruction": "",
         "passage_instruction": "",
         "task_type": "Retrieval",
     }
-    write_atomically(corpus / "merlin_metadata.json", json.dumps(metadata, indent=1, ensure_ascii=False).encode())
-    write_atomically(path, whole())
-    data.unlink()
-
-
-class _Ids:
-    """d0, d1, ... for texts in the order they are met."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[bytes, int] = {}
-
-    def of(self, text: str) -> tuple[str, bool]:
-        """(id, whether the text is new)."""
-        key, count = hashlib.blake2b(text.encode(), digest_size=16).digest(), len(self.numbers)
-        number = self.numbers.setdefault(key, count)
-        return f"d{number}", number == count
+    try:
+        _parquet(texts(), corpus / "train.parquet")
+        write_atomically(corpus / "merlin_metadata.json", json.dumps(metadata, indent=1, ensure_ascii=False).encode())
+        write_atomically(path, whole())
+    finally:
+        data.unlink(missing_ok=True)
 
 
 def _parquet(rows: Iterable[dict[str, Any]], path: Path) -> None:
@@ -155,21 +195,27 @@ def _parquet(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
     temporary, writer = path.with_name(f".{path.name}.tmp"), None
     group: list[dict[str, Any]] = []
+    size = 0
 
     def flush() -> None:
-        nonlocal writer
+        nonlocal writer, size
         table = pyarrow.Table.from_pylist(group)
         if writer is None:
             writer = pyarrow.parquet.ParquetWriter(temporary, table.schema)
         writer.write_table(table)
         group.clear()
+        size = 0
 
-    for row in rows:
-        group.append(row)
-        if len(group) == ROWS_PER_GROUP:
+    try:
+        for row in rows:
+            group.append(row)
+            size += sum(len(value) for value in row.values())
+            if len(group) == ROWS_PER_GROUP or size >= CHARACTERS_PER_GROUP:
+                flush()
+        if group:
             flush()
-    if group:
-        flush()
-    assert writer is not None, "convert refuses files without rows"
-    writer.close()
-    os.replace(temporary, path)
+        assert writer is not None, "convert refuses files without rows"
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

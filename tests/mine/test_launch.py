@@ -42,9 +42,11 @@ def test_texts_written_embedded_elsewhere_and_mined_give_what_the_model_gives(mi
 
     # Both as two models that agree: the intersection of the best 100 is what one of them finds.
     both = ("--model", miner.model, str(folder), "--output", str(tmp_path / "c.jsonl"))
-    more = ("--sweep", "0.5", "0.98", "--formats", "tevatron", "sentence-transformers")
+    more = ("--sweep", "0.5", "0.98", "--formats", "automodel", "tevatron", "sentence-transformers")
+    (tmp_path / "c.jsonl.automodel.json").mkdir()  # in the way of one format, which ends neither the run nor the others
     result = miner(*data, *both, *more, *SMALL)
-    assert result["code"] == 0, result["stderr"]
+    assert result["code"] == 2 and "Traceback" not in result["stderr"], result["stderr"]
+    assert "all is mined, but 1 of --formats could not be written: " in result["stderr"]
     assert sum(x["neg"] == y["neg"] for x, y in zip(a, lines_of(tmp_path / "c.jsonl"), strict=True)) > 0.9 * len(a)
     report = json.loads((tmp_path / "c.jsonl.report.json").read_text())
     assert [entry["threshold"] for entry in report["sweep"]] == [0.5, 0.98] and len(report["models"]) == 2
