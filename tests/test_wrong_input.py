@@ -77,7 +77,6 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--model.num_key_value_heads=3"], ["num_attention_heads=8 is not a multiple of num_key_value_heads=3"]),
     (["--model.hidden_size=60"], ["hidden_size=60 is not a multiple of num_attention_heads=8"]),
     (["--model.head_dim=7"], ["head_dim=7 must be even"]),
-    (["--model.intermediate_size=97"], ["intermediate_size=97 is not a multiple of num_key_value_heads=4"]),
     (["--model.vocab_size=100"], ["model.vocab_size=100", "tokenizer makes ids up to"]),
     (["--tokenizer="], ["tokenizer is not set"]),
     (["--tokenizer=nowhere"], ["nowhere"]),
