@@ -254,7 +254,7 @@ class LossConfig:
 class OptimConfig:
     lr: float = 1e-5  # peak
     min_lr: float = 0.0  # one step after the last
-    warmup_steps: int = 100  # linear from 0
+    warmup_steps: int | None = None  # linear from 0; None: a tenth of the steps, at most 100
     weight_decay: float = 0.01  # on matrices; never on norms
     beta1: float = 0.9
     beta2: float = 0.999
@@ -262,7 +262,7 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
+        if not self.lr > 0 or (self.warmup_steps or 0) < 0 or self.weight_decay < 0 or self.clip_norm < 0:
             raise UserError(
                 f"optim: lr={self.lr} must be positive; warmup_steps={self.warmup_steps}, "
                 f"weight_decay={self.weight_decay} and clip_norm={self.clip_norm} must not be negative"
@@ -335,6 +335,11 @@ class TrainConfig:
             raise UserError(
                 f"steps={self.steps} must not be negative, global_batch_size={self.global_batch_size} and "
                 f"log_every={self.log_every} must be at least 1"
+            )
+        if self.steps and self.optim.warmup_steps is not None and self.optim.warmup_steps >= self.steps:
+            raise UserError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is not below steps={self.steps}: the rate would never be at "
+                f"optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
             )
         if not self.spike_zscore > 0:
             raise UserError(

@@ -70,6 +70,9 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--optim.min_lr=1"], ["optim.min_lr=1.0 must lie between 0 and lr="]),
     (["--optim.beta1=1.5"], ["beta1=1.5", "must lie in [0, 1)"]),
     (["--optim.eps=-1"], ["eps=-1.0 must be positive"]),
+    (["--optim.warmup_steps=2"], ["optim.warmup_steps=2 is not below steps=2"]),
+    (["--optim.warmup_steps=-1"], ["warmup_steps=-1", "must not be negative"]),
+    (["--checkpoint.resume=nowhere"], ["nowhere is neither a checkpoint"]),
     (["--steps=1.5"], ["steps", "int", "1.5"]),
     (["--loss.in_batch=some"], ["loss.in_batch", "'positives'", "some"]),
     (["--loss.temperature=0"], ["loss.temperature=0.0 must be positive"]),
@@ -189,6 +192,8 @@ def test_a_run_is_never_overwritten(launch: Launcher) -> None:
     refuses(launch.train("--output_dir", output), "already holds checkpoints", "--checkpoint.resume auto")
     changed = launch.train("--output_dir", output, "--checkpoint.resume", "auto", "--seed", "5")
     refuses(changed, "cannot be continued", "seed was 0, now 5")
+    done = launch.train("--output_dir", output, "--checkpoint.resume", "auto", "--steps", "1")
+    refuses(done, "step-00000002 has done 2 steps already and steps=1")
     occupied = launch(["launch/merge.py", output, "-o", str(launch.folder / "tok")])
     refuses(occupied, "exists and is not empty")
 

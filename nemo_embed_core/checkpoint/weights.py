@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -245,8 +246,12 @@ def _is_cached(fd: int) -> bool:
 def fill(
     model: nn.Module, reader: BoxReader, config: ModelConfig, tp: tuple[int, int] = (0, 1), dp: tuple[int, int] = (0, 1)
 ) -> None:
-    """Read this rank's box of every parameter into it, zeros into its padding; tp and dp are (rank, size)."""
+    """Read this rank's box of every parameter into it, zeros into its padding; tp and dp are (rank, size).
+
+    UserError with the tensors' names when a value is NaN or infinite.
+    """
     shapes = parameter_shapes(config)
+    bad: list[str] = []
     with torch.no_grad():
         for full_name, parameter in model.named_parameters():
             name = plain_name(full_name)
@@ -257,3 +262,28 @@ def fill(
                 target.zero_()
             if inside.numel():
                 inside.copy_(reader.read_box(name, box))
+                bad += _non_finite(inside, name, box, config)
+    if bad:
+        raise UserError(non_finite_weights(getattr(reader, "folder", "the initial weights"), bad))
+
+
+def _non_finite(target: Tensor, name: str, box: Box, config: ModelConfig) -> list[str]:
+    """Hugging Face's names of the tensors with a NaN or an infinite value in this box of parameter `name`."""
+    if all(x.isfinite() for x in target.aminmax()):  # NaN comes through; one pass, no copy of the weight
+        return []
+    rows = (~target.isfinite()).reshape(len(target), -1).any(1).nonzero()[:, 0].tolist()
+    ends, end = [], 0
+    for hf_name, _, count in hf_rows(name, config):
+        end += count
+        ends.append((end, hf_name))
+    return sorted({next(hf_name for end, hf_name in ends if box[0][0] + row < end) for row in rows})
+
+
+def non_finite_weights(folder: object, names: Sequence[str]) -> str:
+    """What to say of a folder with such tensors."""
+    names = sorted(set(names))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f"{folder}: NaN or infinite values in {', '.join(names[:5])}{more}; the file is damaged or the run that wrote it "
+        "diverged: no loss could be finite. Use another copy or an earlier checkpoint"
+    )

@@ -16,11 +16,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
+def num_warmup_steps(steps: int, config: OptimConfig) -> int:
+    """warmup_steps, or min(100, steps // 10) where it is left out."""
+    return min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
+
+
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """Of step 0, 1, ..., steps - 1: linear from lr / warmup_steps up to lr, then linear down to min_lr after the last."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    remaining = (steps - step) / max(1, steps - config.warmup_steps)
+    warmup_steps = num_warmup_steps(steps, config)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    remaining = (steps - step) / max(1, steps - warmup_steps)
     return config.min_lr + (config.lr - config.min_lr) * remaining
 
 

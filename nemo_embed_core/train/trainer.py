@@ -7,12 +7,13 @@ uninterrupted one would have seen, at any world size.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint import files, sharded
+from nemo_embed_core.checkpoint.source import usage_of_manifest, usage_of_training
 from nemo_embed_core.checkpoint.weights import (
     RandomReader,
     Weights,
     fill,
+    non_finite_weights,
     open_weights,
     read_model_config,
     tokenizer_folder,
@@ -45,7 +48,7 @@ from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_s
 from nemo_embed_core.parallel.liveness import begun_before, mark_begun, note
 from nemo_embed_core.parallel.mesh import Mesh, pick_device
 from nemo_embed_core.train.metrics import LossWindow, MetricsLog, console_line, device_peak_flops, training_flops
-from nemo_embed_core.train.optim import build_optimizer, ensure_state, learning_rate
+from nemo_embed_core.train.optim import build_optimizer, ensure_state, learning_rate, num_warmup_steps
 from nemo_embed_core.train.step import forward_backward
 
 NON_FINITE_EXIT_CODE = 4
@@ -90,9 +93,19 @@ def prepare(config: TrainConfig) -> Prepared:
     if not config.data.datasets:
         raise UserError("data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder")
     pick_attention(config.attention, device, run_dtype(config, device))
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard=true, but it is not installed: pip install tensorboard")
     if rank_from_env() == 0:
         _check_output(Path(config.output_dir), model)
+        checkpoint, _ = _checkpoint_by_name(config)
+        manifest = _readable_manifest(checkpoint) if checkpoint is not None else None
+        if checkpoint is not None and manifest is not None:
+            _refuse_other_model(config, checkpoint, manifest, model)
+        if config.init_from and checkpoint is None:
+            open_weights(config.init_from, hashed=False)
         store = open_store(config.data, tokenizer)
+        if checkpoint is not None and manifest is not None:
+            _changed_samples(config, checkpoint, manifest, store.digest)
         Sampler(len(store), config.global_batch_size, config.seed)
         if config.loss.in_batch == "none" and store.manifest["rows_without_negatives"] == len(store):
             raise UserError(
@@ -113,6 +126,67 @@ def _check_output(folder: Path, model: ModelConfig) -> None:
     size = 12 * parameters  # fp32: the weight and two moments
     factor = 1.1 if sharded.checkpoints(folder) else 2.2
     files.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")
+
+
+def _checkpoint_by_name(config: TrainConfig) -> tuple[Path | None, bool]:
+    """(what a run continues, before a byte of it is verified; whether it is the newest of output_dir, whichever that is)."""
+    resume, output = config.checkpoint.resume, Path(config.output_dir)
+    present = sharded.checkpoints(output)
+    if resume == "auto" or (present and begun_before()):  # what is in the way is this torchrun's own earlier attempt's
+        return (present[0] if present else None), True
+    found = None if resume == "none" else sharded.find(Path(resume))
+    if present and (found is None or found.resolve() != present[0].resolve()):
+        raise sharded.CheckpointError(
+            f"{output} already holds checkpoints (newest {present[0].name}), which checkpoint.resume={resume} would leave "
+            "behind; continue with --checkpoint.resume auto or choose another output_dir"
+        )
+    return found, False
+
+
+def _readable_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """None for a damaged one: whether that ends the run is decided when checkpoints are verified."""
+    try:
+        return sharded.read_manifest(checkpoint)
+    except UserError:
+        return None
+
+
+def _refuse_other_model(config: TrainConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
+    """A checkpoint is continued by the model that wrote it, and forward."""
+    if manifest["step"] > config.steps:
+        raise UserError(
+            f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one asked for; "
+            f"set steps above {manifest['step']} to train on, or use it as it is (launch/merge.py, launch/evaluate.py)"
+        )
+    if manifest["model"] != json.loads(json.dumps(to_dict(model))):
+        raise UserError(f"{folder} holds a model of another shape: {manifest['model']}, not {to_dict(model)}")
+    pooling = usage_of_manifest(manifest).pooling
+    if pooling != usage_of_training(to_dict(config.data)).pooling:
+        raise UserError(f"{folder} was trained with pooling={pooling}; this code trains with mean pooling only")
+
+
+def _changed_samples(config: TrainConfig, folder: Path, manifest: dict[str, Any], digest: str) -> list[str]:
+    """What differs of the options that decide the sequence of samples; UserError where that is not allowed."""
+    old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
+    hard = "num_hard_negatives"
+    changed = [
+        (option, f"{name} was {was!r}, now {now!r}")
+        for option, name, was, now in (
+            ("seed", "seed", old["seed"], new["seed"]),
+            ("global_batch_size", "global_batch_size", old["global_batch_size"], new["global_batch_size"]),
+            ("data", "data (digest)", manifest["data_digest"], digest),
+            ("data", f"data.{hard}", old["data"][hard], new["data"][hard]),
+        )
+        if was != now
+    ]
+    refused = {option: text for option, text in changed if option not in config.checkpoint.allow_changed}
+    if refused:
+        raise UserError(
+            f"{folder} cannot be continued: {'; '.join(refused.values())}. With these changed the samples of a step are "
+            "others; restore them, start a new run with --init_from and this checkpoint, or accept that samples are "
+            f"seen twice or left out: --checkpoint.allow_changed {' '.join(refused)}"
+        )
+    return [text for _, text in changed]
 
 
 def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -136,8 +210,19 @@ def build_model(config: TrainConfig, model: ModelConfig, mesh: Mesh, weights: We
     )
     encoder.to_empty(device=mesh.device)
     reader = weights.reader if weights is not None else RandomReader(model, config.seed)
-    fill(encoder, reader, model, (mesh.tp.rank, mesh.tp.size), (mesh.dp_rank, mesh.dp_size))
+    failure = None
+    try:
+        fill(encoder, reader, model, (mesh.tp.rank, mesh.tp.size), (mesh.dp_rank, mesh.dp_size))
+    except UserError as error:
+        failure = str(error)
+    _raise_first(failure)
     return encoder
+
+
+def _raise_first(failure: str | None) -> None:
+    """UserError on all ranks when there is one on any, so that none waits for another; called by all."""
+    if first := next(filter(None, gather_objects(failure)), None):
+        raise UserError(first)
 
 
 class Trainer:
@@ -151,6 +236,7 @@ class Trainer:
         self.output = Path(config.output_dir)
         self._commit = code_version() if mesh.rank == 0 else ""  # rank 0 writes the manifest
         self.dtype = run_dtype(config, mesh.device)
+        self.optim = config.optim  # with the number of warm-up steps, once it is known
         self.store: Store = open_store(config.data, prepared.tokenizer, log=lambda message: None)
         self.sampler = Sampler(len(self.store), config.global_batch_size, config.seed)
         self.step = 0
@@ -170,6 +256,7 @@ class Trainer:
             ensure_state(self.optimizer)
             if checkpoint is not None:
                 self._load(checkpoint)
+            self.optim = replace(self.optim, warmup_steps=num_warmup_steps(config.steps, self.optim))
             self.saver = self._saver()
         except BaseException:
             self._unlock()
@@ -282,7 +369,7 @@ class Trainer:
             raise sharded.CheckpointError("the save in the background failed on another rank, which says why")
         self._refuse_non_finite(totals, losses_B, rows, batches)
         zscore, skip = self._judge_loss(totals["loss"] / totals["rows"], rows)
-        lr = learning_rate(self.step, config.steps, config.optim)
+        lr = learning_rate(self.step, config.steps, self.optim)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = lr
         note("optimizer")
@@ -356,10 +443,15 @@ class Trainer:
             {row for part in gather_objects(mine[~losses_B.isfinite().cpu().numpy()].tolist()) for row in part}
         )
         where = f"rows with a non-finite loss: {_shown(bad)}" if bad else "every loss is finite, a gradient is not"
+        advice = "Lower optim.lr, or look at these rows."
+        if self.step == self.skipped:  # of every step so far the update was left out, or there was none
+            advice = (
+                "No update was made yet, so optim.lr is not the cause: the weights that were read are finite, but too large for "
+                "their activations, or these rows are special; precision=fp32 tells a range of numbers from a wrong model."
+            )
         raise NonFiniteError(
             f"step {self.step + 1}: loss {totals['loss'] / totals['rows']}, gradient norm {totals['grad_norm']}; the step "
-            f"was refused and the weights are those of step {self.step}. {where} (rows of the step: {_shown(rows)}). Lower "
-            "optim.lr, or look at these rows."
+            f"was refused and the weights are those of step {self.step}. {where} (rows of the step: {_shown(rows)}). {advice}"
         )
 
     def _metrics(self, totals: dict[str, float], lr: float, num_micro_batches: int, seconds: float) -> dict[str, Any]:
@@ -387,6 +479,9 @@ class Trainer:
         }
 
     def _announce(self) -> None:
+        if self.step >= self.config.steps > 0:
+            self.log(f"step {self.step} of steps={self.config.steps} is done: nothing is left to train")
+            return
         parameters = sum(torch.Size(s).numel() for s in parameter_shapes(self.model_config).values())
         self.log(
             f"{parameters / 1e6:,.1f} M parameters on {self.mesh.dp_size} dp x {self.mesh.tp.size} tp "
@@ -394,6 +489,10 @@ class Trainer:
             f"{str(self.dtype).removeprefix('torch.')}); {len(self.store):,} rows, "
             f"{self.config.global_batch_size} queries a step, steps {self.step + 1} to {self.config.steps}"
         )
+        if self.config.optim.warmup_steps is None:
+            self.log(
+                f"optim.warmup_steps is not set: the rate rises for {self.optim.warmup_steps} of {self.config.steps} steps"
+            )
 
     # ---- checkpoints
 
@@ -453,17 +552,19 @@ class Trainer:
             self.lock.release()
 
     def _meta(self) -> dict[str, Any]:
+        rows_per_dataset = [source["rows"] for source in self.store.manifest["sources"]]
         return {
             "layout": {"tp_size": self.mesh.tp.size, "dp_size": self.mesh.dp_size},
             "model": to_dict(self.model_config),
             "export_dtype": str(self.export_dtype).removeprefix("torch."),
-            "config": to_dict(self.config),
+            "config": {**to_dict(self.config), "optim": to_dict(self.optim)},
             "commit": self._commit,
             "run": self.lock.run if self.lock is not None else None,  # rank 0 writes the manifest
             "overrides": self.overrides,
             "ledger": self.ledger,
             "skipped": self.skipped,
             "recent_losses": self.losses.losses,
+            "usage": usage_of_training(to_dict(self.config.data), rows_per_dataset).to_json(),
             "data_digest": self.store.digest,
             "num_rows": len(self.store),
             "tokenizer_digest": self.tokenizer.digest,
@@ -471,26 +572,18 @@ class Trainer:
 
     def _checkpoint_to_resume(self) -> Path | None:
         """Locked, chosen and verified by rank 0, the same on every rank."""
-        resume, found = self.config.checkpoint.resume, None
+        found: Path | None = None
         failure: tuple[str, bool] | None = None
         self.lock: files.Lock | None = None
         self._damaged: set[str] = set()
         if self.mesh.rank == 0:
             try:
                 self.lock = files.Lock(self.output, self.log).acquire()
-                present = sharded.checkpoints(self.output)
-                if present and begun_before():  # what would be in the way is this torchrun's own earlier attempt's
-                    resume = "auto"
-                if resume == "auto":
+                found, is_newest = _checkpoint_by_name(self.config)
+                if is_newest:
                     found = sharded.newest(self.output, self.log, self._damaged)
-                elif resume != "none":
-                    found = sharded.find(Path(resume))
+                elif found is not None:
                     sharded.verify(found)
-                if resume != "auto" and present and (found is None or found.resolve() != present[0].resolve()):
-                    raise UserError(
-                        f"{self.output} already holds checkpoints (newest {present[0].name}), which checkpoint.resume="
-                        f"{resume} would leave behind; continue with --checkpoint.resume auto or choose another output_dir"
-                    )
             except UserError as caught:
                 failure = (str(caught), isinstance(caught, sharded.AllDamagedError))
         found, failure = gather_objects((found, failure))[0]
@@ -504,10 +597,14 @@ class Trainer:
         self._check_same_run(folder, reader.manifest)
         shapes = parameter_shapes(self.model_config)
         reader.check({**shapes, **{prefix + n: s for n, s in shapes.items() for prefix in sharded.OPTIM_PREFIXES}})
+        bad = []
         with torch.no_grad():
             for name, tensor in self._named_state().items():
                 if tensor.numel():
                     tensor.copy_(reader.read_box(name, self._box(name)[1]))
+                    if not all(x.isfinite() for x in tensor.aminmax()):
+                        bad.append(name)
+            _raise_first(non_finite_weights(folder, bad) if bad else None)
             self.step, self.ledger = reader.manifest["step"], reader.manifest["ledger"]
             self.skipped, self.losses.losses = reader.manifest["skipped"], list(reader.manifest["recent_losses"])
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
@@ -517,40 +614,18 @@ class Trainer:
 
     def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
         """What decides the sequence of samples must be the same; other changes are named in the log."""
-        old, new = manifest["config"], json.loads(json.dumps(to_dict(self.config)))
-        if manifest["model"] != json.loads(json.dumps(to_dict(self.model_config))):
-            raise UserError(
-                f"{folder} holds a model of another shape: {manifest['model']}, not {to_dict(self.model_config)}"
-            )
-        changed = [
-            (option, f"{name} was {was!r}, now {now!r}")
-            for option, name, was, now in (
-                ("seed", "seed", old["seed"], new["seed"]),
-                ("global_batch_size", "global_batch_size", old["global_batch_size"], new["global_batch_size"]),
-                ("data", "data (digest)", manifest["data_digest"], self.store.digest),
-                (
-                    "data",
-                    "data.num_hard_negatives",
-                    old["data"]["num_hard_negatives"],
-                    new["data"]["num_hard_negatives"],
-                ),
-            )
-            if was != now
-        ]
-        refused = {option: text for option, text in changed if option not in self.config.checkpoint.allow_changed}
-        if refused:
-            raise UserError(
-                f"{folder} cannot be continued: {'; '.join(refused.values())}. With these changed the samples of a step are "
-                "others; restore them, start a new run with --init_from and this checkpoint, or accept that samples are "
-                f"seen twice or left out: --checkpoint.allow_changed {' '.join(refused)}"
-            )
+        _refuse_other_model(self.config, folder, manifest, self.model_config)
         self.overrides = list(manifest["overrides"])
-        for _, text in changed:
+        for text in _changed_samples(self.config, folder, manifest, self.store.digest):
             self.overrides.append({"step": manifest["step"], "changed": text})
             self.log(
                 f"WARNING: {text}, as checkpoint.allow_changed permits: from step {manifest['step'] + 1} on the samples of a "
                 "step are others, and no promise holds any more that each is seen once an epoch; the manifest records it"
             )
+        old = manifest["config"]
+        if self.optim.warmup_steps is None:  # left out: the run keeps the one that it began with
+            self.optim = replace(self.optim, warmup_steps=old["optim"]["warmup_steps"])
+        new = json.loads(json.dumps({**to_dict(self.config), "optim": to_dict(self.optim)}))
         for key in ("steps", "loss", "optim", "precision"):
             if old.get(key) != new[key]:
                 self.log(f"WARNING: {key} changed since the checkpoint: {old.get(key)} -> {new[key]}")

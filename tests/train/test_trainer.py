@@ -1,5 +1,6 @@
 """Schedule, accounting and signals of the trainer."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -8,13 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import MODEL, train_config
 
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.config import ModelConfig, OptimConfig
+from nemo_embed_core.checkpoint.source import resolve
+from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig, UserError
+from nemo_embed_core.model.hf import hf_shapes
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import trainer as trainer_module
 from nemo_embed_core.train.metrics import MetricsLog, training_flops
@@ -42,6 +47,155 @@ def test_warm_up_and_decay_are_linear() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0 and all(abs((a - b) - 0.9 / 8) < 1e-12 for a, b in itertools.pairwise(rates[4:]))
     assert abs(learning_rate(12, 12, config) - 0.1) < 1e-12
+
+
+def test_a_warm_up_that_is_left_out_reaches_the_rate() -> None:
+    config = OptimConfig(lr=1.0)
+    for steps, warmup_steps in ((1, 0), (5, 0), (50, 5), (700, 70), (1000, 100), (9000, 100)):
+        rates = [learning_rate(step, steps, config) for step in range(steps)]
+        assert max(rates) == 1.0 and rates.index(1.0) == max(0, warmup_steps - 1), steps
+
+
+def test_a_run_keeps_its_warm_up_whatever_its_length_becomes(tmp_path: Path) -> None:
+    """The default of a run from before it followed the steps, 100, too."""
+    with distributed(train_config(tmp_path).parallel, "cpu", MODEL) as mesh:
+
+        def run(steps: int, warmup_steps: int | None = None) -> tuple[Trainer, list[str]]:
+            log: list[str] = []
+            config = train_config(tmp_path, steps=steps, checkpoint={"resume": "auto"})
+            trainer = Trainer(config, mesh, prepare(config), log=log.append)
+            if warmup_steps is not None:
+                trainer.optim = dataclasses.replace(trainer.optim, warmup_steps=warmup_steps)
+            trainer.run()
+            return trainer, log
+
+        trainer, log = run(20)
+        assert any("rises for 2 of 20 steps" in line for line in log), log
+        manifest = sharded.read_manifest(sharded.checkpoints(tmp_path / "run")[0])
+        assert manifest["config"]["optim"]["warmup_steps"] == 2
+        trainer, log = run(40)
+        assert trainer.optim.warmup_steps == 2 and not any("optim changed" in line for line in log), log
+        run(45, warmup_steps=100)
+        assert run(50)[0].optim.warmup_steps == 100
+        with pytest.raises(
+            UserError, match=r"step-00000050 has done 50 steps already and steps=2 .* set steps above 50"
+        ):
+            prepare(train_config(tmp_path, steps=2, checkpoint={"resume": "auto"}))
+        _, log = run(50)
+        assert "step 50 of steps=50 is done: nothing is left to train" in log and not any("51" in line for line in log)
+
+
+def test_wrong_resumes_are_refused_before_any_process_group(tmp_path: Path) -> None:
+    config = train_config(tmp_path, steps=1)
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        Trainer(config, mesh, prepare(config), log=lambda message: None).run()
+    done = str(tmp_path / "run/step-00000001")
+
+    def refused(match: str, **changes: Any) -> None:
+        changes = {"steps": 3, "checkpoint": {"resume": "auto"}, **changes}
+        with pytest.raises(UserError, match=match):
+            prepare(train_config(tmp_path, **changes))
+
+    refused("nowhere is neither a checkpoint", checkpoint={"resume": str(tmp_path / "nowhere")})
+    refused("already holds checkpoints", checkpoint={"resume": "none"})
+    refused("seed was 0, now 1", seed=1)
+    refused("global_batch_size was 8, now 4", global_batch_size=4)
+    refused("num_hard_negatives was 2, now 1", data={"num_hard_negatives": 1})
+    refused(r"data \(digest\) was", data={"document_max_length": 30})
+    refused("a model of another shape", model=dataclasses.replace(MODEL, rope_theta=1e4))
+    other = {"output_dir": str(tmp_path / "other"), "checkpoint": {"resume": done}}
+    refused("step-00000001 has done 1 steps already and steps=0", steps=0, **other)
+    prepare(train_config(tmp_path, steps=3, **other))
+
+
+def test_a_checkpoint_says_how_its_texts_are_encoded(tmp_path: Path) -> None:
+    config = train_config(tmp_path, steps=0)
+    (tmp_path / "more.jsonl").write_text(
+        "".join(f'{{"query": "a {i}", "pos": ["b {i}"], "neg": []}}\n' for i in range(70))
+    )
+    first = dataclasses.replace(config.data.datasets[0], document_task="say it")
+    more = DatasetConfig(path=str(tmp_path / "more.jsonl"), task="other")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, datasets=[first, more], document_max_length=40)
+    )
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        Trainer(config, mesh, prepare(config), log=lambda message: None).run()
+    folder = sharded.checkpoints(tmp_path / "run")[0]
+    assert sharded.read_manifest(folder)["usage"]["pooling"] == "mean"
+    usage = resolve(folder).usage
+    assert (usage.query_max_length, usage.document_max_length) == (48, 40)
+    assert dict(usage.prompts) == {  # the data set with more rows first
+        "more": ("Instruct: other\nQuery: ", ""),
+        "train": ("Instruct: find it\nQuery: ", "Instruct: say it\nQuery: "),
+    }
+
+
+def test_another_pooling_cannot_continue_a_run(tmp_path: Path) -> None:
+    config = train_config(tmp_path, steps=1, checkpoint={"resume": "auto"})
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        meta = trainer._meta()
+        meta["usage"]["pooling"] = "cls"
+        trainer._meta = lambda: meta  # type: ignore[method-assign]
+        trainer.save()
+        trainer._unlock()
+    with pytest.raises(UserError, match="step-00000000 was trained with pooling=cls"):
+        prepare(config)
+
+
+def write_hf(folder: Path) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    shape = dataclasses.asdict(MODEL)
+    shape["rope_scaling"] |= {"rope_type": "llama3"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    return {name: torch.full(shape, 0.1) for name, shape in hf_shapes(MODEL).items()}
+
+
+def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path: Path) -> None:
+    """Of a checkpoint and of a Hugging Face folder, whose two tensors are rows of one of ours."""
+    config = train_config(tmp_path, steps=1)
+    bad = {"model.layers.0.self_attn.o_proj.weight": float("inf"), "exp_avg/model.norm.weight": float("nan")}
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        for name, value in bad.items():
+            trainer._named_state()[name].view(-1)[7] = value
+        trainer.save()
+        trainer._unlock()
+        resumed = train_config(tmp_path, steps=1, checkpoint={"resume": "auto"})
+        with pytest.raises(
+            UserError, match=r"step-00000000: NaN or infinite .*exp_avg/model.norm.weight, .*o_proj.weight;"
+        ):
+            Trainer(resumed, mesh, prepare(resumed), log=lambda message: None)
+        copied = train_config(tmp_path, steps=1, output_dir=str(tmp_path / "copied"), init_from=str(tmp_path / "run"))
+        with pytest.raises(
+            UserError, match=r"step-00000000: NaN or infinite values in layers.0.self_attn.o_proj.weight;"
+        ):
+            Trainer(copied, mesh, prepare(copied), log=lambda message: None)
+        theirs = tmp_path / "theirs"
+        tensors = write_hf(theirs)
+        for name, row in (("k_proj", 17), ("v_proj", 63)):
+            tensors[f"layers.1.self_attn.{name}.weight"][row, 3] = float("-inf")
+        save_file(tensors, theirs / "model.safetensors")
+        config = train_config(tmp_path, steps=1, output_dir=str(tmp_path / "new"), init_from=str(theirs))
+        names = r"layers.1.self_attn.k_proj.weight, layers.1.self_attn.v_proj.weight;"
+        with pytest.raises(UserError, match=rf"theirs: NaN or infinite values in {names}"):
+            Trainer(config, mesh, prepare(config), log=lambda message: None)
+
+
+def test_a_loss_that_was_never_finite_is_not_blamed_on_the_rate(tmp_path: Path) -> None:
+    config = train_config(tmp_path)
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        weight = trainer._named_state()["model.embed_tokens.weight"]
+        for blamed in (False, True):
+            kept = weight.clone()
+            weight.fill_(float("nan"))
+            with pytest.raises(NonFiniteError) as caught:
+                trainer.train_step()
+            assert ("Lower optim.lr" in str(caught.value)) == blamed
+            assert ("optim.lr is not the cause" in str(caught.value)) == (not blamed)
+            weight.copy_(kept)
+            trainer.train_step()
 
 
 def test_weight_decay_spares_the_norms(tmp_path: Path) -> None:
