@@ -64,14 +64,24 @@ class Embedder:
     def hidden_size(self) -> int:
         return self.model.hidden_size
 
+    @property
+    def num_encoded(self) -> int:
+        """Texts so far; take differences."""
+        return self.tokenizer.num_encoded
+
+    @property
+    def num_truncated(self) -> int:
+        """Of num_encoded, those that were cut to their max_length."""
+        return self.tokenizer.num_truncated
+
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
         """normalize(mean of hidden states of prompt + text): [len(texts), D] fp32 unit rows, in the given order.
 
-        Texts longer than max_length tokens (prompt and special tokens included) are cut there;
-        `tokenizer.num_truncated` counts them.
+        Texts longer than max_length tokens (prompt and special tokens included) are cut there; `num_truncated` counts them.
+        UserError when the prompt leaves no room for text: tokenizer.check_prompt asks that before anything is read.
         """
-        tokens = self.tokenizer.encode([prompt + text for text in texts], max_length)
+        tokens = self.tokenizer.encode(texts, max_length, prompt)
         out = np.empty((len(texts), self.hidden_size), dtype=np.float32)
         for indices, batch in pack_texts(tokens, self.max_tokens):
             batch = batch.to(self.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,16 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from nemo_embed_core.config import DataError, UserError
+from nemo_embed_core.data import cuts
 
 # Kinds of pieces of a sentencepiece model (ModelProto.SentencePiece.Type).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+MIN_ROOM = 4  # tokens that a prompt must leave for the text: with fewer most texts become the same
+BATCH_CHARACTERS = 1 << 20  # per call of the library, which takes about 23 bytes of memory for each
+HELD_CHARACTERS = 8 << 20  # of whole texts in memory at a time
+CHARACTERS_PER_TOKEN = 8  # the first guess at the prefix of a text that has enough tokens
 
 
 class Tokenizer:
@@ -28,7 +35,7 @@ class Tokenizer:
 
     vocab_size: largest id + 1, added tokens included.  digest: sha256 of tokenizer.json (hex).
     files: tokenizer.json and tokenizer_config.json as bytes, to be written beside exported weights.
-    num_truncated: how many of the texts encoded so far lost tokens.
+    num_encoded, num_truncated: how many texts were encoded so far, and how many of them lost tokens; take differences.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes]):
@@ -38,46 +45,84 @@ class Tokenizer:
         self._backend = backend
         self._max_length = 0  # what the backend truncates to now; 0: it does not
         self._num_special = backend.num_special_tokens_to_add(is_pair=False)
+        self._boundary = cuts.boundary(backend)
+        self._prompts: set[tuple[str, int]] = set()  # that passed check_prompt
         self.files = files
         self.digest = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.num_truncated = 0
+        self.num_encoded = self.num_truncated = 0
 
-    def encode(self, texts: list[str], max_length: int) -> list[np.ndarray]:
-        """One int32 array per text: special tokens of the post-processor added, at most max_length ids, never empty.
+    def encode(
+        self, texts: Iterable[str], max_length: int, prompt: str = "", name: str = "max_length"
+    ) -> list[np.ndarray]:
+        """ids of prompt + text, one int32 array per text: special tokens added, at most max_length ids, never empty.
 
-        Raises UserError for a text that gives no token at all (no BOS and nothing the vocabulary knows) and for a
-        text that is not Unicode (lone surrogates).
+        Texts are taken one batch after another, so they may come from a disk; memory and time do not grow with what is cut
+        off, where a text can be cut before it is tokenised (data/cuts.py).
+        Raises UserError for a prompt that leaves no room (named `name`), for a text that gives no token at all (no BOS and
+        nothing the vocabulary knows) and for a text that is not Unicode (lone surrogates).
         """
         if max_length <= self._num_special:
             raise UserError(
-                f"max_length={max_length} leaves no room for text: the tokenizer adds {self._num_special} special "
+                f"{name}={max_length} leaves no room for text: the tokenizer adds {self._num_special} special "
                 f"token(s); use at least {self._num_special + 1}"
             )
+        self.check_prompt(prompt, max_length, name)
+        out: list[np.ndarray] = []
+        for batch in _batches(texts):
+            out += self._encode_batch(batch, len(out), max_length, prompt)
+        return out
+
+    def _encode_batch(self, texts: list[str], first: int, max_length: int, prompt: str) -> list[np.ndarray]:
+        """encode() of texts that messages call text `first` and so on: prefixes, longer ones until max_length is filled."""
+        out: list[np.ndarray] = [_NOTHING] * len(texts)
+        todo, num_characters, truncated = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length, 0
+        while todo:
+            ends = [self._cut(texts[i], num_characters) for i in todo]
+            parts = [prompt + texts[i][:end] for i, end in zip(todo, ends, strict=True)]
+            encoded = self._encode(parts, [first + i for i in todo], max_length)
+            again = []
+            for i, end, (ids, overflows) in zip(todo, ends, encoded, strict=True):
+                is_cut = end < len(texts[i])
+                if is_cut and not overflows:  # the prefix alone does not fill max_length
+                    again.append(i)
+                    continue
+                if not len(ids):
+                    raise UserError(
+                        f"text {first + i} gives 0 tokens ({texts[i][:40]!r}): the tokenizer adds no BOS; "
+                        "use a tokenizer whose post-processor adds one, or remove the text"
+                    )
+                if is_cut:
+                    _check_unicode(texts[i], first + i)  # of the prefix the library has done so
+                truncated += overflows
+                out[i] = ids
+            todo, num_characters = again, 4 * num_characters
+        self.num_encoded += len(texts)
+        self.num_truncated += truncated
+        return out
+
+    def _cut(self, text: str, num_characters: int) -> int:
+        """The first place after num_characters where cutting leaves the ids before it as they are; else the end."""
+        if self._boundary is None or len(text) <= num_characters:
+            return len(text)
+        found = self._boundary.search(text, num_characters)
+        return found.start() if found else len(text)
+
+    def _encode(self, texts: list[str], names: Sequence[int], max_length: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """(ids, whether there were more than max_length) of each text; names: what a message calls them."""
         if max_length != self._max_length:
             self._backend.enable_truncation(max_length)
             self._max_length = max_length
-        try:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=True)
-        except TypeError:
-            for i, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise UserError(f"text {i} is a {type(text).__name__}, not a string") from None
-                if any("\ud800" <= c <= "\udfff" for c in text):
-                    raise UserError(f"text {i} has a lone surrogate and is not Unicode text: {text[:40]!r}") from None
-            raise
-        out = []
-        for i, encoding in enumerate(encodings):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            if not len(ids):
-                raise UserError(
-                    f"text {i} gives 0 tokens ({texts[i][:40]!r}): the tokenizer adds no BOS; "
-                    "use a tokenizer whose post-processor adds one, or remove the text"
-                )
-            if len(ids) == max_length and encoding.overflowing:
-                self.num_truncated += 1
-            out.append(ids)
-        return out
+        for start, end in _runs([len(text) for text in texts], BATCH_CHARACTERS):
+            try:
+                encodings = self._backend.encode_batch_fast(texts[start:end], add_special_tokens=True)
+            except TypeError:
+                for i, text in zip(names, texts, strict=True):
+                    _check_unicode(text, i)
+                raise
+            for encoding in encodings:
+                ids = np.array(encoding.ids, dtype=np.int32)
+                yield ids, len(ids) == max_length and bool(encoding.overflowing)
 
     def check_fits(self, vocab_size: int) -> None:
         """Every id has a row of the embedding table: on a GPU a missing one is a device-side assert, hours in."""
@@ -88,16 +133,59 @@ class Tokenizer:
             )
 
     def check_prompt(self, prompt: str, max_length: int, name: str) -> None:
-        """UserError when the prompt alone fills max_length: every text would be cut to the same tokens."""
-        if prompt:
-            before = self.num_truncated
-            length = len(self.encode([prompt], 1 << 20)[0])
-            self.num_truncated = before
-            if length >= max_length:
-                raise UserError(
-                    f"{name}={max_length} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has "
-                    f"{length}; raise {name} to at least {length + 1} (better: {length} plus the length of the texts)"
-                )
+        """UserError when the prompt leaves fewer than MIN_ROOM of max_length: every text would be cut to the same tokens.
+
+        encode() asks this of every prompt; callers ask it before they read or embed anything.
+        """
+        if not prompt or (prompt, max_length) in self._prompts:
+            return
+        ((ids, _),) = self._encode([prompt], [0], 1 << 20)
+        room = max_length - len(ids)
+        if room < MIN_ROOM:
+            raise UserError(
+                f"{name}={max_length} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has {len(ids)}"
+                f"{f' and {room} for the text tell few texts apart' if room > 0 else ''}; raise {name} to at least "
+                f"{len(ids) + MIN_ROOM} (better: {len(ids)} plus the length of the texts)"
+            )
+        self._prompts.add((prompt, max_length))
+
+
+_NOTHING = np.empty(0, np.int32)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts that have at most HELD_CHARACTERS together, or of one text."""
+    batch: list[str] = []
+    held = count = 0
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"text {count} is a {type(text).__name__}, not a string")
+        if batch and held + len(text) > HELD_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+        batch.append(text)
+        held, count = held + len(text), count + 1
+    if batch:
+        yield batch
+
+
+def _runs(lengths: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of neighbours whose lengths sum to at most limit, or of one."""
+    start = size = 0
+    for i, length in enumerate(lengths):
+        if i > start and size + length > limit:
+            yield start, i
+            start, size = i, 0
+        size += length
+    if start < len(lengths):
+        yield start, len(lengths)
+
+
+def _check_unicode(text: str, i: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"text {i} has a lone surrogate and is not Unicode text: {text[:40]!r}") from None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

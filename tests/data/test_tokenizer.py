@@ -247,9 +247,15 @@ def test_lengths_too_short_for_anything(tokenizer):
         tokenizer.encode(["x"], 1)
     prompt = query_prompt("Given a question, retrieve the passages that answer it")
     length = len(tokenizer.encode([prompt], 999)[0])
-    tokenizer.check_prompt(prompt, length + 1, "data.query_max_length")
-    with pytest.raises(UserError, match=rf"data.query_max_length={length} .*alone has {length}; raise"):
-        tokenizer.check_prompt(prompt, length, "data.query_max_length")
+    tokenizer.check_prompt(prompt, length + 4, "data.query_max_length")
+    for room, what in (
+        (0, f"alone has {length}; raise"),
+        (3, f"alone has {length} and 3 for the text tell few texts apart"),
+    ):
+        with pytest.raises(UserError, match=rf"data.query_max_length={length + room} .*{what}.*at least {length + 4}"):
+            tokenizer.check_prompt(prompt, length + room, "data.query_max_length")
+    with pytest.raises(UserError, match=rf"document_max_length={length} tokens leaves no room for text"):
+        tokenizer.encode(["x"], length, prompt, "document_max_length")
 
 
 def test_vocabulary_larger_than_the_text_allows(tmp_path):
