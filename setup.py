@@ -20,6 +20,7 @@ setup(
         "nemo_embed_core",
         "nemo_embed_core.checkpoint",
         "nemo_embed_core.data",
+        "nemo_embed_core.data.formats",
         "nemo_embed_core.evaluation",
         "nemo_embed_core.export",
         "nemo_embed_core.export.remote",

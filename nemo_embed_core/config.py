@@ -219,6 +219,9 @@ class DatasetConfig:
     task: str = ""  # instruction of the queries: "Instruct: {task}\nQuery: {text}"; "": the query as it is
     document_task: str = ""  # the same for documents; only symmetric tasks (STS, bitext) set it
     split: str = "train"  # of a BEIR folder: qrels/{split}.tsv
+    # Of a BEIR folder: a judgement of a text that does not exist, an empty text, a query without a relevant document.
+    # "allow" leaves them out of training and mining, and counts them; evaluation keeps what mteb keeps.
+    on_missing: Literal["error", "allow"] = "error"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nemo_embed_core.config import DataError, DatasetConfig, UserError
-from nemo_embed_core.data import readers
-from nemo_embed_core.data.readers import read_beir, read_passages, read_rows, source_files
+from nemo_embed_core.data import lines
+from nemo_embed_core.data.formats import ours
+from nemo_embed_core.data.readers import Row, read_beir, read_passages, read_rows, source_files
 
 
-def rows_of(path, **options) -> list[readers.Row]:
+def rows_of(path, **options) -> list[Row]:
     return list(read_rows(DatasetConfig(path=str(path), **options)))
 
 
@@ -28,8 +29,17 @@ def test_rows_come_through_unchanged(tmp_path):
     text = 'two \u2028 lines, é, 日本, "quotes", a tab\t and {"json": 1}'
     rows = [
         {"query": text, "pos": [" p ", text + "!"], "neg": []},
-        {"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [0.5], "neg_scores": [1], "id": 7},
-        {"id": "x", "query": "q", "neg": ["n"], "pos": ["p"]},
+        {
+            "query": "q",
+            "pos": ["p"],
+            "neg": ["n", "m"],
+            "pos_scores": [0.5],
+            "neg_scores": [1, 2],
+            "id": 7,
+            "lang": "de",
+        }
+        | {"pos_ids": ["d1"], "neg_ids": [2, None]},
+        {"id": "x", "query": "q", "neg": ["n"], "pos": ["p"], "group": 3},
     ]
     data = "".join(json.dumps(row, ensure_ascii=i > 0) + "\n" for i, row in enumerate(rows)).encode()
     plain, zipped, bom, crlf = (tmp_path / name for name in ("a.jsonl", "a.jsonl.gz", "bom.jsonl", "crlf.jsonl"))
@@ -41,6 +51,9 @@ def test_rows_come_through_unchanged(tmp_path):
         got = rows_of(path)
         assert [(r.query, r.pos, r.neg) for r in got] == [(r["query"], r["pos"], r["neg"]) for r in rows]
         assert [(r.path, r.line) for r in got] == [(str(path), n) for n in (1, 2, 3)]
+        assert [(r.id, r.group, r.lang, list(r.pos_ids), list(r.neg_ids)) for r in got] == [
+            ("", "", "", [], []), ("7", "", "de", ["d1"], ["2", ""]), ("x", "3", "", [], []),
+        ]  # fmt: skip
         assert source_files(DatasetConfig(path=str(path))) == [path]
 
 
@@ -67,14 +80,14 @@ BAD_ROWS = {
     "empty file": (b"", 1, "the file is empty"),
     "blank line": (GOOD + b"\n" + GOOD, 2, "blank line: remove it"),
     "blank last line": (GOOD + b"  \n", 2, "blank line"),
-    "not json": (b"query,pos\n", 1, "not JSON: Expecting value (character 1)"),
+    "not json": (b"query pos\n", 1, "not JSON: Expecting value (character 1)"),
     "two objects on a line": (GOOD[:-1] + GOOD, 1, "not JSON: Extra data"),
     "truncated last line": (GOOD + GOOD[:30], 2, "no newline: is the file truncated?"),
     "python literals": (b"{'query': 'q'}\n", 1, "not JSON: Expecting property name"),
-    "a list": (b'["q", ["p"], []]\n', 1, "must be an object"),
+    "a list": (GOOD + b'["q", ["p"], []]\n', 2, "must be an object"),
     "null": (b"null\n", 1, "must be an object like {\"...\": ...}, got null"),
     "latin-1": (GOOD + GOOD.replace(b"n1", b"n\xe9"), 2, "not UTF-8: byte 0xe9 at byte 40"),
-    "utf-16": (GOOD.decode().encode("utf-16"), 1, "not UTF-8: byte 0xff at byte 1"),
+    "utf-16": (GOOD.decode().encode("utf-16"), 1, "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"),
     "bom on line 2": (GOOD + b"\xef\xbb\xbf" + GOOD, 2, "not JSON"),
     "lone surrogate in query": (row(query="x\ud83d"), 1, "field 'query' has a lone surrogate at character 2"),
     "lone surrogate in neg": (row(neg=["n", "\udc00"]), 1, "field 'neg[1]' has a lone surrogate"),
@@ -106,6 +119,12 @@ BAD_ROWS = {
     "scores a string": (row(pos_scores="0.1"), 1, "'pos_scores' must be a list of 1 numbers"),
     "score a bool": (row(pos_scores=[True]), 1, "pos_scores[0] must be a finite number, got True"),
     "duplicate id": (row(id=1) + row(id="2") + row(id="1"), 3, "id '1' is already the id of line 1"),
+    "score too large": (row(pos_scores=[10**400]), 1, "pos_scores[0] must be a finite number, got 1000"),
+    "group null": (b'{"query": "q", "pos": ["p"], "neg": [], "group": null}\n', 1, "group must be a string or an integer, got null"),
+    "too few document ids": (row(neg_ids=["d1"]), 1, "field 'neg_ids' must be a list of 2 ids (one per text), got 1 entries"),
+    "document id a float": (row(pos_ids=[1.5]), 1, "pos_ids[0] must be a string or an integer"),
+    "of another tool": (b'{"anchor": "a", "positive": "p"}\n', 1, "not a training row: it has ['anchor', 'positive'] and no query, pos, neg"),
+    "a label": (row(label="x"), 1, "unknown fields ['label']: remove them"),
     "id a float": (row(id=1.5), 1, "id must be a string or an integer"),
     "not gzip": (GOOD, 1, "not a whole gzip file"),
     "truncated gzip": (gzip.compress(GOOD * 500)[:-20], 500, "the gzip stream ends early"),
@@ -130,7 +149,7 @@ def test_bad_row(tmp_path, name):
 
 
 def test_a_line_too_long_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE", 1000)
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(gzip.compress(GOOD + b'{"query": "' + b"a" * 10_000_000))  # a small gzip bomb
     with pytest.raises(DataError, match=r":2: the line is longer than 1000 bytes"):
@@ -175,10 +194,11 @@ def test_beir_split(tmp_path, gz):
     assert got.queries == {"q2": "second", "q1": "first"}
     assert got.qrels == {"q2": {"d1": 1, "d3": 0}, "q1": {"2": 2, "d4": 1}}
     rows = rows_of(folder)
-    assert [(r.query, r.pos, r.neg, r.line, r.lang) for r in rows] == [
-        ("second", ["Title one"], [], 2, ""),
-        ("first", ["two", "Only a title"], [], 3, "en"),
+    assert rows == [
+        ("second", ["Title one"], ["three"], rows[0].path, 2, "", "q2", "", ["d1"], ["d3"]),
+        ("first", ["two", "Only a title"], [], rows[0].path, 3, "en", "q1", "", ["2", "d4"], []),
     ]
+    assert got.languages == {"q1": "en"} and Path(rows[0].path).name.startswith("train.tsv")
     assert [f.name.removesuffix(".gz") for f in source_files(DatasetConfig(path=str(folder)))] == [
         "corpus.jsonl", "queries.jsonl", "train.tsv",
     ]  # fmt: skip
@@ -194,18 +214,23 @@ BAD_BEIR = {
     "id with a tab": ({"corpus": '{"_id": "a\\tb", "text": "x"}\n'}, "corpus.jsonl:1", "tab or newline inside"),
     "text missing": ({"corpus": '{"_id": "d1", "contents": "x"}\n'}, "corpus.jsonl:1", "field 'text' is missing"),
     "text null": ({"corpus": '{"_id": "d1", "text": null}\n'}, "corpus.jsonl:1", "field 'text' must be a string, got null"),
-    "title null": ({"corpus": '{"_id": "d1", "title": null, "text": "x"}\n'}, "corpus.jsonl:1", "'title' must be a string"),
     "empty passage": ({"corpus": '{"_id": "d1", "title": " ", "text": ""}\n'}, "corpus.jsonl:1", "field 'text' is empty"),
     "surrogate in the title": ({"corpus": '{"_id": "d1", "title": "\\ud83d", "text": "x"}\n'}, "corpus.jsonl:1", "lone surrogate"),
     "empty query": ({"queries": '{"_id": "q1", "text": " "}\n'}, "queries.jsonl:1", "field 'text' is empty"),
     "empty corpus": ({"corpus": ""}, "corpus.jsonl:1", "the file is empty"),
-    "empty qrels": ({"qrels": ""}, "train.tsv:1", "no judgements"),
+    "empty qrels": ({"qrels": ""}, "train.tsv:1", "the file is empty"),
     "only a header": ({"qrels": H}, "train.tsv:1", "no judgements"),
-    "no header": ({"qrels": "q1\td1\t1\n"}, "train.tsv:1", "no header"),
-    "TREC qrels": ({"qrels": H + "q1\t0\td1\t1\n"}, "train.tsv:2", "got 4 (a TREC qrels file? drop its second column)"),
+    "header of other names": ({"qrels": "a\tb\tc\nq1\td1\t1\n"}, "train.tsv:1", "line 1 is neither the header query-id<TAB>corpus-id<TAB>score nor a judgement"),
+    "header twice the same": ({"qrels": "query-id\tqid\tscore\nq1\td1\t1\n"}, "train.tsv:1", "header 'query-id\\tqid\\tscore': write"),
+    "header of 4 columns": ({"qrels": "query-id\tcorpus-id\tscore\turl\nq1\td1\t1\tx\n"}, "train.tsv:1", ": write query-id<TAB>corpus-id<TAB>score"),
+    "a TREC run": ({"qrels": "q1 Q0 d1 1 14.3 bm25\n"}, "train.tsv:1", "6 columns: a ranking (a TREC run)"),
+    "commas": ({"qrels": "query-id,corpus-id,score\nq1,d1,1\n"}, "train.tsv:1", "separated by commas: write tabs"),
+    "other columns below": ({"qrels": "q1 0 d1 1\nq1 d4 1\n"}, "train.tsv:2", "expected 4 space-separated columns as on line 1, got 3"),
+    "quoted": ({"qrels": H + 'q1\t"d1"\t1\n'}, "train.tsv:2", "document '\"d1\"' is not in corpus.jsonl (4 documents); 1 of 1 judgements dangle: it is there without the quotes"),
+    "TREC qrels": ({"qrels": H + "q1\t0\td1\t1\n"}, "train.tsv:2", "expected 3 tab-separated columns as on line 1, got 4"),
     "spaces for tabs": ({"qrels": H + "q1 d1 1\n"}, "train.tsv:2", "expected 3 tab-separated columns"),
     "blank line": ({"qrels": H + "q1\td1\t1\n\n"}, "train.tsv:3", "blank line"),
-    "score a float": ({"qrels": H + "q1\td1\t0.5\n"}, "train.tsv:2", "score must be an integer, got '0.5'"),
+    "score a float": ({"qrels": H + "q1\td1\t0.5\n"}, "train.tsv:2", "score must be a whole number, got '0.5'"),
     "pair twice": ({"qrels": H + "q1\td1\t1\nq1\td3\t1\nq1\td1\t0\n"}, "train.tsv:4", "pair 'q1', 'd1' is already on line 2"),
     "dangling document": ({"qrels": H + "q1\td1\t1\nq1\tD2\t1\nq2\tD9\t1\n"}, "train.tsv:3", "document 'D2' is not in corpus.jsonl (4 documents); 2 of 3"),
     "dangling query": ({"qrels": H + "Q\td1\t1\n"}, "train.tsv:2", "query 'Q' is not in queries.jsonl (3 queries); 1 of 1"),
@@ -353,7 +378,7 @@ def test_fuzz_accepts_clean_rows_or_names_path_and_line(tmp_path):
     assert seen["accepted"] > 30 and seen["refused"] > 100, seen
 
 
-def _skipping(path):
+def _skipping(path, findings, wanted):
     """A reader that drops what it cannot read."""
     for line, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
@@ -365,23 +390,24 @@ def _skipping(path):
 
 
 PLANTED = {
-    "blank texts accepted": ("_check_text", lambda value, field: str(value)),
-    "surrogates accepted": ("_check_unicode", lambda value, field: None),
-    "bad bytes replaced": ("_decode", lambda raw: raw.decode("utf-8", "replace")),
-    "a string taken for a list": ("_texts", lambda row, field: list(row.get(field) or ["x"])),
-    "empty pos accepted": ("_texts", lambda row, field: [*row[field]] or [""]),
-    "error path that fails": ("_type", lambda value: {int: "a number", str: "a string"}[type(value)]),
-    "whole values in messages": ("_short", repr),
+    "blank texts accepted": (ours, "check_text", lambda value, field: str(value)),
+    "surrogates accepted": (lines, "check_unicode", lambda value, field: None),
+    "bad bytes replaced": (lines, "decode", lambda raw: raw.decode("utf-8", "replace")),
+    "a string taken for a list": (ours, "_texts", lambda row, field: list(row.get(field) or ["x"])),
+    "empty pos accepted": (ours, "_texts", lambda row, field: [*row[field]] or [""]),
+    "error path that fails": (lines, "type_name", lambda value: {int: "a number", str: "a string"}[type(value)]),
+    "whole values in messages": (ours, "short", repr),
     "lines split at U+2028": (
-        "_raw_lines",
-        lambda path: enumerate((s.encode() for s in path.read_bytes().decode("utf-8", "replace").splitlines()), 1),
+        lines, "raw_lines",
+        lambda path, _: enumerate((s.encode() for s in path.read_bytes().decode("utf-8", "replace").splitlines()), 1),
     ),
-    "bad rows skipped": ("_json_lines", _skipping),
-}
+    "bad rows skipped": (ours, "json_lines", _skipping),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_fuzz_catches_planted_bugs(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(readers, *PLANTED[name])
-    with pytest.raises((AssertionError, UnicodeError, KeyError, ExceptionGroup)):  # a group: several ways to fail
+    monkeypatch.setattr(*PLANTED[name])
+    wrong = (AssertionError, UnicodeError, KeyError, TypeError, json.JSONDecodeError, ExceptionGroup)  # several at once
+    with pytest.raises(wrong):
         fuzz(tmp_path / "d.jsonl", 300, phases=[Phase.generate])

@@ -1,0 +1,1 @@
+"""Data sets as people write them: one module for each format that is read."""

@@ -1,0 +1,380 @@
+"""A BEIR folder: corpus.jsonl and queries.jsonl {"_id", "title", "text"}, qrels/{split}.tsv, each plain or .gz.
+
+Read as published: null titles, qrels without a header, TREC's four columns and, with on_missing "allow", judgements of texts
+that do not exist and empty texts. What is read in such a way is noted in Findings.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from nemo_embed_core.config import UserError
+from nemo_embed_core.data.formats.ours import Row
+from nemo_embed_core.data.lines import (
+    NOISE,
+    Findings,
+    check_id,
+    check_unicode,
+    decode,
+    is_noise,
+    json_lines,
+    raw_lines,
+    short,
+    type_name,
+)
+from nemo_embed_core.data.texts import Texts, TextsById
+
+OnMissing = Literal["error", "allow"]
+ALLOW = "or set on_missing to allow"
+
+
+class Beir(NamedTuple):
+    """One split of a BEIR folder. corpus: id -> `title + " " + text`; queries: those with judgements in the split.
+
+    What read_beir returns has its texts on disk (data/texts.py).
+    """
+
+    corpus: Mapping[str, str]
+    queries: Mapping[str, str]
+    qrels: dict[str, dict[str, int]]
+    languages: Mapping[str, str] = {}  # query id -> lang, where queries.jsonl says so
+
+
+class _Split(NamedTuple):
+    """A split as it is in the files; its judgements may name texts that do not exist."""
+
+    file: Path  # of the qrels
+    qrels: dict[str, dict[str, int]]
+    lines: dict[tuple[str, str], int]  # of the qrels file, of every pair
+    queries: TextsById
+    corpus: TextsById
+    languages: dict[str, str]
+
+
+def beir_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings) -> Beir:
+    """The whole split. With on_missing "allow" empty texts are "" and judgements of documents that do not exist stay.
+
+    So does mteb: such a document is never found, and counts in the ideal ranking. A judgement of a query that does not
+    exist counts nowhere.
+    """
+    s = _read_split(folder, split, on_missing, findings, whole=True)
+    qrels = {qid: scores for qid, scores in s.qrels.items() if qid in s.queries}
+    queries = TextsById({qid: s.queries.indices[qid] for qid in qrels}, s.queries.texts)
+    return Beir(s.corpus, queries, qrels, s.languages)
+
+
+def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Findings) -> Iterator[Row]:
+    """One row per judged query in the order of the qrels, made when it is asked for: the texts stand on disk.
+
+    pos: documents with a score above 0. neg: the others, which somebody judged not to answer the query.
+    """
+    before, num_rows = findings.num_bad, 0
+    s = _read_split(folder, split, on_missing, findings, whole=False)
+    if findings.num_bad > before:
+        return  # the rows that are left would be wrong: a text behind a bad line seems not to exist
+    for qid, scores in s.qrels.items():
+        line = s.lines[qid, next(iter(scores))]
+        if qid not in s.queries:  # noted when the split was read
+            continue
+        if not (query := s.queries[qid]):
+            findings.note("rows left out, as their query is empty", s.file, line)
+            continue
+        pos: dict[str, str] = {}  # id -> text
+        neg: dict[str, str] = {}
+        for doc, score in scores.items():
+            if text := s.corpus.get(doc, ""):
+                (pos if score > 0 else neg)[doc] = text
+            elif doc in s.corpus:
+                findings.note("judgements of empty documents, left out", s.file, s.lines[qid, doc])
+        if not pos:
+            if on_missing == "error":
+                message = f"query {short(qid)} has no document with a score above 0: remove its judgements from this training split"
+                findings.bad(s.file, line, f"{message}, give it a positive {ALLOW}, which leaves it out")
+            else:
+                findings.note("rows left out, as their query has no document with a score above 0", s.file, line)
+            continue
+        texts = set(pos.values())
+        if both := [doc for doc, text in neg.items() if text in texts]:
+            findings.note(
+                "documents judged irrelevant with the text of a relevant one, left out", s.file, line, len(both)
+            )
+        neg = {doc: text for doc, text in neg.items() if text not in texts}
+        lang, num_rows = s.languages.get(qid, ""), num_rows + 1
+        yield Row(
+            query, list(pos.values()), list(neg.values()), str(s.file), line, lang, qid, "", list(pos), list(neg)
+        )  # fmt: skip
+    if not num_rows and findings.num_bad == before:
+        findings.bad(
+            s.file, 1, "no row is left: no judgement has a query, and a document with a score above 0, that exist"
+        )
+
+
+def _read_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings, whole: bool) -> _Split:
+    """whole: also the texts of documents that the split does not judge."""
+    corpus_file, queries_file, file = beir_files(folder, split)
+    before = findings.num_bad
+    qrels, lines = _read_qrels(file, findings)
+    judged = {doc for scores in qrels.values() for doc in scores}
+    languages: dict[str, str] = {}
+    queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages)
+    corpus = _read_texts(corpus_file, judged.__contains__ if not whole else lambda _: True, on_missing, findings)
+    whole_split = _Split(file, qrels, lines, queries, corpus, languages)
+    if findings.num_bad == before:  # a text behind a bad line seems not to exist
+        _check_dangling(whole_split, on_missing, findings, "kept, as nothing can find them" if whole else "left out")
+    return whole_split
+
+
+def _check_dangling(s: _Split, on_missing: OnMissing, findings: Findings, what_happens: str) -> None:
+    """Judgements whose query or document does not exist: the first one, with the count of all of them, or notes."""
+    bad = [pair for pair in s.lines if pair[0] not in s.queries or pair[1] not in s.corpus]
+    if not bad:
+        return
+    quoted = [pair for pair in bad if _unquoted(pair[0]) in s.queries or _unquoted(pair[1]) in s.corpus]
+    all_queries = len({qid for qid, _ in bad if qid not in s.queries}) == len(s.qrels)
+    if on_missing == "error" or quoted or all_queries:
+        qid, doc = (quoted or bad)[0]
+        what = f"query {short(qid)} is not in queries.jsonl ({len(s.queries)} queries)"
+        if qid in s.queries:
+            what = f"document {short(doc)} is not in corpus.jsonl ({len(s.corpus)} documents)"
+        fix = f"remove them, add the texts {ALLOW}"
+        if quoted:
+            fix = "it is there without the quotes: remove them from the qrels"
+        elif all_queries:
+            fix = "do queries and qrels belong together?"
+        findings.bad(s.file, s.lines[qid, doc], f"{what}; {len(bad)} of {len(s.lines)} judgements dangle: {fix}")
+        return
+    for qid, doc in bad:
+        what = f"judgements of documents that are not in corpus.jsonl, {what_happens}"
+        if qid not in s.queries:
+            what = "judgements of queries that are not in queries.jsonl, left out"
+        findings.note(what, s.file, s.lines[qid, doc])
+
+
+def _unquoted(key: str) -> str:
+    """The id without quotes around it; "", which is no id, where there are none."""
+    return key[1:-1] if len(key) > 2 and key[0] == key[-1] == '"' else ""
+
+
+# ------------------------------------------------------------------------------------------ corpus and queries
+
+
+def _read_texts(
+    path: Path,
+    keep: Callable[[str], bool],
+    on_missing: OnMissing,
+    findings: Findings,
+    languages: dict[str, str] | None = None,
+) -> TextsById:
+    """{id: text} of a corpus or queries file in file order, every line checked; text "" where keep(id) is False.
+
+    languages: gets {id: lang} of the lines that say so.
+    """
+    texts, kind = TextsById({}, Texts()), "documents" if languages is None else "queries"
+    nothing = texts.texts.append("")
+    lines = array("q")  # of the texts, in order
+    for line, row in json_lines(path, findings, '{"_id": "...", "text": "..."}'):
+        try:
+            if "_id" not in row:
+                raise ValueError("field '_id' is missing" + (": rename id to _id" if "id" in row else ""))
+            key = check_id(row["_id"], "_id")
+            if key in texts:
+                first = lines[list(texts).index(key)]
+                raise ValueError(f"_id {short(key)} is already the _id of line {first}: make ids unique")
+            text = document_text(row, kind, on_missing, findings, path, line)
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+            continue
+        lines.append(line)
+        texts.indices[key] = texts.texts.append(text) if text and keep(key) else nothing
+        if languages is not None and keep(key) and isinstance(lang := row.get("lang"), str):
+            languages[key] = lang
+    return texts
+
+
+def document_text(
+    row: dict[str, Any], kind: str, on_missing: OnMissing, findings: Findings, path: Path, line: int
+) -> str:
+    """`title + " " + text` where there is a title, as BEIR's own code joins them; "" for an empty one that is allowed."""
+    title, text = row.get("title", ""), row.get("text")
+    if "text" not in row:
+        raise ValueError("field 'text' is missing")
+    if title is None:
+        title = ""
+        findings.note(f"{kind} with a null title, read as without", path, line)
+    if not isinstance(title, str):
+        raise ValueError(f"field 'title' must be a string, got {type_name(title)}: leave it out when there is none")
+    if not (text is None or isinstance(text, str)):
+        raise ValueError(f"field 'text' must be a string, got {type_name(text)}")
+    if text is None:
+        if not title.strip() and on_missing == "error":
+            raise ValueError(f"field 'text' must be a string, got null: give it text, remove the line {ALLOW}")
+        text = ""
+        findings.note(f"{kind} with a null text, read as empty", path, line)
+    if title.strip():
+        text = f"{title} {text}" if text.strip() else title
+    if not text.strip():
+        if on_missing == "error":
+            raise ValueError(f"field 'text' is empty or only spaces: give it text, remove the line {ALLOW}")
+        findings.note(f"{kind} that are empty", path, line)
+        return ""
+    check_unicode(text, "text")
+    if is_noise(text):
+        findings.note(f"{kind} {NOISE}", path, line)
+    return text
+
+
+def pool_texts(path: Path, on_missing: OnMissing, findings: Findings) -> Iterator[tuple[str, str]]:
+    """(id or "", text) of a candidate pool: lines {"text", "title"?, "_id"?, ...}; empty ones are left out where allowed."""
+    for line, row in json_lines(path, findings, '{"text": "..."}'):
+        try:
+            key = check_id(row["_id"], "_id") if "_id" in row else ""
+            text = document_text(row, "documents", on_missing, findings, path, line)
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+            continue
+        if text:
+            yield key, text
+
+
+# ------------------------------------------------------------------------------------------ judgements
+
+QRELS = "query-id<TAB>corpus-id<TAB>score"
+NAMES = {
+    "query": {"query-id", "query", "qid", "queryid", "topic", "topic-id"},
+    "document": {"corpus-id", "doc-id", "docid", "docno", "did", "pid", "passage-id", "document-id", "document", "doc"},
+    "score": {"score", "relevance", "rel", "label", "grade", "judgement", "judgment"},
+}
+ITERATION = {"iteration", "iter", "q0", "0"}  # TREC's second column, which means nothing
+SCORE = re.compile(r"-?\d{1,9}(\.0+)?", re.ASCII)
+
+
+class _Columns(NamedTuple):
+    """Where the judgement stands in a line."""
+
+    separator: str | None  # None: white space
+    width: int
+    query: int
+    document: int
+    score: int
+
+
+def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int]], dict[tuple[str, str], int]]:
+    """(qrels[query id][document id] = score, line of every pair), in file order."""
+    qrels: dict[str, dict[str, int]] = {}
+    lines: dict[tuple[str, str], int] = {}
+    columns: _Columns | None = None
+    before = findings.num_bad
+    for line, raw in raw_lines(path, findings):
+        try:
+            text = decode(raw).rstrip("\r\n")
+            if not text.strip():
+                raise ValueError("blank line: remove it")
+            if columns is None:
+                columns, notes = _columns(text)
+                for what in notes:
+                    findings.note(what, path, line)
+                if not any("no header" in what for what in notes):
+                    continue
+            cells = text.split(columns.separator)
+            if len(cells) != columns.width:
+                between = "tab-separated" if columns.separator else "space-separated"
+                raise ValueError(f"expected {columns.width} {between} columns as on line 1, got {len(cells)}")
+            qid, doc = check_id(cells[columns.query], "query-id"), check_id(cells[columns.document], "corpus-id")
+            score = cells[columns.score]
+            if not SCORE.fullmatch(score):
+                raise ValueError(f"score must be a whole number, got {short(score)}")
+            if (qid, doc) in lines:
+                raise ValueError(f"pair {short(qid)}, {short(doc)} is already on line {lines[qid, doc]}: keep one")
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+            if columns is None:
+                break  # every other line would be as bad
+            continue
+        lines[qid, doc] = line
+        qrels.setdefault(qid, {})[doc] = int(float(score))
+    if not qrels and findings.num_bad == before:
+        findings.bad(path, 1, f"no judgements: a header line and at least one {QRELS}")
+    return qrels, lines
+
+
+def _columns(text: str) -> tuple[_Columns, list[str]]:
+    """What line 1 says about the columns, and what has to be said about that."""
+    separator = "\t" if "\t" in text else None
+    cells = text.split(separator)
+    names = [cell.strip().strip('"').lower().replace("_", "-") for cell in cells]
+    at = {role: [i for i, name in enumerate(names) if name in known] for role, known in NAMES.items()}
+    if any(at.values()) and not SCORE.fullmatch(cells[-1].strip()):
+        if any(len(found) != 1 for found in at.values()) or len(names) > 3 + len(ITERATION & set(names)):
+            raise ValueError(f"header {short(text)}: write {QRELS}")
+        columns = _Columns(separator, len(cells), *(at[role][0] for role in ("query", "document", "score")))
+        return columns, [] if columns[2:] == (0, 1, 2) else [
+            "qrels files with other columns than BEIR's, read by their names"
+        ]
+    if len(cells) == 3 and SCORE.fullmatch(cells[2].strip()):
+        return _Columns(separator, 3, 0, 1, 2), [f"qrels files with no header, read as {QRELS}"]
+    if len(cells) == 4 and SCORE.fullmatch(cells[3].strip()):
+        return _Columns(separator, 4, 0, 2, 3), ["TREC qrels files (4 columns, no header)"]
+    if len(cells) == 6:
+        raise ValueError("6 columns: a ranking (a TREC run) and not judgements; give the qrels")
+    if len(cells) == 1 and "," in text:
+        raise ValueError("separated by commas: write tabs")
+    raise ValueError(f"line 1 is neither the header {QRELS} nor a judgement: got {short(text)}")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def beir_files(folder: Path, split: str) -> list[Path]:
+    """[corpus, queries, qrels of the split]; UserError with what the folder holds instead."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/")
+    names = sorted(p.name for p in folder.iterdir())
+    if not {"qrels", "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"} & set(names):
+        raise UserError(
+            f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){_kind_of_folder(names)}; it holds: "
+            f"{', '.join(names[:10]) or 'nothing'}"
+        )
+    return [_file(folder, "corpus.jsonl", names), _file(folder, "queries.jsonl", names), _qrels_file(folder, split)]
+
+
+def _kind_of_folder(names: list[str]) -> str:
+    ends = {name.rsplit(".", 1)[-1] for name in names}
+    if "arrow" in ends or "dataset_info.json" in names or "dataset_dict.json" in names:
+        return " but a data set that the datasets library saved: write it as JSONL rows"
+    if "parquet" in ends:
+        return " but holds Parquet files: write them as JSONL rows or a BEIR folder"
+    if {"jsonl", "gz"} & ends:
+        return ": give each JSONL file of rows as a data set of its own"
+    return " but a model" if "config.json" in names else ""
+
+
+def _file(folder: Path, name: str, names: list[str]) -> Path:
+    """folder/name or folder/name.gz; both or none is an error."""
+    found = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
+    if len(found) == 2:
+        raise UserError(f"{folder} has both {name} and {name}.gz: remove one")
+    if not found:
+        other = "; Parquet is not read: write it as JSONL" if any(n.endswith(".parquet") for n in names) else ""
+        raise UserError(f"{folder / name} (or .gz) does not exist; the folder holds: {', '.join(names[:10])}{other}")
+    return found[0]
+
+
+def _qrels_file(folder: Path, split: str) -> Path:
+    if not re.fullmatch(r"\w[\w.-]*", split):
+        raise UserError(f"split {split!r} is not a plain name like train or test")
+    qrels = folder / "qrels"
+    found = [file for file in (qrels / f"{split}.tsv", qrels / f"{split}.tsv.gz") if file.is_file()]
+    if len(found) == 2:
+        raise UserError(f"{qrels} has both {split}.tsv and {split}.tsv.gz: remove one")
+    if not found:
+        there = sorted(p.name for p in qrels.iterdir())[:10] if qrels.is_dir() else []
+        splits = sorted({name.removesuffix(".gz").removesuffix(".tsv") for name in there if ".tsv" in name})
+        says = f"splits there: {', '.join(splits) or 'none'}; set split to one"
+        if there and not splits:
+            says = f"{qrels} holds: {', '.join(there)}; judgements are read from {{split}}.tsv"
+        raise UserError(f"{qrels / split}.tsv (or .gz) does not exist; {says}")
+    return found[0]

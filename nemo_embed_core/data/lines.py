@@ -1,0 +1,258 @@
+"""Lines, JSON objects, texts and ids of the files that people write, read strictly; what was met is kept in Findings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.config import DataError, UserError
+from nemo_embed_core.data.normal_form import has_content
+
+MAX_LINE = 16 << 20  # bytes; longer is a broken file, not a row
+MAX_NAMED = 20  # bad lines that an error names; it counts the others
+
+
+class BadLines(DataError):
+    """The first bad lines of all files, one a line of the message, and the number of all."""
+
+    def __init__(self, named: list[str], count: int):
+        # Not DataError's: every message has its own path and line.
+        UserError.__init__(self, "\n".join([*named, *([f"{count:,} bad lines in all"] if count > 1 else [])]))
+
+
+class Findings:
+    """What reading met: bad lines, and what is read but has to be said (`lines()`). One serves all sources of a run.
+
+    strict: the first bad line raises DataError. Otherwise reading goes on with the next line, the first 20 bad ones are
+    named, all are counted, and `raise_bad()` raises them together.
+    """
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
+        self.named: list[str] = []  # path:line: message
+        self.num_bad = 0
+        self.counts: dict[str, int] = {}  # what -> how many of it
+        self._first: dict[str, str] = {}  # what -> path:line
+
+    def bad(self, path: Path, line: int, message: str) -> None:
+        error = DataError(path, line, message)
+        if self.strict:
+            raise error
+        self.num_bad += 1
+        if len(self.named) < MAX_NAMED:
+            self.named.append(str(error))
+
+    def note(self, what: str, path: Path, line: int, count: int = 1) -> None:
+        """what: a plural, "documents with a null title, read as without"."""
+        self._first.setdefault(what, f"{path}:{line}")
+        self.counts[what] = self.counts.get(what, 0) + count
+
+    def raise_bad(self) -> None:
+        if self.num_bad:
+            raise BadLines(self.named, self.num_bad)
+
+    def lines(self) -> list[str]:
+        """For a log: "documents with a null title, read as without: 3 (first: corpus.jsonl:7)"."""
+        return [f"{what}: {count:,} (first: {self._first[what]})" for what, count in self.counts.items()]
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def check_file(path: Path) -> None:
+    if path.is_file():
+        return
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{path} is an address; only files and folders of this machine are read: download it first")
+    near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
+    where = f"{path.parent} holds: {', '.join(near) or 'nothing'}" if path.parent.is_dir() else "nor does its folder"
+    if re.fullmatch(r"[\w.-]+/[\w-]+(\.\d[\w.-]*)?", str(path)) and not near:
+        where += (
+            f'. A data set of the Hugging Face hub has to be downloaded ("hf download {path} --repo-type dataset '
+            '--local-dir DIR") and written as JSONL rows or a BEIR folder'
+        )
+    raise UserError(f"{path} does not exist; {where}")
+
+
+def raw_lines(path: Path, findings: Findings) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes with their newline); split on \\n only (U+2028 may stand inside a string)."""
+    check_file(path)
+    line = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            # readline with a limit: a file without newlines, or a gzip bomb, must not fill the memory.
+            while raw := file.readline(MAX_LINE + 1):
+                line += 1
+                if len(raw) > MAX_LINE:
+                    what = _other_format(raw) or "is a newline missing?"
+                    findings.bad(path, line, f"the line is longer than {MAX_LINE} bytes: {what}")
+                    return  # where the next line begins is a guess
+                if line == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                    raw = raw[3:]  # byte order mark
+                yield line, raw
+        if not line:
+            findings.bad(path, 1, "the file is empty: at least one line is needed")
+    except EOFError:
+        findings.bad(path, line + 1, "the gzip stream ends early: the file is truncated, copy it again")
+    except (gzip.BadGzipFile, zlib.error) as error:
+        findings.bad(path, line + 1, f"not a whole gzip file: {error}; copy it again or rename it")
+    except OSError as error:
+        findings.bad(path, line + 1, f"cannot be read: {os.strerror(error.errno or 0)}")
+
+
+def json_lines(path: Path, findings: Findings, wanted: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, JSON object) of every line. wanted: an object of this file as an example, for messages."""
+    for line, raw in raw_lines(path, findings):
+        try:
+            text = decode(raw)
+            if not text.strip():
+                raise ValueError("blank line: remove it")
+            row = _DECODER.decode(text)
+            if not isinstance(row, dict):
+                raise ValueError(f'the row must be an object like {{"...": ...}}, got {type_name(row)}')
+        except RecursionError:
+            findings.bad(path, line, "JSON nested too deep")
+        except ValueError as error:  # JSONDecodeError, numbers with too many digits, our own
+            if line == 1 and (other := _other_format(raw)):
+                findings.bad(path, line, f"not JSON lines but {other}; what is read has lines like {wanted}")
+                return  # every other line would be as bad
+            message = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                message = f"not JSON: {error.msg} (character {error.pos + 1})"
+            if not raw.endswith(b"\n"):
+                message += " (the last line has no newline: is the file truncated?)"
+            findings.bad(path, line, message)
+        else:
+            yield line, row
+
+
+_MAGIC = (
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"\xff\xff\xff\xff", "an Arrow stream (a data set that the datasets library saved)"),
+    (b"PK\x03\x04", "a zip archive or an Excel sheet"),
+    (b"\xd0\xcf\x11\xe0", "an Excel sheet"),
+    (b"\x1f\x8b", "gzip data: rename it to .jsonl.gz"),
+    (b"BZh", "bzip2 data: decompress it"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard data: decompress it"),
+    (b"\xfd7zXZ", "xz data: decompress it"),
+    (b"SQLite format 3", "an SQLite database"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x80\x02", "a pickle, which is never opened"),
+    (b"\x80\x03", "a pickle, which is never opened"),
+    (b"\x80\x04", "a pickle, which is never opened"),
+    (b"\x80\x05", "a pickle, which is never opened"),
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the file with git lfs pull"),
+    (b"<", "HTML or XML (an error page saved instead of the file?)"),
+    (b"%PDF", "a PDF file"),
+)
+
+
+def _other_format(raw: bytes) -> str | None:
+    """What a file is whose first line is not a JSON object: "a Parquet file"; None where it cannot be told."""
+    for magic, what in _MAGIC:
+        if raw.startswith(magic):
+            return what
+    if raw[257:262] == b"ustar":
+        return "a tar archive"
+    head = raw[:64]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (head.count(0) > len(head) // 3 and b"\0\0" not in head):
+        return "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"
+    text = raw.decode("utf-8", "replace").strip("\r\n ")
+    if text.startswith("["):
+        return "a JSON array: write one object a line, without brackets and commas around them"
+    if text == "{":
+        return "one JSON object over several lines: write each object on one line"
+    if re.search(r"\}\r+\{", text):
+        return "text whose lines end in \\r alone: convert it with tr '\\r' '\\n'"
+    if not text.startswith(("{", "#", "/")):
+        for separator, what in (("\t", "tab-separated columns (TSV)"), (",", "comma-separated columns (CSV)")):
+            if separator in text:
+                return f"{what}: convert them"
+    return None
+
+
+def decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        hint = "convert it, if it is Latin-1 with iconv -f ISO-8859-1 -t UTF-8"
+        raise ValueError(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}; {hint}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {short(next(key for key in keys if keys.count(key) > 1))}: keep one")
+    return row
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+# ------------------------------------------------------------------------------------------ fields
+
+
+def check_text(value: Any, field: str) -> str:
+    """A string with more than white space in it, and valid Unicode."""
+    if not isinstance(value, str):
+        raise ValueError(f"field {field!r} must be a string, got {type_name(value)}")
+    if not value.strip():
+        raise ValueError(f"field {field!r} is empty or only spaces: give it text or remove the row")
+    check_unicode(value, field)
+    return value
+
+
+def is_noise(text: str) -> bool:
+    """Not empty, and yet nothing to read: zero-width, control or replacement characters only. Read, counted and said."""
+    return not has_content(text[:64]) and not has_content(text)  # the beginning of a long text mostly settles it
+
+
+NOISE = "without content (zero-width, control or replacement characters only)"
+
+
+def check_unicode(value: str, field: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"field {field!r} has a lone surrogate at character {error.start + 1}: not Unicode text, remove it"
+        ) from None
+
+
+_BAD_ID = re.compile(r"^\s|\s$|[\t\r\n]")
+
+
+def check_id(value: Any, field: str) -> str:
+    """Ids are strings; integers become strings once, here, so that 1 in a corpus meets 1 in a qrels file."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{field} must be a string or an integer, got {type_name(value)}")
+    if not value or _BAD_ID.search(value):
+        raise ValueError(f"{field} {short(value)} is empty or has spaces around it or a tab or newline inside")
+    check_unicode(value, field)
+    return value
+
+
+def type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), f"a number ({type(value).__name__})")
+
+
+def short(value: Any) -> str:
+    """repr for a message, never longer than a line."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
