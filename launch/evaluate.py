@@ -17,11 +17,15 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    from nemo_embed_core.data.readers import Beir, read_beir
+    from nemo_embed_core.data.readers import Beir, Findings, read_beir
     from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
 
     check(config)
-    beir = read_beir(config.data, config.split)
+    findings = Findings()
+    beir = read_beir(config.data, config.split, config.on_missing, findings)
+    findings.raise_bad()
+    for line in findings.lines():
+        print(line, flush=True)
     if config.max_queries:
         beir = Beir(beir.corpus, dict(list(beir.queries.items())[: config.max_queries]), beir.qrels)
     sizes = f"{len(beir.queries)} queries of split {config.split}, {len(beir.corpus)} documents"

@@ -447,6 +447,8 @@ class EvaluateConfig:
     # Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25
     models: list[str] = field(default_factory=list)
     split: str = "test"
+    # A judgement of a text that does not exist, an empty text: "allow" counts them and keeps what mteb keeps.
+    on_missing: Literal["error", "allow"] = "error"
     output: str = ""  # JSON report; "": only the table
     task: str = ""  # instruction of the queries: "Instruct: {task}\nQuery: {text}"
     max_queries: int = 0  # the first this many queries of the split; 0: all

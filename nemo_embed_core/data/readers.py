@@ -16,13 +16,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nemo_embed_core.config import DatasetConfig
-from nemo_embed_core.data.formats.beir import Beir, OnMissing, beir_files, beir_rows, beir_split, pool_texts
+from nemo_embed_core.data.formats.beir import (
+    Beir,
+    OnMissing,
+    beir_files,
+    beir_rows,
+    beir_split,
+    has_irrelevant,
+    pool_texts,
+)
 from nemo_embed_core.data.formats.ours import Row, jsonl_rows
 from nemo_embed_core.data.lines import BadLines, Findings, check_file
 
 __all__ = [
     "BadLines", "Beir", "Findings", "Row",
-    "check_sources", "read_beir", "read_documents", "read_passages", "read_rows", "source_files",
+    "check_sources", "read_beir", "read_documents", "read_passages", "read_rows", "reading", "source_files",
 ]  # fmt: skip
 
 
@@ -53,6 +61,17 @@ def source_files(config: DatasetConfig) -> list[Path]:
         return beir_files(path, config.split)
     check_file(path)
     return [path]
+
+
+def reading(config: DatasetConfig) -> list[str]:
+    """What decides the rows besides the bytes of source_files, for digests of what is made of them: mostly nothing."""
+    path, how = Path(config.path), []
+    if path.is_dir():
+        if config.on_missing != "error":
+            how.append(f"on_missing={config.on_missing}")
+        if has_irrelevant(path, config.split):
+            how.append("judged irrelevant: neg")  # what was made before they were read has none
+    return how
 
 
 def check_sources(datasets: Iterable[DatasetConfig], passages: Iterable[str | Path] = ()) -> Findings:

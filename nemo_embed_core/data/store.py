@@ -23,7 +23,7 @@ import numpy as np
 
 from nemo_embed_core.config import DataConfig, DataError, UserError
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import read_rows, source_files
+from nemo_embed_core.data.readers import check_sources, read_rows, reading, source_files
 from nemo_embed_core.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1  # changes when the same sources would give other files
@@ -121,18 +121,24 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Callable[[str], No
     sources: list[dict[str, Any]] = []
     for dataset in config.datasets:
         files = {str(file): _sha256(file) for file in source_files(dataset)}
-        sources.append({"task": dataset.task, "document_task": dataset.document_task, "files": files})
+        source = {"task": dataset.task, "document_task": dataset.document_task, "reading": reading(dataset)}
+        sources.append({**source, "files": files})
     made_of = {
         "version": FORMAT_VERSION,
         "tokenizer": tokenizer.digest,
         "query_max_length": config.query_max_length,
         "document_max_length": config.document_max_length,
         # The content of the files, not their names: a moved data set keeps its store.
-        "sources": [[*source["files"].values(), source["task"], source["document_task"]] for source in sources],
+        "sources": [
+            [*source["files"].values(), source["task"], source["document_task"], *source["reading"]]
+            for source in sources
+        ],
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     folder = Path(config.cache_dir) / digest[:32]
     if not folder.exists():
+        for line in check_sources(config.datasets).lines():
+            log(line)
         temporary = folder.with_name(f".building-{digest[:16]}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         try:
             temporary.mkdir(parents=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_embed_core.config import DataError, DatasetConfig, UserError
-from nemo_embed_core.data.readers import Findings, check_sources, read_beir, read_documents, read_rows
+from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError
+from nemo_embed_core.data.readers import Findings, check_sources, read_beir, read_documents, read_rows, reading
+from nemo_embed_core.data.store import open_store
 
 Q1 = '{"query": "q one", "pos": ["p one"], "neg": ["n one"]}\n'
 ROW1 = ("q one", ["p one"], ["n one"])
@@ -349,3 +350,32 @@ def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
     says("nowhere/train.jsonl", "does not exist; nor does its folder")
     (tmp_path / "void").mkdir()
     says(tmp_path / "void", "it holds: nothing")
+
+
+def test_preparing_names_all_bad_lines_says_what_it_met_and_keeps_stores_apart(tmp_path: Path, tokenizer) -> None:
+    folder, log = write(tmp_path / "beir", {"qrels": "q1 0 d1 1\nq2 0 d2 1\nq2 0 GONE 1\n"}), []
+
+    def store(on_missing: str = "allow"):
+        sources = [DatasetConfig(path=str(folder), split="test", on_missing=on_missing)]
+        return open_store(DataConfig(datasets=sources, cache_dir=str(tmp_path / "stores")), tokenizer, log.append)
+
+    first = store()
+    assert log[:2] == [
+        f"TREC qrels files (4 columns, no header): 1 (first: {folder}/qrels/test.tsv:1)",
+        f"judgements of documents that are not in corpus.jsonl, left out: 1 (first: {folder}/qrels/test.tsv:3)",
+    ]
+    (folder / "corpus.jsonl").write_text(CORPUS + '{"_id": "GONE", "text": "back"}\n')
+    with_text = store("error")
+    assert with_text.digest != store("allow").digest, "the option decides the rows, so it is in the digest"
+    assert store("allow").num_documents == with_text.num_documents == first.num_documents + 1
+    (folder / "corpus.jsonl").write_text(CORPUS.replace("_id", "id") + "{}\n")
+    with pytest.raises(DataError) as caught:
+        store()
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
+        *(f"{folder}/corpus.jsonl:{i}" for i in (1, 2, 3, 4)), "4 bad lines in all",
+    ]  # fmt: skip
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(Q1)
+    assert reading(DatasetConfig(path=str(rows))) == [], "rows of a file: the digest is what it was before"
+    irrelevant = write(tmp_path / "irrelevant", {"qrels": QRELS + "q1\td3\t0\n"})
+    assert reading(DatasetConfig(path=str(irrelevant), split="test")) == ["judged irrelevant: neg"]

@@ -118,7 +118,7 @@ def test_bad_row_leaves_nothing_behind(config, tokenizer, tmp_path):
         file.write('{"query": "q", "pos": [], "neg": []}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:4: field 'pos' is empty"):
         build(config, tokenizer)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_text_of_no_tokens_is_named_by_its_line(config, tokenizer, monkeypatch):

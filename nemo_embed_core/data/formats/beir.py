@@ -113,6 +113,12 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
         )
 
 
+def has_irrelevant(folder: Path, split: str) -> bool:
+    """Whether the split judges a document not to answer a query, which is in `neg` of its row."""
+    qrels, _ = _read_qrels(beir_files(folder, split)[2], Findings())
+    return any(score <= 0 for scores in qrels.values() for score in scores.values())
+
+
 def _read_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings, whole: bool) -> _Split:
     """whole: also the texts of documents that the split does not judge."""
     corpus_file, queries_file, file = beir_files(folder, split)
