@@ -16,7 +16,7 @@ Two kernels that each recompute their own tiles would need 8 B P D and, at D = 4
 """
 
 # B queries · M documents of one query (positive first) · P columns: passages of the global batch · K extra documents of one
-# query · D hidden_size · S splits of the columns
+# query · J documents that are right for a query too · D hidden_size · S splits of the columns
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ def _masked_logsumexp_ref(scores: torch.Tensor, keep: torch.Tensor) -> torch.Ten
     return scores.masked_fill(~keep & any_kept[:, None], -math.inf).logsumexp(1).masked_fill(~any_kept, -math.inf)
 
 
-def _column_scores_ref(q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P):
+def _column_scores_ref(q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None):
     """-> scores [B, P], and which of them count"""
     keep_BP = torch.ones(q_BD.shape[0], docs_PD.shape[0], dtype=torch.bool, device=q_BD.device)
     if row_ids_B is not None:
         keep_BP &= row_ids_B[:, None] != doc_ids_P
+        for known_ids_B in () if known_ids_BJ is None else known_ids_BJ.unbind(1):
+            keep_BP &= known_ids_B[:, None] != doc_ids_P
         if labels_B is not None:
             keep_BP |= labels_B[:, None] == torch.arange(docs_PD.shape[0], device=q_BD.device)
     if valid_P is not None:
@@ -93,9 +95,12 @@ def info_nce_in_batch_ref(
     own_docs_BKD: torch.Tensor | None = None,
     own_mask_BK: torch.Tensor | None = None,
     extra_lse_B: torch.Tensor | None = None,
+    known_ids_BJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
     label_B, row_ids_B, has_positive_B = _positives(labels_B, doc_ids_P, valid_P)
-    scores_BP, keep_BP = _column_scores_ref(q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P)
+    scores_BP, keep_BP = _column_scores_ref(
+        q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ
+    )
     lse_B, positive_B = _masked_logsumexp_ref(scores_BP, keep_BP), scores_BP.gather(1, label_B[:, None]).squeeze(1)
     own_lse_B = None
     if own_docs_BKD is not None:
@@ -137,8 +142,10 @@ _COLUMNS = {
     2: [(16, 16, 64, 64, 4, 4), (64, 64, 64, 64, 4, 4), (2**62, 128, 256, 64, 8, 4)],
     4: [(16, 16, 64, 32, 4, 3), (64, 64, 64, 32, 4, 3), (2**62, 128, 128, 32, 8, 3)],
 }
-# Columns of a tile that are masked and exponentiated at a time; in the forward with document ids 128 would spill.
-_PART, _PART_WITH_IDS = 128, 64
+# Columns of a tile that are masked and exponentiated at a time; in the forward with document ids 128 would spill. With known
+# ids, whose loop carries the mask beside the products, 64 would in both directions, and tiles of 256 columns whatever it is.
+_PART, _PART_WITH_IDS, _PART_WITH_KNOWN = 128, 64, 32
+_LARGEST_BLOCK_P_WITH_KNOWN = 128
 _GROUP = 8  # row blocks that run side by side: 8 x 16 tiles on 132 SMs share their q and docs blocks through L2
 _PROGRAMS = 528  # splits of the columns are added until the forward has about this many programs (four per SM)
 _WORKSPACE = 512 * 2**20  # bytes of d(scores) at a time in the backward
@@ -330,21 +337,28 @@ def halves(x):
 
 @triton.jit
 def _keep_scores(
-    scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS: tl.constexpr
+    scores, label, row_group, groups_ptr, known_ptr, num_known, b, p, B, P, HAS_GROUPS: tl.constexpr,
+    HAS_KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Scores that count; the others at -1e30, whose exp is 0 and which, unlike -inf, may be multiplied by it."""
     keep = (b < B)[:, None] & (p < P)[None, :]
     if HAS_GROUPS:
         group = tl.load(groups_ptr + p, mask=p < P, other=-1)
-        other_document = (group[None, :] != row_group[:, None]) | (label[:, None] == p[None, :])
+        other_document = group[None, :] != row_group[:, None]
+        if HAS_KNOWN:
+            for j in range(0, num_known):
+                known = tl.load(known_ptr + b * num_known + j, mask=b < B, other=-2)
+                other_document = other_document & (group[None, :] != known[:, None])
+        other_document = other_document | (label[:, None] == p[None, :])
         keep = keep & (group >= 0)[None, :] & other_document
     return tl.where(keep, scores, -1e30)
 
 
 @triton.jit
 def _accumulate(
-    products, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b, first_column,
-    B, P, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, PART: tl.constexpr,
+    products, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, known_ptr,
+    num_known, b, first_column, B, P, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """The online logsumexp, mean and positive score of rows b after the columns of this tile, PART of them at a time: the
     masks and exponentials of a whole tile do not fit beside its products."""
@@ -352,19 +366,21 @@ def _accumulate(
     if WIDTH > PART:
         left, right = halves(products)
         running_max, total, weighted, positive = _accumulate(
-            left, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b,
-            first_column, B, P, HAS_LABELS, HAS_GROUPS, PART,
+            left, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, known_ptr,
+            num_known, b, first_column, B, P, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
         running_max, total, weighted, positive = _accumulate(
-            right, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b,
-            first_column + WIDTH // 2, B, P, HAS_LABELS, HAS_GROUPS, PART,
+            right, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, known_ptr,
+            num_known, b, first_column + WIDTH // 2, B, P, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
     else:
         p = first_column + tl.arange(0, WIDTH)
         scores = products * inverse_temperature
         if HAS_LABELS:
             positive += tl.sum(tl.where(label[:, None] == p[None, :], scores, 0.0), 1)
-        scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
+        scores = _keep_scores(
+            scores, label, row_group, groups_ptr, known_ptr, num_known, b, p, B, P, HAS_GROUPS, HAS_KNOWN
+        )
         new_max = tl.maximum(running_max, tl.max(scores, 1))
         shift = tl.where(new_max > -1e29, new_max, 0.0)  # nothing kept yet: exp(-1e30 - 0) is 0
         weights = tl.exp(scores - shift[:, None])
@@ -377,10 +393,10 @@ def _accumulate(
 
 @triton.jit
 def _columns_fwd_kernel(
-    q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature,
-    lse_ptr, mean_ptr, positive_ptr, B, P, num_splits, tiles_per_split,
+    q, docs, labels_ptr, row_groups_ptr, groups_ptr, known_ptr, temperature,
+    lse_ptr, mean_ptr, positive_ptr, B, P, num_known, num_splits, tiles_per_split,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_B rows x one split of the columns; partial lse, mean and positive score, [S, B]."""
@@ -402,8 +418,8 @@ def _columns_fwd_kernel(
     for tile in range(split * tiles_per_split, last_tile):
         products = _score_tile(q, docs, first_row, tile * BLOCK_P, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION)
         running_max, total, weighted, positive = _accumulate(
-            products, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, b,
-            tile * BLOCK_P, B, P, HAS_LABELS, HAS_GROUPS, PART,
+            products, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr, known_ptr,
+            num_known, b, tile * BLOCK_P, B, P, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
     out = split.to(tl.int64) * B + b
     tl.store(lse_ptr + out, tl.where(total > 0, running_max + tl.log(total), -float("inf")), mask=b < B)
@@ -441,26 +457,30 @@ def _combine_kernel(
 
 @triton.jit
 def _store_dscores(
-    products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b, first_column,
-    column, B, P, width, row_stride, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, PART: tl.constexpr,
+    products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, known_ptr, num_known, b,
+    first_column, column, B, P, width, row_stride, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr,
+    HAS_KNOWN: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """column: the tile's first one in dscores; PART columns at a time, as in _accumulate."""
     WIDTH: tl.constexpr = products.shape[1]
     if WIDTH > PART:
         left, right = halves(products)
         _store_dscores(
-            left, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b, first_column,
-            column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, PART,
+            left, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, known_ptr, num_known,
+            b, first_column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
         _store_dscores(
-            right, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b,
-            first_column + WIDTH // 2, column + WIDTH // 2, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, PART,
+            right, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, known_ptr, num_known,
+            b, first_column + WIDTH // 2, column + WIDTH // 2, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, HAS_KNOWN,
+            PART,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, WIDTH)
         p = first_column + tl.arange(0, WIDTH)
         scores = products * inverse_temperature
-        scores = _keep_scores(scores, label, row_group, groups_ptr, b, p, B, P, HAS_GROUPS)
+        scores = _keep_scores(
+            scores, label, row_group, groups_ptr, known_ptr, num_known, b, p, B, P, HAS_GROUPS, HAS_KNOWN
+        )
         dscores = tl.exp(scores - lse[:, None]) * (dlse * inverse_temperature)[:, None]
         if HAS_LABELS:
             dscores += tl.where(label[:, None] == p[None, :], (dpositive * inverse_temperature)[:, None], 0.0)
@@ -471,10 +491,10 @@ def _store_dscores(
 
 @triton.jit
 def _columns_dscores_kernel(
-    dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, temperature, lse_ptr,
-    dscores_ptr, B, P, first_column, width, row_stride,
+    dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, known_ptr, temperature, lse_ptr,
+    dscores_ptr, B, P, num_known, first_column, width, row_stride,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the gradient of the unscaled scores, in columns first_column .. first_column + width."""
@@ -497,8 +517,8 @@ def _columns_dscores_kernel(
     lse = tl.where(lse > -1e29, lse, 0.0)
     dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) if HAS_LABELS else dlse
     _store_dscores(
-        products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, b,
-        first_column + column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, PART,
+        products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr, known_ptr, num_known, b,
+        first_column + column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
     )  # fmt: skip
 
 
@@ -511,9 +531,10 @@ def _own_config(config: tuple[int, int, int], num_documents: int, hidden_size: i
     )
 
 
-def _columns_config(num_rows: int, element_size: int) -> tuple[int, int, int, int, int]:
+def _columns_config(num_rows: int, element_size: int, has_known: bool) -> tuple[int, int, int, int, int]:
     for largest, block_b, block_p, block_d, num_warps, num_stages in _COLUMNS[element_size]:
         if num_rows <= largest:
+            block_p = min(block_p, _LARGEST_BLOCK_P_WITH_KNOWN) if has_known else block_p
             return block_b, block_p, block_d, num_warps, num_stages
     raise AssertionError(f"{num_rows=}")
 
@@ -633,11 +654,13 @@ def _columns_fwd(
     labels_B: torch.Tensor | None,
     row_groups_B: torch.Tensor | None,
     groups_P: torch.Tensor | None,
+    known_groups_BJ: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> lse [B] over the columns that count, score of the label's column [B] (0 without), mean [B]; all fp32"""
     num_rows, hidden_size = q_BD.shape
     num_columns = docs_PD.shape[0]
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size())
+    has_known = known_groups_BJ is not None
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size(), has_known)
     row_blocks, tiles = triton.cdiv(num_rows, block_b), triton.cdiv(num_columns, block_p)
     # Few rows: more splits, to fill the GPU. Many rows: at least 11, so that a group of row blocks shares columns.
     tiles_per_split = max(1, tiles // max(11, triton.cdiv(_PROGRAMS, max(1, row_blocks))))
@@ -648,11 +671,11 @@ def _columns_fwd(
         if num_columns:
             q, docs, tma = _operands(q_BD.contiguous(), docs_PD.contiguous(), block_b, block_p, block_d)
             _columns_fwd_kernel[(row_blocks * num_splits,)](
-                q, docs, *_or_unread(lse_B, labels_B, row_groups_B, groups_P), _learned_or(temperature, constant),
-                lse_SB, mean_SB, positive_SB, num_rows, num_columns, num_splits, tiles_per_split,
+                q, docs, *_or_unread(lse_B, labels_B, row_groups_B, groups_P, known_groups_BJ), _learned_or(temperature, constant),
+                lse_SB, mean_SB, positive_SB, num_rows, num_columns, _num_known(known_groups_BJ), num_splits, tiles_per_split,
                 D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
-                HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
-                PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART if groups_P is None else _PART_WITH_IDS,
+                HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None,
+                HAS_KNOWN=has_known, TMA=tma, PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART_WITH_KNOWN if has_known else _PART if groups_P is None else _PART_WITH_IDS,
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(num_rows, 128),)](
@@ -675,7 +698,7 @@ def _or_unread(stand_in: torch.Tensor, *optional: torch.Tensor | None) -> tuple[
 
 
 @_columns_fwd.register_fake
-def _(q_BD, docs_PD, temperature, constant, labels_B, row_groups_B, groups_P):
+def _(q_BD, docs_PD, temperature, constant, labels_B, row_groups_B, groups_P, known_groups_BJ):
     return tuple(q_BD.new_empty(q_BD.shape[0], dtype=torch.float32) for _ in range(3))
 
 
@@ -691,16 +714,18 @@ def _columns_bwd(
     labels_B: torch.Tensor | None,
     row_groups_B: torch.Tensor | None,
     groups_P: torch.Tensor | None,
+    known_groups_BJ: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> dq [B, D], ddocs [P, D]. d(scores) is rounded to the inputs' dtype, as autograd does in plain torch."""
     num_rows, hidden_size = q_BD.shape
     num_columns = docs_PD.shape[0]
     if not num_rows or not num_columns:
         return torch.zeros_like(q_BD), torch.zeros_like(docs_PD)
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size())
+    has_known = known_groups_BJ is not None
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size(), has_known)
     q_BD, docs_PD = q_BD.contiguous(), docs_PD.contiguous()
     q, docs, tma = _operands(q_BD, docs_PD, block_b, block_p, block_d)
-    optional = _or_unread(lse_B, labels_B, row_groups_B, groups_P)
+    optional = _or_unread(lse_B, labels_B, row_groups_B, groups_P, known_groups_BJ)
     chunk = max(block_p, _WORKSPACE // (num_rows * q_BD.element_size()) // block_p * block_p)
     ddocs_PD, dq_BD = torch.empty_like(docs_PD), None
     # Rows start at multiples of 64 elements, whatever P is: GEMMs are slow on unaligned ones.
@@ -711,10 +736,10 @@ def _columns_bwd(
         dscores = workspace[:, :width]
         _columns_dscores_kernel[(triton.cdiv(num_rows, block_b) * triton.cdiv(width, block_p),)](
             dlse_B.contiguous(), dpositive_B.contiguous(), q, docs, *optional, _learned_or(temperature, constant), lse_B,
-            dscores, num_rows, num_columns, first, width, row_stride,
+            dscores, num_rows, num_columns, _num_known(known_groups_BJ), first, width, row_stride,
             D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
-            HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None, TMA=tma,
-            PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART,
+            HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None,
+            HAS_KNOWN=has_known, TMA=tma, PRECISION=_FP32_PRECISION, LEARNED=temperature is not None, PART=_PART_WITH_KNOWN if has_known else _PART,
                 num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         torch.mm(dscores.t(), q_BD, out=ddocs_PD[first : first + width])
@@ -727,7 +752,9 @@ def _columns_bwd(
 
 
 @_columns_bwd.register_fake
-def _(dlse_B, dpositive_B, q_BD, docs_PD, temperature, constant, lse_B, labels_B, row_groups_B, groups_P):
+def _(
+    dlse_B, dpositive_B, q_BD, docs_PD, temperature, constant, lse_B, labels_B, row_groups_B, groups_P, known_groups_BJ
+):
     return q_BD.new_empty(q_BD.shape), docs_PD.new_empty(docs_PD.shape)
 
 
@@ -742,7 +769,7 @@ def _columns_backward(ctx, dlse_B, dpositive_B, _):
     dtemperature = None
     if ctx.needs_input_grad[2]:
         dtemperature = -(_without_empty_rows(dlse_B, lse_B) * mean_B + dpositive_B * positive_B).sum() / temperature
-    return dq_BD, ddocs_PD, dtemperature, None, None, None, None
+    return dq_BD, ddocs_PD, dtemperature, None, None, None, None, None
 
 
 _columns_fwd.register_autograd(_columns_backward, setup_context=_columns_setup_context)
@@ -759,23 +786,34 @@ def _learned_or(temperature: torch.Tensor | None, constant: float) -> torch.Tens
     return constant if temperature is None else temperature
 
 
-def _groups(row_ids_B, doc_ids_P, valid_P, num_rows: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """-> row_groups [B], groups [P], int32: a column counts if its group is >= 0 and not the row's (or it is the label).
+def _num_known(known_groups_BJ: torch.Tensor | None) -> int:
+    return 0 if known_groups_BJ is None else known_groups_BJ.shape[1]
+
+
+def _groups(
+    row_ids_B, doc_ids_P, valid_P, num_rows: int, known_ids_BJ=None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """-> row_groups [B], groups [P], known_groups [B, J], int32: a column counts if its group is >= 0 and neither the row's
+    nor one of those that the row knows (or it is the label).
 
     Ids are renumbered to int32, and valid folded in, because a tile's 64-bit ids would fill the kernel's registers. By a
     sort and without torch.unique, whose output size would have to be read back.
     """
     if doc_ids_P is None:
         if valid_P is None:
-            return None, None
+            return None, None, None
         groups_P = torch.where(valid_P, 0, -1).to(torch.int32)
-        return torch.full((num_rows,), -2, dtype=torch.int32, device=valid_P.device), groups_P
-    ids, order = torch.cat([row_ids_B, doc_ids_P]).sort()
+        return torch.full((num_rows,), -2, dtype=torch.int32, device=valid_P.device), groups_P, None
+    all_ids = [row_ids_B, doc_ids_P]
+    if known_ids_BJ is not None and known_ids_BJ.shape[1]:
+        all_ids.append(known_ids_BJ.flatten())
+    ids, order = torch.cat(all_ids).sort()
     rank = torch.zeros_like(ids)
     rank[1:] = (ids[1:] != ids[:-1]).cumsum(0)
     groups = torch.empty_like(rank, dtype=torch.int32).scatter_(0, order, rank.to(torch.int32))
-    row_groups_B, groups_P = groups[:num_rows], groups[num_rows:]
-    return row_groups_B, groups_P if valid_P is None else groups_P.masked_fill(~valid_P, -1)
+    row_groups_B, groups_P, *known = groups.split([len(x) for x in all_ids])
+    known_groups_BJ = known[0].view(known_ids_BJ.shape) if known else None
+    return row_groups_B, groups_P if valid_P is None else groups_P.masked_fill(~valid_P, -1), known_groups_BJ
 
 
 def info_nce_hard_kernel(
@@ -810,10 +848,11 @@ def info_nce_in_batch_kernel(
     own_docs_BKD: torch.Tensor | None = None,
     own_mask_BK: torch.Tensor | None = None,
     extra_lse_B: torch.Tensor | None = None,
+    known_ids_BJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
     scale = _temperature(temperature, q_BD)
     _, row_ids_B, has_positive_B = _positives(labels_B, doc_ids_P, valid_P)
-    groups = _groups(row_ids_B, doc_ids_P, valid_P, q_BD.shape[0])
+    groups = _groups(row_ids_B, doc_ids_P, valid_P, q_BD.shape[0], known_ids_BJ)
     lse_B, positive_B, _ = _columns_fwd(q_BD, docs_PD, *scale, labels_B, *groups)
     own_lse_B = None
     if own_docs_BKD is not None:
@@ -893,12 +932,14 @@ def info_nce_in_batch(
     own_docs_BKD: torch.Tensor | None = None,
     own_mask_BK: torch.Tensor | None = None,
     extra_lse_B: torch.Tensor | None = None,
+    known_ids_BJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """F.cross_entropy(q @ docs.T / temperature, labels, reduction="none") without the [B, P] logits.
 
     q [B, D], docs [P, D]: bf16, fp16, fp32 (fp64: plain torch).  labels [B] int64: column of each positive; -1: none, then
     loss 0 and gradient 0 (likewise where the positive is not valid).  temperature: float or 0-d tensor, with gradient.
     doc_ids [P] int64: columns with the id of the row's own positive, other than the positive itself, do not count.
+    known_ids [B, J] int64: nor do columns with one of these ids, documents that are right for the row too; -2 in empty places.
     valid [P] bool: False for a missing passage, whose contents must be finite and get gradient 0.
     own_docs [B, K, D], own_mask [B, K]: documents that are terms of their own row only.
     extra_lse [B]: logsumexp of further terms of each row, with gradient (in_batch_logsumexp makes them).
@@ -920,5 +961,11 @@ def info_nce_in_batch(
         )
     if own_docs_BKD is not None:
         _check("info_nce_in_batch (own_docs)", q_BD, own_docs_BKD)
+    if known_ids_BJ is not None and (doc_ids_P is None or known_ids_BJ.shape[:1] != q_BD.shape[:1]):
+        raise ValueError(
+            "info_nce_in_batch: known_ids [B, J] exclude columns by doc_ids; give both, one row for each of q"
+        )
     run = info_nce_in_batch_kernel if _use_kernel(q_BD) else info_nce_in_batch_ref
-    return run(q_BD, docs_PD, labels_B, temperature, doc_ids_P, valid_P, own_docs_BKD, own_mask_BK, extra_lse_B)
+    return run(
+        q_BD, docs_PD, labels_B, temperature, doc_ids_P, valid_P, own_docs_BKD, own_mask_BK, extra_lse_B, known_ids_BJ
+    )

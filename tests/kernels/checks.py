@@ -252,6 +252,7 @@ def info_nce_in_batch(
     valid=False,
     own=0,
     extra=False,
+    known=0,
     dtype="fp32",
     device="cpu",
 ):
@@ -265,6 +266,10 @@ def info_nce_in_batch(
     inputs = {"q_BD": q_BD, "docs_PD": docs_PD, "temperature": torch.tensor(temperature, device=device)}
     if ids:  # every document about three times, with ids that do not fit 32 bits
         options["doc_ids_P"] = torch.randint(0, P // 3 + 1, (P,)).to(device) * 2**40 - 2**41
+    if known:  # some of them the row's own positive, twice, or no column's id; for a share of the rows none at all
+        options["known_ids_BJ"] = options["doc_ids_P"][torch.randint(0, P, (B, known))]
+        options["known_ids_BJ"][torch.rand(B, known) > 0.7] = -2
+        options["known_ids_BJ"][::3] = -2
     if valid:
         options["valid_P"] = (torch.rand(P) > 0.2).to(device)
     if own:
@@ -561,10 +566,12 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, None, 0.1, True, False)
         yield (
             operator_of(module._columns_fwd),
-            (x(3, 16), x(5, 16), temperature, 0.0, torch.tensor([0, 1, 4]), None, None),
+            (x(3, 16), x(5, 16), temperature, 0.0, torch.tensor([0, 1, 4]), None, None, None),
         )
         groups = torch.arange(5, dtype=torch.int32)
-        yield operator_of(module._columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups)
+        yield operator_of(module._columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, None)
+        known = torch.tensor([[1, 4], [-2, 0], [3, 3]], dtype=torch.int32)
+        yield operator_of(module._columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, known)
 
 
 def weighted_squares(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -30,6 +30,8 @@ def test_hard_at_extreme_temperatures(passes, temperature):
 def test_in_batch_within_budget(passes, B, P, D, dtype):
     passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype)
     passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, ids=True, valid=True, own=3, extra=True)
+    passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, ids=True, valid=True, known=1)
+    passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, ids=True, known=5)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 1.0])
@@ -87,9 +89,13 @@ def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):
 def test_renumbered_ids_exclude_the_same_columns():
     rows, columns = torch.tensor([5, -(2**50), 7, 9]), torch.tensor([7, 5, 2**50, -(2**50), 5, 7])
     valid = torch.tensor([True, True, True, True, False, True])
-    row_groups, groups = info_nce._groups(rows, columns, valid, 4)
+    row_groups, groups, _ = info_nce._groups(rows, columns, valid, 4)
     kept = (groups >= 0) & (groups != row_groups[:, None])
     assert torch.equal(kept, valid & (columns != rows[:, None]))
+    known = torch.tensor([[7, -2], [-2, -2], [5, 2**50], [11, -(2**50)]])
+    row_groups, groups, known_groups = info_nce._groups(rows, columns, valid, 4, known)
+    kept = (groups >= 0) & (groups != row_groups[:, None]) & (groups != known_groups[:, :, None]).all(1)
+    assert torch.equal(kept, valid & (columns != rows[:, None]) & (columns != known[:, :, None]).all(1))
     assert groups.dtype == torch.int32
 
 
@@ -101,6 +107,7 @@ def doubles(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]]).bool()
+KNOWN = torch.tensor([[4, -2], [3, 2], [1, 1], [-2, 3]])
 LABELS, IDS, VALID = (
     torch.tensor([0, 3, -1, 5]),
     torch.tensor([1, 2, 1, 3, 4, 5, 3]),
@@ -117,7 +124,7 @@ def test_hard_reference_gradcheck(normalize):
 def test_in_batch_reference_gradcheck():
     inputs = [*doubles((4, 5), (7, 5), (4, 3, 5), (4,)), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)]
     assert torch.autograd.gradcheck(
-        lambda q, d, own, extra, t: info_nce_in_batch(q, d, LABELS, t, IDS, VALID, own, MASK, extra), inputs
+        lambda q, d, own, extra, t: info_nce_in_batch(q, d, LABELS, t, IDS, VALID, own, MASK, extra, KNOWN), inputs
     )
     rows = torch.tensor([1, 9, 2, 3])
     inputs = [inputs[0], inputs[1], inputs[4]]
@@ -135,12 +142,13 @@ def test_hard_equals_cross_entropy_per_row():
 
 def test_in_batch_equals_cross_entropy_over_the_columns_that_count():
     q, docs, own = torch.randn(4, 8), torch.randn(7, 8), torch.randn(4, 3, 8)
-    loss = info_nce_in_batch(q, docs, LABELS, 0.1, IDS, VALID, own, MASK)
+    loss = info_nce_in_batch(q, docs, LABELS, 0.1, IDS, VALID, own, MASK, None, KNOWN)
     for row, label in enumerate(LABELS.tolist()):
         if label < 0 or not VALID[label]:
             assert loss[row] == 0
             continue
-        columns = [label] + [p for p in range(7) if p != label and VALID[p] and IDS[p] != IDS[label]]
+        right = {int(IDS[label]), *KNOWN[row].tolist()}
+        columns = [label] + [p for p in range(7) if p != label and VALID[p] and int(IDS[p]) not in right]
         scores = torch.cat([docs[columns] @ q[row], own[row][MASK[row]] @ q[row]]) / 0.1
         torch.testing.assert_close(loss[row], F.cross_entropy(scores, torch.tensor(0)))
 
@@ -203,5 +211,7 @@ def test_wrong_shapes_say_what_is_wanted():
         info_nce_hard(q, docs, mask.float(), 0.1)
     with pytest.raises(ValueError, match="labels"):
         info_nce_in_batch(q, docs[0], torch.zeros(3, dtype=torch.int64), 0.1)
+    with pytest.raises(ValueError, match=r"known_ids \[B, J\]"):
+        info_nce_in_batch(q, docs[0], torch.zeros(2, dtype=torch.int64), 0.1, known_ids_BJ=torch.zeros(2, 1))
     with pytest.raises(ValueError, match="both or neither"):
         in_batch_logsumexp(q, docs[0], 0.1, torch.zeros(2, dtype=torch.int64))
