@@ -371,20 +371,37 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MineDatasetConfig:
+    path: str  # as in training
+    task: str | None = None  # instruction of the queries; "": none; null: the model's own
+    document_task: str | None = None  # the same for documents
+    split: str = "train"  # of a BEIR folder: qrels/{split}.tsv
+    on_missing: Literal["error", "allow"] = "error"  # as in training
+
+
+@dataclass(frozen=True, kw_only=True)
 class MineConfig:
     """Hard negatives: the top passages of each query that score below threshold x its positive."""
 
     # Whose scores decide, one or several (--model A B): a checkpoint or run of ours, a Hugging Face folder, any
-    # sentence-transformers folder (with its own prompts), or a folder of precomputed documents.npy and queries.npy.
+    # sentence-transformers folder, or a folder of precomputed documents.npy and queries.npy.
     model: list[str] | str = field(default_factory=list)
     data: str = ""  # whose queries are mined: a .jsonl[.gz] file of {"query", "pos", "neg"} rows, or a BEIR folder
     split: str = "train"  # of a BEIR folder: qrels/{split}.tsv
-    task: str = ""  # instruction of the queries, as in training
-    document_task: str = ""  # instruction of the documents (symmetric tasks only)
-    datasets: list[DatasetConfig] = field(default_factory=list)  # in place of the four above, as in training
+    # Of a BEIR folder and of --corpus: judgements of texts that do not exist, and empty texts: "allow" leaves them out, counted.
+    on_missing: Literal["error", "allow"] = "error"
+    # Instructions of queries and documents; null: the model's own (a checkpoint's: what it was trained with), "": none.
+    task: str | None = None
+    document_task: str | None = None
+    datasets: list[MineDatasetConfig] = field(default_factory=list)  # in place of the five above, as in training
     # JSONL of {"query", "pos", "neg", ...} that launch/train.py reads; of several datasets a folder with one file for each
     output: str = ""
-    corpus: str = ""  # JSONL of {"text"} passages to search besides; "": all passages of the data
+    corpus: str = ""  # JSONL of {"text"} documents to search besides; "": all documents of the data
+    pool: Literal["all", "corpus"] = "all"  # corpus: search nothing but --corpus
+    # Documents that are not searched, as those of an evaluation: JSONL files of {"text"}, and splits of BEIR folders, whose
+    # judged documents are meant (--exclude heldout.jsonl data/nq:test).
+    exclude: list[str] = field(default_factory=list)
+    keep_negatives: bool = False  # those that the rows have come first, whatever they score (BEIR: judged with score 0)
     write_texts: str = ""  # only write the texts to embed to this folder: documents.jsonl and queries.jsonl
     # Keep scores < threshold x positive's score, in (0, 2) (sentence-transformers: relative_margin = 1 - threshold).
     threshold: float = 0.95
@@ -403,12 +420,14 @@ class MineConfig:
     method: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # of the search GEMM; the answer is the same, proven
     # Also write the result as: flagembedding, tevatron, sentence-transformers, automodel (--formats A B).
     formats: list[str] = field(default_factory=list)
-    query_max_length: int = 512  # tokens
-    document_max_length: int = 512  # tokens
+    query_max_length: int | None = None  # tokens; null: the model's own, 512 where it says nothing
+    document_max_length: int | None = None  # tokens
+    similarity: Literal["cosine", "dot"] | None = None  # of two embeddings; null: the model's own
     max_tokens: int = 16384  # packed tokens of one encoder batch
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    dtype: Literal["float16", "float32"] = "float16"  # of the stored embeddings
+    # Of the stored embeddings, whose scores are compared; null: float16, and float32 for dot products of any length.
+    dtype: Literal["float16", "float32"] | None = None
     shard_size: int = 16384  # texts per file of embeddings: a kill costs each rank at most one of them
     block_queries: int = 8192  # queries per file of search results
 
@@ -427,8 +446,13 @@ class MineConfig:
                 "give --data PATH [--task ...], or datasets: [{path, task}, ...] in a config file, "
                 f"{'not both' if self.data else 'one of them'}"
             )
-        if self.datasets and (self.task or self.document_task or self.split != "train"):
+        if self.datasets and (self.task is not None or self.document_task is not None or self.split != "train"):
             raise UserError("--task, --document_task and --split belong to --data; each of `datasets` has its own")
+        for name in ("query_max_length", "document_max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1 token")
+        if self.pool == "corpus" and not self.corpus:
+            raise UserError("--pool corpus searches nothing but --corpus, which is missing")
         if not self.write_texts:
             for name in ("model", "output"):
                 if not getattr(self, name):

@@ -74,15 +74,24 @@ class Embedder:
         """Of num_encoded, those that were cut to their max_length."""
         return self.tokenizer.num_truncated
 
-    @torch.inference_mode()
     def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
         """normalize(mean of hidden states of prompt + text): [len(texts), D] fp32 unit rows, in the given order.
 
         Texts longer than max_length tokens (prompt and special tokens included) are cut there; `num_truncated` counts them.
         UserError when the prompt leaves no room for text: tokenizer.check_prompt asks that before anything is read.
         """
+        return self.encode_tokens(self.tokenize(texts, prompt, max_length)[0])
+
+    def tokenize(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> tuple[list[np.ndarray], int]:
+        """(ids of prompt + text, cut at max_length, for each text; how many texts lost tokens)."""
+        before = self.num_truncated
         tokens = self.tokenizer.encode(texts, max_length, prompt)
-        out = np.empty((len(texts), self.hidden_size), dtype=np.float32)
+        return tokens, self.num_truncated - before
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: list[np.ndarray]) -> np.ndarray:
+        """encode() of texts that `tokenize` has made ids of."""
+        out = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
         for indices, batch in pack_texts(tokens, self.max_tokens):
             batch = batch.to(self.device)
             segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)

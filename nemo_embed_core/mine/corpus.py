@@ -1,7 +1,10 @@
-"""Texts encoded once into memory-mapped shards of unit rows, so that no failure costs more than one shard.
+"""Texts encoded once into memory-mapped shards, so that no failure costs more than one shard.
 
     folder/00000.npy     [n, D] float16 or float32, readable by numpy.load
-    folder/00000.json    what it is: model, texts, prompt, max_length, dtype, rows, sha256 of the .npy
+    folder/00000.json    what it is: model, texts, prompt, max_length, dtype, rows, sha256 of the .npy; and of the texts that
+                         fill max_length the indices and keys of their tokens, where the model tells them
+
+Texts are read a few megabytes at a time, so a shard of long ones need not fit in memory.
 
 Both are written beside, synced and renamed, the sidecar last: a shard without a sidecar does not exist. A shard whose
 sidecar says what this run would write, and whose bytes have the sha256 it gives, is not encoded again; one that says
@@ -10,10 +13,11 @@ something else is refused by name, never reused.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,10 +29,15 @@ from nemo_embed_core.mine.progress import Progress
 
 FORMAT = 1
 UNIT_TOLERANCE = 1e-3  # of |row| - 1; bf16 activations, normalised in fp32, stay below 1e-6
+BATCH_CHARACTERS = 4 << 20  # of the texts that are in memory at once
 
 
 class Encodes(Protocol):
-    """What mining needs of a model (nemo_embed_core.embedder.Embedder, or anything like it)."""
+    """What mining needs of a model (nemo_embed_core.embedder.Embedder, or anything like it).
+
+    Where it also has `tokenize(texts, prompt, max_length) -> (ids per text, how many lost tokens)`, truncation is counted, and
+    with `encode_tokens(ids)` a text is tokenised once.
+    """
 
     @property
     def hidden_size(self) -> int: ...
@@ -105,6 +114,7 @@ def encode_corpus(
     prompt: str = "",
     max_length: int = 512,
     dtype: str = "float16",
+    unit: bool = True,
     shard_size: int = 16384,
     ranks: Ranks | None = None,
     name: str = "texts",
@@ -112,9 +122,10 @@ def encode_corpus(
 ) -> Corpus:
     """np.concatenate([embedder.encode(texts[i : i + shard_size], prompt, max_length).astype(dtype) ...]), resumable.
 
+    unit: rows of another length than 1 are refused; else only rows that are zero, or not finite in dtype.
     With several ranks, rank r encodes shards r, r + size, ... of one folder that all of them see; all return the whole.
     """
-    if not texts:
+    if not len(texts):
         raise UserError(f"{folder}: there are no {name} to encode")
     if dtype not in ("float16", "float32"):
         raise UserError(f"dtype={dtype} of the {name} embeddings must be float16 or float32")
@@ -125,12 +136,12 @@ def encode_corpus(
     sizes = [min(shard_size, len(texts) - i * shard_size) for i in mine]
     progress = Progress("encoded", name, sum(sizes), log, shown=ranks.rank == 0)
     for i, size in zip(mine, sizes, strict=True):
-        part = texts[i * shard_size : i * shard_size + size]
+        first, path = i * shard_size, folder / f"{i:05d}.npy"
         shape = [size, embedder.hidden_size]
         sidecar: dict[str, Any] = {
             "format": FORMAT,
             "model": embedder.digest,
-            "texts": texts_digest(part),
+            "texts": texts_digest(texts[j] for j in range(first, first + size)),
             "prompt": prompt,
             "max_length": max_length,
             "dtype": dtype,
@@ -139,10 +150,25 @@ def encode_corpus(
         if _is_done(folder, i, sidecar, log):
             reused += 1
             progress.skip(size)
+            have = read_sidecar(path) or {}
+            if hasattr(embedder, "tokenize") and "truncated" not in have:  # of a run from before it was counted
+                late = _Cuts(embedder, prompt, max_length)
+                for part in _batches(texts, first, size):
+                    late.add(part)
+                _publish_sidecar(path, have | late.found())
             continue
-        rows = _checked(np.asarray(embedder.encode(part, prompt, max_length)), part, i * shard_size, shape)
+        cuts = _Cuts(embedder, prompt, max_length) if hasattr(embedder, "tokenize") else None
+        once, pieces = hasattr(embedder, "encode_tokens"), []
+        for part in _batches(texts, first, size):
+            if cuts is not None:
+                cuts.add(part, keep=once)
+            if not once:
+                pieces.append(np.asarray(embedder.encode(part, prompt, max_length)))
+        if once and cuts is not None:
+            pieces.append(np.asarray(embedder.encode_tokens(cuts.tokens)))  # type: ignore[attr-defined]
+        rows = _checked(np.concatenate(pieces), texts, first, shape, dtype, unit)
         failpoint(f"{name}.encoded", i)
-        publish(folder / f"{i:05d}.npy", npy_bytes(rows.astype(dtype)), sidecar)
+        publish(path, npy_bytes(rows), sidecar | (cuts.found() if cuts is not None else {}))
         progress.step(size)
     progress.close()
     if reused and ranks.rank == 0:
@@ -155,7 +181,31 @@ def open_corpus(folder: Path, num_shards: int) -> Corpus:
     return Corpus([np.load(folder / f"{i:05d}.npy", mmap_mode="r", allow_pickle=False) for i in range(num_shards)])
 
 
-def texts_digest(texts: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Truncation:
+    """Of the texts of a corpus: how many lost tokens (None: the model does not say), and which fill the length with what."""
+
+    num_truncated: int | None
+    numbers: list[int]
+    keys: list[bytes]
+
+
+def read_truncation(folder: Path, num_shards: int) -> Truncation:
+    total, numbers, keys = 0, [], []
+    start = 0
+    for i in range(num_shards):
+        sidecar = read_sidecar(folder / f"{i:05d}.npy") or {}
+        if "truncated" not in sidecar:
+            return Truncation(None, [], [])
+        total += sidecar["truncated"]
+        numbers += (start + np.frombuffer(base64.b64decode(sidecar["full"]), "<i4")).tolist()
+        found = base64.b64decode(sidecar["full_keys"])
+        keys += [found[at : at + 16] for at in range(0, len(found), 16)]
+        start += sidecar["shape"][0]
+    return Truncation(total, numbers, keys)
+
+
+def texts_digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode()
@@ -164,18 +214,69 @@ def texts_digest(texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _checked(rows: np.ndarray, texts: Sequence[str], first: int, shape: list[int]) -> np.ndarray:
+def _batches(texts: Sequence[str], first: int, count: int) -> Iterator[list[str]]:
+    """texts[first : first + count] in lists of at most BATCH_CHARACTERS, or of one text."""
+    part: list[str] = []
+    size = 0
+    for j in range(first, first + count):
+        text = texts[j]
+        if part and size + len(text) > BATCH_CHARACTERS:
+            yield part
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    yield part
+
+
+class _Cuts:
+    """What truncation did to the texts of a shard, as its sidecar has it: texts with the same key are the same to the model."""
+
+    def __init__(self, embedder: Any, prompt: str, max_length: int):
+        self.embedder, self.prompt, self.max_length = embedder, prompt, max_length
+        self.tokens: list[np.ndarray] = []
+        self.count = self.truncated = 0
+        self.full: list[int] = []
+        self.keys = bytearray()
+
+    def add(self, part: list[str], keep: bool = False) -> None:
+        tokens, truncated = self.embedder.tokenize(part, self.prompt, self.max_length)
+        self.truncated += truncated
+        for i, ids in enumerate(tokens, self.count):
+            if len(ids) >= self.max_length:
+                self.full.append(i)
+                self.keys += hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
+        self.count += len(part)
+        if keep:
+            self.tokens += tokens
+
+    def found(self) -> dict[str, Any]:
+        full = base64.b64encode(np.array(self.full, "<i4").tobytes()).decode()
+        return {"truncated": self.truncated, "full": full, "full_keys": base64.b64encode(self.keys).decode()}
+
+
+def _checked(
+    rows: np.ndarray, texts: Sequence[str], first: int, shape: list[int], dtype: str, unit: bool
+) -> np.ndarray:
+    """rows as dtype, when every one is a vector that may be searched."""
     assert list(rows.shape) == shape, f"the embedder returned {rows.shape} for {shape}"
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
-    bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # not <=: also NaN
+    good = np.abs(norms - 1) <= UNIT_TOLERANCE if unit else (norms > 0) & np.isfinite(norms)  # both: not NaN
+    bad = np.flatnonzero(~good)
     if len(bad):
         i = int(bad[0])
+        what = "unit vectors" if unit else "finite vectors other than 0"
         raise UserError(
-            f"{len(bad)} of {len(rows)} embeddings are not unit vectors; the first is text {first + i} "
-            f"({texts[i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows (try --precision fp32 and "
+            f"{len(bad)} of {len(rows)} embeddings are not {what}; the first is text {first + i} "
+            f"({texts[first + i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows (try --precision fp32 and "
             "look at the last lines of its metrics.jsonl), or the row of a precomputed embedding is"
         )
-    return rows
+    with np.errstate(over="ignore"):
+        stored = rows.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise UserError(
+            f"embeddings have values up to {np.abs(rows).max():.4g}, which {dtype} cannot hold: --dtype float32"
+        )
+    return stored
 
 
 # ------------------------------------------------------------------------------------------ published files
@@ -192,8 +293,12 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def publish(path: Path, data: bytes, sidecar: dict[str, Any]) -> None:
     """data at path and {**sidecar, sha256} beside it, or, after a crash at any point, no sidecar."""
     write_atomically(path, data)
-    described = {**sidecar, "sha256": hashlib.sha256(data).hexdigest()}
-    write_atomically(path.with_suffix(".json"), json.dumps(described, indent=1, ensure_ascii=False).encode())
+    _publish_sidecar(path, {**sidecar, "sha256": hashlib.sha256(data).hexdigest()})
+
+
+def _publish_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
+    text = json.dumps(sidecar, indent=1, ensure_ascii=False)
+    write_atomically(path.with_suffix(".json"), text.encode())
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -1,20 +1,21 @@
 """Rows in, rows with mined negatives out: positive-aware mining after NV-Retriever (arXiv:2407.15831).
 
-A passage may be a negative of a query when its score is below `ceiling(positive's score)`:
+A document may be a negative of a query when its score is below `ceiling(positive's score)`:
 
     threshold * s              for s >= 0    ("percentage to positive"; 0.95 in the paper)
     s - (1 - threshold) * |s|  in general    (threshold * s would lie ABOVE a negative s and let everything through)
 
 With several positives the lowest-scoring one gives the ceiling: nothing returned beats any positive by the margin.
-Never returned: a positive of the row, or of any row with the same query; the query itself; and what equals one of them
-after whitespace and case are normalised. Of texts equal in that sense only the first is searched.
+Never returned: a document that any data of the run judges relevant for the query; the query itself; a document of the query's
+group; one that is the same as a positive once both are cut at the model's length; and what equals one of them in normal form
+(data/normal_form.py). Of texts equal in that sense only the first is searched.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ import numpy as np
 import torch
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.mine.corpus import Encodes, Ranks, encode_corpus, write_atomically
-from nemo_embed_core.mine.pool import Pool, Row, known_passages
+from nemo_embed_core.mine.corpus import Encodes, Ranks, Truncation, encode_corpus, read_truncation, write_atomically
+from nemo_embed_core.mine.pool import Cut, Document, Exclusions, Known, Pool, Row, Rows, exclusions
 from nemo_embed_core.mine.report import build_report, print_report, sweep_entry
 from nemo_embed_core.mine.search import Lists, Search, find
 from nemo_embed_core.mine.selection import Selection, check_threshold
 from nemo_embed_core.mine.streaming import kernel_is_available
 from nemo_embed_core.mine.teachers import Teacher
-from nemo_embed_core.mine.topk import Exclude, topk_below
+from nemo_embed_core.mine.topk import Exclude
 
 NUM_SAMPLED, NUM_SUSPECTS = 1000, 50  # rows looked at without the ceiling, and how many of them are kept for reading
 NUM_RANDOM_PAIRS = 2000  # the yardstick of a trivial negative
@@ -40,78 +41,108 @@ def mine_negatives(
     teachers: Encodes | Teacher | Iterable[Encodes | Teacher],
     output: str | Path,
     *,
-    passages: Iterable[str] = (),
+    passages: Iterable[str | Document] = (),
     selection: Selection | None = None,
     sweep: Sequence[float] = (),
+    known: Known | None = None,
+    excluded: Collection[bytes] = frozenset(),
+    keep_negatives: bool = False,
+    negatives_are_judged: bool = False,
+    rows_are_searched: bool = True,
     prompt: str = "",
     document_prompt: str = "",
     query_max_length: int = 512,
     document_max_length: int = 512,
     method: str = "auto",
     device: torch.device | str = "cpu",
-    dtype: str = "float16",
+    dtype: str | None = None,
     shard_size: int = 16384,
     block_queries: int = 8192,
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The rows again, in order, with neg = the best-scoring passages below the ceiling, into `output`; the report.
+    """The rows again, in order, with neg = the best-scoring documents below the ceiling, into `output`; the report.
 
-    teachers: one model or several (`selection.combine`), an iterable of them being loaded one after the other; prompt
-    and document_prompt are those of teachers that bring none. sweep: further thresholds to report on.
-    Searched are all passages (pos and neg) of the rows and `passages`. Work in progress lies in `<output>.work` (one
-    file per shard and per block of queries): a run that was killed continues when it is started again. Output lines:
-    {"query", "pos", "neg", "pos_scores", "neg_scores"}, every row kept, also with 0 negatives.
+    teachers: one model or several (`selection.combine`), an iterable of them being loaded one after the other; prompts and
+    lengths are those of models that are no Teacher, which has its own. sweep: further thresholds to report on.
+    Searched are `passages` and (rows_are_searched) all documents, pos and neg, of the rows.
+    known: what else is relevant for a query; None: what the rows say. excluded: normal keys of documents not to search.
+    keep_negatives: those that a row has come first, whatever they score. negatives_are_judged: they are known to be
+    irrelevant (score 0 in qrels), so no suspects.
+    dtype of the stored embeddings: None for float16, and float32 where rows are not of unit length.
+    Work in progress lies in `<output>.work` (one file per shard and per block of queries): a run that was killed continues
+    when it is started again. Output lines: {"query", "pos", "neg", "pos_scores", "neg_scores"}, and "id", "lang", "group",
+    "pos_ids" and "neg_ids" where the data has them; every row kept, also with 0 negatives.
     """
-    output, rows, ranks, selection = Path(output), list(rows), ranks or Ranks(), selection or Selection()
+    output, ranks, selection = Path(output), ranks or Ranks(), selection or Selection()
     say = log if ranks.rank == 0 else (lambda _: None)
-    if not rows:
-        raise UserError("there are no rows to mine for")
     for threshold in sweep:
         check_threshold(threshold, "sweep")
-    pool = Pool.of_rows(rows, passages)
-    say(
-        f"{len(rows):,} queries, {pool.num_searched:,} documents to search, "
-        f"{len(pool.texts) - pool.num_searched:,} spelling variants set aside"
-    )
+    pool = Pool(excluded)
+
+    def search_too(documents: Iterable[str | Document]) -> None:
+        for one in documents:
+            pool.add(*(one if isinstance(one, Document) else (one, "")), is_of_a_row=False)
+
+    if not rows_are_searched:
+        search_too(passages)
+        pool.searched_so_far()
+    table = Rows(rows, pool, known)
+    if not len(table):
+        raise UserError("there are no rows to mine for")
+    if rows_are_searched:
+        search_too(passages)
+    pool.close()
+    aside = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in sorted(pool.counts.items()))
+    say(f"{len(table):,} queries, {pool.num_searched:,} documents to search{f'; set aside: {aside}' if aside else ''}")
+    if not pool.num_searched:
+        raise UserError(f"there are no documents to search: all of {len(pool.texts):,} are set aside ({aside})")
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(output.name + ".work")
-    exclude = known_passages(rows, pool)
-    positives = Exclude.from_lists([[pool.id(text) for text in row.pos] for row in rows])
+    positives, given = table.pos, table.neg
+    no_exclusions = Exclusions(*[Exclude(np.zeros(1, np.int64), np.empty(0, np.int64))] * 2)
     searches: list[Search] = []
-    described = []
+    described: list[dict[str, Any]] = []
+    cuts: list[Cut] = []
     positive_scores = np.empty(0, np.float32)
     lowest: list[np.ndarray] = []
-    for number, teacher in enumerate(_each(teachers, prompt, document_prompt)):
+    usage: dict[str, Any] = {"prompt": prompt, "document_prompt": document_prompt}
+    usage |= {"query_max_length": query_max_length, "document_max_length": document_max_length}
+    for number, teacher in enumerate(_each(teachers, usage)):
         folder = work if number == 0 else work / f"teacher-{number}"
-        common: dict[str, Any] = {"dtype": dtype, "shard_size": shard_size, "ranks": ranks, "log": say}
+        is_unit = teacher.similarity == "cosine"
+        stored = dtype or ("float16" if is_unit else "float32")
+        common: dict[str, Any] = {
+            "dtype": stored, "unit": is_unit, "shard_size": shard_size, "ranks": ranks, "log": say,
+        }  # fmt: skip
         documents = encode_corpus(
             pool.texts, teacher.documents, folder / "documents", prompt=teacher.document_prompt,
-            max_length=document_max_length, name="documents", **common,
+            max_length=teacher.document_max_length, name="documents", **common,
         )  # fmt: skip
         queries = encode_corpus(
-            [row.query for row in rows], teacher.queries, folder / "queries", prompt=teacher.prompt,
-            max_length=query_max_length, name="queries", **common,
+            table.queries, teacher.queries, folder / "queries", prompt=teacher.prompt,
+            max_length=teacher.query_max_length, name="queries", **common,
         )  # fmt: skip
         search = Search(
-            queries=queries, documents=documents, num_searched=pool.num_searched, exclude=exclude, work=folder,
+            queries=queries, documents=documents, num_searched=pool.num_searched, exclude=no_exclusions, work=folder,
             method=method, device=device, block_queries=block_queries, ranks=ranks, log=say,
         )  # fmt: skip
         scores = search.scores(positives)
         positive_scores = positive_scores if searches else scores
         lowest.append(np.minimum.reduceat(scores, positives.indptr[:-1]))
         searches.append(search)
-        digest = {"documents": teacher.documents.digest, "queries": teacher.queries.digest}
-        described.append(
-            {
-                "model": digest["queries"] if len(set(digest.values())) == 1 else digest,
-                "prompt": teacher.prompt,
-                "document_prompt": teacher.document_prompt,
-            }
-        )
+        truncation = {
+            side: read_truncation(folder / side, len(corpus.arrays))
+            for side, corpus in (("documents", documents), ("queries", queries))
+        }
+        cuts.append(Cut(truncation["documents"].numbers, truncation["documents"].keys))
+        described.append(_described(teacher, stored, truncation, cuts[-1]))
         del teacher  # its memory is the next one's
     if not searches:
         raise UserError("there are no models to mine with")
+    exclude = exclusions(table, cuts)
+    for search in searches:
+        search.exclude = exclude
 
     depth = selection.num_searched if len(searches) == 1 else max(selection.num_searched, selection.combine_depth)
     width = min(8 * depth, depth + 256) if sweep else depth
@@ -127,21 +158,28 @@ def mine_negatives(
         if limit is not None and limit in sweep:
             swept.append(sweep_entry(limit, chosen[0], lowest[0]))
 
+    first, ceilings = searches[0], selection.ceilings(lowest[0])
+    judgements = Given.of(table, exclude, first, ceilings, ids)
+    storage = _storage(described[0], first, selection, ceilings, scores)
+    if keep_negatives:
+        scores, ids = judgements.before(scores, ids)
     settings = {
-        "models": described, "queries": len(rows), "documents": pool.num_searched,
-        "duplicates_removed": len(pool.texts) - pool.num_searched, **asdict(selection),
-        "query_max_length": query_max_length, "document_max_length": document_max_length, "dtype": dtype,
+        "models": described, "queries": len(table), "documents": pool.num_searched,
+        "duplicates_removed": pool.counts["variants"], "documents_excluded": pool.counts["excluded"],
+        "documents_without_content": pool.counts["without_content"], **asdict(selection),
+        **{key: described[0][key] for key in ("query_max_length", "document_max_length", "dtype")},
         "topk": "csrc" if torch.device(device).type == "cuda" and kernel_is_available() else "torch",
+        "storage": storage, "given_negatives": {**judgements.counts, "kept": keep_negatives},
+        "noise": table.noise | _same_when_cut(table, cuts),
     }  # fmt: skip
-    first = searches[0]
     report = build_report(
         positive_scores=positive_scores, lowest=lowest[0], scores=scores, random_scores=random_scores(first),
-        query_texts=[row.query for row in rows], languages=[getattr(row, "lang", "") for row in rows], settings=settings, stats=first.stats, sweep=swept[::-1],
+        query_texts=table.queries, languages=table.langs, settings=settings, stats=first.stats, sweep=swept[::-1],
         num_searched_again=sum(search.num_again for search in searches),
     )  # fmt: skip
     if ranks.rank == 0:
-        report |= suspects(rows, pool, first, lowest[0], selection.ceilings(lowest[0]))
-        write_atomically(output, _lines(rows, pool, positives, positive_scores, scores, ids))
+        report |= suspects(table, first, lowest[0], ceilings, given if negatives_are_judged else None)
+        write_atomically(output, _lines(table, positives, positive_scores, scores, ids))
         report_path = output.with_name(output.name + ".report.json")
         write_atomically(report_path, json.dumps(report, indent=1, ensure_ascii=False).encode())
         print_report(report, say)
@@ -150,34 +188,142 @@ def mine_negatives(
     return report
 
 
-def _each(
-    teachers: Encodes | Teacher | Iterable[Encodes | Teacher], prompt: str, document_prompt: str
-) -> Iterator[Teacher]:
+def _each(teachers: Encodes | Teacher | Iterable[Encodes | Teacher], usage: dict[str, Any]) -> Iterator[Teacher]:
     if isinstance(teachers, Teacher):
         yield teachers
     elif isinstance(teachers, Iterable):
         for one in teachers:
-            yield one if isinstance(one, Teacher) else Teacher.of(one, prompt, document_prompt)
+            yield one if isinstance(one, Teacher) else Teacher.of(one, **usage)
             del one  # before the next is loaded
     else:
-        yield Teacher.of(teachers, prompt, document_prompt)
+        yield Teacher.of(teachers, **usage)
+
+
+def _described(teacher: Teacher, dtype: str, truncation: dict[str, Truncation], cut: Cut) -> dict[str, Any]:
+    """A teacher in the report: what it is, how texts became vectors, and what of them was cut off (None: not known)."""
+    digest = {"documents": teacher.documents.digest, "queries": teacher.queries.digest}
+    return {
+        "model": digest["queries"] if len(set(digest.values())) == 1 else digest,
+        "name": teacher.name,
+        "prompt": teacher.prompt,
+        "document_prompt": teacher.document_prompt,
+        "query_max_length": teacher.query_max_length,
+        "document_max_length": teacher.document_max_length,
+        "similarity": teacher.similarity,
+        "dtype": dtype,
+        "queries_truncated": truncation["queries"].num_truncated,
+        "documents_truncated": truncation["documents"].num_truncated,
+        "documents_same_when_cut": sum(map(len, cut.members)),
+    }
+
+
+def _same_when_cut(rows: Rows, cuts: list[Cut]) -> dict[str, int]:
+    """Rows with a given negative, and given negatives, that a model cannot tell from a positive of the row."""
+    positives, given = rows.pos, rows.neg
+    num_rows = num_negatives = 0
+    for i in range(len(rows)):
+        same: set[int] = set()
+        for cut in cuts:
+            classes = {cut.of_document.get(n) for n in positives.of(i).tolist()} - {None}
+            same |= {n for n in given.of(i).tolist() if cut.of_document.get(n) in classes}
+        num_rows += bool(same)
+        num_negatives += len(same)
+    return {"negative_equals_positive_when_cut": num_rows, "negatives_equal_to_a_positive_when_cut": num_negatives}
+
+
+def _storage(
+    model: dict[str, Any], search: Search, selection: Selection, ceilings: np.ndarray, scores: np.ndarray
+) -> dict[str, Any]:
+    """Scores, and so ceilings, are of the stored rows; score_error: how far the scores of the model's own can be from them.
+
+    float16: |x - x^| <= 2^-11 |x| + 2^-25 sqrt(D) on either side, for rows of unit length. None: not known.
+    """
+    error: float | None = 0.0
+    if model["dtype"] == "float16":
+        error = 2.0**-10 + 2.0**-24 * search.queries.shape[1] ** 0.5 if model["similarity"] == "cosine" else None
+    count = None
+    if error is not None:
+        slope = 1 + max(
+            1.0, selection.threshold or 0.0, 2 - (selection.threshold or 1.0)
+        )  # of the ceiling in the score
+        gap = ceilings[:, None] - scores.astype(np.float64)
+        count = int(((gap <= slope * error) & np.isfinite(scores)).sum()) if error else 0
+    return {"dtype": model["dtype"], "score_error": error, "negatives_within_it": count}
+
+
+@dataclass(frozen=True)
+class Given:
+    """The negatives that the rows brought: scores, and which may be kept (none that is known to be relevant, none twice)."""
+
+    documents: Exclude
+    scores: np.ndarray
+    may_be_kept: np.ndarray
+    counts: dict[str, int]
+
+    @classmethod
+    def of(cls, rows: Rows, exclude: Exclusions, search: Search, ceilings: np.ndarray, mined: np.ndarray) -> Given:
+        given = rows.neg
+        scores = search.scores(given)
+        may_be_kept = np.zeros(len(scores), bool)
+        num_again = num_relevant = 0
+        for i in np.flatnonzero(np.diff(given.indptr)):
+            relevant = set(exclude.take(np.array([i])).ids.tolist())
+            met: set[int] = set()
+            for place in range(given.indptr[i], given.indptr[i + 1]):
+                number = int(given.ids[place])
+                same = rows.pool.searched(np.array([number]))
+                number = int(same[0]) if len(same) else number
+                num_relevant += number in relevant
+                num_again += number in mined[i]
+                may_be_kept[place] = number not in relevant and number not in met
+                met.add(number)
+        limits = np.repeat(ceilings, np.diff(given.indptr))
+        counts = {
+            "given": len(scores),
+            "mined_again": num_again,
+            "at_or_above_the_ceiling": int((scores.astype(np.float64) >= limits).sum()),
+            "known_to_be_relevant": num_relevant,
+        }
+        return cls(given, scores, may_be_kept, counts)
+
+    def before(self, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, ids), [Q, n], of those that may be kept, then of the mined ones, up to as many as were mined for."""
+        k = ids.shape[1]
+        kept = [self.documents.of(i)[self._kept(i)] for i in range(len(ids))]
+        width = max(k, *map(len, kept))
+        out_scores = np.full((len(ids), width), -np.inf, np.float32)
+        out_ids = np.full((len(ids), width), -1, np.int64)
+        for i, first in enumerate(kept):
+            n = len(first)
+            out_ids[i, :n], out_scores[i, :n] = (
+                first,
+                self.scores[slice(*self.documents.indptr[i : i + 2])][self._kept(i)],
+            )
+            more = np.flatnonzero((ids[i] >= 0) & ~np.isin(ids[i], first))[: max(0, k - n)]
+            out_ids[i, n : n + len(more)], out_scores[i, n : n + len(more)] = ids[i, more], scores[i, more]
+        return out_scores, out_ids
+
+    def _kept(self, i: int) -> np.ndarray:
+        return self.may_be_kept[self.documents.indptr[i] : self.documents.indptr[i + 1]]
 
 
 def _lines(
-    rows: list[Row], pool: Pool, positives: Exclude, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray
+    rows: Rows, positives: Exclude, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray
 ) -> Iterator[bytes]:
-    for i, row in enumerate(rows):
+    texts = rows.pool.texts
+    for i, query in enumerate(rows.queries):
         found = ids[i] >= 0
         a, b = positives.indptr[i : i + 2]
-        line = {
-            "query": row.query,
-            "pos": list(row.pos),
-            "neg": [pool.texts[j] for j in ids[i][found]],
+        line: dict[str, Any] = {
+            "query": query,
+            "pos": [texts[j] for j in positives.of(i)],
+            "neg": [texts[j] for j in ids[i][found]],
             "pos_scores": [_short(s) for s in positive_scores[a:b]],
             "neg_scores": [_short(s) for s in scores[i][found]],
         }
-        if lang := getattr(row, "lang", ""):
-            line["lang"] = lang
+        more: dict[str, Any] = {"lang": rows.langs[i], "id": rows.ids[i], "group": rows.groups[i]}
+        more |= {"pos_ids": rows.pool.document_ids(positives.of(i)), "neg_ids": rows.pool.document_ids(ids[i][found])}
+        line |= {name: value for name, value in more.items() if value}
         yield (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 
@@ -187,31 +333,39 @@ def _short(score: np.float32) -> float:
 
 
 def random_scores(search: Search) -> np.ndarray:
-    """Scores of queries with documents drawn without looking: what a passage scores that has nothing to do with it."""
+    """Scores of queries with documents drawn without looking: what a document scores that has nothing to do with it."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, len(search.queries), NUM_RANDOM_PAIRS)
     ids = rng.integers(0, search.num_searched, NUM_RANDOM_PAIRS)
     return search.scores(Exclude(np.arange(NUM_RANDOM_PAIRS + 1), ids), rows)
 
 
-def suspects(rows: list[Row], pool: Pool, search: Search, lowest: np.ndarray, ceilings: np.ndarray) -> dict[str, Any]:
-    """What the first model's ceiling keeps out of a sample of rows: of how many, and some to read. Unlabelled positives?"""
+def suspects(
+    rows: Rows, search: Search, lowest: np.ndarray, ceilings: np.ndarray, judged: Exclude | None
+) -> dict[str, Any]:
+    """What the first model's ceiling keeps out of a sample of rows: of how many, and some to read. Unlabelled positives?
+
+    judged: per row documents that are known to be irrelevant, so none.
+    """
     sample = np.sort(np.random.default_rng(0).choice(len(rows), min(NUM_SAMPLED, len(rows)), replace=False))
-    scores, ids = topk_below(
-        search.queries[sample], search.documents.part(0, pool.num_searched), np.full(len(sample), np.inf), 3,
-        search.exclude.take(sample), method="fp32", device=search.device,
-    )  # fmt: skip
-    above = (ids.numpy() >= 0) & (scores.numpy().astype(np.float64) >= ceilings[sample][:, None])
-    having = np.flatnonzero(above[:, 0])
+    spare = 0 if judged is None else int(np.diff(judged.indptr)[sample].max())
+    k = 3 + spare
+    documents = search.documents.part(0, search.num_searched)
+    scores, ids = (x.numpy() for x in search.below(documents, sample, np.full(len(sample), np.inf), k, 0, "fp32"))
+    above = (ids >= 0) & (scores.astype(np.float64) >= ceilings[sample][:, None])
+    if judged is not None:
+        for j, i in enumerate(sample):
+            above[j] &= ~np.isin(ids[j], rows.pool.searched(judged.of(i)))
+    having = np.flatnonzero(above.any(1))
     found = []
     for j in having[np.linspace(0, len(having) - 1, min(NUM_SUSPECTS, len(having))).astype(int)]:
-        row, i = rows[sample[j]], sample[j]
-        kept_out = [
-            {"text": pool.texts[d], "score": s}
-            for d, s in zip(ids[j].tolist(), scores[j].tolist(), strict=True)
-            if d >= 0 and s >= ceilings[i]
-        ]
-        positive = {"pos": list(row.pos), "lowest_positive_score": float(lowest[i])}
-        found.append({"query": row.query, **positive, "above_ceiling": kept_out})
+        i = int(sample[j])
+        kept_out = []
+        for d, s in list(zip(ids[j][above[j]].tolist(), scores[j][above[j]].tolist(), strict=True))[:3]:
+            name = {"id": one[0]} if (one := rows.pool.document_ids([d])) else {}
+            kept_out.append({**name, "text": rows.pool.texts[d], "score": s})
+        positive = {"pos": [rows.pool.texts[n] for n in rows.pos.of(i)], "lowest_positive_score": float(lowest[i])}
+        name = {"id": rows.ids[i]} if rows.ids[i] else {}
+        found.append({**name, "query": rows.queries[i], **positive, "above_ceiling": kept_out})
     share = {"sampled_queries": len(sample), "with_a_passage_above_the_ceiling": len(having)}
     return {"kept_out": share, "suspects": found}

@@ -1,95 +1,332 @@
-"""The passages that are searched: every text once, and what a query must never be given."""
+"""The documents that are searched: every text once; the rows they are mined for; and what a query must never be given.
+
+All texts are on disk (data/texts.py), all comparisons are of 16-byte keys, and "the same text" is data/normal_form.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple, Protocol, overload
+
+import numpy as np
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.data.normal_form import has_content, normal_key
+from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.mine.topk import Exclude
+
+KEY = 16  # bytes
 
 
 class Row(Protocol):
-    """One row of data/readers.py."""
+    """One row of data/readers.py; `id`, `lang`, `group`, `pos_ids` and `neg_ids` are used where it has them."""
 
     @property
     def query(self) -> str: ...
     @property
-    def pos(self) -> list[str]: ...
+    def pos(self) -> Sequence[str]: ...
     @property
-    def neg(self) -> list[str]: ...
+    def neg(self) -> Sequence[str]: ...
 
 
-def normalize(text: str) -> str:
-    """Texts that are equal after this are one text for mining: whitespace runs and case do not count."""
-    return " ".join(text.split()).casefold()
+class Document(NamedTuple):
+    text: str
+    id: str = ""
 
 
-@dataclass
+def exact_key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=KEY).digest()
+
+
+class Known:
+    """Which documents are relevant for a query, over all data of a run: 16 bytes a document, by normal form."""
+
+    def __init__(self) -> None:
+        self.of_query: dict[bytes, bytearray] = {}
+
+    def add(self, query: str, documents: Iterable[str]) -> None:
+        keys = self.of_query.setdefault(normal_key(query), bytearray())
+        for text in documents:
+            keys += normal_key(text)
+
+    def of(self, query_key: bytes) -> set[bytes]:
+        keys = bytes(self.of_query.get(query_key, b""))
+        return {keys[at : at + KEY] for at in range(0, len(keys), KEY)}
+
+
 class Pool:
-    """Every text that can be a document, numbered: first those that are searched, then their spelling variants.
+    """Every text that can be a document, numbered: first those that are searched, then those set aside.
 
-    A variant (equal after `normalize`) keeps its own embedding, since it may be a positive whose score is needed, but
-    it is never searched: the same passage twice among the negatives of a query counts twice in the softmax.
+    Set aside are spelling variants (of texts equal in normal form only the first is searched: twice among the negatives of a
+    query it counts twice in the softmax), texts of `excluded` keys, and texts without content. They keep embeddings of their
+    own, since they may be positives whose scores are needed.
     """
 
-    texts: list[str] = field(default_factory=list)
-    num_searched: int = 0
-    _of_text: dict[str, int] = field(default_factory=dict)
-    _of_key: dict[bytes, int] = field(default_factory=dict)
+    def __init__(self, excluded: Collection[bytes] = frozenset()):
+        self.excluded = excluded
+        self.counts: Counter[str] = Counter()  # of texts set aside: variants, excluded, without_content
+        self._store = Texts()
+        self._exact = bytearray()  # the key of every text, in the order in which they were met
+        self._first: dict[bytes, int] = {}  # normal key -> place of the text that stands for it
+        self._others: dict[bytes, int] = {}  # exact key -> place of the other spellings
+        self._aside = bytearray()
+        self._stands = array("q")  # place -> place of the text that stands for it
+        self._ids: dict[int, str] = {}
+        self._number = np.empty(0, np.int64)
+        self._is_open = True
+        self.texts: Sequence[str] = self._store
+        self.num_searched = 0
 
     @classmethod
-    def build(cls, passages: Iterable[str]) -> Pool:
-        pool, variants = cls(), []
-        for text in passages:
-            if text in pool._of_text:
-                continue
-            key = _key(text)
-            if key in pool._of_key:
-                pool._of_text[text] = -1
-                variants.append(text)
-            else:
-                pool._of_key[key] = pool._of_text[text] = len(pool.texts)
-                pool.texts.append(text)
-        pool.num_searched = len(pool.texts)
-        for text in variants:
-            pool._of_text[text] = len(pool.texts)
-            pool.texts.append(text)
-        return pool
+    def build(cls, texts: Iterable[str], excluded: Collection[bytes] = frozenset()) -> Pool:
+        pool = cls(excluded)
+        for text in texts:
+            pool.add(text)
+        return pool.close()
 
-    @classmethod
-    def of_rows(cls, rows: Sequence[Row], passages: Iterable[str] = ()) -> Pool:
-        """The passages of all rows, row by row, then the others."""
+    def add(self, text: str, document_id: str = "", is_of_a_row: bool = True) -> int:
+        """The place of the text, the same for the same text: `number` has its number once all texts are there.
 
-        def texts() -> Iterable[str]:
-            for i, row in enumerate(rows):
-                if not row.pos:
-                    raise UserError(f"row {i} ({row.query[:60]!r}) has no positive: without one there is no ceiling")
-                yield from row.pos
-                yield from row.neg
-            yield from passages
+        Of no row and not searched: it is counted, and not kept (-1).
+        """
+        key, exact = normal_key(text), exact_key(text)
+        place = self._first.get(key)
+        if place is not None and self._exact[place * KEY : (place + 1) * KEY] != exact:
+            place = self._others.get(exact)
+            if place is None:
+                place = self._others[exact] = self._append(text, exact, "variants")
+                self._stands[place] = self._first[key]
+        elif place is None:
+            why = "" if self._is_open else "not_in_the_corpus"
+            why = "excluded" if key in self.excluded else why if has_content(text) else "without_content"
+            if why and not is_of_a_row:
+                self.counts[why] += 1
+                return -1
+            place = self._first[key] = self._append(text, exact, why)
+        if document_id:
+            self._ids.setdefault(place, document_id)
+        return place
 
-        return cls.build(texts())
+    def _append(self, text: str, exact: bytes, aside: str) -> int:
+        self._exact += exact
+        self._aside.append(bool(aside))
+        if aside:
+            self.counts[aside] += 1
+        self._stands.append(len(self._stands))
+        return self._store.append(text)
+
+    def searched_so_far(self) -> None:
+        """What is added from now on is not searched, unless it is a text that is here already."""
+        self._is_open = False
+
+    def close(self) -> Pool:
+        """All texts are there: those that are searched get the first numbers, in the order in which they were met."""
+        aside = np.frombuffer(self._aside, np.uint8).astype(bool)
+        order = np.concatenate([np.flatnonzero(~aside), np.flatnonzero(aside)])
+        self._number = np.empty(len(order), np.int64)
+        self._number[order] = np.arange(len(order))
+        self.num_searched = len(order) - int(aside.sum())
+        self.texts = _Ordered(self._store, order)
+        return self
+
+    def number(self, places: np.ndarray) -> np.ndarray:
+        return self._number[places]
 
     def id(self, text: str) -> int:
-        """Where the embedding of this very text is."""
-        return self._of_text[text]
+        """The number of this very text."""
+        place = self._first.get(normal_key(text), -1)
+        if place < 0 or self._exact[place * KEY : (place + 1) * KEY] != exact_key(text):
+            place = self._others[exact_key(text)]
+        return int(self._number[place])
 
     def searched_id(self, text: str) -> int | None:
-        """The searched document equal to this text after `normalize`, if any."""
-        return self._of_key.get(_key(text))
+        """The number of the searched document equal to this text in normal form, if any."""
+        return self.searched_by_key(normal_key(text))
+
+    def searched_by_key(self, key: bytes) -> int | None:
+        place = self._first.get(key)
+        return None if place is None or self._aside[place] else int(self._number[place])
+
+    def searched(self, numbers: np.ndarray) -> np.ndarray:
+        """Of documents the searched ones that are the same text; those of which none is searched are left out."""
+        assert isinstance(self.texts, _Ordered)
+        found = self._number[np.frombuffer(self._stands, np.int64)[self.texts.order[numbers]]]
+        return found[found < self.num_searched]
+
+    def document_ids(self, numbers: Iterable[int]) -> list[str | None]:
+        """The ids of these documents, None where it is not known; [] where none is."""
+        assert isinstance(self.texts, _Ordered)
+        ids = [self._ids.get(int(self.texts.order[number])) for number in numbers]
+        return ids if any(ids) else []
 
 
-def _key(text: str) -> bytes:
-    return hashlib.blake2b(normalize(text).encode(), digest_size=16).digest()
+class _Ordered(Sequence[str]):
+    """[texts[i] for i in order], read when it is asked for."""
+
+    def __init__(self, texts: Texts, order: np.ndarray):
+        self.stored, self.order = texts, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.stored[int(i)] for i in self.order[index]]
+        return self.stored[int(self.order[index])]
 
 
-def known_passages(rows: Sequence[Row], pool: Pool) -> Exclude:
-    """Per row the documents equal, after `normalize`, to its query or to a positive of any row with that query."""
-    of_query: dict[bytes, set[int]] = {}
-    for row in rows:
-        known = of_query.setdefault(_key(row.query), set())
-        known.update(i for i in map(pool.searched_id, (row.query, *row.pos)) if i is not None)
-    return Exclude.from_lists([sorted(of_query[_key(row.query)]) for row in rows])
+class Rows:
+    """The rows with their texts once, on disk: queries here, documents in the pool.
+
+    pos, neg: CSR of document numbers. noise: rows, counted by what is wrong with them.
+    """
+
+    def __init__(self, rows: Iterable[Row], pool: Pool, known: Known | None = None):
+        """known: of the whole run; None: of these rows. Texts are added to the pool, which is closed by the caller."""
+        self.pool = pool
+        self.queries = Texts()
+        self.keys = bytearray()  # of the queries, 16 bytes each
+        self.ids: list[str] = []
+        self.langs: list[str] = []
+        self.groups: list[str] = []
+        self.noise = dict.fromkeys(
+            ("duplicate_rows", "same_query_rows", "query_without_content", "document_without_content",
+             "query_equals_positive", "query_equals_negative", "negative_equals_positive"), 0,
+        )  # fmt: skip
+        self.known = known or Known()
+        places = {"pos": array("q"), "neg": array("q")}
+        ends = {"pos": array("q", [0]), "neg": array("q", [0])}
+        seen: set[bytes] = set()
+        seen_queries: set[bytes] = set()
+        for i, row in enumerate(rows):
+            if not row.pos:
+                raise UserError(f"row {i} ({row.query[:60]!r}) has no positive: without one there is no ceiling")
+            if known is None:
+                self.known.add(row.query, row.pos)
+            for side, texts in (("pos", row.pos), ("neg", row.neg)):
+                ids = getattr(row, f"{side}_ids", None) or [""] * len(texts)
+                places[side].extend(map(pool.add, texts, ids))
+                ends[side].append(len(places[side]))
+            self.queries.append(row.query)
+            self.keys += self._count(row, seen, seen_queries)
+            for name, values in (("id", self.ids), ("lang", self.langs), ("group", self.groups)):
+                values.append(getattr(row, name, ""))
+        self._places, self._ends = places, ends
+
+    def _count(self, row: Row, seen: set[bytes], seen_queries: set[bytes]) -> bytes:
+        """The key of its query, after `noise` has taken note of the row."""
+        query = normal_key(row.query)
+        pos, neg = [normal_key(text) for text in row.pos], [normal_key(text) for text in row.neg]
+        whole = hashlib.blake2b(b"|".join([query, *sorted(pos), b"-", *sorted(neg)]), digest_size=KEY).digest()
+        found = {
+            "duplicate_rows": whole in seen,
+            "same_query_rows": query in seen_queries,
+            "query_without_content": not has_content(row.query),
+            "document_without_content": not all(map(has_content, (*row.pos, *row.neg))),
+            "query_equals_positive": query in pos,
+            "query_equals_negative": query in neg,
+            "negative_equals_positive": not set(pos).isdisjoint(neg),
+        }
+        for name, is_so in found.items():
+            self.noise[name] += is_so
+        seen.add(whole)
+        seen_queries.add(query)
+        return query
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    @cached_property
+    def pos(self) -> Exclude:  # once the pool is closed
+        return self._numbered("pos")
+
+    @cached_property
+    def neg(self) -> Exclude:
+        return self._numbered("neg")
+
+    def _numbered(self, side: str) -> Exclude:
+        places = np.array(self._places[side], np.int64)
+        return Exclude(np.array(self._ends[side], np.int64), self.pool.number(places))
+
+    def key(self, i: int) -> bytes:
+        return bytes(self.keys[i * KEY : (i + 1) * KEY])
+
+
+class Exclusions:
+    """Per row the documents that it must not be given, as classes that rows share: 8 bytes a row and member, not a pair.
+
+    of_row: CSR, the classes of each row; members: CSR, the documents of each class.
+    """
+
+    def __init__(self, of_row: Exclude, members: Exclude):
+        self.of_row, self.members = of_row, members
+
+    def counts(self, rows: np.ndarray) -> np.ndarray:
+        """At most how many documents `take` gives each of these rows."""
+        taken = self.of_row.take(rows)
+        sizes = np.concatenate([[0], np.cumsum(np.diff(self.members.indptr)[taken.ids])])
+        return sizes[taken.indptr[1:]] - sizes[taken.indptr[:-1]]
+
+    def take(self, rows: np.ndarray) -> Exclude:
+        taken = self.of_row.take(rows)
+        documents = self.members.take(taken.ids)
+        return Exclude(documents.indptr[taken.indptr], documents.ids)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((*self.of_row, *self.members))
+
+
+def exclusions(rows: Rows, cuts: Iterable[Cut] = ()) -> Exclusions:
+    """What no row is given: documents equal in normal form to its query or to a document known to be relevant for it, documents
+    of its group, and documents that are equal to one of its positives after truncation (`cuts`, one per teacher)."""
+    pool, positives = rows.pool, rows.pos
+    of_key: dict[bytes, int] = {}
+    members: list[list[int]] = []
+    classes: list[list[int]] = []
+    for i in range(len(rows)):
+        key = rows.key(i)
+        if key not in of_key:
+            of_key[key] = len(members)
+            found = map(pool.searched_by_key, (key, *sorted(rows.known.of(key))))
+            members.append(sorted({n for n in found if n is not None}))
+        classes.append([of_key[key]])
+    of_group: dict[str, int] = {}
+    in_group: dict[int, set[int]] = {}
+    for i, group in enumerate(rows.groups):
+        if group:
+            one = of_group.setdefault(group, len(members) + len(of_group))
+            classes[i].append(one)
+            texts = in_group.setdefault(one, set())
+            texts.update(pool.searched(positives.of(i)).tolist())
+            if (query := pool.searched_by_key(rows.key(i))) is not None:
+                texts.add(query)
+    members += [sorted(in_group[one]) for one in sorted(in_group)]
+    for cut in cuts:
+        first = len(members)
+        members += [[n for n in same if n < pool.num_searched] for same in cut.members]
+        for i in range(len(rows)):
+            known = (*positives.of(i).tolist(), *members[of_key[rows.key(i)]])
+            classes[i] += sorted({first + cut.of_document[n] for n in known if n in cut.of_document})
+    return Exclusions(Exclude.from_lists(classes), Exclude.from_lists(members))
+
+
+class Cut:
+    """Documents that are equal once they are cut at the model's length: classes of two and more.
+
+    numbers, keys: of the documents that fill the length, and the key of the tokens that are left of each.
+    """
+
+    def __init__(self, numbers: Iterable[int], keys: Iterable[bytes]):
+        same: dict[bytes, list[int]] = {}
+        for number, key in zip(numbers, keys, strict=True):
+            same.setdefault(key, []).append(number)
+        self.members = [found for found in same.values() if len(found) > 1]
+        self.of_document = {number: i for i, found in enumerate(self.members) for number in found}

@@ -29,10 +29,10 @@ def build_report(
     sweep: list[dict[str, Any]],
     num_searched_again: int,
 ) -> dict[str, Any]:
-    """positive_scores: all pairs; lowest [Q]: each query's lowest; scores [Q, k]: mined, -inf where there is none."""
+    """positive_scores: all pairs; lowest [Q]: each query's lowest; scores [Q, >= k]: of the negatives, -inf where there is none."""
     found = np.isfinite(scores)
     counts = found.sum(1)
-    k = scores.shape[1]
+    k = settings["num_negatives"]
     negatives = scores[found]
     low, high = float(positive_scores.min()), float(positive_scores.max())
     if len(negatives):
@@ -85,7 +85,7 @@ def _shares(counts: np.ndarray, k: int) -> dict[str, int]:
     return {
         "with_no_negatives": int((counts == 0).sum()),
         "with_fewer_than_k": int(((counts > 0) & (counts < k)).sum()),
-        "with_k_negatives": int((counts == k).sum()),
+        "with_k_negatives": int((counts >= k).sum()),
     }
 
 
@@ -119,8 +119,9 @@ def _script_of(character: str) -> str:
 
 
 def _hardest_to_positive(scores: np.ndarray, lowest: np.ndarray) -> np.ndarray:
-    some = np.isfinite(scores[:, 0]) & (lowest > 0)
-    return scores[some, 0] / lowest[some]
+    hardest = scores.max(1)  # the first, unless given ones were kept
+    some = np.isfinite(hardest) & (lowest > 0)
+    return hardest[some] / lowest[some]
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:

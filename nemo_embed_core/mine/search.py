@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,12 @@ import torch
 from nemo_embed_core.config import failpoint
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.corpus import Corpus, Ranks, publish, read_sidecar, sha256_of
+from nemo_embed_core.mine.pool import Exclusions
 from nemo_embed_core.mine.progress import Progress
 from nemo_embed_core.mine.selection import Selection
 from nemo_embed_core.mine.topk import Exclude, SearchStats, fp32_rows, merge_topk, pick_method, resident, topk_below
+
+MAX_EXCLUDED = 1 << 24  # document ids that are spelled out at once: 128 MiB
 
 
 @dataclass(kw_only=True)
@@ -26,7 +30,7 @@ class Search:
     queries: Corpus
     documents: Corpus  # all of them; the first num_searched are searched
     num_searched: int
-    exclude: Exclude
+    exclude: Exclusions
     work: Path
     method: str = "auto"
     device: torch.device | str = "cpu"
@@ -54,8 +58,7 @@ class Search:
         """topk_below for these query rows (None: all), each block published when it is done; documents split over ranks."""
         rows = np.arange(len(self.queries)) if rows is None else rows
         k = min(k, self.num_searched)
-        exclude = self.exclude.take(rows)
-        digest = self._digest(ceilings, k, rows, exclude)
+        digest = self._digest(ceilings, k, rows)
         folder = self.work / "search" / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         scores = np.full((len(rows), k), -np.inf, np.float32)
@@ -75,11 +78,7 @@ class Search:
                 local = SearchStats()
                 if documents is None:
                     documents = resident(self.documents.part(first, last), self.device)
-                top = topk_below(
-                    self.queries[rows[part]], documents, ceilings[part], k,
-                    exclude.take(np.arange(part.start, part.stop)),
-                    first_id=first, method=self.method, device=self.device, stats=local,
-                )  # fmt: skip
+                top = self.below(documents, rows[part], ceilings[part], k, first, self.method, local)
                 gathered = ranks.gather((top[0].numpy(), top[1].numpy(), local))
                 merged = merge_topk([(torch.from_numpy(s), torch.from_numpy(i)) for s, i, _ in gathered], k)
                 counts = [min(s.num_certified for *_, s in gathered), max(s.num_exhaustive for *_, s in gathered)]
@@ -103,12 +102,31 @@ class Search:
             self.stats = stats
         return scores, ids
 
-    def _digest(self, ceilings: np.ndarray, k: int, rows: np.ndarray, exclude: Exclude) -> str:
+    def below(
+        self,
+        documents: Any,
+        rows: np.ndarray,
+        ceilings: np.ndarray,
+        k: int,
+        first: int,
+        method: str,
+        stats: SearchStats | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """topk_below for these query rows, as many at a time as have MAX_EXCLUDED documents that they must not be given."""
+        parts = []
+        group = np.cumsum(self.exclude.counts(rows)) // MAX_EXCLUDED
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
+            exclude = self.exclude.take(rows[part])
+            options: dict[str, Any] = {"first_id": first, "method": method, "device": self.device, "stats": stats}
+            parts.append(topk_below(self.queries[rows[part]], documents, ceilings[part], k, exclude, **options))
+        return torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
+
+    def _digest(self, ceilings: np.ndarray, k: int, rows: np.ndarray) -> str:
         """Names one search: the embeddings (by their sidecars, which hold their sha256) and every argument that matters."""
         digest = hashlib.sha256(f"{k} {self.num_searched} {self.block_queries}".encode())
         for sidecar in sorted([*self.work.glob("documents/*.json"), *self.work.glob("queries/*.json")]):
             digest.update(sidecar.read_bytes())
-        for array in (ceilings, rows, exclude.indptr, exclude.ids):
+        for array in (ceilings, rows, *self.exclude):
             digest.update(array.tobytes())
         return digest.hexdigest()
 

@@ -1,11 +1,11 @@
 """Who scores the pairs: our models, sentence-transformers models, or embeddings that were made elsewhere.
 
     Teacher.of(embedder, prompt="Instruct: ...")              # anything with .digest, .hidden_size, .encode
-    Teacher.of_unit_rows(encoder)                             # any model whose rows need not have length 1
+    Teacher.of_encoder(encoder, "dot")                        # any model whose rows need not have length 1
     precomputed(documents, document_texts, queries, query_texts)          # arrays: numpy, memory maps, torch, CuPy
-    open_precomputed("embeddings/", beir="data/nq")           # documents.npy and queries.npy
+    open_precomputed("embeddings/", dataset)                  # documents.npy and queries.npy
 
-Every score is a cosine: rows that are not of unit length are brought to it.
+A score is a dot product: of rows brought to unit length (similarity "cosine"), or of the rows as they are ("dot").
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 from nemo_embed_core.config import DatasetConfig, UserError
 from nemo_embed_core.data.readers import read_passages, source_files
 from nemo_embed_core.mine.corpus import Encodes
+from nemo_embed_core.mine.pool import exact_key
 
+Similarity = Literal["cosine", "dot"]
 BLOCK_BYTES = 64 << 20  # of an array read at once to hash it
 
 
@@ -31,38 +33,47 @@ class AnyEncoder(Protocol):
     """evaluation/encoders.py: SentenceTransformerEncoder, or anything like it."""
 
     digest: str
-    prompts: dict[str, str]  # {"query": ..., "document": ...}, each only where the model has one
 
     def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """An encoder for each side and the text that stands before every text of that side."""
+    """An encoder for each side, the text that stands before every text of that side, and where texts are cut."""
 
     queries: Encodes
     documents: Encodes
     prompt: str = ""
     document_prompt: str = ""
+    query_max_length: int = 512  # tokens
+    document_max_length: int = 512  # tokens
+    similarity: Similarity = "cosine"
+    name: str = ""  # for messages and the report
 
     @classmethod
-    def of(cls, embedder: Encodes, prompt: str = "", document_prompt: str = "") -> Teacher:
-        return cls(embedder, embedder, prompt, document_prompt)
+    def of(cls, embedder: Encodes, **usage: Any) -> Teacher:
+        return cls(queries=embedder, documents=embedder, **usage)
 
     @classmethod
-    def of_unit_rows(cls, encoder: AnyEncoder) -> Teacher:
-        """Its rows divided by their lengths, under the prompts that the model itself brings (none where it has none)."""
-        rows = _UnitRows(encoder)
-        return cls(rows, rows, encoder.prompts.get("query", ""), encoder.prompts.get("document", ""))
+    def of_encoder(cls, encoder: AnyEncoder, similarity: Similarity = "cosine", **usage: Any) -> Teacher:
+        """Its rows divided by their lengths (cosine), or as they are (dot)."""
+        return cls.of(_Rows(encoder, similarity), similarity=similarity, **usage)
 
 
-class _UnitRows:
-    def __init__(self, encoder: AnyEncoder):
-        self.encoder, self.digest = encoder, encoder.digest
+class _Rows:
+    def __init__(self, encoder: AnyEncoder, similarity: Similarity):
+        self.encoder, self.similarity = encoder, similarity
+        self.digest = encoder.digest + ("" if similarity == "cosine" else f"-{similarity}")
         self.hidden_size = self.encode(["a"]).shape[1]
+        if hasattr(encoder, "tokenize"):
+            self.tokenize = encoder.tokenize
 
     def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
-        return unit(np.asarray(self.encoder.encode(texts, prompt, max_length), np.float32))
+        return _scaled(np.asarray(self.encoder.encode(texts, prompt, max_length), np.float32), self.similarity)
+
+
+def _scaled(rows: np.ndarray, similarity: Similarity) -> np.ndarray:
+    return unit(rows) if similarity == "cosine" else rows
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -76,7 +87,12 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def precomputed(
-    documents: Any, document_texts: Iterable[str], queries: Any, query_texts: Iterable[str], name: str = "embeddings"
+    documents: Any,
+    document_texts: Iterable[str],
+    queries: Any,
+    query_texts: Iterable[str],
+    name: str = "embeddings",
+    similarity: Similarity = "cosine",
 ) -> Teacher:
     """A teacher from arrays [N, D] and [Q, D] whose rows belong to these texts, in this order.
 
@@ -84,38 +100,50 @@ def precomputed(
     float32 or float64. A text is found by the text itself, so there may be more rows than the run needs, in any
     order; where a text stands twice its first row counts. Never loaded whole.
     """
-    by_query = _Lookup(queries, query_texts, f"{name}: queries")
-    by_document = _Lookup(documents, document_texts, f"{name}: documents")
+    by_query = _Lookup(queries, query_texts, f"{name}: queries", similarity)
+    by_document = _Lookup(documents, document_texts, f"{name}: documents", similarity)
     if by_query.hidden_size != by_document.hidden_size:
         raise UserError(
             f"{name}: queries have {by_query.hidden_size} columns and documents {by_document.hidden_size}: they come from "
             "different models"
         )
-    return Teacher(by_query, by_document)
+    return Teacher(queries=by_query, documents=by_document, similarity=similarity, name=name)
 
 
-def open_precomputed(folder: str | Path, dataset: DatasetConfig | None = None) -> Teacher:
+def open_precomputed(
+    folder: str | Path, dataset: DatasetConfig | None = None, similarity: Similarity = "cosine"
+) -> Teacher:
     """documents.npy and queries.npy of a folder, memory-mapped; which text a row belongs to is said by, first of these:
 
     - documents.jsonl and queries.jsonl (or .jsonl.gz) in that folder, lines {"text": ...}: row i is line i
       (`launch/mine.py --write_texts FOLDER` writes them);
     - corpus.jsonl and queries.jsonl of the dataset, when it is a BEIR folder: row i is line i.
     """
+    sides = precomputed_sides(folder, dataset)
+    return precomputed(*sides[0], *sides[1], name=str(folder), similarity=similarity)
+
+
+def precomputed_sides(
+    folder: str | Path, dataset: DatasetConfig | None = None, texts: bool = True
+) -> list[tuple[np.ndarray, Iterable[str]]]:
+    """[(documents, their texts), (queries, their texts)], mapped and not read; texts: they have to be there."""
     folder = Path(folder)
+    if not texts:
+        return [(_open_npy(folder / f"{side}.npy"), ()) for side in ("documents", "queries")]
     sides: list[tuple[np.ndarray, Iterable[str]]] = []
     for side, beir in (("documents", 0), ("queries", 1)):
         rows = _open_npy(folder / f"{side}.npy")
-        texts = next((f for f in (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz") if f.is_file()), None)
-        if texts is None and dataset is not None and Path(dataset.path).is_dir():
-            texts = source_files(dataset)[beir]
-        if texts is None:
+        found = next((f for f in (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz") if f.is_file()), None)
+        if found is None and dataset is not None and Path(dataset.path).is_dir():
+            found = source_files(dataset)[beir]
+        if found is None:
             raise UserError(
                 f"{folder}: which texts do the rows of {side}.npy belong to? Put {side}.jsonl beside it, line i "
                 '{"text": ...} for row i: launch/mine.py --write_texts FOLDER writes the texts that a run needs, to be '
                 "embedded in that order"
             )
-        sides.append((rows, _Counted(texts, len(rows), folder / f"{side}.npy")))
-    return precomputed(*sides[0], *sides[1], name=str(folder))
+        sides.append((rows, _Counted(found, len(rows), folder / f"{side}.npy")))
+    return sides
 
 
 def _open_npy(path: Path) -> np.ndarray:
@@ -151,13 +179,13 @@ class _Counted:
 class _Lookup:
     """Encodes by looking up: the rows of an array, keyed by their texts."""
 
-    def __init__(self, rows: Any, texts: Iterable[str], name: str):
-        self.rows, self.name = as_rows(rows, name), name
+    def __init__(self, rows: Any, texts: Iterable[str], name: str, similarity: Similarity):
+        self.rows, self.name, self.similarity = as_rows(rows, name), name, similarity
         self.hidden_size = self.rows.shape[1]
         self.places: dict[bytes, int] = {}
         digest, count = hashlib.sha256(f"{tuple(self.rows.shape)}".encode()), 0
         for text in texts:
-            key = _key(text)
+            key = exact_key(text)
             digest.update(key)
             self.places.setdefault(key, count)
             count += 1
@@ -166,10 +194,10 @@ class _Lookup:
         step = max(1, BLOCK_BYTES // (4 * self.hidden_size))
         for start in range(0, len(self.rows), step):
             digest.update(_numpy(self.rows[start : start + step]).tobytes())
-        self.digest = digest.hexdigest()
+        self.digest = digest.hexdigest() + ("" if similarity == "cosine" else f"-{similarity}")
 
     def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
-        places = [self.places.get(_key(text), -1) for text in texts]
+        places = [self.places.get(exact_key(text), -1) for text in texts]
         missing = [text for text, place in zip(texts, places, strict=True) if place < 0]
         if missing:
             raise UserError(
@@ -179,7 +207,7 @@ class _Lookup:
             )
         index = np.array(places, np.int64)
         rows = self.rows[torch.from_numpy(index).to(self.rows.device) if isinstance(self.rows, Tensor) else index]
-        return unit(_numpy(rows))
+        return _scaled(_numpy(rows), self.similarity)
 
 
 def as_rows(array: Any, name: str = "embeddings") -> np.ndarray | Tensor:
@@ -199,7 +227,3 @@ def as_rows(array: Any, name: str = "embeddings") -> np.ndarray | Tensor:
 
 def _numpy(rows: np.ndarray | Tensor) -> np.ndarray:
     return rows.float().cpu().numpy() if isinstance(rows, Tensor) else np.ascontiguousarray(rows, np.float32)
-
-
-def _key(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()

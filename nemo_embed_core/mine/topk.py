@@ -56,6 +56,9 @@ class Exclude(NamedTuple):
         np.cumsum([len(x) for x in lists], out=indptr[1:])
         return Exclude(indptr, np.array([i for x in lists for i in x], np.int64))
 
+    def of(self, i: int) -> np.ndarray:
+        return self.ids[self.indptr[i] : self.indptr[i + 1]]
+
     def ascending(self) -> Exclude:
         """The ids of every query in ascending order: the kernel searches them by halves."""
         rows = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))

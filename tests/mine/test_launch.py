@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nemo_embed_core.config import DatasetConfig, MineConfig
+from nemo_embed_core.config import MineConfig, MineDatasetConfig
 from nemo_embed_core.embedder import Embedder
-
-ROOT = Path(__file__).resolve().parents[2]
+from nemo_embed_core.mine.run import named_datasets
 
 SMALL = ("--query_max_length", "48", "--document_max_length", "48", "--method", "fp32", "--dtype", "float32")
 
@@ -91,12 +89,9 @@ def test_wrong_options_are_refused_before_anything_is_read(miner, tmp_path):
 
 
 def test_datasets_of_one_name_get_files_of_their_own():
-    spec = importlib.util.spec_from_file_location("launch_mine", ROOT / "launch/mine.py")
-    launcher = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launcher)
     paths = ["a/train.jsonl", "b/train.jsonl.gz", "c/train", "train-2.jsonl", "nq/"]
-    config = MineConfig(model="m", output="o", datasets=[DatasetConfig(path=path) for path in paths])
-    named = launcher.named_datasets(config)
+    config = MineConfig(model="m", output="o", datasets=[MineDatasetConfig(path=path) for path in paths])
+    named = named_datasets(config)
     assert list(named) == ["train", "train-2", "train-3", "train-2-2", "nq"]
     assert [dataset.path for dataset in named.values()] == paths
 

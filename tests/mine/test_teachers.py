@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, min
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, UserError
 from nemo_embed_core.mine.pool import Pool
+from nemo_embed_core.mine.run import Teachers, make_plan
 from nemo_embed_core.mine.teachers import Teacher, as_rows, open_precomputed, precomputed
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +54,10 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
     folder = write_bert(tmp_path / "model", prompts={"query": "query: ", "document": "passage: "})
     assert resolve(folder).kind == "sentence-transformers"
     rows = make_rows(20)
-    teacher = Teacher.of_unit_rows(SentenceTransformerEncoder(folder, "cpu", "fp32"))
-    assert (teacher.prompt, teacher.document_prompt) == ("query: ", "passage: ")
-    # The instruction of the data is for models that bring no prompts of their own.
+    prompts = {"prompt": "query: ", "document_prompt": "passage: "}
+    teacher = Teacher.of_encoder(SentenceTransformerEncoder(folder, "cpu", "fp32"), **prompts)
     report = mine(rows, tmp_path / "out.jsonl", teacher, prompt="Instruct: x\nQuery: ", dtype="float32", threshold=0.99)
-    assert report["models"][0]["prompt"] == "query: "
+    assert report["models"][0]["prompt"] == "query: "  # a Teacher has its own
 
     from sentence_transformers import SentenceTransformer
 
@@ -81,20 +78,31 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
         found += len(line["neg"])
     assert found > 20
 
-    # The launcher tells the kinds of folders apart.
-    spec = importlib.util.spec_from_file_location("launch_mine", ROOT / "launch/mine.py")
-    launcher = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launcher)
-    config = MineConfig(model=[str(folder)], data="x", output="y", device="cpu")
-    load = launcher.loader(config, torch.device("cpu"))
-    loaded = load(str(folder), DatasetConfig(path="x"))
-    assert loaded.queries.digest == teacher.queries.digest and loaded.prompt == "query: "
-    assert load(str(folder), DatasetConfig(path="another dataset")) is loaded
+    # The run takes the folder's own prompts and limit, and loads it once for all data sets.
+    write_rows_file(tmp_path / "rows.jsonl", rows)
+    config = MineConfig(
+        model=[str(folder)], data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "o"), device="cpu"
+    )
+    plan, loads = make_plan(config, lambda _: None), []
+
+    def load(source):
+        loads.append(source.kind)
+        return SentenceTransformerEncoder(source.path, "cpu", "fp32")
+
+    teachers = Teachers(plan, load)
+    (loaded,), (again,) = list(teachers.of("rows")), list(teachers.of("rows"))
+    assert (
+        loads == ["sentence-transformers"] and loaded.queries.digest == teacher.queries.digest == again.queries.digest
+    )
+    assert (loaded.prompt, loaded.document_prompt, loaded.query_max_length) == ("query: ", "passage: ", 48)
     changed = folder / "config_sentence_transformers.json"
     changed.write_text(changed.read_text().replace("query: ", "question: "))
-    assert (
-        Teacher.of_unit_rows(SentenceTransformerEncoder(folder, "cpu", "fp32")).queries.digest != loaded.queries.digest
-    )
+    assert SentenceTransformerEncoder(folder, "cpu", "fp32").digest != loaded.queries.digest
+
+
+def write_rows_file(path, rows):
+    lines = [json.dumps({"query": r.query, "pos": r.pos, "neg": r.neg}) + "\n" for r in rows]
+    path.write_text("".join(lines))
 
 
 # ------------------------------------------------------------------------------------------ precomputed
@@ -232,7 +240,7 @@ def test_other_rows_or_other_texts_are_another_model(tmp_path):
 
 def combined_by_definition(rows, models, threshold, k, how, depth, ranks=None):
     """[(texts, scores)] after the docstring of mine/search.py: combine, one passage at a time."""
-    pool = Pool.of_rows(rows)
+    pool = Pool.build(t for r in rows for t in (*r.pos, *r.neg))
     texts = pool.texts[: pool.num_searched]
     answers = []
     for row in rows:

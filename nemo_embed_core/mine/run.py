@@ -1,0 +1,407 @@
+"""One mining run: what is mined with what, checked before anything is encoded, then data set after data set.
+
+    plan = make_plan(config)         # reads every file once; UserError with all that is wrong
+    mine(plan, ranks, device, load)  # load(source) -> an encoder
+
+Prompts, lengths and similarity are the model's own (checkpoint/source.py: Usage) unless an option says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.checkpoint.source import Source, resolve
+from nemo_embed_core.checkpoint.weights import tokenizer_folder
+from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig, UserError
+from nemo_embed_core.data.normal_form import normal_key
+from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.data.readers import Findings, read_beir, read_documents, read_rows, source_files
+from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.mine.corpus import Ranks, write_atomically
+from nemo_embed_core.mine.formats import FORMATS, convert_all
+from nemo_embed_core.mine.negatives import mine_negatives
+from nemo_embed_core.mine.pool import Document, Known, exact_key
+from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
+from nemo_embed_core.mine.selection import Selection
+from nemo_embed_core.mine.teachers import Teacher, open_precomputed, precomputed_sides
+from nemo_embed_core.model.hf_config import read_json
+
+DEFAULT_MAX_LENGTH = 512  # tokens, of a model that says nothing
+NEEDS_PYARROW = {"sentence-transformers", "automodel"}
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose inputs have been read once: nothing of it can be found wrong hours later."""
+
+    config: MineConfig
+    datasets: dict[str, MineDatasetConfig]
+    sources: list[Source]
+    usage: dict[str, list[dict[str, Any]]]  # by data set: of each source, what its Teacher gets
+    known: Known
+    excluded: set[bytes] = field(default_factory=set)
+
+    def output(self, name: str) -> Path:
+        return Path(self.config.output) / f"{name}.jsonl" if len(self.datasets) > 1 else Path(self.config.output)
+
+
+def make_plan(config: MineConfig, log: Log = print) -> Plan:
+    """Everything that will be read, checked: options, models, prompts, outputs, every row of every file, free disk."""
+    _check_options(config)
+    datasets = named_datasets(config)
+    sources = [resolve(model) for model in config.models]
+    usage = {
+        name: [using(source, name, dataset, config, log) for source in sources] for name, dataset in datasets.items()
+    }
+    for source in sources:
+        _check_source(source, datasets, [of[sources.index(source)] for of in usage.values()])
+    known, excluded, counts = _read_all(config, datasets, log)
+    plan = Plan(config, datasets, sources, usage, known, excluded)
+    _check_disk(plan, counts)
+    return plan
+
+
+def _check_options(config: MineConfig) -> None:
+    unknown = sorted(set(config.formats) - set(FORMATS))
+    if unknown:
+        raise UserError(f"formats={unknown}: none of {', '.join(FORMATS)}")
+    if NEEDS_PYARROW & set(config.formats) and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(
+            f"formats={config.formats}: {', '.join(sorted(NEEDS_PYARROW))} need pyarrow: pip install pyarrow"
+        )
+    for model in config.models:
+        if not Path(model).is_dir():
+            raise UserError(f"model {model} is not a folder; give a checkpoint, a run, a model folder or embeddings")
+    single = len(config.datasets) <= 1
+    if config.output and Path(config.output).exists() and Path(config.output).is_dir() == single:
+        what = "a folder, and one dataset is written to a file" if single else "a file, and several need a folder"
+        raise UserError(f"output {config.output} is {what}: choose another name")
+    if config.output:
+        folder = next(p for p in Path(config.output).absolute().parents if p.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"output {config.output}: {folder} cannot be written to; choose another place")
+
+
+def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
+    """The name of each dataset's file or folder, with a number where two have the same."""
+    base = {f.name: getattr(config, f.name) for f in dataclasses.fields(MineDatasetConfig) if f.name != "path"}
+    named: dict[str, MineDatasetConfig] = {}
+    for dataset in config.datasets or [MineDatasetConfig(path=config.data, **base)]:
+        stem = Path(dataset.path).name.removesuffix(".gz").removesuffix(".jsonl")
+        count = 1
+        while (name := stem if count == 1 else f"{stem}-{count}") in named:
+            count += 1
+        named[name] = dataset
+    return named
+
+
+# ------------------------------------------------------------------------------------------ how a model encodes
+
+
+def using(source: Source, name: str, dataset: MineDatasetConfig, config: MineConfig, log: Log) -> dict[str, Any]:
+    """What a Teacher of this model gets for this data set, and says where each of it comes from."""
+    own, model = source.usage, str(source.path)
+    similarity = config.similarity or own.similarity
+    if similarity not in ("cosine", "dot"):
+        raise UserError(
+            f"{model} compares by {similarity}: a threshold x the positive's score needs scores that grow with likeness. "
+            "Mine with --similarity cosine (of rows of unit length the order is that of the euclidean distance), or another model"
+        )
+    if source.kind == "precomputed":
+        if dataset.task or dataset.document_task:
+            log(f"model {model}: the instruction is not added to embeddings, which have been made already")
+        log(f"model {model} (precomputed): {similarity}")
+        return {"similarity": similarity, "name": model}
+    if (
+        source.kind == "llama"
+        and own.similarity == "dot"
+        and config.similarity is None
+        and not _normalizes(source.path)
+    ):
+        raise UserError(
+            f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama folders normalises: "
+            "--similarity cosine to mine by cosines"
+        )
+    prompts = own.prompts.get(name, own.default)
+    where = "the model's" if own.prompts else "none known"
+    if len(own.prompts) > 1:
+        where = (
+            f"of {name}" if name in own.prompts else f"of {next(iter(own.prompts))}, {name} is no task of the model's"
+        )
+    sides: dict[str, Any] = {}
+    for side, task, prompt, length, limit in (
+        ("query", dataset.task, prompts.query, config.query_max_length, own.query_max_length),
+        ("document", dataset.document_task, prompts.document, config.document_max_length, own.document_max_length),
+    ):
+        option, whose = "task" if side == "query" else "document_task", where
+        if task is not None:
+            instead = f" in place of its own {prompt!r}" if prompt and query_prompt(task) != prompt else ""
+            prompt, whose = query_prompt(task), f"{option}{instead}"
+        tokens = length or limit or DEFAULT_MAX_LENGTH
+        origin = "option" if length else "the model's" if limit else "none known"
+        if source.kind == "sentence-transformers" and limit and tokens > limit:
+            tokens, origin = limit, f"the folder's limit, below {side}_max_length={length}"
+        sides |= {"prompt" if side == "query" else "document_prompt": prompt, f"{side}_max_length": tokens}
+        log(f"model {model}, {name}: {side} prompt {prompt!r} ({whose}), {tokens} tokens ({origin}), {similarity}")
+    return {**sides, "similarity": similarity, "name": model}
+
+
+def _normalizes(folder: Path) -> bool:
+    file = folder / "modules.json"
+    return not file.is_file() or "Normalize" in file.read_text(encoding="utf-8")
+
+
+def _check_source(source: Source, datasets: dict[str, MineDatasetConfig], usages: list[dict[str, Any]]) -> None:
+    """Tokenizer, prompts that leave room for text, libraries, embeddings: without loading a weight."""
+    if source.kind == "precomputed":
+        for dataset in datasets.values():
+            precomputed_sides(source.path, _plain(dataset))
+        return
+    if source.kind == "sentence-transformers" and importlib.util.find_spec("sentence_transformers") is None:
+        raise UserError(f"{source.path} needs sentence-transformers: pip install nemo_embed_core[eval]")
+    folder = tokenizer_folder(str(source.path))
+    if source.kind == "sentence-transformers" and not (folder / "tokenizer.json").is_file():
+        return  # the library has the only reader of it; the prompt is checked when the model is loaded
+    tokenizer = load_tokenizer(folder)
+    for usage in usages:
+        for side, prompt in (("query", usage["prompt"]), ("document", usage["document_prompt"])):
+            tokenizer.check_prompt(prompt, usage[f"{side}_max_length"], f"{side}_max_length")
+
+
+class Teachers:
+    """The models of a plan, one in memory at a time; a single one is loaded once for all data sets."""
+
+    def __init__(self, plan: Plan, load: Callable[[Source], Any]):
+        self.plan, self.load = plan, load
+        self.kept: dict[Path, Any] = {}
+
+    def of(self, name: str) -> Iterator[Teacher]:
+        dataset = self.plan.datasets[name]
+        for source, usage in zip(self.plan.sources, self.plan.usage[name], strict=True):
+            if source.kind == "precomputed":
+                yield open_precomputed(source.path, _plain(dataset), usage["similarity"])
+                continue
+            if source.path not in self.kept:
+                self.kept.clear()  # before the next one is loaded
+                self.kept[source.path] = self.load(source)
+            encoder = self.kept[source.path]
+            if source.kind == "sentence-transformers":
+                yield Teacher.of_encoder(encoder, **usage)
+            else:
+                yield Teacher.of(encoder, **usage)
+
+
+# ------------------------------------------------------------------------------------------ what is read
+
+
+def _plain(dataset: MineDatasetConfig, split: str | None = None) -> DatasetConfig:
+    return DatasetConfig(path=dataset.path, split=split or dataset.split, on_missing=dataset.on_missing)
+
+
+def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Document]:
+    """Documents to search beside those of the rows: of a BEIR folder the whole corpus, and --corpus."""
+    if Path(dataset.path).is_dir() and config.pool == "all":
+        corpus = read_beir(dataset.path, dataset.split, dataset.on_missing).corpus
+        yield from (Document(corpus[key], key) for key in corpus)
+    if config.corpus:
+        yield from (Document(text, key) for key, text in read_documents(config.corpus, config.on_missing))
+
+
+def _read_all(
+    config: MineConfig, datasets: dict[str, MineDatasetConfig], log: Log
+) -> tuple[Known, set[bytes], dict[str, tuple[int, int]]]:
+    """(known relevance over all data sets and all splits of their folders, keys of --exclude, (documents, queries) by name).
+
+    DataError with the first 20 bad lines of all files and the number of them all.
+    """
+    known, findings, excluded = Known(), Findings(), set[bytes]()
+    counts: dict[str, tuple[int, int]] = {}
+    for dataset in datasets.values():
+        source_files(_plain(dataset))  # a missing file is said before the first one is read
+    num_corpus = sum(1 for _ in read_documents(config.corpus, config.on_missing, findings)) if config.corpus else 0
+    for path in config.exclude:
+        excluded.update(_excluded(path, findings))
+    for name, dataset in datasets.items():
+        documents, num_rows = set[int](), 0
+        for row in read_rows(_plain(dataset), findings):
+            known.add(row.query, row.pos)
+            documents.update(hash(text) for text in (*row.pos, *row.neg))
+            num_rows += 1
+        num_documents = len(documents)
+        if Path(dataset.path).is_dir():
+            num_documents = len(read_beir(dataset.path, dataset.split, dataset.on_missing, findings).corpus)
+        counts[name] = (num_documents + num_corpus, num_rows)
+    findings.raise_bad()
+    for line in findings.lines():
+        log(line)
+    for name, dataset in datasets.items():
+        _read_other_splits(config, name, dataset, known, log)
+    if excluded:
+        log(f"--exclude: {len(excluded):,} documents are not searched")
+    return known, excluded, counts
+
+
+def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
+    """Normal keys of the documents of `file.jsonl[.gz]` ({"text"} lines), or those that a split judges: `beir/folder:split`."""
+    folder, _, split = path.rpartition(":")
+    if folder and Path(folder).is_dir():
+        beir = read_beir(folder, split, "allow", findings)
+        judged = dict.fromkeys(doc for scores in beir.qrels.values() for doc in scores)
+        yield from (normal_key(beir.corpus[doc]) for doc in judged if doc in beir.corpus)
+    elif Path(path).is_dir():
+        raise UserError(f"exclude {path} is a folder: add the split whose documents are meant, as {path}:test")
+    else:
+        yield from (normal_key(text) for _, text in read_documents(path, "allow", findings))
+
+
+def _read_other_splits(config: MineConfig, name: str, dataset: MineDatasetConfig, known: Known, log: Log) -> None:
+    """What another split of the same BEIR folder judges relevant is known too; how much of the corpus only others judge."""
+    files = sorted((Path(dataset.path) / "qrels").glob("*.tsv*"))
+    splits = sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in files} - {dataset.split})
+    if not splits:
+        return
+    own = {key for row in read_rows(_plain(dataset)) for key in row.pos_ids}
+    for split in splits:
+        findings, judged = Findings(), set()
+        for row in read_rows(DatasetConfig(path=dataset.path, split=split, on_missing="allow"), findings):
+            known.add(row.query, row.pos)
+            judged.update(row.pos_ids)
+        if findings.num_bad:
+            log(f"{name}: split {split} has {findings.num_bad:,} bad lines, the first {findings.named[0]}: what it judges "
+                "relevant is not all known")  # fmt: skip
+        option = f"{dataset.path}:{split}"
+        if only := len(judged - own):
+            what = "not searched" if option in config.exclude else f"searched too; --exclude {option} leaves them out"
+            log(f"{name}: {only:,} documents are relevant in split {split} only: {what}")
+
+
+def _check_disk(plan: Plan, counts: dict[str, tuple[int, int]]) -> None:
+    """Embeddings of all data sets and models, less what is there of an earlier run."""
+    if not plan.config.output:
+        return
+    needed = 0
+    for name, (num_documents, num_queries) in counts.items():
+        for source, usage in zip(plan.sources, plan.usage[name], strict=True):
+            dtype = plan.config.dtype or ("float16" if usage["similarity"] == "cosine" else "float32")
+            needed += (num_documents + num_queries) * _hidden_size(source) * (2 if dtype == "float16" else 4)
+        work = plan.output(name).with_name(plan.output(name).name + ".work")
+        needed -= sum(file.stat().st_size for file in work.rglob("*.npy"))
+    folder = next(p for p in Path(plan.config.output).absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the embeddings take {needed / 2**30:,.1f} GiB and {folder} has {free / 2**30:,.1f} GiB free: choose another "
+            "--output, or make room"
+        )
+
+
+def _hidden_size(source: Source) -> int:
+    """Columns of its embeddings; 0 where nothing says so."""
+    if source.kind == "precomputed":
+        return int(precomputed_sides(source.path, None, texts=False)[0][0].shape[1])
+    file = source.folder / ("manifest.json" if source.kind == "checkpoint" else "config.json")
+    config = read_json(file) if file.is_file() else {}
+    if source.kind == "checkpoint":
+        config = config["config"]["model"]
+    return int(config.get("hidden_size") or 0)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def write_texts(config: MineConfig, log: Log = print) -> None:
+    """What a run embeds, once each, for those who embed elsewhere; then --model takes the folder with the two .npy."""
+    _check_options(config)
+    folder = Path(config.write_texts)
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets = named_datasets(config).values()
+
+    def documents() -> Iterable[str]:
+        for dataset in datasets:
+            for row in read_rows(_plain(dataset)):
+                yield from (*row.pos, *row.neg)
+            yield from (document.text for document in documents_of(config, dataset))
+
+    def queries() -> Iterable[str]:
+        return (row.query for dataset in datasets for row in read_rows(_plain(dataset)))
+
+    for side, texts in (("documents", documents()), ("queries", queries())):
+        seen: set[bytes] = set()
+
+        def lines(texts: Iterable[str] = texts, seen: set[bytes] = seen) -> Iterator[bytes]:
+            for text in texts:
+                if (key := exact_key(text)) not in seen:
+                    seen.add(key)
+                    yield (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
+
+        write_atomically(folder / f"{side}.jsonl", lines())
+        log(f"wrote {folder / side}.jsonl: {len(seen):,} texts; put {side}.npy beside it, row i for line i")
+
+
+def mine(plan: Plan, ranks: Ranks, device: Any, load: Callable[[Source], Any], log: Log = print) -> dict[str, Any]:
+    """Every data set of the plan into its file; the reports by name. load: Source -> encoder, for what is not precomputed."""
+    config, single = plan.config, len(plan.datasets) == 1
+    can_plot = importlib.util.find_spec("matplotlib") is not None
+    say = log if ranks.rank == 0 else (lambda _: None)
+    teachers, reports = Teachers(plan, load), {}
+    failed: dict[str, str] = {}  # files of other formats, and why
+    for name, dataset in plan.datasets.items():
+        output = plan.output(name)
+        if not single:
+            say(f"\n{name}: {dataset.path}")
+        reports[name] = mine_negatives(
+            read_rows(_plain(dataset)),
+            teachers.of(name),
+            output,
+            passages=documents_of(config, dataset),
+            selection=Selection(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Selection)}),
+            sweep=config.sweep,
+            known=plan.known,
+            excluded=plan.excluded,
+            keep_negatives=config.keep_negatives,
+            negatives_are_judged=Path(dataset.path).is_dir(),
+            rows_are_searched=config.pool == "all",
+            device=device,
+            method=config.method,
+            dtype=config.dtype,
+            shard_size=config.shard_size,
+            block_queries=config.block_queries,
+            ranks=ranks,
+            log=log,
+        )
+        if ranks.rank == 0:
+            if can_plot:
+                plot_report(reports[name], f"{output}.report.png")
+            failed |= _convert(plan, name, output, say)
+    if ranks.rank == 0 and not single:
+        folder = Path(config.output)
+        say("")
+        print_groups("dataset", reports, config.num_negatives, say)
+        write_atomically(folder / "report.json", json.dumps(reports, indent=1, ensure_ascii=False).encode())
+        if can_plot:
+            plot_datasets(reports, f"{folder}/report.png")
+        say(f"wrote {folder}/report.json; to train: --data.datasets, each with the task it was mined with")
+    if not can_plot:
+        say("no pictures of the reports: pip install matplotlib")
+    if failed:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in failed.items())
+        raise UserError(f"all is mined, but {len(failed)} of --formats could not be written: {reasons}")
+    return reports
+
+
+def _convert(plan: Plan, name: str, output: Path, say: Log) -> dict[str, str]:
+    """The files of other trainers, with the instructions of the data set: given ones, else those of a model of ours."""
+    dataset, config = plan.datasets[name], plan.config
+    prompts = {"prompt": query_prompt(dataset.task or ""), "document_prompt": query_prompt(dataset.document_task or "")}
+    if plan.sources[0].kind in ("checkpoint", "llama"):
+        prompts = {key: plan.usage[name][0][key] for key in prompts}
+    return convert_all(output, config.formats, say, num_negatives=config.num_negatives, **prompts)
