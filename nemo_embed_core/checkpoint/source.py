@@ -139,6 +139,10 @@ def usage_of_folder(folder: Path) -> Usage:
         limit = read_json(length_file).get("max_seq_length")
         if limit is not None and (type(limit) is not int or limit < 1):
             raise UserError(f"{length_file}: max_seq_length is {json.dumps(limit)} and must be a number of tokens")
+        if limit is None:  # as sentence-transformers finds it
+            places = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
+            values = [read_json(folder / file).get(key) for file, key in places if (folder / file).is_file()]
+            limit = min((value for value in values if type(value) is int and 0 < value < 1 << 30), default=None)
     return Usage(
         prompts=prompts,
         query_max_length=limit,

@@ -271,7 +271,7 @@ def _read_other_splits(config: MineConfig, name: str, dataset: MineDatasetConfig
         return
     own = {key for row in read_rows(_plain(dataset)) for key in row.pos_ids}
     for split in splits:
-        findings, judged = Findings(), set()
+        findings, judged = Findings(), set[str]()
         for row in read_rows(DatasetConfig(path=dataset.path, split=split, on_missing="allow"), findings):
             known.add(row.query, row.pos)
             judged.update(row.pos_ids)
