@@ -217,7 +217,8 @@ def check_text(value: Any, field: str) -> str:
 
 def is_noise(text: str) -> bool:
     """Not empty, and yet nothing to read: zero-width, control or replacement characters only. Read, counted and said."""
-    return not has_content(text[:64]) and not has_content(text)  # the beginning of a long text mostly settles it
+    # The first character mostly settles it, and the beginning of a long text nearly always.
+    return not (text[:1].isalnum() or has_content(text[:64]) or has_content(text))
 
 
 NOISE = "without content (zero-width, control or replacement characters only)"

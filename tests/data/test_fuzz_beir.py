@@ -63,7 +63,7 @@ def folders(draw) -> tuple[dict[str, bytes], dict, dict, dict, str]:
         where = files[broken]
         at = draw(st.integers(0, len(where) - 1))
         where[at] = draw(st.sampled_from([
-            "", where[at][:-1], where[at] + where[at], where[at].replace("e", "\ud800"), "null", "[]", "{}", where[at] + ",x",
+            "", where[at][:-1], where[at] + where[at], where[at].replace('": "t', '": "t\ud800'), "null", "[]", "{}", where[at] + ",x",
             where[at].replace("_id", "id"), where[at].replace('"text": "', '"text": ["'), "x" * 300, "PAR1", where[at] + "\t9",
         ]))  # fmt: skip
     end = draw(st.sampled_from(["\n", "\r\n"]))
