@@ -1,0 +1,156 @@
+"""Training steps that share no line with the product: Hugging Face's Llama, and loss, clipping, schedule and AdamW as formulas.
+
+    oracle = Oracle(folder, torch.float64)                  # of a folder that write_model made
+    step = oracle.step(batch, options, number)              # Step(losses, hits, norm, gradients), weights updated
+    oracle.weights()                                        # {Hugging Face name: tensor}
+
+Imports nothing of nemo_embed_core: what product and oracle share, a comparison cannot see.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHAPE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6,
+    "rms_norm_eps": 3e-3, "max_position_embeddings": 512, "is_causal": False, "use_cache": False,
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+def write_model(folder: Path, vocab_size: int, intermediate_size: int, seed: int = 0, **shape: Any) -> Path:
+    """A Hugging Face folder in fp64 of random weights; norms are not ones, which would hide one that is ignored."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(vocab_size=vocab_size, intermediate_size=intermediate_size, **(SHAPE | shape))
+    model = LlamaModel(config).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.copy_(0.15 * noise if p.ndim > 1 else 1 + 0.3 * noise.tanh())
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global batch: token ids of B queries and of the documents that they bring, document 0 of a row its positive."""
+
+    queries: list[list[int]]
+    documents: list[list[int]]  # [B][1 + K] ids; -1: this row has fewer negatives
+    tokens: dict[int, list[int]]  # of each document
+    positives: list[set[int]] = field(default_factory=list)  # [B] all ids that are known to be right for the row
+
+
+@dataclass(frozen=True)
+class Step:
+    losses: Tensor  # [B]
+    scores: list[Tensor]  # [B] cosines of the row's candidates, its positive first
+    norm: float  # before clipping
+    gradients: dict[str, Tensor]  # Hugging Face name -> after clipping
+
+
+class Oracle:
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        # Here and not above: test modules are imported by every rank, which needs a Batch at most.
+        from transformers import LlamaModel
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        self.model = LlamaModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.count = 0
+        if dtype == torch.float64:  # transformers computes norms and angles in fp32 whatever the weights are
+            self.model.rotary_emb.forward = self._angles
+            for module in self.model.modules():
+                if isinstance(module, LlamaRMSNorm):
+                    module.forward = lambda x, m=module: (
+                        m.weight * x / (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).sqrt()
+                    )
+
+    def _angles(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        rope, A = self.model.config.rope_parameters, self.model.config.head_dim
+        frequencies = []
+        for i in range(0, A, 2):
+            frequency = rope["rope_theta"] ** (-i / A)
+            if rope["rope_type"] == "llama3":
+                turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+                share = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+                share = min(1.0, max(0.0, share))
+                frequency *= share + (1 - share) / rope["factor"]
+            frequencies.append(frequency)
+        angles = position_ids[..., None] * torch.tensor(frequencies * 2, dtype=torch.float64)
+        return angles.cos(), angles.sin()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def embed(self, texts: list[list[int]]) -> Tensor:
+        """[N, D] mean over each text's tokens, unit length; in fp32 or wider."""
+        ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.tensor(text)
+            mask[row, : len(text)] = 1
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * mask[..., None]
+        mean = hidden.sum(1) / mask.sum(1, keepdim=True)
+        return mean / mean.norm(dim=1, keepdim=True)
+
+    def losses(self, batch: Batch, in_batch: str, temperature: float) -> tuple[Tensor, list[Tensor]]:
+        """(cross-entropy of each row's positive among its candidates [B], the candidates' cosines); one row at a time."""
+        ids = sorted(batch.tokens)
+        rows = self.embed(batch.queries + [batch.tokens[i] for i in ids])
+        q, documents = rows[: len(batch.queries)], dict(zip(ids, rows[len(batch.queries) :], strict=True))
+        losses, scores = [], []
+        for b, own in enumerate(batch.documents):
+            known = batch.positives[b] | {own[0]}
+            candidates = [own[0], *(d for d in own[1:] if d >= 0 and d not in known)]
+            for other, theirs in enumerate(batch.documents):
+                if other != b and in_batch != "none":
+                    shared = theirs if in_batch == "all" else theirs[:1]
+                    candidates += [d for d in shared if d >= 0 and d not in known]
+            scores.append(torch.stack([q[b] @ documents[d] for d in candidates]))
+            losses.append(torch.nn.functional.cross_entropy(scores[-1][None] / temperature, torch.tensor([0])))
+        return torch.stack(losses), [s.detach() for s in scores]
+
+    def step(self, batch: Batch, number: int, steps: int, loss: dict[str, Any], optim: dict[str, Any]) -> Step:
+        """Step `number` of 0, 1, ..., steps - 1, with the options under their names in a training configuration."""
+        self.model.zero_grad()
+        losses, scores = self.losses(batch, **loss)
+        losses.mean().backward()
+        gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        if optim["clip_norm"] > 0 and norm > optim["clip_norm"]:
+            for g in gradients.values():
+                g *= optim["clip_norm"] / (norm + 1e-6)
+        self._adamw(self._rate(number, steps, optim), gradients, optim)
+        return Step(losses.detach(), scores, norm, {name: g.clone() for name, g in gradients.items()})
+
+    @staticmethod
+    def _rate(number: int, steps: int, optim: dict[str, Any]) -> float:
+        """Linear up to lr, which the last step of the warm-up has, then linear down to min_lr one step after the last."""
+        lr, low, warmup = optim["lr"], optim["min_lr"], optim["warmup_steps"]
+        if number < warmup:
+            return lr * (number + 1) / warmup
+        return lr - (lr - low) * (number - warmup) / (steps - warmup)
+
+    @torch.no_grad()
+    def _adamw(self, lr: float, gradients: dict[str, Tensor], optim: dict[str, Any]) -> None:
+        """arXiv:1711.05101, algorithm 2, decay times lr; only matrices decay."""
+        beta1, beta2 = optim["beta1"], optim["beta2"]
+        self.count += 1
+        for name, p in self.model.named_parameters():
+            g = gradients[name]
+            m, v = self.moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+            self.moments[name] = m, v
+            m, v = m / (1 - beta1**self.count), v / (1 - beta2**self.count)
+            p -= lr * ((optim["weight_decay"] if p.ndim > 1 else 0.0) * p + m / (v.sqrt() + optim["eps"]))

@@ -1,0 +1,287 @@
+"""The trainer against an oracle that shares no line with it, in fp64, over layouts and every option that decides a number.
+
+Loss, accuracy, gradient norm, every clipped gradient and every weight after the last step, row by row: an error in few rows or
+in small ones must not hide behind the largest of a tensor.
+"""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from forked import Server
+from oracle import Batch, Oracle, write_model
+from tiny import train_config, write_rows, write_tokenizer
+
+from nemo_embed_core.config import DataConfig, LossConfig, OptimConfig, ParallelConfig, TrainConfig
+from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.data.store import open_store
+from nemo_embed_core.data.tokenizer import load_tokenizer
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+# Of a row's largest value, and of the tensor's: what rounding loses of a row that is nearly cancelled.
+TOLERANCE = {"fp64": (1e-11, 1e-13), "fp32": (1e-4, 1e-5)}
+LAYOUTS = [  # tp_size, sequence_parallel, dp_size
+    (1, False, 1), (2, True, 1), (2, False, 1), (1, False, 2), (4, True, 1), (2, True, 2), (2, False, 2), (1, False, 4),
+]  # fmt: skip
+# 380 and 40: whole rows and whole MLP blocks on 4 ranks; 381 and 27: padding on 2 and on 4.
+MODELS = {"even": (380, 40), "odd": (381, 27)}
+
+# No default among them, and a clip_norm that clips.
+BASE: dict[str, Any] = {
+    "steps": 3, "global_batch_size": 8, "seed": 3, "activation_checkpointing": False, "attention": "auto",
+    "loss": {"temperature": 0.05, "in_batch": "positives"},
+    "optim": {
+        "lr": 2e-3, "min_lr": 5e-4, "warmup_steps": 1, "weight_decay": 0.3, "beta1": 0.7, "beta2": 0.9, "eps": 1e-3,
+        "clip_norm": 0.5,
+    },
+    "data": {"num_hard_negatives": 2, "query_max_length": 40, "document_max_length": 40, "max_tokens": 200},
+    "parallel": {"reshard_after_forward": True},
+}  # fmt: skip
+# One option after the other is changed; True: so is the run.
+CHANGES: list[tuple[str, Any, bool]] = [
+    ("steps", 4, True), ("global_batch_size", 12, True), ("seed", 4, True), ("loss.temperature", 0.3, True),
+    ("loss.in_batch", "none", True), ("loss.in_batch", "all", True), ("optim.lr", 1e-3, True), ("optim.min_lr", 1e-3, True),
+    ("optim.warmup_steps", 2, True), ("optim.warmup_steps", 0, True), ("optim.weight_decay", 0.0, True),
+    ("optim.beta1", 0.2, True), ("optim.beta2", 0.5, True), ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True),
+    ("optim.clip_norm", 0.25, True), ("optim.clip_norm", 1e6, True), ("data.num_hard_negatives", 1, True),
+    ("data.query_max_length", 19, True), ("data.document_max_length", 7, True), ("data.max_tokens", 4000, False),
+    ("attention", "reference", False), ("activation_checkpointing", True, False),
+    ("parallel.reshard_after_forward", False, False),
+]  # fmt: skip
+
+
+def changed(base: dict[str, Any], option: str, value: Any) -> dict[str, Any]:
+    group, _, name = option.rpartition(".")
+    return {**base, group: {**base[group], name: value}} if group else {**base, name: value}
+
+
+def mixed_cases() -> list[dict[str, Any]]:
+    """Every layout with every in-batch mode twice or more and once in fp32, the other options drawn from what is no default."""
+    rng = random.Random(0)
+    cases = []
+    for layout in LAYOUTS:
+        times = 4 if layout[0] * layout[2] < 4 else 2  # four ranks on two cores take their time
+        modes = ["none", "positives", "all"] * times + [rng.choice(["none", "all"])]
+        for i, in_batch in enumerate(modes):
+            lr = rng.choice([1e-3, 3e-3])
+            optim = {
+                "lr": lr, "min_lr": rng.choice([0.0, lr / 2, lr]), "warmup_steps": rng.choice([0, 1, 2]),
+                "weight_decay": rng.choice([0.0, 0.1, 0.5]), "beta1": rng.choice([0.0, 0.5, 0.8]),
+                "beta2": rng.choice([0.5, 0.9, 0.99]), "eps": rng.choice([1e-4, 1e-2, 0.3]),
+                "clip_norm": rng.choice([0.0, 0.05, 1e6]),
+            }  # fmt: skip
+            data = {"num_hard_negatives": rng.choice([2, 3]), "max_tokens": rng.choice([150, 250, 4000])}
+            loss = {"temperature": rng.choice([0.005, 0.02, 0.1, 1.0]), "in_batch": in_batch}
+            case = {
+                **BASE, "layout": layout, "model": rng.choice(["even", "odd"]), "dtype": "fp64", "seed": i, "steps": rng.choice([2, 3]), "optim": optim,
+                "data": {**BASE["data"], **data}, "loss": loss, "activation_checkpointing": rng.random() < 0.4,
+                "parallel": {"reshard_after_forward": rng.random() < 0.5},
+            }  # fmt: skip
+            if (
+                i == len(modes) - 1
+            ):  # FSDP2 runs other code for it; a temperature and an eps at which rounding is not magnified
+                case |= {"dtype": "fp32", "loss": {**loss, "temperature": 0.1}, "optim": {**optim, "eps": 0.1}}
+            cases.append(case)
+    return cases
+
+
+MIXED = mixed_cases()
+SINGLE = [{**changed(BASE, option, value), "layout": LAYOUTS[0], "model": "even", "dtype": "fp64"}
+          for option, value, _ in CHANGES]  # fmt: skip
+
+
+def configure(folder: Path, case: dict[str, Any], name: str) -> TrainConfig:
+    tp, sp, dp = case["layout"]
+    changes = {key: value for key, value in case.items() if key not in ("layout", "model", "dtype")}
+    changes["parallel"] = {**case["parallel"], "tp_size": tp, "sequence_parallel": sp, "dp_size": dp}
+    return train_config(
+        folder, init_from=str(folder / case["model"]), output_dir=str(folder / f"runs-{name}"), **changes
+    )
+
+
+def without_padding(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    inside = tensor[tuple(slice(0, n) for n in shape)].clone()
+    assert tensor.count_nonzero() == inside.count_nonzero(), f"{tensor.shape=} {shape=}: the padding is not zero"
+    return inside
+
+
+def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """On every rank of one layout's world; what rank 0 saw of each step."""
+    import torch.distributed as dist
+
+    from nemo_embed_core.model.hf import parameter_shapes, to_hf
+    from nemo_embed_core.parallel import fsdp
+    from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
+    from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.train import trainer as trainer_module
+
+    dist.init_process_group("gloo")
+    results = []
+    mesh = build_mesh(torch.device("cpu"), *(cases[0][1]["layout"][i] for i in (2, 0, 1)))
+    for name, case in cases:
+        dtype = DTYPES[case["dtype"]]
+        torch.set_default_dtype(dtype)
+        trainer_module.run_dtype = lambda config, device, dtype=dtype: dtype
+        config = configure(Path(folder), case, name)
+        trainer = trainer_module.Trainer(config, mesh, trainer_module.prepare(config), log=lambda message: None)
+        shapes = parameter_shapes(trainer.model_config)
+
+        def whole(what: str, trainer: Any = trainer, shapes: dict = shapes) -> dict[str, torch.Tensor]:
+            found = {}
+            for full_name, p in trainer.model.named_parameters():
+                plain = fsdp.plain_name(full_name)
+                tensor = without_padding(getattr(p, what).full_tensor(), shapes[plain])
+                found.update(to_hf(plain, tensor, trainer.model_config))
+            return found
+
+        gradients: list[dict[str, torch.Tensor]] = []
+
+        def record(*_: Any, whole: Any = whole, gradients: list = gradients) -> None:
+            gradients.append(whole("grad"))
+
+        trainer.optimizer.register_step_pre_hook(record)
+        records = [trainer.train_step()[0] for _ in range(config.steps)]
+        weights = whole("data")
+        for full_name, p in trainer.model.named_parameters():
+            if is_tp_replicated(p) and mesh.tp.size > 1:
+                copies = [torch.empty_like(local_tensor(p)) for _ in range(mesh.tp.size)]
+                dist.all_gather(copies, local_tensor(p.detach()).contiguous(), group=mesh.tp.group)
+                assert all(torch.equal(copy, copies[0]) for copy in copies), f"{full_name}: tp replicas drifted apart"
+        trainer._unlock()
+        results.append({"records": records, "gradients": gradients, "weights": weights})
+    torch.set_default_dtype(torch.float32)
+    return results if dist.get_rank() == 0 else []
+
+
+# ------------------------------------------------------------------------------------------ the oracle's side
+
+
+def batches(config: TrainConfig) -> list[Batch]:
+    """What the data pipeline hands to each step; the choice of rows and documents is the sampler's, whose tests are its own."""
+    store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
+    sampler = Sampler(len(store), config.global_batch_size, config.seed)
+    out = []
+    for step in range(config.steps):
+        rows = sampler.rows(step)
+        documents = choose_documents(store, rows, sampler.epochs(step), config.data.num_hard_negatives, config.seed)
+        tokens = {int(d): store.document_tokens(d).tolist() for d in np.unique(documents[documents >= 0])}
+        queries = [store.query_tokens(row).tolist() for row in rows.tolist()]
+        out.append(Batch(queries, documents.tolist(), tokens, [set() for _ in queries]))
+    return out
+
+
+def expected(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    config, oracle = configure(folder, case, "oracle"), Oracle(folder / case["model"], torch.float64)
+    options = config.steps, case["loss"], case["optim"]
+    steps = [oracle.step(batch, number, *options) for number, batch in enumerate(batches(config))]
+    return {"steps": steps, "weights": oracle.weights()}
+
+
+def rows_off(got: torch.Tensor, want: torch.Tensor, tolerance: tuple[float, float]) -> float:
+    """The largest error of a row, in units of what it may be."""
+    error, row = (
+        (x.double().flatten(0, -2) if x.ndim > 1 else x[None].double()).abs().amax(1) for x in (got - want, want)
+    )
+    budget = tolerance[0] * row + tolerance[1] * want.abs().max()
+    return (error / budget.clamp(min=1e-300)).max().item()
+
+
+def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> None:
+    tolerance = TOLERANCE[case["dtype"]]
+    shown = {key: value for key, value in case.items() if key != "data"}
+    assert len(got["gradients"]) == len(want["steps"]) == case["steps"]
+    for number, (record, gradients, step) in enumerate(
+        zip(got["records"], got["gradients"], want["steps"], strict=True)
+    ):
+        where = f"step {number} of {shown}"
+        assert abs(record["loss"] / step.losses.mean().item() - 1) < tolerance[0], f"{where}: loss"
+        assert abs(record["grad_norm"] / step.norm - 1) < tolerance[0], f"{where}: gradient norm"
+        if case["loss"]["in_batch"] == "none":  # else only candidates of the same micro-batch are looked at
+            assert record["accuracy"] == np.mean([bool((s[0] > s[1:]).all()) for s in step.scores]), (
+                f"{where}: accuracy"
+            )
+            negatives = torch.cat([s[1:] for s in step.scores])
+            assert abs(record["negative_similarity"] - negatives.mean().item()) < 1e-6, where
+        assert abs(record["positive_similarity"] - np.mean([s[0].item() for s in step.scores])) < 1e-6, where
+        assert gradients.keys() == step.gradients.keys()
+        for name, gradient in step.gradients.items():
+            off = rows_off(gradients[name], gradient, tolerance)
+            assert off <= 1, f"{where}: a row of the gradient of {name} is off by {off:.1e} times its budget"
+    for name, weight in want["weights"].items():
+        off = rows_off(got["weights"][name], weight, tolerance)
+        assert off <= 1, f"{shown}: a row of {name} after {case['steps']} steps is off by {off:.1e} times its budget"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a tokenizer and two models; both sides read them."""
+    root = tmp_path_factory.mktemp("oracle")
+    write_tokenizer(root / "tokenizer")
+    write_rows(root / "train.jsonl")
+    for name, (vocab_size, intermediate_size) in MODELS.items():
+        write_model(root / name, vocab_size, intermediate_size)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    started = Server()
+    yield started
+    started.close()
+
+
+def run(server: Server, folder: Path, cases: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    tp, _, dp = cases[0]["layout"]
+    named = [(f"{name}-{i}", case) for i, case in enumerate(cases)]
+    outcomes = server.run(train_cases, tp * dp, str(folder), named)
+    assert [outcome.code for outcome in outcomes] == [0] * (tp * dp), outcomes[0].output[-3000:]
+    return outcomes[0].result
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout[0]}{'+sp' * layout[1]}-dp{layout[2]}")
+def test_a_layout_trains_as_the_oracle(layout: tuple, server: Server, folder: Path) -> None:
+    cases = [case for case in MIXED if case["layout"] == layout]
+    results = run(server, folder, cases, f"mixed-{LAYOUTS.index(layout)}")
+    for case, got in zip(cases, results, strict=True):
+        compare(case, got, expected(folder, case))
+
+
+def test_every_option_changes_the_run_as_the_oracle_says(server: Server, folder: Path) -> None:
+    base = {**BASE, "layout": LAYOUTS[0], "model": "even", "dtype": "fp64"}
+    results = run(server, folder, [base, *SINGLE], "single")
+    before = expected(folder, base)
+    compare(base, results[0], before)
+    for (option, value, matters), case, got in zip(CHANGES, SINGLE, results[1:], strict=True):
+        after = expected(folder, case)
+        compare(case, got, after)
+        difference = max(rows_off(w, before["weights"][n], (1e-6, 0.0)) for n, w in after["weights"].items())
+        assert (difference > 1) == matters, f"{option}={value} is no case of its option: {difference:.1e}"
+
+
+def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
+    """A new field of these must come into CHANGES, or be known here to decide no number of a step."""
+    elsewhere = {
+        DataConfig: {"datasets", "cache_dir"}, ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "timeout_s"},
+        LossConfig: set(), OptimConfig: set(),
+        TrainConfig: {
+            "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike", "spike_zscore",
+            "log_every", "tensorboard", "loss", "optim", "data", "parallel",
+        },
+    }  # fmt: skip
+    groups = {
+        DataConfig: "data.",
+        ParallelConfig: "parallel.",
+        LossConfig: "loss.",
+        OptimConfig: "optim.",
+        TrainConfig: "",
+    }
+    changes = {option for option, _, _ in CHANGES}
+    for cls, known in elsewhere.items():
+        missing = {f.name for f in dataclasses.fields(cls)} - known
+        assert missing == {name for name in missing if groups[cls] + name in changes}, f"{cls.__name__}: {missing}"
