@@ -25,18 +25,20 @@ SHAPE = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, vocab_size: int, intermediate_size: int, seed: int = 0, **shape: Any) -> Path:
-    """A Hugging Face folder in fp64 of random weights; norms are not ones, which would hide one that is ignored."""
+def write_model(
+    folder: Path, vocab_size: int, intermediate_size: int, dtype: torch.dtype = torch.float64, **shape: Any
+) -> Path:
+    """A Hugging Face folder of random weights; norms are not ones, which would hide one that is ignored."""
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(vocab_size=vocab_size, intermediate_size=intermediate_size, **(SHAPE | shape))
     model = LlamaModel(config).double()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             p.copy_(0.15 * noise if p.ndim > 1 else 1 + 0.3 * noise.tanh())
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 

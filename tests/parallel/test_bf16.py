@@ -1,0 +1,219 @@
+"""bf16 training: not worse than Hugging Face in bf16, and what must be fp32 is fp32.
+
+Against the truth in fp64, of the same bf16 weights, row by row. That gate alone is blind to a rounding that is small beside that
+of the activations; so each fp32 stage is compared with fp64 from the very numbers that it was given.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from forked import Server
+from oracle import Batch, Oracle, write_model
+from tiny import train_config, write_rows, write_tokenizer
+
+from nemo_embed_core.data.sampler import choose_documents
+from nemo_embed_core.data.store import open_store
+from nemo_embed_core.data.tokenizer import load_tokenizer
+
+LAYOUTS = {"tp1": (1, False, 1), "tp2+sp": (2, True, 1), "dp2": (1, False, 2)}  # tp_size, sequence_parallel, dp_size
+ROWS, EACH = 16, 4  # of a step, and of a micro-batch
+TEMPERATURE = 0.05
+# Of a row's largest value, for stages in fp32; one rounding to bf16 on the way would cost 2e-3.
+LIMITS = {
+    "cos": 1e-6, "sin": 1e-6, "pooling": 2e-6, "loss": 1e-5, "gradient of the embeddings": 5e-5,
+    "sum over micro-batches and ranks": 1e-6,
+}  # fmt: skip
+
+
+def config_of(folder: Path, layout: tuple, name: str) -> Any:
+    tp, sp, dp = layout
+    parallel = {"tp_size": tp, "sequence_parallel": sp, "dp_size": dp}
+    loss = {"temperature": TEMPERATURE}
+    return train_config(
+        folder, init_from=str(folder / "model"), output_dir=str(folder / name), precision="bf16", global_batch_size=ROWS,
+        parallel=parallel, loss=loss,
+    )  # fmt: skip
+
+
+def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
+    """Embeddings and gradients of a step in micro-batches, and each stage's error; on every rank of the layout's world."""
+    import torch.distributed as dist
+
+    from nemo_embed_core.data.packing import build_micro_batch
+    from nemo_embed_core.model import encoder, llama
+    from nemo_embed_core.model.hf import parameter_shapes, to_hf
+    from nemo_embed_core.model.llama import rope_inv_freq
+    from nemo_embed_core.parallel import fsdp
+    from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
+    from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.train import step as step_module
+    from nemo_embed_core.train.step import forward_backward
+    from nemo_embed_core.train.trainer import Trainer, prepare
+
+    dist.init_process_group("gloo")
+    tp, sp, dp = layout
+    config = config_of(Path(folder), layout, name)
+    mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
+    trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+    rows = np.arange(ROWS).reshape(dp, -1)[mesh.dp_rank]
+    ids = choose_documents(trainer.store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
+    batches = [
+        build_micro_batch(trainer.store, rows[i : i + EACH], ids[i : i + EACH], tp) for i in range(0, len(rows), EACH)
+    ]
+    shapes = parameter_shapes(trainer.model_config)
+
+    def gradients(of: list) -> dict[str, torch.Tensor]:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        forward_backward(trainer.model, of, mesh, config.loss)
+        sync_replicated_grads(trainer.model.parameters(), mesh)
+        found = {}
+        for full_name, p in trainer.model.named_parameters():
+            plain = fsdp.plain_name(full_name)
+            assert p.dtype == p.grad.dtype == torch.float32 and p.shape == shapes[plain]
+            found.update(to_hf(plain, p.grad.full_tensor().clone(), trainer.model_config))
+        return found
+
+    parts = [gradients([batch]) for batch in batches]
+    seen: dict[str, list] = {"tables": [], "hidden": [], "embeddings": [], "demb": [], "losses": []}
+    split_rope, loss = llama.split_rope, step_module.contrastive_loss
+
+    def see_tables(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *sizes: int) -> Any:
+        assert qkv.dtype == torch.bfloat16
+        seen["tables"].append((cos, sin))
+        return split_rope(qkv, cos, sin, *sizes)
+
+    def see_losses(groups: Any, *options: Any) -> torch.Tensor:
+        seen["losses"].append(loss(groups, *options).detach())
+        return loss(groups, *options)
+
+    def see_embeddings(module: Any, arguments: Any, output: torch.Tensor) -> None:
+        seen["embeddings"].append(output.detach())
+        if output.requires_grad:
+            output.register_hook(seen["demb"].append)
+
+    llama.split_rope, step_module.contrastive_loss = see_tables, see_losses
+    trainer.model.model.register_forward_hook(lambda module, arguments, output: seen["hidden"].append(output.detach()))
+    trainer.model.register_forward_hook(see_embeddings)
+    assert isinstance(trainer.model, encoder.Encoder)
+    total = gradients(batches)
+
+    errors: dict[str, float] = {}
+
+    def note(stage: str, got: torch.Tensor, want: torch.Tensor) -> None:
+        """The worst row's error, relative to its largest value."""
+        assert got.dtype == torch.float32, f"{stage}: {got.dtype}"
+        error, row = ((x if x.ndim > 1 else x[None]).abs().flatten(0, -2).amax(1) for x in (got.double() - want, want))
+        errors[stage] = max(errors.get(stage, 0.0), (error / row.clamp(min=1e-30))[row > 0].max().item())
+
+    inv_freq = rope_inv_freq(trainer.model_config)
+    layers = trainer.model_config.num_hidden_layers
+    embeddings = {}
+    for i, batch in enumerate(batches):
+        angles = batch.position_ids.double()[:, None] * inv_freq
+        for cos, sin in seen["tables"][i * layers : (i + 1) * layers]:
+            note("cos", cos.flatten(), angles.cos().flatten())
+            note("sin", sin.flatten(), angles.sin().flatten())
+        hidden = seen["hidden"][i]
+        if sp:
+            shards = [torch.empty_like(hidden) for _ in range(tp)]
+            dist.all_gather(shards, hidden.contiguous(), group=mesh.tp.group)
+            hidden = torch.cat(shards)
+        assert hidden.dtype == torch.bfloat16
+        mean = torch.stack([h.double().mean(0) for h in hidden.split(batch.lengths)])
+        note("pooling", seen["embeddings"][i], mean / mean.norm(dim=1, keepdim=True))
+        exact = seen["embeddings"][i].double().requires_grad_()
+        q, documents = exact[batch.query_index], exact[batch.document_index]
+        scores = (q[:, None] * documents).sum(-1).masked_fill(~batch.document_mask, -torch.inf) / TEMPERATURE
+        losses = scores.logsumexp(1) - scores[:, 0]
+        note("loss", seen["losses"][i], losses.detach())
+        (losses.sum() / len(rows)).backward()
+        note("gradient of the embeddings", seen["demb"][i], exact.grad)
+        for row, at in zip(batch.rows.tolist(), batch.query_index.tolist(), strict=True):
+            embeddings["query", row] = seen["embeddings"][i][at]
+        for b, m in batch.document_mask.nonzero().tolist():
+            embeddings["document", int(batch.document_ids[b, m])] = seen["embeddings"][i][batch.document_index[b, m]]
+    # Micro-batches of a fourth of the rows: their gradients are exact multiples of what they are in the whole step.
+    for tensor_name, gradient in total.items():
+        summed = torch.stack([part[tensor_name].double() for part in parts]).mean(0)
+        note("sum over micro-batches and ranks", gradient, summed)
+    return {"gradients": total, "embeddings": embeddings, "errors": errors, "ids": ids, "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bf16")
+    write_tokenizer(root / "tokenizer")
+    write_rows(root / "train.jsonl")
+    write_model(root / "model", 380, 96, dtype=torch.bfloat16, hidden_size=64)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    started = Server()
+    yield started
+    started.close()
+
+
+def peers(folder: Path) -> dict[torch.dtype, tuple[dict, dict]]:
+    """(embeddings, gradients) of Hugging Face's model in fp64, which is the truth, and in bf16."""
+    config = config_of(folder, (1, False, 1), "peer")
+    store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
+    rows = np.arange(ROWS)
+    ids = choose_documents(store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
+    tokens = {int(d): store.document_tokens(d).tolist() for d in np.unique(ids[ids >= 0])}
+    queries = [store.query_tokens(row).tolist() for row in range(ROWS)]
+    batch = Batch(queries, ids.tolist(), tokens, [set() for _ in queries])
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        oracle = Oracle(folder / "model", dtype)
+        losses, _ = oracle.losses(batch, "none", TEMPERATURE)
+        losses.mean().backward()
+        embeddings = oracle.embed(queries + list(tokens.values())).detach()
+        names = [("query", row) for row in range(ROWS)] + [("document", d) for d in tokens]
+        gradients = {name: p.grad for name, p in oracle.model.named_parameters()}
+        found[dtype] = dict(zip(names, embeddings, strict=True)), gradients
+    return found
+
+
+def row_errors(got: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """|error| / |row| of each row that is not (nearly) zero."""
+    got, truth = (x.double() if x.ndim > 1 else x.double()[None] for x in (got, truth))
+    norm = truth.norm(dim=1)
+    return ((got - truth).norm(dim=1) / norm)[norm > 1e-3 * norm.max()]
+
+
+@pytest.fixture(scope="module")
+def truth_and_peer(folder: Path) -> dict:
+    return peers(folder)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_bf16_is_as_good_as_hugging_face_and_rounds_nothing_else(name, server, folder, truth_and_peer) -> None:
+    layout = LAYOUTS[name]
+    outcomes = server.run(one_step, layout[0] * layout[2], str(folder), layout, name)
+    assert all(outcome.code == 0 for outcome in outcomes), outcomes[0].output[-3000:]
+    (true_rows, true_gradients), (peer_rows, peer_gradients) = truth_and_peer.values()
+    ours = {key: row for outcome in outcomes for key, row in outcome.result["embeddings"].items()}
+    assert ours.keys() == true_rows.keys()
+    keys = sorted(ours)
+    stack = [torch.stack([rows[key] for key in keys]) for rows in (ours, peer_rows, true_rows)]
+    compared = {"embeddings": tuple(stack)}
+    compared |= {n: (outcomes[0].result["gradients"][n], peer_gradients[n], g) for n, g in true_gradients.items()}
+    for what, (mine, peer, truth) in compared.items():
+        own, theirs = row_errors(mine, truth), row_errors(peer, truth)
+        average = (own.square().mean() / theirs.square().mean()).sqrt().item()
+        assert average <= 1.3, f"{name}: {what} loses {average:.2f} times as much as Hugging Face"
+        worst = (own.max() / theirs.max()).item()
+        assert worst <= 3, f"{name}: the worst row of {what} loses {worst:.2f} times as much as Hugging Face's worst"
+    for outcome in outcomes:
+        assert outcome.result["errors"].keys() == LIMITS.keys()
+        for stage, error in outcome.result["errors"].items():
+            assert error <= LIMITS[stage], (
+                f"{name}: {stage} is off by {error:.1e} of a row; fp32 allows {LIMITS[stage]:.0e}"
+            )
