@@ -7,7 +7,6 @@ import ctypes
 import os
 import signal
 import sys
-from pathlib import Path
 
 from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_errors
 
@@ -18,15 +17,16 @@ def check_early(config: TrainConfig) -> None:
     `prepare` checks the same again with everything that needs torch; the shape of a checkpoint of ours is read there.
     """
     from nemo_embed_core.data.tokenizer import load_tokenizer
-    from nemo_embed_core.model.hf_config import read_config
+    from nemo_embed_core.model.hf_folder import find_folder, has_weights, open_folder
     from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
 
     model = None if config.init_from else config.model
-    if config.init_from and Path(config.init_from, "config.json").is_file():
-        model = read_config(Path(config.init_from))
+    folder = find_folder(config.init_from)[0] if config.init_from else None
+    if folder is not None and has_weights(folder):
+        model = open_folder(folder).model
     check_layout(config.parallel, world_size_from_env(), model)
-    if model is not None and (config.tokenizer or config.init_from):
-        load_tokenizer(config.tokenizer or config.init_from).check_fits(model.vocab_size)
+    if model is not None and (config.tokenizer or folder):
+        load_tokenizer(config.tokenizer or folder).check_fits(model.vocab_size)
 
 
 def train(config: TrainConfig) -> None:

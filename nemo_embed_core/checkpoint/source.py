@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.config import UserError
+from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.model.hf_config import LLAMA_TYPES, read_json
+from nemo_embed_core.model.hf_folder import INDEX, SINGLE, find_folder, has_weights, open_folder
+from nemo_embed_core.parallel.layout import rank_from_env
 
 Kind = Literal["checkpoint", "llama", "sentence-transformers", "precomputed"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 
 # Of config_sentence_transformers.json, beside its own keys, which have one length for both sides: ours are kept there.
 USAGE_KEY = "nemo_embed_core"
+PRECOMPUTED = ("documents.npy", "queries.npy")
 
 
 class Prompts(NamedTuple):
@@ -67,25 +70,85 @@ class Usage:
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder: `folder` is the checkpoint itself where `path` was a run."""
+    """A model folder: `folder` is the checkpoint itself where `path` was a run, the snapshot where it was the hub's cache.
+
+    model: its shape; None for embeddings and for another architecture.  where: of a Hugging Face Llama, its tensors
+    (hf_folder.py).  foreign: what its modules.json asks for beyond a bidirectional Llama with mean pooling, "" for nothing.
+    """
 
     path: Path
     folder: Path
     kind: Kind
     usage: Usage
+    model: ModelConfig | None = None
+    where: Mapping[str, tuple[str, str]] | None = None
+    foreign: str = ""
 
 
 def resolve(path: str | Path) -> Source:
-    """What the folder is and how its texts are encoded, without touching a weight; UserError when it is no model folder."""
+    """What the folder is and how its texts are encoded, without touching a weight; UserError when it is no model folder.
+
+    The gate of every launcher: a folder in which two things contradict is refused by both names, and what is read in another
+    way than its files' names say is said once.
+    """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder; give a checkpoint, a run, a Hugging Face folder or embeddings")
-    if sharded.is_checkpoint(path):
-        folder = sharded.find(path)
-        return Source(path, folder, "checkpoint", usage_of_manifest(sharded.read_manifest(folder)))
-    if (path / "documents.npy").is_file() or (path / "queries.npy").is_file():
-        return Source(path, path, "precomputed", Usage())
-    return Source(path, path, "sentence-transformers" if _is_foreign(path) else "llama", usage_of_folder(path))
+    folder, notes = find_folder(path)
+    _refuse_two_models(folder)
+    if _is_checkpoint(folder):
+        folder = sharded.find(folder)
+        manifest = sharded.read_manifest(folder)
+        model = sharded.model_from_dict(manifest["model"], folder / sharded.MANIFEST)
+        source = Source(path, folder, "checkpoint", usage_of_manifest(manifest), model)
+    elif any((folder / name).is_file() for name in PRECOMPUTED):
+        source = Source(path, folder, "precomputed", Usage())
+    else:
+        foreign, usage = _foreign(folder), usage_of_folder(folder)
+        kind: Kind = "sentence-transformers" if foreign else "llama"
+        if foreign and _model_type(folder) not in LLAMA_TYPES:
+            source = Source(path, folder, kind, usage)
+        else:
+            opened = open_folder(folder)
+            notes += opened.notes
+            source = Source(path, folder, kind, usage, opened.model, opened.where, foreign)
+    for note in notes:
+        _say(note)
+    return source
+
+
+_said: set[str] = set()
+
+
+def _say(note: str) -> None:
+    """Once per process, on the first rank."""
+    if note not in _said and rank_from_env() == 0:
+        print(f"note: {note}", flush=True)
+    _said.add(note)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Also manifest.json of something else, unless there is another model beside it."""
+    if not sharded.is_checkpoint(folder):
+        return False
+    if sharded.checkpoints(folder) or not has_weights(folder):
+        return True
+    try:
+        return "pieces" in json.loads((folder / sharded.MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return True  # one of ours that is damaged, for all we know
+
+
+def _refuse_two_models(folder: Path) -> None:
+    found = {}
+    if _is_checkpoint(folder):
+        steps = sharded.checkpoints(folder)
+        found["a checkpoint of ours"] = sharded.MANIFEST if (folder / sharded.MANIFEST).is_file() else steps[0].name
+    if has_weights(folder):
+        found["a Hugging Face model"] = SINGLE if (folder / SINGLE).is_file() else INDEX
+    if arrays := [name for name in PRECOMPUTED if (folder / name).is_file()]:
+        found["embeddings"] = arrays[0]
+    if len(found) > 1:
+        both = " and ".join(f"{what} ({name})" for what, name in found.items())
+        raise UserError(f"{folder} holds {both}; move one of them to another folder")
 
 
 def usage_of_training(data: Mapping[str, Any], rows: list[int] | None = None) -> Usage:
@@ -151,23 +214,62 @@ def usage_of_folder(folder: Path) -> Usage:
     )
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether a model folder needs sentence-transformers: it has modules.json and they are not ours.
+# Of sentence-transformers' Pooling, before version 5.4 flags and since then a word; and config.json's word for the same.
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_CONFIG_POOLING = {"avg": "mean", "mean": "mean", "cls": "cls", "last": "lasttoken", "lasttoken": "lasttoken"}
+
+
+def _foreign(folder: Path) -> str:
+    """Why a model folder needs sentence-transformers: it has modules.json and they are not ours; "" when they are.
 
     Ours are a Llama that is not causal, mean pooling, and at most a normalisation; so a bare Llama folder and our own
     exports are not foreign, whatever they are called.
     """
-    if not (path / "modules.json").is_file():
-        return False
-    modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-    config = read_json(file) if (file := path / "config.json").is_file() else {}
-    pooling = read_json(file) if (file := path / "1_Pooling" / "config.json").is_file() else {}
-    modes = {key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True}
-    is_mean = modes == {"pooling_mode_mean_tokens"} or (not modes and pooling.get("pooling_mode") == "mean")
-    return not (
-        config.get("model_type") in ("llama", "llama_bidirec")
-        and config.get("is_causal") is False
-        and kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-        and is_mean
-    )
+    file = folder / "modules.json"
+    if not file.is_file():
+        return ""
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
+        places = [str(module["path"]) for module in modules if str(module["type"]).endswith(".Pooling")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no list of modules with type and path: {error!r}") from None
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    modes = _pooling(folder / places[0] / "config.json") if places else set()
+    word = _CONFIG_POOLING.get(str(config.get("pooling")))
+    if word is not None and places and modes != {word}:
+        raise UserError(
+            f"{folder / places[0] / 'config.json'} pools by {', '.join(sorted(modes)) or 'nothing'}, which sentence-transformers "
+            f"reads, and {folder / 'config.json'} says pooling={config['pooling']!r}, which servers read; correct one"
+        )
+    if config.get("model_type") not in LLAMA_TYPES:
+        return f"model_type {config.get('model_type')!r}"
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        return f"modules {', '.join(kinds)}"
+    if modes != {"mean"}:
+        return f"pooling by {', '.join(sorted(modes)) or 'nothing'}"
+    return "" if config.get("is_causal") is False else "causal attention"
+
+
+def _pooling(file: Path) -> set[str]:
+    """How 1_Pooling/config.json says to pool, in the words of sentence-transformers 5.4 and later."""
+    pooling = read_json(file) if file.is_file() else {}
+    flags = {word for key, word in _POOLING_FLAGS.items() if pooling.get(key) is True}
+    given = pooling.get("pooling_mode")
+    words = set(given) if isinstance(given, list) else {given} if given is not None else set()
+    if flags and words and flags != words:
+        raise UserError(
+            f"{file} has pooling_mode={given!r} and the flags of {', '.join(sorted(flags))}; delete one spelling"
+        )
+    return flags or {str(word) for word in words}
+
+
+def _model_type(folder: Path) -> Any:
+    return read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import read_safetensors_header
+from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model.hf import (
     Box,
@@ -27,7 +28,6 @@ from nemo_embed_core.model.hf import (
     tp_unit,
     unpadded,
 )
-from nemo_embed_core.model.hf_config import read_config
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
@@ -62,28 +62,33 @@ class RandomReader:
 
 def read_model_config(path: str) -> ModelConfig:
     """The shape alone, without touching a weight: for checks that must come before any process group."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give a Hugging Face folder, a checkpoint or a run of ours")
-    if sharded.is_checkpoint(folder):
-        return sharded.model_from_dict(sharded.read_manifest(sharded.find(folder))["model"])
-    return read_config(folder)
+    return _shape(resolve(path))
+
+
+def _shape(source: Source) -> ModelConfig:
+    if source.model is None:
+        why = (
+            "embeddings without a model"
+            if source.kind == "precomputed"
+            else f"no Llama: {source.foreign or 'modules.json'}"
+        )
+        raise UserError(f"{source.folder} holds {why}; give a Hugging Face Llama folder, a checkpoint or a run of ours")
+    return source.model
 
 
 def tokenizer_folder(path: str) -> Path:
-    folder = Path(path)
-    return sharded.find(folder) if sharded.is_checkpoint(folder) else folder
+    return resolve(path).folder
 
 
-def open_weights(path: str, hashed: bool = True) -> Weights:
+def open_weights(path: str, hashed: bool = True, base: bool = False) -> Weights:
     """Names and shapes are checked; of a checkpoint of ours the sha256 of every file with weights too.
 
-    hashed=False: nothing but headers is read; who reads the rest compares `Rows.sha256` itself.
+    hashed=False: nothing but headers is read; who reads the rest compares `Rows.sha256` itself.  base=True: training starts
+    from them, so that how the folder pools them does not matter.
     """
-    config = read_model_config(path)
-    folder = Path(path)
-    if sharded.is_checkpoint(folder):
-        folder = sharded.find(folder)
+    source = resolve(path)
+    config, folder = _shape(source), source.folder
+    if source.kind == "checkpoint":
         manifest = sharded.verify(folder, weights_only=True, hashed=hashed)
         reader = sharded.Reader(folder)
         expected = parameter_shapes(config)
@@ -92,7 +97,12 @@ def open_weights(path: str, hashed: bool = True) -> Weights:
         dtype = getattr(torch, manifest["export_dtype"])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
         return Weights(config, reader, folder, dtype, digest)
-    hf = HFReader(folder, config)
+    if source.foreign and not base:
+        raise UserError(
+            f"{folder} is a sentence-transformers model with {source.foreign}; as a bidirectional Llama with mean pooling its "
+            "weights would give other embeddings: train them as one first, or delete modules.json if it is out of date"
+        )
+    hf = HFReader(folder, config, source.where)
     return Weights(config, hf, folder, hf.dtype, hf.digest() if hashed else "")
 
 

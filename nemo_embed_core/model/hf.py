@@ -6,8 +6,7 @@ A box is (offset, size) per dim of a parameter's global tensor: what one rank ho
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.model.hf_folder import inside, tensors
 from nemo_embed_core.parallel.layout import tp_chunk
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
@@ -131,33 +131,17 @@ def unpadded(tensor: Tensor, box: Box) -> Tensor:
 class HFReader:
     """The weights of a Hugging Face Llama folder: checked by name and shape, then read box by box.
 
-    model.safetensors or model.safetensors.index.json with shards; names with or without "model."; an lm_head is
-    ignored. `bytes_read` counts what was read: a tp rank reads only its own slices.
+    Which files and names count is hf_folder.py's to say. `bytes_read` counts what was read: a tp rank reads only its own
+    slices.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig):
+    def __init__(self, folder: Path, config: ModelConfig, where: Mapping[str, tuple[str, str]] | None = None):
         self.folder, self.config = folder, config
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            where = read_json(self._inside(index)).get("weight_map")
-            if not isinstance(where, dict):
-                raise UserError(f'{index}: no "weight_map" object')
-            for file in {str(file): file for file in where.values()}.values():
-                plain = isinstance(file, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*", file)
-                if not plain or not (folder / file).is_file():
-                    raise UserError(f"{index}: weight_map names {str(file)[:80]!r}, which is not a file of {folder}")
-        elif single.is_file():
-            where = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-        else:
-            pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-            hint = f"; {pickles[0]} is a pickle and is never opened, convert it to safetensors" if pickles else ""
-            raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json{hint}")
-        self._where = {name.removeprefix("model."): (name, file) for name, file in where.items()}
-        if len(self._where) != len(where):
-            twice = next(name for name in where if "model." + name in where)
-            raise UserError(f"{folder} holds both {twice} and model.{twice}; keep one")
+        if where is None:
+            where, _ = tensors(folder, read_json(file) if (file := folder / "config.json").is_file() else {})
+        self._where = where  # name without prefix -> (name in the file, file)
         if config.num_hidden_layers > len(where):
             raise UserError(
                 f"{folder}: config.json says {config.num_hidden_layers} layers, there are {len(where)} tensors"
@@ -179,27 +163,16 @@ class HFReader:
                 total.update(hashlib.file_digest(handle, "sha256").digest())
         return total.hexdigest()
 
-    def _inside(self, path: Path) -> Path:
-        """The path, unless it is a link out of the folder. Hugging Face's cache links snapshots/*/NAME to blobs/."""
-        target, folder = path.resolve(), self.folder.resolve()
-        allowed = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
-        if target.parent not in allowed:
-            raise UserError(f"{path} is a link to {target}, outside of {self.folder}; put the file itself there")
-        return path
-
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            path = self._inside(self.folder / name)
             try:
-                self._open[name] = safe_open(path, framework="pt")
+                self._open[name] = safe_open(inside(self.folder, self.folder / name), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{self.folder / name} is not a readable safetensors file: {error}") from None
         return self._open[name]
 
     def _check(self) -> None:
-        expected, found = hf_shapes(self.config), set(self._where) - {"lm_head.weight"}
-        # Old exports carry the RoPE buffer of each layer; it is a function of the config.
-        found = {n for n in found if not n.endswith("rotary_emb.inv_freq")}
+        expected, found = hf_shapes(self.config), set(self._where)
         problems = [f"{n} is missing" for n in expected if n not in found]
         problems += [f"{n} is not part of this model" for n in sorted(found - set(expected))]
         for name, shape in expected.items():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+
+LLAMA_TYPES = ("llama", "llama_bidirec")  # model_type
+LFS_POINTER = b"version https://git-lfs"  # how the small file begins that git-lfs puts in place of a large one
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,6 +33,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        if path.read_bytes().startswith(LFS_POINTER):
+            raise UserError(
+                f"{path} is a git-lfs pointer, not the file itself; run git lfs pull in {path.parent}"
+            ) from None
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -37,26 +45,48 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig from the config.json of any Hugging Face Llama; what we would compute differently is refused."""
-    path = folder / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") not in ("llama", "llama_bidirec"):
+    return model_config(folder / "config.json", read_json(folder / "config.json"))[0]
+
+
+# The values of a field that compute what our Llama computes, the default first.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "pooling": ("avg", "mean"),
+}
+
+
+def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
+    """(the shape, notes) from config.json's object; UserError where two of its fields contradict."""
+    if raw.get("model_type") not in LLAMA_TYPES:
         raise UserError(f'{path}: model_type is {raw.get("model_type")!r}; only "llama" and "llama_bidirec" are read')
-    for key, plain in (
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("hidden_act", "silu"),
-        ("pooling", "avg"),
-    ):
-        if raw.get(key, plain) != plain:
-            raise UserError(f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={plain!r}")
-    # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling; both are read.
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f'{path}: rope_type {kind!r} is not supported; use "default" or "llama3"')
+    for key, values in _SUPPORTED.items():
+        if raw.get(key, values[0]) not in values:
+            raise UserError(f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={values[0]!r}")
+    if raw.get("quantization_config") is not None:
+        kind = raw["quantization_config"]
+        kind = kind.get("quant_method", "?") if isinstance(kind, dict) else kind
+        raise UserError(
+            f"{path}: quantization_config ({kind}): quantised weights are not read; take the model in bf16, or delete the "
+            "field if its weights are plain"
+        )
+    for key in ("text_config", "llm_config"):
+        if raw.get(key) is not None:
+            raise UserError(f"{path}: {key} describes a second model beside the sizes around it; keep one of them")
+    causal, bidirectional = raw.get("is_causal"), raw.get("use_bidirectional_attention")
+    if causal is not None and causal == bidirectional:
+        raise UserError(
+            f"{path}: is_causal={causal!r}, which transformers reads, and use_bidirectional_attention={bidirectional!r}, "
+            "which vLLM and text-embeddings-inference read, contradict; correct one"
+        )
+    notes: list[str] = []
+    theta, scaling = _rotary(path, raw, notes)
+    if raw["model_type"] == "llama" and (code := raw.get("auto_map")):
+        file = next(iter(code.values()), "") if isinstance(code, dict) else code
+        notes.append(f"{path}: its own code ({file}) is not run; it is read as a plain Llama")
     try:
-        return ModelConfig(
+        model = ModelConfig(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             intermediate_size=raw["intermediate_size"],
@@ -65,15 +95,8 @@ def read_config(folder: Path) -> ModelConfig:
             num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
             head_dim=raw.get("head_dim") or 0,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            rope_scaling=RopeScaling(
-                factor=scaling["factor"],
-                low_freq_factor=scaling["low_freq_factor"],
-                high_freq_factor=scaling["high_freq_factor"],
-                original_max_position_embeddings=scaling["original_max_position_embeddings"],
-            )
-            if kind == "llama3"
-            else None,
+            rope_theta=theta,
+            rope_scaling=scaling,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             initializer_range=raw.get("initializer_range", 0.02),
         )
@@ -81,3 +104,99 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: field {error} is missing") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+    return model, tuple(notes)
+
+
+# ------------------------------------------------------------------------------------------ rotary spellings
+
+# transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling. 5 takes rope_scaling where both stand there, and a
+# theta inside either before rope_theta; 4 has never heard of rope_parameters.
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _rotary(path: Path, raw: Mapping[str, Any], notes: list[str]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) on which all spellings that stand in config.json agree."""
+    spellings = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
+    readings = {key: _spelling(path, key, value, raw, notes) for key, value in spellings.items()}
+    top = raw.get("rope_theta")
+    for key, value in {
+        "rope_theta": top,
+        **{f"{k}.rope_theta": v.get("rope_theta") for k, v in spellings.items()},
+    }.items():
+        if value is None:
+            continue
+        if type(value) not in (int, float):
+            raise UserError(f"{path}: {key}={value!r} must be a number")
+        if top is not None and value != top:
+            raise UserError(
+                f"{path}: rope_theta={top!r}, which transformers 4 reads, and {key}={value!r}, which transformers 5 reads, "
+                "contradict; delete the wrong one"
+            )
+    if len(readings) == 2:
+        (a, first), (b, second) = readings.items()
+        if first != second:
+            raise UserError(
+                f"{path}: {a} ({_shown(first)}), which transformers reads, and {b} ({_shown(second)}) contradict; delete one"
+            )
+    if not readings:
+        if top is None and "rope_theta" in raw:
+            raise UserError(f"{path}: rope_theta is null; give the number that the model was trained with")
+        return float(10000.0 if top is None else top), None
+    return next(iter(readings.values()))
+
+
+def _spelling(
+    path: Path, key: str, rope: Any, raw: Mapping[str, Any], notes: list[str]
+) -> tuple[float, RopeScaling | None]:
+    """What one of the two says, where it stands alone."""
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: {key}={rope!r} must be an object")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path}: {key} differs from layer to layer, which is not supported")
+    kinds = {name: rope[name] for name in ("rope_type", "type") if rope.get(name) is not None}
+    if len(set(map(str, kinds.values()))) > 1:
+        raise UserError(
+            f"{path}: {key} has rope_type={rope['rope_type']!r}, which transformers 5 reads, and type={rope['type']!r}, "
+            "which transformers 4 reads; delete one"
+        )
+    kind = next(iter(kinds.values()), "default")
+    if kind not in ("default", "llama3"):
+        raise UserError(f'{path}: rope_type {kind!r} is not supported; use "default" or "llama3"')
+    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        if kind == "llama3":
+            raise UserError(
+                f"{path}: partial_rotary_factor={partial!r} is not supported; this Llama rotates all channels"
+            )
+        notes.append(f"{path}: partial_rotary_factor={partial!r} is ignored, as transformers 5 does for a Llama")
+    if not kinds and (unused := [name for name in _LLAMA3 if name in rope]):
+        notes.append(f"{path}: {key} has {unused[0]} but no rope_type: positions are not scaled, as in transformers")
+    theta = rope.get("rope_theta")
+    theta = raw.get("rope_theta") if theta is None else theta
+    theta = 10000.0 if theta is None else theta
+    if type(theta) not in (int, float):
+        raise UserError(f"{path}: rope_theta={theta!r} must be a number")
+    if kind == "default":
+        return float(theta), None
+    values: dict[str, Any] = {name: rope.get(name) for name in _LLAMA3}
+    outer, inner = raw.get("original_max_position_embeddings"), values["original_max_position_embeddings"]
+    if outer is not None and inner is not None and outer != inner:
+        raise UserError(
+            f"{path}: original_max_position_embeddings={outer!r}, which transformers 5 reads, and that of {key}, {inner!r}, "
+            "which transformers 4 reads, contradict; delete one"
+        )
+    # As transformers 5: the model's own, then its longest text.
+    values["original_max_position_embeddings"] = inner or outer or raw.get("max_position_embeddings", 2048)
+    if missing := [name for name, value in values.items() if value is None]:
+        raise UserError(f"{path}: {key} is of type llama3 and has no {missing[0]}")
+    try:
+        return float(theta), RopeScaling(**values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _shown(reading: tuple[float, RopeScaling | None]) -> str:
+    theta, scaling = reading
+    return f"theta {theta:g}, " + (
+        "not scaled" if scaling is None else ", ".join(f"{name} {getattr(scaling, name):g}" for name in _LLAMA3)
+    )

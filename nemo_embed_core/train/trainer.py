@@ -248,7 +248,7 @@ class Trainer:
 
         checkpoint = self._checkpoint_to_resume()
         try:
-            weights = open_weights(config.init_from) if config.init_from and checkpoint is None else None
+            weights = open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
             # The weights' own dtype decides what merge writes: bf16 in, bf16 out.
             self.export_dtype = weights.dtype if weights is not None else self.dtype
             self.model = build_model(config, self.model_config, mesh, weights)
