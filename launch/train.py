@@ -22,7 +22,7 @@ def check_early(config: TrainConfig) -> None:
 
     model = None if config.init_from else config.model
     folder = find_folder(config.init_from)[0] if config.init_from else None
-    if folder is not None and has_weights(folder):
+    if folder is not None and (has_weights(folder) or (folder / "config.json").is_file()):
         model = open_folder(folder).model
     check_layout(config.parallel, world_size_from_env(), model)
     if model is not None and (config.tokenizer or folder):

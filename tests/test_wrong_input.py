@@ -168,7 +168,7 @@ def test_wrong_base_models(launch: Launcher) -> None:
     base = launch.folder / "base"
     base.mkdir()
     init = ("--init_from", str(base))
-    refuses(launch.train(*init), "config.json does not exist")
+    refuses(launch.train(*init), "has no config.json (it is empty)")
     config = {"model_type": "bert"}
     (base / "config.json").write_text(json.dumps(config))
     refuses(launch.train(*init), "model_type is 'bert'")

@@ -22,7 +22,7 @@ from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.model.hf_config import LLAMA_TYPES, read_json
-from nemo_embed_core.model.hf_folder import INDEX, SINGLE, find_folder, has_weights, open_folder
+from nemo_embed_core.model.hf_folder import INDEX, SINGLE, find_folder, has_weights, open_folder, weight_files
 from nemo_embed_core.parallel.layout import rank_from_env
 
 Kind = Literal["checkpoint", "llama", "sentence-transformers", "precomputed"]
@@ -72,8 +72,8 @@ class Usage:
 class Source:
     """A model folder: `folder` is the checkpoint itself where `path` was a run, the snapshot where it was the hub's cache.
 
-    model: its shape; None for embeddings and for another architecture.  where: of a Hugging Face Llama, its tensors
-    (hf_folder.py).  foreign: what its modules.json asks for beyond a bidirectional Llama with mean pooling, "" for nothing.
+    model: its shape, of a checkpoint or a Llama.  where: the tensors of a Llama folder (hf_folder.py).  foreign: what a
+    sentence-transformers folder asks for beyond a bidirectional Llama with mean pooling.
     """
 
     path: Path
@@ -103,13 +103,14 @@ def resolve(path: str | Path) -> Source:
         source = Source(path, folder, "precomputed", Usage())
     else:
         foreign, usage = _foreign(folder), usage_of_folder(folder)
-        kind: Kind = "sentence-transformers" if foreign else "llama"
-        if foreign and _model_type(folder) not in LLAMA_TYPES:
-            source = Source(path, folder, kind, usage)
+        if foreign:  # its own library reads it; of two sets of weights that would take one too
+            if has_weights(folder):
+                weight_files(folder, read_json(file) if (file := folder / "config.json").is_file() else {})
+            source = Source(path, folder, "sentence-transformers", usage, foreign=foreign)
         else:
             opened = open_folder(folder)
             notes += opened.notes
-            source = Source(path, folder, kind, usage, opened.model, opened.where, foreign)
+            source = Source(path, folder, "llama", usage, opened.model, opened.where)
     for note in notes:
         _say(note)
     return source
@@ -269,7 +270,3 @@ def _pooling(file: Path) -> set[str]:
             f"{file} has pooling_mode={given!r} and the flags of {', '.join(sorted(flags))}; delete one spelling"
         )
     return flags or {str(word) for word in words}
-
-
-def _model_type(folder: Path) -> Any:
-    return read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None

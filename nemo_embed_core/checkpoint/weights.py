@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from nemo_embed_core.model.hf import (
     tp_unit,
     unpadded,
 )
+from nemo_embed_core.model.hf_folder import open_folder
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
@@ -62,18 +63,24 @@ class RandomReader:
 
 def read_model_config(path: str) -> ModelConfig:
     """The shape alone, without touching a weight: for checks that must come before any process group."""
-    return _shape(resolve(path))
+    return _llama(resolve(path), base=True)[0]
 
 
-def _shape(source: Source) -> ModelConfig:
-    if source.model is None:
-        why = (
-            "embeddings without a model"
-            if source.kind == "precomputed"
-            else f"no Llama: {source.foreign or 'modules.json'}"
+def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[str, str]]]:
+    """Shape and tensors. base: of any Llama; else of one that is run as we run it."""
+    if source.model is not None:
+        return source.model, source.where or {}
+    if source.kind == "precomputed":
+        raise UserError(
+            f"{source.folder} holds embeddings and no model; give a Hugging Face folder, a checkpoint or a run"
         )
-        raise UserError(f"{source.folder} holds {why}; give a Hugging Face Llama folder, a checkpoint or a run of ours")
-    return source.model
+    if not base:
+        raise UserError(
+            f"{source.folder} is a sentence-transformers model with {source.foreign}; its weights in a bidirectional Llama with "
+            "mean pooling would give other embeddings: train them as one first, or delete modules.json if it is out of date"
+        )
+    opened = open_folder(source.folder)
+    return opened.model, opened.where
 
 
 def tokenizer_folder(path: str) -> Path:
@@ -84,10 +91,10 @@ def open_weights(path: str, hashed: bool = True, base: bool = False) -> Weights:
     """Names and shapes are checked; of a checkpoint of ours the sha256 of every file with weights too.
 
     hashed=False: nothing but headers is read; who reads the rest compares `Rows.sha256` itself.  base=True: training starts
-    from them, so that how the folder pools them does not matter.
+    from them, so that how the folder pools does not matter.
     """
     source = resolve(path)
-    config, folder = _shape(source), source.folder
+    folder, (config, where) = source.folder, _llama(source, base)
     if source.kind == "checkpoint":
         manifest = sharded.verify(folder, weights_only=True, hashed=hashed)
         reader = sharded.Reader(folder)
@@ -97,12 +104,7 @@ def open_weights(path: str, hashed: bool = True, base: bool = False) -> Weights:
         dtype = getattr(torch, manifest["export_dtype"])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
         return Weights(config, reader, folder, dtype, digest)
-    if source.foreign and not base:
-        raise UserError(
-            f"{folder} is a sentence-transformers model with {source.foreign}; as a bidirectional Llama with mean pooling its "
-            "weights would give other embeddings: train them as one first, or delete modules.json if it is out of date"
-        )
-    hf = HFReader(folder, config, source.where)
+    hf = HFReader(folder, config, where)
     return Weights(config, hf, folder, hf.dtype, hf.digest() if hashed else "")
 
 

@@ -165,10 +165,7 @@ class HFReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            try:
-                self._open[name] = safe_open(inside(self.folder, self.folder / name), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.folder / name} is not a readable safetensors file: {error}") from None
+            self._open[name] = safe_open(inside(self.folder, self.folder / name), framework="pt")
         return self._open[name]
 
     def _check(self) -> None:
@@ -190,8 +187,8 @@ class HFReader:
         name, file = self._where[hf_name]
         try:
             return self._file(file).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(f"{self.folder / file}: {name}: {error}") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder / file} is not a readable safetensors file: {name}: {error}") from None
 
     def read_box(self, name: str, box: Box) -> Tensor:
         """The box of our parameter, reading only its bytes; keeps the file's dtype."""

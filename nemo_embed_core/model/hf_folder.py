@@ -97,7 +97,7 @@ def _hint(folder: Path) -> str:
         suffix: [n for n in names if n.endswith(suffix)] for suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt")
     }
     shards = [n for n in found[".safetensors"] if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
-    inner = [n for n in names if (folder / n / "config.json").is_file()]
+    inner = [n for n in names if (folder / n / "config.json").is_file() and has_weights(folder / n)]
     if ADAPTER in names:
         base = _adapter_base(folder)
         return (
@@ -149,8 +149,8 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
-def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, str]], tuple[str, ...]]:
-    """{name without prefix: (name in the file, file)} of all weights, and notes; UserError where two files contradict."""
+def weight_files(folder: Path, raw: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The files that are read, here as in transformers, and the index's {name: file}, if there is one."""
     index = _index(folder) if (folder / INDEX).is_file() else None
     single = (folder / SINGLE).is_file()
     if index is None and not single:
@@ -173,6 +173,12 @@ def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, 
             f"{_adapter_base(folder)} and the adapter, without it {read}; delete adapter_*, or merge the adapter "
             "(peft: merge_and_unload) and save the result elsewhere"
         )
+    return files, index or {}
+
+
+def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, str]], tuple[str, ...]]:
+    """{name without prefix: (name in the file, file)} of all weights, and notes; UserError where two files contradict."""
+    files, index = weight_files(folder, raw)
     stored: dict[str, str] = {}
     for file in files:
         for name in _tensor_names(folder, file):
@@ -181,7 +187,7 @@ def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, 
                     f"{folder} holds {name} twice, in {stored[name]} and in {file}; {INDEX} is of other shards"
                 )
             stored[name] = file
-    for name, file in (index or {}).items():
+    for name, file in index.items():
         if stored.get(name) != file:
             there = f"it is in {stored[name]}" if name in stored else "no file has it"
             raise UserError(

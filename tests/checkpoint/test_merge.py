@@ -389,7 +389,7 @@ def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path,
     assert "tokenizers" in refused(three[0], half, "--dtype", "bf16")
     causal = shutil.copytree(three[0], tmp_path / "causal")
     config = json.loads((causal / "config.json").read_text())
-    (causal / "config.json").write_text(json.dumps({**config, "is_causal": True}))
+    (causal / "config.json").write_text(json.dumps({**config, "is_causal": True, "use_bidirectional_attention": False}))
     warnings: list[str] = []
     merge.open_sources([str(three[1]), str(causal)], warnings.append)
     assert len(warnings) == 1 and "is_causal: False and True" in warnings[0]

@@ -59,8 +59,8 @@ def static(tmp_path_factory) -> Path:
 
 
 def edited(folder: Path, target: Path, file: str, **changes) -> Path:
-    """A folder with `folder`'s JSON files, one of them changed; a value of ... deletes the key."""
-    for source in folder.rglob("*.json"):
+    """A folder with `folder`'s JSON files and weights, one file changed; a value of ... deletes the key."""
+    for source in (*folder.rglob("*.json"), *folder.glob("*.safetensors")):
         copy = target / source.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(source.read_bytes())
@@ -71,13 +71,15 @@ def edited(folder: Path, target: Path, file: str, **changes) -> Path:
 
 def test_folders_are_told_apart_by_their_content(ours, static, tmp_path):
     assert resolve(ours).kind == "llama"
-    assert resolve(tmp_path).kind == "llama"  # a run, a checkpoint or a bare Llama folder: no modules.json
     assert resolve(static).kind == "sentence-transformers"
     pooling = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
     assert resolve(edited(ours, tmp_path / "causal", "config.json", is_causal=...)).kind == "sentence-transformers"
     assert resolve(edited(ours, tmp_path / "bert", "config.json", model_type="bert")).kind == "sentence-transformers"
     assert resolve(edited(ours, tmp_path / "compat", "config.json", model_type="llama_bidirec")).kind == "llama"
-    assert resolve(edited(ours, tmp_path / "last", "1_Pooling/config.json", **pooling)).kind == "sentence-transformers"
+    last = edited(ours, tmp_path / "last", "1_Pooling/config.json", **pooling)
+    with pytest.raises(UserError, match=r"pools by lasttoken, .* says pooling='avg'"):
+        resolve(last)
+    assert resolve(edited(last, tmp_path / "both", "config.json", pooling="last")).kind == "sentence-transformers"
     dense = edited(ours, tmp_path / "dense", "config.json")
     modules = json.loads((dense / "modules.json").read_text())
     (dense / "modules.json").write_text(json.dumps([*modules[:2], {**modules[2], "type": "x.Dense"}]))
