@@ -209,7 +209,7 @@ def check_text(value: Any, field: str) -> str:
     """A string with more than white space in it, and valid Unicode."""
     if not isinstance(value, str):
         raise ValueError(f"field {field!r} must be a string, got {type_name(value)}")
-    if not value.strip():
+    if not value or value.isspace():
         raise ValueError(f"field {field!r} is empty or only spaces: give it text or remove the row")
     check_unicode(value, field)
     return value
@@ -217,14 +217,15 @@ def check_text(value: Any, field: str) -> str:
 
 def is_noise(text: str) -> bool:
     """Not empty, and yet nothing to read: zero-width, control or replacement characters only. Read, counted and said."""
-    # The first character mostly settles it, and the beginning of a long text nearly always.
-    return not (text[:1].isalnum() or has_content(text[:64]) or has_content(text))
+    return not (has_content(text[:64]) or has_content(text))  # the beginning of a long text mostly settles it
 
 
 NOISE = "without content (zero-width, control or replacement characters only)"
 
 
 def check_unicode(value: str, field: str) -> None:
+    if value.isascii():
+        return
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

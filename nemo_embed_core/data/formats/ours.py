@@ -50,9 +50,10 @@ def jsonl_rows(path: Path, findings: Findings) -> Iterator[Row]:
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
-        for name, texts in (("queries", [result.query]), ("positives", result.pos), ("negatives", result.neg)):
-            if count := sum(map(is_noise, texts)):
-                findings.note(f"{name} {NOISE}", path, line, count)
+        if any(not text[0].isalnum() and is_noise(text) for text in (result.query, *result.pos, *result.neg)):
+            for name, texts in (("queries", [result.query]), ("positives", result.pos), ("negatives", result.neg)):
+                if count := sum(map(is_noise, texts)):
+                    findings.note(f"{name} {NOISE}", path, line, count)
         yield result
 
 
