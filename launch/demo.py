@@ -114,7 +114,7 @@ def main() -> None:
     run(
         [
             *(python, "launch/evaluate.py", "--config", "configs/evaluate-demo.yaml", "--data", str(data / "test")),
-            *("--task", TASK, "--output", str(output / "evaluation.json"), "--models", *models, "bm25"),
+            *("--output", str(output / "evaluation.json"), "--models", *models, "bm25"),
         ]
     )
 

@@ -232,11 +232,6 @@ class DataConfig:
     document_max_length: int = 512  # tokens
     num_hard_negatives: int = 4  # per query; sampled anew each epoch when a row has more, masked when it has fewer
     max_tokens: int = 8192  # packed tokens of one micro-batch
-    # Rows whose query, longest positive and longest num_hard_negatives negatives have more than max_tokens: "error" names
-    # them before the first step, "drop" leaves them out, "truncate" shortens their longest documents. Counted either way.
-    on_long_row: Literal["error", "drop", "truncate"] = "error"
-    # A store that is there: its digest (or the beginning) in cache_dir, or its folder; the files of `datasets` are not looked at.
-    store: str = ""
 
     def __post_init__(self) -> None:
         for name in ("query_max_length", "document_max_length", "max_tokens"):
@@ -479,13 +474,26 @@ class EvaluateConfig:
     # A judgement of a text that does not exist, an empty text: "allow" counts them and keeps what mteb keeps.
     on_missing: Literal["error", "allow"] = "error"
     output: str = ""  # JSON report; "": only the table
-    task: str = ""  # instruction of the queries: "Instruct: {task}\nQuery: {text}"
-    max_queries: int = 0  # the first this many queries of the split; 0: all
-    query_max_length: int = 512  # tokens
-    document_max_length: int = 512  # tokens
+    # Each model's own prompts and lengths are used where these are not given; what is overridden is said.
+    prompt_name: str = ""  # of a model with prompts for several tasks; "": its default
+    task: str | None = None  # instruction of the queries: "Instruct: {task}\nQuery: {text}"; "": none
+    document_task: str | None = None  # the same for documents
+    query_max_length: int | None = None  # tokens
+    document_max_length: int | None = None  # tokens
+    # A document with the query's own id is not counted as found: mteb's flag, which it sets for ArguAna, Quora, FiQA and others.
+    ignore_identical_ids: bool = False
+    max_queries: int = 0  # a sample of this many queries of the split; 0: all
+    seed: int = 0  # of the sample
     max_tokens: int = 16384  # packed tokens of one encoder batch
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("query_max_length", "document_max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1 token")
+        if self.max_queries < 0:
+            raise UserError(f"max_queries={self.max_queries} must not be negative; 0 takes all")
 
 
 # ------------------------------------------------------------------------------------------ reading and writing

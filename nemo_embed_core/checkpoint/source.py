@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,8 @@ Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 # Of config_sentence_transformers.json, beside its own keys, which have one length for both sides: ours are kept there.
 USAGE_KEY = "nemo_embed_core"
 PRECOMPUTED = ("documents.npy", "queries.npy")
+# Names of prompts for documents, in the order in which sentence-transformers looks for them.
+DOCUMENT_NAMES = ("document", "passage", "corpus")
 
 
 class Prompts(NamedTuple):
@@ -57,6 +59,41 @@ class Usage:
     @property
     def default(self) -> Prompts:
         return next(iter(self.prompts.values()), Prompts())
+
+    def override(
+        self,
+        *,
+        prompt_name: str = "",
+        task: str | None = None,
+        document_task: str | None = None,
+        query_max_length: int | None = None,
+        document_max_length: int | None = None,
+    ) -> tuple[Usage, dict[str, Any]]:
+        """(what options make of it, with one pair of prompts; {option: value} of those that differ from the model's own).
+
+        None is the model's own, "" no instruction. UserError for a prompt_name that it does not have.
+        """
+        if prompt_name and prompt_name not in self.prompts:
+            raise UserError(f"prompt_name={prompt_name!r}: it has {', '.join(self.prompts) or 'no prompts'}")
+        own = self.prompts[prompt_name] if prompt_name else self.default
+        prompts = Prompts(
+            own.query if task is None else query_prompt(task),
+            own.document if document_task is None else query_prompt(document_task),
+        )
+        given = {
+            "prompt_name": prompt_name if own != self.default else None,
+            "task": task if prompts.query != own.query else None,
+            "document_task": document_task if prompts.document != own.document else None,
+            "query_max_length": query_max_length if query_max_length != self.query_max_length else None,
+            "document_max_length": document_max_length if document_max_length != self.document_max_length else None,
+        }
+        usage = replace(
+            self,
+            prompts={prompt_name or next(iter(self.prompts), "query"): prompts},
+            query_max_length=query_max_length if query_max_length is not None else self.query_max_length,
+            document_max_length=document_max_length if document_max_length is not None else self.document_max_length,
+        )
+        return usage, {option: value for option, value in given.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "prompts": {name: prompts._asdict() for name, prompts in self.prompts.items()}}
@@ -196,8 +233,11 @@ def usage_of_folder(folder: Path) -> Usage:
     own = settings.get("prompts") or {}
     if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
         raise UserError(f"{file}: prompts is {json.dumps(own)} and must be strings under names")
-    document = own.get("document") or own.get("passage") or own.get("corpus") or ""
-    prompts = {"query": Prompts(own.get("query", ""), document)} if own.get("query") or document else {}
+    document = next((own[name] for name in DOCUMENT_NAMES if own.get(name)), "")
+    others = {n: Prompts(text, document) for n, text in own.items() if n not in (*DOCUMENT_NAMES, "query")}
+    prompts = (
+        {"query": Prompts(own.get("query", ""), document), **others} if own.get("query") or document or others else {}
+    )
     limit = None
     if (length_file := folder / "sentence_bert_config.json").is_file():
         limit = read_json(length_file).get("max_seq_length")

@@ -11,56 +11,62 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from scipy import sparse
 
 WORD = re.compile(r"\w+")
 
 
 class Bm25:
-    """An index over `texts` in memory: one fp32 per (document, distinct word of it)."""
+    """An index over `texts`, read once: 8 bytes of memory for each (document, distinct word of it).
 
-    def __init__(self, texts: Iterable[str], k1: float = 1.2, b: float = 0.75):
-        self.vocabulary: dict[str, int] = {}
-        words = array("q")
-        lengths = []
-        for text in texts:
-            ids = [self.vocabulary.setdefault(word, len(self.vocabulary)) for word in words_of(text)]
-            words.extend(ids)
-            lengths.append(len(ids))
+    queries: where they are known, only their words are kept.
+    """
+
+    def __init__(self, texts: Iterable[str], k1: float = 1.2, b: float = 0.75, queries: Iterable[str] | None = None):
+        # Of each word the documents that have it, in order, and how often.
+        self.postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("i")))
+        asked = None if queries is None else {word for query in queries for word in words_of(query)}
+        lengths = array("q")
+        for document, text in enumerate(texts):
+            words = words_of(text)
+            lengths.append(len(words))
+            for word, count in Counter(words if asked is None else filter(asked.__contains__, words)).items():
+                documents, counts = self.postings[word]
+                documents.append(document)
+                counts.append(count)
         self.num_documents = len(lengths)
-        # N documents, V words. Summing duplicates turns occurrences into term frequencies.
-        indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        counts_NV = sparse.csr_array(
-            (np.ones(len(words), dtype=np.float32), np.frombuffer(words, dtype=np.int64), indptr),
-            shape=(self.num_documents, len(self.vocabulary)),
-        )
-        counts_NV.sum_duplicates()
-        frequency = np.bincount(counts_NV.indices, minlength=len(self.vocabulary))
-        idf_V = np.log1p((self.num_documents - frequency + 0.5) / (frequency + 0.5))
-        mean_length = len(words) / max(len(lengths), 1) or 1.0
-        saturation_N = k1 * (1 - b + b * np.array(lengths, dtype=np.float64) / mean_length)
-        tf, saturation = counts_NV.data, np.repeat(saturation_N, np.diff(counts_NV.indptr))
-        counts_NV.data = (idf_V[counts_NV.indices] * tf / (tf + saturation)).astype(np.float32)
-        self.weights_VN = sparse.csr_array(counts_NV.T)
+        mean_length = sum(lengths) / max(len(lengths), 1) or 1.0
+        self.saturation_N = k1 * (1 - b + b * np.frombuffer(lengths, np.int64) / mean_length)
 
-    def top(self, queries: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(document numbers, scores) of each query, best first, ties by number; only documents that share a word with it."""
-        results = []
+    def scores(self, query: str) -> np.ndarray:
+        """[N] fp32, 0 for a document that shares no word with the query."""
+        scores_N = np.zeros(self.num_documents)
+        for word, occurrences in Counter(words_of(query)).items():
+            if word in self.postings:
+                documents, counts = (np.frombuffer(part, np.int32) for part in self.postings[word])
+                idf = np.log1p((self.num_documents - len(documents) + 0.5) / (len(documents) + 0.5))
+                scores_N[documents] += occurrences * idf * counts / (counts + self.saturation_N[documents])
+        return scores_N.astype(np.float32)
+
+    def top(
+        self, queries: Iterable[str], k: int, first: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(document numbers, scores) of each query, best first; only documents that share a word with it.
+
+        Of equal scores the document with the lower first[number] comes first, without `first` the lower number.
+        """
         for query in queries:
-            known = [self.vocabulary[word] for word in words_of(query) if word in self.vocabulary]
-            columns, occurrences = np.unique(np.array(known, dtype=np.int64), return_counts=True)
-            scores_N = occurrences.astype(np.float32) @ self.weights_VN[columns]
+            scores_N = self.scores(query)
             found = np.flatnonzero(scores_N)
             if len(found) > k:
-                # Ties at the k-th score stay in until the sort has put the lower number first.
+                # Ties at the k-th score stay in until the sort has put them in order.
                 kth = np.partition(scores_N[found], len(found) - k)[len(found) - k]
                 found = found[scores_N[found] >= kth]
-            found = found[np.argsort(-scores_N[found], kind="stable")][:k]
-            results.append((found, scores_N[found]))
-        return results
+            found = found[np.lexsort((found if first is None else first[found], -scores_N[found]))][:k]
+            yield found, scores_N[found]
 
 
 def words_of(text: str) -> list[str]:

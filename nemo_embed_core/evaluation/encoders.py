@@ -5,17 +5,24 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import tokenizers
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.data.tokenizer import MIN_ROOM
+
+BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which takes about 23 bytes of memory for each
 
 
 class Encoder(Protocol):
-    """What evaluation needs of a model; `embedder.Embedder` has it."""
+    """What evaluation needs of a model; `embedder.Embedder` has it.
+
+    One with `tokenize(texts, prompt, max_length) -> (ids of each text, how many lost tokens)` has its truncated texts counted.
+    """
 
     @property
     def digest(self) -> str: ...  # of the weights: two models with other weights never have the same
@@ -26,16 +33,19 @@ class Encoder(Protocol):
 class SentenceTransformerEncoder:
     """A local sentence-transformers folder, any architecture, loaded offline.
 
-    prompts: those of the folder, {"query": ..., "document": ...}; a name is missing where the folder has no text for it.
+    limit: the most tokens of a text, as the folder says; None for a bag of words, which reads whole texts.
     precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
     """
 
     def __init__(self, path: str | Path, device: str = "auto", precision: str = "auto", batch_size: int = 32):
         # Before the first import of huggingface_hub, which reads it once.
         os.environ["HF_HUB_OFFLINE"] = "1"
-        import torch
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging
+        try:
+            import torch
+            from sentence_transformers import SentenceTransformer
+            from transformers.utils import logging
+        except ModuleNotFoundError as error:
+            raise UserError(f"{path} needs {error.name}: pip install 'nemo_embed_core[eval]'") from None
 
         logging.disable_progress_bar()  # "Loading weights" across the table that a launcher prints
         if device == "auto":
@@ -48,21 +58,84 @@ class SentenceTransformerEncoder:
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{path} does not load in sentence-transformers: {reason[0]}") from error
-        self._limit = self._model.max_seq_length
+        limit = self._model.max_seq_length
+        self.limit = None if limit is None or limit == math.inf else int(limit)
+        self.device = torch.device(device)
         self._batch_size = batch_size
-        own = self._model.prompts
-        document = own.get("document") or own.get("passage") or own.get("corpus")
-        self.prompts = {name: text for name, text in (("query", own.get("query")), ("document", document)) if text}
         self.digest = f"{folder_digest(Path(path))}-{precision}"
+        self._tokenizer = _backend(self._model)
+        if self._tokenizer is not None:
+            self.tokenize = self._tokenize  # else nobody can say what is cut
 
-    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
-        """[n, D] float32 in the given order, cut at max_length tokens or at the folder's own limit, whichever is less."""
-        if self._limit != math.inf:  # inf: a bag-of-words model, which has no limit to set
-            self._model.max_seq_length = min(self._limit or max_length, max_length)
-        vectors = self._model.encode(
-            list(texts), prompt=prompt, batch_size=self._batch_size, convert_to_numpy=True, show_progress_bar=False
+    def encode(
+        self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
+    ) -> np.ndarray:
+        """[n, D] float32 in the given order, cut at max_length tokens or at the folder's own limit, whichever is less.
+
+        side: "query" or "document", for folders that have a path of modules for each (Router); others give the same for both.
+        """
+        if self.limit is not None:
+            self._model.max_seq_length = min(self.limit, max_length)
+        options: dict[str, Any] = {"prompt": prompt, "batch_size": self._batch_size, "show_progress_bar": False}
+        encode = {"query": self._model.encode_query, "document": self._model.encode_document}.get(
+            side or "", self._model.encode
         )
-        return vectors.astype(np.float32)
+        return encode(list(texts), convert_to_numpy=True, **options).astype(np.float32)
+
+    def _tokenize(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> tuple[list[np.ndarray], int]:
+        """(ids of prompt + text, cut as `encode` cuts, for each text; how many texts lost tokens)."""
+        assert self._tokenizer is not None
+        if self.limit is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(min(self.limit, max_length))
+        ids, num_truncated = [], 0
+        for batch in pieces([prompt + text for text in texts], BATCH_CHARACTERS):
+            for encoding in self._tokenizer.encode_batch_fast(batch):
+                ids.append(np.array(encoding.ids, np.int32))
+                num_truncated += bool(encoding.overflowing)
+        return ids, num_truncated
+
+    def check_prompt(self, prompt: str, max_length: int, name: str) -> None:
+        """UserError when the prompt leaves no room for text: every text would be cut to the same tokens."""
+        if not prompt or self.limit is None or self._tokenizer is None:
+            return
+        self._tokenizer.no_truncation()
+        length, limit = len(self._tokenizer.encode(prompt).ids), min(self.limit, max_length)
+        if limit - length < MIN_ROOM:
+            fix = (
+                f"raise it to at least {length + MIN_ROOM}" if limit < self.limit else "the folder takes no more tokens"
+            )
+            raise UserError(
+                f"{name}={limit} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has {length}; {fix}, or "
+                "take a shorter instruction"
+            )
+
+
+def pieces(texts: Iterable[str], characters: int, count: int = 1 << 14) -> Iterator[list[str]]:
+    """Lists of at most `count` texts that have at most `characters` together, or of one text."""
+    piece: list[str] = []
+    held = 0
+    for text in texts:
+        if piece and (held + len(text) > characters or len(piece) == count):
+            yield piece
+            piece, held = [], 0
+        piece.append(text)
+        held += len(text)
+    if piece:
+        yield piece
+
+
+def _backend(model: Any) -> tokenizers.Tokenizer | None:
+    """A copy of the folder's tokenizer that neither pads nor cuts; None when it is of another library."""
+    own = getattr(model, "tokenizer", None)
+    own = getattr(own, "backend_tokenizer", own)
+    if not isinstance(own, tokenizers.Tokenizer):
+        return None
+    copy = tokenizers.Tokenizer.from_str(own.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
 
 
 def folder_digest(path: Path) -> str:

@@ -1,4 +1,7 @@
-"""nDCG@10, recall@10 and MRR@10 through mteb's own retrieval task and evaluator, from data in memory, offline.
+"""nDCG@10, recall@10 and MRR@10 of an exact search, through mteb's own retrieval task and evaluator, offline.
+
+The search is ours and mteb sees ids and scores alone, so texts stay on disk. Of equal scores the greater id comes first, as
+in trec_eval, which mteb's figures come from.
 
 mteb takes 4 seconds to import, so it is imported inside. The task is run directly instead of through `mteb.evaluate`:
 that one keeps results by model name and revision, and serves two local checkpoints one another's scores.
@@ -8,88 +11,164 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_embed_core.checkpoint.source import Similarity, Usage
 from nemo_embed_core.config import UserError
-from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import Beir
 from nemo_embed_core.evaluation.bm25 import Bm25
-from nemo_embed_core.evaluation.encoders import Encoder, SentenceTransformerEncoder
+from nemo_embed_core.evaluation.encoders import Encoder, SentenceTransformerEncoder, pieces
 
 if TYPE_CHECKING:
-    from mteb.models import SearchProtocol
+    from torch import Tensor
 
 METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
-CUTS = (1, 10, 100)  # mteb needs 1; the search keeps 100 so that ties around rank 10 are all there to be broken by id
+DEPTH = 11  # documents of a query that mteb gets: ten, and one in place of the query itself (ignore_identical_ids)
 
-MAX_SCORES = 64 << 20  # fp32 query-document scores held at a time, 256 MB
+PIECE_CHARACTERS = 8 << 20  # of the texts that are in memory and encoded at a time
+MAX_SCORES = 16 << 20  # fp32 query-document scores held at a time, 64 MB
 
 
 def evaluate_retrieval(
-    encoder: Encoder, beir: Beir, task: str = "", *, query_max_length: int = 512, document_max_length: int = 512
-) -> dict[str, float]:
-    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"} of exact search by cosine, means over the queries.
+    encoder: Encoder, beir: Beir, usage: Usage | None = None, *, ignore_identical_ids: bool = False
+) -> dict[str, Any]:
+    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"}: means over the queries, and "truncated": {"query", "document"}, shares.
 
-    task: instruction of the queries, "Instruct: {task}\\nQuery: {text}"; "": the query as it is. Documents are raw. A
-    sentence-transformers folder with a query prompt of its own keeps its prompts instead. Lengths in tokens.
+    usage: the default prompts, the lengths and the similarity of it. A share is None where the encoder cannot say it.
+    ignore_identical_ids: a document with the query's own id is not counted as found, mteb's flag of that name (ArguAna).
     """
+    import torch
+
     _check(beir)
-    with mteb_imported():
-        from mteb.models import SearchEncoderWrapper
-        from mteb.models.abs_encoder import AbsEncoder
-        from mteb.types import PromptType
+    usage = usage or Usage()
+    device = getattr(encoder, "device", torch.device("cpu"))
+    truncated: dict[str, float | None] = {}
 
-        prompt = {"query": query_prompt(task), "document": ""}
-        if isinstance(encoder, SentenceTransformerEncoder) and "query" in encoder.prompts:
-            prompt |= encoder.prompts
-        prompts = {PromptType.query: prompt["query"], PromptType.document: prompt["document"]}
-        lengths = {PromptType.query: query_max_length, PromptType.document: document_max_length}
+    def encode(side: str, texts: Mapping[str, str], prompt: str, max_length: int | None) -> Iterator[Tensor]:
+        lost: int | None = 0
+        # Documents as mteb gives them to a model, without the white space around them.
+        read = (text.strip() for text in texts.values()) if side == "document" else iter(texts.values())
+        for piece in pieces(read, PIECE_CHARACTERS):
+            vectors, cut = _encode(encoder, piece, prompt, max_length or 512, side)
+            lost = None if lost is None or cut is None else lost + cut
+            yield torch.from_numpy(vectors).to(device)
+        truncated[side] = None if lost is None else lost / len(texts)
 
-        class Adapter(AbsEncoder):
-            def __init__(self) -> None:
-                self.mteb_model_meta = _model_meta(encoder.digest, "dense")
-
-            def encode(self, inputs: Any, *, prompt_type: PromptType, **_: Any) -> np.ndarray:
-                # All texts at once and not by mteb's batches: the encoder sorts and packs them better.
-                texts = [text for batch in inputs for text in batch["text"]]
-                vectors = encoder.encode(texts, prompt=prompts[prompt_type], max_length=lengths[prompt_type])
-                assert len(vectors) == len(texts), f"{len(texts)} texts, {len(vectors)} embeddings"
-                bad = ~np.isfinite(vectors).all(axis=1)
-                if bad.any():  # NaN would be sorted to the top
-                    raise UserError(
-                        f"{bad.sum()} of {len(texts)} {prompt_type.value} embeddings have NaN or infinite values, the first "
-                        f"for {texts[int(bad.argmax())][:60]!r}; the weights are broken, take an earlier checkpoint"
-                    )
-                return vectors
-
-        chunk = min(50_000, max(1_000, MAX_SCORES // len(beir.queries)))
-        return _scores(SearchEncoderWrapper(Adapter(), corpus_chunk_size=chunk), beir)
+    prompts = usage.default
+    queries_QD = torch.cat(list(encode("query", beir.queries, prompts.query, usage.query_max_length)))
+    similarity = similarity_of(usage.similarity)
+    best = Best(len(beir.queries), list(beir.corpus))
+    step = max(1, MAX_SCORES // len(queries_QD))
+    for documents_ND in encode("document", beir.corpus, prompts.document, usage.document_max_length):
+        for part_ND in documents_ND.split(step):
+            best.add(similarity(queries_QD, part_ND))
+    figures = _figures(best.found(beir.queries), beir, encoder.digest, "dense", ignore_identical_ids)
+    return {**figures, "truncated": truncated}
 
 
-def evaluate_bm25(beir: Beir, k1: float = 1.2, b: float = 0.75) -> dict[str, float]:
-    """The same figures, from the same evaluator, for words instead of vectors."""
+def _encode(
+    encoder: Encoder, texts: list[str], prompt: str, max_length: int, side: str
+) -> tuple[np.ndarray, int | None]:
+    """(rows, how many texts lost tokens or None)."""
+    cut = None
+    if isinstance(encoder, SentenceTransformerEncoder):
+        vectors = encoder.encode(texts, prompt, max_length, side)
+        if hasattr(encoder, "tokenize"):
+            cut = encoder.tokenize(texts, prompt, max_length)[1]
+    else:
+        tokenizer = getattr(encoder, "tokenizer", None)
+        before = getattr(tokenizer, "num_truncated", None)
+        vectors = encoder.encode(texts, prompt=prompt, max_length=max_length)
+        cut = None if before is None else tokenizer.num_truncated - before  # type: ignore[union-attr]
+    assert len(vectors) == len(texts), f"{len(texts)} texts, {len(vectors)} embeddings"
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():  # NaN would be sorted to the top
+        raise UserError(
+            f"{bad.sum()} of {len(texts)} {side} embeddings have NaN or infinite values, the first for "
+            f"{texts[int(bad.argmax())][:60]!r}; the weights are broken, take an earlier checkpoint"
+        )
+    return vectors, cut
+
+
+def similarity_of(name: Similarity) -> Callable[[Tensor, Tensor], Tensor]:
+    """(queries [Q, D], documents [N, D]) -> scores [Q, N], greater for nearer; sentence-transformers' four."""
+    import torch
+    from torch.nn.functional import normalize
+
+    return {
+        "cosine": lambda q, d: normalize(q, dim=1) @ normalize(d, dim=1).T,
+        "dot": lambda q, d: q @ d.T,
+        # Not by a matrix product, which loses the digits that tell near documents apart.
+        "euclidean": lambda q, d: -torch.cdist(q, d, p=2.0, compute_mode="donot_use_mm_for_euclid_dist"),
+        "manhattan": lambda q, d: -torch.cdist(q, d, p=1.0),
+    }[name]
+
+
+class Best:
+    """The DEPTH best documents of each query: greater scores first, of equal ones the greater id.
+
+    Exact in both, however the documents are split over calls of `add` and however many share a score.
+    """
+
+    def __init__(self, num_queries: int, ids: list[str]):
+        self.num_queries, self.ids, self.rank_N = num_queries, ids, rank_of_ids(ids)
+        self.rows = np.empty(0, np.int64)  # query of each document that is held
+        self.documents = np.empty(0, np.int64)
+        self.scores = np.empty(0, np.float32)
+        self.floor_Q = np.full(num_queries, -np.inf, np.float32)  # nothing below it can be among the best
+        self.num_added = 0
+
+    def add(self, scores_QN: Tensor) -> None:
+        """The scores of the next N documents."""
+        import torch
+
+        floor_Q = torch.from_numpy(self.floor_Q).to(scores_QN.device)
+        if scores_QN.shape[1] >= DEPTH:
+            floor_Q = torch.maximum(floor_Q, scores_QN.topk(DEPTH, dim=1).values[:, -1])
+        new_rows, columns = (scores_QN >= floor_Q[:, None]).nonzero(as_tuple=True)
+        rows = np.concatenate([self.rows, new_rows.cpu().numpy()])
+        documents = np.concatenate([self.documents, self.num_added + columns.cpu().numpy()])
+        scores = np.concatenate([self.scores, scores_QN[new_rows, columns].cpu().numpy()])
+        self.num_added += scores_QN.shape[1]
+        order = np.lexsort((-self.rank_N[documents], -scores, rows))
+        rows, documents, scores = rows[order], documents[order], scores[order]
+        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        self.rows, self.documents, self.scores = (held[place < DEPTH] for held in (rows, documents, scores))
+        self.floor_Q[rows[place == DEPTH - 1]] = scores[place == DEPTH - 1]
+
+    def found(self, queries: Iterable[str]) -> dict[str, dict[str, float]]:
+        """{query id: {document id: score}}; queries: the ids of the rows, in order."""
+        names = list(queries)
+        found: dict[str, dict[str, float]] = {name: {} for name in names}
+        for row, document, score in zip(self.rows, self.documents, self.scores, strict=True):
+            found[names[row]][self.ids[document]] = float(score)
+        return found
+
+
+def rank_of_ids(ids: Sequence[str]) -> np.ndarray:
+    """[i]: place of ids[i] among them in ascending order."""
+    ranks = np.empty(len(ids), np.int64)
+    ranks[np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)] = np.arange(len(ids))
+    return ranks
+
+
+def evaluate_bm25(
+    beir: Beir, k1: float = 1.2, b: float = 0.75, *, ignore_identical_ids: bool = False
+) -> dict[str, float]:
+    """The same figures, from the same evaluator, for words instead of vectors. Documents without a word of it are not found."""
     _check(beir)
-    with mteb_imported():
-
-        class Search:
-            mteb_model_meta = _model_meta(f"k1={k1}-b={b}", "sparse")
-
-            def index(self, corpus: Any, **_: Any) -> None:
-                self.ids = list(corpus["id"])
-                self.bm25 = Bm25(corpus["text"], k1, b)
-
-            def search(self, queries: Any, *, top_k: int, **_: Any) -> dict[str, dict[str, float]]:
-                found = self.bm25.top(queries["text"], top_k)
-                return {
-                    query: {self.ids[i]: float(score) for i, score in zip(*best, strict=True)}
-                    for query, best in zip(queries["id"], found, strict=True)
-                }
-
-        return _scores(Search(), beir)
+    bm25 = Bm25(beir.corpus.values(), k1, b, queries=beir.queries.values())
+    ids = list(beir.corpus)
+    top = bm25.top(beir.queries.values(), DEPTH, first=-rank_of_ids(ids))
+    found = {
+        query: {ids[i]: float(score) for i, score in zip(*best, strict=True)}
+        for query, best in zip(beir.queries, top, strict=True)
+    }
+    return _figures(found, beir, f"k1={k1}-b={b}", "sparse", ignore_identical_ids)
 
 
 def _check(beir: Beir) -> None:
@@ -103,56 +182,67 @@ def _check(beir: Beir) -> None:
         )
 
 
-def _scores(search_model: SearchProtocol, beir: Beir) -> dict[str, float]:
-    from datasets import Dataset
-    from mteb.abstasks import AbsTaskRetrieval
-    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-    from mteb.abstasks.task_metadata import TaskMetadata
+def _figures(
+    found: dict[str, dict[str, float]], beir: Beir, digest: str, kind: str, ignore_identical_ids: bool
+) -> dict[str, float]:
+    """What mteb's retrieval task says about a search that found this."""
+    with mteb_imported():
+        from datasets import Dataset
+        from mteb.abstasks import AbsTaskRetrieval
+        from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+        from mteb.abstasks.task_metadata import TaskMetadata
 
-    class LocalRetrieval(AbsTaskRetrieval):
-        k_values = CUTS
-        metadata = TaskMetadata(
-            name="LocalRetrieval",
-            description="Queries and documents handed over in memory.",
-            type="Retrieval",
-            main_score=METRICS[0],
-            dataset={"path": "local", "revision": "local"},
-            category="t2t",
-            modalities=["text"],
-            eval_splits=["test"],
-            eval_langs=["eng-Latn"],  # a required field that nothing here depends on
-            reference=None,
-            date=None,
-            domains=None,
-            task_subtypes=None,
-            license=None,
-            annotations_creators=None,
-            dialect=None,
-            sample_creation=None,
-            bibtex_citation=None,
-        )
+        class Search:
+            mteb_model_meta = _model_meta(digest, kind)
 
-        def load_data(self, *_: Any, **__: Any) -> None:
-            self.dataset = {
-                "default": {
-                    "test": RetrievalSplitData(
-                        corpus=Dataset.from_dict({"id": list(beir.corpus), "text": list(beir.corpus.values())}),
-                        queries=Dataset.from_dict({"id": list(beir.queries), "text": list(beir.queries.values())}),
-                        relevant_docs={query: beir.qrels[query] for query in beir.queries},
-                        top_ranked=None,
-                    )
-                }
-            }
-            self.data_loaded = True
+            def index(self, corpus: Any, **_: Any) -> None:
+                pass
 
-        def task_specific_scores(self, scores: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
-            # A query that is not scored would leave the means instead of counting as a failure.
-            assert scores.keys() == beir.queries.keys(), f"{len(scores)} of {len(beir.queries)} queries scored"
-            return {}
+            def search(self, queries: Any, **_: Any) -> dict[str, dict[str, float]]:
+                return {query: dict(found[query]) for query in queries["id"]}
 
-    encode_kwargs = {"batch_size": 1024, "show_progress_bar": False}
-    scores = LocalRetrieval().evaluate(search_model, "test", encode_kwargs=encode_kwargs)["default"]
-    return {metric: float(scores[metric]) for metric in METRICS}
+        class LocalRetrieval(AbsTaskRetrieval):
+            k_values = (1, 10)  # mteb needs 1
+            metadata = TaskMetadata(
+                name="LocalRetrieval",
+                description="Queries and documents of a folder.",
+                type="Retrieval",
+                main_score=METRICS[0],
+                dataset={"path": "local", "revision": "local"},
+                category="t2t",
+                modalities=["text"],
+                eval_splits=["test"],
+                eval_langs=["eng-Latn"],  # a required field that nothing here depends on
+                reference=None,
+                date=None,
+                domains=None,
+                task_subtypes=None,
+                license=None,
+                annotations_creators=None,
+                dialect=None,
+                sample_creation=None,
+                bibtex_citation=None,
+            )
+
+            def load_data(self, *_: Any, **__: Any) -> None:
+                data = RetrievalSplitData(
+                    corpus=Dataset.from_dict({"id": []}),  # the search has it
+                    queries=Dataset.from_dict({"id": list(beir.queries)}),
+                    relevant_docs={query: beir.qrels[query] for query in beir.queries},
+                    top_ranked=None,
+                )
+                self.dataset = {"default": {"test": data}}
+                self.data_loaded = True
+
+            def task_specific_scores(self, scores: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
+                # A query that is not scored would leave the means instead of counting as a failure.
+                assert scores.keys() == beir.queries.keys(), f"{len(scores)} of {len(beir.queries)} queries scored"
+                return {}
+
+        task = LocalRetrieval()
+        task.ignore_identical_ids = ignore_identical_ids
+        figures = task.evaluate(Search(), "test", encode_kwargs={})["default"]
+        return {metric: float(figures[metric]) for metric in METRICS}
 
 
 def _model_meta(digest: str, kind: str) -> Any:

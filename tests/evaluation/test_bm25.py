@@ -41,17 +41,20 @@ def test_scores_equal_the_formula_on_random_texts():
     assert "" in texts  # a document without words is never found and divides nothing by zero
     for query in ("a b c", "a a a h", "z", "", "h z"):
         expected = np.array(plain_scores(texts, query, 0.9, 0.4))
-        [(documents, scores)] = Bm25(texts, k1=0.9, b=0.4).top([query], k=100)
-        assert sorted(documents.tolist()) == np.flatnonzero(expected).tolist()
-        np.testing.assert_allclose(scores, expected[documents], rtol=1e-5)
-        assert (np.diff(scores) <= 0).all()
+        for queries in (None, ["d", query], [query]):  # of all words, or of those that queries ask for
+            [(documents, scores)] = Bm25(iter(texts), k1=0.9, b=0.4, queries=queries).top([query], k=100)
+            assert sorted(documents.tolist()) == np.flatnonzero(expected).tolist()
+            np.testing.assert_allclose(scores, expected[documents], rtol=1e-5)
+            assert (np.diff(scores) <= 0).all()
 
 
-def test_ties_at_the_cut_go_to_the_lower_document_number():
+def test_ties_at_the_cut_go_to_the_lower_document_number_or_as_they_are_told_to():
     texts = ["x y"] * 5 + ["x"] + ["x y"] * 5
     [(documents, scores)] = Bm25(texts).top(["x"], k=4)
     assert documents.tolist() == [5, 0, 1, 2]
     assert scores[0] > scores[1] == scores[3]
+    [(documents, _)] = Bm25(texts).top(["x"], k=4, first=-np.arange(len(texts)))
+    assert documents.tolist() == [5, 10, 9, 8]
 
 
 def test_words_are_unicode_and_lower_case():

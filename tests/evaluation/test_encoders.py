@@ -1,61 +1,12 @@
-import importlib.util
 import json
-import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from nemo_embed_core.checkpoint.source import resolve
-from nemo_embed_core.config import EvaluateConfig, ModelConfig, UserError
+from nemo_embed_core.config import UserError
 from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder, folder_digest
-from nemo_embed_core.export.folder import write_folder
-from nemo_embed_core.export.verify import expected_tensors
-
-WORDS = ["<s>", "<pad>", "<unk>", "query", ":", *(f"w{i}" for i in range(20))]
-
-
-def word_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in WORDS[:3]])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
-    )
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory) -> Path:
-    """A random Llama of two layers in an exported folder, with a query prompt."""
-    folder = tmp_path_factory.mktemp("models") / "ours"
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = ModelConfig(vocab_size=len(WORDS), num_attention_heads=2, num_key_value_heads=1, **shape)
-    config = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    files = {"tokenizer.json": word_tokenizer().to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
-    write_folder(folder, model, "float32", files, query_prompt="query: ", max_seq_length=64, card={})
-    generator = torch.Generator().manual_seed(0)
-    shapes = expected_tensors(json.loads((folder / "config.json").read_text()))
-    weights = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def static(tmp_path_factory) -> Path:
-    """A bag of word vectors saved by sentence-transformers itself: no config.json, no prompts, no length limit."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-
-    folder = tmp_path_factory.mktemp("models") / "static"
-    vectors = np.random.default_rng(0).normal(size=(len(WORDS), 16)).astype(np.float32)
-    bag = StaticEmbedding(word_tokenizer(), embedding_weights=vectors)
-    SentenceTransformer(modules=[bag], device="cpu").save(str(folder))
-    return folder
 
 
 def edited(folder: Path, target: Path, file: str, **changes) -> Path:
@@ -98,7 +49,6 @@ def test_folder_digest_depends_on_names_and_contents(tmp_path):
 
 def test_a_sentence_transformers_folder_is_cut_at_the_shorter_limit(ours, static):
     encoder = SentenceTransformerEncoder(ours, "cpu", "fp32")
-    assert encoder.prompts == {"query": "query: "}  # the document prompt is empty: nothing to put
     texts = ["w1", " ".join(f"w{i % 20}" for i in range(100))]
     whole, cut = encoder.encode(texts, max_length=512), encoder.encode(texts, max_length=8)
     assert whole.dtype == np.float32
@@ -109,96 +59,37 @@ def test_a_sentence_transformers_folder_is_cut_at_the_shorter_limit(ours, static
     np.testing.assert_allclose(encoder.encode(["w5"], prompt="query: ")[0], encoder.encode(["query: w5"])[0], atol=1e-6)
 
     bag = SentenceTransformerEncoder(static, "cpu", "fp32")
-    assert bag.prompts == {}
     assert bag.encode(texts, max_length=8).shape == (2, 16)
     assert bag.digest != encoder.digest
+
+
+def test_a_sentence_transformers_folder_says_what_it_cuts_and_refuses_a_prompt_that_leaves_no_room(ours, static):
+    encoder, bag = (SentenceTransformerEncoder(folder, "cpu", "fp32") for folder in (ours, static))
+    texts = [
+        "w1",
+        " ".join("w2" for _ in range(63)),
+        " ".join("w3" for _ in range(64)),
+        " ".join("w4" for _ in range(9)),
+    ]
+    ids, num_truncated = encoder.tokenize(texts, max_length=512)  # BOS and 63 words fit
+    assert [len(row) for row in ids] == [2, 64, 64, 10] and num_truncated == 1
+    ids, num_truncated = encoder.tokenize(texts, prompt="query: ", max_length=12)
+    assert [len(row) for row in ids] == [4, 12, 12, 12] and num_truncated == 2
+    assert ids[0].tolist() == [0, 3, 4, 6]
+    ids, num_truncated = bag.tokenize(texts, max_length=3)
+    assert [len(row) for row in ids] == [2, 64, 65, 10] and num_truncated == 0
+
+    encoder.check_prompt("query: ", 7, "query_max_length")  # BOS, two words and four of the text
+    with pytest.raises(
+        UserError, match=r"query_max_length=6 tokens leaves no room .*'query: ' alone has 3; raise it to"
+    ):
+        encoder.check_prompt("query: ", 6, "query_max_length")
+    with pytest.raises(UserError, match=r"=64 tokens leaves no room .* alone has 67; the folder takes no more tokens"):
+        encoder.check_prompt("query: " + "w1 " * 64, 512, "query_max_length")
+    bag.check_prompt("w1 " * 600, 512, "query_max_length")
 
 
 def test_a_folder_that_does_not_load_is_a_user_error(tmp_path):
     (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]')
     with pytest.raises(UserError, match="does not load in sentence-transformers"):
         SentenceTransformerEncoder(tmp_path, "cpu", "fp32")
-
-
-def load_launcher():
-    file = Path(__file__).parents[2] / "launch" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("launch_evaluate", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def beir(tmp_path_factory) -> Path:
-    """12 queries of one word over 20 documents of three words; the document that starts with the word is relevant."""
-    folder = tmp_path_factory.mktemp("beir")
-    (folder / "qrels").mkdir()
-    rows = [{"_id": f"d{i}", "title": "", "text": f"w{i} w{(i + 7) % 20} w{(i + 11) % 20}"} for i in range(20)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"_id": f"q{i}", "text": f"w{i}"} for i in range(12)]
-    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [f"q{i}\td{i}\t1" for i in range(12)]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
-    return folder
-
-
-def test_launcher_compares_our_model_a_foreign_folder_and_bm25(ours, static, beir, tmp_path, capsys, monkeypatch):
-    output = tmp_path / "reports" / "report.json"
-    models = [str(ours), str(static), "bm25"]
-    options = ["--data", str(beir), "--split", "test", "--device", "cpu", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--models", *models, *options])
-    load_launcher().main()
-    report = json.loads(output.read_text())
-    assert list(report) == models
-    for entry in report.values():
-        assert entry.keys() == {"ndcg_at_10", "recall_at_10", "mrr_at_10", "seconds"}
-        # One relevant document for each query.
-        assert 0 <= entry["mrr_at_10"] <= entry["ndcg_at_10"] <= entry["recall_at_10"] <= 1
-    # A word is in three documents of equal length, so BM25 cannot do better than chance among the three, nor worse.
-    assert report["bm25"]["recall_at_10"] == 1.0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("12 queries of split test, 20 documents")
-    assert lines[1].split() == ["model", "ndcg@10", "recall@10", "mrr@10", "seconds"]
-    assert [line.split()[0] for line in lines[2:]] == models
-
-
-def test_our_export_scores_the_same_through_both_loaders(ours, beir):
-    """Embedder and sentence-transformers see one model: equal figures when the prompt is the same."""
-    from nemo_embed_core.data.readers import read_beir
-    from nemo_embed_core.embedder import Embedder
-    from nemo_embed_core.evaluation.retrieval import evaluate_retrieval
-
-    foreign = SentenceTransformerEncoder(ours, "cpu", "fp32")
-    data = read_beir(beir, "test")
-
-    class Prompted:
-        """Our encoder with the folder's own prompt instead of the task's."""
-
-        def __init__(self):
-            self.inner = Embedder.load(str(ours), "cpu", "fp32")
-            self.digest = self.inner.digest
-
-        def encode(self, texts, prompt="", max_length=512):
-            return self.inner.encode(texts, "query: " if prompt else "", max_length)
-
-    theirs = evaluate_retrieval(foreign, data, "ignored: the folder has a prompt")
-    assert theirs == evaluate_retrieval(Prompted(), data, "x")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"models": ["bm25", "bm25"]}, "names one twice"),
-        ({"models": ["bm25", "no/such/folder"]}, 'no/such/folder is not a folder; .*"bm25"'),
-        ({"models": []}, "no models"),
-        ({"models": ["bm25"], "split": "validation"}, "validation"),
-    ],
-)
-def test_launcher_refuses_bad_names_before_any_work(beir, options, message):
-    with pytest.raises(UserError, match=message):
-        load_launcher().evaluate(EvaluateConfig(**{"data": str(beir), **options}))
-
-
-def test_max_queries_takes_the_first_of_the_split(beir, tmp_path, capsys):
-    load_launcher().evaluate(EvaluateConfig(models=["bm25"], data=str(beir), max_queries=5))
-    assert capsys.readouterr().out.startswith("5 queries of split test, 20 documents")

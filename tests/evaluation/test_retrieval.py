@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.config import UserError
 from nemo_embed_core.data.readers import Beir
-from nemo_embed_core.evaluation.retrieval import evaluate_bm25, evaluate_retrieval
+from nemo_embed_core.evaluation.retrieval import (
+    DEPTH,
+    METRICS,
+    Best,
+    evaluate_bm25,
+    evaluate_retrieval,
+    similarity_of,
+)
 
 NUM_DOCUMENTS = 30
 
@@ -51,7 +59,8 @@ def test_a_known_ranking_gives_the_figures_calculated_by_hand():
     queries = {"qa": "a", "qb": "b", "qc": "c"}
     ndcg = [1 / math.log2(4), (1 / math.log2(3)) / (1 + 1 / math.log2(3)), 0.0]
     scores = evaluate_retrieval(encoder, Beir(corpus, queries, qrels))
-    assert scores.keys() == {"ndcg_at_10", "recall_at_10", "mrr_at_10"}
+    assert scores.keys() == {"ndcg_at_10", "recall_at_10", "mrr_at_10", "truncated"}
+    assert scores["truncated"] == {"query": None, "document": None}  # this encoder cannot say
     # mteb rounds nDCG and recall to five digits
     assert scores["ndcg_at_10"] == pytest.approx(sum(ndcg) / 3, abs=1e-5)
     assert scores["recall_at_10"] == pytest.approx((1 + 1 / 2 + 0) / 3, abs=1e-5)
@@ -70,13 +79,14 @@ def test_a_perfect_encoder_scores_one_and_gets_prompts_and_lengths():
     encoder, corpus = ranked(ranking)
     queries = {f"q{i}": text for i, text in enumerate(ranking)}
     beir = Beir(corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(20)})
-    lengths = {"query_max_length": 33, "document_max_length": 44}
-    scores = evaluate_retrieval(encoder, beir, "Find it", **lengths)
-    assert scores == {"ndcg_at_10": 1.0, "recall_at_10": 1.0, "mrr_at_10": 1.0}
-    assert sorted(encoder.calls) == [(20, "Instruct: Find it\nQuery: ", 33), (NUM_DOCUMENTS, "", 44)]
+    prompts = {"one": Prompts("Q: ", "D: "), "two": Prompts("not ", "these ")}
+    usage = Usage(prompts=prompts, query_max_length=33, document_max_length=44)
+    scores = evaluate_retrieval(encoder, beir, usage)
+    assert [scores[metric] for metric in METRICS] == [1.0, 1.0, 1.0]
+    assert encoder.calls == [(20, "Q: ", 33), (NUM_DOCUMENTS, "D: ", 44)]
     encoder.calls.clear()
     evaluate_retrieval(encoder, beir)
-    assert {prompt for _, prompt, _ in encoder.calls} == {""}
+    assert {(prompt, length) for _, prompt, length in encoder.calls} == {("", 512)}
 
 
 @pytest.mark.parametrize("digests", [("one", "two"), ("same", "same")])
@@ -106,15 +116,46 @@ def test_evaluation_touches_neither_network_nor_random_state(monkeypatch):
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
 
 
-def test_a_large_corpus_is_scored_in_chunks_with_the_same_figures(monkeypatch):
-    """1,500 documents make two chunks at the smallest chunk; the best document sits in the second."""
+def test_texts_are_encoded_and_scored_in_pieces_with_the_same_figures(monkeypatch):
     corpus = {f"d{i}": f"text {i}" for i in range(1500)}
     angle = {text: [math.cos(i / 1000), math.sin(i / 1000)] for i, text in enumerate(corpus.values())}
     encoder = TableEncoder({**angle, "a": [math.cos(1.4), math.sin(1.4)]})
-    monkeypatch.setattr("nemo_embed_core.evaluation.retrieval.MAX_SCORES", 1)
+    monkeypatch.setattr("nemo_embed_core.evaluation.retrieval.MAX_SCORES", 100)
+    monkeypatch.setattr("nemo_embed_core.evaluation.retrieval.PIECE_CHARACTERS", 5000)
     scores = evaluate_retrieval(encoder, Beir(corpus, {"q": "a"}, {"q": {"d1400": 1, "d3": 1}}))
-    assert [count for count, _, _ in encoder.calls] == [1, 1000, 500]
+    counts = [count for count, _, _ in encoder.calls]
+    assert counts[0] == 1 and sum(counts[1:]) == 1500 and len(counts) == 4
     assert (scores["mrr_at_10"], scores["recall_at_10"]) == (1.0, 0.5)
+
+
+def test_the_best_documents_are_exact_with_ties_however_the_corpus_is_split():
+    random = np.random.default_rng(0)
+    ids = [f"d{i}" for i in random.permutation(300)]
+    scores_QN = torch.from_numpy(random.integers(0, 4, (7, 300)).astype(np.float32))  # about 75 documents share a score
+    scores_QN[3] = 1.0
+    expected = {}
+    for i, row in enumerate(scores_QN.tolist()):
+        pairs = sorted(zip(row, ids, strict=True), reverse=True)[:DEPTH]  # the greater id first
+        expected[f"q{i}"] = {document: score for score, document in pairs}
+    for step in (300, 64, DEPTH - 1, 1):
+        best = Best(7, ids)
+        for part_QN in scores_QN.split(step, dim=1):
+            best.add(part_QN)
+        found = best.found(expected)
+        assert {query: list(pairs.items()) for query, pairs in found.items()} == {
+            query: list(pairs.items()) for query, pairs in expected.items()
+        }
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
+def test_similarities_are_those_of_sentence_transformers(name):
+    from sentence_transformers.util import cos_sim, dot_score, euclidean_sim, manhattan_sim
+
+    theirs = {"cosine": cos_sim, "dot": dot_score, "euclidean": euclidean_sim, "manhattan": manhattan_sim}[name]
+    queries, documents = 3 * torch.randn(5, 8), torch.randn(40, 8)
+    torch.testing.assert_close(
+        similarity_of(name)(queries, documents), theirs(queries, documents), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_nan_embeddings_are_an_error_and_not_a_score():

@@ -1,0 +1,101 @@
+"""A model to evaluate: what it is, how its texts are encoded, and that both can be had, before any text is encoded.
+
+subject = Subject.of("exports/model", config)      # options override the folder's own prompts and lengths
+encoder = subject.check(config)                    # an Encoder where the check had to load it, else None
+encoder = encoder or subject.load(config)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from nemo_embed_core.checkpoint.source import Similarity, Source, Usage, resolve
+from nemo_embed_core.checkpoint.weights import open_weights, tokenizer_folder
+from nemo_embed_core.config import EvaluateConfig, UserError
+from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.embedder import Embedder
+from nemo_embed_core.evaluation.encoders import Encoder, SentenceTransformerEncoder
+from nemo_embed_core.parallel.mesh import pick_device
+
+DEFAULT_LENGTH = 512  # tokens, where neither the folder nor an option says one
+
+
+@dataclass(frozen=True)
+class Subject:
+    """usage: with the one pair of prompts that is used.  overridden: {option: value} of those that differ from the folder's."""
+
+    name: str
+    source: Source
+    usage: Usage
+    overridden: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, config: EvaluateConfig) -> Subject:
+        try:
+            source = resolve(name)
+        except UserError as error:
+            bm25 = "" if Path(name).is_dir() else '; the only model without a folder is "bm25"'
+            raise UserError(f"{error}{bm25}") from None
+        if source.kind == "precomputed":
+            raise UserError(f"{name} holds embeddings of other texts: give the model that made them")
+        if source.usage.similarity not in get_args(Similarity):
+            raise UserError(
+                f"{name}: similarity_fn_name is {source.usage.similarity!r}, and only {', '.join(get_args(Similarity))} of one "
+                "vector a text are evaluated"
+            )
+        try:
+            usage, overridden = source.usage.override(
+                prompt_name=config.prompt_name,
+                task=config.task,
+                document_task=config.document_task,
+                query_max_length=config.query_max_length,
+                document_max_length=config.document_max_length,
+            )
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        return cls(name, source, usage, overridden)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether our encoder gives its vectors: always of length 1, so not where another similarity than cosine is meant."""
+        return self.source.kind != "sentence-transformers" and self.source.usage.similarity == "cosine"
+
+    def check(self, config: EvaluateConfig) -> Encoder | None:
+        """UserError when it cannot be loaded or a prompt leaves no room. Of ours nothing but headers is read."""
+        encoder: SentenceTransformerEncoder | None = None
+        if self.is_ours:
+            tokenizer = load_tokenizer(tokenizer_folder(self.name))
+            tokenizer.check_fits(open_weights(self.name, hashed=False).model.vocab_size)
+            check_prompt = tokenizer.check_prompt
+        else:
+            encoder = SentenceTransformerEncoder(self.source.folder, str(pick_device(config.device)), config.precision)
+            check_prompt = encoder.check_prompt
+        usage, prompts = self.usage_with(encoder), self.usage.default
+        for prompt, length, option in (
+            (prompts.query, usage.query_max_length, "query_max_length"),
+            (prompts.document, usage.document_max_length, "document_max_length"),
+        ):
+            if length is not None:
+                try:
+                    check_prompt(prompt, length, option)
+                except UserError as error:
+                    raise UserError(f"{self.name}: {error}") from None
+        return encoder
+
+    def load(self, config: EvaluateConfig) -> Encoder:
+        if self.is_ours:
+            return Embedder.load(self.name, config.device, config.precision, config.max_tokens)
+        return SentenceTransformerEncoder(self.source.folder, str(pick_device(config.device)), config.precision)
+
+    def usage_with(self, encoder: Encoder | None) -> Usage:
+        """The usage with the lengths that this encoder cuts at; None where it reads whole texts."""
+        query, document = self.usage.query_max_length, self.usage.document_max_length
+        if not isinstance(encoder, SentenceTransformerEncoder):
+            query, document = query or DEFAULT_LENGTH, document or DEFAULT_LENGTH
+        elif (limit := encoder.limit) is None:
+            query = document = None
+        else:
+            query, document = min(query or limit, limit), min(document or limit, limit)
+        return replace(self.usage, query_max_length=query, document_max_length=document)
