@@ -16,7 +16,7 @@ def main() -> None:
     config = load_config(PrepareConfig)
     with user_errors():
         # After the arguments are parsed, so that --help and typing errors answer at once.
-        from nemo_embed_core.data.store import open_store
+        from nemo_embed_core.data.build import open_store
         from nemo_embed_core.data.tokenizer import load_tokenizer
 
         start = time.perf_counter()

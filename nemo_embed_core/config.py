@@ -232,6 +232,11 @@ class DataConfig:
     document_max_length: int = 512  # tokens
     num_hard_negatives: int = 4  # per query; sampled anew each epoch when a row has more, masked when it has fewer
     max_tokens: int = 8192  # packed tokens of one micro-batch
+    # Rows whose query, longest positive and longest num_hard_negatives negatives have more than max_tokens: "error" names
+    # them before the first step, "drop" leaves them out, "truncate" shortens their longest documents. Counted either way.
+    on_long_row: Literal["error", "drop", "truncate"] = "error"
+    # A store that is there: its digest (or the beginning) in cache_dir, or its folder; the files of `datasets` are not looked at.
+    store: str = ""
 
     def __post_init__(self) -> None:
         for name in ("query_max_length", "document_max_length", "max_tokens"):

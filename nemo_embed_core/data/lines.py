@@ -36,7 +36,7 @@ class Findings:
     def __init__(self, strict: bool = False):
         self.strict = strict
         self.named: list[str] = []  # path:line: message
-        self.num_bad = 0
+        self.num_bad = self.num_rows = 0
         self.counts: dict[str, int] = {}  # what -> how many of it
         self._first: dict[str, str] = {}  # what -> path:line
 

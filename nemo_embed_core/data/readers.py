@@ -84,7 +84,7 @@ def check_sources(datasets: Iterable[DatasetConfig], passages: Iterable[str | Pa
         source_files(dataset)  # a missing file is said before the first one is read
     for dataset in datasets:
         for _ in read_rows(dataset, findings):
-            pass
+            findings.num_rows += 1
     for path in passages:
         for _ in read_documents(path, findings=findings):
             pass

@@ -78,8 +78,9 @@ def choose_documents(
     gets the same documents in any batch and at any world size, and others in the next epoch.
     """
     assert rows_B.shape == epochs_B.shape, f"{rows_B.shape=} {epochs_B.shape=}"
-    key_B = _hash(
-        _hash(_hash(np.array([seed % 2**64], np.uint64)) ^ epochs_B.astype(np.uint64)) ^ rows_B.astype(np.uint64)
+    key_B = splitmix64(
+        splitmix64(splitmix64(np.array([seed % 2**64], np.uint64)) ^ epochs_B.astype(np.uint64))
+        ^ rows_B.astype(np.uint64)
     )
     positive_B1 = _draw(store.positive_offsets, store.positive_ids, rows_B, key_B, 1)
     negative_BK = _draw(store.negative_offsets, store.negative_ids, rows_B, ~key_B, num_hard_negatives)
@@ -93,7 +94,7 @@ def _draw(offsets: np.ndarray, ids: np.ndarray, rows_B: np.ndarray, key_B: np.nd
     owner = np.repeat(np.arange(len(rows_B)), sizes)
     first = np.cumsum(sizes) - sizes
     place = np.arange(len(owner)) - first[owner]  # index of the candidate within its row's list
-    hashes = _hash(key_B[owner] ^ _hash(place.astype(np.uint64)))
+    hashes = splitmix64(key_B[owner] ^ splitmix64(place.astype(np.uint64)))
     order = np.lexsort((place, hashes, owner))  # by row, then hash
     chosen = order[place < count]  # the rank within the row is again place: rows keep their sizes
     out = np.full((len(rows_B), count), -1, np.int64)
@@ -101,8 +102,8 @@ def _draw(offsets: np.ndarray, ids: np.ndarray, rows_B: np.ndarray, key_B: np.nd
     return out
 
 
-def _hash(x: np.ndarray) -> np.ndarray:
-    """splitmix64: a bijection of uint64 that spreads every bit (Steele, Lea, Flood 2014)."""
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 that spreads every bit (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

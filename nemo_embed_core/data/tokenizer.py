@@ -45,6 +45,10 @@ class Tokenizer:
         self._backend = backend
         self._max_length = 0  # what the backend truncates to now; 0: it does not
         self._num_special = backend.num_special_tokens_to_add(is_pair=False)
+        bare = backend.encode("a", add_special_tokens=False).ids
+        whole = backend.encode("a").ids
+        begin = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        self.end_tokens: list[int] = whole[begin + len(bare) :]  # the post-processor's, behind every text
         self._boundary = cuts.boundary(backend)
         self._prompts: set[tuple[str, int]] = set()  # that passed check_prompt
         self.files = files

@@ -34,9 +34,10 @@ from nemo_embed_core.checkpoint.weights import (
     tokenizer_folder,
 )
 from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, code_version, dump_yaml, failpoint, to_dict
+from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import MicroBatch, load_batch
 from nemo_embed_core.data.sampler import Sampler
-from nemo_embed_core.data.store import Store, open_store
+from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
@@ -105,7 +106,7 @@ def prepare(config: TrainConfig) -> Prepared:
             open_weights(config.init_from, hashed=False)
         store = open_store(config.data, tokenizer)
         if checkpoint is not None and manifest is not None:
-            _changed_samples(config, checkpoint, manifest, store.digest)
+            _changed_samples(config, checkpoint, manifest, store)
         Sampler(len(store), config.global_batch_size, config.seed)
         if config.loss.in_batch == "none" and store.manifest["rows_without_negatives"] == len(store):
             raise UserError(
@@ -165,10 +166,12 @@ def _refuse_other_model(config: TrainConfig, folder: Path, manifest: dict[str, A
         raise UserError(f"{folder} was trained with pooling={pooling}; this code trains with mean pooling only")
 
 
-def _changed_samples(config: TrainConfig, folder: Path, manifest: dict[str, Any], digest: str) -> list[str]:
+def _changed_samples(config: TrainConfig, folder: Path, manifest: dict[str, Any], store: Store) -> list[str]:
     """What differs of the options that decide the sequence of samples; UserError where that is not allowed."""
     old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
     hard = "num_hard_negatives"
+    # Begun before stores left out negatives: the same samples where none was left out.
+    digest = manifest["data_digest"] if manifest["data_digest"] == store.manifest.get("digest_v1") else store.digest
     changed = [
         (option, f"{name} was {was!r}, now {now!r}")
         for option, name, was, now in (
@@ -616,7 +619,7 @@ class Trainer:
         """What decides the sequence of samples must be the same; other changes are named in the log."""
         _refuse_other_model(self.config, folder, manifest, self.model_config)
         self.overrides = list(manifest["overrides"])
-        for text in _changed_samples(self.config, folder, manifest, self.store.digest):
+        for text in _changed_samples(self.config, folder, manifest, self.store):
             self.overrides.append({"step": manifest["step"], "changed": text})
             self.log(
                 f"WARNING: {text}, as checkpoint.allow_changed permits: from step {manifest['step'] + 1} on the samples of a "

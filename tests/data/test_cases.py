@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError
+from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.readers import Findings, check_sources, read_beir, read_documents, read_rows, reading
-from nemo_embed_core.data.store import open_store
 
 Q1 = '{"query": "q one", "pos": ["p one"], "neg": ["n one"]}\n'
 ROW1 = ("q one", ["p one"], ["n one"])

@@ -16,8 +16,8 @@ from tiny import MODEL, train_config
 
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
 from nemo_embed_core.config import ModelConfig, TrainConfig
+from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import Sampler, choose_documents
-from nemo_embed_core.data.store import open_store
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.model.attention import Segments, reference_attention
 from nemo_embed_core.model.encoder import Encoder

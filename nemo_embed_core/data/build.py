@@ -1,0 +1,554 @@
+"""Builds the token store: every source checked, then tokenised with progress, then judged as a whole, then published.
+
+    open_store(config, tokenizer)      opened when cache_dir has it, else built
+
+While it is built a store is a folder cache_dir/.building-*, which its process holds with a file lock. What stood there at the last
+commit survives a kill: the next build of the same store goes on from it and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+import uuid
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError, failpoint
+from nemo_embed_core.data.judge import EMPTY_KEY, judge
+from nemo_embed_core.data.normal_form import has_content, normal_key
+from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.data.readers import check_sources, read_rows, reading, source_files
+from nemo_embed_core.data.store import (
+    ARRAY_FILES,
+    FORMAT_VERSION,
+    TOKEN_FILES,
+    Store,
+    damaged,
+    read_manifest,
+    report,
+    sha256_file,
+)
+from nemo_embed_core.data.tokenizer import Tokenizer
+
+COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
+PENDING = 2 << 20  # characters that wait for the tokenizer
+STALE_S = 24 * 3600  # a killed build of other data is kept this long, so that two builds may take turns
+
+Log = Callable[[str], None]
+
+
+def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> Store:
+    """The store of these datasets, tokenizer and lengths: opened when cache_dir has it, else built, verified, published.
+
+    With config.store it is opened by its digest or folder and the sources are not looked at. Several processes may call this
+    at once: each builds its own copy and one rename wins, so to save work let one rank build first. Raises DataError for
+    bad rows (the first 20 of all sources, and how many) and UserError for a damaged store or a too short max_length.
+    """
+    if config.store:
+        store = Store(store_folder(config))
+        _check_same_made(store, config, tokenizer)
+        log(report(store))
+        return store
+    if not config.datasets:
+        raise UserError("data.datasets is empty: name at least one .jsonl file or BEIR folder")
+    check_prompts(config, tokenizer)
+    try:
+        files = [source_files(dataset) for dataset in config.datasets]
+    except UserError as error:
+        raise UserError(f"{error}{_stores_of(config)}") from None
+    stamps = _stamps(config)
+    hashes = _hashes([file for group in files for file in group], Path(config.cache_dir))
+    sources: list[dict[str, Any]] = [
+        {
+            "path": str(dataset.path),
+            "task": dataset.task,
+            "document_task": dataset.document_task,
+            "files": {str(file): hashes[file] for file in group},
+            "reading": reading(dataset),
+            "row_file": str(group[-1]),  # of a BEIR folder the qrels
+        }
+        for dataset, group in zip(config.datasets, files, strict=True)
+    ]
+    made_of = {
+        "version": FORMAT_VERSION,
+        "tokenizer": tokenizer.digest,
+        "query_max_length": config.query_max_length,
+        "document_max_length": config.document_max_length,
+        # The content of the files, not their names: a moved data set keeps its store.
+        "sources": [
+            [*source["files"].values(), source["task"], source["document_task"], *source["reading"]]
+            for source in sources
+        ],
+    }
+    digest = _digest(made_of)
+    header = {**made_of, "sources": sources, "digest": digest, "end_tokens": tokenizer.end_tokens}
+    if not any(source["reading"] for source in sources):
+        header["digest_v1"] = _digest(
+            {**made_of, "version": 1}
+        )  # what a checkpoint from before has, where nothing is left out
+    folder = Path(config.cache_dir) / digest[:32]
+    if not folder.exists():
+        try:
+            with _building(folder, log) as temporary:
+                _build(temporary, config, tokenizer, header, log)
+                if _stamps(config) != stamps:
+                    raise UserError("a data file changed while it was being tokenised; start again when it is complete")
+                Store(temporary).verify()
+                _publish(temporary, folder)
+        except OSError as error:
+            raise UserError(f"the store cannot be written to {folder}: {error.strerror} (data.cache_dir)") from error
+    store = Store(folder)
+    if store.digest != digest:
+        raise damaged(folder, f"its manifest has digest {store.digest[:12]} instead of {digest[:12]}")
+    log(report(store))
+    return store
+
+
+def check_prompts(config: DataConfig, tokenizer: Tokenizer) -> None:
+    for dataset in config.datasets:
+        tokenizer.check_prompt(query_prompt(dataset.task), config.query_max_length, "data.query_max_length")
+        prompt = query_prompt(dataset.document_task)
+        tokenizer.check_prompt(prompt, config.document_max_length, "data.document_max_length")
+
+
+def _digest(made_of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ without the sources
+
+
+def store_folder(config: DataConfig) -> Path:
+    """config.store is a store's folder, its digest, or the first letters of that."""
+    folder = Path(config.store)
+    if folder.is_dir():
+        return folder
+    found = sorted(path for path in Path(config.cache_dir).glob(f"{config.store}*") if path.is_dir())
+    if not found and len(config.store) > 32:
+        found = [path for path in [Path(config.cache_dir) / config.store[:32]] if path.is_dir()]
+    if len(found) != 1:
+        have = ", ".join(path.name for path in found or sorted(Path(config.cache_dir).glob("[0-9a-f]*"))[:10])
+        raise UserError(
+            f"data.store={config.store} is neither the folder of a store nor the beginning of {'one' if found else 'a'} digest "
+            f"in data.cache_dir={config.cache_dir}, which has: {have or 'none'}"
+        )
+    return found[0]
+
+
+def with_store(config: DataConfig) -> DataConfig:
+    """config with the datasets of its store where it names none: instructions belong to the run and travel with the model."""
+    if not config.store or config.datasets:
+        return config
+    sources = read_manifest(store_folder(config))["sources"]
+    return replace(
+        config,
+        datasets=[
+            DatasetConfig(path=source["path"], task=source["task"], document_task=source["document_task"])
+            for source in sources
+        ],
+    )
+
+
+def _check_same_made(store: Store, config: DataConfig, tokenizer: Tokenizer) -> None:
+    m = store.manifest
+    for name, was, now in (
+        ("the tokenizer (sha256)", m["tokenizer"], tokenizer.digest),
+        ("data.query_max_length", m["query_max_length"], config.query_max_length),
+        ("data.document_max_length", m["document_max_length"], config.document_max_length),
+        *(
+            (f"data.datasets (its {name}s)", [source[name] for source in m["sources"]], [getattr(d, name) for d in config.datasets])
+            for name in ("task", "document_task")
+            if config.datasets
+        ),
+    ):  # fmt: skip
+        if was != now:
+            raise UserError(f"data.store={config.store} was built with other options: {name} was {was!r}, now {now!r}")
+
+
+def _stores_of(config: DataConfig) -> str:
+    """A hint for missing sources: the stores that were built of them."""
+    wanted = [str(dataset.path) for dataset in config.datasets]
+    found = []
+    for path in sorted(Path(config.cache_dir).glob("[0-9a-f]*/manifest.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if [source.get("path") for source in manifest["sources"]] == wanted:
+                found.append(path.parent.name)
+    return f". A store was built of it: --data.store {found[-1]} opens that without the sources" if found else ""
+
+
+# ------------------------------------------------------------------------------------------ sources
+
+
+def _stamps(config: DataConfig) -> list[tuple[str, int, int]]:
+    """(file, size, mtime) of all sources: what changes when somebody still writes to one."""
+    files = [file for dataset in config.datasets for file in source_files(dataset)]
+    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
+
+def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
+    """sha256 of each file; one that is as cache_dir/sources.json knows it (size, times, inode) is not read again."""
+    record = cache_dir / "sources.json"
+    known: dict[str, list[Any]] = {}
+    with suppress(OSError, ValueError, AttributeError):
+        known = dict(json.loads(record.read_text(encoding="utf-8")).items())
+    hashes, new = {}, False
+    for file in files:
+        stat, name = file.stat(), str(file.resolve())
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = known.get(name)
+        if isinstance(entry, list) and entry[:4] == stamp and len(entry) == 5:
+            hashes[file] = entry[4]
+            continue
+        hashes[file] = sha256_file(file)
+        if (
+            time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000
+        ):  # else a write may not show in the times
+            known[name], new = [*stamp, hashes[file]], True
+    if new:
+        with suppress(OSError):  # a cache_dir that cannot be written to serves the stores that it has
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            _write_json(record, known)
+    return hashes
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------ the building folder
+
+
+@contextmanager
+def _building(folder: Path, log: Log) -> Iterator[Path]:
+    """A folder for building that this process alone holds: what a killed build of the same store left, or a new one.
+
+    Left by a killed process, by Ctrl-C or by a full disk, it stays; after bad data it goes.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".building-{folder.name[:16]}-"
+    temporary, lock = _sweep(folder.parent, prefix, log)
+    if temporary is None:
+        temporary = folder.with_name(f"{prefix}{uuid.uuid4().hex[:8]}")
+        temporary.mkdir()
+        lock = _lock(temporary)
+        if lock is None:
+            log(f"WARNING: {folder.parent} is on a file system without locks; a killed build there starts anew")
+    try:
+        yield temporary
+    except (UserError, AssertionError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(temporary: Path) -> int | None:
+    """A descriptor that holds temporary/lock until this process ends, however it does; None where that cannot be had."""
+    try:
+        descriptor = os.open(temporary / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink and (temporary / "lock").exists():  # else its owner has just ended
+            return descriptor
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
+    os.close(descriptor)
+    return None
+
+
+def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None]:
+    """Takes the leftover of a killed build with this prefix that has come furthest; removes the others, or names them."""
+    mine: list[tuple[int, Path, int]] = []
+    for leftover in sorted(parent.glob(".building-*")):
+        age = time.time() - max((path.stat().st_mtime for path in [leftover, *leftover.glob("*")]), default=0.0)
+        if not (leftover / "lock").exists():  # of an older version, or being made right now
+            if age > 3600:
+                log(f"removing {leftover}, left by an older version")
+                shutil.rmtree(leftover, ignore_errors=True)
+            continue
+        lock = _lock(leftover)
+        if lock is None:
+            continue  # somebody builds there
+        rows = (_read_state(leftover) or {"rows": 0})["rows"]
+        if leftover.name.startswith(prefix):
+            mine.append((rows, leftover, lock))
+            continue
+        if rows and age < STALE_S:
+            log(
+                f"{leftover} is of a killed build of other data: starting that again goes on from its {rows:,} rows; it is "
+                "removed when it is a day old"
+            )
+        else:
+            log(f"removing {leftover}, left by a process that is gone")
+            shutil.rmtree(leftover, ignore_errors=True)
+        os.close(lock)
+    mine.sort()
+    for _, leftover, lock in mine[:-1]:
+        log(f"removing {leftover}, left by a process that is gone")
+        shutil.rmtree(leftover, ignore_errors=True)
+        os.close(lock)
+    return (mine[-1][1], mine[-1][2]) if mine else (None, None)
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size >= size for name, size in state["sizes"].items())
+        return state if whole and isinstance(state["rows"], int) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Renames a built store into place, durably; losing the race to another builder of the same digest is fine."""
+    for file in temporary.iterdir():
+        _fsync(file)
+    _fsync(temporary)
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    (folder / "lock").unlink(missing_ok=True)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------ building
+
+# Files that only a build has: raw int64, or 16 bytes a text. judge() makes the arrays of the store of them.
+PARTS = (
+    "query_lengths", "query_hashes", "query_keys", "group_keys", "row_lines", "num_positives", "positives", "num_negatives",
+    "negatives", "document_lengths", "document_hashes", "document_keys", "document_texts", "document_rows",
+)  # fmt: skip
+
+
+class _Files:
+    """The files of a build, appended to; sizes at the last commit are those that a kill leaves."""
+
+    def __init__(self, folder: Path, sizes: dict[str, int]):
+        self._folder = folder
+        self._files = {}
+        for name in (*TOKEN_FILES, *(f"{part}.part" for part in PARTS)):
+            file = open(folder / name, "ab")  # noqa: SIM115  (closed in close)
+            file.truncate(sizes.get(name, 0))
+            self._files[name] = file
+
+    def add(self, part: str, data: bytes) -> None:
+        self._files[f"{part}.part"].write(data)
+
+    def add_tokens(self, name: str, tokens: np.ndarray) -> None:
+        self._files[name].write(tokens.astype("<i4").tobytes())
+
+    def commit(self, state: dict[str, Any]) -> None:
+        sizes = {}
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            sizes[name] = os.fstat(file.fileno()).st_size
+        _write_json(self._folder / "state.json", {**state, "sizes": sizes})
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class _Texts:
+    """Texts of one side on their way into the token file: lengths, and a hash of the tokens, beside it."""
+
+    def __init__(self, files: _Files, side: str, tokenizer: Tokenizer, max_length: int, state: dict[str, Any]):
+        self._files, self._side, self._tokenizer, self._max_length = files, side, tokenizer, max_length
+        self._pending: list[str] = []
+        self._origins: list[tuple[str, int]] = []
+        self._size = 0
+        self.truncated: int = state.get(f"truncated_{side}", 0)
+        self.max_token_id: int = state.get("max_token_id", 0)
+
+    def add(self, text: str, path: str, line: int) -> None:
+        self._pending.append(text)
+        self._origins.append((path, line))
+        self._size += len(text)
+        if self._size > PENDING:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        before = self._tokenizer.num_truncated
+        try:
+            arrays = self._tokenizer.encode(self._pending, self._max_length)
+        except UserError:
+            for text, (path, line) in zip(self._pending, self._origins, strict=True):
+                try:
+                    self._tokenizer.encode([text], self._max_length)
+                except UserError as error:
+                    raise DataError(path, line, str(error)) from None
+            raise
+        self.truncated += self._tokenizer.num_truncated - before
+        tokens = np.concatenate(arrays)
+        self.max_token_id = max(self.max_token_id, int(tokens.max()))
+        self._files.add_tokens(f"{self._side}_tokens.bin", tokens)
+        self._files.add(f"{self._side}_lengths", array("q", map(len, arrays)).tobytes())
+        self._files.add(f"{self._side}_hashes", b"".join(_hash(ids.tobytes()) for ids in arrays))
+        self._pending, self._origins, self._size = [], [], 0
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log) -> None:
+    """Writes all files of the store into the folder, the manifest last, going on from what stands there."""
+    state = _read_state(folder) or {}
+    if state:
+        log(f"going on with {folder}: {state['rows']:,} of {state['total']:,} rows were done when its process ended")
+    else:
+        findings = check_sources(config.datasets)
+        for line in findings.lines():
+            log(line)
+        state = {"rows": 0, "total": findings.num_rows, "source_rows": [0] * len(config.datasets), "merged": 0}
+    files = _Files(folder, state.get("sizes", {}))
+    try:
+        _tokenise(folder, files, config, tokenizer, state, log)
+    finally:
+        files.close()
+    for source, rows in zip(header["sources"], state["source_rows"], strict=True):
+        source["rows"] = rows
+    row_files = [source["row_file"] for source in header["sources"]]
+    arrays, noise = judge(folder, row_files, state["source_rows"])
+    for name in ARRAY_FILES:
+        np.save(folder / name, arrays[name])
+    left_out = int(noise.pop("left out")["count"])
+    if left_out:
+        header.pop("digest_v1", None)
+    manifest = {
+        **header,
+        "rows": state["rows"],
+        "documents": len(arrays["same_as.npy"]),
+        "groups": len(arrays["known_offsets.npy"]) - 1,
+        "query_tokens": int(arrays["query_offsets.npy"][-1]),
+        "document_tokens": int(arrays["document_offsets.npy"][-1]),
+        "positives": len(arrays["positives.npy"]),
+        "negatives": len(arrays["negatives.npy"]),
+        "rows_without_negatives": int((np.diff(arrays["negative_offsets.npy"]) == 0).sum()),
+        "negatives_left_out": left_out,
+        "merged_repeats": state["merged"],
+        "truncated_queries": state["truncated_query"],
+        "truncated_documents": state["truncated_document"],
+        "max_token_id": state["max_token_id"],
+        "noise": noise,
+        "files": {
+            name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+            for name in (*TOKEN_FILES, *ARRAY_FILES)
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for name in ("state.json", *(f"{part}.part" for part in PARTS)):
+        (folder / name).unlink()
+
+
+def _tokenise(
+    folder: Path, files: _Files, config: DataConfig, tokenizer: Tokenizer, state: dict[str, Any], log: Log
+) -> None:
+    """Reads the rows that `state` does not have yet; brings state and files up to date."""
+    queries = _Texts(files, "query", tokenizer, config.query_max_length, state)
+    documents = _Texts(files, "document", tokenizer, config.document_max_length, state)
+    known = (folder / "document_texts.part").read_bytes()
+    ids = {
+        known[at : at + 16]: at // 16 for at in range(0, len(known), 16)
+    }  # hash of a document with its prompt -> its id
+    rows, source_rows = state["rows"], list(state["source_rows"])
+    begun, first_row = time.monotonic(), rows
+    last = begun
+
+    def document_id(prompt: str, text: str, path: str, line: int) -> int:
+        key = _hash((prompt + text).encode("utf-8"))
+        doc_id = ids.get(key)
+        if doc_id is None:
+            doc_id = ids[key] = len(ids)
+            documents.add(prompt + text, path, line)
+            files.add("document_texts", key)
+            files.add("document_keys", normal_key(text) if has_content(text) else EMPTY_KEY)
+            files.add("document_rows", _int(rows))
+        return doc_id
+
+    def commit() -> None:
+        queries.flush()
+        documents.flush()
+        max_token_id = max(queries.max_token_id, documents.max_token_id)
+        state.update(rows=rows, source_rows=source_rows, max_token_id=max_token_id)
+        state.update(truncated_query=queries.truncated, truncated_document=documents.truncated)
+        files.commit(state)
+
+    for i, dataset in enumerate(config.datasets):
+        query_prefix, document_prefix = query_prompt(dataset.task), query_prompt(dataset.document_task)
+        for row in itertools.islice(read_rows(dataset), source_rows[i], None):
+            failpoint("store.row", rows)
+            queries.add(query_prefix + row.query, row.path, row.line)
+            pos = [document_id(document_prefix, text, row.path, row.line) for text in row.pos]
+            neg = [document_id(document_prefix, text, row.path, row.line) for text in row.neg]
+            # A text twice in one list would count twice in the softmax: once is enough, and it is reported.
+            unique_pos, unique_neg = list(dict.fromkeys(pos)), list(dict.fromkeys(neg))
+            state["merged"] += len(pos) + len(neg) - len(unique_pos) - len(unique_neg)
+            key = normal_key(row.query) if has_content(row.query) else EMPTY_KEY
+            files.add("query_keys", key)
+            files.add("group_keys", _hash(query_prefix.encode("utf-8") + b"\0" + key))
+            files.add("row_lines", _int(row.line))
+            for part, values in (("positives", unique_pos), ("negatives", unique_neg)):
+                files.add(f"num_{part}", _int(len(values)))
+                files.add(part, array("q", values).tobytes())
+            rows, source_rows[i] = rows + 1, source_rows[i] + 1
+            now = time.monotonic()
+            if now - last >= COMMIT_S:
+                commit()
+                left = (state["total"] - rows) * (now - begun) / (rows - first_row)
+                log(
+                    f"tokenised {rows:,} of {state['total']:,} rows ({rows / max(1, state['total']):.1%}), {len(ids):,} documents; "
+                    f"about {_duration(left)} left"
+                )
+                last = time.monotonic()
+    commit()
+
+
+def _int(value: int) -> bytes:
+    return value.to_bytes(8, "little", signed=True)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.0f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )

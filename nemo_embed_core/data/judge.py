@@ -1,0 +1,177 @@
+"""A tokenised data set judged as a whole: which documents are the same, what is no negative of a row, which rows teach nothing.
+
+Two documents are the same when their texts have one normal form (data/normal_form.py) or when their tokens are equal after
+truncation, and so are two that are the same as a third. A negative that is the same as a positive of its row, as a positive of
+another row with the same query, or as the query itself would be pushed away although it is right: it is left out. All other
+kinds are counted and stay.
+
+# R rows · D documents · P, N positives and negatives of all rows, end to end
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_embed_core.data.normal_form import normal_key
+from nemo_embed_core.data.sampler import splitmix64
+
+EMPTY_KEY = normal_key("")  # of every text without content
+NAMED = 3  # rows of each kind that the report names
+
+
+def judge(
+    folder: Path, row_files: list[str], source_rows: list[int]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """(arrays of the store by file name, kind -> {"count", "of", "first": [path:line]}) from the .part files of a build."""
+
+    def ints(part: str) -> np.ndarray:
+        return np.fromfile(folder / f"{part}.part", dtype="<i8").astype(np.int64, copy=False)
+
+    def keys(part: str) -> np.ndarray:
+        return np.fromfile(folder / f"{part}.part", dtype="<u8").reshape(-1, 2)
+
+    positives_P, negatives_N = ints("positives"), ints("negatives")
+    num_positives_R, num_negatives_R = ints("num_positives"), ints("num_negatives")
+    document_rows_D, lines_R = ints("document_rows"), ints("row_lines")
+    R, D = len(lines_R), len(document_rows_D)
+    row_P, row_N = np.repeat(np.arange(R), num_positives_R), np.repeat(np.arange(R), num_negatives_R)
+
+    # The queries stand behind the documents, so that a query finds the document that it is.
+    text_all = _first_equal(np.concatenate([keys("document_keys"), keys("query_keys")]))
+    token_all = _first_equal(np.concatenate([keys("document_hashes"), keys("query_hashes")]))
+    text_D, token_D = text_all[:D], token_all[:D]
+    same_D = _closure(text_D, token_D)
+    by_text_R, by_token_R = (np.where(first[D:] < D, first[D:], -1) for first in (text_all, token_all))
+    _, group_R = np.unique(_first_equal(keys("group_keys")), return_inverse=True)
+
+    # What is never a negative: pairs (group, document) as one number.
+    known = [group_R[row_P] * D + same_D[positives_P]]
+    known += [group_R[is_one] * D + same_D[by_R[is_one]] for by_R in (by_text_R, by_token_R) for is_one in [by_R >= 0]]
+    known_pairs = np.unique(np.concatenate(known))
+    num_groups = int(group_R.max()) + 1
+    known_offsets = np.searchsorted(known_pairs, np.arange(num_groups + 1) * D)
+
+    is_own_text_N = np.isin(row_N * D + text_D[negatives_N], row_P * D + text_D[positives_P])
+    is_own_N = np.isin(row_N * D + same_D[negatives_N], row_P * D + same_D[positives_P])
+    is_query_N = np.zeros(len(negatives_N), bool)
+    is_query_P = np.zeros(len(positives_P), bool)
+    for by_R in (by_text_R, by_token_R):
+        same_R = np.where(by_R >= 0, same_D[by_R], -1)
+        is_query_N |= same_D[negatives_N] == same_R[row_N]
+        is_query_P |= same_D[positives_P] == same_R[row_P]
+    is_known_N = np.isin(group_R[row_N] * D + same_D[negatives_N], known_pairs)
+    kept_N = ~is_known_N
+    kept_R = np.bincount(row_N[kept_N], minlength=R)
+
+    source_ends = np.cumsum(source_rows)
+    noise: dict[str, dict[str, Any]] = {}
+
+    def count(kind: str, rows: np.ndarray, of: int) -> None:
+        first = (
+            list(dict.fromkeys(np.sort(rows).tolist()))[:NAMED]
+            if len(rows) < 1000
+            else np.unique(rows)[:NAMED].tolist()
+        )
+        names = [f"{row_files[int(np.searchsorted(source_ends, row, side='right'))]}:{lines_R[row]}" for row in first]
+        noise[kind] = {"count": len(rows), "of": of, "first": names}
+
+    N = len(negatives_N)
+    count("left out", row_N[is_known_N], N)
+    count("negatives left out, equal to a positive of the row up to case, spaces and spelling", row_N[is_own_text_N], N)
+    count("negatives left out, equal to a positive of the row after truncation", row_N[is_own_N & ~is_own_text_N], N)
+    count("negatives left out, equal to the query", row_N[is_query_N & ~is_own_N], N)
+    is_sibling_N = is_known_N & ~is_own_N & ~is_query_N
+    count("negatives left out, a positive of another row with the same query", row_N[is_sibling_N], N)
+    count("rows that lost all their negatives so", np.flatnonzero((num_negatives_R > 0) & (kept_R == 0)), R)
+    count("rows whose query is a positive of theirs", np.unique(row_P[is_query_P]), R)
+    count(
+        "rows that stand there already",
+        _repeats(group_R, same_D, positives_P, num_positives_R, negatives_N, num_negatives_R),
+        R,
+    )
+    empty = np.frombuffer(EMPTY_KEY, dtype="<u8")
+    count(
+        "queries without content (zero-width, control or unreadable characters)",
+        np.flatnonzero((keys("query_keys") == empty).all(1)),
+        R,
+    )
+    count("documents without content", document_rows_D[(keys("document_keys") == empty).all(1)], D)
+    count(
+        "queries with the tokens of a different query after truncation",
+        np.flatnonzero(_collide(token_all[D:], group_R)),
+        R,
+    )
+    count(
+        "documents with the tokens of a different document after truncation",
+        document_rows_D[_collide(token_D, text_D)],
+        D,
+    )
+
+    arrays = {
+        "query_offsets.npy": _offsets(ints("query_lengths")),
+        "document_offsets.npy": _offsets(ints("document_lengths")),
+        "positive_offsets.npy": _offsets(num_positives_R),
+        "positives.npy": positives_P,
+        "negative_offsets.npy": _offsets(kept_R),
+        "negatives.npy": negatives_N[kept_N],
+        "row_lines.npy": lines_R,
+        "same_as.npy": same_D,
+        "row_groups.npy": group_R.astype(np.int64),
+        "known_offsets.npy": known_offsets.astype(np.int64),
+        "known.npy": known_pairs % max(1, D),
+    }
+    return arrays, noise
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _first_equal(keys: np.ndarray) -> np.ndarray:
+    """[n]: the smallest index with the same key; keys [n, 2] uint64."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable
+    is_new = np.ones(len(keys), bool)
+    is_new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(1)
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[is_new][np.cumsum(is_new) - 1]
+    return first
+
+
+def _closure(*firsts: np.ndarray) -> np.ndarray:
+    """[n]: the smallest index that is reached over equal entries of any of `firsts`."""
+    label = np.arange(len(firsts[0]))
+    while True:
+        before = label
+        for first in firsts:
+            smallest = label.copy()
+            np.minimum.at(smallest, first, label)  # of each class, kept at its first member
+            label = smallest[first]
+        if np.array_equal(label, before):
+            return label
+
+
+def _collide(token: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Where another entry has the same tokens and a different text."""
+    low, high = np.full(int(token.max()) + 1, np.iinfo(np.int64).max), np.full(int(token.max()) + 1, -1)
+    np.minimum.at(low, token, text)
+    np.maximum.at(high, token, text)
+    return (low != high)[token]
+
+
+def _repeats(
+    group_R: np.ndarray, same_D: np.ndarray, positives: np.ndarray, num_positives: np.ndarray,
+    negatives: np.ndarray, num_negatives: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Rows with the query, the positives and the negatives of an earlier row, in any order."""
+    parts = [group_R.astype(np.uint64)]
+    for ids, counts in ((positives, num_positives), (negatives, num_negatives)):
+        sums = np.concatenate(
+            [np.zeros(1, np.uint64), np.cumsum(splitmix64(same_D[ids].astype(np.uint64)), dtype=np.uint64)]
+        )
+        offsets = _offsets(counts)
+        parts += [sums[offsets[1:]] - sums[offsets[:-1]], counts.astype(np.uint64)]
+    _, first = np.unique(np.stack(parts, axis=1), axis=0, return_index=True)
+    return np.setdiff1d(np.arange(len(group_R)), first)
