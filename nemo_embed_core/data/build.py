@@ -433,7 +433,7 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[
     if state:
         log(f"going on with {folder}: {state['rows']:,} of {state['total']:,} rows were done when its process ended")
     else:
-        findings = check_sources(config.datasets)
+        findings = check_sources(config.datasets, log)
         for line in findings.lines():
             log(line)
         state = {"rows": 0, "total": findings.num_rows, "source_rows": [0] * len(config.datasets), "merged": 0}

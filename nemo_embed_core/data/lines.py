@@ -6,8 +6,9 @@ import gzip
 import json
 import os
 import re
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nemo_embed_core.data.normal_form import has_content
 
 MAX_LINE = 16 << 20  # bytes; longer is a broken file, not a row
 MAX_NAMED = 20  # bad lines that an error names; it counts the others
+PROGRESS_S = 10.0  # seconds between two lines of progress
 
 
 class BadLines(DataError):
@@ -30,11 +32,11 @@ class Findings:
     """What reading met: bad lines, and what is read but has to be said (`lines()`). One serves all sources of a run.
 
     strict: the first bad line raises DataError. Otherwise reading goes on with the next line, the first 20 bad ones are
-    named, all are counted, and `raise_bad()` raises them together.
+    named, all are counted, and `raise_bad()` raises them together. log: gets a line of progress every ten seconds.
     """
 
-    def __init__(self, strict: bool = False):
-        self.strict = strict
+    def __init__(self, strict: bool = False, log: Callable[[str], None] | None = None):
+        self.strict, self.log, self._said = strict, log, time.monotonic()
         self.named: list[str] = []  # path:line: message
         self.num_bad = self.num_rows = 0
         self.counts: dict[str, int] = {}  # what -> how many of it
@@ -52,6 +54,14 @@ class Findings:
         """what: a plural, "documents with a null title, read as without"."""
         self._first.setdefault(what, f"{path}:{line}")
         self.counts[what] = self.counts.get(what, 0) + count
+
+    def progress(self, path: Path, line: int, done: float, start: float) -> None:
+        """done: share of the file that is read, since `start` of the monotonic clock."""
+        now = time.monotonic()
+        if self.log and now - self._said >= PROGRESS_S:
+            self._said = now
+            left = (now - start) * (1 / done - 1) if done > 0 else 0
+            self.log(f"reading {path}: {line:,} lines, {done:.0%}, {left:.0f} s left of this file")
 
     def raise_bad(self) -> None:
         if self.num_bad:
@@ -83,7 +93,7 @@ def check_file(path: Path) -> None:
 def raw_lines(path: Path, findings: Findings) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes with their newline); split on \\n only (U+2028 may stand inside a string)."""
     check_file(path)
-    line = 0
+    line, start, size = 0, time.monotonic(), max(1, path.stat().st_size)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             # readline with a limit: a file without newlines, or a gzip bomb, must not fill the memory.
@@ -95,6 +105,8 @@ def raw_lines(path: Path, findings: Findings) -> Iterator[tuple[int, bytes]]:
                     return  # where the next line begins is a guess
                 if line == 1 and raw.startswith(b"\xef\xbb\xbf"):
                     raw = raw[3:]  # byte order mark
+                if line % 1024 == 0:  # fileobj: of a .gz, the compressed bytes
+                    findings.progress(path, line, getattr(file, "fileobj", file).tell() / size, start)
                 yield line, raw
         if not line:
             findings.bad(path, 1, "the file is empty: at least one line is needed")

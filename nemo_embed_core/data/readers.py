@@ -12,7 +12,7 @@ null title, is noted in a Findings; with Findings() reading also goes on after a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nemo_embed_core.config import DatasetConfig
@@ -74,20 +74,17 @@ def reading(config: DatasetConfig) -> list[str]:
     return how
 
 
-def check_sources(datasets: Iterable[DatasetConfig], passages: Iterable[str | Path] = ()) -> Findings:
-    """Reads every row of all data sets (and candidate pools) once, and returns what has to be said about them.
+def check_sources(datasets: Iterable[DatasetConfig], log: Callable[[str], None] | None = None) -> Findings:
+    """Reads every row of all data sets once, with progress, and returns what has to be said about them.
 
     DataError with the first 20 bad lines of all files and the number of them all.
     """
-    datasets, passages, findings = list(datasets), list(map(Path, passages)), Findings()
+    datasets, findings = list(datasets), Findings(log=log)
     for dataset in datasets:
         source_files(dataset)  # a missing file is said before the first one is read
     for dataset in datasets:
         for _ in read_rows(dataset, findings):
             findings.num_rows += 1
-    for path in passages:
-        for _ in read_documents(path, findings=findings):
-            pass
     findings.raise_bad()
     return findings
 

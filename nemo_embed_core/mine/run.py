@@ -223,7 +223,7 @@ def _read_all(
 
     DataError with the first 20 bad lines of all files and the number of them all.
     """
-    known, findings, excluded = Known(), Findings(), set[bytes]()
+    known, findings, excluded = Known(), Findings(log=log), set[bytes]()
     counts: dict[str, tuple[int, int]] = {}
     for dataset in datasets.values():
         source_files(_plain(dataset))  # a missing file is said before the first one is read

@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
 
 from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError
+from nemo_embed_core.data import lines
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.readers import Findings, check_sources, read_beir, read_documents, read_rows, reading
 
@@ -290,25 +293,40 @@ def test_candidate_pools(tmp_path: Path) -> None:
 
 
 def test_all_bad_lines_of_all_sources_are_named_at_once(tmp_path: Path) -> None:
-    good, bad, pool = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", tmp_path / "pool.jsonl"
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text(Q1 * 3)
     bad.write_text(Q1 + "\n" + "".join(f'{{"query": {i}}}\n' for i in range(30)) + Q1)
-    pool.write_text('{"text": "x"}\n{"text": ""}\n')
     folder = write(tmp_path / "beir", {"corpus": CORPUS + "{}\n[]\n", "qrels": GONE})
     sources = [DatasetConfig(path=str(path), split="test") for path in (good, bad, folder)]
     with pytest.raises(DataError) as caught:
-        check_sources(sources, [pool])
+        check_sources(sources)
     lines = str(caught.value).splitlines()
     assert [line.split(": ")[0] for line in lines[:-1]] == [f"{bad}:{i}" for i in range(2, 22)]
-    assert lines[-1] == "34 bad lines in all"
+    assert lines[-1] == "33 bad lines in all"
     with pytest.raises(DataError) as caught:
-        check_sources(sources[2:], [pool])
+        check_sources(sources[2:])
     assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
-        f"{folder}/corpus.jsonl:4", f"{folder}/corpus.jsonl:5", f"{pool}:2", "3 bad lines in all",
+        f"{folder}/corpus.jsonl:4", f"{folder}/corpus.jsonl:5", "2 bad lines in all",
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"later\.jsonl does not exist"):  # said before a line is read
         check_sources([*sources, DatasetConfig(path=str(tmp_path / "later.jsonl"))])
     assert check_sources(sources[:1]).lines() == []
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])
+def test_reading_says_how_far_it_is(tmp_path: Path, monkeypatch, name: str) -> None:
+    path, log, clock = tmp_path / name, [], iter(range(0, 10_000, 8))
+    rng = random.Random(0)  # what does not compress: gzip reads ahead
+    data = "".join(texts_row(rng.randbytes(200).hex()) for _ in range(4096)).encode()
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    monkeypatch.setattr(lines.time, "monotonic", lambda: next(clock))  # eight seconds at every look
+    check_sources([DatasetConfig(path=str(path))], log.append)
+    said = [re.fullmatch(rf"reading {path}: ([\d,]+) lines, (\d+)%, (\d+) s left of this file", line) for line in log]
+    assert [found and found[1] for found in said] == ["1,024", "3,072"], (
+        log
+    )  # 16 and 16 seconds after what was said before
+    assert [abs(int(found[2]) - share) < 12 for found, share in zip(said, (25, 75), strict=True)] == [True, True], log
+    assert 5 <= int(said[0][3]) <= 40 and 5 <= int(said[1][3]) <= 20, log
 
 
 def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
