@@ -20,6 +20,8 @@ from typing import Any
 
 from nemo_embed_core.config import UserError, user_errors
 
+BESIDE_BYTES = 1 << 20  # per source: card, licences, report
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,7 +37,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="with --check: run code in DIR that we did not write"
     )
-    parser.add_argument("--task", help="instruction of the query prompt; default: the one the model was trained with")
+    parser.add_argument("--task", help="instruction of the default query prompt; default: the sources' own")
+    parser.add_argument("--document-task", help="the same of documents")
     parser.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="one per source, sum 1; default: the mean"
     )
@@ -66,46 +69,56 @@ def main() -> None:
     args = parse()
     with user_errors():
         if args.check:
-            check(args.check, args.trust_remote_code)
+            check(args.check, args.trust_remote_code, ours=False)
         else:
             merge(args)
 
 
 def merge(args: argparse.Namespace) -> None:
     from nemo_embed_core.checkpoint import merge as m
-    from nemo_embed_core.checkpoint.files import new_folder
-    from nemo_embed_core.data.prompts import query_prompt
+    from nemo_embed_core.checkpoint.files import new_folder, writing
+    from nemo_embed_core.checkpoint.source import resolve
     from nemo_embed_core.data.tokenizer import load_tokenizer
+    from nemo_embed_core.data.tokenizer_files import check_servable, difference
     from nemo_embed_core.export.card import describe, shown_command
-    from nemo_embed_core.export.folder import write_folder
+    from nemo_embed_core.export.folder import check_mergeable, write_folder
 
+    origins = [resolve(path) for path in args.sources]
+    for origin in origins:
+        check_mergeable(origin)
     sources = m.open_sources(args.sources)
     if args.weights:
         m.check_weights(args.weights, len(sources))
     dtype = m.dtype_of(args.dtype, sources)
-    facts = m.training_facts(sources)
-    if args.task is None and len(facts.query_prompts) > 1:
-        raise UserError(
-            f"the sources have {len(facts.query_prompts)} query prompts {facts.query_prompts}; choose with --task"
-        )
-    prompt = query_prompt(args.task) if args.task is not None else "".join(facts.query_prompts)
+    named = [(m.source_name(source), origin.usage) for source, origin in zip(sources, origins, strict=True)]
+    usage, said = m.united_usage(named, args.task, args.document_task)
     tokenizers = [load_tokenizer(source.folder) for source in sources]
-    if len({tokenizer.digest for tokenizer in tokenizers}) > 1:
-        raise UserError(f"the tokenizers of {', '.join(args.sources)} differ; only models that share one are averaged")
+    said += check_servable(tokenizers[0].files)
+    for path, tokenizer in zip(args.sources, tokenizers, strict=True):
+        tokenizer.check_fits(sources[0].model.vocab_size)
+        if tokenizer.digest != tokenizers[0].digest and (
+            how := difference(tokenizers[0].files["tokenizer.json"], tokenizer.files["tokenizer.json"])
+        ):
+            raise UserError(
+                f"the tokenizers of {args.sources[0]} and {path} differ: {how}; only models that share one are averaged"
+            )
+    print("\n".join(usage.lines() + said), flush=True)
     name = str(dtype).removeprefix("torch.")
+    beside = sum(map(len, tokenizers[0].files.values())) + BESIDE_BYTES * len(sources)
+    needed = m.weight_bytes(sources[0], dtype) + beside
 
     def write(folder: Path, members: Sequence[int], **how: Any) -> dict[str, Any]:
         chosen = [sources[i] for i in members]
-        report = m.write_weights(folder, chosen, dtype, **how)
+        report = m.write_weights(folder, chosen, dtype, beside=beside, **how)
         card = {**describe(chosen, report), "title": args.output.name, "command": shown_command(sys.argv)}
+        card["choices"] = said
         if decisions:
             score = next(decision["score"] for decision in decisions if decision["members"] == list(members))
             card["metrics"] = {shown_command(shlex.split(args.evaluate)): {"score": score}}
-        settings = {"format": args.format, "query_prompt": prompt, "max_seq_length": facts.max_length, "card": card}
-        write_folder(folder, sources[0].model, name, tokenizers[0].files, **settings)
+        write_folder(folder, sources[0].model, name, tokenizers[0].files, format=args.format, usage=usage, card=card)
         return report
 
-    with new_folder(args.output) as folder:
+    with writing(args.output, needed, "the merged model"), new_folder(args.output) as folder:
         members, decisions = list(range(len(sources))), list[dict[str, Any]]()
         if args.method == "soup":
             names = [m.source_name(source) for source in sources]
@@ -151,19 +164,18 @@ def evaluate(args: argparse.Namespace, folder: Path, members: Sequence[int], wri
     return score
 
 
-def check(folder: Path, trust_remote_code: bool = False) -> None:
+def check(folder: Path, trust_remote_code: bool = False, ours: bool = True) -> None:
     """transformers and sentence-transformers, in a fresh process, give our encoder's vectors, and no mask is causal."""
+    from nemo_embed_core.checkpoint.source import usage_of_folder
     from nemo_embed_core.embedder import Embedder
     from nemo_embed_core.export.verify import verify_folder
-    from nemo_embed_core.model.hf_config import read_json
 
-    max_length = int(read_json(folder / "sentence_bert_config.json").get("max_seq_length") or 512)
-
-    def embed(texts: list[str]) -> Any:  # our copy of the weights is gone when it returns
+    def embed(texts: list[str], max_length: int) -> Any:  # our copy of the weights is gone when it returns
         return Embedder.load(str(folder), device="cpu", precision="fp32").encode(texts, max_length=max_length)
 
-    report = verify_folder(folder, embed, trust_remote_code)
-    print("\n".join(f"  {key}: {value}" for key, value in report.items()), flush=True)
+    verify_folder(folder, embed, trust_remote_code, ours=ours, say=lambda line: print(f"  {line}", flush=True))
+    if not ours:
+        print("\n".join(f"  {line}" for line in usage_of_folder(folder).lines()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ fsync the parent; only then is anything reported as saved.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -233,6 +234,19 @@ def check_free_space(folder: Path, needed: int, what: str) -> None:
             f"{folder}: {what} needs {needed:,} bytes, {free:,} are free on its file system; free "
             f"{needed - free:,} more or choose an output_dir on another one"
         )
+
+
+@contextmanager
+def writing(folder: Path, needed: int, what: str) -> Iterator[None]:
+    """OSErrors of the block as a UserError that names the folder, and where it is full the bytes that `what` needs and that are free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{folder}: {error}; {what} needs {needed:,} bytes, {free_bytes(folder):,} are free"
+            ) from None
+        raise UserError(f"{folder}: {what} could not be written: {error}") from None
 
 
 class Lock:

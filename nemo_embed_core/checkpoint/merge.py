@@ -16,10 +16,10 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +30,12 @@ from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.average import CHUNK_ELEMENTS, Combiner, NonFinite, widest
 from nemo_embed_core.checkpoint.files import (
     check_free_space,
-    free_bytes,
     safetensors_header,
     start_writing_back,
     write_bytes,
+    writing,
 )
+from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.checkpoint.weights import Rows, Weights, open_weights
 from nemo_embed_core.config import UserError, to_dict
 from nemo_embed_core.data.prompts import query_prompt
@@ -177,18 +178,18 @@ def write_weights(
     weights: Sequence[float] | None = None,
     slerp: float | None = None,
     hashed: bool = True,
+    beside: int = 0,
 ) -> dict[str, Any]:
     """model.safetensors (or shards of at most 5 GB and their index) under Hugging Face names without "model.".
 
     weights: of the sources; None is the mean.  slerp: t between the two sources, instead.  hashed: files of checkpoints are
-    compared with their sha256 while they are read.  Returns the report (for one source without distances). UserError names
+    compared with their sha256 while they are read.  beside: bytes that will be written beside the weights.  Returns the report (for one source without distances). UserError names
     the tensor and the source of a NaN or an infinity.
     """
     shapes = hf_shapes(sources[0].model)
     if weights is not None:
         check_weights(weights, len(sources))
-    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-    check_free_space(folder, total, "the merged model")
+    check_free_space(folder, weight_bytes(sources[0], dtype) + beside, "the merged model")
     with ExitStack() as stack:
         # Threads are at most as many blocks apart as there are of them; slerp reads everything twice.
         behind = 2 * _THREADS * READ_BYTES // len(sources) if slerp is None else 0
@@ -234,6 +235,12 @@ def write_weights(
     elif weights is not None:
         report["weights"] = list(weights)
     return report
+
+
+def weight_bytes(source: Weights, dtype: torch.dtype) -> int:
+    """Of the merged weights, headers included."""
+    shapes = hf_shapes(source.model)
+    return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize + 200 * len(shapes)
 
 
 class _Digests:
@@ -289,14 +296,10 @@ class _Output:
         start_writing_back(fd, at, len(data))
 
     def _put(self, fd: int, data: memoryview, at: int) -> None:
-        try:
+        with writing(self.folder, self.total, "the merged model"):
             while len(data):
                 n = os.pwrite(fd, data, at)
                 data, at = data[n:], at + n
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: {error}; the merged model needs {self.total:,} bytes, {free_bytes(self.folder):,} are free"
-            ) from None
 
     def finish(self) -> None:
         assert self._left == 0, f"{self.folder}: {self._left} bytes were not written"
@@ -478,31 +481,72 @@ def greedy_soup(
     return kept, decisions
 
 
-# ------------------------------------------------------------------------------------------ what the model card says
+# ------------------------------------------------------------------------------------------ how texts are encoded
+
+UNKNOWN_LENGTH = 512  # tokens, of a folder that says nothing
 
 
-@dataclass(frozen=True)
-class TrainingFacts:
-    """What the sources know about the texts they were trained on."""
+def united_usage(
+    named: Sequence[tuple[str, Usage]], task: str | None = None, document_task: str | None = None
+) -> tuple[Usage, list[str]]:
+    """(how texts of the merged model are encoded, what was chosen and is to be said).
 
-    query_prompts: list[str]  # distinct ones, verbatim
-    max_length: int  # tokens
+    Equal usages are one. Of different ones all prompts are kept under their names, and the first source's default stays the
+    default unless `task` or `document_task` (instructions; None: the sources' own) choose; of lengths the largest is taken.
+    """
+    first, said = named[0][1], list[str]()
+    for attribute in ("pooling", "similarity"):
+        values = {getattr(usage, attribute): name for name, usage in reversed(named)}
+        if len(values) > 1:
+            says = ", ".join(f"{name}: {value}" for value, name in values.items())
+            raise UserError(f"the sources differ in {attribute} ({says}); only models that are used alike are averaged")
+    prompts: dict[str, Prompts] = {}
+    for _, usage in named:
+        for name, entry in usage.prompts.items():
+            if entry not in prompts.values():
+                prompts[_free_name(name, prompts)] = entry
+    defaults = {usage.default: name for name, usage in reversed(named)}
+    default = first.default
+    if task is not None or document_task is not None:
+        if task is not None:
+            query = query_prompt(task)
+            default = next((p for p in prompts.values() if p.query == query), Prompts(query, default.document))
+        if document_task is not None:
+            default = default._replace(document=query_prompt(document_task))
+        given = [f"--{k} {v!r}" for k, v in (("task", task), ("document-task", document_task)) if v is not None]
+        said.append(f"default prompts: as {' and '.join(given)} say{'s' if len(given) == 1 else ''}")
+    elif len(defaults) > 1:
+        said.append(
+            f"WARNING: the sources have {len(defaults)} default prompts; {named[0][0]}'s is the default of the merged model, "
+            f"because it was given first: choose with --task and --document-task"
+        )
+    elif len(prompts) > 1:
+        name = next(n for n, p in prompts.items() if p == default) if default in prompts.values() else "the folder"
+        said.append(f"default prompts: those of {name}, the sources' own default; choose another task's with --task")
+    if default in prompts.values():
+        at = next(name for name, entry in prompts.items() if entry == default)
+        prompts = {at: default, **prompts}
+    elif prompts or any(default):
+        prompts = {_free_name("default", prompts): default, **prompts}
+    lengths: dict[str, Any] = {}
+    for attribute in ("query_max_length", "document_max_length"):
+        known = [getattr(usage, attribute) for _, usage in named if getattr(usage, attribute)]
+        lengths[attribute] = max(known, default=UNKNOWN_LENGTH)
+        if not known:
+            said.append(f"{attribute} is not known to the sources: {UNKNOWN_LENGTH} tokens are written")
+        elif len(set(known)) > 1:
+            said.append(f"{attribute}: the sources have {sorted(set(known))} tokens, the largest is written")
+    return replace(first, prompts=prompts, **lengths), said
 
 
-def training_facts(sources: Sequence[Weights]) -> TrainingFacts:
-    """From the manifests of our checkpoints and the sentence-transformers files of Hugging Face folders."""
-    configs = [m["config"] for m in (getattr(s.reader, "manifest", {}) for s in sources) if "config" in m]
-    data = [dataset for config in configs for dataset in config["data"]["datasets"]]
-    prompts = {query_prompt(dataset["task"]) for dataset in data}
-    lengths = [config["data"][key] for config in configs for key in ("query_max_length", "document_max_length")]
-    for source in sources:
-        if (path := source.folder / "config_sentence_transformers.json").is_file():
-            known = read_json(path).get("prompts")
-            prompts |= {known["query"]} if isinstance(known, dict) and isinstance(known.get("query"), str) else set()
-        if (path := source.folder / "sentence_bert_config.json").is_file():
-            length = read_json(path).get("max_seq_length")
-            lengths += [length] if isinstance(length, int) else []
-    return TrainingFacts(sorted(prompts), max(lengths, default=512))
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    """`name` or name-2, name-3...: neither a task's already nor one of the keys that sentence-transformers gets for it."""
+    keys = {"query", "document", *taken, *(f"{other}-document" for other in taken)}
+    for count in itertools.count(1):
+        free = name if count == 1 else f"{name}-{count}"
+        if free not in keys and f"{free}-document" not in taken:
+            return free
+    raise AssertionError
 
 
 def source_name(source: Weights) -> str:

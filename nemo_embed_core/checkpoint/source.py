@@ -95,6 +95,32 @@ class Usage:
         )
         return usage, {option: value for option, value in given.items() if value is not None}
 
+    def named_prompts(self) -> dict[str, str]:
+        """Prompts as sentence-transformers names them: query and document, and where there are several tasks each one's.
+
+        "query" and "document" are the default's; NAME is a task's prompt before queries, NAME-document the one before its
+        documents, where it has one.
+        """
+        named = {"query": self.default.query, "document": self.default.document}
+        if len(self.prompts) > 1:
+            for name, prompts in self.prompts.items():
+                named[name] = prompts.query
+                if prompts.document:
+                    named[f"{name}-document"] = prompts.document
+        return named
+
+    def lines(self, mark: str = "") -> list[str]:
+        """For people: prompts of both sides, the default's and of each task, lengths, pooling and similarity; mark: around prompts."""
+        rows = [("", self.default)]
+        rows += [(f" of {name}", prompts) for name, prompts in self.prompts.items()] if len(self.prompts) > 1 else []
+        lines = []
+        for of, prompts in rows:
+            query, document = (f"{mark}{json.dumps(t, ensure_ascii=False)}{mark}" if t else "none" for t in prompts)
+            lines.append(f"prompt{of} before queries: {query}; before documents: {document}")
+        lengths = [f"{n} tokens" if n else "not known" for n in (self.query_max_length, self.document_max_length)]
+        lines.append(f"longest query: {lengths[0]}; longest document: {lengths[1]}; longer ones are cut")
+        return [*lines, f"pooling: {self.pooling}; similarity: {self.similarity}"]
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "prompts": {name: prompts._asdict() for name, prompts in self.prompts.items()}}
 
@@ -227,9 +253,11 @@ def usage_of_folder(folder: Path) -> Usage:
     settings = read_json(file) if (file := folder / "config_sentence_transformers.json").is_file() else {}
     if USAGE_KEY in settings:
         try:
-            return Usage.from_json(settings[USAGE_KEY])
+            usage = Usage.from_json(settings[USAGE_KEY])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: {USAGE_KEY} is damaged: {error!r}") from None
+        check_prompts(file, settings, usage)
+        return usage
     own = settings.get("prompts") or {}
     if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
         raise UserError(f"{file}: prompts is {json.dumps(own)} and must be strings under names")
@@ -253,6 +281,24 @@ def usage_of_folder(folder: Path) -> Usage:
         document_max_length=limit,
         similarity=settings.get("similarity_fn_name") or "cosine",
     )
+
+
+def check_prompts(file: Path, settings: Mapping[str, Any], usage: Usage) -> None:
+    """UserError where the keys that sentence-transformers reads say something else than ours beside them: one was edited."""
+    theirs, ours = settings.get("prompts"), usage.named_prompts()
+    if theirs != ours:
+        theirs = theirs if isinstance(theirs, dict) else {}
+        name = next(n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n))
+        raise UserError(
+            f"{file}: the prompt {name!r} is {json.dumps(theirs.get(name))} in prompts, which sentence-transformers reads, and "
+            f"{json.dumps(ours.get(name))} by {USAGE_KEY}, which says how the model was trained; the file was edited: make them "
+            f"agree, or delete the key {USAGE_KEY} to have prompts count alone"
+        )
+    if (found := settings.get("similarity_fn_name") or "cosine") != usage.similarity:
+        raise UserError(
+            f"{file}: similarity_fn_name is {json.dumps(found)} and similarity by {USAGE_KEY} {json.dumps(usage.similarity)}; "
+            f"the file was edited: make them agree"
+        )
 
 
 # Of sentence-transformers' Pooling, before version 5.4 flags and since then a word; and config.json's word for the same.

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.merge import source_name
+from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig, UserError, code_version
 from nemo_embed_core.model.hf_config import read_json
@@ -28,6 +29,7 @@ class Card(TypedDict, total=False):
     ancestors: list[str]  # runs of ours between the base model and the parents, the youngest first
     parents: list[str]  # the run that these weights are from, or the runs and folders that were averaged
     method: str  # how several parents became one
+    choices: list[str]  # sentences: what was chosen about prompts, lengths and the tokenizer, as the merge said it
     license: str  # an identifier of the Hugging Face hub, e.g. "apache-2.0"
     license_files: dict[str, bytes]  # of the base model, copied beside the weights
     runs: list[dict[str, Any]]  # one row of facts per run, e.g. {"run", "step", "rows", "data digest"}
@@ -184,9 +186,7 @@ _REQUIREMENTS: dict[Format, list[str]] = {
 }
 
 
-def model_card(
-    model: ModelConfig, dtype: str, query_prompt: str, max_seq_length: int, card: Card, format: Format = "native"
-) -> str:
+def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format: Format = "native") -> str:
     """README.md: what is known, in the hub's front matter and in words. No figure that was not handed in."""
     import yaml
 
@@ -206,7 +206,7 @@ def model_card(
 
     shape = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, {model.num_attention_heads} query and "
     shape += f"{model.num_key_value_heads} key/value heads, vocabulary {model.vocab_size}, {dtype}"
-    query = f"`{json.dumps(query_prompt, ensure_ascii=False)}` (JSON spelling)" if query_prompt else "none"
+    length = max(usage.query_max_length or 0, usage.document_max_length or 0)
     method = card.get("method", "Average") if len(parents) > 1 else "Weights"
     says_llama = _why_llama(card)
     trained_here = " Trained with nemo_embed_core." if card.get("runs") else ""
@@ -219,11 +219,12 @@ def model_card(
         "",
         *(["**Built with Llama.**", ""] if says_llama else []),
         "Text embeddings from a Llama without its causal mask: mean of the last hidden states over all tokens (special",
-        f"tokens and prompt included), then L2 normalisation. Scores are cosines.{trained_here}",
+        f"tokens and prompt included), then L2 normalisation.{trained_here}",
         "",
         f"- Shape: {shape}",
-        f"- Longest text: {max_seq_length} tokens; longer ones are cut",
-        f"- Prompt before queries: {query}; before documents: none",
+        *(f"- {line[0].upper()}{line[1:]}" for line in usage.lines(mark="`")),
+        *_one_limit(usage),
+        *(f"- {line[0].upper()}{line[1:]}" for line in card.get("choices", [])),
         *([f"- Base model: {base if is_hub_id else Path(base).name}"] if base else []),
         *([f"- Earlier stages: {', '.join(card['ancestors'])}"] if card.get("ancestors") else []),
         *([f"- {method} of: {', '.join(parents)}"] if parents else []),
@@ -237,7 +238,7 @@ def model_card(
         "",
         f'model = SentenceTransformer("path/to/this/folder"{trust})',
         'queries = model.encode(["how do plants turn light into sugar?"], prompt_name="query")',
-        'documents = model.encode(["Photosynthesis stores the energy of light in glucose."])',
+        'documents = model.encode(["Photosynthesis stores the energy of light in glucose."], prompt_name="document")',
         "print(model.similarity(queries, documents))",
         "```",
         "",
@@ -249,9 +250,9 @@ def model_card(
         "",
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         f'model = AutoModel.from_pretrained("path/to/this/folder"{trust}).eval()',
-        f"prompt = {query_prompt!r}  # before queries only",
-        'texts = [prompt + "how do plants turn light into sugar?"]',
-        f'batch = tokenizer(texts, padding=True, truncation=True, max_length={max_seq_length}, return_tensors="pt")',
+        f"query_prompt, document_prompt = {usage.default.query!r}, {usage.default.document!r}",
+        'texts = [query_prompt + "how do plants turn light into sugar?"]',
+        f'batch = tokenizer(texts, padding=True, truncation=True, max_length={length}, return_tensors="pt")',
         "with torch.no_grad():",
         "    hidden = model(**batch).last_hidden_state.float()",
         'mask = batch["attention_mask"][..., None]',
@@ -289,6 +290,13 @@ def model_card(
             f"- Name of this model: {title}" + ("" if title.startswith("Llama") else ' (does not begin with "Llama")'),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _one_limit(usage: Usage) -> list[str]:
+    limits = {usage.query_max_length, usage.document_max_length}
+    return [f"- sentence-transformers has one limit for both and cuts at {max(n or 0 for n in limits)} tokens"] * (
+        len(limits) > 1
+    )
 
 
 def _why_llama(card: Card) -> str:

@@ -16,12 +16,15 @@ remote/modeling_llama_bidirec.py beside the weights, for transformers that do no
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from nemo_embed_core.checkpoint.source import USAGE_KEY, Source, Usage
 from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
 from nemo_embed_core.export.card import REMOTE_CODE, Card, Format, model_card
 
 DTYPES = ("float32", "bfloat16", "float16")  # as transformers and torch name them
@@ -40,21 +43,27 @@ def write_folder(
     tokenizer_files: Mapping[str, bytes],
     *,
     format: Format = "native",
-    query_prompt: str = "",
-    max_seq_length: int = 512,
+    usage: Usage,
     card: Card,
 ) -> None:
     """Write config.json, the tokenizer, the sentence-transformers files and README.md into `output` (made if missing).
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  format: "native" for transformers >= 5.2, "compat" adds the
-    code that 4.51 and later need.  query_prompt: put before queries, verbatim; documents are raw.  max_seq_length: tokens,
-    special tokens included.  UserError when the tokenizer does not fit the model.
+    code that 4.51 and later need.  usage: prompts, lengths and similarity, all known.  UserError when the tokenizer does not
+    fit the model or cannot be served.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} of an export must be one of {', '.join(DTYPES)}")
     unknown = set(card) - set(Card.__annotations__)
     assert not unknown, f"model card has no place for {sorted(unknown)}"
-    files, special_ids = _tokenizer(tokenizer_files, model, format)
+    assert usage.query_max_length and usage.document_max_length, usage
+    files, special_ids = export_files(tokenizer_files, max_length=max_length(usage), format=format)
+    largest = max(Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab(with_added_tokens=True).values())
+    if largest >= model.vocab_size:
+        raise UserError(
+            f"the tokenizer's largest id is {largest} but model.vocab_size={model.vocab_size}: "
+            f"use the tokenizer that the model was trained with (vocab_size must be at least {largest + 1})"
+        )
     files |= card.get("license_files", {})
     if format == "compat":
         files[REMOTE_CODE.name] = REMOTE_CODE.read_bytes()
@@ -63,12 +72,31 @@ def write_folder(
     for name, content in files.items():
         (output / name).write_bytes(content)
     _write_json(output / "config.json", hf_config(model, dtype, special_ids, format))
-    for name, value in sentence_transformers_files(model.hidden_size, query_prompt, max_seq_length).items():
+    for name, value in sentence_transformers_files(model.hidden_size, usage).items():
         _write_json(output / name, value)
     # Normalize has no settings; the folder exists because modules.json names it.
     (output / "2_Normalize").mkdir(exist_ok=True)
-    text = model_card(model, dtype, query_prompt, max_seq_length, card, format)
+    text = model_card(model, dtype, usage, card, format)
     (output / "README.md").write_text(text, encoding="utf-8")
+
+
+def check_mergeable(source: Source) -> None:
+    """UserError for a folder whose texts become vectors in another way than an export's: bidirectional, mean, normalised."""
+    if source.kind not in ("checkpoint", "llama"):
+        raise UserError(
+            f"{source.path} is a {source.kind} folder whose modules are not those of an export (a Llama with is_causal: false, "
+            f"mean pooling, normalisation), so what is written would not be that model"
+        )
+    modules = source.folder / "modules.json"
+    if (
+        source.usage.similarity != "cosine"
+        and modules.is_file()
+        and "Normalize" not in modules.read_text(encoding="utf-8")
+    ):
+        raise UserError(
+            f"{source.path} compares vectors of any length by {source.usage.similarity} ({modules.name} has no Normalize); an "
+            f"export's are normalised, so its scores would be others"
+        )
 
 
 def hf_config(
@@ -111,7 +139,12 @@ def hf_config(
     }
 
 
-def sentence_transformers_files(hidden_size: int, query_prompt: str, max_seq_length: int) -> dict[str, Any]:
+def max_length(usage: Usage) -> int:
+    """sentence-transformers has one limit for both sides: the larger, so that it cuts nothing that training did not cut."""
+    return max(usage.query_max_length or 0, usage.document_max_length or 0)
+
+
+def sentence_transformers_files(hidden_size: int, usage: Usage) -> dict[str, Any]:
     """{file: JSON} for Transformer -> mean pooling -> Normalize, prompt tokens pooled too (`include_prompt`)."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     return {
@@ -129,84 +162,19 @@ def sentence_transformers_files(hidden_size: int, query_prompt: str, max_seq_len
             "pooling_mode_lasttoken": False,
             "include_prompt": True,
         },
-        "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": max_length(usage), "do_lower_case": False},
         "config_sentence_transformers.json": {
-            "prompts": {"query": query_prompt, "document": ""},  # strings only: TEI reads a map of strings
+            "prompts": usage.named_prompts(),  # strings only: TEI reads a map of strings
             "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": usage.similarity,
+            USAGE_KEY: usage.to_json(),  # which no version of sentence-transformers looks at
         },
     }
-
-
-def _tokenizer(
-    given: Mapping[str, bytes], model: ModelConfig, format: Format
-) -> tuple[dict[str, bytes], dict[str, int | None]]:
-    """The files to write (as given, tokenizer_config.json completed where it lacks something) and config.json's ids."""
-    from tokenizers import Tokenizer
-
-    if "tokenizer.json" not in given:
-        raise UserError(f"an export needs tokenizer.json; the tokenizer has only {sorted(given) or 'no files'}")
-    tokenizer = Tokenizer.from_buffer(given["tokenizer.json"])
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if largest >= model.vocab_size:
-        raise UserError(
-            f"the tokenizer's largest id is {largest} but model.vocab_size={model.vocab_size}: "
-            f"use the tokenizer that the model was trained with (vocab_size must be at least {largest + 1})"
-        )
-    config = json.loads(given.get("tokenizer_config.json", b"{}"))
-    added: dict[str, Any] = {}
-    is_changed = config.pop("auto_map", None) is not None  # tokenizer.json is complete: no tokenizer code is passed on
-    if format == "compat":
-        # The spelling of transformers 4, which 5 reads too; 4 stops at the names that 5 writes.
-        if config.get("tokenizer_class", "TokenizersBackend") in ("TokenizersBackend", None):
-            added["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(config.get("extra_special_tokens"), list):
-            added["additional_special_tokens"] = config.pop("extra_special_tokens")
-    elif not config.get("tokenizer_class"):
-        # Transformers 4 refuses this class, which is right: it would run the model causally.
-        added["tokenizer_class"] = "TokenizersBackend"
-    if not config.get("model_max_length"):
-        added["model_max_length"] = model.max_position_embeddings
-    if not config.get("model_input_names"):
-        # The library's default has token_type_ids, which LlamaModel.forward does not take.
-        added["model_input_names"] = ["input_ids", "attention_mask"]
-    if config.get("split_special_tokens") is not True:
-        # As in training: "<|end_of_text|>" inside a text is ordinary text, never the special token.
-        added["split_special_tokens"] = True
-    names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-    if names["pad_token"] is None:
-        # Padding is masked in attention and pooling, so any token serves; sentence-transformers cannot batch without one.
-        special = [t.content for _, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special]
-        choices = [names["eos_token"], names["bos_token"], _content(config.get("unk_token")), *special]
-        pad = next((token for token in choices if token is not None), None)
-        if pad is None:
-            raise UserError(
-                "the tokenizer has no special token that could pad a batch; name one as pad_token in tokenizer_config.json"
-            )
-        names["pad_token"] = added["pad_token"] = pad
-    special_ids = {}
-    for key, token in names.items():
-        special_ids[f"{key}_id"] = None if token is None else tokenizer.token_to_id(token)
-        if token is not None and special_ids[f"{key}_id"] is None:
-            raise UserError(f"tokenizer_config.json names {key} {token!r}, which tokenizer.json does not have")
-    files = dict(given)
-    if added or is_changed:
-        files["tokenizer_config.json"] = _json({**config, **added})
-    return files, special_ids
-
-
-def _content(token: Any) -> str | None:
-    """A special token of tokenizer_config.json: a string, or {"content": ...} in older files."""
-    return token["content"] if isinstance(token, dict) else token or None
 
 
 # ------------------------------------------------------------------------------------------ files
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_json(value))
+    path.write_bytes(json_bytes(value))

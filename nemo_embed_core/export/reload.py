@@ -3,16 +3,24 @@
     python reload.py FOLDER REQUEST.json OUTPUT.npz
 
 Imports nothing of this package, so that it sees the folder as any user does, and runs under transformers 4.51 to 5.x.
-REQUEST.json: {"texts", "max_seq_length", "probe", "trust_remote_code"}; the last text is the long one. OUTPUT.npz holds, for
-N texts of D channels:
+REQUEST.json: {"texts", "num_prompted", "max_seq_length", "sets_length", "probe", "trust_remote_code", "sentence_transformers"};
+the last text is the long one; sets_length: the folder states no limit, so max_seq_length is set for it.
+
+OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
     case_names, first_state_changes   how much the first token's last hidden state moves when the last token is replaced, for
                                       each way of attention and padding; 0: causal mask, and then nothing else is tried
+    tokenizer_error                   why AutoTokenizer does not load ("" where it does); nothing else is tried then either
+    token_ids, token_counts           of all texts in a row, and of the long one repeated until it must be cut
+    default_length                    tokens of the latter, cut where the tokenizer itself says
     transformers_ND                   fp32 unit rows of the model in fp32, padded on the right
     left_padded_ND                    the same padded on the left, all texts but the last
-    sentence_transformers_ND          fp32 unit rows of the model in fp32
+    and if the request wants sentence-transformers:
+    st_token_ids, st_token_counts     as above, of the texts as it passes them to its tokenizer
+    sentence_transformers_ND          rows of the model in fp32
     as_loaded_ND                      the same in the type in which sentence-transformers loads these weights
-    token_ids, token_counts_N         all texts in a row
+    queries_MD, documents_MD          what encode_query and encode_document give (before they existed: prompt_name)
+    prompts, similarity               as sentence-transformers has them; JSON, text
 """
 
 import json
@@ -52,10 +60,47 @@ def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, fl
 
 def embeddings(model, tokenizer, texts: list[str], max_seq_length: int, padding_side: str) -> np.ndarray:
     tokenizer.padding_side = padding_side
+    if tokenizer.pad_token is None:  # anybody's folder; which token it is does not matter, it is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     batch = tokenizer(texts, padding=True, truncation=True, max_length=max_seq_length, return_tensors="pt")
-    hidden_NLD = model(**batch).last_hidden_state
+    hidden_NLD = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     mask_NL1 = batch["attention_mask"][..., None]
     return torch.nn.functional.normalize((hidden_NLD * mask_NL1).sum(1) / mask_NL1.sum(1), dim=-1).numpy()
+
+
+def flat(prefix: str, rows: list[list[int]]) -> dict[str, np.ndarray]:
+    ids = np.array([i for row in rows for i in row], dtype=np.int64)
+    return {f"{prefix}token_ids": ids, f"{prefix}token_counts": np.array([len(row) for row in rows], dtype=np.int64)}
+
+
+def sentence_transformers(folder: str, request: dict[str, Any], long_text: str) -> dict[str, Any]:
+    from sentence_transformers import SentenceTransformer, __version__
+
+    texts, trusted = request["texts"], request["trust_remote_code"]
+    prompted = texts[: request["num_prompted"]]
+    encoder = SentenceTransformer(folder, device="cpu", trust_remote_code=trusted)
+    if encoder.tokenizer.pad_token is None:
+        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.bos_token
+    if request["sets_length"]:
+        encoder.max_seq_length = request["max_seq_length"]
+    how = {"batch_size": 4, "convert_to_numpy": True, "show_progress_bar": False}
+    as_loaded_ND = encoder.encode(texts, prompt="", **how)
+    encoder = encoder.float()
+    tokenize = getattr(encoder, "preprocess", None) or encoder.tokenize
+    return {
+        **flat("st_", [tokenize([text])["input_ids"][0].tolist() for text in (*texts, long_text)]),
+        "as_loaded_ND": as_loaded_ND.astype(np.float32),
+        "sentence_transformers_ND": encoder.encode(texts, prompt="", **how).astype(np.float32),
+        **{
+            f"{name}_MD": getattr(encoder, f"encode_{side}")(prompted, **how).astype(np.float32)
+            if hasattr(encoder, f"encode_{side}")
+            else encoder.encode(prompted, prompt=encoder.prompts.get(side, ""), **how).astype(np.float32)
+            for name, side in (("queries", "query"), ("documents", "document"))
+        },
+        "prompts": np.array(json.dumps(encoder.prompts)),
+        "similarity": np.array(str(getattr(encoder.similarity_fn_name, "value", encoder.similarity_fn_name))),
+        "sentence_transformers_version": np.array(__version__),
+    }
 
 
 def main(folder: str, request_file: str, output: str) -> None:
@@ -65,45 +110,43 @@ def main(folder: str, request_file: str, output: str) -> None:
     with open(request_file, encoding="utf-8") as file:
         request = json.load(file)
     texts, max_seq_length, trusted = request["texts"], request["max_seq_length"], request["trust_remote_code"]
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    try:
+        tokenizer, tokenizer_error = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted), ""
+    except Exception as error:
+        # Whether the model is causal needs no tokenizer.
+        tokenizer, tokenizer_error = None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     # fp32 whatever the weights are: what then differs from our encoder is a fault and no rounding.
     model = AutoModel.from_pretrained(folder, trust_remote_code=trusted).eval().float()
 
-    token_ids = [tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"] for text in texts]
+    token_ids = [list(range(12))]
+    if tokenizer is not None:
+        token_ids = [tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"] for text in texts]
     # A short text, so that even a wide model's attention gives the last token a weight that shows; ids that surely exist.
-    probe = token_ids[request["probe"]]
+    probe = token_ids[request["probe"] if tokenizer is not None else 0]
     replacement = next(i for row in token_ids for i in row if i != probe[-1])
     with torch.no_grad():
         changes = first_state_changes(model, probe, replacement)
         found: dict[str, Any] = {
             "case_names": np.array(list(changes)),
             "first_state_changes": np.array(list(changes.values())),
+            "tokenizer_error": np.array(tokenizer_error),
             "transformers_version": np.array(transformers.__version__),
         }
-        if min(changes.values()) == 0:
+        if min(changes.values()) == 0 or tokenizer is None:
             np.savez(output, **found)
             return
-        right_ND = embeddings(model, tokenizer, texts, max_seq_length, "right")
+        long_text = texts[-1] * (max_seq_length // (len(tokenizer(texts[-1])["input_ids"]) // 2) + 2)
+        token_ids.append(tokenizer(long_text, truncation=True, max_length=max_seq_length)["input_ids"])
+        found |= flat("", token_ids)
+        found["default_length"] = np.array(len(tokenizer(long_text, truncation=True)["input_ids"]))
         left_ND = embeddings(model, tokenizer, texts[:-1], max_seq_length, "left")
+        # The long one apart, so that the others need not be as long; sentence-transformers pads some of them so far.
+        parts = [embeddings(model, tokenizer, part, max_seq_length, "right") for part in (texts[:-1], texts[-1:])]
+        found |= {"transformers_ND": np.concatenate(parts), "left_padded_ND": left_ND}
     del model  # one copy of the weights at a time
-
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers import __version__ as sentence_transformers_version
-
-    encoder = SentenceTransformer(folder, device="cpu", trust_remote_code=trusted)
-    as_loaded_ND = encoder.encode(texts, prompt="", convert_to_numpy=True, show_progress_bar=False)
-    vectors_ND = encoder.float().encode(texts, prompt="", convert_to_numpy=True, show_progress_bar=False)
-    np.savez(
-        output,
-        **found,
-        transformers_ND=right_ND,
-        left_padded_ND=left_ND,
-        sentence_transformers_ND=vectors_ND.astype(np.float32),
-        as_loaded_ND=as_loaded_ND.astype(np.float32),
-        token_ids=np.array([i for row in token_ids for i in row], dtype=np.int64),
-        token_counts_N=np.array([len(row) for row in token_ids], dtype=np.int64),
-        sentence_transformers_version=np.array(sentence_transformers_version),
-    )
+    if request["sentence_transformers"]:
+        found |= sentence_transformers(folder, request, long_text)
+    np.savez(output, **found)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
+from nemo_embed_core.checkpoint.files import writing
+from nemo_embed_core.checkpoint.source import Usage, usage_of_folder
 from nemo_embed_core.config import UserError
 from nemo_embed_core.export.folder import ARCHITECTURES, AUTO_MAP, REMOTE_CODE
 
@@ -30,63 +34,265 @@ from nemo_embed_core.export.folder import ARCHITECTURES, AUTO_MAP, REMOTE_CODE
 # stay below bf16's tolerance, which is why everything is compared in fp32 first.
 TOLERANCE = {"float32": (1e-5, 1e-4), "float16": (5e-3, 1e-2), "bfloat16": (2e-2, 4e-2)}
 
-# One word, scripts of one to four bytes a character, a prompt, special-token look-alikes, and a text that needs cutting.
+# One word, scripts of one to four bytes a character, a prompt, look-alikes of special tokens, white space at the ends and
+# doubled, next to nothing, both Unicode normal forms, and at the end a text that needs cutting.
 TEXTS = (
     "hello",
     "How do neural networks learn patterns from examples?",
     "Instruct: Given a question, retrieve passages that answer the question\nQuery: who wrote the Iliad?",
+    "  two spaces before, two behind  ",
     "Deep learning models adjust their weights through backpropagation, using gradient descent to minimize error.",
     "Das Wetter in Zürich ist heute schön, naïveté coûte cher.",
+    "Zu\u0308rich nai\u0308vete\u0301, decomposed; \ufb01ne ligature",
     "东京是日本的首都。 Привет, мир! مرحبا 🦙",
     "Markup such as <b>, [MASK], </s> and <|end_of_text|> is ordinary text.  Spaces   and\ttabs count.",
+    "<s>",
+    "<|begin_of_text|>a text that begins and ends like one of theirs</s>",
+    "<unk> [PAD] <pad> <|eot_id|>\n<|end_of_text|>",
+    "\nlines around\r\n\n",
+    "\ttabs around\t",
+    "\u00a0no-break spaces\u00a0",
+    "",
+    " ",
+    "\u200b",
+    "\n",
+    "A\u200bzero\ufeffwidth\u2060text",
     "A long passage is cut at the limit that the folder states, at the same token everywhere. " * 40,
 )
 PROBE = 1  # of TEXTS: whose last token is replaced
+NUM_PROMPTED = 4  # of TEXTS, the first ones: encoded with the folder's prompts too
+DEFAULT_LENGTH = 512  # tokens, for a folder that states none
+Embed = Callable[[list[str], int], np.ndarray]
+Say = Callable[[str], None]
 
 
 def verify_folder(
-    path: Path | str, embed: Callable[[list[str]], np.ndarray] | None = None, trust_remote_code: bool = False
+    path: Path | str,
+    embed: Embed | None = None,
+    trust_remote_code: bool = False,
+    *,
+    ours: bool = True,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Check an exported folder, weights to embeddings; UserError names the first thing that is wrong.
+    """Check a folder, weights to embeddings; UserError names what is wrong. Returns what was measured.
 
-    embed(texts) -> [N, D] unit rows of our own encoder in fp32 for raw texts (no prompt), cut at the folder's
-    max_seq_length. Whatever the weights' dtype is, it must agree with transformers and sentence-transformers in fp32 as
-    fp32 does; what sentence-transformers gives in that dtype is held to its own TOLERANCE. Code in the folder is run only
-    when it is the file that we write, or with trust_remote_code. Returns what was measured. Takes the time of two loads on
-    the CPU and two library imports.
+    embed(texts, max_length) -> [N, D] unit rows of our own encoder in fp32; prompts are in the texts already.
+    Whatever the weights' dtype is, it must agree with transformers and sentence-transformers in fp32 as fp32 does; what
+    sentence-transformers gives in that dtype is held to its own TOLERANCE. Code in the folder is run only when it is the
+    file that we write, or with trust_remote_code. Takes the time of two loads on the CPU and two library imports.
+
+    ours: an export of this version, whose files must be spelled as it writes them; the first fault ends it. Otherwise anybody's
+    folder of a Llama: whether it is causal is answered first, then all that can be; what cannot be proven is said, and is no
+    fault. say: gets each answer as a line, as soon as it is there.
     """
     path = Path(path)
     config = _read_object(path / "config.json")
+    if not ours and config.get("model_type") not in ARCHITECTURES:
+        raise UserError(
+            f"{path / 'config.json'}: model_type is {json.dumps(config.get('model_type'))}; only Llama folders "
+            f"({', '.join(ARCHITECTURES)}) can be proven here, so nothing of this one was looked at"
+        )
     has_code = _check_code(path, config, trust_remote_code)
+    return (_verify_ours if ours else _verify_anybodys)(path, config, embed, has_code, say)
+
+
+def _verify_ours(path: Path, config: dict[str, Any], embed: Embed | None, has_code: bool, say: Say) -> dict[str, Any]:
     dtype = _check_config(path, config)
     expected = expected_tensors(config)
-    num_parameters = _check_weights(path, expected, dtype)
+    _check_weights(path, expected, dtype)
     max_seq_length = _check_sentence_transformers_files(path, config)
-    vectors = _reload(path, max_seq_length, has_code)
+    usage = usage_of_folder(path)
+    tokenizer, texts = _backend(path, max_seq_length)
+    vectors = _reload(path, texts, max_seq_length, has_code)
+    say(_weights_line(expected, {dtype}))
     changes = dict(zip(vectors["case_names"].tolist(), vectors["first_state_changes"].tolist(), strict=True))
     _check_bidirectional(path, config, changes, str(vectors["transformers_version"]), has_code)
-    _check_tokens(path, vectors, max_seq_length)
+    say(_attention_line(changes, vectors))
+    if reason := str(vectors["tokenizer_error"]):
+        raise UserError(f"{path}: AutoTokenizer does not load: {reason}")
+    _check_tokens(path, vectors, tokenizer, texts, max_seq_length)
+    if (length := int(vectors["default_length"])) != max_seq_length:
+        raise UserError(
+            f"{path}: AutoTokenizer with truncation=True cuts at {length} tokens, not at {max_seq_length}; set model_max_length "
+            f"in tokenizer_config.json"
+        )
+    say(
+        f"tokens: {len(texts)} texts and one that is cut, equal in tokenizer.json, transformers and sentence-transformers"
+    )
+    _check_prompts_of(path, vectors, usage)
+    report = {"dtype": dtype, **_compare(path, texts, usage, max_seq_length, vectors, embed, {dtype}, say)}
+    return {**report, **_measured(expected, changes, vectors)}
 
-    transformers_ND, left_ND = vectors["transformers_ND"], vectors["left_padded_ND"]
-    in_fp32 = {"transformers": transformers_ND, "sentence-transformers": vectors["sentence_transformers_ND"]}
-    if embed is not None:
-        in_fp32["our encoder"] = np.asarray(embed(list(TEXTS)), dtype=np.float32)
-    differences = compare_vectors(path, in_fp32, "float32")
-    sides = {"padded on the right": transformers_ND[: len(left_ND)], "padded on the left": left_ND}
-    differences |= compare_vectors(path, sides, "float32")
-    as_loaded = {"transformers": transformers_ND, f"sentence-transformers in {dtype}": vectors["as_loaded_ND"]}
-    differences |= compare_vectors(path, as_loaded, dtype)
+
+def _verify_anybodys(
+    path: Path, config: dict[str, Any], embed: Embed | None, has_code: bool, say: Say
+) -> dict[str, Any]:
+    from nemo_embed_core.data.tokenizer import load_tokenizer
+
+    faults: list[str] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except UserError as error:
+            faults.append(str(error))
+
+    modules = _modules(path)
+    usage = usage_of_folder(path)
+    stated = usage.document_max_length and max(usage.query_max_length or 0, usage.document_max_length)
+    max_seq_length = stated or min(DEFAULT_LENGTH, int(config.get("max_position_embeddings") or DEFAULT_LENGTH))
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: set[str] = set()
+
+    def weights() -> None:
+        _check_settings(path, config)
+        shapes.update(expected_tensors({"num_key_value_heads": config.get("num_attention_heads"), **config}))
+        dtypes.update(_check_weights(path, shapes, None))
+
+    try:
+        own = load_tokenizer(path)
+        tokenizer, texts = _backend(path, max_seq_length, own.files["tokenizer.json"])
+    except UserError as error:
+        faults.append(str(error))
+        tokenizer, texts = None, list(TEXTS)
+    try:
+        vectors = _reload(path, texts, max_seq_length, has_code, not stated, modules is not None)
+    except UserError:
+        weights()  # says more, where a file is the reason
+        raise
+    changes = dict(zip(vectors["case_names"].tolist(), vectors["first_state_changes"].tolist(), strict=True))
+    say(_attention_line(changes, vectors))
+    attempt(lambda: _check_bidirectional(path, config, changes, str(vectors["transformers_version"]), has_code))
+    attempt(weights)
+    if dtypes:
+        say(_weights_line(shapes, dtypes))
+    report: dict[str, Any] = {}
+    if reason := str(vectors["tokenizer_error"]):
+        faults.append(f"{path}: AutoTokenizer does not load: {reason}")
+    if "transformers_ND" not in vectors:
+        why = "a causal model gives other vectors" if min(changes.values()) == 0 else "there is no tokenizer"
+        say(
+            f"tokens and vectors: not compared, {why} than ours"
+            if "other" in why
+            else f"tokens and vectors: not compared, {why}"
+        )
+    elif tokenizer is not None:
+        pooling = _pooling(path, modules) if modules is not None else ""
+        if modules is None:
+            say("sentence-transformers: not there (no modules.json); prompts, limit and pooling are nowhere stated")
+        elif pooling:
+            say(
+                f"sentence-transformers: {pooling}, which is not what this package computes; its vectors are not compared"
+            )
+        if modules is not None and not stated:
+            say(f"limit: the folder states none; compared at {max_seq_length} tokens")
+        attempt(lambda: _check_tokens(path, vectors, tokenizer, texts, max_seq_length if stated else None))
+        others = _texts_of_other_rules(path, tokenizer, texts, vectors)
+        if others:
+            say(
+                f"tokens: {len(others)} of {len(texts)} texts hold special tokens, which this folder's transformers tokenizer takes for "
+                f"tokens and we for text (split_special_tokens); not compared with our encoder"
+            )
+        if modules is not None:
+            attempt(lambda: _check_prompts_of(path, vectors, usage))
+        if not faults:
+            compared = {**vectors, "without_sentence_transformers": np.array(bool(pooling) or modules is None)}
+            report = attempt(lambda: _compare(path, texts, usage, max_seq_length, compared, embed, dtypes, say, others)) or {}
+    for check in (lambda: _check_config(path, config), lambda: _check_sentence_transformers_files(path, config)):
+        try:
+            check()
+        except UserError as error:
+            say(
+                f"not proven for text-embeddings-inference, llama.cpp and older libraries, which want other spellings: {error}"
+            )
+            break
+    if faults:
+        raise UserError("; ".join(faults))
+    return {**report, **_measured(shapes, changes, vectors)}
+
+
+def _attention_line(changes: dict[str, float], vectors: dict[str, np.ndarray]) -> str:
+    free = sum(change > 0 for change in changes.values())
+    how = "bidirectional" if free == len(changes) else "causal" if not free else "partly causal"
+    return f"attention: {how}, bidirectional in {free} of {len(changes)} cases (transformers {vectors['transformers_version']})"
+
+
+def _weights_line(expected: dict[str, tuple[int, ...]], dtypes: set[str]) -> str:
+    parameters = sum(math.prod(shape) for shape in expected.values())
+    return f"weights: {len(expected)} tensors as config.json implies, {parameters:,} parameters, {', '.join(sorted(dtypes))}, all finite"
+
+
+def _measured(
+    expected: dict[str, tuple[int, ...]], changes: dict[str, float], vectors: dict[str, np.ndarray]
+) -> dict[str, Any]:
     return {
         "tensors": len(expected),
-        "parameters": num_parameters,
-        "dtype": dtype,
-        "texts": len(TEXTS),
-        "max_abs_diff": differences,
-        "tolerance": {name: TOLERANCE[name][0] for name in ("float32", dtype)},
+        "parameters": sum(math.prod(shape) for shape in expected.values()),
         "smallest_first_state_change": min(changes.values()),
         "transformers": str(vectors["transformers_version"]),
-        "sentence_transformers": str(vectors["sentence_transformers_version"]),
+        "sentence_transformers": str(vectors.get("sentence_transformers_version", "not there")),
     }
+
+
+def _compare(
+    path: Path,
+    texts: list[str],
+    usage: Usage,
+    max_seq_length: int,
+    vectors: dict[str, np.ndarray],
+    embed: Embed | None,
+    dtypes: set[str],
+    say: Say,
+    others: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Vectors of all that gave some; others: texts that our encoder is not asked for."""
+    has_theirs = "sentence_transformers_ND" in vectors and not vectors.get("without_sentence_transformers")
+    prompted, prompts = texts[:NUM_PROMPTED], usage.default
+    transformers_ND, left_ND = vectors["transformers_ND"], vectors["left_padded_ND"]
+    in_fp32 = {"transformers": transformers_ND}
+    loosest = max(dtypes, key=lambda name: TOLERANCE[name][0])
+    differences: dict[str, float] = {}
+    if has_theirs:
+        in_fp32["sentence-transformers"] = _unit(vectors["sentence_transformers_ND"])
+    if embed is not None:
+        given = texts + [prompts.query + text for text in prompted] + [prompts.document + text for text in prompted]
+        ours_ND = np.asarray(embed(given, max_seq_length), dtype=np.float32)
+        N, M = len(texts), len(prompted)
+        mine = {"our encoder": ours_ND[:N], "queries": ours_ND[N : N + M], "documents": ours_ND[N + M :]}
+        keep = [i for i in range(N) if i not in others]
+        for name, rows_ND in in_fp32.items():
+            pair = {name: rows_ND[keep], "our encoder": mine["our encoder"][keep]}
+            differences |= compare_vectors(path, pair, "float32", [texts[i] for i in keep])
+        for side in ("queries", "documents") if has_theirs else ():
+            theirs_MD = _unit(vectors[f"{side}_MD"])
+            pair = {f"sentence-transformers' {side}": theirs_MD, f"our encoder's {side}": mine[side]}
+            differences |= compare_vectors(path, pair, "float32", prompted)
+    differences |= compare_vectors(path, in_fp32, "float32", texts)
+    sides = {"padded on the right": transformers_ND[: len(left_ND)], "padded on the left": left_ND}
+    differences |= compare_vectors(path, sides, "float32", texts)
+    if has_theirs:
+        as_loaded = {
+            "transformers": transformers_ND,
+            f"sentence-transformers in {loosest}": _unit(vectors["as_loaded_ND"]),
+        }
+        differences |= compare_vectors(path, as_loaded, loosest, texts)
+    who = [*in_fp32, *(["our encoder"] if embed is not None else [])]
+    also = f", and {len(prompted)} with the prompts of each side" if has_theirs and embed is not None else ""
+    say(f"vectors: {', '.join(who)} agree on {len(texts)} texts{also}")
+    for names, difference in differences.items():
+        say(f"  {names}: {difference:.1e}")
+    if embed is None:
+        say("our encoder: not compared, it does not run this folder")
+    return {
+        "texts": len(texts),
+        "max_abs_diff": differences,
+        "tolerance": {name: TOLERANCE[name][0] for name in ("float32", loosest)},
+    }
+
+
+def _unit(x_ND: np.ndarray) -> np.ndarray:
+    """Rows of length 1: where a folder has no Normalize, cosines do it."""
+    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
 
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -112,7 +318,9 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors | {"norm.weight": (hidden_size,)}
 
 
-def compare_vectors(path: Path, named: dict[str, np.ndarray], dtype: str) -> dict[str, float]:
+def compare_vectors(
+    path: Path, named: dict[str, np.ndarray], dtype: str, texts: Sequence[str] = TEXTS
+) -> dict[str, float]:
     """Largest coordinate difference of every pair in {who: [N, D]}; UserError above TOLERANCE or for another shape."""
     max_difference, max_distance = TOLERANCE[dtype]
     differences = {}
@@ -122,7 +330,7 @@ def compare_vectors(path: Path, named: dict[str, np.ndarray], dtype: str) -> dic
             a_ND, b_ND = named[first], named[second]
             if a_ND.shape != b_ND.shape:
                 raise UserError(
-                    f"{path}: {first} gives embeddings of shape {a_ND.shape} for {len(TEXTS)} texts and {second} "
+                    f"{path}: {first} gives embeddings of shape {a_ND.shape} for {len(texts)} texts and {second} "
                     f"{b_ND.shape}; the folder and the encoder it is compared with are not the same model"
                 )
             difference_N = np.abs(a_ND - b_ND).max(axis=1)
@@ -130,7 +338,7 @@ def compare_vectors(path: Path, named: dict[str, np.ndarray], dtype: str) -> dic
             worst = int(distance_N.argmax())  # NaN counts as the largest
             if not (difference_N.max() <= max_difference and distance_N[worst] <= max_distance):
                 raise UserError(
-                    f"{path}: {first} and {second} disagree, most for the text {TEXTS[worst][:40]!r}: one coordinate by "
+                    f"{path}: {first} and {second} disagree, most for the text {texts[worst][:40]!r}: one coordinate by "
                     f"{difference_N[worst]:.2e} (allowed in {dtype}: {max_difference:.0e}), distance {distance_N[worst]:.2e} "
                     f"(allowed: {max_distance:.0e}); compare pooling, normalisation, prompt, RoPE settings and weights"
                 )
@@ -214,24 +422,30 @@ def _check_config(path: Path, config: dict[str, Any]) -> str:
     if model_type not in ARCHITECTURES:
         raise UserError(f"{file}: model_type is {json.dumps(model_type)} and must be one of {', '.join(ARCHITECTURES)}")
     _require(file, config.get("architectures"), [ARCHITECTURES[model_type]], "architectures")
+    _check_settings(path, config)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in TOLERANCE:
+        raise UserError(f"{file}: dtype is {json.dumps(dtype)} and must be one of {', '.join(TOLERANCE)}")
+    _require(file, config.get("torch_dtype", dtype), dtype, "torch_dtype")
+    return dtype
+
+
+def _check_settings(path: Path, config: dict[str, Any]) -> None:
+    """What of config.json decides vectors, in any folder of a Llama."""
+    file = path / "config.json"
     for key in ("attention_bias", "mlp_bias"):
         _require(file, config.get(key, False), False, key)
     _require(file, config.get("hidden_act", "silu"), "silu", "hidden_act")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for key in (*sizes, "num_key_value_heads"):
-        value = config.get(key)
+        value = config.get(key, config.get("num_attention_heads") if key == "num_key_value_heads" else None)
         if type(value) is not int or value < (0 if key == "num_hidden_layers" else 1):
             raise UserError(f"{file}: {key} is {json.dumps(value)} and must be a positive integer")
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype not in TOLERANCE:
-        raise UserError(f"{file}: dtype is {json.dumps(dtype)} and must be one of {', '.join(TOLERANCE)}")
-    _require(file, config.get("torch_dtype", dtype), dtype, "torch_dtype")
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     if new is not None and "rope_theta" in config:
         # Two spellings for two generations of readers: where they differ, the same folder gives two sets of vectors.
         legacy = {**(old or {"rope_type": "default"}), "rope_theta": config["rope_theta"]}
         _require(file, new, legacy, "rope_parameters, against rope_theta and rope_scaling,")
-    return dtype
 
 
 def _check_sentence_transformers_files(path: Path, config: dict[str, Any]) -> int:
@@ -271,10 +485,18 @@ def _check_sentence_transformers_files(path: Path, config: dict[str, Any]) -> in
 # ------------------------------------------------------------------------------------------ weights
 
 
-def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str) -> int:
-    """Every tensor that config.json implies, once, with its shape and dtype and finite; the number of parameters."""
+# Of anybody's folder: a head beside the encoder, and buffers that older versions saved.
+_BESIDE = re.compile(r"lm_head\.weight|.*\.rotary_emb\.inv_freq")
+
+
+def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str | None) -> set[str]:
+    """Every tensor that config.json implies, once, with its shape and dtype and finite; the dtypes that were found.
+
+    dtype None: of anybody's folder, where it may be any, names may begin with "model." and a head may stand beside.
+    """
     files = _weight_files(path)
     seen: dict[str, str] = {}
+    dtypes: set[str] = set()
     for file, listed in files.items():
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -284,12 +506,15 @@ def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str)
                         f"{file} and model.safetensors.index.json disagree on the tensors {sorted(names ^ listed)[:4]}; "
                         f"the folder mixes two exports, write it again"
                     )
-                for name in sorted(names):
+                for stored in sorted(names):
+                    if dtype is None and _BESIDE.fullmatch(stored):
+                        continue
+                    name = stored.removeprefix("model.") if dtype is None else stored
                     if name in seen:
                         raise UserError(f"tensor {name} is both in {seen[name]} and in {file.name} of {path}")
                     seen[name] = file.name
                     if name in expected:
-                        _check_tensor(file, name, tensors.get_slice(name), expected[name], dtype)
+                        dtypes.add(_check_tensor(file, stored, tensors.get_slice(stored), expected[name], dtype))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} does not open as safetensors ({error}); copy or export it again") from None
     missing, extra = expected.keys() - seen.keys(), seen.keys() - expected.keys()
@@ -299,7 +524,7 @@ def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str)
                 f"{path} {problem} {len(names)} tensors, the first of them {min(names)} "
                 f"({len(seen)} found, {len(expected)} implied by config.json)"
             )
-    return sum(math.prod(shape) for shape in expected.values())
+    return dtypes
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
@@ -325,15 +550,18 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
     return {path / name: tensors or None for name, tensors in sorted(listed.items())}
 
 
-def _check_tensor(file: Path, name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> None:
-    """`tensor` is a lazy slice: read by blocks of rows, so that memory stays at 64 MB beside any size of tensor."""
+def _check_tensor(file: Path, name: str, tensor: Any, shape: tuple[int, ...], dtype: str | None) -> str:
+    """Its dtype. `tensor` is a lazy slice: read by blocks of rows, so that memory stays at 64 MB beside any size of tensor."""
     if tuple(tensor.get_shape()) != shape:
         raise UserError(f"{file}: {name} has shape {tuple(tensor.get_shape())}; config.json implies {shape}")
-    rows = max(1, (16 << 20) // math.prod(shape[1:]))
+    rows, found = max(1, (16 << 20) // math.prod(shape[1:])), ""
     for start in range(0, shape[0], rows):
         block = tensor[start : start + rows]
-        if block.dtype != getattr(torch, dtype):
-            raise UserError(f"{file}: {name} is {str(block.dtype).removeprefix('torch.')}; config.json says {dtype}")
+        found = str(block.dtype).removeprefix("torch.")
+        if found != (dtype or found) or found not in TOLERANCE:
+            raise UserError(
+                f"{file}: {name} is {found}; config.json says {dtype or 'nothing'}, and it must be one of {', '.join(TOLERANCE)}"
+            )
         finite = torch.isfinite(block)
         if not finite.all():
             row = start + int((~finite).reshape(len(block), -1).any(dim=1).nonzero()[0])
@@ -342,20 +570,18 @@ def _check_tensor(file: Path, name: str, tensor: Any, shape: tuple[int, ...], dt
                 f"{start + len(block) - 1}, the first in row {row}; the run diverged or the file is damaged, take an "
                 f"earlier checkpoint"
             )
+    return found
 
 
 # ------------------------------------------------------------------------------------------ another process
 
 
-def run_reload(
-    python: str, path: Path, output: Path, max_seq_length: int, trust_remote_code: bool
-) -> subprocess.CompletedProcess[str]:
+def run_reload(python: str, path: Path, output: Path, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """reload.py on the folder with this interpreter, its arrays into `output`; beside it, what the libraries write."""
-    request = output.with_name("request.json")
-    settings = {"max_seq_length": max_seq_length, "probe": PROBE, "trust_remote_code": trust_remote_code}
-    request.write_text(json.dumps({"texts": TEXTS, **settings}))
+    file = output.with_name("request.json")
+    file.write_text(json.dumps(request))
     return subprocess.run(
-        [python, str(Path(__file__).with_name("reload.py")), str(path.resolve()), str(request), str(output)],
+        [python, str(Path(__file__).with_name("reload.py")), str(path.resolve()), str(file), str(output)],
         cwd=output.parent,
         env={
             **os.environ,
@@ -369,13 +595,24 @@ def run_reload(
     )
 
 
-def _reload(path: Path, max_seq_length: int, trust_remote_code: bool) -> dict[str, np.ndarray]:
+def reload_request(
+    texts: Sequence[str], max_seq_length: int, trusted: bool, sets_length: bool = False, with_theirs: bool = True
+) -> dict[str, Any]:
+    """reload.py's REQUEST.json."""
+    return {
+        **{"texts": list(texts), "num_prompted": NUM_PROMPTED, "probe": PROBE},
+        **{"max_seq_length": max_seq_length, "sets_length": sets_length},
+        **{"trust_remote_code": trusted, "sentence_transformers": with_theirs},
+    }
+
+
+def _reload(path: Path, *request: Any) -> dict[str, np.ndarray]:
     """reload.py's arrays. A fresh interpreter: nothing that this one has imported, patched or cached takes part."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError("verifying an export needs sentence-transformers: pip install 'nemo_embed_core[eval]'")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, writing(Path(scratch), 100 << 20, "the proof"):
         output = Path(scratch) / "vectors.npz"
-        child = run_reload(sys.executable, path, output, max_seq_length, trust_remote_code)
+        child = run_reload(sys.executable, path, output, reload_request(*request))
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
             raise UserError(
@@ -385,20 +622,101 @@ def _reload(path: Path, max_seq_length: int, trust_remote_code: bool) -> dict[st
             return dict(arrays)
 
 
-def _check_tokens(path: Path, vectors: dict[str, np.ndarray], max_seq_length: int) -> None:
-    """AutoTokenizer must read tokenizer.json as written: some of its classes rebuild the pipeline by their own rules."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+def _backend(path: Path, max_seq_length: int, content: bytes | None = None) -> tuple[Tokenizer, list[str]]:
+    """(tokenizer.json as transformers is told to use it, the TEXTS of which it makes at least one token)."""
+    tokenizer = Tokenizer.from_buffer(content or (path / "tokenizer.json").read_bytes())
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_seq_length)
-    tokenizer.encode_special_tokens = bool(_read_object(path / "tokenizer_config.json").get("split_special_tokens"))
-    ends = vectors["token_counts_N"].cumsum()
-    for text, theirs in zip(TEXTS, np.split(vectors["token_ids"], ends[:-1]), strict=True):
-        ours: Sequence[int] = tokenizer.encode(text).ids
-        if list(ours) != theirs.tolist():
+    file = path / "tokenizer_config.json"
+    tokenizer.encode_special_tokens = bool(file.is_file() and _read_object(file).get("split_special_tokens"))
+    return tokenizer, [text for text in TEXTS if tokenizer.encode(text).ids]
+
+
+def _rows(vectors: dict[str, np.ndarray], prefix: str = "") -> list[list[int]]:
+    ends = vectors[f"{prefix}token_counts"].cumsum()
+    return [row.tolist() for row in np.split(vectors[f"{prefix}token_ids"], ends[:-1])]
+
+
+def _check_tokens(
+    path: Path, vectors: dict[str, np.ndarray], tokenizer: Tokenizer, texts: list[str], limit: int | None
+) -> None:
+    """Everybody must read tokenizer.json as written: some classes of transformers rebuild the pipeline by their own rules.
+
+    limit: of tokens; the last row is of the long text, repeated until it must be cut there. None: it is not compared.
+    """
+    for who, prefix in (("AutoTokenizer", ""), ("sentence-transformers", "st_")):
+        if f"{prefix}token_ids" not in vectors:
+            continue
+        *rows, cut = _rows(vectors, prefix)
+        for text, theirs in zip(texts, rows, strict=True):
+            ours: Sequence[int] = tokenizer.encode(text).ids
+            if list(ours) != theirs:
+                raise UserError(
+                    f"{path}: {who} gives {len(theirs)} tokens {theirs[:6]}... for {text[:40]!r} and "
+                    f"tokenizer.json {len(ours)} tokens {list(ours[:6])}...; check tokenizer_class, bos_token, add_bos_token and "
+                    f"add_prefix_space in tokenizer_config.json"
+                )
+        if limit is not None and len(cut) != limit:
             raise UserError(
-                f"{path}: AutoTokenizer gives {len(theirs)} tokens {theirs[:6].tolist()}... for {text[:40]!r} and "
-                f"tokenizer.json {len(ours)} tokens {list(ours[:6])}...; check tokenizer_class, bos_token and add_bos_token in "
-                f"tokenizer_config.json"
+                f"{path}: {who} cuts a long text at {len(cut)} tokens, not at {limit}; check max_seq_length in "
+                f"sentence_bert_config.json"
             )
+        if limit is not None and cut[: limit // 2] != tokenizer.encode(texts[-1] * (limit // 2)).ids[: limit // 2]:
+            raise UserError(
+                f"{path}: {who} cuts a long text on the left; set truncation_side in tokenizer_config.json to right"
+            )
+
+
+def _texts_of_other_rules(
+    path: Path, tokenizer: Tokenizer, texts: list[str], vectors: dict[str, np.ndarray]
+) -> list[int]:
+    """Texts of which the folder's tokenizer makes special tokens, and ours, as in training, never does."""
+    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    others = [i for i, row in enumerate(_rows(vectors)[:-1]) if row != tokenizer.encode(texts[i]).ids]
+    tokenizer.encode_special_tokens = before
+    return others
+
+
+def _check_prompts_of(path: Path, vectors: dict[str, np.ndarray], usage: Usage) -> None:
+    """sentence-transformers has the prompts and the similarity that the folder says it was trained with."""
+    theirs = json.loads(str(vectors["prompts"]))
+    for name, prompt in usage.named_prompts().items():
+        if theirs.get(name, "") != prompt and (name in ("query", "document") or len(usage.prompts) > 1):
+            raise UserError(
+                f"{path}: sentence-transformers has the prompt {name!r} {json.dumps(theirs.get(name))} and the model is used with "
+                f"{json.dumps(prompt)}; check prompts in config_sentence_transformers.json"
+            )
+    if (similarity := str(vectors["similarity"])) != usage.similarity:
+        raise UserError(
+            f"{path}: sentence-transformers compares by {similarity} and the model is used with {usage.similarity}"
+        )
+
+
+# ------------------------------------------------------------------------------------------ modules of anybody's folder
+
+
+def _modules(path: Path) -> list[dict[str, Any]] | None:
+    if not (path / "modules.json").is_file():
+        return None
+    modules = _read_json(path / "modules.json")
+    if not isinstance(modules, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules
+    ):
+        raise UserError(f"{path / 'modules.json'} must hold a list of objects with type and path")
+    return modules
+
+
+def _pooling(path: Path, modules: list[dict[str, Any]]) -> str:
+    """ "" for Transformer, mean pooling and at most Normalize, in any version's spelling; else what else it is."""
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        return f"its modules are {', '.join(kinds)}"
+    pooling = _read_object(path / str(modules[1].get("path", "1_Pooling")) / "config.json")
+    modes = [
+        key.removeprefix("pooling_mode_") for key, v in pooling.items() if key.startswith("pooling_mode_") and v is True
+    ]
+    named = pooling.get("pooling_mode") or []
+    modes = modes or ([named] if isinstance(named, str) else list(named))
+    if modes not in (["mean"], ["mean_tokens"]):
+        return f"its pooling is {', '.join(modes) or 'not stated'}"
+    return "" if pooling.get("include_prompt", True) is True else "its pooling leaves the prompt out"

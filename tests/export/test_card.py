@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import yaml
 from tiny import MODEL, train_config
 
 from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.checkpoint.weights import RandomReader, Weights
 from nemo_embed_core.config import OptimConfig, code_version, to_dict
 from nemo_embed_core.export.card import describe, model_card, shown_command
 
 DIGEST = "d" * 64
+USAGE = Usage(prompts={"a": Prompts("Instruct: x\nQuery: ", "|d: ")}, query_max_length=48, document_max_length=512)
 
 
 def run(folder: Path, *, init_from: str = "", step: int = 7, **changes) -> Weights:
@@ -35,7 +38,7 @@ def run(folder: Path, *, init_from: str = "", step: int = 7, **changes) -> Weigh
 
 
 def card_of(*sources: Weights, **more) -> str:
-    return model_card(MODEL, "float32", "", 48, {**describe(sources), "title": "model", **more})
+    return model_card(MODEL, "float32", USAGE, {**describe(sources), "title": "model", **more})
 
 
 def base_model(folder: Path, **files: str) -> Path:
@@ -91,14 +94,14 @@ def test_an_average_shows_what_its_runs_differ_in(tmp_path):
         run(tmp_path / name, seed=i, optim={"lr": lr}) for i, (name, lr) in enumerate([("a", 1e-5), ("b", 2e-5)])
     ]
     report = {"method": "weighted", "weights": [0.25, 0.75]}
-    text = model_card(MODEL, "float32", "", 48, {**describe(sources, report), "title": "x"})
+    text = model_card(MODEL, "float32", USAGE, {**describe(sources, report), "title": "x"})
     assert "- Weighted average (0.25, 0.75) of: a/step-00000007, b/step-00000007" in text
     assert "| optim.lr | 1e-05 / 2e-05 |" in text
     assert "| seed | 0 / 1 |" in text
     assert f"| optim.weight_decay | {OptimConfig().weight_decay} |" in text
     # Two bases: neither is "the" base model.
     other = run(tmp_path / "c", init_from=str(base_model(tmp_path / "Llama-x")))
-    assert "Base model" not in model_card(MODEL, "float32", "", 48, describe([sources[0], other], {"method": "mean"}))
+    assert "Base model" not in model_card(MODEL, "float32", USAGE, describe([sources[0], other], {"method": "mean"}))
 
 
 LICENCE = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"
@@ -167,6 +170,22 @@ def test_a_folder_that_is_only_converted_is_a_parent_and_keeps_its_duties(tmp_pa
     assert "Trained with nemo_embed_core" not in text and "Training" not in text
 
 
+def test_how_texts_are_encoded_stands_in_the_card():
+    usage = replace(USAGE, prompts={**USAGE.prompts, "b": Prompts("", "e")}, similarity="dot")
+    text = model_card(MODEL, "float32", usage, {"choices": ["default prompts: as --task 'x' says"]})
+    for line in (
+        '- Prompt before queries: `"Instruct: x\\nQuery: "`; before documents: `"|d: "`',
+        '- Prompt of b before queries: none; before documents: `"e"`',
+        "- Longest query: 48 tokens; longest document: 512 tokens; longer ones are cut",
+        "- sentence-transformers has one limit for both and cuts at 512 tokens",
+        "- Pooling: mean; similarity: dot",
+        "- Default prompts: as --task 'x' says",
+    ):
+        assert f"\n{line}\n" in text, line
+    one = model_card(MODEL, "float32", replace(USAGE, query_max_length=512), {})
+    assert "one limit" not in one and "Prompt of" not in one
+
+
 def test_commands_are_shown_without_this_machines_folders():
     argv = ["launch/merge.py", "/home/me/runs/a b", "-o", "exports/x", "--evaluate", "score {folder}"]
     assert shown_command(argv) == "launch/merge.py 'runs/a b' -o exports/x --evaluate 'score {folder}'"
@@ -189,7 +208,7 @@ def test_model_card_says_what_it_was_given_and_nothing_else():
         "metrics": {"held-out": {"ndcg_at_10": 0.25}},
         "commit": "abc123",
     }
-    text = model_card(MODEL, "float32", "Instruct: x\nQuery: ", 512, card)
+    text = model_card(MODEL, "float32", USAGE, card)
     tables = (
         "| optim.lr | 1e-05 |",
         "| steps | 7 |",
@@ -205,7 +224,7 @@ def test_model_card_says_what_it_was_given_and_nothing_else():
     assert "base_model" not in front and "license" not in front  # a folder name is no id of the hub
     compile(text.split("```python")[2].split("```")[0], "usage", "exec")
 
-    empty = model_card(MODEL, "float32", "", 512, {})
+    empty = model_card(MODEL, "float32", USAGE, {})
     for heading in ("Training data", "Recipe", "Results", "Provenance", "Licence"):
         assert f"## {heading}" in text or heading == "Licence"
         assert f"## {heading}" not in empty
@@ -216,7 +235,7 @@ def test_model_card_says_what_it_was_given_and_nothing_else():
     [("meta-llama/Llama-3.1-8B", True), ("/models/Meta-Llama-3-8B", True), ("/llama-runs/other", False), ("", False)],
 )
 def test_llama_licence_note_only_when_the_base_says_llama(base, says_llama):
-    text = model_card(MODEL, "float32", "", 512, {"base_model": base})
+    text = model_card(MODEL, "float32", USAGE, {"base_model": base})
     assert ("Built with Llama" in text) == says_llama
     front = yaml.safe_load(text.split("---")[1])
     assert front.get("base_model") == (base if base == "meta-llama/Llama-3.1-8B" else None)

@@ -4,6 +4,7 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from nemo_embed_core.checkpoint.source import USAGE_KEY, Prompts, Usage, resolve, usage_of_folder
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
 from nemo_embed_core.export.card import REMOTE_CODE
 from nemo_embed_core.export.folder import AUTO_MAP, hf_config, write_folder
@@ -21,6 +22,9 @@ COMPLETE = {
 }
 
 
+USAGE = Usage(prompts={"a": Prompts("Instruct: x\nQuery: ")}, query_max_length=40, document_max_length=77)
+
+
 def tokenizer_files(config: dict, special: tuple[str, ...] = ("<s>", "</s>")) -> dict[str, bytes]:
     tokenizer = Tokenizer(models.WordLevel({**{t: i for i, t in enumerate(special)}, "a": 10, "b": 11}))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -30,7 +34,7 @@ def tokenizer_files(config: dict, special: tuple[str, ...] = ("<s>", "</s>")) ->
 
 def written(tmp_path, config: dict, special: tuple[str, ...] = ("<s>", "</s>")) -> tuple[dict, dict]:
     """(config.json, tokenizer_config.json) of an export with this tokenizer."""
-    write_folder(tmp_path, MODEL, "float32", tokenizer_files(config, special), card={})
+    write_folder(tmp_path, MODEL, "float32", tokenizer_files(config, special), usage=USAGE, card={})
     return tuple(json.loads((tmp_path / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
 
 
@@ -69,8 +73,7 @@ def test_our_reader_gets_back_the_model_that_was_exported(tmp_path, format, scal
 def test_compat_differs_from_native_in_what_names_the_code_alone(tmp_path):
     files = tokenizer_files({**COMPLETE, "padding_side": "left", "model_max_length": 99})
     for format in ("native", "compat"):
-        settings = {"query_prompt": "Instruct: x\nQuery: ", "max_seq_length": 77, "card": {}}
-        write_folder(tmp_path / format, MODEL, "bfloat16", files, format=format, **settings)
+        write_folder(tmp_path / format, MODEL, "bfloat16", files, format=format, usage=USAGE, card={})
     native, compat = (
         {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*.*")}
         for name in ("native", "compat")
@@ -86,7 +89,7 @@ def test_compat_differs_from_native_in_what_names_the_code_alone(tmp_path):
     }
     assert a.keys() == b.keys() - {"auto_map"}
     # What is the same is right in both.
-    assert json.loads(compat["tokenizer_config.json"])["padding_side"] == "left"  # the tokenizer's own
+    assert json.loads(compat["tokenizer_config.json"])["padding_side"] == "right"  # whatever the tokenizer's own
     assert json.loads(compat["sentence_bert_config.json"])["max_seq_length"] == 77
     prompts = json.loads(compat["config_sentence_transformers.json"])["prompts"]
     assert prompts == {"query": "Instruct: x\nQuery: ", "document": ""}
@@ -115,12 +118,7 @@ def test_remote_code_is_ours_short_and_self_contained():
             {"tokenizer_class": "TokenizersBackend"},
             {"tokenizer_class": "PreTrainedTokenizerFast"},
         ),
-        ({"tokenizer_class": "LlamaTokenizerFast"}, *[{"tokenizer_class": "LlamaTokenizerFast"}] * 2),
-        (
-            {"extra_special_tokens": ["</s>"]},  # likewise; 4 wants an object there
-            {"extra_special_tokens": ["</s>"]},
-            {"additional_special_tokens": ["</s>"], "extra_special_tokens": None},
-        ),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, *[{"tokenizer_class": "PreTrainedTokenizerFast"}] * 2),
         # The tokenizer's own code is not passed on.
         ({"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}, *[{"auto_map": None}] * 2),
     ],
@@ -128,7 +126,7 @@ def test_remote_code_is_ours_short_and_self_contained():
 def test_each_format_spells_the_tokenizer_for_its_readers(tmp_path, given, native, compat):
     for format, wanted in (("native", native), ("compat", compat)):
         files = tokenizer_files({**COMPLETE, "tokenizer_class": None, **given})
-        write_folder(tmp_path / format, MODEL, "float32", files, format=format, card={})
+        write_folder(tmp_path / format, MODEL, "float32", files, format=format, usage=USAGE, card={})
         config = json.loads((tmp_path / format / "tokenizer_config.json").read_text())
         assert {key: config.get(key) for key in wanted} == wanted
 
@@ -144,9 +142,10 @@ def test_config_says_bidirectional_to_every_reader():
 
 
 def test_sentence_transformers_files_have_the_verbose_spelling(tmp_path):
-    prompt = "Instruct: find the answer\nQuery: "
-    files = tokenizer_files({"bos_token": "<s>"})
-    write_folder(tmp_path, MODEL, "float32", files, query_prompt=prompt, max_seq_length=300, card={})
+    usage = Usage(
+        prompts={"nq": Prompts("q: ", "d: "), "sts": Prompts("s: ")}, query_max_length=300, document_max_length=40
+    )
+    write_folder(tmp_path, MODEL, "float32", tokenizer_files({"bos_token": "<s>"}), usage=usage, card={})
     read = {str(f.relative_to(tmp_path)): json.loads(f.read_text()) for f in tmp_path.rglob("*.json")}
     prefix = "sentence_transformers.models."
     assert read["modules.json"] == [
@@ -159,27 +158,95 @@ def test_sentence_transformers_files_have_the_verbose_spelling(tmp_path):
     assert {key for key, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens", "include_prompt"}
     assert pooling.keys().isdisjoint({"pooling_mode", "embedding_dimension"})  # older versions raise on these
     assert read["sentence_bert_config.json"] == {"max_seq_length": 300, "do_lower_case": False}
-    assert read["config_sentence_transformers.json"]["prompts"] == {"query": prompt, "document": ""}
+    settings = read["config_sentence_transformers.json"]
+    prompts = {"query": "q: ", "document": "d: ", "nq": "q: ", "nq-document": "d: ", "sts": "s: "}
+    assert settings["prompts"] == prompts and settings["similarity_fn_name"] == "cosine"
+    assert settings[USAGE_KEY]["document_max_length"] == 40
+    assert usage_of_folder(tmp_path) == usage
     assert (tmp_path / "2_Normalize").is_dir()
 
 
-def test_complete_tokenizer_files_are_copied_byte_for_byte(tmp_path):
-    files = {**tokenizer_files(COMPLETE), "special_tokens_map.json": b"{}"}
-    write_folder(tmp_path, MODEL, "float32", files, card={})
-    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+def test_one_task_has_no_prompt_beside_the_default(tmp_path):
+    write_folder(tmp_path, MODEL, "float32", tokenizer_files({"bos_token": "<s>"}), usage=USAGE, card={})
+    settings = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == {"query": "Instruct: x\nQuery: ", "document": ""}
 
 
-def test_only_what_is_missing_is_added_to_the_tokenizer_config(tmp_path):
-    given = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>", "model_max_length": 99, "extra": 1}
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": {"query": "Instruct: x\nQuery: ", "document": "d"}}, "'document' is \"d\" in prompts"),
+        ({"prompts": {"document": ""}}, "'query' is null in prompts"),
+        ({"prompts": {"query": "Instruct: x\nQuery: ", "document": "", "b": "e"}}, "'b' is \"e\" in prompts"),
+        ({"similarity_fn_name": "dot"}, 'is "dot" and similarity by nemo_embed_core "cosine"'),
+    ],
+)
+def test_a_folder_whose_prompts_were_edited_afterwards_is_refused_by_everybody(tmp_path, change, message):
+    write_folder(tmp_path, MODEL, "float32", tokenizer_files({"bos_token": "<s>"}), usage=USAGE, card={})
+    file = tmp_path / "config_sentence_transformers.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        resolve(tmp_path)
+
+
+def test_tokenizer_config_is_written_anew_and_says_what_tokenizer_json_does(tmp_path):
+    given = {
+        "bos_token": {"content": "<s>", "lstrip": True},
+        "eos_token": "</s>",
+        "additional_special_tokens": ["<q>"],
+        "added_tokens_decoder": {"99": {"content": "<r>", "special": True}},
+        "chat_template": "x",
+        "model_max_length": 99,
+        **dict.fromkeys(("add_bos_token", "add_eos_token", "legacy", "do_lower_case", "add_prefix_space"), True),
+        **dict.fromkeys(("truncation_side", "padding_side"), "left"),
+        "fast_tokenizer_files": ["other.json"],
+        "split_special_tokens": False,
+    }
     config, tokenizer_config = written(tmp_path, given)
     assert tokenizer_config == {
-        **given,
         "tokenizer_class": "TokenizersBackend",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "model_max_length": 77,
         "model_input_names": ["input_ids", "attention_mask"],
         "split_special_tokens": True,
-        "pad_token": "</s>",
+        "padding_side": "right",
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
     }
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 1, 1)
+
+
+def test_nothing_but_two_files_of_the_tokenizer_is_written_and_tokenizer_json_as_it_was(tmp_path):
+    files = tokenizer_files(COMPLETE)
+    beside = {"tokenizer.model": b"m", "special_tokens_map.json": b"{}", "added_tokens.json": b"{}"}
+    write_folder(tmp_path, MODEL, "float32", {**files, **beside}, usage=USAGE, card={})
+    assert (tmp_path / "tokenizer.json").read_bytes() == files["tokenizer.json"]
+    assert not [name for name in beside if (tmp_path / name).exists()]
+
+
+def test_truncation_and_padding_inside_tokenizer_json_are_taken_out(tmp_path):
+    files = tokenizer_files({"pad_token": None})
+    tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+    tokenizer.enable_truncation(3, direction="left")
+    tokenizer.enable_padding(direction="left", pad_id=1, pad_token="</s>", length=9)
+    write_folder(
+        tmp_path, MODEL, "float32", {**files, "tokenizer.json": tokenizer.to_str().encode()}, usage=USAGE, card={}
+    )
+    again = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert again == json.loads(files["tokenizer.json"])
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "</s>"
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_prefix_space_is_stated_because_transformers_4_would_take_it_away(tmp_path, prefix):
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "a": 1}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": b'{"bos_token": "<s>"}'}
+    write_folder(tmp_path, MODEL, "float32", files, usage=USAGE, card={})
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_prefix_space"] is prefix
 
 
 @pytest.mark.parametrize(
@@ -207,7 +274,14 @@ def test_there_is_always_a_token_to_pad_with(tmp_path, given, special, pad):
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, change, message):
-    arguments = {"model": MODEL, "dtype": "float32", "tokenizer_files": tokenizer_files(COMPLETE), "card": {}, **change}
+    arguments = {
+        "model": MODEL,
+        "dtype": "float32",
+        "tokenizer_files": tokenizer_files(COMPLETE),
+        "usage": USAGE,
+        "card": {},
+    }
+    arguments |= change
     with pytest.raises(UserError, match=message):
         write_folder(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()

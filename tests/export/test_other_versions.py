@@ -18,7 +18,7 @@ from tiny import MODEL, write_tokenizer
 
 from nemo_embed_core.embedder import Embedder
 from nemo_embed_core.export.folder import hf_config
-from nemo_embed_core.export.verify import TEXTS, run_reload
+from nemo_embed_core.export.verify import TEXTS, reload_request, run_reload
 from nemo_embed_core.model.hf import hf_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_compat_is_right_in_every_version_and_native_since_5_2(exports, tmp_path
             scratch = tmp_path / f"{i}-{format}"
             scratch.mkdir()
             output = scratch / "vectors.npz"
-            child = run_reload(str(python), folder, output, 512, trust_remote_code=format == "compat")
+            child = run_reload(str(python), folder, output, reload_request(TEXTS, 512, format == "compat"))
             assert child.returncode == 0, child.stderr
             with np.load(output, allow_pickle=False) as arrays:
                 found = dict(arrays)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
 from nemo_embed_core.embedder import Embedder
 from nemo_embed_core.export import verify
@@ -33,6 +34,13 @@ MODEL = ModelConfig(
     head_dim=16,  # not hidden_size / num_attention_heads
     max_position_embeddings=2048,
     rope_scaling=RopeScaling(original_max_position_embeddings=128),
+)
+
+
+USAGE = Usage(
+    prompts={"qa": Prompts("Instruct: x\nQuery: ", "Instruct: y\nQuery: "), "sts": Prompts("Instruct: z\nQuery: ")},
+    query_max_length=96,
+    document_max_length=512,
 )
 
 
@@ -61,8 +69,7 @@ def random_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def write(folder, dtype: str = "float32", format: str = "native"):
-    settings = {"query_prompt": "Instruct: x\nQuery: ", "card": {}, "format": format}
-    write_folder(folder, MODEL, dtype, tokenizer_files(), **settings)
+    write_folder(folder, MODEL, dtype, tokenizer_files(), format=format, usage=USAGE, card={})
     save_file(random_weights(getattr(torch, dtype)), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -150,8 +157,9 @@ def test_transformers_has_exactly_the_expected_tensors():
     assert {name: tuple(weight.shape) for name, weight in theirs.items()} == expected_tensors(config)
 
 
-def embed(folder) -> np.ndarray:
-    return Embedder.load(str(folder), "cpu", "fp32").encode(list(TEXTS))
+def embed(folder):
+    """For verify_folder."""
+    return lambda texts, limit: Embedder.load(str(folder), "cpu", "fp32").encode(texts, max_length=limit)
 
 
 def check_report(report, dtype: str = "float32") -> None:
@@ -162,17 +170,17 @@ def check_report(report, dtype: str = "float32") -> None:
     as_loaded = pairs.pop(f"transformers / sentence-transformers in {dtype}")
     assert (as_loaded > 1e-5) == (dtype == "bfloat16")
     assert as_loaded <= TOLERANCE[dtype][0]
-    assert len(pairs) == 4 and all(difference <= 1e-5 for difference in pairs.values())
+    assert len(pairs) == 6 and all(difference <= 1e-5 for difference in pairs.values())
 
 
 def test_a_compat_folder_gives_our_embeddings_in_a_fresh_process(compat):
-    check_report(verify_folder(compat, lambda _: embed(compat)))
+    check_report(verify_folder(compat, embed(compat)))
 
 
 @pytest.mark.parametrize(("format", "dtype"), [("native", "float32"), ("native", "bfloat16"), ("compat", "bfloat16")])
 def test_a_good_folder_gives_our_embeddings_everywhere(format, dtype, tmp_path, warm):
     path = write(tmp_path / f"{format}-{dtype}", dtype, format)
-    check_report(verify_folder(path, lambda _: embed(path)), dtype)
+    check_report(verify_folder(path, embed(path)), dtype)
 
 
 def test_our_encoder_cuts_the_long_text_as_the_libraries_do(good):
@@ -183,10 +191,14 @@ def test_our_encoder_cuts_the_long_text_as_the_libraries_do(good):
 
 def test_weights_in_bf16_are_still_compared_at_the_precision_of_fp32(tmp_path, warm):
     path = write(tmp_path / "bf16", "bfloat16")
-    almost = embed(path)
-    almost[3, 7] += 1e-3  # far below what bf16 would excuse
+
+    def almost(texts: list[str], limit: int) -> np.ndarray:
+        rows = embed(path)(texts, limit)
+        rows[3, 7] += 1e-3  # far below what bf16 would excuse
+        return rows
+
     with pytest.raises(UserError, match=r"transformers and our encoder disagree.*allowed in float32: 1e-05"):
-        verify_folder(path, lambda _: almost)
+        verify_folder(path, almost)
 
 
 def test_a_causal_folder_is_caught_by_its_hidden_states(folder, warm):
@@ -293,7 +305,7 @@ def test_a_bug_planted_in_our_remote_code_is_caught(compat, tmp_path, warm, good
     assert code.count(good_line) == 1
     (path / REMOTE_CODE.name).write_text(code.replace(good_line, planted))
     with pytest.raises(UserError, match=message):
-        verify_folder(path, lambda _: embed(compat), trust_remote_code=True)
+        verify_folder(path, embed(compat), trust_remote_code=True)
 
 
 def launcher(monkeypatch, *argv: str):
@@ -458,7 +470,7 @@ def test_vectors_that_differ_are_refused_with_the_text_that_shows_it(tmp_path):
         bad[3, 7] += step
         with pytest.raises(UserError, match=f"a and b disagree, most for the text {TEXTS[3][:40]!r}"):
             compare_vectors(tmp_path, {"a": good, "b": bad}, dtype)
-    with pytest.raises(UserError, match=r"shape \(8, 64\) .*\(8, 32\)"):
+    with pytest.raises(UserError, match=r"shape \(21, 64\) .*\(21, 32\)"):
         compare_vectors(tmp_path, {"a": good, "b": good[:, :32]}, "float32")
 
 
@@ -506,19 +518,25 @@ def test_the_bf16_tolerance_means_something_for_wide_models(tmp_path):
         compare_vectors(tmp_path, {"a": good, "b": bad}, "bfloat16")
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_is_caught(good):
-    tokenizer = Tokenizer.from_file(str(good / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    tokenizer.enable_truncation(512)
-    rows = [tokenizer.encode(text).ids for text in TEXTS]
+@pytest.mark.parametrize("prefix", ["", "st_"])
+def test_a_tokenizer_that_a_library_reads_otherwise_is_caught(good, prefix):
+    tokenizer, texts = verify._backend(good, 100)
+    rows = [tokenizer.encode(text).ids for text in (*texts, texts[-1] * 9)]
 
     def as_read(rows):
         counts = np.array([len(row) for row in rows])
-        return {"token_ids": np.array([i for row in rows for i in row]), "token_counts_N": counts}
+        return {f"{prefix}token_ids": np.array([i for row in rows for i in row]), f"{prefix}token_counts": counts}
 
-    verify._check_tokens(good, as_read(rows), 512)
-    with pytest.raises(UserError, match=r"for 'hello' and tokenizer.json"):
-        verify._check_tokens(good, as_read([row[1:] for row in rows]), 512)  # BOS lost
+    assert texts == list(TEXTS)
+    verify._check_tokens(good, as_read(rows), tokenizer, texts, 100)
+    for wrong, message in (
+        ([rows[0][1:], *rows[1:]], r"for 'hello' and tokenizer.json"),  # BOS lost
+        ([*rows[:15], rows[15] + [1], *rows[16:]], r"for '' and tokenizer.json"),  # EOS added
+        ([*rows[:-1], rows[-1][:-1]], "at 99 tokens, not at 100"),
+        ([*rows[:-1], [rows[-1][0], *rows[-1][:0:-1]]], "truncation_side"),
+    ):
+        with pytest.raises(UserError, match=message):
+            verify._check_tokens(good, as_read(wrong), tokenizer, texts, 100)
 
 
 def test_another_shape_tokenizer_or_precision_is_another_model(good: Path, tmp_path: Path) -> None:
