@@ -501,10 +501,10 @@ def united_usage(
             says = ", ".join(f"{name}: {value}" for value, name in values.items())
             raise UserError(f"the sources differ in {attribute} ({says}); only models that are used alike are averaged")
     prompts: dict[str, Prompts] = {}
-    for _, usage in named:
+    for source, usage in named:
         for name, entry in usage.prompts.items():
-            if entry not in prompts.values():
-                prompts[_free_name(name, prompts)] = entry
+            if entry not in prompts.values():  # "query" is no task's name: of a folder that has but one prompt
+                prompts[_free_name(source if name == "query" else name, prompts)] = entry
     defaults = {usage.default: name for name, usage in reversed(named)}
     default = first.default
     if task is not None or document_task is not None:
@@ -525,7 +525,7 @@ def united_usage(
         said.append(f"default prompts: those of {name}, the sources' own default; choose another task's with --task")
     if default in prompts.values():
         at = next(name for name, entry in prompts.items() if entry == default)
-        prompts = {at: default, **prompts}
+        prompts = {at: default} | prompts
     elif prompts or any(default):
         prompts = {_free_name("default", prompts): default, **prompts}
     lengths: dict[str, Any] = {}

@@ -197,7 +197,10 @@ def _verify_anybodys(
             attempt(lambda: _check_prompts_of(path, vectors, usage))
         if not faults:
             compared = {**vectors, "without_sentence_transformers": np.array(bool(pooling) or modules is None)}
-            report = attempt(lambda: _compare(path, texts, usage, max_seq_length, compared, embed, dtypes, say, others)) or {}
+            report = (
+                attempt(lambda: _compare(path, texts, usage, max_seq_length, compared, embed, dtypes, say, others))
+                or {}
+            )
     for check in (lambda: _check_config(path, config), lambda: _check_sentence_transformers_files(path, config)):
         try:
             check()

@@ -1,12 +1,14 @@
 """merge(save(load(x))) is x, bit for bit; averages are correctly rounded; nothing half-written is left."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +25,7 @@ from tiny import MODEL, train_config, write_tokenizer
 
 from nemo_embed_core.checkpoint import average, merge, sharded
 from nemo_embed_core.checkpoint.files import new_folder
+from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.checkpoint.weights import RandomReader, _is_cached, open_weights
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model import hf
@@ -385,8 +388,13 @@ def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path,
     for name, got in weights_of(tmp_path / "mixed").items():
         exact = (a[name].double() + b[name].double()) / 2
         assert torch.equal(got, average.round_once(exact, torch.bfloat16)), name
-    (half / "tokenizer.json").write_text((half / "tokenizer.json").read_text() + "\n")
-    assert "tokenizers" in refused(three[0], half, "--dtype", "bf16")
+    tokenizer = json.loads((half / "tokenizer.json").read_text())
+    (half / "tokenizer.json").write_text(json.dumps(tokenizer, indent=7, sort_keys=True))
+    launcher(monkeypatch, three[0], half, "--dtype", "bf16", "-o", tmp_path / "other-bytes")
+    tokenizer["model"]["merges"][3:5] = tokenizer["model"]["merges"][4:2:-1]
+    (half / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = refused(three[0], half, "--dtype", "bf16")
+    assert "m0 and " in text and "half differ: merges (" in text and "from rank 3 on" in text
     causal = shutil.copytree(three[0], tmp_path / "causal")
     config = json.loads((causal / "config.json").read_text())
     (causal / "config.json").write_text(json.dumps({**config, "is_causal": True, "use_bidirectional_attention": False}))
@@ -395,20 +403,97 @@ def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path,
     assert len(warnings) == 1 and "is_causal: False and True" in warnings[0]
 
 
-def test_the_prompts_of_exported_folders_are_kept_or_chosen(
+def say_usage(folder: Path, prompt: str, **settings: Any) -> Path:
+    """A folder of somebody else's, with one prompt."""
+    settings = {"prompts": {"query": prompt}, **settings}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 77}))
+    return folder
+
+
+def test_the_prompts_of_folders_are_kept_united_and_chosen(
     three: list[Path], tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    a, b = (shutil.copytree(path, tmp_path / path.name) for path in three[:2])
-    for folder, prompt in ((a, "one: "), (b, "two: ")):
-        (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": prompt}}))
-        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 77}))
-    launcher(monkeypatch, a, "-o", tmp_path / "same")
-    assert json.loads((tmp_path / "same/config_sentence_transformers.json").read_text())["prompts"]["query"] == "one: "
+    a, b = (say_usage(shutil.copytree(path, tmp_path / path.name), f"{path.name}: ") for path in three[:2])
+
+    def merged(*argv: object, name: str) -> tuple[dict[str, str], str]:
+        launcher(monkeypatch, *argv, "-o", tmp_path / name)
+        settings = json.loads((tmp_path / name / "config_sentence_transformers.json").read_text())
+        return settings["prompts"], capsys.readouterr().out
+
+    prompts, text = merged(a, name="same")
+    assert prompts == {"query": "m0: ", "document": ""} and "WARNING" not in text
     assert json.loads((tmp_path / "same/sentence_bert_config.json").read_text())["max_seq_length"] == 77
-    with pytest.raises(SystemExit):
-        launcher(monkeypatch, a, b, "-o", tmp_path / "out")
-    assert "'one: ', 'two: '" in capsys.readouterr().err
-    launcher(monkeypatch, a, b, "--task", "x", "-o", tmp_path / "out")
+    assert "m0 before" not in text and '"m0: "; before documents: none' in text and "longest query: 77 tokens" in text
+    prompts, text = merged(a, b, name="both")
+    assert prompts == {"query": "m0: ", "document": "", "m0": "m0: ", "m1": "m1: "}
+    assert "WARNING: the sources have 2 default prompts; m0's is the default" in text
+    assert "the sources have 2 default prompts" in (tmp_path / "both/README.md").read_text()
+    prompts, text = merged(a, b, "--task", "x", "--document-task", "y", name="chosen")
+    new = {"query": "Instruct: x\nQuery: ", "document": "Instruct: y\nQuery: "}
+    assert prompts == {**new, "default": new["query"], "default-document": new["document"], "m0": "m0: ", "m1": "m1: "}
+    assert "WARNING" not in text and "as --task 'x' and --document-task 'y' say" in text
+    prompts, _ = merged(tmp_path / "chosen", "--task", "", name="none")
+    assert prompts["query"] == "" and prompts["document"] == new["document"]
+
+
+def usage(query_max_length: int | None = 64, **prompts: tuple[str, str]) -> Usage:
+    named = {name: Prompts(*both) for name, both in prompts.items()}
+    return Usage(prompts=named, query_max_length=query_max_length, document_max_length=128)
+
+
+def test_usages_are_united_under_their_names() -> None:
+    a = usage(nq=("q: ", "d: "), sts=("s: ", ""))
+    assert merge.united_usage([("a", a)])[0] == a
+    assert merge.united_usage([("a", a), ("b", a)])[0] == a
+    # The same name with another prompt, the same prompt under another name, another default, another length.
+    b = usage(32, sts=("t: ", ""), other=("q: ", "d: "))
+    both, said = merge.united_usage([("a", a), ("b", b)])
+    assert list(both.prompts.items()) == [("nq", ("q: ", "d: ")), ("sts", ("s: ", "")), ("sts-2", ("t: ", ""))]
+    assert both.query_max_length == 64
+    assert any("WARNING: the sources have 2 default prompts; a's" in line for line in said)
+    assert any("query_max_length: the sources have [32, 64]" in line for line in said)
+    # A trained task that is chosen brings its own document prompt; both sides may be chosen apart.
+    c = usage(nq=("n: ", ""), qa=("Instruct: find\nQuery: ", "d: "))
+    chosen, said = merge.united_usage([("c", c)], task="find")
+    assert chosen.default == ("Instruct: find\nQuery: ", "d: ") and list(chosen.prompts) == ["qa", "nq"]
+    assert said == ["default prompts: as --task 'find' says"]
+    chosen, _ = merge.united_usage([("c", c)], document_task="x")
+    assert chosen.default == ("n: ", "Instruct: x\nQuery: ")
+    # No name may overwrite another's key among sentence-transformers' prompts.
+    named = merge.united_usage([("a", usage(x=("1", "2"))), ("b", usage(**{"x-document": ("3", "4")}))])[
+        0
+    ].named_prompts()
+    assert sorted(named.values()) == ["1", "1", "2", "2", "3", "4"]
+    unknown, said = merge.united_usage([("a", Usage())])
+    assert (unknown.query_max_length, unknown.document_max_length) == (512, 512) and len(said) == 2
+    for other, field in ((Usage(similarity="dot"), "similarity"), (Usage(pooling="cls"), "pooling")):
+        with pytest.raises(UserError, match=f"differ in {field} "):
+            merge.united_usage([("a", a), ("b", other)])
+
+
+@pytest.mark.fault(22)
+def test_a_folder_that_is_used_in_another_way_is_not_merged(
+    three: list[Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in (
+        ("Transformer", ""), ("Pooling", "1_Pooling"))]  # fmt: skip
+    for name, mode, similarity, message in (
+        (
+            "last",
+            "lasttoken",
+            "cosine",
+            "last is a sentence-transformers folder whose modules are not those of an export",
+        ),
+        ("dot", "mean_tokens", "dot", "dot compares vectors of any length by dot"),
+    ):
+        folder = say_usage(shutil.copytree(three[0], tmp_path / name), "", similarity_fn_name=similarity)
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+        with pytest.raises(SystemExit):
+            launcher(monkeypatch, folder, "-o", tmp_path / "out")
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def save_checkpoint(folder: str) -> None:
@@ -472,6 +557,62 @@ def test_a_merge_that_cannot_write_says_where_and_leaves_nothing(
         merge.write_weights(folder, merge.open_sources([str(three[0])]), torch.float32)
     want = weights_of(three[0])
     assert all(torch.equal(got, want[name]) for name, got in weights_of(tmp_path / "out").items())
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("where", ["tokenizer.json", "config.json", "README.md", "merge-report.json", "2_Normalize"])
+def test_a_disk_that_fills_beside_the_weights_ends_a_merge_with_the_bytes_it_needs(
+    where: str, three: list[Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def fails(real):
+        def call(self: Path, *args: Any, **options: Any) -> Any:
+            if self.name == where and ".tmp-out" in str(self) and args[:1] != ("rb",):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(self, *args, **options)
+
+        return call
+
+    for name in ("open", "mkdir", "write_bytes", "write_text"):
+        monkeypatch.setattr(Path, name, fails(getattr(Path, name)))
+    with pytest.raises(SystemExit) as end:
+        launcher(monkeypatch, *three[:2], "-o", tmp_path / "out")
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(
+        r"out: .*No space left on device.* needs [\d,]+ bytes, [\d,]+ are free", text
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_size_limit_ends_a_merge_as_a_full_disk_does(three: list[Path], tmp_path: Path) -> None:
+    """The kernel's own refusal, at the weights and, above their size, at tokenizer.json."""
+    source = shutil.copytree(three[0], tmp_path / "source")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer) + " " * 3_000_000)
+    for limit, place in ((100_000, "the weights"), (2_000_000, "the tokenizer")):
+        code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import sys; sys.argv = sys.argv[1:]"
+        code += "; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", code, str(ROOT / "launch/merge.py"), str(source), "-o", str(tmp_path / "out")]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 2 and re.search(r"out.*File too large.* needs [\d,]+ bytes", run.stderr), (
+            place,
+            run.stderr,
+        )
+        assert [file.name for file in tmp_path.iterdir()] == ["source"], place
+
+
+def test_room_is_asked_for_the_weights_and_the_rest_before_anything_is_written(
+    three: list[Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    weights = sum(w.nbytes for w in weights_of(three[0]).values())
+    asked = []
+    monkeypatch.setattr(merge, "check_free_space", lambda folder, needed, what: asked.append(needed))
+    launcher(monkeypatch, three[0], "-o", tmp_path / "out")
+    rest = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file()) - weights
+    assert (
+        len(asked) == 1
+        and asked[0] >= weights + rest
+        and asked[0] > weights + (three[0] / "tokenizer.json").stat().st_size
+    )
 
 
 # ------------------------------------------------------------------------------------------ killed
