@@ -9,7 +9,8 @@ the last text is the long one; sets_length: the folder states no limit, so max_s
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
     case_names, first_state_changes   how much the first token's last hidden state moves when the last token is replaced, for
-                                      each way of attention and padding; 0: causal mask, and then nothing else is tried
+                                      each way of attention and padding; 0: causal mask, NaN: no
+                                      answer, and then nothing else is tried
     tokenizer_error                   why AutoTokenizer does not load ("" where it does); nothing else is tried then either
     token_ids, token_counts           of all texts in a row, and of the long one repeated until it must be cut
     default_length                    tokens of the latter, cut where the tokenizer itself says
@@ -132,7 +133,7 @@ def main(folder: str, request_file: str, output: str) -> None:
             "tokenizer_error": np.array(tokenizer_error),
             "transformers_version": np.array(transformers.__version__),
         }
-        if min(changes.values()) == 0 or tokenizer is None:
+        if not min(changes.values()) > 0 or tokenizer is None:
             np.savez(output, **found)
             return
         long_text = texts[-1] * (max_seq_length // (len(tokenizer(texts[-1])["input_ids"]) // 2) + 2)

@@ -170,12 +170,7 @@ def _verify_anybodys(
     if reason := str(vectors["tokenizer_error"]):
         faults.append(f"{path}: AutoTokenizer does not load: {reason}")
     if "transformers_ND" not in vectors:
-        why = "a causal model gives other vectors" if min(changes.values()) == 0 else "there is no tokenizer"
-        say(
-            f"tokens and vectors: not compared, {why} than ours"
-            if "other" in why
-            else f"tokens and vectors: not compared, {why}"
-        )
+        say("tokens and vectors: not compared, because of the above")
     elif tokenizer is not None:
         pooling = _pooling(path, modules) if modules is not None else ""
         if modules is None:
@@ -201,20 +196,24 @@ def _verify_anybodys(
                 attempt(lambda: _compare(path, texts, usage, max_seq_length, compared, embed, dtypes, say, others))
                 or {}
             )
-    for check in (lambda: _check_config(path, config), lambda: _check_sentence_transformers_files(path, config)):
+    spelling: list[Callable[[], Any]] = [lambda: _check_config(path, config)]
+    if modules is not None:
+        spelling.append(lambda: _check_sentence_transformers_files(path, config))
+    for check in spelling:
         try:
             check()
         except UserError as error:
             say(
-                f"not proven for text-embeddings-inference, llama.cpp and older libraries, which want other spellings: {error}"
+                f"not proven for text-embeddings-inference, llama.cpp and older libraries, which read other spellings: {error}"
             )
-            break
     if faults:
         raise UserError("; ".join(faults))
     return {**report, **_measured(shapes, changes, vectors)}
 
 
 def _attention_line(changes: dict[str, float], vectors: dict[str, np.ndarray]) -> str:
+    if any(math.isnan(change) for change in changes.values()):
+        return "attention: no answer, hidden states are NaN"
     free = sum(change > 0 for change in changes.values())
     how = "bidirectional" if free == len(changes) else "causal" if not free else "partly causal"
     return f"attention: {how}, bidirectional in {free} of {len(changes)} cases (transformers {vectors['transformers_version']})"
@@ -403,6 +402,10 @@ def _check_code(path: Path, config: dict[str, Any], trusted: bool) -> bool:
 def _check_bidirectional(
     path: Path, config: dict[str, Any], changes: dict[str, float], version: str, has_code: bool
 ) -> None:
+    if any(math.isnan(change) for change in changes.values()):
+        raise UserError(
+            f"{path}: hidden states are NaN, which says nothing of a mask; the weights or rms_norm_eps are wrong"
+        )
     causal = [case for case, change in changes.items() if not change > 0]
     if not causal:
         return
@@ -656,8 +659,8 @@ def _check_tokens(
             if list(ours) != theirs:
                 raise UserError(
                     f"{path}: {who} gives {len(theirs)} tokens {theirs[:6]}... for {text[:40]!r} and "
-                    f"tokenizer.json {len(ours)} tokens {list(ours[:6])}...; check tokenizer_class, bos_token, add_bos_token and "
-                    f"add_prefix_space in tokenizer_config.json"
+                    f"tokenizer.json {len(ours)} tokens {list(ours[:6])}...; check tokenizer_class, bos_token, add_bos_token, "
+                    f"add_prefix_space and truncation_side in tokenizer_config.json"
                 )
         if limit is not None and len(cut) != limit:
             raise UserError(

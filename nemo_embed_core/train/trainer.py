@@ -39,6 +39,7 @@ from nemo_embed_core.data.packing import MicroBatch, load_batch
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_embed_core.data.tokenizer_files import check_servable
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.hf import local_box, parameter_shapes, tp_dim, tp_unit, unpadded
@@ -91,6 +92,9 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     tokenizer = load_tokenizer(config.tokenizer or tokenizer_folder(config.init_from))
     tokenizer.check_fits(model.vocab_size)
+    for line in check_servable(tokenizer.files):  # what no export could hand on is not trained with
+        if rank_from_env() == 0:
+            print(f"WARNING: {line}", flush=True)
     if not config.data.datasets:
         raise UserError("data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder")
     pick_attention(config.attention, device, run_dtype(config, device))

@@ -553,3 +553,193 @@ def test_another_shape_tokenizer_or_precision_is_another_model(good: Path, tmp_p
         digests.append(Embedder.load(str(folder), "cpu", "fp32").digest)
     assert len(set(digests)) == 4
     assert Embedder.load(str(good), "cpu", "fp32").digest == digests[0]
+
+
+# ------------------------------------------------------------------------------------------ anybody's folder
+
+
+@pytest.fixture(scope="module")
+def anybodys(good, tmp_path_factory) -> Path:
+    """What transformers saves of the good folder's model: LlamaForCausalLM's prefix and head, and no word of embeddings."""
+    folder = tmp_path_factory.mktemp("anybodys") / "plain"
+    folder.mkdir()
+    weights = {f"model.{name}": weight for name, weight in load_file(good / "model.safetensors").items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    drop = ("use_bidirectional_attention", "pooling", "rope_theta", "rope_scaling", "torch_dtype", "head_dim")
+    config = {key: value for key, value in MODEL_JSON.items() if key not in drop}
+    config |= {"architectures": ["LlamaForCausalLM"], "head_dim": 16, "transformers_version": "5.24.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(good / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text((good / "tokenizer_config.json").read_text())
+    return folder
+
+
+def as_sentence_transformers_6(plain: Path, folder: Path, **pooling) -> Path:
+    """As sentence_transformers 6.2 saves it: other module names, the short pooling config, no max_seq_length."""
+    shutil.copytree(plain, folder)
+    (folder / "1_Pooling").mkdir()
+    files = {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+            {
+                **{"idx": 1, "name": "1", "path": "1_Pooling"},
+                "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+            },
+        ],
+        "1_Pooling/config.json": {
+            "embedding_dimension": 48, "pooling_mode": "mean", "include_prompt": True, **pooling
+        },
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            "module_output_name": "token_embeddings",
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer", "prompts": {"query": "q: ", "document": "d: "}, "similarity_fn_name": "cosine",
+        },
+    }  # fmt: skip
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+def checked(path: Path, capsys) -> tuple[str, str, int]:
+    """(what --check prints, its error, its exit code)."""
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        module = launcher(patch, "--check", str(path))
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code
+    out, err = capsys.readouterr()
+    return out, err, code
+
+
+def test_a_plain_hugging_face_folder_is_proven_as_far_as_it_goes(anybodys, warm, capsys):
+    out, err, code = checked(anybodys, capsys)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("  attention: bidirectional, bidirectional in 8 of 8 cases")
+    for words in (
+        "weights: 20 tensors as config.json implies",
+        "sentence-transformers: not there",
+        "vectors: transformers, our encoder agree on 21 texts",
+        "not proven for text-embeddings-inference",
+    ):
+        assert words in out, words
+
+
+def test_whether_a_plain_folder_is_causal_is_answered_first(anybodys, tmp_path, warm, capsys):
+    path = shutil.copytree(anybodys, tmp_path / "causal")
+    edit(path / "config.json", is_causal=...)
+    edit_weights(path, lambda w: w.update({"other": torch.zeros(2)}))
+    out, err, code = checked(path, capsys)
+    assert code == 2 and out.splitlines()[0].startswith("  attention: causal, bidirectional in 0 of 8 cases")
+    # The other fault is named too, and what was not compared.
+    assert "causal mask in 8 of 8" in err and "should not have 1 tensors, the first of them other" in err
+    assert "not compared" in out and "vectors: transformers" not in out
+
+
+def test_hidden_states_that_are_nan_are_not_called_causal(anybodys, tmp_path, warm, capsys):
+    path = shutil.copytree(anybodys, tmp_path / "nan")
+    edit_weights(path, lambda w: w["model.norm.weight"][3].fill_(math.nan))
+    out, err, code = checked(path, capsys)
+    assert code == 2 and "attention: no answer" in out and "causal" not in out + err
+    assert "hidden states are NaN" in err and "norm.weight has 1 values that are NaN" in err
+
+
+def test_a_folder_without_a_tokenizer_still_has_its_causality_answered(anybodys, tmp_path, warm, capsys):
+    path = shutil.copytree(anybodys, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink()
+    out, err, code = checked(path, capsys)
+    assert code == 2 and "attention: bidirectional" in out and "no tokenizer.json" in err
+
+
+def test_a_folder_of_sentence_transformers_6_is_proven_in_its_own_spelling(anybodys, tmp_path, warm, capsys):
+    path = as_sentence_transformers_6(anybodys, tmp_path / "st6")
+    out, err, code = checked(path, capsys)
+    assert code == 0, err
+    assert out.splitlines()[0].startswith("  attention: bidirectional")
+    assert "vectors: transformers, sentence-transformers, our encoder agree on 21 texts, and 4 with the prompts" in out
+    assert "limit: the folder states none; compared at 512 tokens" in out
+    assert '"q: "; before documents: "d: "' in out
+    assert "read other spellings" in out and "modules.json" in out
+
+
+def test_another_pooling_is_said_and_not_compared(anybodys, tmp_path, warm, capsys):
+    path = as_sentence_transformers_6(anybodys, tmp_path / "last", pooling_mode="lasttoken")
+    out, err, code = checked(path, capsys)
+    assert code == 0, err
+    assert "its pooling is lasttoken, which is not what this package computes" in out
+    assert "vectors: transformers, our encoder agree" in out
+
+
+def test_texts_of_which_the_folder_makes_special_tokens_are_left_out_and_counted(anybodys, tmp_path, warm, capsys):
+    path = shutil.copytree(anybodys, tmp_path / "special")
+    edit(path / "tokenizer_config.json", split_special_tokens=...)
+    out, err, code = checked(path, capsys)
+    assert code == 0, err
+    assert "tokens: 3 of 21 texts hold special tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"rms_norm_eps": 0.5}, "disagree"),
+        ("tokenizer_config.json", {"padding_side": "left", "truncation_side": "left"}, "truncation_side in"),
+        ("sentence_bert_config.json", {"max_seq_length": 100}, None),
+    ],
+)
+def test_a_fault_in_anybodys_folder_is_named(anybodys, tmp_path, warm, capsys, file, change, message):
+    path = as_sentence_transformers_6(anybodys, tmp_path / "folder")
+    edit(path / "sentence_bert_config.json", max_seq_length=64)
+    edit(path / file, **change)
+    if "rms_norm_eps" in change:  # ours alone sees it
+        own = shutil.copytree(anybodys, tmp_path / "own")
+        with pytest.raises(UserError, match=message):
+            verify_folder(path, embed(own), ours=False)
+        return
+    out, err, code = checked(path, capsys)
+    assert (code, message or "") == (2 if message else 0, message if message and message in err else ""), (out, err)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "qwen3"}, {}])
+def test_of_what_is_no_llama_nothing_is_looked_at_and_it_is_said(tmp_path, no_reload, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model_type is .*; only Llama folders .* nothing of this one was looked at"):
+        verify_folder(tmp_path, ours=False)
+
+
+def test_an_export_whose_prompts_were_edited_does_not_pass_its_check(folder, no_reload, capsys):
+    file = folder / "config_sentence_transformers.json"
+    settings = json.loads(file.read_text())
+    edit(file, prompts={**settings["prompts"], "sts": "other: "})
+    _, err, code = checked(folder, capsys)
+    assert code == 2 and "the prompt 'sts' is \"other: \" in prompts" in err
+
+
+def test_sentence_transformers_must_have_the_prompts_of_the_folder(good):
+    named = USAGE.named_prompts()
+    assert set(named) == {"query", "document", "qa", "qa-document", "sts"}
+
+    def as_read(prompts, similarity="cosine"):
+        return {"prompts": np.array(json.dumps(prompts)), "similarity": np.array(similarity)}
+
+    verify._check_prompts_of(good, as_read(named), USAGE)
+    for name in named:
+        with pytest.raises(UserError, match=f"has the prompt '{name}' \"x\""):
+            verify._check_prompts_of(good, as_read({**named, name: "x"}), USAGE)
+    with pytest.raises(UserError, match="compares by dot"):
+        verify._check_prompts_of(good, as_read(named, "dot"), USAGE)
+
+
+@pytest.mark.parametrize(("lost", "side"), [(USAGE.default.query, "queries"), (USAGE.default.document, "documents")])
+def test_a_prompt_that_one_side_leaves_out_is_caught(good, warm, lost, side):
+    def without(texts: list[str], limit: int) -> np.ndarray:
+        return embed(good)([text.replace(lost, "") for text in texts], limit)
+
+    with pytest.raises(UserError, match=f"sentence-transformers' {side} and our encoder's {side} disagree"):
+        verify_folder(good, without)

@@ -336,3 +336,17 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     assert all(abs(a - b) < 0.05 * a for a, b in zip(exact, rounded, strict=True)), (exact, rounded)
     assert rounded != exact
+
+
+def test_a_tokenizer_that_could_not_be_served_is_refused_before_step_0(tmp_path: Path, capsys) -> None:
+    config = train_config(tmp_path)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "truncation_side": "left", "add_eos_token": True}))
+    prepare(config)
+    said = capsys.readouterr().out
+    assert 'WARNING: tokenizer_config.json says add_eos_token: true, truncation_side: "left", which is not in' in said
+    file.write_text(json.dumps({**settings, "pad_token": "<pad>"}))
+    with pytest.raises(UserError, match=r"names pad_token '<pad>', which tokenizer.json does not have"):
+        prepare(config)
+    assert not list(tmp_path.glob("run/step-*"))
