@@ -13,6 +13,7 @@ OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
                                       answer, and then nothing else is tried
     tokenizer_error                   why AutoTokenizer does not load ("" where it does); nothing else is tried then either
     token_ids, token_counts           of all texts in a row, and of the long one repeated until it must be cut
+    num_repeats                       how often that is
     default_length                    tokens of the latter, cut where the tokenizer itself says
     transformers_ND                   fp32 unit rows of the model in fp32, padded on the right
     left_padded_ND                    the same padded on the left, all texts but the last
@@ -136,9 +137,11 @@ def main(folder: str, request_file: str, output: str) -> None:
         if not min(changes.values()) > 0 or tokenizer is None:
             np.savez(output, **found)
             return
-        long_text = texts[-1] * (max_seq_length // (len(tokenizer(texts[-1])["input_ids"]) // 2) + 2)
+        num_repeats = max_seq_length // (len(tokenizer(texts[-1])["input_ids"]) // 2) + 2
+        long_text = texts[-1] * num_repeats
         token_ids.append(tokenizer(long_text, truncation=True, max_length=max_seq_length)["input_ids"])
         found |= flat("", token_ids)
+        found["num_repeats"] = np.array(num_repeats)
         found["default_length"] = np.array(len(tokenizer(long_text, truncation=True)["input_ids"]))
         left_ND = embeddings(model, tokenizer, texts[:-1], max_seq_length, "left")
         # The long one apart, so that the others need not be as long; sentence-transformers pads some of them so far.

@@ -110,7 +110,7 @@ def _verify_ours(path: Path, config: dict[str, Any], embed: Embed | None, has_co
     say(_attention_line(changes, vectors))
     if reason := str(vectors["tokenizer_error"]):
         raise UserError(f"{path}: AutoTokenizer does not load: {reason}")
-    _check_tokens(path, vectors, tokenizer, texts, max_seq_length)
+    _check_tokens(path, vectors, tokenizer, texts)
     if (length := int(vectors["default_length"])) != max_seq_length:
         raise UserError(
             f"{path}: AutoTokenizer with truncation=True cuts at {length} tokens, not at {max_seq_length}; set model_max_length "
@@ -181,7 +181,7 @@ def _verify_anybodys(
             )
         if modules is not None and not stated:
             say(f"limit: the folder states none; compared at {max_seq_length} tokens")
-        attempt(lambda: _check_tokens(path, vectors, tokenizer, texts, max_seq_length if stated else None))
+        attempt(lambda: _check_tokens(path, vectors, tokenizer, texts))
         others = _texts_of_other_rules(path, tokenizer, texts, vectors)
         if others:
             say(
@@ -643,34 +643,27 @@ def _rows(vectors: dict[str, np.ndarray], prefix: str = "") -> list[list[int]]:
     return [row.tolist() for row in np.split(vectors[f"{prefix}token_ids"], ends[:-1])]
 
 
-def _check_tokens(
-    path: Path, vectors: dict[str, np.ndarray], tokenizer: Tokenizer, texts: list[str], limit: int | None
-) -> None:
-    """Everybody must read tokenizer.json as written: some classes of transformers rebuild the pipeline by their own rules.
-
-    limit: of tokens; the last row is of the long text, repeated until it must be cut there. None: it is not compared.
+def _check_tokens(path: Path, vectors: dict[str, np.ndarray], tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Everybody must read tokenizer.json as written, and cut where `tokenizer` does: some classes of transformers rebuild the
+    pipeline by their own rules. The last row is of the long text, repeated until it must be cut.
     """
+    long_text = texts[-1] * int(vectors["num_repeats"])
     for who, prefix in (("AutoTokenizer", ""), ("sentence-transformers", "st_")):
         if f"{prefix}token_ids" not in vectors:
             continue
-        *rows, cut = _rows(vectors, prefix)
-        for text, theirs in zip(texts, rows, strict=True):
-            ours: Sequence[int] = tokenizer.encode(text).ids
-            if list(ours) != theirs:
+        for text, theirs in zip([*texts, long_text], _rows(vectors, prefix), strict=True):
+            ours = list(tokenizer.encode(text).ids)
+            if len(ours) != len(theirs) and text is long_text:
+                raise UserError(
+                    f"{path}: {who} cuts a long text at {len(theirs)} tokens, not at {len(ours)}; check max_seq_length in "
+                    f"sentence_bert_config.json"
+                )
+            if ours != theirs:
                 raise UserError(
                     f"{path}: {who} gives {len(theirs)} tokens {theirs[:6]}... for {text[:40]!r} and "
-                    f"tokenizer.json {len(ours)} tokens {list(ours[:6])}...; check tokenizer_class, bos_token, add_bos_token, "
+                    f"tokenizer.json {len(ours)} tokens {ours[:6]}...; check tokenizer_class, bos_token, add_bos_token, "
                     f"add_prefix_space and truncation_side in tokenizer_config.json"
                 )
-        if limit is not None and len(cut) != limit:
-            raise UserError(
-                f"{path}: {who} cuts a long text at {len(cut)} tokens, not at {limit}; check max_seq_length in "
-                f"sentence_bert_config.json"
-            )
-        if limit is not None and cut[: limit // 2] != tokenizer.encode(texts[-1] * (limit // 2)).ids[: limit // 2]:
-            raise UserError(
-                f"{path}: {who} cuts a long text on the left; set truncation_side in tokenizer_config.json to right"
-            )
 
 
 def _texts_of_other_rules(

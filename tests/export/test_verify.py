@@ -525,18 +525,19 @@ def test_a_tokenizer_that_a_library_reads_otherwise_is_caught(good, prefix):
 
     def as_read(rows):
         counts = np.array([len(row) for row in rows])
-        return {f"{prefix}token_ids": np.array([i for row in rows for i in row]), f"{prefix}token_counts": counts}
+        found = {f"{prefix}token_ids": np.array([i for row in rows for i in row]), f"{prefix}token_counts": counts}
+        return {**found, "num_repeats": np.array(9)}
 
     assert texts == list(TEXTS)
-    verify._check_tokens(good, as_read(rows), tokenizer, texts, 100)
+    verify._check_tokens(good, as_read(rows), tokenizer, texts)
     for wrong, message in (
         ([rows[0][1:], *rows[1:]], r"for 'hello' and tokenizer.json"),  # BOS lost
         ([*rows[:15], rows[15] + [1], *rows[16:]], r"for '' and tokenizer.json"),  # EOS added
         ([*rows[:-1], rows[-1][:-1]], "at 99 tokens, not at 100"),
-        ([*rows[:-1], [rows[-1][0], *rows[-1][:0:-1]]], "truncation_side"),
+        ([*rows[:-1], tokenizer.encode(texts[-1][1:] * 9).ids], "for 'A long passage.*truncation_side"),
     ):
         with pytest.raises(UserError, match=message):
-            verify._check_tokens(good, as_read(wrong), tokenizer, texts, 100)
+            verify._check_tokens(good, as_read(wrong), tokenizer, texts)
 
 
 def test_another_shape_tokenizer_or_precision_is_another_model(good: Path, tmp_path: Path) -> None:
@@ -570,8 +571,10 @@ def anybodys(good, tmp_path_factory) -> Path:
     config = {key: value for key, value in MODEL_JSON.items() if key not in drop}
     config |= {"architectures": ["LlamaForCausalLM"], "head_dim": 16, "transformers_version": "5.24.0"}
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(good / "tokenizer.json", folder)
-    (folder / "tokenizer_config.json").write_text((good / "tokenizer_config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(good / name, folder)
+    edit(folder / "tokenizer_config.json", model_max_length=1e30)  # as transformers writes "none"
+    edit(folder / "config.json", max_position_embeddings=...)
     return folder
 
 
