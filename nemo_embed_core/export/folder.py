@@ -81,12 +81,7 @@ def write_folder(
 
 
 def check_mergeable(source: Source) -> None:
-    """UserError for a folder whose texts become vectors in another way than an export's: bidirectional, mean, normalised."""
-    if source.kind not in ("checkpoint", "llama"):
-        raise UserError(
-            f"{source.path} is a {source.kind} folder whose modules are not those of an export (a Llama with is_causal: false, "
-            f"mean pooling, normalisation), so what is written would not be that model"
-        )
+    """UserError for a folder of vectors of any length that are compared by anything but cosines: an export normalises."""
     modules = source.folder / "modules.json"
     if (
         source.usage.similarity != "cosine"

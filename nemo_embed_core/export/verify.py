@@ -183,6 +183,8 @@ def _verify_anybodys(
             say(f"limit: the folder states none; compared at {max_seq_length} tokens")
         attempt(lambda: _check_tokens(path, vectors, tokenizer, texts))
         others = _texts_of_other_rules(path, tokenizer, texts, vectors)
+        if pooling:
+            embed = None  # ours pools by the mean
         if others:
             say(
                 f"tokens: {len(others)} of {len(texts)} texts hold special tokens, which this folder's transformers tokenizer takes for "
@@ -280,7 +282,8 @@ def _compare(
         differences |= compare_vectors(path, as_loaded, loosest, texts)
     who = [*in_fp32, *(["our encoder"] if embed is not None else [])]
     also = f", and {len(prompted)} with the prompts of each side" if has_theirs and embed is not None else ""
-    say(f"vectors: {', '.join(who)} agree on {len(texts)} texts{also}")
+    agree = f"{', '.join(who)} agree" if len(who) > 1 else "only transformers' own, which agree with either padding,"
+    say(f"vectors: {agree} on {len(texts)} texts{also}")
     for names, difference in differences.items():
         say(f"  {names}: {difference:.1e}")
     if embed is None:

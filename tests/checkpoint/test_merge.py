@@ -483,12 +483,14 @@ def test_a_folder_that_is_used_in_another_way_is_not_merged(
             "last",
             "lasttoken",
             "cosine",
-            "last is a sentence-transformers folder whose modules are not those of an export",
+            "last is a sentence-transformers model with pooling by lasttoken",
         ),
         ("dot", "mean_tokens", "dot", "dot compares vectors of any length by dot"),
     ):
         folder = say_usage(shutil.copytree(three[0], tmp_path / name), "", similarity_fn_name=similarity)
         (folder / "modules.json").write_text(json.dumps(modules))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pooling"}))
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling/config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
         with pytest.raises(SystemExit):
