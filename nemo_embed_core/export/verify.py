@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,10 @@ def _verify_anybodys(
                 f"tokens and we for text (split_special_tokens); not compared with our encoder"
             )
         if modules is not None:
-            attempt(lambda: _check_prompts_of(path, vectors, usage))
+            default = replace(
+                usage, prompts={"query": usage.default}
+            )  # of others only texts are known, not their sides
+            attempt(lambda: _check_prompts_of(path, vectors, default))
         if not faults:
             compared = {**vectors, "without_sentence_transformers": np.array(bool(pooling) or modules is None)}
             report = (
@@ -683,7 +687,7 @@ def _check_prompts_of(path: Path, vectors: dict[str, np.ndarray], usage: Usage) 
     """sentence-transformers has the prompts and the similarity that the folder says it was trained with."""
     theirs = json.loads(str(vectors["prompts"]))
     for name, prompt in usage.named_prompts().items():
-        if theirs.get(name, "") != prompt and (name in ("query", "document") or len(usage.prompts) > 1):
+        if theirs.get(name, "") != prompt:
             raise UserError(
                 f"{path}: sentence-transformers has the prompt {name!r} {json.dumps(theirs.get(name))} and the model is used with "
                 f"{json.dumps(prompt)}; check prompts in config_sentence_transformers.json"

@@ -64,6 +64,7 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
         tmp_path / "other",
         "config_sentence_transformers.json",
         prompts={"query": "query: ", "document": "w3 ", "other": "w5 w6 "},
+        nemo_embed_core=...,  # else it is a folder of ours that was edited, which is refused
     )
     options = {"models": [str(other)], "data": str(beir)}
     entry = launcher.run(tmp_path / "a.json", **options)[str(other)]
