@@ -39,7 +39,7 @@ def load(config, device, source):
     from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder
 
     if source.kind == "sentence-transformers":
-        return SentenceTransformerEncoder(source.path, str(device), config.precision)
+        return SentenceTransformerEncoder(source.folder, str(device), config.precision)
     return Embedder.load(str(source.path), config.device, config.precision, config.max_tokens)
 
 

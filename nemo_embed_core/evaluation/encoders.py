@@ -50,9 +50,7 @@ class SentenceTransformerEncoder:
         logging.disable_progress_bar()  # "Loading weights" across the table that a launcher prints
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if precision == "auto":
-            precision = "bf16" if device == "cuda" else "fp32"
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        dtype = pick_dtype(precision, torch.device(device))
         try:
             self._model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": dtype})
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
@@ -62,7 +60,7 @@ class SentenceTransformerEncoder:
         self.limit = None if limit is None or limit == math.inf else int(limit)
         self.device = torch.device(device)
         self._batch_size = batch_size
-        self.digest = f"{folder_digest(Path(path))}-{precision}"
+        self.digest = f"{folder_digest(Path(path))}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
         self._tokenizer = _backend(self._model)
         if self._tokenizer is not None:
             self.tokenize = self._tokenize  # else nobody can say what is cut

@@ -78,9 +78,6 @@ def _check_options(config: MineConfig) -> None:
         raise UserError(
             f"formats={config.formats}: {', '.join(sorted(NEEDS_PYARROW))} need pyarrow: pip install pyarrow"
         )
-    for model in config.models:
-        if not Path(model).is_dir():
-            raise UserError(f"model {model} is not a folder; give a checkpoint, a run, a model folder or embeddings")
     single = len(config.datasets) <= 1
     if config.output and Path(config.output).exists() and Path(config.output).is_dir() == single:
         what = "a folder, and one dataset is written to a file" if single else "a file, and several need a folder"
@@ -125,7 +122,7 @@ def using(source: Source, name: str, dataset: MineDatasetConfig, config: MineCon
         source.kind == "llama"
         and own.similarity == "dot"
         and config.similarity is None
-        and not _normalizes(source.path)
+        and not _normalizes(source.folder)
     ):
         raise UserError(
             f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama folders normalises: "

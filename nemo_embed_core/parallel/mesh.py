@@ -73,6 +73,16 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cpu")
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by precision
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """ "auto" is bf16 on a GPU and fp32 on a CPU."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
 @contextmanager
 def distributed(parallel: ParallelConfig, device: str = "auto", model: ModelConfig | None = None) -> Iterator[Mesh]:
     """NCCL on GPUs, gloo on CPUs; one process without torchrun is a world of one.

@@ -48,7 +48,7 @@ from nemo_embed_core.parallel.collectives import Vote, all_reduce_world_, backgr
 from nemo_embed_core.parallel.grad_norm import clip_grad_norm, is_tp_replicated, local_tensor, sync_replicated_grads
 from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
 from nemo_embed_core.parallel.liveness import begun_before, mark_begun, note
-from nemo_embed_core.parallel.mesh import Mesh, pick_device
+from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_device, pick_precision
 from nemo_embed_core.train.metrics import LossWindow, MetricsLog, console_line, device_peak_flops, training_flops
 from nemo_embed_core.train.optim import build_optimizer, ensure_state, learning_rate, num_warmup_steps
 from nemo_embed_core.train.step import forward_backward
@@ -197,9 +197,7 @@ def _changed_samples(config: TrainConfig, folder: Path, manifest: dict[str, Any]
 
 
 def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return DTYPES[pick_precision(config.precision, device)]
 
 
 def build_model(config: TrainConfig, model: ModelConfig, mesh: Mesh, weights: Weights | None) -> Encoder:

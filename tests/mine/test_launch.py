@@ -73,7 +73,7 @@ def test_wrong_options_are_refused_before_anything_is_read(miner, tmp_path):
         ((*data, *model, *out, "--sweep", "0.9", "high"), "sweep"),
         ((*data, *model, *out, "--combine", "union"), "combine"),
         ((*data, *model, *out, "--formats", "csv"), "formats=['csv']: none of flagembedding"),
-        ((*data, *model, "nowhere", *out), "model nowhere is not a folder"),
+        ((*data, *model, "nowhere", *out), "nowhere is not a folder"),
         ((*data, *model, "--output", str(tmp_path)), "is a folder, and one dataset is written to a file"),
         ((*datasets, *model, "--output", miner.data), "is a file, and several need a folder"),
         ((*data, "--model", str(tmp_path / "empty"), *out), "which texts do the rows of documents.npy belong to"),
