@@ -24,7 +24,7 @@ def evaluate(config: EvaluateConfig) -> None:
     check_names(config)
     from nemo_embed_core.evaluation.models import Subject
     from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
-    from nemo_embed_core.parallel.mesh import pick_device
+    from nemo_embed_core.parallel.mesh import pick_device, pick_precision
 
     subjects = {name: Subject.of(name, config) for name in config.models if name != "bm25"}
     encoder = None
@@ -35,9 +35,7 @@ def evaluate(config: EvaluateConfig) -> None:
     with mteb_imported():
         pass  # seconds below are of encoding and search, not of imports
     options = {"ignore_identical_ids": config.ignore_identical_ids}
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
+    precision = pick_precision(config.precision, pick_device(config.device))
     width = max(len(model) for model in (*config.models, "model"))
     print(f"{'model':{width}}  ndcg@10  recall@10  mrr@10  seconds", flush=True)
     report = {}

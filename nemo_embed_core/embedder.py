@@ -20,7 +20,7 @@ from nemo_embed_core.data.packing import pack_texts
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.parallel.mesh import TensorParallel, pick_device, pick_dtype
+from nemo_embed_core.parallel.mesh import DTYPES, TensorParallel, pick_device, pick_precision
 
 
 class Embedder:
@@ -46,7 +46,8 @@ class Embedder:
         precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
         """
         target = pick_device(device)
-        dtype = pick_dtype(precision, target)
+        precision = pick_precision(precision, target)
+        dtype = DTYPES[precision]
         weights = open_weights(path)
         tokenizer = load_tokenizer(tokenizer_folder(path))
         tokenizer.check_fits(weights.model.vocab_size)
@@ -55,9 +56,7 @@ class Embedder:
         encoder.to(dtype).to_empty(device=target)
         fill(encoder, weights.reader, weights.model)
         encoder.requires_grad_(False).eval()
-        known = json.dumps(
-            [weights.digest, to_dict(weights.model), tokenizer.digest, "bf16" if dtype == torch.bfloat16 else "fp32"]
-        )
+        known = json.dumps([weights.digest, to_dict(weights.model), tokenizer.digest, precision])
         return cls(encoder, weights.model, tokenizer, hashlib.sha256(known.encode()).hexdigest(), target, max_tokens)
 
     @property

@@ -44,15 +44,17 @@ class SentenceTransformerEncoder:
             import torch
             from sentence_transformers import SentenceTransformer
             from transformers.utils import logging
+
+            from nemo_embed_core.parallel.mesh import DTYPES, pick_precision
         except ModuleNotFoundError as error:
             raise UserError(f"{path} needs {error.name}: pip install 'nemo_embed_core[eval]'") from None
 
         logging.disable_progress_bar()  # "Loading weights" across the table that a launcher prints
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = pick_dtype(precision, torch.device(device))
+        precision = pick_precision(precision, torch.device(device))
         try:
-            self._model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": dtype})
+            self._model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": DTYPES[precision]})
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{path} does not load in sentence-transformers: {reason[0]}") from error
@@ -60,7 +62,7 @@ class SentenceTransformerEncoder:
         self.limit = None if limit is None or limit == math.inf else int(limit)
         self.device = torch.device(device)
         self._batch_size = batch_size
-        self.digest = f"{folder_digest(Path(path))}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+        self.digest = f"{folder_digest(Path(path))}-{precision}"
         self._tokenizer = _backend(self._model)
         if self._tokenizer is not None:
             self.tokenize = self._tokenize  # else nobody can say what is cut
