@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 from tiny import MODEL
 
 from nemo_embed_core.config import ParallelConfig, UserError
 from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
-from nemo_embed_core.parallel.mesh import distributed, pick_device
+from nemo_embed_core.parallel.mesh import distributed, pick_device, pick_precision
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,9 @@ def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     with distributed(ParallelConfig(), "cpu", MODEL) as mesh:
         assert (mesh.dp_size, mesh.tp.size, mesh.rank, mesh.tp.sequence_parallel) == (1, 1, 0, False)
+
+
+def test_auto_precision_is_bf16_on_every_gpu_and_fp32_on_a_cpu() -> None:
+    devices = [torch.device(name) for name in ("cuda", "cuda:1", "cpu")]
+    assert [pick_precision("auto", device) for device in devices] == ["bf16", "bf16", "fp32"]
+    assert [pick_precision("fp32", device) for device in devices] == ["fp32"] * 3
