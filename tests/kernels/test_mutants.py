@@ -2,6 +2,10 @@
 
 import pytest
 
+# As in test_info_nce.py and test_mean_pool.py.
+SMALL_GROUPS = {"_COLUMNS": {size: [[2**40, 16, 32, 32, 4, 3]] for size in (2, 4)}, "_GROUP": 2, "_PROGRAMS": 4}
+CHUNKS = {"_CHUNK": 16, "_SCATTER_CHUNK": 16}
+
 MUTANTS = {
     # name: (check, its arguments, text of the kernel file, what the bug makes of it)
     "hard: mask dropped from the softmax": (
@@ -281,6 +285,123 @@ MUTANTS = {
         {"M": 20, "D": 64, "constants": {"_CONFIG": [4, 4]}},
         "offs = offs_d + i * STEP",
         "offs = offs_d",
+    ),
+    # ---- past the first tile, group, block or chunk of a loop
+    "in batch: rows of every group of row blocks are those of the first": (
+        "info_nce_in_batch",
+        {"B": 70, "P": 37, "D": 32, "constants": SMALL_GROUPS},
+        "first_row = (group * GROUP + within % group_size) * BLOCK_B",
+        "first_row = (within % group_size) * BLOCK_B",
+    ),
+    "in batch: the last group of row blocks is taken for a whole one": (
+        "info_nce_in_batch",
+        {"B": 70, "P": 67, "D": 32, "constants": SMALL_GROUPS},
+        "tl.minimum(tl.cdiv(B, BLOCK_B) - group * GROUP, GROUP)",
+        "GROUP",
+    ),
+    "in batch: only the first split counts": (
+        "info_nce_in_batch",
+        {"B": 20, "P": 100, "D": 32, "constants": SMALL_GROUPS},
+        "for split in range(0, num_splits):",
+        "for split in range(0, 1):",
+    ),
+    "in batch: the gradient of q is that of the last chunk": (
+        "info_nce_in_batch",
+        {"B": 5, "P": 300, "D": 64, "constants": {"_WORKSPACE": 5 * 4 * 128}},
+        "dq_BD.add_(part_BD)",
+        "part_BD",
+    ),
+    "in batch: every block of D is the first one": (
+        "info_nce_in_batch",
+        {"B": 5, "P": 37, "D": 64},
+        "rows = q.load([first_row, d_start])",
+        "rows = q.load([first_row, 0])",
+    ),
+    "hard: columns past the first block are left out": (
+        "info_nce_hard",
+        {"B": 6, "M": 3, "D": 70, "constants": {"_OWN_FORWARD": [2, 16, 1]}},
+        "            products += docs * q[None, :]",
+        "            products += tl.where(d_start < BLOCK_D, docs * q[None, :], 0.0)",
+    ),
+    "hard: backward, the radial part of documents past the first block": (
+        "info_nce_hard",
+        {"B": 6, "M": 7, "D": 32, "normalize": True, "constants": {"_OWN_BACKWARD": [4, 32, 1]}},
+        "for m_start in range(BLOCK_M, M, BLOCK_M):",
+        "for m_start in range(BLOCK_M, BLOCK_M, BLOCK_M):",
+    ),
+    "rms_norm: partial sums past the first block": (
+        "rms_norm",
+        {"T": 53, "D": 40, "residual": True, "constants": {"_BACKWARD_PROGRAMS": 37, "_SUM_ROWS": [16, 16, 1]}},
+        "for start in range(0, P, BLOCK_P):",
+        "for start in range(0, BLOCK_P, BLOCK_P):",
+    ),
+    "pool: ends of sequences past the first block": (
+        "mean_pool",
+        {"lengths": [1, 3, 0, 5] * 5, "D": 32, "normalize": False, "norm": False, "constants": {**CHUNKS, "_ENDS": 8}},
+        "for start in range(0, N, ENDS):",
+        "for start in range(0, ENDS, ENDS):",
+    ),
+    "pool: the weight's gradient of sequences past the first block": (
+        "mean_pool",
+        {"lengths": [2] * 40, "D": 32, "normalize": True, "norm": True, "constants": CHUNKS},
+        "for first in range(0, N, ROWS):",
+        "for first in range(0, ROWS, ROWS):",
+    ),
+    "pool: partial sums of a sequence past the first block": (
+        "mean_pool",
+        {"lengths": [3, 120], "D": 32, "normalize": False, "norm": False, "constants": CHUNKS},
+        "for chunk in range(first_row // CHUNK, end_chunk, BLOCK_C):",
+        "for chunk in range(first_row // CHUNK, first_row // CHUNK + BLOCK_C, BLOCK_C):",
+    ),
+    "rope: only the first head is turned": (
+        "split_rope",
+        {"T": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
+        "_move_head(qkv_ptrs + at, q_ptrs + at, cos, sin, mask, R, True)",
+        "_move_head(qkv_ptrs + at, q_ptrs + at, cos, sin, mask, R, head == 0)",
+    ),
+    "swiglu: every tile of a block is its first": (
+        "swiglu",
+        {"T": 5, "num_blocks": 2, "width": 300},
+        "(tile % tiles_per_block) * BLOCK_F + tl.arange(0, BLOCK_F)",
+        "tl.arange(0, BLOCK_F)",
+    ),
+    "quantize_rows: every program takes the first rows": (
+        "quantize_rows",
+        {"N": 23, "D": 33, "constants": {"_CONFIG": [256, 1]}},
+        "offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))",
+        "offs_n = tl.arange(0, BLOCK_N)",
+    ),
+    "rotate_quantize: every program takes the first rows": (
+        "rotate_quantize",
+        {"N": 9, "D": 256, "constants": {"_ROWS": 4}},
+        "first_n = tl.program_id(0).to(tl.int64) * ROWS",
+        "first_n = tl.program_id(0).to(tl.int64) * 0",
+    ),
+    "filter: rows of every group are those of the first": (
+        "filter_scores",
+        {"Q": 70, "N": 70, "D": 32},
+        "first_row = (group * GROUP + within % group_size) * BLOCK_Q",
+        "first_row = (within % group_size) * BLOCK_Q",
+    ),
+    "filter: columns of D past the first block": (
+        "filter_scores",
+        {"Q": 5, "N": 70, "D": 96},
+        "for d_start in range(0, D, BLOCK_D):",
+        "for d_start in range(0, BLOCK_D, BLOCK_D):",
+    ),
+    "pair_scores: the reference stops after its first part": (
+        "pair_scores",
+        {"M": 53, "D": 30, "constants": {"_CHUNK": 30 * 8}},
+        "in there.split(max(1, most))",
+        "in there.split(max(1, most))[:1]",
+    ),
+    # ---- few rows, which a budget for the whole tensor forgave
+    "in batch: a small row is lost beside large ones": (
+        "info_nce_in_batch",
+        {"B": 40, "P": 37, "D": 64},
+        "dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) if HAS_LABELS else dlse",
+        "dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) if HAS_LABELS else dlse\n"
+        "    dlse = tl.where(tl.abs(dlse) < 0.05, 0.0, dlse)",
     ),
 }
 

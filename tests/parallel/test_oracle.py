@@ -19,7 +19,7 @@ from tiny import train_config, write_rows, write_tokenizer
 
 from nemo_embed_core.config import DataConfig, LossConfig, OptimConfig, ParallelConfig, TrainConfig
 from nemo_embed_core.data.sampler import Sampler, choose_documents
-from nemo_embed_core.data.store import open_store
+from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}

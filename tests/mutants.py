@@ -1,0 +1,291 @@
+"""`make mutants`: does a test notice? One-line bugs, planted one at a time in a copy of the tree, and the tests that should fail.
+
+    python tests/mutants.py [--jobs 2] [WORD ...]          # only mutants whose name or file has one of the words
+
+A mutant whose text is no longer in its file is an error of this list, as is one that survives without an explanation. Kernel
+mutants that the interpreter judges without pytest are in tests/kernels/test_mutants.py, which runs here too, and in the suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = "tests/kernels/test_mutants.py"
+TIMEOUT_S = 600
+NOT_COPIED = (
+    ".git",
+    ".venv*",
+    "runs",
+    "data-cache",
+    "__pycache__",
+    ".*_cache",
+    "*.egg-info",
+    "build",
+    "dist",
+    ".hypothesis",
+)
+
+ORACLE = "tests/parallel/test_oracle.py"
+OPTIONS = f"{ORACLE}::test_every_option_changes_the_run_as_the_oracle_says"
+LAYOUT = f"{ORACLE}::test_a_layout_trains_as_the_oracle"
+TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1-dp2]"
+BF16 = "tests/parallel/test_bf16.py"
+
+
+class Mutant(NamedTuple):
+    name: str  # what goes wrong
+    file: str
+    old: str
+    new: str
+    tests: str  # what should notice, as pytest takes it
+    no_bug: str = ""  # why nothing has to notice
+
+
+CONTRASTIVE, STEP = "nemo_embed_core/loss/contrastive.py", "nemo_embed_core/train/step.py"
+OPTIM, TRAINER = "nemo_embed_core/train/optim.py", "nemo_embed_core/train/trainer.py"
+GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
+COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
+LLAMA, ATTENTION, ENCODER = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "encoder"))
+PACKING, SAMPLER = "nemo_embed_core/data/packing.py", "nemo_embed_core/data/sampler.py"
+SELECTION, TOPK, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "topk", "pool"))
+SHARDED, AVERAGE = "nemo_embed_core/checkpoint/sharded.py", "nemo_embed_core/checkpoint/average.py"
+TEST_TOPK, TEST_NEGATIVES = "tests/mine/test_topk.py", "tests/mine/test_negatives.py"
+TEST_SHARDED, TEST_TRAINER = "tests/checkpoint/test_sharded.py", "tests/train/test_trainer.py"
+
+MUTANTS = [
+    # ---- the loss
+    Mutant("in-batch labels of another rank", CONTRASTIVE, "labels_B = dp_rank * local.shape[0] + rows", "labels_B = rows", DP2),
+    Mutant("in-batch copies of the positive are negatives", CONTRASTIVE, "doc_ids_P=ids", "doc_ids_P=None", OPTIONS),
+    Mutant("missing negatives of other rows count", CONTRASTIVE, "valid_P=valid", "valid_P=None", OPTIONS),
+    Mutant("documents of other ranks are constants", CONTRASTIVE, "gather_tokens(local, dp_group)", "gather_tokens(local.detach(), dp_group)", DP2),
+    Mutant("missing slots count in the accuracy", CONTRASTIVE, 'masked_fill(~exists, float("-inf"))', "masked_fill(~exists, 2.0)", f"{ORACLE} tests/loss"),
+    Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
+    Mutant("a temperature that never arrives", STEP, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", OPTIONS),
+    Mutant("in-batch mode that never arrives", STEP, "loss.in_batch, mesh.dp_group", '"none", mesh.dp_group', OPTIONS),
+    Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
+    Mutant("GradCache forgets the first micro-batch", STEP, "again.backward(e.grad)", "again.backward(e.grad * min(i, 1))", OPTIONS),
+    Mutant("a reduce-scatter after every micro-batch", STEP, "set_requires_gradient_sync(i == count - 1)", "set_requires_gradient_sync(True)", OPTIONS,
+           no_bug="the sum over ranks of the sum over micro-batches is the same; only communication is wasted"),
+    # ---- the optimizer and the loop
+    Mutant("AdamW ignores beta1 and beta2", OPTIM, "betas=(config.beta1, config.beta2), ", "", OPTIONS),
+    Mutant("AdamW ignores eps", OPTIM, ", eps=config.eps", "", OPTIONS),
+    Mutant("norms decay too", OPTIM, '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', OPTIONS),
+    Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}, {', '"weight_decay": 0.0}, {', OPTIONS),
+    Mutant("the warm-up begins at 0", OPTIM, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIONS),
+    Mutant("the rate falls to 0 instead of min_lr", OPTIM, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIONS),
+    Mutant("the rate never reaches the optimizer", TRAINER, 'param_group["lr"] = lr', "pass", OPTIONS),
+    Mutant("clip_norm never arrives", TRAINER, "config.optim.clip_norm, mesh)", "1.0, mesh)", OPTIONS),
+    Mutant("the seed never reaches the sampler", TRAINER, "Sampler(len(self.store), config.global_batch_size, config.seed)", "Sampler(len(self.store), config.global_batch_size, 0)", OPTIONS),
+    Mutant("the seed never reaches the choice of documents", TRAINER, "mesh.tp.size, config.seed", "mesh.tp.size, 0", OPTIONS),
+    Mutant("gradients of the step before are kept", TRAINER, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIONS),
+    Mutant("a resumed run corrects the bias anew", TRAINER, "fill_(float(self.step - self.skipped))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
+    Mutant("the sums of a step are not divided by tp", TRAINER, "totals = {name: value / self.mesh.tp.size", "totals = {name: value", TP2),
+    Mutant("a spike is skipped where it should warn", TRAINER, 'mode == "skip"\n', "True\n", "tests/train/test_control.py tests/train/test_trainer.py"),
+    Mutant("a loss window without its limit", "nemo_embed_core/train/metrics.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train"),
+    Mutant("ranks that were not asked to stop go on", TRAINER, "if self._vote(self._stop)", "if self._stop", "tests/train/test_control.py"),
+    # ---- gradients over ranks
+    Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIONS),
+    Mutant("clipping without its 1e-6", GRAD_NORM, "max_norm / (norm + 1e-6)", "max_norm / norm", OPTIONS),
+    Mutant("replicated gradients count on every rank", GRAD_NORM, "_sum_of_squares(replicated, mesh.device) / mesh.tp.size", "_sum_of_squares(replicated, mesh.device)", TP2_SP),
+    Mutant("the norm is this dp rank's", GRAD_NORM, "    all_reduce_(total, mesh.dp_group)\n", "", DP2),
+    Mutant("the norm is this tp rank's", GRAD_NORM, "        all_reduce_(total, mesh.tp.group)\n", "        pass\n", TP2),
+    Mutant("norm gradients are not summed over tp", GRAD_NORM, "if not mesh.tp.sequence_parallel:", "if True:", TP2_SP),
+    Mutant("bf16 gradient reduction", FSDP, "reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16", BF16),
+    Mutant("rotary tables cast to bf16 by FSDP2", FSDP, "reduce_dtype=torch.float32, cast_forward_inputs=False", "reduce_dtype=torch.float32, cast_forward_inputs=True", BF16),
+    Mutant("half-done gradients outlive a dropped step", FSDP, "parameter.unsharded_accumulated_grad = None", "pass", "tests/train/test_dropped_step.py"),
+    Mutant("f is the identity both ways", COLLECTIVES, "return all_reduce_sum(grads[0], ctx.group), None", "return grads[0], None", TP2),
+    Mutant("g sums both ways", COLLECTIVES, "        return grads[0], None\n\n\nclass _GatherTokens", "        return all_reduce_sum(grads[0], group=dist.group.WORLD), None\n\n\nclass _GatherTokens", TP2),
+    Mutant("the gradient of a gather is this rank's own", COLLECTIVES, "return reduce_scatter_rows(grads[0], ctx.group), None", "return grads[0].chunk(ctx.group.size())[ctx.group.rank()], None", DP2),
+    Mutant("a column's weight gradient of this rank's tokens", COLLECTIVES, "dw = dy.t() @ gathered", "dw = dy.t()[:, : len(x)] @ x", TP2_SP),
+    Mutant("ids of other ranks look up row 0", LAYERS, " * mine[:, None].to(weight.dtype)", "", TP2),
+    Mutant("padding of the vocabulary is not where it should be", "nemo_embed_core/parallel/layout.py", "return -(-size // unit // tp_size) * unit", "return size // unit // tp_size * unit", TP2),
+    Mutant("FSDP2's chunk is rounded down", "nemo_embed_core/model/hf.py", "chunk = -(-size[0] // dp_size)", "chunk = size[0] // dp_size", DP2),
+    # ---- the model
+    Mutant("rotary tables in the activations' dtype", LLAMA, "torch.promote_types(x_TD.dtype, torch.float32)", "x_TD.dtype", BF16),
+    Mutant("rotary angles computed in bf16", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].bfloat16() * inv_freq.bfloat16()).to(inv_freq.dtype)", BF16),
+    Mutant("rotary angles computed in fp32", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].float() * inv_freq.float()).to(inv_freq.dtype)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("rope scaling without its linear part", LLAMA, ".clamp(0, 1)", ".round().clamp(0, 1)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("query heads share the wrong KV heads", ATTENTION, "k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)", "k_TGA.repeat(1, r, 1), v_TGA.repeat(1, r, 1)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD), residual_TD", "return self.mlp(x_TD), x_TD", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("sums instead of means under sequence parallelism", ENCODER, "sums_ND / lengths_N[:, None].to(sums_ND.dtype)", "sums_ND", TP2_SP,
+           no_bug="the rows are scaled to unit length next, and their length is no part of the gradient; the division keeps sums in range"),
+    Mutant("pooled under sequence parallelism without the shard's offset", ENCODER, "token_offset=self.tp.rank * hidden_TD.shape[0]", "token_offset=0", TP2_SP),
+    Mutant("pooling in bf16", "kernels/mean_pool.py", "return x if x.dtype == torch.float64 else x.float()", "return x", BF16),
+    Mutant("scores in bf16", "kernels/info_nce.py", "return x if x.dtype == torch.float64 else x.float()", "return x if x.dtype == torch.float64 else x.bfloat16()", BF16),
+    Mutant("RMSNorm in bf16", "kernels/rms_norm.py", "wide_TD = hidden_TD.float() if", "wide_TD = hidden_TD if", "tests/kernels/test_rms_norm.py"),
+    # ---- data
+    Mutant("positions do not begin anew", PACKING, "np.repeat(cu_seqlens[:-1], lengths)", "np.repeat(cu_seqlens[:-1] * 0, lengths)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("queries are given their neighbours' embeddings", PACKING, "place[order] = np.arange(len(order))", "place = order", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("missing documents are the first one", PACKING, "document_mask=torch.from_numpy(mask)", "document_mask=torch.ones(mask.shape, dtype=torch.bool)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("the longest groups all go to one rank", PACKING, "heapq.heappush(heap, (load + int(tokens_B[position]), rank))", "heapq.heappush(heap, (0, rank))", "tests/data/test_packing.py"),
+    Mutant("a micro-batch above max_tokens", PACKING, "fitting = rooms >> length", "fitting = rooms >> (length - 1)", "tests/data/test_packing.py"),
+    Mutant("texts are given back in the order of their lengths", PACKING, "indices = order[start:end]", "indices = np.arange(start, end)", "tests/data/test_packing.py"),
+    Mutant("the same permutation in every epoch", SAMPLER, "self.seed % 2**64, epoch]", "self.seed % 2**64, 0]", "tests/data/test_sampler.py"),
+    Mutant("the same negatives in every epoch", SAMPLER, "^ epochs_B.astype(np.uint64)", "^ np.zeros_like(epochs_B).astype(np.uint64)", "tests/data/test_sampler.py"),
+    Mutant("the first negatives instead of a draw", SAMPLER, "order = np.lexsort((place, hashes, owner))", "order = np.lexsort((place, owner))", "tests/data/test_sampler.py"),
+    Mutant("a batch at an epoch's end has the old epoch's rows", SAMPLER, "here = epochs == epoch", "here = epochs >= epoch", "tests/data/test_sampler.py"),
+    Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '_FORMAT.sub("", text)).translate', "text).translate", "tests/data/test_normal_form.py"),
+    Mutant("special tokens inside texts are special", "nemo_embed_core/data/tokenizer.py", "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "tests/data/test_tokenizer.py"),
+    Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),
+    # ---- mining
+    Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),
+    Mutant("the margin is added", SELECTION, "lowest.astype(np.float64) - self.absolute_margin", "lowest.astype(np.float64) + self.absolute_margin", TEST_NEGATIVES),
+    Mutant("the best are not left out", SELECTION, "keep[:, : self.range_min] = False", "pass", TEST_NEGATIVES),
+    Mutant("min_score leaves out what equals it", SELECTION, "keep &= scores >= self.min_score", "keep &= scores > self.min_score", TEST_NEGATIVES),
+    Mutant("the best-scoring positive gives the ceiling", "nemo_embed_core/mine/negatives.py", "np.minimum.reduceat(scores", "np.maximum.reduceat(scores", TEST_NEGATIVES),
+    Mutant("spelling variants are searched", POOL, '= self._append(text, exact, "variants")', '= self._append(text, exact, "")', TEST_NEGATIVES),
+    Mutant("documents known from other data come back", POOL, "(key, *sorted(rows.known.of(key)))", "(key,)", "tests/mine"),
+    Mutant("a score at the ceiling is kept", TOPK, "~(scores.double() < ceilings_Q.double()[:, None])", "(scores.double() > ceilings_Q.double()[:, None])", TEST_TOPK),
+    Mutant("lower bounds are upper bounds", TOPK, "[:, 0] - 2 * widest", "[:, 0]", TEST_TOPK),
+    Mutant("bounds of candidates below the ceiling are left out", TOPK, "limit = next_after(ceilings + 2 * bound)", "limit = next_after(ceilings)", TEST_TOPK),
+    Mutant("ties go to the higher id", "nemo_embed_core/mine/streaming.py", "by_id = ids.argsort(dim=1, stable=True)", "by_id = ids.argsort(dim=1, stable=True, descending=True)", TEST_TOPK),
+    Mutant("exclusions of another block of queries", TOPK, "exclude.take(np.arange(rows.start, rows.stop))", "exclude.take(np.arange(rows.stop - rows.start))", TEST_TOPK),
+    Mutant("a bound that forgets the rounding of its rows", "nemo_embed_core/mine/bounds.py", "norm_above(x_nD), torch.zeros(len(x_nD)", "0 * norm_above(x_nD), torch.zeros(len(x_nD)", TEST_TOPK),
+    # ---- checkpoints
+    Mutant("a flipped bit goes unseen", SHARDED, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_merge.py"),
+    Mutant("pieces that overlap are accepted", SHARDED, "if _overlap(box, (other", "if None and _overlap(box, (other", "tests/checkpoint"),
+    Mutant("the oldest checkpoints are kept", SHARDED, "for old in whole[keep:]:", "for old in whole[:-keep]:", "tests/checkpoint tests/train/test_trainer.py"),
+    Mutant("keep_every keeps nothing", SHARDED, "if old == newest or (keep_every and", "if old == newest or (0 and", "tests/checkpoint"),
+    Mutant("the weights may change while a save copies", SHARDED, "self._buffers[name].copy_(piece.tensor.detach(), non_blocking=cuda)", "self._buffers[name] = piece.tensor.detach()", "tests/checkpoint/test_async.py"),
+    Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/checkpoint/test_average.py"),
+    Mutant("the manifest's own digest is not asked for", SHARDED, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint"),
+    # ---- exports and evaluation
+    Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
+    Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_seq_length,', '"max_seq_length": 512,', "tests/export tests/checkpoint/test_merge.py"),
+    Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": False', '"is_causal": True', "tests/export/test_folder.py tests/export/test_verify.py"),
+    Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_verify.py"),
+    Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "k1 * (1 - b + b * np.array", "k1 * (1 - b + 0 * np.array", "tests/evaluation/test_bm25.py"),
+    Mutant("BM25 counts a repeated word of the query once", "nemo_embed_core/evaluation/bm25.py", "occurrences.astype(np.float32)", "np.ones(len(occurrences), np.float32)", "tests/evaluation/test_bm25.py"),
+]  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    verdict: str  # caught, UNCAUGHT, explained, ERROR
+    detail: str
+    seconds: float
+
+
+def copy_tree(folder: Path) -> Path:
+    target = folder / "tree"
+    shutil.copytree(ROOT, target, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    return target
+
+
+def pytest_in(tree: Path, tests: str, *options: str) -> tuple[int, str]:
+    """(exit code, output); a test that hangs has noticed."""
+    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    # A folder of its own: the numbered ones of pytest are removed by whoever comes later, also while another one is at work.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--import-mode=importlib",
+    ]
+    command += [f"--basetemp={tree.parent / 'pytest'}", *options, *tests.split()]
+    process = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        return 1, f"{output}\nended after {TIMEOUT_S} s"
+
+
+def plant(mutant: Mutant, trees: SimpleQueue[Path]) -> Outcome:
+    tree = trees.get()
+    started, file = time.monotonic(), tree / mutant.file
+    healthy = file.read_text(encoding="utf-8")
+    try:
+        if mutant.old not in healthy:
+            return Outcome("ERROR", f"{mutant.file} has changed: it does not have {mutant.old!r}", 0.0)
+        sick = healthy.replace(mutant.old, mutant.new)
+        ast.parse(sick, mutant.file)
+        file.write_text(sick, encoding="utf-8")
+        code, output = pytest_in(tree, mutant.tests, "-x")
+    finally:
+        file.write_text(healthy, encoding="utf-8")
+        trees.put(tree)
+    seconds = time.monotonic() - started
+    summary = next((line for line in output.splitlines()[::-1] if line.startswith(("FAILED", "ERROR"))), "")
+    if code == 0:
+        return Outcome("explained" if mutant.no_bug else "UNCAUGHT", mutant.no_bug or mutant.tests, seconds)
+    # No test ran, or a module cannot be imported or collected: that is no bug that a test has to find.
+    if code != 1 or (summary.startswith("ERROR") and "::" not in summary):
+        return Outcome("ERROR", f"pytest ended with {code}: {' '.join(output.split())[-600:]}", seconds)
+    return Outcome("caught", summary[:160], seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="trees, each with one pytest at a time")
+    parser.add_argument("words", nargs="*", help="only mutants whose name or file has one of these")
+    options = parser.parse_args()
+    words = [word.lower() for word in options.words]
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.name} {m.file}".lower() for word in words)]
+    assert len({m.name for m in MUTANTS}) == len(MUTANTS), "two mutants have one name"
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name, ThreadPoolExecutor(options.jobs) as pool:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for i in range(options.jobs):
+            (folder := Path(name, str(i))).mkdir()
+            trees.put(copy_tree(folder))
+        printing, done = threading.Lock(), 0
+        counts: dict[str, int] = {}
+
+        def one(mutant: Mutant) -> None:
+            nonlocal done
+            outcome = plant(mutant, trees)
+            with printing:
+                done += 1
+                counts[outcome.verdict] = counts.get(outcome.verdict, 0) + 1
+                place = f"[{done}/{len(chosen)}] {outcome.verdict:9s} {outcome.seconds:4.0f} s"
+                print(f"{place}  {mutant.name} ({mutant.file})\n{'':21s}{outcome.detail}", flush=True)
+
+        def healthy(tests: str) -> None:
+            tree = trees.get()
+            code, output = pytest_in(tree, tests)
+            trees.put(tree)
+            with printing:
+                if code != 0:
+                    counts["ERROR"] = counts.get("ERROR", 0) + 1
+                    print(f"the tests fail without a mutant: {output[-3000:]}", flush=True)
+                elif tests == KERNELS:
+                    passed = int(output.split(" passed")[0].split()[-1])
+                    counts["caught"] = counts.get("caught", 0) + passed
+                    print(f"{passed} kernel mutants caught by {KERNELS}", flush=True)
+
+        # Without a mutant everything that is asked must pass, or a failure says nothing.
+        asked = sorted({test for m in chosen for test in m.tests.split()})
+        whole = {test for test in asked if "::" not in test}
+        asked = [test for test in asked if test in whole or test.split("::")[0] not in whole]
+        jobs = [pool.submit(healthy, KERNELS)] if not words else []
+        jobs += [pool.submit(healthy, " ".join(asked[i :: options.jobs])) for i in range(options.jobs) if asked[i:]]
+        jobs += [pool.submit(one, mutant) for mutant in chosen]
+        for job in jobs:
+            job.result()
+    planted = sum(counts.values())
+    print(f"{planted} planted: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())))
+    sys.exit(any(counts.get(bad) for bad in ("UNCAUGHT", "ERROR")))
+
+
+if __name__ == "__main__":
+    main()
