@@ -15,8 +15,8 @@ from forked import Server
 from oracle import Batch, Oracle, write_model
 from tiny import train_config, write_rows, write_tokenizer
 
-from nemo_embed_core.data.sampler import choose_documents
 from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.sampler import choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
 LAYOUTS = {"tp1": (1, False, 1), "tp2+sp": (2, True, 1), "dp2": (1, False, 2)}  # tp_size, sequence_parallel, dp_size

@@ -18,8 +18,8 @@ from oracle import Batch, Oracle, write_model
 from tiny import train_config, write_rows, write_tokenizer
 
 from nemo_embed_core.config import DataConfig, LossConfig, OptimConfig, ParallelConfig, TrainConfig
-from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -267,7 +267,7 @@ def test_every_option_changes_the_run_as_the_oracle_says(server: Server, folder:
 def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
     """A new field of these must come into CHANGES, or be known here to decide no number of a step."""
     elsewhere = {
-        DataConfig: {"datasets", "cache_dir"}, ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "timeout_s"},
+        DataConfig: {"datasets", "cache_dir", "store", "on_long_row"}, ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "timeout_s"},
         LossConfig: set(), OptimConfig: set(),
         TrainConfig: {
             "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike", "spike_zscore",
