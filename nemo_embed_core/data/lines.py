@@ -39,21 +39,35 @@ class Findings:
         self.strict, self.log, self._said = strict, log, time.monotonic()
         self.named: list[str] = []  # path:line: message
         self.num_bad = self.num_rows = 0
+        self.num_met = 0  # bad lines again each time that a file is read
         self.counts: dict[str, int] = {}  # what -> how many of it
         self._first: dict[str, str] = {}  # what -> path:line
+        self._seen: dict[tuple[str, str], bytearray] = {}  # (what, path) -> a bit for every line
 
     def bad(self, path: Path, line: int, message: str) -> None:
         error = DataError(path, line, message)
         if self.strict:
             raise error
+        self.num_met += 1
+        if not self._is_new("", path, line):
+            return
         self.num_bad += 1
         if len(self.named) < MAX_NAMED:
             self.named.append(str(error))
 
     def note(self, what: str, path: Path, line: int, count: int = 1) -> None:
         """what: a plural, "documents with a null title, read as without"."""
-        self._first.setdefault(what, f"{path}:{line}")
-        self.counts[what] = self.counts.get(what, 0) + count
+        if self._is_new(what, path, line):
+            self._first.setdefault(what, f"{path}:{line}")
+            self.counts[what] = self.counts.get(what, 0) + count
+
+    def _is_new(self, what: str, path: Path, line: int) -> bool:
+        """Once a line: the corpus of two splits of a folder is read twice and counted once."""
+        bits, (byte, bit) = self._seen.setdefault((what, str(path)), bytearray()), divmod(line, 8)
+        bits.extend(bytes(max(0, byte + 1 - len(bits))))
+        new = not bits[byte] >> bit & 1
+        bits[byte] |= 1 << bit
+        return new
 
     def progress(self, path: Path, line: int, done: float, start: float) -> None:
         """done: share of the file that is read, since `start` of the monotonic clock."""

@@ -311,6 +311,14 @@ def test_all_bad_lines_of_all_sources_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"later\.jsonl does not exist"):  # said before a line is read
         check_sources([*sources, DatasetConfig(path=str(tmp_path / "later.jsonl"))])
     assert check_sources(sources[:1]).lines() == []
+    nulls = CORPUS.replace('"T1"', "null").replace('"title": ""', '"title": null')
+    twice = write(tmp_path / "twice", {"corpus": nulls.replace('"_id": "d2"', '"id": "d2"') + "{}\n" * 8})
+    (twice / "qrels" / "dev.tsv").write_text(QRELS)
+    splits = [DatasetConfig(path=str(twice), split=split) for split in ("test", "dev", "test")]
+    with pytest.raises(DataError, match=r"\n9 bad lines in all$"):  # of one corpus, which is read three times
+        check_sources(splits)
+    (twice / "corpus.jsonl").write_text(nulls)
+    assert list(check_sources(splits).counts.values()) == [2]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])

@@ -72,9 +72,9 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
 
     pos: documents with a score above 0. neg: the others, which somebody judged not to answer the query.
     """
-    before, num_rows = findings.num_bad, 0
+    before, num_rows = findings.num_met, 0
     s = _read_split(folder, split, on_missing, findings, whole=False)
-    if findings.num_bad > before:
+    if findings.num_met > before:
         return  # the rows that are left would be wrong: a text behind a bad line seems not to exist
     for qid, scores in s.qrels.items():
         line = s.lines[qid, next(iter(scores))]
@@ -107,7 +107,7 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
         yield Row(
             query, list(pos.values()), list(neg.values()), str(s.file), line, lang, qid, "", list(pos), list(neg)
         )  # fmt: skip
-    if not num_rows and findings.num_bad == before:
+    if not num_rows and findings.num_met == before:
         findings.bad(
             s.file, 1, "no row is left: no judgement has a query, and a document with a score above 0, that exist"
         )
@@ -122,14 +122,14 @@ def has_irrelevant(folder: Path, split: str) -> bool:
 def _read_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings, whole: bool) -> _Split:
     """whole: also the texts of documents that the split does not judge."""
     corpus_file, queries_file, file = beir_files(folder, split)
-    before = findings.num_bad
+    before = findings.num_met
     qrels, lines = _read_qrels(file, findings)
     judged = {doc for scores in qrels.values() for doc in scores}
     languages: dict[str, str] = {}
     queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages)
     corpus = _read_texts(corpus_file, judged.__contains__ if not whole else lambda _: True, on_missing, findings)
     whole_split = _Split(file, qrels, lines, queries, corpus, languages)
-    if findings.num_bad == before:  # a text behind a bad line seems not to exist
+    if findings.num_met == before:  # a text behind a bad line seems not to exist
         _check_dangling(whole_split, on_missing, findings, "kept, as nothing can find them" if whole else "left out")
     return whole_split
 
@@ -273,7 +273,7 @@ def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int
     qrels: dict[str, dict[str, int]] = {}
     lines: dict[tuple[str, str], int] = {}
     columns: _Columns | None = None
-    before = findings.num_bad
+    before = findings.num_met
     for line, raw in raw_lines(path, findings):
         try:
             text = decode(raw).rstrip("\r\n")
@@ -302,7 +302,7 @@ def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int
             continue
         lines[qid, doc] = line
         qrels.setdefault(qid, {})[doc] = int(float(score))
-    if not qrels and findings.num_bad == before:
+    if not qrels and findings.num_met == before:
         findings.bad(path, 1, f"no judgements: a header line and at least one {QRELS}")
     return qrels, lines
 
