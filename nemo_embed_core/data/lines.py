@@ -181,8 +181,8 @@ _MAGIC = (
 )
 
 
-def _other_format(raw: bytes) -> str | None:
-    """What a file is whose first line is not a JSON object: "a Parquet file"; None where it cannot be told."""
+def binary_format(raw: bytes) -> str | None:
+    """What a file with this first line is, if not UTF-8 text: "a Parquet file"; None where it cannot be told."""
     for magic, what in _MAGIC:
         if raw.startswith(magic):
             return what
@@ -191,6 +191,13 @@ def _other_format(raw: bytes) -> str | None:
     head = raw[:64]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (head.count(0) > len(head) // 3 and b"\0\0" not in head):
         return "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"
+    return None
+
+
+def _other_format(raw: bytes) -> str | None:
+    """What a file is whose first line is not a JSON object."""
+    if binary := binary_format(raw):
+        return binary
     text = raw.decode("utf-8", "replace").strip("\r\n ")
     if text.startswith("["):
         return "a JSON array: write one object a line, without brackets and commas around them"

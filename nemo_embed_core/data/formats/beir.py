@@ -17,6 +17,7 @@ from nemo_embed_core.data.formats.ours import Row
 from nemo_embed_core.data.lines import (
     NOISE,
     Findings,
+    binary_format,
     check_id,
     check_unicode,
     decode,
@@ -190,14 +191,15 @@ def _read_texts(
             if key in texts:
                 first = lines[list(texts).index(key)]
                 raise ValueError(f"_id {short(key)} is already the _id of line {first}: make ids unique")
+            if languages is not None and isinstance(lang := row.get("lang"), str) and keep(key):
+                check_unicode(lang, "lang")
+                languages[key] = lang
             text = document_text(row, kind, on_missing, findings, path, line)
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
         lines.append(line)
         texts.indices[key] = texts.texts.append(text) if text and keep(key) else nothing
-        if languages is not None and keep(key) and isinstance(lang := row.get("lang"), str):
-            languages[key] = lang
     return texts
 
 
@@ -296,7 +298,8 @@ def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int
             if (qid, doc) in lines:
                 raise ValueError(f"pair {short(qid)}, {short(doc)} is already on line {lines[qid, doc]}: keep one")
         except ValueError as error:
-            findings.bad(path, line, str(error))
+            other = binary_format(raw) if line == 1 else None
+            findings.bad(path, line, f"not tab-separated text but {other}" if other else str(error))
             if columns is None:
                 break  # every other line would be as bad
             continue
@@ -309,6 +312,8 @@ def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int
 
 def _columns(text: str) -> tuple[_Columns, list[str]]:
     """What line 1 says about the columns, and what has to be said about that."""
+    if text.startswith(("{", "[")):
+        raise ValueError(f"JSON: judgements are lines {QRELS}")
     separator = "\t" if "\t" in text else None
     cells = text.split(separator)
     names = [cell.strip().strip('"').lower().replace("_", "-") for cell in cells]
