@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
 import math
 import sys
@@ -228,7 +226,8 @@ def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launc
         assert (entry["query_max_length"], entry["document_max_length"]) == (40, 40) and not entry["overridden"]
         assert entry["truncated"]["query"] > 0 and entry["truncated"]["document"] > 0
     expected = mteb_figures(export, "SciFact", corpus, queries, judged)
-    assert figures(own) == pytest.approx(figures(merged), abs=1e-6) == pytest.approx(expected, abs=1e-6)
+    for found in (own, merged):
+        assert figures(found) == pytest.approx(expected, abs=1e-6)
     without = launcher.run(
         tmp_path / "other.json",
         models=[config.output_dir],
