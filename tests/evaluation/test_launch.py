@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import math
 import sys
@@ -66,7 +68,7 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
         ours,
         tmp_path / "other",
         "config_sentence_transformers.json",
-        prompts={"query": "query: ", "document": "w3 ", "other": "w5 w6 "},
+        prompts={"query": "query: ", "document": "w3 ", "other": "w5 w6 ", "other-document": "w7 "},
         nemo_embed_core=...,  # else it is a folder of ours that was edited, which is refused
     )
     options = {"models": [str(other)], "data": str(beir)}
@@ -88,7 +90,7 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
     assert "; overridden: task, document_task, query_max_length, document_max_length" in capsys.readouterr().out
     assert figures(changed) != figures(entry)
     named = launcher.run(tmp_path / "c.json", **options, prompt_name="other")[str(other)]
-    assert named["prompts"] == {"query": "w5 w6 ", "document": "w3 "} and figures(named) != figures(entry)
+    assert named["prompts"] == {"query": "w5 w6 ", "document": "w7 "} and figures(named) != figures(entry)
     assert named["overridden"] == {"prompt_name": "other"}
     same = launcher.run(tmp_path / "d.json", **options, query_max_length=64)[str(other)]
     assert same["overridden"] == {} and figures(same) == figures(entry)
