@@ -4,6 +4,7 @@ A group is a query with its positive and hard negatives. Every rank computes the
 alone, so all agree on the number of micro-batches without talking.
 
 # T packed tokens · N sequences · B queries of the global batch · b queries of a micro-batch · K hard negatives
+# J documents that a row knows to be right and that others bring
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ class MicroBatch(PackedBatch):
     query_index: torch.Tensor  # [b] int64
     document_index: torch.Tensor  # [b, 1 + K] int64; column 0 the positive; 0 where missing
     document_mask: torch.Tensor  # [b, 1 + K] bool; False: the row has fewer negatives
-    document_ids: torch.Tensor  # [b, 1 + K] int64; the same text has the same id; -1 where missing
+    document_ids: torch.Tensor  # [b, 1 + K] int64; the same text has the same id (Store.same_as); -1 where missing
+    known_ids: (
+        torch.Tensor
+    )  # [b, J] int64; ids within the global batch that are no negatives of the row; -2 in empty places
     rows: np.ndarray  # [b] int64 rows of the store, to name a sample in an error
 
 
@@ -181,8 +185,41 @@ def _pack(sequences: Sequence[np.ndarray], lengths: np.ndarray, pad_to_multiple:
     }
 
 
-def build_micro_batch(store: Store, rows_b: np.ndarray, doc_ids: np.ndarray, pad_to_multiple: int = 1) -> MicroBatch:
+def _same_ids(store: Store, doc_ids: np.ndarray) -> np.ndarray:
+    """int64, one id for all documents that are the same text; -1 where missing."""
+    return np.where(doc_ids >= 0, store.same_as[doc_ids], -1).astype(np.int64)
+
+
+def known_in_batch(store: Store, rows_B: np.ndarray, ids_BM: np.ndarray) -> np.ndarray:
+    """[B, J]: of what each row knows to be right (Store.known_positives) the ids that stand in ids_BM, but for the row's own
+    positive ids_BM[:, 0]; -2 in empty places. J is the most that any row has, most often 0."""
+    present = np.unique(ids_BM[ids_BM >= 0])
+    groups, group_B = np.unique(store.row_groups[rows_B], return_inverse=True)
+    starts = store.known_offsets[groups]
+    sizes = store.known_offsets[groups + 1] - starts
+    owner = np.repeat(np.arange(len(groups)), sizes)
+    known = store.known_ids[starts[owner] + np.arange(len(owner)) - (np.cumsum(sizes) - sizes)[owner]]
+    hit = np.isin(known, present)
+    owner, known = owner[hit], known[hit]
+    counts = np.bincount(owner, minlength=len(groups))
+    known_GJ = np.full((len(groups), counts.max(initial=0)), -2, np.int64)
+    known_GJ[owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]] = known
+    known_BJ = known_GJ[group_B]
+    known_BJ[known_BJ == ids_BM[:, :1]] = -2
+    known_BJ = -np.sort(-known_BJ, axis=1)  # empty places last
+    return known_BJ[:, : int((known_BJ >= 0).sum(1).max(initial=0))]
+
+
+def build_micro_batch(
+    store: Store,
+    rows_b: np.ndarray,
+    doc_ids: np.ndarray,
+    pad_to_multiple: int = 1,
+    known_ids: np.ndarray | None = None,
+) -> MicroBatch:
     """One micro-batch of the groups (rows_b [b], doc_ids [b, 1 + K], -1: missing).
+
+    known_ids [b, J]: of the global batch that this is a part of; without it this is all there is.
 
     A document that several groups bring is encoded once: the same text has the same embedding, and its gradient is
     the sum, as autograd's index_select makes it. Sequences stand shortest first, queries and documents mixed, so that
@@ -200,12 +237,16 @@ def build_micro_batch(store: Store, rows_b: np.ndarray, doc_ids: np.ndarray, pad
     tokens += [store.document_tokens(doc_id) for doc_id in unique.tolist()]
     document_index = np.zeros(doc_ids.shape, np.int64)
     document_index[mask] = place[b + inverse]
+    same_ids = _same_ids(store, doc_ids)
+    if known_ids is None:
+        known_ids = known_in_batch(store, rows_b, same_ids)
     return MicroBatch(
         **_pack([tokens[i] for i in order.tolist()], lengths[order], pad_to_multiple),
         query_index=torch.from_numpy(place[:b].copy()),
         document_index=torch.from_numpy(document_index),
         document_mask=torch.from_numpy(mask),
-        document_ids=torch.from_numpy(doc_ids.astype(np.int64)),
+        document_ids=torch.from_numpy(same_ids),
+        known_ids=torch.from_numpy(known_ids.astype(np.int64)),
         rows=rows_b,
     )
 
@@ -283,7 +324,9 @@ def load_batch(
             ids = np.unique(doc_ids[rank_positions[bin_]])
             num_tokens += int(store.document_lengths[ids[ids >= 0]].sum(dtype=np.int64))
     mine = positions[dp_rank]
+    known_BJ = known_in_batch(store, rows_B, _same_ids(store, doc_ids))
     micro_batches = [
-        build_micro_batch(store, rows_B[mine[bin_]], doc_ids[mine[bin_]], pad_to_multiple) for bin_ in plans[dp_rank]
+        build_micro_batch(store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_])
+        for bin_ in (mine[bin_] for bin_ in plans[dp_rank])
     ]
     return micro_batches, num_tokens

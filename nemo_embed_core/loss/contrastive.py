@@ -7,6 +7,9 @@ in_batch   candidates of row b
 "positives"  + the positives of all other rows of the global batch
 "all"        + the positives and the hard negatives of all other rows
 
+A document that is right for the row is no candidate, wherever it comes from: the same text as its positive, another positive of
+the row, a positive of a row with the same query (Groups.known_BJ). Exactly these: no row excludes what another one knows.
+
 b, B queries (of this rank) · K hard negatives · M = 1 + K documents per query · D hidden_size · P columns of the batch
 """
 
@@ -32,6 +35,19 @@ class Groups:
     docs_BMD: Tensor
     mask_BM: Tensor  # bool; False: this row has fewer negatives, the slot does not exist
     ids_BM: Tensor  # int64 document ids (same text, same id); -1 where mask is False
+    known_BJ: Tensor | None = None  # int64 ids that are right for the row too; -2 in empty places
+
+    def is_right(self, ids_BP: Tensor) -> Tensor:
+        """bool [B, P], of ids [B or 1, P]: the id of the row's positive, or a known one."""
+        right_BP = ids_BP == self.ids_BM[:, :1]
+        for known_B in () if self.known_BJ is None else self.known_BJ.unbind(1):
+            right_BP = right_BP | (ids_BP == known_B[:, None])
+        return right_BP
+
+    @property
+    def negative_BK(self) -> Tensor:
+        """bool: which of the row's own documents, but for its positive, exist and are not right."""
+        return self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])
 
 
 def contrastive_loss(groups: Groups, temperature: float, in_batch: InBatch, dp_group: Any, dp_rank: int) -> Tensor:
@@ -39,14 +55,16 @@ def contrastive_loss(groups: Groups, temperature: float, in_batch: InBatch, dp_g
 
     With in_batch every dp rank must call this with equally many rows: documents are gathered over dp with gradient. The
     gather's backward sums over ranks and FSDP averages over dp: with the mean over this rank's rows that is exactly the
-    gradient of the mean over the global batch. A document with the same id as the row's positive is not a negative.
+    gradient of the mean over the global batch. A row without any candidate has loss 0.
     """
+    negative_BK = groups.negative_BK
     if in_batch == "none":
-        return info_nce_hard(groups.q_BD, groups.docs_BMD, groups.mask_BM, temperature)
+        mask_BM = torch.cat([groups.mask_BM[:, :1], negative_BK], 1)
+        return info_nce_hard(groups.q_BD, groups.docs_BMD, mask_BM, temperature)
     B, M = groups.mask_BM.shape
     if in_batch == "positives":
         local, ids, valid = groups.docs_BMD[:, 0], groups.ids_BM[:, 0], groups.mask_BM[:, 0]
-        own = {"own_docs_BKD": groups.docs_BMD[:, 1:], "own_mask_BK": groups.mask_BM[:, 1:]} if M > 1 else {}
+        own = {"own_docs_BKD": groups.docs_BMD[:, 1:], "own_mask_BK": negative_BK} if M > 1 else {}
     else:
         local, ids, valid = groups.docs_BMD.flatten(0, 1), groups.ids_BM.flatten(), groups.mask_BM.flatten()
         own = {}
@@ -56,23 +74,26 @@ def contrastive_loss(groups: Groups, temperature: float, in_batch: InBatch, dp_g
         valid = all_gather_rows(valid.to(torch.int64), dp_group).bool()
     rows = torch.arange(B, device=local.device)
     labels_B = dp_rank * local.shape[0] + rows * (local.shape[0] // B)
-    return info_nce_in_batch(groups.q_BD, columns_PD, labels_B, temperature, doc_ids_P=ids, valid_P=valid, **own)
+    known = groups.known_BJ
+    return info_nce_in_batch(
+        groups.q_BD, columns_PD, labels_B, temperature, doc_ids_P=ids, valid_P=valid, known_ids_BJ=known, **own
+    )
 
 
 @torch.no_grad()
 def retrieval_stats(groups: Groups, in_batch: InBatch) -> Tensor:
-    """[4] fp64 sums to be added over micro-batches and ranks: rows whose positive outranks every candidate at hand,
-    sum of positive similarities, sum of negative similarities, number of negatives.
+    """[5] fp64 sums to be added over micro-batches and ranks: rows whose positive outranks every candidate at hand, sum of
+    positive similarities, sum of negative similarities, number of negatives, rows with a candidate.
 
-    Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same micro-batch.
+    Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same micro-batch, but for
+    documents that are right for the row. A row without one is neither a hit nor a miss.
     """
     own_BM = torch.einsum("bd,bmd->bm", groups.q_BD.float(), groups.docs_BMD.float())
-    scores, exists = own_BM[:, 1:], groups.mask_BM[:, 1:]
+    scores, exists = own_BM[:, 1:], groups.negative_BK
     if in_batch != "none":
-        ids = groups.ids_BM[:, 0]
         scores = torch.cat([scores, groups.q_BD.float() @ groups.docs_BMD[:, 0].float().T], 1)
-        exists = torch.cat([exists, ids[:, None] != ids[None]], 1)
-    positive = own_BM[:, 0]
-    best = scores.masked_fill(~exists, float("-inf")).amax(1) if scores.shape[1] else torch.full_like(positive, -1e9)
+        exists = torch.cat([exists, groups.mask_BM[None, :, 0] & ~groups.is_right(groups.ids_BM[None, :, 0])], 1)
+    positive, ranked = own_BM[:, 0], exists.any(1)
+    outranked = (exists & (scores >= positive[:, None])).any(1)
     negatives = scores.masked_fill(~exists, 0.0).sum()
-    return torch.stack([(positive > best).sum(), positive.sum(), negatives, exists.sum()]).double()
+    return torch.stack([(ranked & ~outranked).sum(), positive.sum(), negatives, exists.sum(), ranked.sum()]).double()

@@ -106,8 +106,11 @@ class MetricsLog:
 
 def console_line(m: Mapping[str, Any], steps: int) -> str:
     """`step 12/500  loss 0.8312  acc 0.61 ...`; fields that this device cannot know are left out."""
+    accuracy = "-" if m["accuracy"] is None else f"{m['accuracy']:.3f}"
+    if m["rows_without_candidates"]:
+        accuracy += f" ({m['rows_without_candidates']} rows without a candidate)"
     line = (
-        f"step {m['step']}/{steps}  loss {m['loss']:.4f}  acc {m['accuracy']:.3f}  "
+        f"step {m['step']}/{steps}  loss {m['loss']:.4f}  acc {accuracy}  "
         f"pos {m['positive_similarity']:.3f}  neg {m['negative_similarity']:.3f}  "
         f"gnorm {m['grad_norm']:.3f}  lr {m['lr']:.2e}  {m['tokens_per_s']:,.0f} tok/s  fill {m['packing_density']:.1%}"
     )

@@ -32,6 +32,7 @@ def group(embeddings_ND: Tensor, batch: MicroBatch) -> Groups:
         docs_BMD=embeddings_ND[batch.document_index],
         mask_BM=batch.document_mask,
         ids_BM=batch.document_ids,
+        known_BJ=batch.known_ids,
     )
 
 
@@ -41,6 +42,7 @@ def _concat(groups: Sequence[Groups]) -> Groups:
         torch.cat([g.docs_BMD for g in groups]),
         torch.cat([g.mask_BM for g in groups]),
         torch.cat([g.ids_BM for g in groups]),
+        torch.cat([g.known_BJ for g in groups if g.known_BJ is not None]),  # J is that of the global batch
     )
 
 
@@ -51,7 +53,7 @@ def forward_backward(
     loss: LossConfig,
     before: Callable[[str, int], None] = lambda phase, i: None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each of this rank's queries [B], sums of retrieval_stats [4]); gradients are left on the parameters.
+    """(loss of each of this rank's queries [B], sums of retrieval_stats [5]); gradients are left on the parameters.
 
     `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally often on
     every rank; what it raises ends the step there.

@@ -44,7 +44,17 @@ class FakeStore(SimpleNamespace):
 def fake_store(rows: int = 97, documents: int = 150, seed: int = 0) -> FakeStore:
     rng = np.random.default_rng(seed)
     negatives = [rng.choice(documents, rng.integers(0, 6), replace=False) for _ in range(rows)]
+    groups = rng.permutation(
+        np.concatenate([np.arange(rows - 30), rng.integers(0, rows - 30, 30)])
+    )  # some share a query
+    same_as = np.arange(documents)
+    same_as[100:110] = same_as[90:100]  # the same text in another spelling
+    known = [np.unique(same_as[rng.choice(documents, rng.integers(1, 40))]) for _ in range(rows - 30)]
     return FakeStore(
+        row_groups=groups,
+        same_as=same_as,
+        known_offsets=np.cumsum([0] + [len(k) for k in known]),
+        known_ids=np.concatenate(known),
         query_lengths=rng.integers(2, 30, rows).astype(np.int32),
         document_lengths=rng.integers(2, 120, documents).astype(np.int32),
         positive_offsets=np.arange(rows + 1),
@@ -155,9 +165,10 @@ def check_micro_batch(batch: MicroBatch, store: FakeStore, pad_to_multiple: int)
         assert sequence(batch, batch.query_index[i]) == store.query_tokens(row).tolist()
         for k in range(columns):
             if batch.document_mask[i, k]:
-                tokens = store.document_tokens(int(batch.document_ids[i, k])).tolist()
-                assert sequence(batch, batch.document_index[i, k]) == tokens
-    unique = batch.document_ids[batch.document_mask].unique()
+                doc_id = sequence(batch, batch.document_index[i, k])[0] - 20_000
+                assert sequence(batch, batch.document_index[i, k]) == store.document_tokens(doc_id).tolist()
+                assert batch.document_ids[i, k] == store.same_as[doc_id]
+    unique = batch.document_index[batch.document_mask].unique()
     assert batch.num_sequences == b + len(unique), "a document is encoded once, and nothing else is"
 
 
@@ -195,7 +206,7 @@ def test_to_moves_every_tensor_and_nothing_else():
     moved = batch.to("meta")
     assert type(moved) is MicroBatch and moved.lengths == batch.lengths
     tensors = [name for name, value in vars(moved).items() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7 and all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert len(tensors) == 8 and all(getattr(moved, name).device.type == "meta" for name in tensors)
     assert batch.to("cpu") is batch
 
 
@@ -231,7 +242,32 @@ def test_documents_of_a_row_are_the_same_at_any_world_size():
     assert documents(1) == documents(2) == documents(8)
     rows = sampler.rows(1)
     chosen = choose_documents(store, rows, sampler.epochs(1), CONFIG.num_hard_negatives, seed=7)
-    assert documents(1) == dict(zip(rows.tolist(), chosen.tolist(), strict=True)), "and they are keyed by the seed"
+    same = np.where(chosen >= 0, store.same_as[chosen], -1)
+    assert documents(1) == dict(zip(rows.tolist(), same.tolist(), strict=True)), "and they are keyed by the seed"
+
+
+@pytest.mark.parametrize("dp_size", [1, 4])
+def test_a_row_is_told_of_all_that_it_knows_in_the_global_batch(dp_size):
+    store = fake_store()
+    sampler = Sampler(len(store), 32, seed=1)
+    batches = [m for r in range(dp_size) for m in load_batch(store, sampler, 0, r, dp_size, CONFIG, 1, 7)[0]]
+    present = {i for m in batches for i in m.document_ids.flatten().tolist()} - {-1}
+    assert len({m.known_ids.shape[1] for m in batches}) == 1, "one width in all micro-batches of all ranks"
+    most = 0
+    for m in batches:
+        for row, own, known in zip(m.rows.tolist(), m.document_ids[:, 0].tolist(), m.known_ids.tolist(), strict=True):
+            group = store.row_groups[row]
+            right = set(store.known_ids[store.known_offsets[group] : store.known_offsets[group + 1]].tolist())
+            expected = sorted((right & present) - {own}, reverse=True)
+            assert known == expected + [-2] * (len(known) - len(expected))
+            most = max(most, len(expected))
+    assert most == len(known) >= 5
+
+
+def test_nothing_known_is_no_column():
+    store = fake_store()
+    store.known_offsets[:] = 0
+    assert build_micro_batch(store, np.array([0, 1]), np.array([[0], [1]])).known_ids.shape == (2, 0)
 
 
 def test_row_that_does_not_fit_is_named():

@@ -33,10 +33,12 @@ def by_definition(g: Groups, temperature: float, in_batch: str) -> torch.Tensor:
     B, M = g.mask_BM.shape
     losses = []
     for b in range(B):
-        scores = [g.q_BD[b] @ g.docs_BMD[b, m] for m in range(M) if g.mask_BM[b, m]]
+        right = {int(g.ids_BM[b, 0]), *([] if g.known_BJ is None else g.known_BJ[b].tolist())}
+        own = [m for m in range(M) if m == 0 or (g.mask_BM[b, m] and int(g.ids_BM[b, m]) not in right)]
+        scores = [g.q_BD[b] @ g.docs_BMD[b, m] for m in own]
         for other in range(B):
             for m in range(M if in_batch == "all" else 1):
-                usable = g.mask_BM[other, m] and g.ids_BM[other, m] != g.ids_BM[b, 0]
+                usable = g.mask_BM[other, m] and int(g.ids_BM[other, m]) not in right
                 if in_batch != "none" and other != b and usable:
                     scores.append(g.q_BD[b] @ g.docs_BMD[other, m])
         losses.append(torch.stack(scores).div(temperature).logsumexp(0) - scores[0] / temperature)
@@ -60,6 +62,37 @@ def test_the_same_document_is_never_a_negative(group, in_batch: str) -> None:
     assert (got - by_definition(g, 0.05, in_batch)).abs().max() < 1e-10
     g.ids_BM[3, 0] = 999
     assert contrastive_loss(g, 0.05, in_batch, group, 0)[1] > got[1] + 1e-3, "the mask made no difference"
+
+
+def some_known(g: Groups) -> Groups:
+    """Row 0 knows row 1's positive and a negative of row 2, row 2 knows row 0's positive, row 4 a negative of its own."""
+    g.mask_BM[2, 1] = g.mask_BM[4, 1:3] = True
+    g.ids_BM[2, 1], g.ids_BM[4, 1], g.ids_BM[4, 2] = 801, 802, 803
+    known = [[g.ids_BM[1, 0], 801], [-2, -2], [g.ids_BM[0, 0], -2], [-2, -2], [802, 99]]
+    return Groups(g.q_BD, g.docs_BMD, g.mask_BM, g.ids_BM, torch.tensor(known))
+
+
+@pytest.mark.parametrize("in_batch, rows", [("none", {4}), ("positives", {0, 2, 4}), ("all", {0, 2, 4})])
+def test_documents_that_a_row_knows_are_none_of_its_negatives(group, in_batch: str, rows: set[int]) -> None:
+    """And of no other row: that row 2 knows row 0's positive says nothing of row 0, nor of who knows row 2's."""
+    g = some_known(random_groups())
+    docs = g.docs_BMD.requires_grad_()
+    got = contrastive_loss(g, 0.05, in_batch, group, 0)
+    assert (got - by_definition(g, 0.05, in_batch)).abs().max() < 1e-10
+    blind = contrastive_loss(Groups(g.q_BD, g.docs_BMD, g.mask_BM, g.ids_BM), 0.05, in_batch, group, 0)
+    assert {b for b in range(5) if blind[b] > got[b] + 1e-6} == rows
+    assert all(blind[b] == got[b] for b in set(range(5)) - rows)
+    (grad,) = torch.autograd.grad(got[4], docs)
+    assert (grad[4, 1] == 0).all() and (grad[4, 2] != 0).all(), "its own negative that is right, and one that is not"
+
+
+def test_a_negative_that_is_the_positive_again_is_none(group) -> None:
+    g = random_groups()
+    g.mask_BM[3, 1] = True
+    g.ids_BM[3, 1] = g.ids_BM[3, 0]
+    for in_batch in ("none", "positives", "all"):
+        got = contrastive_loss(g, 0.05, in_batch, group, 0)
+        assert (got - by_definition(g, 0.05, in_batch)).abs().max() < 1e-10
 
 
 def test_missing_negatives_weigh_nothing(group) -> None:
@@ -89,8 +122,25 @@ def test_stats_count_what_they_say() -> None:
     docs = torch.tensor([[[0.8, 0.6], [0.6, 0.8]], [[0.6, 0.8], [1.0, 0.0]]])
     mask = torch.tensor([[True, True], [True, False]])
     g = Groups(q, docs, mask, torch.tensor([[0, 1], [2, -1]]))
-    hits, positive, negative, count = retrieval_stats(g, "none").tolist()
-    assert (hits, count) == (2, 1)
+    hits, positive, negative, count, ranked = retrieval_stats(g, "none").tolist()
+    assert (hits, count, ranked) == (1, 1, 1), "the row without a negative is neither a hit nor a miss"
     assert math.isclose(positive, 1.6, rel_tol=1e-6) and math.isclose(negative, 0.6, rel_tol=1e-6)
-    hits, _, negative, count = retrieval_stats(g, "positives").tolist()
-    assert (hits, count) == (2, 3) and math.isclose(negative, 0.6 + 0.6 + 0.6, rel_tol=1e-6)
+    hits, _, negative, count, ranked = retrieval_stats(g, "positives").tolist()
+    assert (hits, count, ranked) == (2, 3, 2) and math.isclose(negative, 0.6 + 0.6 + 0.6, rel_tol=1e-6)
+
+
+def test_accuracy_is_of_rows_that_have_a_candidate() -> None:
+    """A miss, a tie (a miss), a hit, and two rows that are left without a candidate by masks and by what they know."""
+    q = torch.tensor([[1.0, 0.0]]).expand(5, 2)
+    low, high = [0.6, 0.8], [0.8, 0.6]
+    docs = torch.tensor([[low, high], [low, low], [high, low], [low, high], [low, high]])
+    mask = torch.tensor([[True, True]] * 3 + [[True, False], [True, True]])
+    ids = torch.tensor([[0, 1], [2, 3], [4, 5], [6, -1], [7, 8]])
+    known = torch.tensor([[-2, -2], [-2, -2], [-2, -2], [-2, -2], [8, -2]])
+    hits, _, negative, count, ranked = retrieval_stats(Groups(q, docs, mask, ids, known), "none").tolist()
+    assert (hits, count, ranked) == (1, 3, 3) and math.isclose(negative, 0.8 + 0.6 + 0.6, rel_tol=1e-6)
+    # In the batch: row 0 and row 1 know all other positives, row 3 has those of others, all but row 2's low.
+    known = torch.tensor([[2, 4, 6, 7], [0, 4, 6, 7], [-2] * 4, [0, 1, 4, 7], [0, 2, 4, 6]])
+    mask[:, 1] = False
+    hits, _, _, count, ranked = retrieval_stats(Groups(q, docs, mask, ids, known), "positives").tolist()
+    assert (hits, count, ranked) == (1, 4 + 1, 2), "rows 2 (a hit over four) and 3 (a tie with row 1's)"

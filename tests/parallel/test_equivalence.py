@@ -5,18 +5,19 @@ for it. Gradients and not only losses: Adam and clipping are blind to a factor o
 """
 
 import dataclasses
+import json
+import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from tiny import MODEL, train_config
+from tiny import MODEL, train_config, write_rows
 
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
-from nemo_embed_core.config import ModelConfig, TrainConfig
+from nemo_embed_core.config import DatasetConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
@@ -43,8 +44,41 @@ CASES = {  # (dtype, in_batch, model): optimizer steps
 
 def configure(folder: Path, in_batch: str) -> TrainConfig:
     optim = {"lr": 2e-4, "warmup_steps": 3, "weight_decay": 0.1, "clip_norm": 0.5}
-    data = {"max_tokens": 200}  # several micro-batches on every rank, also with four queries on each
+    datasets = [DatasetConfig(path=str(folder / "rows.jsonl"), task="find it")]
+    data = {
+        "max_tokens": 200,
+        "datasets": datasets,
+    }  # several micro-batches on every rank, also with four queries on each
     return train_config(folder, loss={"in_batch": in_batch, "temperature": 0.05}, optim=optim, data=data)
+
+
+def write_related_rows(folder: Path) -> None:
+    """Rows that know of one another: queries that differ by "?", positives that are another row's positive or negative.
+
+    Knowing is neither mutual nor handed on.
+    """
+    rows = [json.loads(line) for line in write_rows(folder / "rows.jsonl").read_text().splitlines()]
+    positives = [row["pos"][0] for row in rows]
+    for i, row in enumerate(rows):
+        if i % 3:
+            row["pos"] += random.Random(i).sample(positives, 20)
+        if i % 6 == 5 and rows[i - 1]["neg"]:
+            row["pos"].append(rows[i - 1]["neg"][0])
+        if i % 4 == 3:
+            row["query"] = rows[i % 12]["query"] + "?" * (i % 3)
+        row["pos"], row["neg"] = list(dict.fromkeys(row["pos"])), [n for n in row["neg"] if n not in row["pos"]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def what_each_row_knows(folder: Path, config: TrainConfig) -> list[set[tuple[int, ...]]]:
+    """Per row the token ids of every document that is right for its query, from the file alone."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    right: dict[str, set[tuple[int, ...]]] = {}
+    for row in rows:
+        tokens = tokenizer.encode(row["pos"], config.data.document_max_length)
+        right.setdefault(row["query"].rstrip("?"), set()).update(tuple(ids.tolist()) for ids in tokens)
+    return [right[row["query"].rstrip("?")] for row in rows]
 
 
 def plain_process(config: TrainConfig, dtype: str, model: ModelConfig, steps: int) -> dict[str, Any]:
@@ -52,14 +86,15 @@ def plain_process(config: TrainConfig, dtype: str, model: ModelConfig, steps: in
     torch.set_default_dtype(DTYPES[dtype])
     try:
         store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
-        rows = np.array([r for r in range(len(store)) if config.loss.in_batch != "none" or len(store.negatives(r))])
-        sampler = Sampler(rows, config.global_batch_size, config.seed)
+        sampler = Sampler(len(store), config.global_batch_size, config.seed)
+        known = what_each_row_knows(Path(config.output_dir).parent, config)
         encoder = Encoder(model, TensorParallel(), reference_attention)
         fill(encoder, RandomReader(model, config.seed), model)
         optimizer = build_optimizer(encoder, config.optim)
-        result: dict[str, Any] = {"loss": [], "norm": []}
+        result: dict[str, Any] = {"loss": [], "norm": [], "left_out": 0}
         for step in range(steps):
-            loss = _whole_batch_loss(encoder, store, sampler, step, config)
+            loss, left_out = _whole_batch_loss(encoder, store, sampler, step, config, known)
+            result["left_out"] += left_out
             optimizer.zero_grad()
             loss.backward()
             if step == 0:
@@ -75,7 +110,11 @@ def plain_process(config: TrainConfig, dtype: str, model: ModelConfig, steps: in
         torch.set_default_dtype(torch.float32)
 
 
-def _whole_batch_loss(encoder: Encoder, store: Any, sampler: Sampler, step: int, config: TrainConfig) -> torch.Tensor:
+def _whole_batch_loss(
+    encoder: Encoder, store: Any, sampler: Sampler, step: int, config: TrainConfig, known: list[set[tuple[int, ...]]]
+) -> tuple[torch.Tensor, int]:
+    """The loss, and how many candidates were left out because they are right for the row, but not its own positive's copies."""
+
     def embed(tokens: Any) -> torch.Tensor:
         ids = torch.from_numpy(tokens.astype("int64"))
         n = len(ids)
@@ -85,17 +124,22 @@ def _whole_batch_loss(encoder: Encoder, store: Any, sampler: Sampler, step: int,
     docs = choose_documents(store, rows, sampler.epochs(step), config.data.num_hard_negatives, config.seed)
     queries = [embed(store.query_tokens(row)) for row in rows.tolist()]
     passages = [[embed(store.document_tokens(d)) if d >= 0 else None for d in row] for row in docs.tolist()]
-    losses = []
+    losses, left_out = [], 0
     for b, q in enumerate(queries):
-        candidates = [passages[b][0]] + [p for p in passages[b][1:] if p is not None]
-        for other in range(len(queries)):
-            if other == b or config.loss.in_batch == "none":
-                continue
+        places = [(b, m) for m in range(1, docs.shape[1])]
+        if config.loss.in_batch != "none":
             columns = range(docs.shape[1]) if config.loss.in_batch == "all" else range(1)
-            candidates += [passages[other][m] for m in columns if docs[other, m] >= 0 and docs[other, m] != docs[b, 0]]
+            places += [(other, m) for other in range(len(queries)) if other != b for m in columns]
+        candidates = [passages[b][0]]
+        for other, m in places:
+            if docs[other, m] >= 0 and docs[other, m] != docs[b, 0]:
+                if tuple(store.document_tokens(docs[other, m]).tolist()) in known[rows[b]]:
+                    left_out += 1
+                else:
+                    candidates.append(passages[other][m])
         scores = torch.stack([q @ p for p in candidates]) / config.loss.temperature
         losses.append(F.cross_entropy(scores[None], torch.tensor([0])))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(), left_out
 
 
 def without_padding(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -166,6 +210,7 @@ def train_on_mesh(rank: int, world_size: int, init_file: str, folder: str, layou
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], dict]]:
     folder = tmp_path_factory.mktemp("equivalence")
+    write_related_rows(folder)
     return folder, {
         case: plain_process(configure(folder, case[1]), case[0], MODELS[case[2]], steps)
         for case, steps in CASES.items()
@@ -185,6 +230,7 @@ def test_every_layout_trains_like_one_process(world_size: int, reference: tuple[
     for (layout, case), got in zip([(lay, c) for lay in layouts for c in CASES], results, strict=True):
         truth, (loss_tol, grad_tol, curve_tol) = truths[case], TOLERANCE[case[0]]
         where = f"(tp, sp, dp)={layout} {case}"
+        assert (truth["left_out"] > 10) == (case[1] != "none"), f"{where}: rows should know of one another's documents"
         assert got["micro_batches"] > 1, f"{where}: the batch should need several micro-batches"
         assert (got["padded"] > 0) == (layout[0] > 1 and case[2] == "odd"), where
         assert abs(got["loss"][0] - truth["loss"][0]) <= loss_tol * truth["loss"][0], where
