@@ -85,7 +85,7 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     from nemo_embed_core.data.normal_form import normal_form
     from nemo_embed_core.data.readers import Beir, Findings, read_beir
 
-    findings = Findings()
+    findings = Findings(log=print)
     beir = read_beir(config.data, config.split, config.on_missing, findings)
     findings.raise_bad()
     total, sampled = len(beir.queries), ""

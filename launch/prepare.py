@@ -4,7 +4,8 @@
     python launch/prepare.py --config configs/prepare.yaml
 
 Training does this by itself when the store is missing; run it beforehand on a cheap machine to check the data and to
-keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`, exit code 2.
+keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`, exit code 2. A build that
+was killed goes on where it was. With --data.store DIGEST it checks a store that is there, without its sources.
 """
 
 import time
@@ -16,14 +17,22 @@ def main() -> None:
     config = load_config(PrepareConfig)
     with user_errors():
         # After the arguments are parsed, so that --help and typing errors answer at once.
-        from nemo_embed_core.data.build import open_store
+        from nemo_embed_core.data.build import open_store, with_store
+        from nemo_embed_core.data.population import longest_draws
         from nemo_embed_core.data.tokenizer import load_tokenizer
 
         start = time.perf_counter()
         tokenizer = load_tokenizer(config.tokenizer)
-        store = open_store(config.data, tokenizer)
+        store = open_store(with_store(config.data), tokenizer)
         store.verify()
         seconds = time.perf_counter() - start
+        # For training's max_tokens and num_hard_negatives; the store is the same for any.
+        long = (longest_draws(store, config.data.num_hard_negatives) > config.data.max_tokens).nonzero()[0]
+        if len(long):
+            print(
+                f"WARNING: {len(long):,} rows can have more than data.max_tokens={config.data.max_tokens} tokens (first: "
+                f"{store.where(int(long[0]))}); training will {config.data.on_long_row} there: data.on_long_row"
+            )
         print(f"verified in {seconds:.1f} s; largest token id {store.max_token_id}, digest {store.digest}")
 
 

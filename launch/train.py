@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+from dataclasses import replace
 
 from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_errors
 
@@ -54,6 +55,10 @@ def main() -> None:
     stop_with_torchrun()
     config = load_config(TrainConfig)  # before torch is imported: a typo or a wrong layout costs a tenth of a second
     with user_errors():
+        if config.data.store:
+            from nemo_embed_core.data.build import with_store
+
+            config = replace(config, data=with_store(config.data))
         check_early(config)
         train(config)
 

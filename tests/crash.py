@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tiny import train_config
+from tiny import DRAWN, train_config
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.data.sampler import Sampler
@@ -65,7 +65,7 @@ def config_for(folder: Path, name: str, **changes: Any) -> Any:
 
 def ledger_of(steps: int, skipped: set[int] | frozenset[int] = frozenset(), batch: int = 8) -> str:
     """The hash chain that a manifest carries, from the sampler alone."""
-    ledger, sampler = "0" * 64, Sampler(61, batch, 0)
+    ledger, sampler = "0" * 64, Sampler(DRAWN, batch, 0)
     for step in range(steps):
         rows = np.ascontiguousarray(sampler.rows(step), dtype="<i8").tobytes()
         ledger = hashlib.sha256(ledger.encode() + rows + (b"skipped" if step in skipped else b"")).hexdigest()

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from nemo_embed_core.config import DataConfig, DatasetConfig, ModelConfig, RopeScaling, TrainConfig
@@ -78,6 +79,11 @@ def write_rows(path: Path, num_rows: int = 61, seed: int = 0) -> Path:
         rows.append({"query": f"find {a} {b} {i}", "pos": [positive], "neg": negatives})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+DRAWN = np.array(
+    [i for i in range(61) if i % 4]
+)  # of write_rows: those with a negative, all that loss.in_batch=none draws
 
 
 def train_config(folder: Path, **changes: Any) -> TrainConfig:

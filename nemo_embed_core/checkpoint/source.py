@@ -262,7 +262,8 @@ def usage_of_folder(folder: Path) -> Usage:
     if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
         raise UserError(f"{file}: prompts is {json.dumps(own)} and must be strings under names")
     document = next((own[name] for name in DOCUMENT_NAMES if own.get(name)), "")
-    others = {n: Prompts(text, document) for n, text in own.items() if n not in (*DOCUMENT_NAMES, "query")}
+    sides = {"query", *DOCUMENT_NAMES, *(f"{name}-document" for name in own)}  # NAME-document: as named_prompts writes
+    others = {n: Prompts(own[n], own.get(f"{n}-document", document)) for n in own if n not in sides}
     prompts = (
         {"query": Prompts(own.get("query", ""), document), **others} if own.get("query") or document or others else {}
     )

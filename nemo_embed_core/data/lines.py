@@ -39,21 +39,35 @@ class Findings:
         self.strict, self.log, self._said = strict, log, time.monotonic()
         self.named: list[str] = []  # path:line: message
         self.num_bad = self.num_rows = 0
+        self.num_met = 0  # bad lines again each time that a file is read
         self.counts: dict[str, int] = {}  # what -> how many of it
         self._first: dict[str, str] = {}  # what -> path:line
+        self._seen: dict[tuple[str, str], bytearray] = {}  # (what, path) -> a bit for every line
 
     def bad(self, path: Path, line: int, message: str) -> None:
         error = DataError(path, line, message)
         if self.strict:
             raise error
+        self.num_met += 1
+        if not self._is_new("", path, line):
+            return
         self.num_bad += 1
         if len(self.named) < MAX_NAMED:
             self.named.append(str(error))
 
     def note(self, what: str, path: Path, line: int, count: int = 1) -> None:
         """what: a plural, "documents with a null title, read as without"."""
-        self._first.setdefault(what, f"{path}:{line}")
-        self.counts[what] = self.counts.get(what, 0) + count
+        if self._is_new(what, path, line):
+            self._first.setdefault(what, f"{path}:{line}")
+            self.counts[what] = self.counts.get(what, 0) + count
+
+    def _is_new(self, what: str, path: Path, line: int) -> bool:
+        """Once a line: the corpus of two splits of a folder is read twice and counted once."""
+        bits, (byte, bit) = self._seen.setdefault((what, str(path)), bytearray()), divmod(line, 8)
+        bits.extend(bytes(max(0, byte + 1 - len(bits))))
+        new = not bits[byte] >> bit & 1
+        bits[byte] |= 1 << bit
+        return new
 
     def progress(self, path: Path, line: int, done: float, start: float) -> None:
         """done: share of the file that is read, since `start` of the monotonic clock."""
@@ -167,8 +181,8 @@ _MAGIC = (
 )
 
 
-def _other_format(raw: bytes) -> str | None:
-    """What a file is whose first line is not a JSON object: "a Parquet file"; None where it cannot be told."""
+def binary_format(raw: bytes) -> str | None:
+    """What a file with this first line is, if not UTF-8 text: "a Parquet file"; None where it cannot be told."""
     for magic, what in _MAGIC:
         if raw.startswith(magic):
             return what
@@ -177,6 +191,13 @@ def _other_format(raw: bytes) -> str | None:
     head = raw[:64]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (head.count(0) > len(head) // 3 and b"\0\0" not in head):
         return "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"
+    return None
+
+
+def _other_format(raw: bytes) -> str | None:
+    """What a file is whose first line is not a JSON object."""
+    if binary := binary_format(raw):
+        return binary
     text = raw.decode("utf-8", "replace").strip("\r\n ")
     if text.startswith("["):
         return "a JSON array: write one object a line, without brackets and commas around them"

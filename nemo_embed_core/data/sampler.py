@@ -22,10 +22,13 @@ class Sampler:
     """Epoch after epoch, each a permutation of all rows, cut into global batches; a batch may span an epoch's end.
 
     permutation(e) = argsort(Philox(key=[seed, e]).random_raw(num_rows)); position p of the run is row
-    permutation(p // num_rows)[p % num_rows]; step s takes positions [s * B, (s + 1) * B).
+    rows[permutation(p // num_rows)[p % num_rows]]; step s takes positions [s * B, (s + 1) * B).
+    rows: those of the store to draw from, or how many there are, all of them.
     """
 
-    def __init__(self, num_rows: int, global_batch_size: int, seed: int):
+    def __init__(self, rows: int | np.ndarray, global_batch_size: int, seed: int):
+        population = np.arange(rows) if isinstance(rows, int) else rows
+        num_rows = len(population)
         if num_rows < global_batch_size:
             raise UserError(
                 f"the data has {num_rows} rows, fewer than global_batch_size={global_batch_size}: "
@@ -33,6 +36,7 @@ class Sampler:
             )
         if global_batch_size < 1:
             raise UserError(f"global_batch_size={global_batch_size} must be at least 1")
+        self.population = population
         self.num_rows = num_rows
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -45,7 +49,7 @@ class Sampler:
         rows_B = np.empty(self.global_batch_size, np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            rows_B[here] = self._permutation(epoch)[offsets[here]]
+            rows_B[here] = self.population[self._permutation(epoch)[offsets[here]]]
         return rows_B
 
     def epochs(self, step: int) -> np.ndarray:

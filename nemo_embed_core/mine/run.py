@@ -235,7 +235,7 @@ def _read_all(
             num_rows += 1
         num_documents = len(documents)
         if Path(dataset.path).is_dir():
-            num_documents = len(read_beir(dataset.path, dataset.split, dataset.on_missing, findings).corpus)
+            num_documents = len(read_beir(dataset.path, dataset.split, dataset.on_missing, Findings(log=log)).corpus)
         counts[name] = (num_documents + num_corpus, num_rows)
     findings.raise_bad()
     for line in findings.lines():

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from nemo_embed_core.checkpoint.weights import (
 from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, code_version, dump_yaml, failpoint, to_dict
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import MicroBatch, load_batch
+from nemo_embed_core.data.population import population
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
@@ -70,6 +72,7 @@ class Prepared:
 
     model: ModelConfig
     tokenizer: Tokenizer
+    store: Path | None = None  # of the first rank: the folder that all open
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -109,14 +112,11 @@ def prepare(config: TrainConfig) -> Prepared:
         if config.init_from and checkpoint is None:
             open_weights(config.init_from, hashed=False)
         store = open_store(config.data, tokenizer)
+        drawn = population(store, config.data, config.loss.in_batch, config.parallel.tp_size)
         if checkpoint is not None and manifest is not None:
-            _changed_samples(config, checkpoint, manifest, store)
-        Sampler(len(store), config.global_batch_size, config.seed)
-        if config.loss.in_batch == "none" and store.manifest["rows_without_negatives"] == len(store):
-            raise UserError(
-                f"no negatives: none of the {len(store)} rows has a hard negative and loss.in_batch=none, so every loss "
-                "is 0; mine negatives first (launch/mine.py) or set loss.in_batch=positives"
-            )
+            _changed_samples(config, checkpoint, manifest, store, drawn.digest)
+        Sampler(drawn.rows, config.global_batch_size, config.seed)
+        return Prepared(model, tokenizer, store.folder)
     return Prepared(model, tokenizer)
 
 
@@ -170,7 +170,9 @@ def _refuse_other_model(config: TrainConfig, folder: Path, manifest: dict[str, A
         raise UserError(f"{folder} was trained with pooling={pooling}; this code trains with mean pooling only")
 
 
-def _changed_samples(config: TrainConfig, folder: Path, manifest: dict[str, Any], store: Store) -> list[str]:
+def _changed_samples(
+    config: TrainConfig, folder: Path, manifest: dict[str, Any], store: Store, population: str
+) -> list[str]:
     """What differs of the options that decide the sequence of samples; UserError where that is not allowed."""
     old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
     hard = "num_hard_negatives"
@@ -183,6 +185,8 @@ def _changed_samples(config: TrainConfig, folder: Path, manifest: dict[str, Any]
             ("global_batch_size", "global_batch_size", old["global_batch_size"], new["global_batch_size"]),
             ("data", "data (digest)", manifest["data_digest"], digest),
             ("data", f"data.{hard}", old["data"][hard], new["data"][hard]),
+            # Rows left out or shortened: other loss.in_batch, on_long_row or max_tokens, or begun before any were.
+            ("data", "rows drawn from (digest, empty for all)", manifest.get("population", ""), population),
         )
         if was != now
     ]
@@ -230,6 +234,22 @@ def _raise_first(failure: str | None) -> None:
         raise UserError(first)
 
 
+def _open_same_store(config: TrainConfig, prepared: Prepared) -> Store:
+    """The store that the first rank has built or found, by its folder: the sources are read on one rank alone."""
+    folder = prepared.store
+    if folder is None and rank_from_env() == 0:  # prepare() was not asked
+        folder = open_store(config.data, prepared.tokenizer, log=lambda message: None).folder
+    folder = gather_objects(folder)[0]
+    assert folder is not None
+    _raise_first(
+        None
+        if folder.is_dir()
+        else f"the token store {folder} is not on node {socket.gethostname()}: data.cache_dir={config.data.cache_dir} has to be "
+        "a folder that all nodes share"
+    )
+    return Store(folder)
+
+
 class Trainer:
     """`Trainer(config, mesh, prepare(config)).run()`; every rank makes one."""
 
@@ -242,8 +262,12 @@ class Trainer:
         self._commit = code_version() if mesh.rank == 0 else ""  # rank 0 writes the manifest
         self.dtype = run_dtype(config, mesh.device)
         self.optim = config.optim  # with the number of warm-up steps, once it is known
-        self.store: Store = open_store(config.data, prepared.tokenizer, log=lambda message: None)
-        self.sampler = Sampler(len(self.store), config.global_batch_size, config.seed)
+        self.store = _open_same_store(config, prepared)
+        drawn = population(
+            self.store, config.data, config.loss.in_batch, config.parallel.tp_size, log=lambda message: None
+        )
+        self.population = drawn.digest
+        self.sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)
         self.step = 0
         self.skipped = 0  # of these steps, those whose update was left out for a loss spike
         self.ledger = "0" * 64  # hash chain over the rows of every step so far, and whether it was skipped
@@ -467,7 +491,7 @@ class Trainer:
         memory = torch.cuda.max_memory_allocated(mesh.device) if mesh.device.type == "cuda" else _peak_rss()
         return {
             "step": self.step,
-            "epoch": self.step * config.global_batch_size / len(self.store),
+            "epoch": self.step * config.global_batch_size / self.sampler.num_rows,
             "loss": totals["loss"] / totals["rows"],
             # Of rows that have a candidate; None where no row of the step has one.
             "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
@@ -494,7 +518,7 @@ class Trainer:
         self.log(
             f"{parameters / 1e6:,.1f} M parameters on {self.mesh.dp_size} dp x {self.mesh.tp.size} tp "
             f"{self.mesh.device.type} ranks ({'sequence parallel, ' if self.mesh.tp.sequence_parallel else ''}"
-            f"{str(self.dtype).removeprefix('torch.')}); {len(self.store):,} rows, "
+            f"{str(self.dtype).removeprefix('torch.')}); {self.sampler.num_rows:,} rows, "
             f"{self.config.global_batch_size} queries a step, steps {self.step + 1} to {self.config.steps}"
         )
         if self.config.optim.warmup_steps is None:
@@ -574,6 +598,7 @@ class Trainer:
             "recent_losses": self.losses.losses,
             "usage": usage_of_training(to_dict(self.config.data), rows_per_dataset).to_json(),
             "data_digest": self.store.digest,
+            "population": self.population,
             "num_rows": len(self.store),
             "tokenizer_digest": self.tokenizer.digest,
         }
@@ -624,7 +649,7 @@ class Trainer:
         """What decides the sequence of samples must be the same; other changes are named in the log."""
         _refuse_other_model(self.config, folder, manifest, self.model_config)
         self.overrides = list(manifest["overrides"])
-        for text in _changed_samples(self.config, folder, manifest, self.store):
+        for text in _changed_samples(self.config, folder, manifest, self.store, self.population):
             self.overrides.append({"step": manifest["step"], "changed": text})
             self.log(
                 f"WARNING: {text}, as checkpoint.allow_changed permits: from step {manifest['step'] + 1} on the samples of a "

@@ -81,6 +81,8 @@ JSONL = {
     "sentence-transformers": ('{"anchor": "q", "positive": "p", "negative": "n"}\n', (1, "not a training row: it has ['anchor', 'negative', 'positive'] and no query, pos, neg", "write rows like")),
     "tevatron": ('{"query_id": "1", "query": "q", "positive_passages": [], "negative_passages": []}\n', (1, "and no pos, neg")),
     "graded pairs": ('{"sentence1": "a", "sentence2": "b", "score": 2.5}\n', (1, "not a training row")),
+    "a corpus": ('{"_id": "d1", "text": "a"}\n', (1, "not a training row: it has ['_id', 'text']", "of a BEIR folder give the folder")),
+    "surrogate in lang": ('{"query": "q", "pos": ["p"], "neg": [], "lang": "\\ud83d"}\n', (1, "field 'lang' has a lone surrogate")),
     "labelled texts": ('{"text": "a", "label": "b"}\n', (1, "not a training row")),
     "AutoModel": ('{"corpus": [{"path": "c"}], "data": []}\n', (1, "not a training row")),
     "MS MARCO": ("1185869\twhat is x\t7067032\tpassage\n", (1, "not JSON lines but tab-separated columns (TSV)", '{"query": "...", "pos": ["..."], "neg": []}')),
@@ -162,6 +164,10 @@ BEIR = {
     "blank end": ({"qrels": QRELS + "\n"}, "test.tsv:4", ["blank line: remove it"]),
     "pair twice": ({"qrels": H + "q1\td1\t1\nq1\td1\t1\nq2\td2\t1\n"}, "test.tsv:3", ["pair 'q1', 'd1' is already on line 2: keep one"]),
     "float score": ({"qrels": H + "q1\td1\t1.0\nq2\td2\t1.0\n"}, OK, []),
+    "JSON judgements": ({"qrels": '{"query-id": "q1", "corpus-id": "d1", "score": 1}\n'}, "test.tsv:1", ["JSON: judgements are lines query-id<TAB>corpus-id<TAB>score"]),
+    "UTF-16 judgements": ({"qrels": "q\0001\000\t\000d\0001\000\t\0001\000\n\000"}, "test.tsv:1", ["not tab-separated text but UTF-16 text"]),
+    "Parquet judgements": ({"qrels": "PAR1\x15\x04\n"}, "test.tsv:1", ["not tab-separated text but a Parquet file"]),
+    "surrogate in lang": ({"queries": QUERIES.replace("}", ', "lang": "\\ud83d"}', 1)}, "queries.jsonl:1", ["field 'lang' has a lone surrogate"]),
     "half a score": ({"qrels": H + "q1\td1\t0.5\n"}, "test.tsv:2", ["score must be a whole number, got '0.5'"]),
     "graded": ({"qrels": H + "q1\td1\t3\nq1\td2\t1\nq2\td2\t2\n"}, {"q1": {"d1": 3, "d2": 1}, "q2": {"d2": 2}}, []),
     "judged irrelevant": ({"qrels": H + "q1\td1\t1\nq1\td2\t0\nq2\td2\t2\nq2\td3\t-1\n"}, {"q1": {"d1": 1, "d2": 0}, "q2": {"d2": 2, "d3": -1}}, []),
@@ -311,6 +317,14 @@ def test_all_bad_lines_of_all_sources_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"later\.jsonl does not exist"):  # said before a line is read
         check_sources([*sources, DatasetConfig(path=str(tmp_path / "later.jsonl"))])
     assert check_sources(sources[:1]).lines() == []
+    nulls = CORPUS.replace('"T1"', "null").replace('"title": ""', '"title": null')
+    twice = write(tmp_path / "twice", {"corpus": nulls.replace('"_id": "d2"', '"id": "d2"') + "{}\n" * 8})
+    (twice / "qrels" / "dev.tsv").write_text(QRELS)
+    splits = [DatasetConfig(path=str(twice), split=split) for split in ("test", "dev", "test")]
+    with pytest.raises(DataError, match=r"\n9 bad lines in all$"):  # of one corpus, which is read three times
+        check_sources(splits)
+    (twice / "corpus.jsonl").write_text(nulls)
+    assert list(check_sources(splits).counts.values()) == [2]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])

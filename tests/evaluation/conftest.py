@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from toy_evaluation import WORDS, word_tokenizer, write_beir
 
-from nemo_embed_core.checkpoint.source import Prompts, Usage
+from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.config import EvaluateConfig, ModelConfig
 from nemo_embed_core.export.folder import write_folder
 from nemo_embed_core.export.verify import expected_tensors
@@ -26,8 +26,12 @@ def ours(tmp_path_factory) -> Path:
     model = ModelConfig(vocab_size=len(WORDS), num_attention_heads=2, num_key_value_heads=1, **shape)
     config = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     files = {"tokenizer.json": word_tokenizer().to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
-    usage = Usage(prompts={"query": Prompts("query: ")}, query_max_length=64, document_max_length=64)
+    usage = Usage(query_max_length=64, document_max_length=64)
     write_folder(folder, model, "float32", files, usage=usage, card={})
+    # As exports were before they said more of themselves, and as others write them.
+    settings = {"prompts": {"query": "query: ", "document": ""}, "similarity_fn_name": "cosine"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64, "do_lower_case": False}))
     generator = torch.Generator().manual_seed(0)
     shapes = expected_tensors(json.loads((folder / "config.json").read_text()))
     weights = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +14,10 @@ from typing import Any
 import pytest
 from toy_evaluation import copied, write_beir
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.config import EvaluateConfig, UserError
 from nemo_embed_core.evaluation.retrieval import METRICS, mteb_imported
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def figures(entry: Mapping[str, Any]) -> list[float]:
@@ -63,7 +68,7 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
         ours,
         tmp_path / "other",
         "config_sentence_transformers.json",
-        prompts={"query": "query: ", "document": "w3 ", "other": "w5 w6 "},
+        prompts={"query": "query: ", "document": "w3 ", "other": "w5 w6 ", "other-document": "w7 "},
         nemo_embed_core=...,  # else it is a folder of ours that was edited, which is refused
     )
     options = {"models": [str(other)], "data": str(beir)}
@@ -85,7 +90,7 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
     assert "; overridden: task, document_task, query_max_length, document_max_length" in capsys.readouterr().out
     assert figures(changed) != figures(entry)
     named = launcher.run(tmp_path / "c.json", **options, prompt_name="other")[str(other)]
-    assert named["prompts"] == {"query": "w5 w6 ", "document": "w3 "} and figures(named) != figures(entry)
+    assert named["prompts"] == {"query": "w5 w6 ", "document": "w7 "} and figures(named) != figures(entry)
     assert named["overridden"] == {"prompt_name": "other"}
     same = launcher.run(tmp_path / "d.json", **options, query_max_length=64)[str(other)]
     assert same["overridden"] == {} and figures(same) == figures(entry)
@@ -161,3 +166,200 @@ def test_figures_are_mtebs_own(launcher, ours, static, tmp_path, shape):
             expected = mteb_figures(Path(model), task, corpus, QUERIES, qrels)
             assert figures(report[model]) == pytest.approx(expected, abs=1e-6), (model, task)
             assert 0 < expected[0] < 1, "a case that tells nothing"
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
+def test_a_folder_is_compared_by_its_own_similarity(launcher, ours, static, beir, tmp_path, name):
+    """Ours without Normalize is a Llama with vectors of any length, static ones have any length too."""
+    settings = "config_sentence_transformers.json"
+    foreign = copied(static, tmp_path / "static", settings, similarity_fn_name=name)
+    plain = copied(ours, tmp_path / "plain", settings, similarity_fn_name=name)
+    modules = json.loads((plain / "modules.json").read_text())
+    (plain / "modules.json").write_text(json.dumps(modules[:2]))
+    report = launcher.run(tmp_path / "report.json", models=[str(foreign), str(plain), str(ours)], data=str(beir))
+    corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    queries = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
+    judged = [(f"q{i}", f"d{i}", 1) for i in range(12)]
+    for model in (foreign, plain):
+        assert report[str(model)]["similarity"] == name
+        expected = mteb_figures(model, "SciFact", corpus, queries, judged)
+        assert figures(report[str(model)]) == pytest.approx(expected, abs=1e-6), model
+    assert (figures(report[str(plain)]) == figures(report[str(ours)])) == (name == "cosine"), "the lengths must matter"
+
+
+def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launcher, tmp_path, monkeypatch):
+    """No option says how to encode: prompts of both sides and lengths come from the run."""
+    from tiny import train_config
+
+    from nemo_embed_core.config import DatasetConfig
+    from nemo_embed_core.parallel.mesh import distributed
+    from nemo_embed_core.train.trainer import Trainer, prepare
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config = train_config(tmp_path, steps=1)
+    dataset = DatasetConfig(
+        path=str(tmp_path / "train.jsonl"), task="find the row", document_task="name what it is about"
+    )
+    lengths = {"query_max_length": 40, "document_max_length": 40}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=[dataset], **lengths))
+    with distributed(config.parallel, "cpu", config.model) as mesh:
+        Trainer(config, mesh, prepare(config), log=lambda message: None).run()
+    export = tmp_path / "export"
+    spec = importlib.util.spec_from_file_location("launch_merge", ROOT / "launch" / "merge.py")
+    merge = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(merge)
+    monkeypatch.setattr(merge, "check", lambda *_, **__: None)  # it takes a process; here the figures are the proof
+    monkeypatch.setattr(sys, "argv", ["merge.py", config.output_dir, "-o", str(export)])
+    merge.main()
+
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    # One text has more than 40 tokens with its instruction on each side.
+    corpus = [{"_id": f"d{i}", "text": row["pos"][0] + " moon llama" * (10 * (i == 5))} for i, row in enumerate(rows)]
+    queries = [{"_id": f"q{i}", "text": row["query"] + " river" * (20 * (i == 7))} for i, row in enumerate(rows)]
+    judged = [(f"q{i}", f"d{i}", 1) for i in range(len(rows))]
+    data = write_beir(tmp_path / "beir", corpus, queries, judged)
+    report = launcher.run(tmp_path / "report.json", models=[config.output_dir, str(export)], data=str(data))
+    own, merged = report.values()
+    assert own["prompts"] == merged["prompts"] == {
+        "query": "Instruct: find the row\nQuery: ", "document": "Instruct: name what it is about\nQuery: "
+    }  # fmt: skip
+    for entry in (own, merged):
+        assert (entry["query_max_length"], entry["document_max_length"]) == (40, 40) and not entry["overridden"]
+        assert entry["truncated"]["query"] > 0 and entry["truncated"]["document"] > 0
+    expected = mteb_figures(export, "SciFact", corpus, queries, judged)
+    for found in (own, merged):
+        assert figures(found) == pytest.approx(expected, abs=1e-6)
+    without = launcher.run(
+        tmp_path / "other.json",
+        models=[config.output_dir],
+        data=str(data),
+        task="",
+        document_task="",
+        query_max_length=512,
+    )
+    assert figures(without[config.output_dir]) != figures(own), "instructions and lengths must matter"
+
+
+# ------------------------------------------------------------------------------------------ before any text is encoded
+
+
+class Encoded(AssertionError):
+    pass
+
+
+@pytest.fixture
+def nothing_is_encoded(monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Encoded
+
+    monkeypatch.setattr("nemo_embed_core.embedder.Embedder.encode", refuse)
+    monkeypatch.setattr("nemo_embed_core.evaluation.encoders.SentenceTransformerEncoder.encode", refuse)
+
+
+def broken(ours: Path, static: Path, target: Path, what: str) -> Path:
+    """A folder that cannot be evaluated."""
+    settings = "config_sentence_transformers.json"
+    if what == "no tokenizer":
+        (copied(ours, target) / "tokenizer.json").unlink()
+    elif what == "no weights":
+        (copied(ours, target) / "model.safetensors").unlink()
+    elif what == "unknown similarity":
+        copied(static, target, settings, similarity_fn_name="maxsim")
+    elif what == "unknown module":
+        target.mkdir()
+        (target / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]')
+    elif what == "embeddings":
+        target.mkdir()
+        (target / "documents.npy").write_bytes(b"")
+    elif what in ("long prompt", "long document prompt"):
+        prompts = (
+            {"query": "w1 " * 63, "document": ""} if what == "long prompt" else {"query": "", "document": "w1 " * 70}
+        )
+        copied(ours, target, settings, prompts=prompts)
+    elif what == "long prompt, foreign":
+        copied(ours, target, settings, prompts={"query": "w1 " * 63, "document": ""}, similarity_fn_name="dot")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("nothing", r"nothing is not a folder.*only model without a folder is \"bm25\""),
+        ("no tokenizer", "tokenizer"),
+        ("no weights", "safetensors"),
+        ("unknown similarity", "similarity_fn_name"),
+        ("unknown module", "unknown module.* does not load in sentence-transformers"),
+        ("embeddings", "embeddings"),
+        ("long prompt", r"long prompt: query_max_length=64 tokens leaves no room for text: .* alone has 64"),
+        ("long document prompt", r"long document prompt: document_max_length=64 .* alone has 71"),
+        ("long prompt, foreign", r"foreign: query_max_length=64 .* alone has 64; the folder takes no more"),
+    ],
+)
+def test_a_broken_model_is_found_before_the_first_text_is_encoded(
+    launcher, ours, static, beir, tmp_path, nothing_is_encoded, what, message
+):
+    models = [str(ours), str(broken(ours, static, tmp_path / what, what))]
+    with pytest.raises(UserError, match=message):
+        launcher.run(tmp_path / "report.json", models=models, data=str(beir))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ["bm25", "bm25"]}, "names one twice"),
+        ({"models": []}, "no models"),
+        ({"split": "validation"}, "validation"),
+        ({"output": "."}, "output . is a folder"),
+        ({"output": "/proc/nowhere/report.json"}, "output /proc/nowhere/report.json cannot be written"),
+        ({"task": "w1 " * 70}, "query_max_length=64 tokens leaves no room for text"),
+        ({"query_max_length": 5}, "query_max_length=5 tokens leaves no room for text"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_first_text_is_encoded(
+    launcher, ours, beir, nothing_is_encoded, options, message
+):
+    with pytest.raises(UserError, match=message):
+        launcher.evaluate(EvaluateConfig(**{"models": [str(ours)], "data": str(beir), "device": "cpu", **options}))
+    with pytest.raises(UserError, match="query_max_length=0 must be at least 1"):
+        EvaluateConfig(data=str(beir), query_max_length=0)
+
+
+# ------------------------------------------------------------------------------------------ what is said of the data
+
+
+def test_a_query_that_is_its_own_document_is_warned_about_and_left_out_when_told_to(launcher, tmp_path, capsys):
+    """ArguAna and Quora: the first of every ranking is the query itself, the answer is the second."""
+    words = [[f"w{(7 * i + j * j) % 97}" for j in range(12)] for i in range(20)]
+    corpus = [{"_id": f"a{i}", "text": " ".join(row)} for i, row in enumerate(words)]
+    answers = [{"_id": f"a{i}-con", "text": " ".join([*row[:6], "but", "not"])} for i, row in enumerate(words)]
+    data = write_beir(tmp_path / "beir", [*corpus, *answers], corpus, [(f"a{i}", f"a{i}-con", 1) for i in range(20)])
+    options = {"models": ["bm25"], "data": str(data)}
+    entry = launcher.run(tmp_path / "a.json", **options)["bm25"]
+    assert entry["ndcg_at_10"] == pytest.approx(1 / math.log2(3), abs=1e-4) and entry["mrr_at_10"] == 0.5
+    assert entry["data"]["identical_ids"] == 20 and entry["data"]["ignore_identical_ids"] is False
+    said = capsys.readouterr().out
+    assert (
+        "warning: 20 of 20 queries have the id of a document, 20 of them are in its text, 0 judge it relevant" in said
+    )
+    assert "--ignore_identical_ids true" in said
+    entry = launcher.run(tmp_path / "b.json", **options, ignore_identical_ids=True)["bm25"]
+    assert figures(entry) == [1.0, 1.0, 1.0] and entry["data"]["ignore_identical_ids"] is True
+    said = capsys.readouterr().out
+    assert "warning" not in said and "20 of 20 queries have the id of a document" in said
+
+
+def test_max_queries_is_a_sample_by_its_seed(launcher, beir, tmp_path, capsys):
+    def ids(seed: int, count: int = 6) -> tuple[dict[str, int], list[float]]:
+        entry = launcher.run(tmp_path / "r.json", models=["bm25"], data=str(beir), max_queries=count, seed=seed)["bm25"]
+        assert (entry["data"]["queries"], entry["data"]["queries_of_the_split"]) == (min(count, 12), 12)
+        assert entry["data"]["seed"] == (seed if count < 12 else None)
+        return entry["data"]["languages"], figures(entry)
+
+    # The file has nine in German, then three in English: its first six are German.
+    assert any("en" in ids(seed)[0] for seed in range(3))
+    assert ids(1) == ids(1) and len({str(ids(seed)) for seed in range(6)}) > 1
+    capsys.readouterr()
+    assert ids(3)[0].keys() <= {"de", "en"} and sum(ids(3)[0].values()) == 6
+    assert capsys.readouterr().out.startswith("6 queries of split test, a sample of 12 (seed 3), 20 documents")
+    assert ids(0, count=99)[0] == {"de": 9, "en": 3}

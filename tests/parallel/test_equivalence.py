@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,8 @@ def plain_process(config: TrainConfig, dtype: str, model: ModelConfig, steps: in
     torch.set_default_dtype(DTYPES[dtype])
     try:
         store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
-        sampler = Sampler(len(store), config.global_batch_size, config.seed)
+        rows = np.array([r for r in range(len(store)) if config.loss.in_batch != "none" or len(store.negatives(r))])
+        sampler = Sampler(rows, config.global_batch_size, config.seed)
         known = what_each_row_knows(Path(config.output_dir).parent, config)
         encoder = Encoder(model, TensorParallel(), reference_attention)
         fill(encoder, RandomReader(model, config.seed), model)

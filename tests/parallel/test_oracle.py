@@ -164,7 +164,8 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
 def batches(config: TrainConfig) -> list[Batch]:
     """What the data pipeline hands to each step; the choice of rows and documents is the sampler's, whose tests are its own."""
     store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
-    sampler = Sampler(len(store), config.global_batch_size, config.seed)
+    all_rows = [row for row in range(len(store)) if config.loss.in_batch != "none" or len(store.negatives(row))]
+    sampler = Sampler(np.array(all_rows), config.global_batch_size, config.seed)
     out = []
     for step in range(config.steps):
         rows = sampler.rows(step)
@@ -202,6 +203,9 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
         zip(got["records"], got["gradients"], want["steps"], strict=True)
     ):
         where = f"step {number} of {shown}"
+        if step.norm < 1e-10 and case["dtype"] == "fp64":  # every row is learnt: what is left is rounding on both sides
+            assert record["loss"] < 1e-10 and record["grad_norm"] < 1e-10, where
+            continue
         assert abs(record["loss"] / step.losses.mean().item() - 1) < tolerance[0], f"{where}: loss"
         assert abs(record["grad_norm"] / step.norm - 1) < tolerance[0], f"{where}: gradient norm"
         if case["loss"]["in_batch"] == "none":  # else only candidates of the same micro-batch are looked at

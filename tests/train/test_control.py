@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from crash import Answer, Worker, config_for, final_state, ledger_of
+from tiny import DRAWN
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.data.sampler import Sampler
@@ -163,7 +164,7 @@ def test_a_nan_of_one_rank_is_refused_by_all_before_the_optimizer(tmp_path: Path
         assert "weights and moments as before: True" in text
     assert "error: step 5: loss" in answer.stderr[0] and "weights are those of step 4" in answer.stderr[0]
     named = [int(row) for row in re.search(r"rows of the step: \[([^]]*)\]", answer.stderr[0])[1].split(", ")]
-    assert named == Sampler(61, 16, 0).rows(4).tolist()
+    assert named == Sampler(DRAWN, 16, 0).rows(4).tolist()
     bad = re.search(r"rows with a non-finite loss: \[([^]]*)\]", answer.stderr[0])
     if kind == "nan gradient":
         assert bad is None and "every loss is finite, a gradient is not" in answer.stderr[0]
@@ -204,7 +205,7 @@ def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(tmp_path: Path, wor
     spike = {"plant": "spike", "plant_step": 22, "plant_ranks": [0]}
     answer = worker.train(config, **spike)
     assert answer.codes == [0]
-    rows = Sampler(61, 4, 0).rows(22).tolist()
+    rows = Sampler(DRAWN, 4, 0).rows(22).tolist()
     found = re.search(
         r"WARNING: step 23: loss \S+ is (\S+) standard deviations above .* its update is skipped", answer.stderr[0]
     )

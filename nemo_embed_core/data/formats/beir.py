@@ -17,6 +17,7 @@ from nemo_embed_core.data.formats.ours import Row
 from nemo_embed_core.data.lines import (
     NOISE,
     Findings,
+    binary_format,
     check_id,
     check_unicode,
     decode,
@@ -72,9 +73,9 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
 
     pos: documents with a score above 0. neg: the others, which somebody judged not to answer the query.
     """
-    before, num_rows = findings.num_bad, 0
+    before, num_rows = findings.num_met, 0
     s = _read_split(folder, split, on_missing, findings, whole=False)
-    if findings.num_bad > before:
+    if findings.num_met > before:
         return  # the rows that are left would be wrong: a text behind a bad line seems not to exist
     for qid, scores in s.qrels.items():
         line = s.lines[qid, next(iter(scores))]
@@ -107,7 +108,7 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
         yield Row(
             query, list(pos.values()), list(neg.values()), str(s.file), line, lang, qid, "", list(pos), list(neg)
         )  # fmt: skip
-    if not num_rows and findings.num_bad == before:
+    if not num_rows and findings.num_met == before:
         findings.bad(
             s.file, 1, "no row is left: no judgement has a query, and a document with a score above 0, that exist"
         )
@@ -122,14 +123,14 @@ def has_irrelevant(folder: Path, split: str) -> bool:
 def _read_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings, whole: bool) -> _Split:
     """whole: also the texts of documents that the split does not judge."""
     corpus_file, queries_file, file = beir_files(folder, split)
-    before = findings.num_bad
+    before = findings.num_met
     qrels, lines = _read_qrels(file, findings)
     judged = {doc for scores in qrels.values() for doc in scores}
     languages: dict[str, str] = {}
     queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages)
     corpus = _read_texts(corpus_file, judged.__contains__ if not whole else lambda _: True, on_missing, findings)
     whole_split = _Split(file, qrels, lines, queries, corpus, languages)
-    if findings.num_bad == before:  # a text behind a bad line seems not to exist
+    if findings.num_met == before:  # a text behind a bad line seems not to exist
         _check_dangling(whole_split, on_missing, findings, "kept, as nothing can find them" if whole else "left out")
     return whole_split
 
@@ -190,14 +191,15 @@ def _read_texts(
             if key in texts:
                 first = lines[list(texts).index(key)]
                 raise ValueError(f"_id {short(key)} is already the _id of line {first}: make ids unique")
+            if languages is not None and isinstance(lang := row.get("lang"), str) and keep(key):
+                check_unicode(lang, "lang")
+                languages[key] = lang
             text = document_text(row, kind, on_missing, findings, path, line)
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
         lines.append(line)
         texts.indices[key] = texts.texts.append(text) if text and keep(key) else nothing
-        if languages is not None and keep(key) and isinstance(lang := row.get("lang"), str):
-            languages[key] = lang
     return texts
 
 
@@ -273,7 +275,7 @@ def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int
     qrels: dict[str, dict[str, int]] = {}
     lines: dict[tuple[str, str], int] = {}
     columns: _Columns | None = None
-    before = findings.num_bad
+    before = findings.num_met
     for line, raw in raw_lines(path, findings):
         try:
             text = decode(raw).rstrip("\r\n")
@@ -296,19 +298,22 @@ def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int
             if (qid, doc) in lines:
                 raise ValueError(f"pair {short(qid)}, {short(doc)} is already on line {lines[qid, doc]}: keep one")
         except ValueError as error:
-            findings.bad(path, line, str(error))
+            other = binary_format(raw) if line == 1 else None
+            findings.bad(path, line, f"not tab-separated text but {other}" if other else str(error))
             if columns is None:
                 break  # every other line would be as bad
             continue
         lines[qid, doc] = line
         qrels.setdefault(qid, {})[doc] = int(float(score))
-    if not qrels and findings.num_bad == before:
+    if not qrels and findings.num_met == before:
         findings.bad(path, 1, f"no judgements: a header line and at least one {QRELS}")
     return qrels, lines
 
 
 def _columns(text: str) -> tuple[_Columns, list[str]]:
     """What line 1 says about the columns, and what has to be said about that."""
+    if text.startswith(("{", "[")):
+        raise ValueError(f"JSON: judgements are lines {QRELS}")
     separator = "\t" if "\t" in text else None
     cells = text.split(separator)
     names = [cell.strip().strip('"').lower().replace("_", "-") for cell in cells]

@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_embed_core.data.lines import NOISE, Findings, check_id, check_text, is_noise, json_lines, short, type_name
+from nemo_embed_core.data.lines import (
+    NOISE,
+    Findings,
+    check_id,
+    check_text,
+    check_unicode,
+    is_noise,
+    json_lines,
+    short,
+    type_name,
+)
 
 
 class Row(NamedTuple):
@@ -30,6 +40,7 @@ REQUIRED = ("query", "pos", "neg")
 OPTIONAL = ("pos_scores", "neg_scores", "id", "lang", "group", "pos_ids", "neg_ids")
 ALLOWED = frozenset(REQUIRED + OPTIONAL)
 HINTS = {
+    "_id": "of a BEIR folder give the folder",
     "prompt": "set the instruction with the dataset's task option",
     "label": "a class label is called group",
     "score": "scores are pos_scores and neg_scores, one for each text",
@@ -60,12 +71,12 @@ def jsonl_rows(path: Path, findings: Findings) -> Iterator[Row]:
 def _row(row: dict[str, Any], path: str, line: int) -> Row:
     unknown = sorted(row.keys() - ALLOWED)
     missing = [field for field in REQUIRED if field not in row]
+    hint = "".join(f"; {HINTS[field]}" for field in unknown if field in HINTS)
     if unknown and missing:
         raise ValueError(
-            f"not a training row: it has {short(unknown)} and no {', '.join(missing)}; write rows like {EXAMPLE}"
+            f"not a training row: it has {short(unknown)} and no {', '.join(missing)}; write rows like {EXAMPLE}{hint}"
         )
     if unknown:
-        hint = "".join(f"; {HINTS[field]}" for field in unknown if field in HINTS)
         raise ValueError(
             f"unknown fields {short(unknown)}: remove them (allowed: {', '.join(REQUIRED + OPTIONAL)}){hint}"
         )
@@ -88,6 +99,7 @@ def _row(row: dict[str, Any], path: str, line: int) -> Row:
     lang = row.get("lang", "")
     if not isinstance(lang, str):
         raise ValueError(f"field 'lang' must be a string such as \"de\", got {type_name(lang)}")
+    check_unicode(lang, "lang")
     key, group = (check_id(row[field], field) if field in row else "" for field in ("id", "group"))
     pos_ids, neg_ids = _document_ids(row, "pos_ids", len(pos)), _document_ids(row, "neg_ids", len(neg))
     return Row(query, pos, neg, path, line, lang, key, group, pos_ids, neg_ids)

@@ -1,0 +1,134 @@
+"""Which rows of a store a run draws from, and how long their documents are: decided once, before the first step.
+
+population(store, config, in_batch) -> rows [n], and the store's document_lengths shortened where config.on_long_row says so
+
+The longest draw of a row is its query, its longest positive and its num_hard_negatives longest negatives: where that fits into
+max_tokens every draw of every epoch does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemo_embed_core.config import DataConfig, UserError
+from nemo_embed_core.data.store import Store
+
+NAMED = 20  # rows that an error names
+MIN_LENGTH = 16  # tokens that on_long_row=truncate leaves of a document at least
+
+
+@dataclass(frozen=True)
+class Population:
+    """rows [n] int64, ascending: what the sampler permutes. digest: "" for all rows as they are in the store."""
+
+    rows: np.ndarray
+    digest: str
+
+
+def population(
+    store: Store, config: DataConfig, in_batch: str, pad_to_multiple: int = 1, log: Callable[[str], None] = print
+) -> Population:
+    """UserError with path:line of the rows that do not fit (on_long_row=error), or when no row is left.
+
+    pad_to_multiple: tensor-parallel ranks, which take equal slices of a micro-batch.
+    """
+    rows = np.arange(len(store))
+    if in_batch == "none":
+        lone = np.diff(store.negative_offsets) == 0
+        if lone.all():
+            raise UserError(
+                f"no negatives: none of the {len(store)} rows has a hard negative and loss.in_batch=none, so every loss "
+                "is 0; mine negatives first (launch/mine.py) or set loss.in_batch=positives"
+            )
+        if lone.any():
+            log(
+                f"WARNING: {lone.sum():,} of {len(store):,} rows have no negative and loss.in_batch=none: their loss would be "
+                f"0, they are left out (first: {_named(store, np.flatnonzero(lone)[:3])}); mine negatives for them or set "
+                "loss.in_batch=positives"
+            )
+            rows = np.flatnonzero(~lone)
+    room = config.max_tokens // pad_to_multiple * pad_to_multiple
+    tokens_R = longest_draws(store, config.num_hard_negatives)
+    long = rows[tokens_R[rows] > room]
+    shortened: dict[int, int] = {}
+    if len(long):
+        what = f"{len(long):,} of {len(rows):,} rows can have more than data.max_tokens={config.max_tokens} tokens"
+        if config.on_long_row == "error":
+            names = "".join(f"\n  {store.where(row)}: {tokens_R[row]} tokens" for row in long[:NAMED].tolist())
+            raise UserError(
+                f"{what}, the query with its longest positive and {config.num_hard_negatives} longest negatives:{names}"
+                f"{f'{chr(10)}  and {len(long) - NAMED:,} more' if len(long) > NAMED else ''}\n"
+                f"raise data.max_tokens to at least {-(-int(tokens_R[long].max()) // pad_to_multiple) * pad_to_multiple}, lower "
+                "data.document_max_length or data.num_hard_negatives, or set data.on_long_row to drop or truncate"
+            )
+        where = _named(store, long[:3])
+        if config.on_long_row == "drop":
+            log(f"WARNING: {what}: left out, as data.on_long_row=drop says (first: {where})")
+            rows = np.setdiff1d(rows, long)
+            if not len(rows):
+                raise UserError(f"{what}: data.on_long_row=drop leaves none; raise data.max_tokens")
+        else:
+            shortened = _shorten(store, long, config.num_hard_negatives, room)
+            log(
+                f"WARNING: {what}: their {len(shortened):,} longest documents are shortened to fit, as "
+                f"data.on_long_row=truncate says (first: {where})"
+            )
+    if len(rows) == len(store) and not shortened:
+        return Population(rows, "")
+    content = np.concatenate([rows, np.array(sorted(shortened.items()), np.int64).reshape(-1)])
+    return Population(rows, hashlib.sha256(content.astype("<i8").tobytes()).hexdigest())
+
+
+def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:
+    """int64 [rows]: tokens of each query, its longest positive and its num_hard_negatives longest negatives."""
+    positive_lengths = store.document_lengths[store.positive_ids].astype(np.int64)
+    tokens_R = store.query_lengths + np.maximum.reduceat(positive_lengths, store.positive_offsets[:-1])
+    counts_R = np.diff(store.negative_offsets)
+    if not len(store.negative_ids) or not num_hard_negatives:
+        return tokens_R
+    lengths_N = store.document_lengths[store.negative_ids].astype(np.int64)
+    if counts_R.max() > num_hard_negatives:
+        row_N = np.repeat(np.arange(len(store)), counts_R)
+        order = np.lexsort((-lengths_N, row_N))
+        place_N = np.arange(len(order)) - store.negative_offsets[row_N]  # within the row: rows keep their places
+        lengths_N = np.where(place_N < num_hard_negatives, lengths_N[order], 0)
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
+    return tokens_R + sums[store.negative_offsets[1:]] - sums[store.negative_offsets[:-1]]
+
+
+def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int) -> dict[int, int]:
+    """Caps the documents of each long row at the largest length with which its longest draw fits: {document: tokens}.
+
+    A document has one length in all rows and epochs, so that it is encoded once and a run can be resumed.
+    """
+    shortened: dict[int, int] = {}
+    for row in long.tolist():
+        positives, negatives = store.positives(row), store.negatives(row)
+
+        def longest(cap: int, positives: np.ndarray = positives, negatives: np.ndarray = negatives) -> int:
+            most = np.sort(np.minimum(store.document_lengths[negatives], cap))[::-1][:num_hard_negatives]
+            return int(np.minimum(store.document_lengths[positives], cap).max()) + int(most.sum())
+
+        budget = room - int(store.query_lengths[row])
+        low, high = 0, room  # longest(low) fits, longest(high + 1) need not
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if longest(middle) <= budget else (low, middle - 1)
+        if low < MIN_LENGTH:
+            raise UserError(
+                f"{store.where(row)}: the query of {store.query_lengths[row]} tokens leaves {max(0, budget)} of "
+                f"data.max_tokens for its documents, {low} tokens for each: too few to shorten them to; raise data.max_tokens "
+                "or set data.on_long_row=drop"
+            )
+        for doc_id in {*positives.tolist(), *negatives.tolist()}:
+            if store.document_lengths[doc_id] > low:
+                store.document_lengths[doc_id] = shortened[doc_id] = low
+    return shortened
+
+
+def _named(store: Store, rows: np.ndarray) -> str:
+    return ", ".join(store.where(row) for row in rows.tolist())

@@ -1,0 +1,137 @@
+"""Rows that cannot be packed or have no candidate are found at the start; what is drawn is bounded for every epoch."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nemo_embed_core.config import DataConfig, DatasetConfig, UserError
+from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.packing import load_batch
+from nemo_embed_core.data.population import longest_draws, population
+from nemo_embed_core.data.sampler import Sampler, choose_documents
+
+
+def words(count: int, seed: int) -> str:
+    return " ".join(f"w{(seed * 7 + i) % 97}" for i in range(count))
+
+
+ROWS = [
+    {"query": f"question number {i}", "pos": [words(5, i), words(30 if i == 3 else 6, i + 1)],
+     "neg": [words(4 + (i * j) % 9 + (40 if (i, j) in ((5, 2), (9, 0), (9, 4)) else 0), i + j + 50) for j in range(i % 6)]}
+    for i in range(12)
+]  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path) -> DataConfig:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return DataConfig(
+        datasets=[DatasetConfig(path=str(path), task="Find")], cache_dir=str(tmp_path / "cache"),
+        query_max_length=64, document_max_length=256, num_hard_negatives=2, max_tokens=180,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def store(config, tokenizer):
+    return open_store(config, tokenizer, log=lambda message: None)
+
+
+def draws(store, K, epochs=40):
+    rows = np.arange(len(store))
+    for epoch in range(epochs):
+        documents = choose_documents(store, rows, np.full(len(rows), epoch), K, seed=1)
+        yield store.query_lengths + np.where(documents >= 0, store.document_lengths[documents], 0).sum(1)
+
+
+@pytest.mark.parametrize("K", [0, 1, 2, 4, 9])
+def test_the_bound_is_the_longest_draw(store, K):
+    bound = longest_draws(store, K)
+    seen = np.max(list(draws(store, K)), axis=0)
+    assert (seen <= bound).all() and (seen == bound).sum() >= 10
+    for row in range(len(store)):
+        negatives = sorted(store.document_lengths[store.negatives(row)], reverse=True)[:K]
+        assert bound[row] == store.query_lengths[row] + store.document_lengths[store.positives(row)].max() + sum(
+            negatives
+        )
+
+
+def test_long_rows_are_named_before_the_first_step(store, config):
+    long = np.flatnonzero(longest_draws(store, 2) > 180).tolist()
+    assert 9 in long and 0 < len(long) < 6
+    with pytest.raises(UserError) as caught:
+        population(store, config, "positives")
+    message = str(caught.value)
+    for row in long:
+        assert f"rows.jsonl:{row + 1}: {longest_draws(store, 2)[row]} tokens" in message
+    assert f"{len(long)} of 12 rows" in message and f"at least {longest_draws(store, 2).max()}" in message
+    everything = population(store, replace(config, max_tokens=int(longest_draws(store, 2).max())), "positives")
+    assert everything.rows.tolist() == list(range(12)) and everything.digest == ""
+    with pytest.raises(UserError, match="can have more than"):  # equal slices for 7 ranks: fewer tokens fit
+        population(store, replace(config, max_tokens=int(longest_draws(store, 2).max())), "positives", 7)
+
+
+def test_drop_leaves_long_rows_out_of_every_epoch(store, config):
+    lines: list[str] = []
+    config = replace(config, on_long_row="drop")
+    drawn = population(store, config, "positives", log=lines.append)
+    long = np.flatnonzero(longest_draws(store, 2) > 180)
+    assert drawn.rows.tolist() == sorted(set(range(12)) - set(long.tolist()))
+    assert f"{len(long)} of 12 rows" in lines[0] and f"rows.jsonl:{long[0] + 1}" in lines[0]
+    sampler = Sampler(drawn.rows, 3, seed=5)
+    n = len(drawn.rows)
+    for epoch in range(3):  # exact epochs of the rows that are left
+        stream = np.concatenate([sampler.rows(step) for step in range(n)])[epoch * n : (epoch + 1) * n]
+        assert sorted(stream.tolist()) == drawn.rows.tolist()
+    for step in range(30):
+        load_batch(store, sampler, step, 0, 1, config, seed=5)
+    with pytest.raises(UserError, match="leaves none"):
+        population(store, replace(config, max_tokens=20), "positives", log=lines.append)
+
+
+def test_truncate_makes_every_draw_fit_and_takes_no_more_than_needed(store, config):
+    before = store.document_lengths.copy()
+    bound = longest_draws(store, 2)
+    lines: list[str] = []
+    drawn = population(store, replace(config, on_long_row="truncate"), "positives", log=lines.append)
+    assert drawn.rows.tolist() == list(range(12)) and drawn.digest
+    after = longest_draws(store, 2)
+    assert after.max() <= 180 and max(np.max(list(draws(store, 2)), axis=0)) <= 180
+    shorter = np.flatnonzero(store.document_lengths < before)
+    assert f"{len(shorter)} longest documents" in lines[0]
+    long_rows = np.flatnonzero(bound > 180).tolist()
+    assert set(shorter.tolist()) <= {int(d) for r in long_rows for d in (*store.positives(r), *store.negatives(r))}
+    assert (after[long_rows] > 180 - 3).all(), "one token more for each document would not fit"
+    for doc in shorter.tolist():
+        whole = type(store)(store.folder).document_tokens(doc)
+        assert store.document_tokens(doc).tolist() == whole[: store.document_lengths[doc]].tolist()
+    again = type(store)(store.folder)
+    assert (
+        population(again, replace(config, on_long_row="truncate"), "positives", log=lines.append).digest == drawn.digest
+    )
+    assert (again.document_lengths == store.document_lengths).all()
+    with pytest.raises(UserError, match=r"rows\.jsonl:\d+: the query of .* too few to shorten them to"):
+        population(type(store)(store.folder), replace(config, on_long_row="truncate", max_tokens=45), "positives")
+
+
+def test_a_shortened_document_keeps_the_token_that_ends_it(store):
+    store.manifest["end_tokens"] = [2]
+    doc = int(store.document_lengths.argmax())
+    whole = store.document_tokens(doc).tolist()
+    store.document_lengths[doc] = 20
+    assert store.document_tokens(doc).tolist() == [*whole[:19], 2]
+    assert type(store)(store.folder).document_tokens(doc).tolist() == whole
+
+
+def test_rows_without_negatives_are_not_drawn_without_in_batch_negatives(store, config):
+    config = replace(config, max_tokens=9999)
+    lines: list[str] = []
+    drawn = population(store, config, "none", log=lines.append)
+    assert drawn.rows.tolist() == [i for i in range(12) if i % 6] and drawn.digest
+    assert "2 of 12 rows have no negative" in lines[0] and "rows.jsonl:1, " in lines[0] and "rows.jsonl:7)" in lines[0]
+    assert len(population(store, config, "positives").rows) == 12
+    store.negative_offsets = np.zeros(13, np.int64)
+    with pytest.raises(UserError, match="none of the 12 rows has a hard negative"):
+        population(store, config, "none")
