@@ -14,7 +14,7 @@ group; one that is the same as a positive once both are cut at the model's lengt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def mine_negatives(
     selection: Selection | None = None,
     sweep: Sequence[float] = (),
     known: Known | None = None,
-    excluded: Collection[bytes] = frozenset(),
+    excluded: Set[bytes] = frozenset(),
     keep_negatives: bool = False,
     negatives_are_judged: bool = False,
     rows_are_searched: bool = True,
@@ -164,12 +164,13 @@ def mine_negatives(
     if keep_negatives:
         scores, ids = judgements.before(scores, ids)
     settings = {
-        "models": described, "queries": len(table), "documents": pool.num_searched,
+        "models": described, "queries": len(table), "documents": pool.num_searched, "documents_encoded": len(pool.texts),
         "duplicates_removed": pool.counts["variants"], "documents_excluded": pool.counts["excluded"],
         "documents_without_content": pool.counts["without_content"], **asdict(selection),
         **{key: described[0][key] for key in ("query_max_length", "document_max_length", "dtype")},
         "topk": "csrc" if torch.device(device).type == "cuda" and kernel_is_available() else "torch",
         "storage": storage, "given_negatives": {**judgements.counts, "kept": keep_negatives},
+        "positives_excluded": table.num_excluded,
         "noise": table.noise | _same_when_cut(table, cuts),
     }  # fmt: skip
     report = build_report(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple, Protocol, overload
 
@@ -66,7 +66,7 @@ class Pool:
     own, since they may be positives whose scores are needed.
     """
 
-    def __init__(self, excluded: Collection[bytes] = frozenset()):
+    def __init__(self, excluded: Set[bytes] = frozenset()):
         self.excluded = excluded
         self.counts: Counter[str] = Counter()  # of texts set aside: variants, excluded, without_content
         self._store = Texts()
@@ -82,7 +82,7 @@ class Pool:
         self.num_searched = 0
 
     @classmethod
-    def build(cls, texts: Iterable[str], excluded: Collection[bytes] = frozenset()) -> Pool:
+    def build(cls, texts: Iterable[str], excluded: Set[bytes] = frozenset()) -> Pool:
         pool = cls(excluded)
         for text in texts:
             pool.add(text)
@@ -201,6 +201,7 @@ class Rows:
             ("duplicate_rows", "same_query_rows", "query_without_content", "document_without_content",
              "query_equals_positive", "query_equals_negative", "negative_equals_positive"), 0,
         )  # fmt: skip
+        self.num_excluded = 0  # rows with a positive that is excluded from the search
         self.known = known or Known()
         places = {"pos": array("q"), "neg": array("q")}
         ends = {"pos": array("q", [0]), "neg": array("q", [0])}
@@ -226,6 +227,7 @@ class Rows:
         query = normal_key(row.query)
         pos, neg = [normal_key(text) for text in row.pos], [normal_key(text) for text in row.neg]
         whole = hashlib.blake2b(b"|".join([query, *sorted(pos), b"-", *sorted(neg)]), digest_size=KEY).digest()
+        self.num_excluded += not self.pool.excluded.isdisjoint(pos)
         found = {
             "duplicate_rows": whole in seen,
             "same_query_rows": query in seen_queries,

@@ -157,6 +157,8 @@ def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> 
         f"  of {kept_out['sampled_queries']:,} queries looked at {kept_out['with_a_passage_above_the_ceiling']:,} have a "
         "passage at or above the ceiling that is no known positive: read `suspects` in the report"
     )
+    for line in _cautions(report):
+        log(f"  {line}")
     if report["trivial_negatives"]:
         log(
             f"  {report['trivial_negatives']:,} of {report['negatives']:,} negatives score no higher than a random pair"
@@ -173,6 +175,58 @@ def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> 
         for entry in report["sweep"]:
             margin = f"{entry['mean_margin']:>9.4f}" if entry["mean_margin"] is not None else f"{'-':>9}"
             _share_line(f"{entry['threshold']:g}", {**entry, "queries": total}, log, margin)
+
+
+NOISE = {
+    "duplicate_rows": "rows stand there twice, equal in normal form",
+    "same_query_rows": "rows have a query that an earlier row has; they share what is relevant",
+    "query_without_content": "queries have no content (white space, control characters, U+FFFD)",
+    "document_without_content": "rows have a document without content",
+    "query_equals_positive": "queries are equal to their positive",
+    "query_equals_negative": "queries are equal to a negative of their row",
+    "negative_equals_positive": "rows have a negative equal to a positive, in normal form",
+    "negative_equals_positive_when_cut": "rows have a negative equal to a positive, once both are cut",
+}
+NOISE_SHARE, CUT_SHARE = 0.01, 0.05  # of rows, and of texts: above these it is a warning
+
+
+def _cautions(report: dict[str, Any]) -> list[str]:
+    """What the data or the lengths do to the result: truncation, rows that teach nothing, given negatives, rounding."""
+    lines = []
+    for model in report["models"]:
+        for side, option in (("queries", "query_max_length"), ("documents", "document_max_length")):
+            count, total = model[f"{side}_truncated"], report["queries" if side == "queries" else "documents_encoded"]
+            if count is None:
+                lines.append(f"how many {side} were cut is not known: {model['name'] or 'the model'} does not say")
+            elif count:
+                warning = "warning: " if count > CUT_SHARE * total else ""
+                lines.append(
+                    f"{warning}{count / total:.1%} of the {side} are cut at {model[option]} tokens; --{option} sets it"
+                )
+        if same := model["documents_same_when_cut"]:
+            lines.append(
+                f"warning: {same:,} documents are the same as another one once they are cut at {model['document_max_length']} "
+                "tokens; where one is a positive none is a negative: raise --document_max_length"
+            )
+    for key, words in NOISE.items():
+        if count := report["noise"][key]:
+            warning = "warning: " if count > NOISE_SHARE * report["queries"] else ""
+            lines.append(f"{warning}{count:,} {words}")
+    if report["positives_excluded"]:
+        lines.append(f"warning: {report['positives_excluded']:,} rows have a positive that --exclude names: does the data leak?")
+    given = report["given_negatives"]
+    if given["given"]:
+        kept = "come first" if given["kept"] else "are replaced; --keep_negatives keeps them"
+        lines.append(
+            f"{given['given']:,} negatives were given and {kept}: {given['mined_again']:,} mined again, "
+            f"{given['at_or_above_the_ceiling']:,} at or above the ceiling, {given['known_to_be_relevant']:,} known to be relevant"
+        )
+    if near := report["storage"]["negatives_within_it"]:
+        lines.append(
+            f"{near:,} negatives are nearer to the ceiling than rounding to {report['storage']['dtype']} can move scores "
+            f"({report['storage']['score_error']:.1e}); --dtype float32 rounds nothing"
+        )
+    return lines
 
 
 def print_groups(title: str, groups: dict[str, dict[str, Any]], k: int, log: Callable[[str], None] = print) -> None:

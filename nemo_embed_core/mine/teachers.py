@@ -34,7 +34,10 @@ class AnyEncoder(Protocol):
 
     digest: str
 
-    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray: ...
+    # side: "query" or "document", for models that encode them with different modules
+    def encode(
+        self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
+    ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +60,20 @@ class Teacher:
     @classmethod
     def of_encoder(cls, encoder: AnyEncoder, similarity: Similarity = "cosine", **usage: Any) -> Teacher:
         """Its rows divided by their lengths (cosine), or as they are (dot)."""
-        return cls.of(_Rows(encoder, similarity), similarity=similarity, **usage)
+        queries, documents = (_Rows(encoder, similarity, side) for side in ("query", "document"))
+        return cls(queries=queries, documents=documents, similarity=similarity, **usage)
 
 
 class _Rows:
-    def __init__(self, encoder: AnyEncoder, similarity: Similarity):
-        self.encoder, self.similarity = encoder, similarity
+    def __init__(self, encoder: AnyEncoder, similarity: Similarity, side: str):
+        self.encoder, self.similarity, self.side = encoder, similarity, side
         self.digest = encoder.digest + ("" if similarity == "cosine" else f"-{similarity}")
         self.hidden_size = self.encode(["a"]).shape[1]
         if hasattr(encoder, "tokenize"):
             self.tokenize = encoder.tokenize
 
     def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
-        return _scaled(np.asarray(self.encoder.encode(texts, prompt, max_length), np.float32), self.similarity)
+        return _scaled(np.asarray(self.encoder.encode(texts, prompt, max_length, self.side), np.float32), self.similarity)
 
 
 def _scaled(rows: np.ndarray, similarity: Similarity) -> np.ndarray:

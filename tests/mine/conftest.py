@@ -29,7 +29,9 @@ class Miner:
         )
         write_tokenizer(folder / "tokenizer")
         write_rows(folder / "train.jsonl")
-        shape = [f"--model.{k}={getattr(MODEL, k)}" for k in ("vocab_size", "hidden_size", "intermediate_size")]
+        self.shape = shape = [
+            f"--model.{k}={getattr(MODEL, k)}" for k in ("vocab_size", "hidden_size", "intermediate_size")
+        ]
         shape += [f"--model.{k}={getattr(MODEL, k)}" for k in ("num_hidden_layers", "num_attention_heads")]
         shape += [f"--model.num_key_value_heads={MODEL.num_key_value_heads}", "--model.initializer_range=0.1"]
         data = ["--data.datasets", json.dumps([{"path": self.data}]), "--data.cache_dir", str(folder / "cache")]
