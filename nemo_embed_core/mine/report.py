@@ -213,7 +213,9 @@ def _cautions(report: dict[str, Any]) -> list[str]:
             warning = "warning: " if count > NOISE_SHARE * report["queries"] else ""
             lines.append(f"{warning}{count:,} {words}")
     if report["positives_excluded"]:
-        lines.append(f"warning: {report['positives_excluded']:,} rows have a positive that --exclude names: does the data leak?")
+        lines.append(
+            f"warning: {report['positives_excluded']:,} rows have a positive that --exclude names: does the data leak?"
+        )
     given = report["given_negatives"]
     if given["given"]:
         kept = "come first" if given["kept"] else "are replaced; --keep_negatives keeps them"

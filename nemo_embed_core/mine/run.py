@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.checkpoint.source import Source, resolve
-from nemo_embed_core.checkpoint.weights import tokenizer_folder
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig, UserError
 from nemo_embed_core.data.normal_form import normal_key
 from nemo_embed_core.data.prompts import query_prompt
@@ -161,11 +160,11 @@ def _check_source(source: Source, datasets: dict[str, MineDatasetConfig], usages
     """Tokenizer, prompts that leave room for text, libraries, embeddings: without loading a weight."""
     if source.kind == "precomputed":
         for dataset in datasets.values():
-            precomputed_sides(source.path, _plain(dataset))
+            precomputed_sides(source.folder, _plain(dataset))
         return
     if source.kind == "sentence-transformers" and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(f"{source.path} needs sentence-transformers: pip install nemo_embed_core[eval]")
-    folder = tokenizer_folder(str(source.path))
+    folder = source.folder
     if source.kind == "sentence-transformers" and not (folder / "tokenizer.json").is_file():
         return  # the library has the only reader of it; the prompt is checked when the model is loaded
     tokenizer = load_tokenizer(folder)
@@ -185,7 +184,7 @@ class Teachers:
         dataset = self.plan.datasets[name]
         for source, usage in zip(self.plan.sources, self.plan.usage[name], strict=True):
             if source.kind == "precomputed":
-                yield open_precomputed(source.path, _plain(dataset), usage["similarity"])
+                yield open_precomputed(source.folder, _plain(dataset), usage["similarity"])
                 continue
             if source.path not in self.kept:
                 self.kept.clear()  # before the next one is loaded
@@ -304,11 +303,10 @@ def _check_disk(plan: Plan, counts: dict[str, tuple[int, int]]) -> None:
 def _hidden_size(source: Source) -> int:
     """Columns of its embeddings; 0 where nothing says so."""
     if source.kind == "precomputed":
-        return int(precomputed_sides(source.path, None, texts=False)[0][0].shape[1])
-    file = source.folder / ("manifest.json" if source.kind == "checkpoint" else "config.json")
-    config = read_json(file) if file.is_file() else {}
-    if source.kind == "checkpoint":
-        config = config["config"]["model"]
+        return int(precomputed_sides(source.folder, None, texts=False)[0][0].shape[1])
+    if source.model is not None:
+        return source.model.hidden_size
+    config = read_json(file) if (file := source.folder / "config.json").is_file() else {}
     return int(config.get("hidden_size") or 0)
 
 

@@ -73,7 +73,9 @@ class _Rows:
             self.tokenize = encoder.tokenize
 
     def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
-        return _scaled(np.asarray(self.encoder.encode(texts, prompt, max_length, self.side), np.float32), self.similarity)
+        return _scaled(
+            np.asarray(self.encoder.encode(texts, prompt, max_length, self.side), np.float32), self.similarity
+        )
 
 
 def _scaled(rows: np.ndarray, similarity: Similarity) -> np.ndarray:

@@ -18,7 +18,7 @@ WIDTH, QUERIES, SHARD, BLOCK_QUERIES, K = 256, 600, 4096, 256, 4
 SMALL, LARGE = 8_000, 64_000
 
 
-def formula(method: str, num_documents: int, text_bytes: int) -> dict[str, float]:
+def formula(method: str, num_documents: int) -> dict[str, float]:
     """docs/mining.md, "Memory", for float16 shards and one teacher on a CPU; in bytes."""
     texts = num_documents + 2 * QUERIES
     kept = K + 32
@@ -35,7 +35,7 @@ def formula(method: str, num_documents: int, text_bytes: int) -> dict[str, float
             "tile": min(BLOCK_QUERIES, 1024) * 4096 * 14,
         }
     return search | {
-        "texts": texts * (text_bytes + 450),
+        "texts": num_documents * 300 + QUERIES * 1000,
         "shard": SHARD * WIDTH * (4 + 3 * 2),
         "gathered": 64 << 20,
         "results": QUERIES * K * 12 * 4,
@@ -99,8 +99,7 @@ def test_peak_memory_is_within_the_formula_and_grows_by_texts_and_mapped_rows_on
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, env=env, check=True)
     nothing, small, large = json.loads(result.stdout)
-    text_bytes = len(f"passage {LARGE} " + "x" * 40)
-    parts = [formula(method, n, text_bytes) for n in (SMALL, LARGE)]
+    parts = [formula(method, n) for n in (SMALL, LARGE)]
     print(
         {"measured": [small - nothing, large - nothing], "formula": [sum(p.values()) for p in parts], "parts": parts[1]}
     )
