@@ -191,6 +191,8 @@ class Teachers:
                 self.kept[source.path] = self.load(source)
             encoder = self.kept[source.path]
             if source.kind == "sentence-transformers":
+                for side, prompt in (("query", usage["prompt"]), ("document", usage["document_prompt"])):
+                    encoder.check_prompt(prompt, usage[f"{side}_max_length"], f"{side}_max_length")
                 yield Teacher.of_encoder(encoder, **usage)
             else:
                 yield Teacher.of(encoder, **usage)

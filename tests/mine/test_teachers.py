@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, min
 
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, UserError
+from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.pool import Pool
 from nemo_embed_core.mine.run import Teachers, make_plan
+from nemo_embed_core.mine.run import mine as run_mine
 from nemo_embed_core.mine.teachers import Teacher, as_rows, open_precomputed, precomputed
 
 
@@ -98,6 +102,27 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
     changed = folder / "config_sentence_transformers.json"
     changed.write_text(changed.read_text().replace("query: ", "question: "))
     assert SentenceTransformerEncoder(folder, "cpu", "fp32").digest != loaded.queries.digest
+
+    # A folder that compares by dot products is mined by them, with an explicit task in place of its prompt.
+    changed.write_text(changed.read_text().replace('"cosine"', '"dot"'))
+    config = replace(config, task="find", document_max_length=10, threshold=1.9)
+    run_mine(make_plan(config, lambda _: None), Ranks(), "cpu", load, lambda _: None)
+    (described,) = json.loads((tmp_path / "o.report.json").read_text())["models"]
+    assert (described["similarity"], described["dtype"], described["prompt"]) == (
+        "dot",
+        "float32",
+        query_prompt("find"),
+    )
+    tokens = [len(model.tokenizer("passage: " + t)["input_ids"]) for t in texts]
+    assert described["documents_truncated"] == sum(n > 10 for n in tokens) > 0
+    q, model.max_seq_length = model.encode([rows[0].query], prompt=query_prompt("find"))[0], 10
+    line = lines_of(tmp_path / "o")[0]
+    for side in ("pos", "neg"):
+        want = [q @ v for v in model.encode(line[side], prompt="passage: ")]
+        np.testing.assert_allclose(line[f"{side}_scores"], want, rtol=1e-5)
+    assert line["neg"] and max(line["pos_scores"]) > 1.5, "no cosine"
+    with pytest.raises(UserError, match=r"query_max_length=8 tokens leaves no room for text"):
+        make_plan(replace(config, query_max_length=8), lambda _: None)
 
 
 def write_rows_file(path, rows):
