@@ -21,13 +21,13 @@ import torch.distributed as dist
 from forked import Server
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import MODEL, train_config, write_tokenizer
+from tiny import MODEL, train_config, write_rows, write_tokenizer
 
 from nemo_embed_core.checkpoint import average, merge, sharded
 from nemo_embed_core.checkpoint.files import new_folder
-from nemo_embed_core.checkpoint.source import Prompts, Usage
+from nemo_embed_core.checkpoint.source import Prompts, Usage, resolve
 from nemo_embed_core.checkpoint.weights import RandomReader, _is_cached, open_weights
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import DatasetConfig, ModelConfig, UserError
 from nemo_embed_core.model import hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -498,10 +498,11 @@ def test_a_folder_that_is_used_in_another_way_is_not_merged(
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def save_checkpoint(folder: str) -> None:
+def save_checkpoint(folder: str, data: dict[str, Any] | None = None) -> None:
     """folder/saved: a checkpoint of one rank."""
     init = tempfile.mktemp()
-    config = train_config(Path(folder), init_from=f"{folder}/hf", steps=0, output_dir=f"{folder}/saved")
+    changes = {"init_from": f"{folder}/hf", "steps": 0, "output_dir": f"{folder}/saved", "data": data or {}}
+    config = train_config(Path(folder), **changes)
     from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.train.trainer import Prepared, Trainer
@@ -510,6 +511,29 @@ def save_checkpoint(folder: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{init}", rank=0, world_size=1)
     mesh = build_mesh(torch.device("cpu"), 1, 1, True)
     Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None).run()
+
+
+def test_what_a_run_was_trained_with_travels_to_its_export(server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
+    write_hf(tmp_path / "hf", torch.float32)
+    tasks = [
+        DatasetConfig(path=str(tmp_path / f"{n}.jsonl"), task=f"find {n}", document_task=d) for n, d in ("a1", "b ")
+    ]
+    for dataset in tasks:
+        write_rows(Path(dataset.path))
+    data = {"datasets": tasks, "query_max_length": 24, "document_max_length": 40}
+    assert server.run(save_checkpoint, 1, str(tmp_path), data)[0].code == 0
+    launcher(monkeypatch, tmp_path / "saved", "-o", tmp_path / "out")
+    settings = json.loads((tmp_path / "out/config_sentence_transformers.json").read_text())
+    a, b = ({"q": f"Instruct: find {n}\nQuery: ", "d": f"Instruct: {d}\nQuery: "} for n, d in ("a1", "b "))
+    assert settings["prompts"] == {"query": a["q"], "document": a["d"], "a": a["q"], "a-document": a["d"], "b": b["q"],
+                                   "b-document": b["d"]}  # fmt: skip
+    assert json.loads((tmp_path / "out/sentence_bert_config.json").read_text())["max_seq_length"] == 40
+    usage = resolve(tmp_path / "out").usage
+    assert (usage.query_max_length, usage.document_max_length, list(usage.prompts)) == (24, 40, ["a", "b"])
+    said = capsys.readouterr().out
+    assert json.dumps(b["d"]) in said and "default prompts: those of a, the sources' own default" in said
+    assert "longest query: 24 tokens; longest document: 40 tokens" in said and "similarity: cosine" in said
+    assert f"`{json.dumps(a['d'])}`" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_flipped_bit_of_a_checkpoint_stops_its_merge(server: Server, tmp_path: Path) -> None:
