@@ -208,3 +208,30 @@ def test_wrong_mining_merging_and_evaluation(launch: Launcher) -> None:
     refuses(launch([*evaluate, "nowhere"]), "nowhere is not a folder")
     refuses(launch([*evaluate, "bm25"]), str(launch.folder))
     assert not (launch.folder / "out").exists() and not (launch.folder / "m.jsonl").exists()
+
+
+def test_two_sources_of_truth_in_a_folder_are_refused_by_every_launcher(launch: Launcher) -> None:
+    """The same gate everywhere: a file beside an old index, and a theta in two spellings."""
+    folder = write_tokenizer(launch.folder / "two")
+    data, out = str(launch.folder / "train.jsonl"), str(launch.folder / "two-out")
+    save_file({"norm.weight": torch.ones(64)}, folder / "model.safetensors")
+    save_file({"norm.weight": torch.zeros(64)}, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"norm.weight": "model-00001-of-00001.safetensors"}}
+    for files, config, both in (
+        ({"model.safetensors.index.json": index}, {}, ("model.safetensors, which", "model.safetensors.index.json")),
+        (
+            {},
+            {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}},
+            ("rope_theta=10000.0", "rope_parameters.rope_theta=500000.0"),
+        ),
+    ):
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        for name, value in {**files, "config.json": {**SHAPE, "model_type": "llama", **config}}.items():
+            (folder / name).write_text(json.dumps(value))
+        refuses(launch.train("--init_from", str(folder)), *both)
+        refuses(launch(["launch/mine.py", "--model", str(folder), "--data", data, "--output", out]), *both)
+        refuses(launch(["launch/merge.py", str(folder), "-o", out]), *both)
+        refuses(launch(["launch/evaluate.py", "--data", str(launch.folder), "--models", str(folder)]), *both)
+        if files:  # of a folder that transformers loads, --check answers other questions first
+            refuses(launch(["launch/merge.py", "--check", str(folder)]), *both)
+    assert not Path(out).exists()

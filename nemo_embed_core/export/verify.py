@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from nemo_embed_core.checkpoint.files import writing
-from nemo_embed_core.checkpoint.source import Usage, usage_of_folder
+from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
 from nemo_embed_core.config import UserError
 from nemo_embed_core.export.folder import ARCHITECTURES, AUTO_MAP, REMOTE_CODE
+from nemo_embed_core.model.hf_folder import has_weights, weight_files
 
 # Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference of one
 # coordinate, and distance. The distance is what binds for wide models: at 4096 channels a coordinate is 0.016, so 2e-2 alone
@@ -93,6 +94,8 @@ def verify_folder(
             f"{path / 'config.json'}: model_type is {json.dumps(config.get('model_type'))}; only Llama folders "
             f"({', '.join(ARCHITECTURES)}) can be proven here, so nothing of this one was looked at"
         )
+    if has_weights(path):
+        weight_files(path, config)  # two sets of weights: whatever is proven of one says nothing of the other
     has_code = _check_code(path, config, trust_remote_code)
     return (_verify_ours if ours else _verify_anybodys)(path, config, embed, has_code, say)
 
@@ -138,6 +141,7 @@ def _verify_anybodys(
         except UserError as error:
             faults.append(str(error))
 
+    attempt(lambda: resolve(path))  # what contradicts in it, also where our encoder is not compared
     modules = _modules(path)
     usage = usage_of_folder(path)
     stated = usage.document_max_length and max(usage.query_max_length or 0, usage.document_max_length)
