@@ -94,9 +94,9 @@ def verify_folder(
             f"{path / 'config.json'}: model_type is {json.dumps(config.get('model_type'))}; only Llama folders "
             f"({', '.join(ARCHITECTURES)}) can be proven here, so nothing of this one was looked at"
         )
+    has_code = _check_code(path, config, trust_remote_code)
     if has_weights(path):
         weight_files(path, config)  # two sets of weights: whatever is proven of one says nothing of the other
-    has_code = _check_code(path, config, trust_remote_code)
     return (_verify_ours if ours else _verify_anybodys)(path, config, embed, has_code, say)
 
 
