@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError
-from nemo_embed_core.data import lines
+from nemo_embed_core.data import lines, readers
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.readers import Findings, check_sources, read_beir, read_documents, read_rows, reading
 
@@ -67,6 +67,8 @@ JSONL = {
     "replacement characters only": (texts_row("\ufffd\ufffd\ufffd"), one("\ufffd\ufffd\ufffd"), NOISE),
     "zero-width positive": (texts_row(pos="\u200b\u200d"), one(pos="\u200b\u200d"), NOISE.replace("queries", "positives")),
     "soft hyphen negative": (texts_row(neg="\xad"), one(neg="\xad"), NOISE.replace("queries", "negatives")),
+    "several in one row": ('{"query": "q", "pos": ["p"], "neg": ["\\u200b", "n", "\\ufeff\\u00ad"]}\n', [("q", ["p"], ["\u200b", "n", "\ufeff\xad"])], NOISE.replace("queries", "negatives").replace(": 1 (", ": 2 (")),
+    "content after much noise": (texts_row("\u200b" * 70 + "x"), one("\u200b" * 70 + "x")),
     "differ by case": (texts_row("q", "The answer", "the answer"), one("q", "The answer", "the answer")),
     "positive is negative": ('{"query": "q", "pos": ["p"], "neg": ["n", "p"]}\n', (1, "pos[0] is also neg[1]: remove it")),
     "query is positive": (texts_row("same", "same"), one("same", "same")),
@@ -279,6 +281,11 @@ def test_what_on_missing_allows(tmp_path: Path) -> None:
         DataError, match=r"test\.tsv:2: query 'x' is not .* 1 of 1 judgements dangle: do queries and qrels"
     ):
         read_beir(write(tmp_path / "none", {"qrels": H + "x\td1\t1\n"}), "test", "allow")
+    quoted = write(tmp_path / "quoted", {"qrels": H + 'q1\td1\t1\nq2\t"d2"\t1\n'})
+    with pytest.raises(
+        DataError, match=r"test\.tsv:3: .* it is there without the quotes"
+    ):  # a mistake that nobody means
+        read_beir(quoted, "test", "allow")
     with pytest.raises(DataError, match=r"test\.tsv:1: no row is left"):
         nothing = write(tmp_path / "nothing", {"qrels": H + "q1\td1\t0\nq2\tGONE\t1\n"})
         list(read_rows(DatasetConfig(path=str(nothing), split="test", on_missing="allow")))
@@ -298,7 +305,7 @@ def test_candidate_pools(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ all of them at once
 
 
-def test_all_bad_lines_of_all_sources_are_named_at_once(tmp_path: Path) -> None:
+def test_all_bad_lines_of_all_sources_are_named_at_once(tmp_path: Path, monkeypatch) -> None:
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text(Q1 * 3)
     bad.write_text(Q1 + "\n" + "".join(f'{{"query": {i}}}\n' for i in range(30)) + Q1)
@@ -314,7 +321,8 @@ def test_all_bad_lines_of_all_sources_are_named_at_once(tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
         f"{folder}/corpus.jsonl:4", f"{folder}/corpus.jsonl:5", "2 bad lines in all",
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"later\.jsonl does not exist"):  # said before a line is read
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"later\.jsonl does not exist"):
+        patch.setattr(readers, "read_rows", None)  # said before a line is read
         check_sources([*sources, DatasetConfig(path=str(tmp_path / "later.jsonl"))])
     assert check_sources(sources[:1]).lines() == []
     nulls = CORPUS.replace('"T1"', "null").replace('"title": ""', '"title": null')

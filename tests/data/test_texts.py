@@ -37,6 +37,20 @@ def test_texts_are_a_list(monkeypatch, tmp_path, block):
             texts[wrong]
 
 
+def test_reads_and_writes_come_in_pieces(monkeypatch):
+    """One call of the system may read or write less than it was asked to (2 GiB at most), and an iteration asks for little."""
+    pread, pwrite, asked = os.pread, os.pwrite, []
+    monkeypatch.setattr(os, "pread", lambda file, count, at: asked.append(count) or pread(file, min(count, 5), at))
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:3], at))
+    monkeypatch.setattr(texts_module, "BLOCK", 40)
+    texts, truth = Texts(), [f"text number {i}" for i in range(50)]
+    for text in truth:
+        texts.append(text)
+    assert texts[7] == truth[7] and texts[3:9] == truth[3:9]
+    asked.clear()
+    assert list(texts) == truth and max(asked) <= 40
+
+
 def test_iteration_sees_what_is_appended_meanwhile_and_after_a_fork(tmp_path):
     texts = Texts(tmp_path)
     texts.append("a")
