@@ -1,6 +1,7 @@
 # make demo     everything, end to end, on this machine     make test     what CI runs
 # make gpu      tests and benchmarks on a CUDA device, with $(PYTHON) as it is; installs nothing
 # make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
+# make mutants  bugs planted one at a time: does a test notice? A table; some 20 minutes (MUTANTS="clip bf16": these only)
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 #
 # make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
@@ -13,7 +14,7 @@ BENCHMARKS ?= ceilings kernels mining step
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint faults gpu bench compat clean
+.PHONY: help demo test lint faults mutants gpu bench compat clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -35,6 +36,10 @@ FAULTS ?= fault and not slow
 # Stealing, because a file of many tests would be the last one on one core.
 faults: $(INSTALLED)
 	$(BIN)/python -m pytest tests/checkpoint tests/data tests/mine tests/train -m "$(FAULTS)" -n $(JOBS) --dist worksteal -q
+
+# Two at a time, whatever JOBS says: what they ask starts ranks of its own.
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants.py --jobs 2 $(MUTANTS)
 
 # Most of the GPU tests' time is compilation: in parallel where pytest-xdist is installed.
 in_parallel = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')

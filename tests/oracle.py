@@ -8,7 +8,7 @@ Imports nothing of nemo_embed_core: what product and oracle share, a comparison 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Batch:
     queries: list[list[int]]
     documents: list[list[int]]  # [B][1 + K] ids; -1: this row has fewer negatives
     tokens: dict[int, list[int]]  # of each document
-    positives: list[set[int]] = field(default_factory=list)  # [B] all ids that are known to be right for the row
+    known: list[set[tuple[int, ...]]]  # [B] token ids of all documents that are right for the row
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,10 @@ class Oracle:
         q, documents = rows[: len(batch.queries)], dict(zip(ids, rows[len(batch.queries) :], strict=True))
         losses, scores = [], []
         for b, own in enumerate(batch.documents):
-            known = batch.positives[b] | {own[0]}
-            candidates = [own[0], *(d for d in own[1:] if d >= 0 and d not in known)]
-            for other, theirs in enumerate(batch.documents):
-                if other != b and in_batch != "none":
-                    shared = theirs if in_batch == "all" else theirs[:1]
-                    candidates += [d for d in shared if d >= 0 and d not in known]
+            others = [theirs for other, theirs in enumerate(batch.documents) if other != b and in_batch != "none"]
+            found = own[1:] + [d for theirs in others for d in (theirs if in_batch == "all" else theirs[:1])]
+            right = batch.known[b] | {tuple(batch.tokens[own[0]])}
+            candidates = [own[0], *(d for d in found if d >= 0 and tuple(batch.tokens[d]) not in right)]
             scores.append(torch.stack([q[b] @ documents[d] for d in candidates]))
             losses.append(torch.nn.functional.cross_entropy(scores[-1][None] / temperature, torch.tensor([0])))
         return torch.stack(losses), [s.detach() for s in scores]
