@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,11 @@ MUTANTS = [
     Mutant("in-batch copies of the positive are negatives", CONTRASTIVE, "doc_ids_P=ids", "doc_ids_P=None", OPTIONS),
     Mutant("missing negatives of other rows count", CONTRASTIVE, "valid_P=valid", "valid_P=None", OPTIONS),
     Mutant("documents of other ranks are constants", CONTRASTIVE, "gather_tokens(local, dp_group)", "gather_tokens(local.detach(), dp_group)", DP2),
-    Mutant("missing slots count in the accuracy", CONTRASTIVE, 'masked_fill(~exists, float("-inf"))', "masked_fill(~exists, 2.0)", f"{ORACLE} tests/loss"),
+    Mutant("missing slots count in the accuracy", CONTRASTIVE, "(exists & (scores >= positive[:, None]))", "(scores >= positive[:, None])", f"tests/loss {ORACLE}"),
+    Mutant("rows without a candidate count as hits", CONTRASTIVE, "(ranked & ~outranked).sum()", "(~outranked).sum()", f"tests/loss {ORACLE}"),
+    Mutant("known positives of the batch are negatives", CONTRASTIVE, "known_ids_BJ=known", "known_ids_BJ=None", ORACLE),
+    Mutant("known positives among the row's own are negatives", CONTRASTIVE, "self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])", "self.mask_BM[:, 1:]", f"tests/loss {ORACLE}"),
+    Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_])", "pad_to_multiple)", f"tests/data/test_packing.py {ORACLE}"),
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
     Mutant("a temperature that never arrives", STEP, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", OPTIONS),
     Mutant("in-batch mode that never arrives", STEP, "loss.in_batch, mesh.dp_group", '"none", mesh.dp_group', OPTIONS),
@@ -123,6 +128,7 @@ MUTANTS = [
     Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD), residual_TD", "return self.mlp(x_TD), x_TD", f"{LAYOUT}[tp1-dp1]"),
     Mutant("sums instead of means under sequence parallelism", ENCODER, "sums_ND / lengths_N[:, None].to(sums_ND.dtype)", "sums_ND", TP2_SP,
            no_bug="the rows are scaled to unit length next, and their length is no part of the gradient; the division keeps sums in range"),
+    Mutant("pooled rows are gathered and their gradients doubled", ENCODER, "sums_ND = reduce_from_tp(sums_ND, self.tp.group)", "sums_ND = reduce_from_tp(sums_ND, self.tp.group) * 2 - reduce_from_tp(sums_ND, self.tp.group).detach()", TP2_SP),
     Mutant("pooled under sequence parallelism without the shard's offset", ENCODER, "token_offset=self.tp.rank * hidden_TD.shape[0]", "token_offset=0", TP2_SP),
     Mutant("pooling in bf16", "kernels/mean_pool.py", "return x if x.dtype == torch.float64 else x.float()", "return x", BF16),
     Mutant("scores in bf16", "kernels/info_nce.py", "return x if x.dtype == torch.float64 else x.float()", "return x if x.dtype == torch.float64 else x.bfloat16()", BF16),
@@ -165,11 +171,12 @@ MUTANTS = [
     Mutant("the manifest's own digest is not asked for", SHARDED, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint"),
     # ---- exports and evaluation
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
-    Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_seq_length,', '"max_seq_length": 512,', "tests/export tests/checkpoint/test_merge.py"),
+    Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export tests/checkpoint/test_merge.py"),
+    Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/checkpoint/test_merge.py"),
     Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": False', '"is_causal": True', "tests/export/test_folder.py tests/export/test_verify.py"),
     Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_verify.py"),
-    Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "k1 * (1 - b + b * np.array", "k1 * (1 - b + 0 * np.array", "tests/evaluation/test_bm25.py"),
-    Mutant("BM25 counts a repeated word of the query once", "nemo_embed_core/evaluation/bm25.py", "occurrences.astype(np.float32)", "np.ones(len(occurrences), np.float32)", "tests/evaluation/test_bm25.py"),
+    Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "b * np.frombuffer(lengths, np.int64) / mean_length", "b", "tests/evaluation/test_bm25.py"),
+    Mutant("BM25 counts a repeated word of the query once", "nemo_embed_core/evaluation/bm25.py", "occurrences * idf * counts", "idf * counts", "tests/evaluation/test_bm25.py"),
 ]  # fmt: skip
 
 
@@ -185,7 +192,7 @@ def copy_tree(folder: Path) -> Path:
     return target
 
 
-def pytest_in(tree: Path, tests: str, *options: str) -> tuple[int, str]:
+def pytest_in(tree: Path, tests: list[str], *options: str) -> tuple[int, str]:
     """(exit code, output); a test that hangs has noticed."""
     env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     # A folder of its own: the numbered ones of pytest are removed by whoever comes later, also while another one is at work.
@@ -200,7 +207,7 @@ def pytest_in(tree: Path, tests: str, *options: str) -> tuple[int, str]:
         "-o",
         "addopts=--import-mode=importlib",
     ]
-    command += [f"--basetemp={tree.parent / 'pytest'}", *options, *tests.split()]
+    command += [f"--basetemp={tree.parent / 'pytest'}", *options, *tests]
     process = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         output, _ = process.communicate(timeout=TIMEOUT_S)
@@ -211,7 +218,8 @@ def pytest_in(tree: Path, tests: str, *options: str) -> tuple[int, str]:
         return 1, f"{output}\nended after {TIMEOUT_S} s"
 
 
-def plant(mutant: Mutant, trees: SimpleQueue[Path]) -> Outcome:
+def plant(mutant: Mutant, trees: SimpleQueue[Path], passes: dict[str, bool]) -> Outcome:
+    """passes: of tests that have noticed something, whether they pass in a healthy tree; a failure says nothing otherwise."""
     tree = trees.get()
     started, file = time.monotonic(), tree / mutant.file
     healthy = file.read_text(encoding="utf-8")
@@ -221,18 +229,23 @@ def plant(mutant: Mutant, trees: SimpleQueue[Path]) -> Outcome:
         sick = healthy.replace(mutant.old, mutant.new)
         ast.parse(sick, mutant.file)
         file.write_text(sick, encoding="utf-8")
-        code, output = pytest_in(tree, mutant.tests, "-x")
+        code, output = pytest_in(tree, mutant.tests.split(), "-x", "-rfE")
+        file.write_text(healthy, encoding="utf-8")
+        noticed = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.M)
+        seconds = time.monotonic() - started
+        if code == 0:
+            return Outcome("explained" if mutant.no_bug else "UNCAUGHT", mutant.no_bug or mutant.tests, seconds)
+        if (
+            code != 1 or not noticed
+        ):  # no test ran, or a module cannot be imported: that is no bug that a test has to find
+            return Outcome("ERROR", f"pytest ended with {code}: {' '.join(output.split())[-600:]}", seconds)
+        test = noticed[1]
+        if test not in passes:
+            passes[test] = pytest_in(tree, [test])[0] == 0
+        return Outcome("caught", test, seconds) if passes[test] else Outcome("ERROR", f"{test} fails anyway", seconds)
     finally:
         file.write_text(healthy, encoding="utf-8")
         trees.put(tree)
-    seconds = time.monotonic() - started
-    summary = next((line for line in output.splitlines()[::-1] if line.startswith(("FAILED", "ERROR"))), "")
-    if code == 0:
-        return Outcome("explained" if mutant.no_bug else "UNCAUGHT", mutant.no_bug or mutant.tests, seconds)
-    # No test ran, or a module cannot be imported or collected: that is no bug that a test has to find.
-    if code != 1 or (summary.startswith("ERROR") and "::" not in summary):
-        return Outcome("ERROR", f"pytest ended with {code}: {' '.join(output.split())[-600:]}", seconds)
-    return Outcome("caught", summary[:160], seconds)
 
 
 def main() -> None:
@@ -250,35 +263,30 @@ def main() -> None:
             trees.put(copy_tree(folder))
         printing, done = threading.Lock(), 0
         counts: dict[str, int] = {}
+        passes: dict[str, bool] = {}
 
         def one(mutant: Mutant) -> None:
             nonlocal done
-            outcome = plant(mutant, trees)
+            outcome = plant(mutant, trees, passes)
             with printing:
                 done += 1
                 counts[outcome.verdict] = counts.get(outcome.verdict, 0) + 1
                 place = f"[{done}/{len(chosen)}] {outcome.verdict:9s} {outcome.seconds:4.0f} s"
                 print(f"{place}  {mutant.name} ({mutant.file})\n{'':21s}{outcome.detail}", flush=True)
 
-        def healthy(tests: str) -> None:
+        def kernels() -> None:
             tree = trees.get()
-            code, output = pytest_in(tree, tests)
+            code, output = pytest_in(tree, [KERNELS])
             trees.put(tree)
             with printing:
                 if code != 0:
-                    counts["ERROR"] = counts.get("ERROR", 0) + 1
-                    print(f"the tests fail without a mutant: {output[-3000:]}", flush=True)
-                elif tests == KERNELS:
-                    passed = int(output.split(" passed")[0].split()[-1])
-                    counts["caught"] = counts.get("caught", 0) + passed
-                    print(f"{passed} kernel mutants caught by {KERNELS}", flush=True)
+                    counts["UNCAUGHT"] = counts.get("UNCAUGHT", 0) + output.count("\nFAILED")
+                    print(output[-3000:], flush=True)
+                passed = int(output.split(" passed")[0].split()[-1])
+                counts["caught"] = counts.get("caught", 0) + passed
+                print(f"{passed} kernel mutants caught by {KERNELS}", flush=True)
 
-        # Without a mutant everything that is asked must pass, or a failure says nothing.
-        asked = sorted({test for m in chosen for test in m.tests.split()})
-        whole = {test for test in asked if "::" not in test}
-        asked = [test for test in asked if test in whole or test.split("::")[0] not in whole]
-        jobs = [pool.submit(healthy, KERNELS)] if not words else []
-        jobs += [pool.submit(healthy, " ".join(asked[i :: options.jobs])) for i in range(options.jobs) if asked[i:]]
+        jobs = [pool.submit(kernels)] if not words else []
         jobs += [pool.submit(one, mutant) for mutant in chosen]
         for job in jobs:
             job.result()
