@@ -234,6 +234,7 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
         if case["loss"]["in_batch"] == "none":  # else only candidates of the same micro-batch are looked at
             hits = [bool((s[0] > s[1:]).all()) for s in step.scores if len(s) > 1]
             assert abs(record["accuracy"] - np.mean(hits)) < 1e-12, f"{where}: accuracy of rows that have a candidate"
+            assert record["rows_without_candidates"] == len(step.scores) - len(hits), where
             negatives = torch.cat([s[1:] for s in step.scores])
             assert abs(record["negative_similarity"] - negatives.mean().item()) < 1e-6, where
         assert abs(record["positive_similarity"] - np.mean([s[0].item() for s in step.scores])) < 1e-6, where
