@@ -182,14 +182,23 @@ def write_data(path: Path) -> None:
 def batches(config: TrainConfig) -> list[Batch]:
     """The batch of each step from the texts; the choice of rows and documents is the sampler's, whose tests are its own."""
     store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
-    sampler = Sampler(len(store), config.global_batch_size, config.seed)
     encode = Tokenizer.from_file(f"{config.tokenizer}/tokenizer.json").encode
     (source,) = config.data.datasets
     data = [json.loads(line) for line in Path(source.path).read_text().splitlines()]
     known: dict[str, set[tuple[int, ...]]] = {}
+
+    def cut(text: str) -> tuple[int, ...]:
+        return tuple(encode(text).ids[: config.data.document_max_length])
+
     for row in data:
-        right = {tuple(encode(text).ids[: config.data.document_max_length]) for text in row["pos"]}
-        known.setdefault(row["query"].rstrip("?"), set()).update(right)
+        known.setdefault(row["query"].rstrip("?"), set()).update(map(cut, row["pos"]))
+    drawn = [
+        i
+        for i, row in enumerate(data)
+        if config.loss.in_batch != "none"
+        or any(cut(text) not in known[row["query"].rstrip("?")] for text in row["neg"])
+    ]
+    sampler = Sampler(np.array(drawn), config.global_batch_size, config.seed)
     out = []
     for step in range(config.steps):
         rows = sampler.rows(step)
