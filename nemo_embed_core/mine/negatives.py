@@ -350,7 +350,7 @@ def suspects(
     """
     sample = np.sort(np.random.default_rng(0).choice(len(rows), min(NUM_SAMPLED, len(rows)), replace=False))
     spare = 0 if judged is None else int(np.diff(judged.indptr)[sample].max())
-    k = 3 + spare
+    k = 3 + min(spare, 1000)  # a search on a GPU has places for 3,072
     documents = search.documents.part(0, search.num_searched)
     scores, ids = (x.numpy() for x in search.below(documents, sample, np.full(len(sample), np.inf), k, 0, "fp32"))
     above = (ids >= 0) & (scores.astype(np.float64) >= ceilings[sample][:, None])
