@@ -118,6 +118,9 @@ class Groups:
         self.positive_ids, self.positive_offsets = rows * M, np.arange(num_rows + 1)
         self.negative_ids = (rows[:, None] * M + np.arange(1, M)).ravel()
         self.negative_offsets = np.arange(num_rows + 1) * (M - 1)
+        self.same_as = np.arange(num_rows * M)  # no two documents are the same
+        # Each row has a query of its own and knows its own positive alone.
+        self.row_groups, self.known_offsets, self.known_ids = rows, self.positive_offsets, self.positive_ids
 
     def __len__(self) -> int:
         return len(self.queries)
