@@ -5,7 +5,9 @@ from nemo_embed_core.kernels.swiglu import swiglu, swiglu_ref
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize(("T", "num_blocks", "width"), [(1, 1, 64), (9, 5, 64), (9, 3, 100), (17, 2, 257), (123, 1, 16)])
+@pytest.mark.parametrize(
+    ("T", "num_blocks", "width"), [(1, 1, 64), (9, 5, 64), (9, 3, 100), (17, 2, 257), (123, 1, 16)]
+)
 def test_kernel_within_budget(passes, T, num_blocks, width, dtype):
     passes("swiglu", T=T, num_blocks=num_blocks, width=width, dtype=dtype)
 
