@@ -270,12 +270,12 @@ def _plain_names(folder: Path, stored: Mapping[str, str], tied: bool) -> tuple[d
         if short in where:
             raise UserError(f"{folder} holds both {where[short][0]} and {in_file}; keep one")
         where[short] = (in_file, file)
-    odd = next((in_file for short, (in_file, _) in where.items() if in_file not in (short, "model." + short)), None)
-    if odd is not None:
-        short = next(s for s, (in_file, _) in where.items() if in_file == odd)
+    odd = {short: at[0] for short, at in where.items() if at[0] not in (short, "model." + short)}
+    if odd:
+        short = next((short for short in odd if short not in _HEADS), next(iter(odd)))
         notes.append(
             f"{folder}: its tensors have other names than transformers', which would draw random weights for them: "
-            f"{odd} is read as {short}"
+            f"{odd[short]} is read as {short}"
         )
     if "embed_tokens.weight" not in where and "lm_head.weight" in where:
         if not tied:
