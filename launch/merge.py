@@ -169,6 +169,11 @@ def check(folder: Path, trust_remote_code: bool = False, ours: bool = True) -> N
     from nemo_embed_core.checkpoint.source import usage_of_folder
     from nemo_embed_core.embedder import Embedder
     from nemo_embed_core.export.verify import verify_folder
+    from nemo_embed_core.model.hf_folder import find_folder
+
+    folder, notes = find_folder(folder)
+    for note in notes:
+        print(f"  note: {note}", flush=True)
 
     def embed(texts: list[str], max_length: int) -> Any:  # our copy of the weights is gone when it returns
         return Embedder.load(str(folder), device="cpu", precision="fp32").encode(texts, max_length=max_length)

@@ -148,9 +148,9 @@ def main(folder: str, request_file: str, output: str) -> None:
         parts = [embeddings(model, tokenizer, part, max_seq_length, "right") for part in (texts[:-1], texts[-1:])]
         found |= {"transformers_ND": np.concatenate(parts), "left_padded_ND": left_ND}
     del model  # one copy of the weights at a time
+    np.savez(output, **found)  # what stands, should the folder not load in the next one
     if request["sentence_transformers"]:
-        found |= sentence_transformers(folder, request, long_text)
-    np.savez(output, **found)
+        np.savez(output, **found, **sentence_transformers(folder, request, long_text))
 
 
 if __name__ == "__main__":

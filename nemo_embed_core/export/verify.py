@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,9 @@ from tokenizers import Tokenizer
 from nemo_embed_core.checkpoint.files import writing
 from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
 from nemo_embed_core.config import UserError
+from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.export.folder import ARCHITECTURES, AUTO_MAP, REMOTE_CODE
-from nemo_embed_core.model.hf_folder import has_weights, weight_files
+from nemo_embed_core.model.hf_folder import has_weights, open_folder, weight_files
 
 # Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference of one
 # coordinate, and distance. The distance is what binds for wide models: at 4096 channels a coordinate is 0.016, so 2e-2 alone
@@ -131,8 +131,6 @@ def _verify_ours(path: Path, config: dict[str, Any], embed: Embed | None, has_co
 def _verify_anybodys(
     path: Path, config: dict[str, Any], embed: Embed | None, has_code: bool, say: Say
 ) -> dict[str, Any]:
-    from nemo_embed_core.data.tokenizer import load_tokenizer
-
     faults: list[str] = []
 
     def attempt(check: Callable[[], Any]) -> Any:
@@ -142,26 +140,30 @@ def _verify_anybodys(
             faults.append(str(error))
 
     attempt(lambda: resolve(path))  # what contradicts in it, also where our encoder is not compared
-    modules = _modules(path)
-    usage = usage_of_folder(path)
+    modules = attempt(lambda: _modules(path))
+    usage = attempt(lambda: usage_of_folder(path)) or Usage()
     stated = usage.document_max_length and max(usage.query_max_length or 0, usage.document_max_length)
-    max_seq_length = stated or min(DEFAULT_LENGTH, int(config.get("max_position_embeddings") or DEFAULT_LENGTH))
+    positions = config.get("max_position_embeddings")
+    max_seq_length = stated or min(DEFAULT_LENGTH, positions if type(positions) is int else DEFAULT_LENGTH)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: set[str] = set()
 
     def weights() -> None:
-        _check_settings(path, config)
-        shapes.update(expected_tensors({"num_key_value_heads": config.get("num_attention_heads"), **config}))
-        dtypes.update(_check_weights(path, shapes, None))
+        opened = open_folder(path)
+        shapes.update(expected_tensors({"num_key_value_heads": config["num_attention_heads"], **config}))
+        for name, (stored, file) in opened.where.items():
+            if name in shapes:
+                with safe_open(path / file, framework="pt") as tensors:
+                    dtypes.add(_check_tensor(path / file, stored, tensors.get_slice(stored), shapes[name], None))
 
+    tokenizer, texts = attempt(
+        lambda: _backend(path, max_seq_length, load_tokenizer(path).files["tokenizer.json"])
+    ) or (
+        None,
+        list(TEXTS),
+    )
     try:
-        own = load_tokenizer(path)
-        tokenizer, texts = _backend(path, max_seq_length, own.files["tokenizer.json"])
-    except UserError as error:
-        faults.append(str(error))
-        tokenizer, texts = None, list(TEXTS)
-    try:
-        vectors = _reload(path, texts, max_seq_length, has_code, not stated, modules is not None)
+        vectors = _reload(path, texts, max_seq_length, has_code, not stated, modules is not None, partly=True)
     except UserError:
         weights()  # says more, where a file is the reason
         raise
@@ -174,6 +176,8 @@ def _verify_anybodys(
     report: dict[str, Any] = {}
     if reason := str(vectors["tokenizer_error"]):
         faults.append(f"{path}: AutoTokenizer does not load: {reason}")
+    if "error" in vectors:
+        faults.append(f"{path} does not load in sentence-transformers: {vectors['error']}")
     if "transformers_ND" not in vectors:
         say("tokens and vectors: not compared, because of the above")
     elif tokenizer is not None:
@@ -195,7 +199,7 @@ def _verify_anybodys(
                 f"tokens: {len(others)} of {len(texts)} texts hold special tokens, which this folder's transformers tokenizer takes for "
                 f"tokens and we for text (split_special_tokens); not compared with our encoder"
             )
-        if modules is not None:
+        if "prompts" in vectors:
             default = replace(
                 usage, prompts={"query": usage.default}
             )  # of others only texts are known, not their sides
@@ -217,7 +221,7 @@ def _verify_anybodys(
                 f"not proven for text-embeddings-inference, llama.cpp and older libraries, which read other spellings: {error}"
             )
     if faults:
-        raise UserError("; ".join(faults))
+        raise UserError("; ".join(dict.fromkeys(faults)))
     return {**report, **_measured(shapes, changes, vectors)}
 
 
@@ -502,18 +506,10 @@ def _check_sentence_transformers_files(path: Path, config: dict[str, Any]) -> in
 # ------------------------------------------------------------------------------------------ weights
 
 
-# Of anybody's folder: a head beside the encoder, and buffers that older versions saved.
-_BESIDE = re.compile(r"lm_head\.weight|.*\.rotary_emb\.inv_freq")
-
-
-def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str | None) -> set[str]:
-    """Every tensor that config.json implies, once, with its shape and dtype and finite; the dtypes that were found.
-
-    dtype None: of anybody's folder, where it may be any, names may begin with "model." and a head may stand beside.
-    """
+def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str) -> None:
+    """Every tensor that config.json implies, once, with its shape and dtype and finite, and no other."""
     files = _weight_files(path)
     seen: dict[str, str] = {}
-    dtypes: set[str] = set()
     for file, listed in files.items():
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -523,15 +519,12 @@ def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str 
                         f"{file} and model.safetensors.index.json disagree on the tensors {sorted(names ^ listed)[:4]}; "
                         f"the folder mixes two exports, write it again"
                     )
-                for stored in sorted(names):
-                    if dtype is None and _BESIDE.fullmatch(stored):
-                        continue
-                    name = stored.removeprefix("model.") if dtype is None else stored
+                for name in sorted(names):
                     if name in seen:
                         raise UserError(f"tensor {name} is both in {seen[name]} and in {file.name} of {path}")
                     seen[name] = file.name
                     if name in expected:
-                        dtypes.add(_check_tensor(file, stored, tensors.get_slice(stored), expected[name], dtype))
+                        _check_tensor(file, name, tensors.get_slice(name), expected[name], dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} does not open as safetensors ({error}); copy or export it again") from None
     missing, extra = expected.keys() - seen.keys(), seen.keys() - expected.keys()
@@ -541,7 +534,6 @@ def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], dtype: str 
                 f"{path} {problem} {len(names)} tensors, the first of them {min(names)} "
                 f"({len(seen)} found, {len(expected)} implied by config.json)"
             )
-    return dtypes
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
@@ -623,8 +615,11 @@ def reload_request(
     }
 
 
-def _reload(path: Path, *request: Any) -> dict[str, np.ndarray]:
-    """reload.py's arrays. A fresh interpreter: nothing that this one has imported, patched or cached takes part."""
+def _reload(path: Path, *request: Any, partly: bool = False) -> dict[str, np.ndarray]:
+    """reload.py's arrays. A fresh interpreter: nothing that this one has imported, patched or cached takes part.
+
+    partly: where only sentence-transformers does not load it, what transformers gave, and the reason as "error".
+    """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError("verifying an export needs sentence-transformers: pip install 'nemo_embed_core[eval]'")
     with tempfile.TemporaryDirectory() as scratch, writing(Path(scratch), 100 << 20, "the proof"):
@@ -632,6 +627,9 @@ def _reload(path: Path, *request: Any) -> dict[str, np.ndarray]:
         child = run_reload(sys.executable, path, output, reload_request(*request))
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
+            if partly and output.is_file():
+                with np.load(output, allow_pickle=False) as arrays:
+                    return {**arrays, "error": np.array(reason)}
             raise UserError(
                 f"{path} does not load in transformers and sentence-transformers (exit code {child.returncode}): {reason}"
             )

@@ -130,7 +130,7 @@ def warm(reload_worker, monkeypatch):
 def no_reload(monkeypatch):
     """Faults of the files must be found before ten seconds of imports."""
 
-    def reached(*_):
+    def reached(*_, **__):
         raise AssertionError("the files passed")
 
     monkeypatch.setattr(verify, "_reload", reached)
@@ -637,11 +637,11 @@ def test_a_plain_hugging_face_folder_is_proven_as_far_as_it_goes(anybodys, warm,
 def test_whether_a_plain_folder_is_causal_is_answered_first(anybodys, tmp_path, warm, capsys):
     path = shutil.copytree(anybodys, tmp_path / "causal")
     edit(path / "config.json", is_causal=...)
-    edit_weights(path, lambda w: w.update({"other": torch.zeros(2)}))
+    edit(path / "config.json", rope_theta=9.0)
     out, err, code = checked(path, capsys)
     assert code == 2 and out.splitlines()[0].startswith("  attention: causal, bidirectional in 0 of 8 cases")
     # The other fault is named too, and what was not compared.
-    assert "causal mask in 8 of 8" in err and "should not have 1 tensors, the first of them other" in err
+    assert "causal mask in 8 of 8" in err and "rope_theta" in err
     assert "not compared" in out and "vectors: transformers" not in out
 
 
@@ -670,6 +670,13 @@ def test_a_folder_of_sentence_transformers_6_is_proven_in_its_own_spelling(anybo
     assert "limit: the folder states none; compared at 512 tokens" in out
     assert '"q: "; before documents: "d: "' in out
     assert "read other spellings" in out and "modules.json" in out
+
+
+def test_what_does_not_load_in_sentence_transformers_alone_has_its_causality_answered(anybodys, tmp_path, warm, capsys):
+    path = as_sentence_transformers_6(anybodys, tmp_path / "broken", pooling_mode="best")
+    out, err, code = checked(path, capsys)
+    assert code == 2 and "attention: bidirectional" in out and "weights: 20 tensors" in out
+    assert "does not load in sentence-transformers: " in err and "best" in err
 
 
 def test_another_pooling_is_said_and_not_compared(anybodys, tmp_path, warm, capsys):
@@ -716,12 +723,12 @@ def test_of_what_is_no_llama_nothing_is_looked_at_and_it_is_said(tmp_path, no_re
         verify_folder(tmp_path, ours=False)
 
 
-def test_an_export_whose_prompts_were_edited_does_not_pass_its_check(folder, no_reload, capsys):
+def test_an_export_whose_prompts_were_edited_does_not_pass_its_check(folder, warm, capsys):
     file = folder / "config_sentence_transformers.json"
     settings = json.loads(file.read_text())
     edit(file, prompts={**settings["prompts"], "sts": "other: "})
-    _, err, code = checked(folder, capsys)
-    assert code == 2 and "the prompt 'sts' is \"other: \" in prompts" in err
+    out, err, code = checked(folder, capsys)
+    assert "attention: bidirectional" in out and code == 2 and "the prompt 'sts' is \"other: \" in prompts" in err
 
 
 def test_sentence_transformers_must_have_the_prompts_of_the_folder(good):
