@@ -40,7 +40,10 @@ NOT_COPIED = (
 )
 
 ORACLE = "tests/parallel/test_oracle.py"
-OPTIONS = f"{ORACLE}::test_every_option_changes_the_run_as_the_oracle_says"
+LOSS, OPTIM_OPTIONS, DATA, REST = (
+    f"{ORACLE}::test_every_option_changes_the_run_as_the_oracle_says[{group}]"
+    for group in ("loss", "optim", "data", "rest")
+)
 LAYOUT = f"{ORACLE}::test_a_layout_trains_as_the_oracle"
 TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1-dp2]"
 BF16 = "tests/parallel/test_bf16.py"
@@ -69,8 +72,8 @@ TEST_SHARDED, TEST_TRAINER = "tests/checkpoint/test_sharded.py", "tests/train/te
 MUTANTS = [
     # ---- the loss
     Mutant("in-batch labels of another rank", CONTRASTIVE, "labels_B = dp_rank * local.shape[0] + rows", "labels_B = rows", DP2),
-    Mutant("in-batch copies of the positive are negatives", CONTRASTIVE, "doc_ids_P=ids", "doc_ids_P=None", OPTIONS),
-    Mutant("missing negatives of other rows count", CONTRASTIVE, "valid_P=valid", "valid_P=None", OPTIONS),
+    Mutant("in-batch copies of the positive are negatives", CONTRASTIVE, "doc_ids_P=ids", "doc_ids_P=None", LOSS),
+    Mutant("missing negatives of other rows count", CONTRASTIVE, "valid_P=valid", "valid_P=None", LOSS),
     Mutant("documents of other ranks are constants", CONTRASTIVE, "gather_tokens(local, dp_group)", "gather_tokens(local.detach(), dp_group)", DP2),
     Mutant("missing slots count in the accuracy", CONTRASTIVE, "(exists & (scores >= positive[:, None]))", "(scores >= positive[:, None])", f"tests/loss {ORACLE}"),
     Mutant("rows without a candidate count as hits", CONTRASTIVE, "(ranked & ~outranked).sum()", "(~outranked).sum()", f"tests/loss {ORACLE}"),
@@ -78,32 +81,32 @@ MUTANTS = [
     Mutant("known positives among the row's own are negatives", CONTRASTIVE, "self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])", "self.mask_BM[:, 1:]", f"tests/loss {ORACLE}"),
     Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_])", "pad_to_multiple)", f"tests/data/test_packing.py {ORACLE}"),
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
-    Mutant("a temperature that never arrives", STEP, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", OPTIONS),
-    Mutant("in-batch mode that never arrives", STEP, "loss.in_batch, mesh.dp_group", '"none", mesh.dp_group', OPTIONS),
+    Mutant("a temperature that never arrives", STEP, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", LOSS),
+    Mutant("in-batch mode that never arrives", STEP, "loss.in_batch, mesh.dp_group", '"none", mesh.dp_group', LOSS),
     Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
-    Mutant("GradCache forgets the first micro-batch", STEP, "again.backward(e.grad)", "again.backward(e.grad * min(i, 1))", OPTIONS),
-    Mutant("a reduce-scatter after every micro-batch", STEP, "set_requires_gradient_sync(i == count - 1)", "set_requires_gradient_sync(True)", OPTIONS,
+    Mutant("GradCache forgets the first micro-batch", STEP, "again.backward(e.grad)", "again.backward(e.grad * min(i, 1))", LOSS),
+    Mutant("a reduce-scatter after every micro-batch", STEP, "set_requires_gradient_sync(i == count - 1)", "set_requires_gradient_sync(True)", LOSS,
            no_bug="the sum over ranks of the sum over micro-batches is the same; only communication is wasted"),
     # ---- the optimizer and the loop
-    Mutant("AdamW ignores beta1 and beta2", OPTIM, "betas=(config.beta1, config.beta2), ", "", OPTIONS),
-    Mutant("AdamW ignores eps", OPTIM, ", eps=config.eps", "", OPTIONS),
-    Mutant("norms decay too", OPTIM, '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', OPTIONS),
-    Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}, {', '"weight_decay": 0.0}, {', OPTIONS),
-    Mutant("the warm-up begins at 0", OPTIM, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIONS),
-    Mutant("the rate falls to 0 instead of min_lr", OPTIM, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIONS),
-    Mutant("the rate never reaches the optimizer", TRAINER, 'param_group["lr"] = lr', "pass", OPTIONS),
-    Mutant("clip_norm never arrives", TRAINER, "config.optim.clip_norm, mesh)", "1.0, mesh)", OPTIONS),
-    Mutant("the seed never reaches the sampler", TRAINER, "Sampler(len(self.store), config.global_batch_size, config.seed)", "Sampler(len(self.store), config.global_batch_size, 0)", OPTIONS),
-    Mutant("the seed never reaches the choice of documents", TRAINER, "mesh.tp.size, config.seed", "mesh.tp.size, 0", OPTIONS),
-    Mutant("gradients of the step before are kept", TRAINER, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIONS),
+    Mutant("AdamW ignores beta1 and beta2", OPTIM, "betas=(config.beta1, config.beta2), ", "", OPTIM_OPTIONS),
+    Mutant("AdamW ignores eps", OPTIM, ", eps=config.eps", "", OPTIM_OPTIONS),
+    Mutant("norms decay too", OPTIM, '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', OPTIM_OPTIONS),
+    Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}, {', '"weight_decay": 0.0}, {', OPTIM_OPTIONS),
+    Mutant("the warm-up begins at 0", OPTIM, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIM_OPTIONS),
+    Mutant("the rate falls to 0 instead of min_lr", OPTIM, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
+    Mutant("the rate never reaches the optimizer", TRAINER, 'param_group["lr"] = lr', "pass", OPTIM_OPTIONS),
+    Mutant("clip_norm never arrives", TRAINER, "config.optim.clip_norm, mesh)", "1.0, mesh)", OPTIM_OPTIONS),
+    Mutant("the seed never reaches the sampler", TRAINER, "self.sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)", "self.sampler = Sampler(drawn.rows, config.global_batch_size, 0)", REST),
+    Mutant("the seed never reaches the choice of documents", TRAINER, "mesh.tp.size, config.seed", "mesh.tp.size, 0", REST),
+    Mutant("gradients of the step before are kept", TRAINER, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIM_OPTIONS),
     Mutant("a resumed run corrects the bias anew", TRAINER, "fill_(float(self.step - self.skipped))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
     Mutant("the sums of a step are not divided by tp", TRAINER, "totals = {name: value / self.mesh.tp.size", "totals = {name: value", TP2),
     Mutant("a spike is skipped where it should warn", TRAINER, 'mode == "skip"\n', "True\n", "tests/train/test_control.py tests/train/test_trainer.py"),
-    Mutant("a loss window without its limit", "nemo_embed_core/train/metrics.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train"),
+    Mutant("a loss window without its limit", "nemo_embed_core/train/metrics.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train/test_control.py tests/train/test_trainer.py"),
     Mutant("ranks that were not asked to stop go on", TRAINER, "if self._vote(self._stop)", "if self._stop", "tests/train/test_control.py"),
     # ---- gradients over ranks
-    Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIONS),
-    Mutant("clipping without its 1e-6", GRAD_NORM, "max_norm / (norm + 1e-6)", "max_norm / norm", OPTIONS),
+    Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIM_OPTIONS),
+    Mutant("clipping without its 1e-6", GRAD_NORM, "max_norm / (norm + 1e-6)", "max_norm / norm", OPTIM_OPTIONS),
     Mutant("replicated gradients count on every rank", GRAD_NORM, "_sum_of_squares(replicated, mesh.device) / mesh.tp.size", "_sum_of_squares(replicated, mesh.device)", TP2_SP),
     Mutant("the norm is this dp rank's", GRAD_NORM, "    all_reduce_(total, mesh.dp_group)\n", "", DP2),
     Mutant("the norm is this tp rank's", GRAD_NORM, "        all_reduce_(total, mesh.tp.group)\n", "        pass\n", TP2),
@@ -154,7 +157,7 @@ MUTANTS = [
     Mutant("min_score leaves out what equals it", SELECTION, "keep &= scores >= self.min_score", "keep &= scores > self.min_score", TEST_NEGATIVES),
     Mutant("the best-scoring positive gives the ceiling", "nemo_embed_core/mine/negatives.py", "np.minimum.reduceat(scores", "np.maximum.reduceat(scores", TEST_NEGATIVES),
     Mutant("spelling variants are searched", POOL, '= self._append(text, exact, "variants")', '= self._append(text, exact, "")', TEST_NEGATIVES),
-    Mutant("documents known from other data come back", POOL, "(key, *sorted(rows.known.of(key)))", "(key,)", "tests/mine"),
+    Mutant("documents known from other data come back", POOL, "(key, *sorted(rows.known.of(key)))", "(key,)", "tests/mine/test_negatives.py tests/mine/test_launch.py"),
     Mutant("a score at the ceiling is kept", TOPK, "~(scores.double() < ceilings_Q.double()[:, None])", "(scores.double() > ceilings_Q.double()[:, None])", TEST_TOPK),
     Mutant("lower bounds are upper bounds", TOPK, "[:, 0] - 2 * widest", "[:, 0]", TEST_TOPK),
     Mutant("bounds of candidates below the ceiling are left out", TOPK, "limit = next_after(ceilings + 2 * bound)", "limit = next_after(ceilings)", TEST_TOPK),
@@ -163,15 +166,15 @@ MUTANTS = [
     Mutant("a bound that forgets the rounding of its rows", "nemo_embed_core/mine/bounds.py", "norm_above(x_nD), torch.zeros(len(x_nD)", "0 * norm_above(x_nD), torch.zeros(len(x_nD)", TEST_TOPK),
     # ---- checkpoints
     Mutant("a flipped bit goes unseen", SHARDED, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_merge.py"),
-    Mutant("pieces that overlap are accepted", SHARDED, "if _overlap(box, (other", "if None and _overlap(box, (other", "tests/checkpoint"),
-    Mutant("the oldest checkpoints are kept", SHARDED, "for old in whole[keep:]:", "for old in whole[:-keep]:", "tests/checkpoint tests/train/test_trainer.py"),
-    Mutant("keep_every keeps nothing", SHARDED, "if old == newest or (keep_every and", "if old == newest or (0 and", "tests/checkpoint"),
+    Mutant("pieces that overlap are accepted", SHARDED, "if _overlap(box, (other", "if None and _overlap(box, (other", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
+    Mutant("the oldest checkpoints are kept", SHARDED, "for old in whole[keep:]:", "for old in whole[:-keep]:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
+    Mutant("keep_every keeps nothing", SHARDED, "if old == newest or (keep_every and", "if old == newest or (0 and", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
     Mutant("the weights may change while a save copies", SHARDED, "self._buffers[name].copy_(piece.tensor.detach(), non_blocking=cuda)", "self._buffers[name] = piece.tensor.detach()", "tests/checkpoint/test_async.py"),
     Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/checkpoint/test_average.py"),
-    Mutant("the manifest's own digest is not asked for", SHARDED, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint"),
+    Mutant("the manifest's own digest is not asked for", SHARDED, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
     # ---- exports and evaluation
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
-    Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export tests/checkpoint/test_merge.py"),
+    Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export/test_folder.py tests/checkpoint/test_merge.py"),
     Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/checkpoint/test_merge.py"),
     Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": False', '"is_causal": True', "tests/export/test_folder.py tests/export/test_verify.py"),
     Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_verify.py"),
