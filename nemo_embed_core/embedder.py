@@ -16,7 +16,7 @@ import torch
 
 from nemo_embed_core.checkpoint.weights import fill, open_weights, tokenizer_folder
 from nemo_embed_core.config import ModelConfig, to_dict
-from nemo_embed_core.data.packing import pack_texts
+from nemo_embed_core.data.packing import pack_texts, shapes_cost_memory
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
@@ -91,7 +91,8 @@ class Embedder:
     def encode_tokens(self, tokens: list[np.ndarray]) -> np.ndarray:
         """encode() of texts that `tokenize` has made ids of."""
         out = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
-        for indices, batch in pack_texts(tokens, self.max_tokens):
+        few_shapes = shapes_cost_memory(self.device, next(self.encoder.parameters()).dtype)
+        for indices, batch in pack_texts(tokens, self.max_tokens, few_shapes=few_shapes):
             batch = batch.to(self.device)
             segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
             rows = self.encoder(batch.input_ids, batch.position_ids, segments)[: batch.num_sequences]

@@ -157,13 +157,36 @@ def _halve(tokens: np.ndarray, groups: list[int]) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------ tensors
 
 
-def _pack(sequences: Sequence[np.ndarray], lengths: np.ndarray, pad_to_multiple: int) -> dict[str, Any]:
-    """The fields of a PackedBatch from sequences in their final order."""
+def shapes_cost_memory(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether every new T costs memory for good: oneDNN keeps some 2 MB for each GEMM in bf16 with another number of rows.
+
+    Nothing else does by the shape: fp32 on a CPU keeps nothing, Triton specialises its kernels on whether an integer is 1 or
+    a multiple of 16, and CUDA's caching allocator hands freed blocks out again.
+    """
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
+def padded(num_tokens: int, pad_to_multiple: int, room: int, few_shapes: bool) -> int:
+    """T >= num_tokens, a multiple of pad_to_multiple, at most `room` (which is one).
+
+    few_shapes: one of at most 32 equal steps up to `room`, below the fourth of them of two an octave: some 40 values of T.
+    """
+    step = pad_to_multiple
+    if few_shapes:
+        equal, octave = -(-room // 32), 2 ** (max(num_tokens, 64) - 1).bit_length() // 4
+        step = -(-min(equal, octave) // pad_to_multiple) * pad_to_multiple
+    return min(-(-num_tokens // step) * step, room)
+
+
+def _pack(
+    sequences: Sequence[np.ndarray], lengths: np.ndarray, pad_to_multiple: int, room: int | None = None
+) -> dict[str, Any]:
+    """The fields of a PackedBatch from sequences in their final order; room: pad to one of few T up to it."""
     num_tokens = int(lengths.sum())
     parts = list(sequences)
     # A multiple of tp_size: reduce-scatter over tokens needs equal slices on every rank. One extra real sequence
     # (not padding inside the last one) keeps the pooled rows of the others untouched.
-    pad = -num_tokens % pad_to_multiple
+    pad = padded(num_tokens, pad_to_multiple, room or num_tokens + pad_to_multiple, room is not None) - num_tokens
     if pad:
         parts.append(np.zeros(pad, np.int32))
         lengths = np.append(lengths, pad)
@@ -216,10 +239,11 @@ def build_micro_batch(
     doc_ids: np.ndarray,
     pad_to_multiple: int = 1,
     known_ids: np.ndarray | None = None,
+    room: int | None = None,
 ) -> MicroBatch:
     """One micro-batch of the groups (rows_b [b], doc_ids [b, 1 + K], -1: missing).
 
-    known_ids [b, J]: of the global batch that this is a part of; without it this is all there is.
+    room: the most tokens that there may be, where T is to be one of few values.  known_ids [b, J]: of the global batch that this is a part of; without it this is all there is.
 
     A document that several groups bring is encoded once: the same text has the same embedding, and its gradient is
     the sum, as autograd's index_select makes it. Sequences stand shortest first, queries and documents mixed, so that
@@ -241,7 +265,7 @@ def build_micro_batch(
     if known_ids is None:
         known_ids = known_in_batch(store, rows_b, same_ids)
     return MicroBatch(
-        **_pack([tokens[i] for i in order.tolist()], lengths[order], pad_to_multiple),
+        **_pack([tokens[i] for i in order.tolist()], lengths[order], pad_to_multiple, room),
         query_index=torch.from_numpy(place[:b].copy()),
         document_index=torch.from_numpy(document_index),
         document_mask=torch.from_numpy(mask),
@@ -252,11 +276,12 @@ def build_micro_batch(
 
 
 def pack_texts(
-    token_arrays: Sequence[np.ndarray], max_tokens: int, pad_to_multiple: int = 1
+    token_arrays: Sequence[np.ndarray], max_tokens: int, pad_to_multiple: int = 1, few_shapes: bool = False
 ) -> Iterator[tuple[np.ndarray, PackedBatch]]:
     """(indices [n], batch): pooled row i of the batch belongs to token_arrays[indices[i]]; at most max_tokens each.
 
-    Texts of similar length travel together, longest batches first (running out of memory shows at once).
+    Texts of similar length travel together, longest batches first (running out of memory shows at once). few_shapes: T is
+    one of some 40 values (shapes_cost_memory).
     """
     lengths = np.fromiter((len(tokens) for tokens in token_arrays), np.int64, len(token_arrays))
     room = _room(max_tokens, pad_to_multiple)
@@ -272,7 +297,9 @@ def pack_texts(
     while end:
         start = int(np.searchsorted(cumulated, cumulated[end] - room, side="left"))
         indices = order[start:end]
-        packed = _pack([token_arrays[i] for i in indices.tolist()], lengths[indices], pad_to_multiple)
+        packed = _pack(
+            [token_arrays[i] for i in indices.tolist()], lengths[indices], pad_to_multiple, room if few_shapes else None
+        )
         yield indices, PackedBatch(**packed)
         end = start
 
@@ -296,6 +323,7 @@ def load_batch(
     config: DataConfig,
     pad_to_multiple: int = 1,
     seed: int = 0,
+    few_shapes: bool = False,
 ) -> tuple[list[MicroBatch], int]:
     """(micro-batches of this dp rank, real tokens of the global batch); a pure function, the same on all tp ranks.
 
@@ -326,7 +354,9 @@ def load_batch(
     mine = positions[dp_rank]
     known_BJ = known_in_batch(store, rows_B, _same_ids(store, doc_ids))
     micro_batches = [
-        build_micro_batch(store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_])
+        build_micro_batch(
+            store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_], room if few_shapes else None
+        )
         for bin_ in (mine[bin_] for bin_ in plans[dp_rank])
     ]
     return micro_batches, num_tokens

@@ -46,8 +46,11 @@ def reference_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: S
 def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
     """One F.scaled_dot_product_attention call per run of equally long neighbours: no padding and no mask.
 
-    Packing sorts a micro-batch by length, so there are at most as many calls as distinct lengths; any order is right.
+    Packing sorts a micro-batch by length, so there are at most as many calls as distinct lengths; any order is right. On a CPU
+    bf16 is computed in fp32: its kernel keeps some 4 MB for every length for good, and below 256 tokens it is slower.
     """
+    if q_THA.device.type == "cpu" and q_THA.dtype in (torch.bfloat16, torch.float16):
+        return sdpa_attention(q_THA.float(), k_TGA.float(), v_TGA.float(), segments).to(q_THA.dtype)
     r = q_THA.shape[1] // k_TGA.shape[1]
     if r > 1:  # enable_gqa takes the slow path on CPU
         k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)

@@ -36,7 +36,7 @@ from nemo_embed_core.checkpoint.weights import (
 )
 from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, code_version, dump_yaml, failpoint, to_dict
 from nemo_embed_core.data.build import open_store
-from nemo_embed_core.data.packing import MicroBatch, load_batch
+from nemo_embed_core.data.packing import MicroBatch, load_batch, shapes_cost_memory
 from nemo_embed_core.data.population import population
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
@@ -374,8 +374,9 @@ class Trainer:
         note("data", self.step + 1)
         rows = self.sampler.rows(self.step)
         batches, num_tokens = load_batch(
-            self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size, config.seed
-        )
+            self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size, config.seed,
+            few_shapes=shapes_cost_memory(mesh.device, self.dtype),
+        )  # fmt: skip
         failpoint("step.begin", self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self._num_micro_batches = len(batches)
@@ -439,7 +440,8 @@ class Trainer:
         self, losses_B: torch.Tensor, stats: torch.Tensor, norm: torch.Tensor, batches: Sequence[MicroBatch]
     ) -> dict[str, float]:
         """Sums over dp ranks, exchanged in one small all-reduce; tp ranks hold the same values."""
-        squares = sum(int(np.square(np.asarray(b.lengths, dtype=np.int64)).sum()) for b in batches)
+        real = [np.asarray(b.lengths[: b.num_sequences], dtype=np.int64) for b in batches]
+        squares = sum(int(np.square(lengths).sum()) for lengths in real)
         host = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(self._stop), int(self.saver.failed)]
         vector = torch.cat(
             [losses_B.sum().double()[None], stats, torch.tensor(host, dtype=torch.float64, device=losses_B.device)]
