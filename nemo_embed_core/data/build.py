@@ -8,18 +8,13 @@ commit survives a kill: the next build of the same store goes on from it and end
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import shutil
 import time
-import uuid
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError, failpoint
+from nemo_embed_core.data.building import Log, building, publish, read_state, write_json
 from nemo_embed_core.data.judge import EMPTY_KEY, judge
 from nemo_embed_core.data.normal_form import has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
@@ -45,9 +41,6 @@ from nemo_embed_core.data.tokenizer import Tokenizer
 
 COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
 PENDING = 2 << 20  # characters that wait for the tokenizer
-STALE_S = 24 * 3600  # a killed build of other data is kept this long, so that two builds may take turns
-
-Log = Callable[[str], None]
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> Store:
@@ -102,12 +95,12 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
     folder = Path(config.cache_dir) / digest[:32]
     if not folder.exists():
         try:
-            with _building(folder, log) as temporary:
+            with building(folder, log) as temporary:
                 _build(temporary, config, tokenizer, header, log)
                 if _stamps(config) != stamps:
                     raise UserError("a data file changed while it was being tokenised; start again when it is complete")
                 Store(temporary).verify()
-                _publish(temporary, folder)
+                publish(temporary, folder)
         except OSError as error:
             raise UserError(f"the store cannot be written to {folder}: {error.strerror} (data.cache_dir)") from error
     store = Store(folder)
@@ -221,127 +214,8 @@ def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
     if new:
         with suppress(OSError):  # a cache_dir that cannot be written to serves the stores that it has
             cache_dir.mkdir(parents=True, exist_ok=True)
-            _write_json(record, known)
+            write_json(record, known)
     return hashes
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-
-
-# ------------------------------------------------------------------------------------------ the building folder
-
-
-@contextmanager
-def _building(folder: Path, log: Log) -> Iterator[Path]:
-    """A folder for building that this process alone holds: what a killed build of the same store left, or a new one.
-
-    Left by a killed process, by Ctrl-C or by a full disk, it stays; after bad data it goes.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".building-{folder.name[:16]}-"
-    temporary, lock = _sweep(folder.parent, prefix, log)
-    if temporary is None:
-        temporary = folder.with_name(f"{prefix}{uuid.uuid4().hex[:8]}")
-        temporary.mkdir()
-        lock = _lock(temporary)
-        if lock is None:
-            log(f"WARNING: {folder.parent} is on a file system without locks; a killed build there starts anew")
-    try:
-        yield temporary
-    except (UserError, AssertionError):
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(temporary: Path) -> int | None:
-    """A descriptor that holds temporary/lock until this process ends, however it does; None where that cannot be had."""
-    try:
-        descriptor = os.open(temporary / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_nlink and (temporary / "lock").exists():  # else its owner has just ended
-            return descriptor
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-            raise
-    os.close(descriptor)
-    return None
-
-
-def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None]:
-    """Takes the leftover of a killed build with this prefix that has come furthest; removes the others, or names them."""
-    mine: list[tuple[int, Path, int]] = []
-    for leftover in sorted(parent.glob(".building-*")):
-        age = time.time() - max((path.stat().st_mtime for path in [leftover, *leftover.glob("*")]), default=0.0)
-        if not (leftover / "lock").exists():  # of an older version, or being made right now
-            if age > 3600:
-                log(f"removing {leftover}, left by an older version")
-                shutil.rmtree(leftover, ignore_errors=True)
-            continue
-        lock = _lock(leftover)
-        if lock is None:
-            continue  # somebody builds there
-        rows = (_read_state(leftover) or {"rows": 0})["rows"]
-        if leftover.name.startswith(prefix):
-            mine.append((rows, leftover, lock))
-            continue
-        if rows and age < STALE_S:
-            log(
-                f"{leftover} is of a killed build of other data: starting that again goes on from its {rows:,} rows; it is "
-                "removed when it is a day old"
-            )
-        else:
-            log(f"removing {leftover}, left by a process that is gone")
-            shutil.rmtree(leftover, ignore_errors=True)
-        os.close(lock)
-    mine.sort()
-    for _, leftover, lock in mine[:-1]:
-        log(f"removing {leftover}, left by a process that is gone")
-        shutil.rmtree(leftover, ignore_errors=True)
-        os.close(lock)
-    return (mine[-1][1], mine[-1][2]) if mine else (None, None)
-
-
-def _read_state(folder: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size >= size for name, size in state["sizes"].items())
-        return state if whole and isinstance(state["rows"], int) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Renames a built store into place, durably; losing the race to another builder of the same digest is fine."""
-    for file in temporary.iterdir():
-        _fsync(file)
-    _fsync(temporary)
-    try:
-        os.rename(temporary, folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-        return
-    (folder / "lock").unlink(missing_ok=True)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------ building
@@ -376,7 +250,7 @@ class _Files:
             file.flush()
             os.fsync(file.fileno())
             sizes[name] = os.fstat(file.fileno()).st_size
-        _write_json(self._folder / "state.json", {**state, "sizes": sizes})
+        write_json(self._folder / "state.json", {**state, "sizes": sizes})
 
     def close(self) -> None:
         for file in self._files.values():
@@ -429,7 +303,7 @@ def _hash(data: bytes) -> bytes:
 
 def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log) -> None:
     """Writes all files of the store into the folder, the manifest last, going on from what stands there."""
-    state = _read_state(folder) or {}
+    state = read_state(folder) or {}
     if state:
         log(f"going on with {folder}: {state['rows']:,} of {state['total']:,} rows were done when its process ended")
     else:

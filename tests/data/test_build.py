@@ -13,6 +13,7 @@ import pytest
 
 from nemo_embed_core.config import DataConfig, DatasetConfig, UserError
 from nemo_embed_core.data import build as build_module
+from nemo_embed_core.data import building
 from nemo_embed_core.data.build import open_store, with_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,7 @@ def test_leftovers_are_named_and_removed_when_their_owner_is_gone(config, tokeni
     (empty := of_other.with_name(".building-0123456789abcdef-1")).mkdir()
     (empty / "lock").touch()
     (held := of_other.with_name(".building-0123456789abcdef-2")).mkdir()
-    descriptor = build_module._lock(held)
+    descriptor = building._lock(held)
     lines: list[str] = []
     open_store(config, tokenizer, log=lines.append)
     text = "\n".join(lines)
@@ -112,7 +113,7 @@ def test_leftovers_are_named_and_removed_when_their_owner_is_gone(config, tokeni
     assert held.exists() and str(held) not in text, "somebody builds there"
     assert f"{of_other} is of a killed build of other data" in text and "12 rows" in text and of_other.exists()
     os.close(descriptor)
-    monkeypatch.setattr(build_module, "STALE_S", 0)
+    monkeypatch.setattr(building, "STALE_S", 0)
     open_store(replace(config, query_max_length=41), tokenizer, log=lines.append)
     assert not of_other.exists() and not held.exists()
 

@@ -217,7 +217,7 @@ def test_unwritable_cache(config, tokenizer, tmp_path):
 
 
 def test_loser_of_a_race_uses_the_winners_store(config, tokenizer, monkeypatch, tmp_path):
-    publish = build_module._publish
+    publish = build_module.publish
     raced = []
 
     def publish_second(temporary, folder):
@@ -230,7 +230,7 @@ def test_loser_of_a_race_uses_the_winners_store(config, tokenizer, monkeypatch, 
         else:
             publish(temporary, folder)
 
-    monkeypatch.setattr(build_module, "_publish", publish_second)
+    monkeypatch.setattr(build_module, "publish", publish_second)
     store = build(config, tokenizer)
     store.verify()
     assert raced[1] == store.folder
