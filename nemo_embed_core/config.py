@@ -11,89 +11,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 from nemo_embed_core import __version__
+from nemo_embed_core.errors import DataError, UserError, failpoint, run_rank, user_errors
 
-
-class UserError(ValueError):
-    """Wrong input or wrong set-up: one paragraph with the numbers and what to change; exit code 2."""
-
-    exit_code = 2
-
-
-class DataError(UserError):
-    """`path:line: what is wrong and what to change`."""
-
-    def __init__(self, path: object, line: int | None, message: str):
-        super().__init__(f"{path}:{line}: {message}" if line is not None else f"{path}: {message}")
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with its exit code, 2."""
-    try:
-        yield
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        prefix = "error" if rank == "0" else f"[rank {rank}] error"
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
-
-
-def run_rank(main: Callable[[], None]) -> NoReturn:
-    """main() of a launcher that makes process groups; the process then ends without finalising the interpreter.
-
-    gloo's threads outlive destroy_process_group while anything (FSDP2, autograd) refers to their group. A thread that wants
-    the interpreter while it is finalised is unwound by force, and the rank dies of SIGABRT ("terminate called without an
-    active exception") after its work was done and saved: seen in one of some fifteen runs, torch 2.13 (docs/log.md).
-    """
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def failpoint(name: str, at: object) -> None:
-    """Fault injection for the tests; does nothing when NEMO_EMBED_FAIL is unset, as it is outside them.
-
-    NEMO_EMBED_FAIL=name@at[:action][,...], `*` for every `at`. Actions: kill (the default: as a power cut would), stop and
-    term send this process the signal; raise and oom raise; sleep=SECONDS.
-    """
-    for spec in filter(None, os.environ.get("NEMO_EMBED_FAIL", "").split(",")):
-        point, _, action = spec.partition(":")
-        if point not in (f"{name}@{at}", f"{name}@*"):
-            continue
-        if action == "raise":
-            raise RuntimeError(f"injected at {name}")
-        if action == "oom":
-            raise MemoryError(f"injected at {name}")
-        if action.startswith("sleep="):
-            time.sleep(float(action.removeprefix("sleep=")))
-        else:
-            signals = {"": signal.SIGKILL, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
-            os.kill(os.getpid(), signals[action])
+__all__ = ["DataError", "failpoint", "run_rank", "user_errors"]
 
 
 def code_version() -> str:
