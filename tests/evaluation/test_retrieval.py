@@ -182,3 +182,10 @@ def test_nothing_to_evaluate_is_an_error():
         evaluate_retrieval(encoder, Beir(corpus, {}, {}))
     with pytest.raises(UserError, match="1 of 2 queries have no relevance judgement, the first is q2"):
         evaluate_bm25(Beir(corpus, {"q1": "a", "q2": "b"}, {"q1": {"d5": 1}}))
+
+
+def test_documents_are_given_to_a_model_without_white_space_around_them_and_queries_as_they_are():
+    """As mteb does; a byte-level tokenizer sees the difference."""
+    encoder, corpus = ranked({" a ": ["d5"]})  # the encoder knows exactly these texts
+    spaced = {document: f"\n {text}  " for document, text in corpus.items()}
+    assert evaluate_retrieval(encoder, Beir(spaced, {"q": " a "}, {"q": {"d5": 1}}))["ndcg_at_10"] == 1.0
