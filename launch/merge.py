@@ -90,7 +90,7 @@ def merge(args: argparse.Namespace) -> None:
     if args.weights:
         m.check_weights(args.weights, len(sources))
     dtype = m.dtype_of(args.dtype, sources)
-    named = [(m.source_name(source), origin.usage) for source, origin in zip(sources, origins, strict=True)]
+    named = [(source.name, origin.usage) for source, origin in zip(sources, origins, strict=True)]
     usage, said = m.united_usage(named, args.task, args.document_task)
     tokenizers = [load_tokenizer(source.folder) for source in sources]
     said += check_servable(tokenizers[0].files)
@@ -121,7 +121,7 @@ def merge(args: argparse.Namespace) -> None:
     with writing(args.output, needed, "the merged model"), new_folder(args.output) as folder:
         members, decisions = list(range(len(sources))), list[dict[str, Any]]()
         if args.method == "soup":
-            names = [m.source_name(source) for source in sources]
+            names = [source.name for source in sources]
             members, decisions = m.greedy_soup(names, lambda tried: evaluate(args, folder / "candidate", tried, write))
         report = write(folder, members, weights=args.weights, slerp=args.t, hashed=not decisions)
         if decisions:

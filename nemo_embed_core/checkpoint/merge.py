@@ -398,9 +398,7 @@ def _report(
         "dtype": str(dtype).removeprefix("torch."),
         "num_tensors": len(shapes),
         "num_parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
-        "sources": [
-            {"name": source_name(source), "dtype": str(source.dtype).removeprefix("torch.")} for source in sources
-        ],
+        "sources": [{"name": source.name, "dtype": str(source.dtype).removeprefix("torch.")} for source in sources],
     }
     if n == 1:
         return report
@@ -547,9 +545,3 @@ def _free_name(name: str, taken: Mapping[str, Any]) -> str:
         if free not in keys and f"{free}-document" not in taken:
             return free
     raise AssertionError
-
-
-def source_name(source: Weights) -> str:
-    """run/step-00000500 or the folder's own name: no path of this machine goes into a model card."""
-    parts = source.folder.absolute().parts
-    return "/".join(parts[-2:]) if "manifest" in vars(source.reader) else parts[-1]

@@ -20,7 +20,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ from nemo_embed_core.checkpoint.files import (
     write_bytes,
 )
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError, failpoint
-from nemo_embed_core.model.hf import Box
+from nemo_embed_core.model.hf import Box, Stored, hf_rows, parameter_shapes
 from nemo_embed_core.model.hf_config import read_json
 from nemo_embed_core.parallel.collectives import gather_objects
 
@@ -563,6 +563,21 @@ class Reader:
         if problems:
             more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
             raise CheckpointError(f"{self.folder} does not fit this model: " + "; ".join(problems[:10]) + more)
+
+    def stored(self) -> Iterator[tuple[str, Stored]]:
+        """(Hugging Face name, where rows of it stand), in the order of our parameters."""
+        model = model_from_dict(self.manifest["model"], self.folder / MANIFEST)
+        for parameter in parameter_shapes(model):
+            row = 0  # of the parameter
+            for name, start, count in hf_rows(parameter, model):
+                for piece in self.manifest["pieces"][parameter]:
+                    (offset, *columns), size = piece["offset"], tuple(piece["size"])
+                    low, high = max(row, offset), min(row + count, offset + size[0])
+                    if low < high:
+                        at = (start + low - row, low - offset, columns[0] if columns else 0)
+                        digest = self.manifest["files"][piece["file"]]["sha256"]
+                        yield name, Stored(self.folder / piece["file"], parameter, size, high - low, *at, digest)
+                row += count
 
     def read_box(self, name: str, box: Box) -> Tensor:
         """The block of the global tensor `name`, joined from the pieces that hold it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model.hf import (
     Box,
     HFReader,
+    Stored,
     hf_rows,
     hf_shapes,
     local_box,
@@ -38,15 +39,32 @@ class BoxReader(Protocol):
     def read_box(self, name: str, box: Box) -> Tensor: ...
 
 
+class FileReader(BoxReader, Protocol):
+    """Of weights in files: hf.HFReader or sharded.Reader."""
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """Of a checkpoint of ours."""
+
+    def stored(self) -> Iterator[tuple[str, Stored]]:
+        """Hugging Face names and where rows of these tensors stand; no row is left out or comes twice."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """The shape of a model, boxes of its parameters, the folder with its tokenizer and what identifies the values."""
 
     model: ModelConfig
-    reader: BoxReader
+    reader: FileReader
     folder: Path
     dtype: torch.dtype  # of the stored values
     digest: str  # changes when a weight changes; "" when opened without hashing
+
+    @property
+    def name(self) -> str:
+        """run/step-00000500 or the folder's own name: no path of this machine goes into a model card."""
+        parts = self.folder.absolute().parts
+        return parts[-1] if self.reader.manifest is None else "/".join(parts[-2:])
 
 
 class RandomReader:
@@ -140,50 +158,16 @@ class Rows:
         self._files: dict[Path, int] = {}
         self._headers: dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...], int]]] = {}
         try:
-            if isinstance(weights.reader, sharded.Reader):
-                self._checkpoint(weights.reader, weights.model)
-            else:
-                assert isinstance(weights.reader, HFReader), weights.reader
-                for name, (stored, file) in weights.reader._where.items():
-                    if name in self.shapes:
-                        self._add(name, weights.folder / file, stored, self.shapes[name])
+            for name, stored in weights.reader.stored():
+                if stored.sha256:
+                    self.sha256[stored.file] = stored.sha256
+                self._add(name, stored)
         except BaseException:
             self.close()
             raise
 
-    def _checkpoint(self, reader: sharded.Reader, model: ModelConfig) -> None:
-        for parameter in parameter_shapes(model):
-            row = 0
-            for name, start, count in hf_rows(parameter, model):
-                for piece in reader.manifest["pieces"][parameter]:
-                    path, offset, size = reader.folder / piece["file"], piece["offset"], piece["size"]
-                    self.sha256[path] = reader.manifest["files"][piece["file"]]["sha256"]
-                    low, high = max(row, offset[0]), min(row + count, offset[0] + size[0])
-                    if low < high:
-                        self._add(
-                            name,
-                            path,
-                            parameter,
-                            tuple(size),
-                            start + low - row,
-                            low - offset[0],
-                            high - low,
-                            *offset[1:],
-                        )
-                row += count
-
-    def _add(
-        self,
-        name: str,
-        path: Path,
-        stored: str,
-        shape: tuple[int, ...],
-        first: int = 0,
-        skip: int = 0,
-        rows: int | None = None,
-        column: int = 0,
-    ) -> None:
-        """`rows` rows from row `skip` of the file's tensor `stored` on are rows `first`... of `name`."""
+    def _add(self, name: str, stored: Stored) -> None:
+        path, shape = stored.file, stored.shape
         if path not in self._headers:
             try:
                 fd = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -194,13 +178,12 @@ class Rows:
                     self._headers[path] = read_safetensors_header(path)
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch, of too many open files
                 raise sharded.CheckpointError(f"{path}: {error}") from None
-        dtype, have, offset = self._headers[path].get(stored, (None, None, 0))
+        dtype, have, offset = self._headers[path].get(stored.name, (None, None, 0))
         if dtype is None or have != shape or self.dtypes.setdefault(name, dtype) != dtype:
-            raise sharded.CheckpointError(f"{path}: {stored} is {dtype} {have}, expected {shape}")
+            raise sharded.CheckpointError(f"{path}: {stored.name} is {dtype} {have}, expected {shape}")
         columns = torch.Size(shape[1:]).numel()
-        segment = _Segment(
-            first, shape[0] if rows is None else rows, column, columns, path, offset + skip * columns * dtype.itemsize
-        )
+        offset += stored.skip * columns * dtype.itemsize
+        segment = _Segment(stored.first, stored.rows, stored.column, columns, path, offset)
         self._segments.setdefault(name, []).append(segment)
 
     def read(self, name: str, first: int, out_RC: Tensor) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.checkpoint.merge import source_name
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig, UserError, code_version
@@ -49,10 +48,10 @@ def describe(sources: Sequence[Weights], report: Mapping[str, Any] | None = None
 
     report: of checkpoint/merge.py's write_weights (method, weights, t).
     """
-    manifests = {source_name(s): s.reader.manifest for s in sources if isinstance(s.reader, sharded.Reader)}
+    manifests = {s.name: s.reader.manifest for s in sources if s.reader.manifest is not None}
     configs = [manifest["config"] for manifest in manifests.values()]
     origins = [_origin(s) for s in sources]
-    card: Card = {"parents": [source_name(source) for source in sources], "exported_with": code_version()}
+    card: Card = {"parents": [source.name for source in sources], "exported_with": code_version()}
     if report is not None and len(sources) > 1:
         card["method"] = {
             "mean": "Average",
@@ -78,10 +77,11 @@ def describe(sources: Sequence[Weights], report: Mapping[str, Any] | None = None
 
 def _origin(source: Weights) -> tuple[list[str], Path | None]:
     """(runs of ours before this one, the folder that the first of them started from; None: random weights or not known)."""
-    if not isinstance(source.reader, sharded.Reader):
+    manifest = source.reader.manifest
+    if manifest is None:
         return [], source.folder
     names: list[str] = []
-    init_from = source.reader.manifest["config"]["init_from"]
+    init_from = manifest["config"]["init_from"]
     while init_from and sharded.is_checkpoint(folder := Path(init_from)) and len(names) < 100:
         try:
             manifest = sharded.read_manifest(sharded.find(folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,22 @@ from nemo_embed_core.model.hf_folder import inside, tensors
 from nemo_embed_core.parallel.layout import tp_chunk
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
+
+
+class Stored(NamedTuple):
+    """Where rows of a Hugging Face tensor x stand: file[name] has `shape` = [R, C] or [R], and
+
+    x[first : first + rows, column : column + C] = file[name][skip : skip + rows]
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    rows: int
+    first: int = 0
+    skip: int = 0
+    column: int = 0
+    sha256: str = ""  # of the file, where the source says it
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -135,6 +151,8 @@ class HFReader:
     slices.
     """
 
+    manifest = None  # a checkpoint of ours has one
+
     def __init__(self, folder: Path, config: ModelConfig, where: Mapping[str, tuple[str, str]] | None = None):
         self.folder, self.config = folder, config
         self.bytes_read = 0
@@ -162,6 +180,12 @@ class HFReader:
             with (self.folder / file).open("rb") as handle:
                 total.update(hashlib.file_digest(handle, "sha256").digest())
         return total.hexdigest()
+
+    def stored(self) -> Iterator[tuple[str, Stored]]:
+        """(Hugging Face name, where it stands) of every tensor."""
+        shapes = hf_shapes(self.config)
+        for name, (stored, file) in self._where.items():
+            yield name, Stored(self.folder / file, stored, shapes[name], shapes[name][0])
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

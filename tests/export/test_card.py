@@ -5,6 +5,7 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import MODEL, train_config
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.source import Prompts, Usage
-from nemo_embed_core.checkpoint.weights import RandomReader, Weights
+from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import OptimConfig, code_version, to_dict
 from nemo_embed_core.export.card import describe, model_card, shown_command
 
@@ -163,7 +164,7 @@ def test_a_card_of_ours_hands_base_model_and_licence_on(tmp_path):
 
 def test_a_folder_that_is_only_converted_is_a_parent_and_keeps_its_duties(tmp_path):
     folder = base_model(tmp_path / "Llama-3.1-8B", LICENSE=LICENCE)
-    source = Weights(MODEL, RandomReader(MODEL, 0), folder, torch.float32, "")
+    source = Weights(MODEL, SimpleNamespace(manifest=None), folder, torch.float32, "")
     text = card_of(source)
     assert "- Weights of: Llama-3.1-8B" in text and "Base model:" not in text
     assert "came with a Llama community licence (LICENSE)" in text
