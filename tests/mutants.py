@@ -137,7 +137,7 @@ MUTANTS = [
     Mutant("scores in bf16", "kernels/info_nce.py", "return x if x.dtype == torch.float64 else x.float()", "return x if x.dtype == torch.float64 else x.bfloat16()", BF16),
     Mutant("RMSNorm in bf16", "kernels/rms_norm.py", "wide_TD = hidden_TD.float() if", "wide_TD = hidden_TD if", "tests/kernels/test_rms_norm.py"),
     # ---- data
-    Mutant("positions do not begin anew", PACKING, "np.repeat(cu_seqlens[:-1], lengths)", "np.repeat(cu_seqlens[:-1] * 0, lengths)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("positions do not begin anew", PACKING, "np.repeat(cu_seqlens[:-1], lengths)", "np.repeat(cu_seqlens[:-1] * 0, lengths)", "tests/data/test_packing.py"),
     Mutant("queries are given their neighbours' embeddings", PACKING, "place[order] = np.arange(len(order))", "place = order", f"{LAYOUT}[tp1-dp1]"),
     Mutant("missing documents are the first one", PACKING, "document_mask=torch.from_numpy(mask)", "document_mask=torch.ones(mask.shape, dtype=torch.bool)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("the longest groups all go to one rank", PACKING, "heapq.heappush(heap, (load + int(tokens_B[position]), rank))", "heapq.heappush(heap, (0, rank))", "tests/data/test_packing.py"),
