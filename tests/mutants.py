@@ -146,7 +146,7 @@ MUTANTS = [
     Mutant("the same permutation in every epoch", SAMPLER, "self.seed % 2**64, epoch]", "self.seed % 2**64, 0]", "tests/data/test_sampler.py"),
     Mutant("the same negatives in every epoch", SAMPLER, "^ epochs_B.astype(np.uint64)", "^ np.zeros_like(epochs_B).astype(np.uint64)", "tests/data/test_sampler.py"),
     Mutant("the first negatives instead of a draw", SAMPLER, "order = np.lexsort((place, hashes, owner))", "order = np.lexsort((place, owner))", "tests/data/test_sampler.py"),
-    Mutant("a batch at an epoch's end has the old epoch's rows", SAMPLER, "here = epochs == epoch", "here = epochs >= epoch", "tests/data/test_sampler.py"),
+    Mutant("a batch at an epoch's end has the old epoch's rows", SAMPLER, "here = epochs == epoch", "here = epochs <= epoch", "tests/data/test_sampler.py"),
     Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '_FORMAT.sub("", text)).translate', "text).translate", "tests/data/test_normal_form.py"),
     Mutant("special tokens inside texts are special", "nemo_embed_core/data/tokenizer.py", "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "tests/data/test_tokenizer.py"),
     Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),
