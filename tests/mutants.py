@@ -158,7 +158,7 @@ MUTANTS = [
     Mutant("the best-scoring positive gives the ceiling", "nemo_embed_core/mine/negatives.py", "np.minimum.reduceat(scores", "np.maximum.reduceat(scores", TEST_NEGATIVES),
     Mutant("spelling variants are searched", POOL, '= self._append(text, exact, "variants")', '= self._append(text, exact, "")', TEST_NEGATIVES),
     Mutant("documents known from other data come back", POOL, "(key, *sorted(rows.known.of(key)))", "(key,)", "tests/mine/test_negatives.py tests/mine/test_launch.py"),
-    Mutant("a score at the ceiling is kept", TOPK, "~(scores.double() < ceilings_Q.double()[:, None])", "(scores.double() > ceilings_Q.double()[:, None])", TEST_TOPK),
+    Mutant("a score at the ceiling is kept", TOPK, "torch.isfinite(exact) & (exact < ceilings[:, None])", "torch.isfinite(exact) & (exact <= ceilings[:, None])", TEST_TOPK),
     Mutant("lower bounds are upper bounds", TOPK, "[:, 0] - 2 * widest", "[:, 0]", TEST_TOPK),
     Mutant("bounds of candidates below the ceiling are left out", TOPK, "limit = next_after(ceilings + 2 * bound)", "limit = next_after(ceilings)", TEST_TOPK),
     Mutant("ties go to the higher id", "nemo_embed_core/mine/streaming.py", "by_id = ids.argsort(dim=1, stable=True)", "by_id = ids.argsort(dim=1, stable=True, descending=True)", TEST_TOPK),

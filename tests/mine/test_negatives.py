@@ -247,6 +247,12 @@ def test_other_limits_are_those_of_their_definitions(tmp_path):
             assert line["neg"] == [text for r, (text, s) in ranked if allowed(r, s, low)][:4], options
 
 
+def test_a_score_of_exactly_min_score_is_kept():
+    scores, ids = np.float32([[0.75, 0.5, 0.25]]), np.array([[7, 8, 9]])
+    _, chosen = Selection(num_negatives=3, min_score=0.5).choose(scores, ids, np.ones_like(ids, dtype=bool))
+    assert chosen.tolist() == [[7, 8, -1]]
+
+
 def test_random_sampling_takes_from_the_best_and_repeats_itself(tmp_path):
     rows = make_rows(30, seed=5)
     mine(rows, tmp_path / "top.jsonl", num_negatives=12)
