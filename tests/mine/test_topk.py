@@ -153,6 +153,14 @@ def test_answer_is_the_same_bits_for_every_blocking_and_sharding(method):
             assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), cuts
 
 
+def test_a_lower_bound_counts_only_what_is_surely_below_the_ceiling():
+    """keys are above their scores by at most twice the width: of [1.0, 0.875, 0.75] below 0.9375 two score at least 0.625."""
+    keys, width = torch.tensor([[1.0, 0.875, 0.75, 0.5]]).expand(2, 4), torch.tensor([0.0625, 0.125])
+    ceilings = torch.tensor([0.9375, torch.inf])
+    assert topk._kth_lower_bound(keys, width, ceilings, 2).tolist() == [0.625, 0.625]
+    assert topk._kth_lower_bound(keys, width, ceilings, 4).tolist() == [-torch.inf, 0.25]
+
+
 def test_nothing_at_or_above_the_ceiling_even_by_one_bit():
     documents = np.ones((5, 1), np.float32)
     documents[3] = np.nextafter(np.float32(1), np.float32(0))
