@@ -19,6 +19,7 @@ setup(
     packages=[
         "nemo_embed_core",
         "nemo_embed_core.checkpoint",
+        "nemo_embed_core.config",
         "nemo_embed_core.data",
         "nemo_embed_core.data.formats",
         "nemo_embed_core.evaluation",

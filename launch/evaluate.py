@@ -15,9 +15,8 @@ from nemo_embed_core.config import EvaluateConfig, UserError, load_config, user_
 
 
 def main() -> None:
-    config = load_config(EvaluateConfig)
     with user_errors():
-        evaluate(config)
+        evaluate(load_config(EvaluateConfig))
 
 
 def evaluate(config: EvaluateConfig) -> None:

@@ -10,8 +10,8 @@ from nemo_embed_core.config import MineConfig, ParallelConfig, load_config, run_
 
 
 def main() -> None:
-    config = load_config(MineConfig)
     with user_errors():
+        config = load_config(MineConfig)
         from nemo_embed_core.mine.corpus import Ranks
         from nemo_embed_core.mine.run import make_plan, mine, write_texts
         from nemo_embed_core.parallel.layout import rank_from_env, world_size_from_env

@@ -14,8 +14,8 @@ from nemo_embed_core.config import PrepareConfig, load_config, user_errors
 
 
 def main() -> None:
-    config = load_config(PrepareConfig)
     with user_errors():
+        config = load_config(PrepareConfig)
         # After the arguments are parsed, so that --help and typing errors answer at once.
         from nemo_embed_core.data.build import open_store, with_store
         from nemo_embed_core.data.population import longest_draws

@@ -53,8 +53,10 @@ def stop_with_torchrun() -> None:
 
 def main() -> None:
     stop_with_torchrun()
-    config = load_config(TrainConfig)  # before torch is imported: a typo or a wrong layout costs a tenth of a second
     with user_errors():
+        config = load_config(
+            TrainConfig
+        )  # before torch is imported: a typo or a wrong layout costs a tenth of a second
         if config.data.store:
             from nemo_embed_core.data.build import with_store
 

@@ -1,9 +1,7 @@
 """Rules of the house that no tool checks: what the package may not call, what stands where, and that commands exist."""
 
 import ast
-import contextlib
 import dataclasses
-import io
 import os
 import re
 import resource
@@ -183,27 +181,15 @@ def test_the_table_of_faults_is_what_the_tests_mark() -> None:
 
 # ------------------------------------------------------------------------------------------ recipes and launchers
 
-CONFIG_OF = {
-    "train": config.TrainConfig,
-    "mine": config.MineConfig,
-    "evaluate": config.EvaluateConfig,
-    "prepare": config.PrepareConfig,
-}
-
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_accepted_by_its_launcher(path: Path) -> None:
-    cls = CONFIG_OF[path.stem.split("-")[0]]
+    cls = config.LAUNCHERS[path.stem.split("-")[0]]
     # Places are given on the command line: a recipe may leave out where its input and output are.
     given = {line.split(":")[0] for line in path.read_text().splitlines()}
     places = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.type == "str"]
     argv = [part for name in places if name not in given for part in (f"--{name}", "somewhere")]
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            config.load_config(cls, ["--config", str(path), *argv])
-    except SystemExit:
-        pytest.fail(errors.getvalue())
+    assert isinstance(config.load_config(cls, ["--config", str(path), *argv]), cls)
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
@@ -256,7 +242,7 @@ def test_slurm_job_passes_sigterm_to_the_ranks_waits_for_the_save_and_queues_aga
 @pytest.mark.parametrize(
     "where, line",
     [
-        ("config.py", "import nemo_embed_core.data.prompts"),  # upwards
+        ("config/data.py", "import nemo_embed_core.data.prompts"),  # upwards
         ("train/__init__.py", "from nemo_embed_core.mine import topk"),  # between siblings
         ("kernels/swiglu.py", "import nemo_embed_core.config"),  # out of the second root
     ],

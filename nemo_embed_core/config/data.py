@@ -1,0 +1,67 @@
+"""Training data: files, instructions, lengths, micro-batches; and the launcher that only prepares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(Options, section="data.datasets"):
+    """One dataset and the instructions of its texts."""
+
+    path: str
+    """A .jsonl or .jsonl.gz file of {"query", "pos", "neg"} rows, or a BEIR folder."""
+    task: str = ""
+    """Instruction of the queries: "Instruct: {task}\\nQuery: {text}"; "": the query as it is."""
+    document_task: str = ""
+    """Instruction of the documents, for symmetric tasks only (STS, bitext); "": none."""
+    split: str = "train"
+    """Split of a BEIR folder: qrels/{split}.tsv."""
+    on_missing: Literal["error", "allow"] = "error"
+    """In a BEIR folder, a judgement of a text that does not exist, an empty text, a query without a relevant document:
+    "error" refuses it, "allow" leaves it out of training and mining, counted; evaluation keeps what mteb keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Options, section="data"):
+    """Texts, their lengths, and how they are packed."""
+
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    """Datasets to draw from; keys of each: path, task, document_task, split, on_missing."""
+    cache_dir: str = "data-cache"
+    """Folder of the tokenised stores, one for each digest of data, tokenizer and lengths."""
+    query_max_length: int = 512
+    """Tokens of a query, special tokens and instruction included."""
+    document_max_length: int = 512
+    """Tokens of a document, special tokens and instruction included."""
+    num_hard_negatives: int = 4
+    """Hard negatives per query: sampled anew each epoch when a row has more, masked when it has fewer."""
+    max_tokens: int = 8192
+    """Packed tokens of one micro-batch."""
+    on_long_row: Literal["error", "drop", "truncate"] = "error"
+    """Rows whose query, longest positive and longest num_hard_negatives negatives have more than max_tokens tokens:
+    "error" names them before the first step, "drop" leaves them out, "truncate" shortens their longest documents.
+    Counted either way."""
+    store: str = ""
+    """A store that is there: its digest, or the beginning, in cache_dir, or its folder; `datasets` are then not read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("query_max_length", "document_max_length", "max_tokens"):
+            if getattr(self, name) < 2:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least 2 tokens")
+        if self.num_hard_negatives < 0:
+            raise UserError(f"data.num_hard_negatives={self.num_hard_negatives} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Options):
+    """Tokenise datasets once into a memory-mapped store (training does it by itself when the store is missing)."""
+
+    tokenizer: str
+    """Folder with tokenizer.json."""
+    data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,56 @@
+"""Options of launch/evaluate.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Options):
+    """Retrieval quality on a held-out BEIR folder, through mteb's own evaluator, offline."""
+
+    data: str
+    """BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed)."""
+    models: list[str] = field(default_factory=list)
+    """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25."""
+    split: str = "test"
+    """Split of the folder: qrels/{split}.tsv."""
+    on_missing: Literal["error", "allow"] = "error"
+    """A judgement of a text that does not exist, an empty text: "error" refuses it, "allow" counts it and keeps what
+    mteb keeps."""
+    output: str = ""
+    """JSON report to write; "": only the printed table."""
+    prompt_name: str = ""
+    """Prompt of a model with prompts for several tasks; "": its default."""
+    task: str | None = None
+    """Instruction of the queries: "Instruct: {task}\\nQuery: {text}"; "": none; null: the model's own prompt."""
+    document_task: str | None = None
+    """Instruction of the documents; "": none; null: the model's own prompt."""
+    query_max_length: int | None = None
+    """Tokens of a query; null: the model's own."""
+    document_max_length: int | None = None
+    """Tokens of a document; null: the model's own."""
+    ignore_identical_ids: bool = False
+    """Whether a document with the query's own id counts as not found: mteb sets it for ArguAna, Quora, FiQA and others."""
+    max_queries: int = 0
+    """Queries of the split to sample; 0: all."""
+    seed: int = 0
+    """Seed of that sample."""
+    max_tokens: int = 16384
+    """Packed tokens of one encoder batch."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the encoder; auto: bf16 on a GPU, fp32 on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the encoder; auto: a GPU when torch sees one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("query_max_length", "document_max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1 token")
+        if self.max_queries < 0:
+            raise UserError(f"max_queries={self.max_queries} must not be negative; 0 takes all")

@@ -1,0 +1,105 @@
+"""The shape of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(Options, section="rope_scaling"):
+    """`rope_scaling` of a Llama-3.1 config.json: rope_type "llama3"."""
+
+    factor: float = 8.0
+    """Wavelengths longer than the low-frequency bound are stretched by this factor."""
+    low_freq_factor: float = 1.0
+    """The low-frequency bound is original_max_position_embeddings / low_freq_factor, in tokens."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_max_position_embeddings / high_freq_factor tokens are kept; between, a blend."""
+    original_max_position_embeddings: int = 8192
+    """Longest text, in tokens, before the wavelengths were stretched."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise UserError(f"rope_scaling.{f.name}={value!r} must be a positive number")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Options, section="model"):
+    """The shape of a Llama, under the names of Hugging Face's LlamaConfig."""
+
+    vocab_size: int = 128256
+    """Tokens in the vocabulary: rows of the embedding."""
+    hidden_size: int = 4096
+    """Channels of a token between blocks, and of an embedding."""
+    intermediate_size: int = 14336
+    """Channels inside the MLP."""
+    num_hidden_layers: int = 32
+    """Blocks."""
+    num_attention_heads: int = 32
+    """Query heads; a multiple of num_key_value_heads."""
+    num_key_value_heads: int = 8
+    """Key and value heads."""
+    head_dim: int = 0
+    """Channels of a head, even; 0: hidden_size / num_attention_heads."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square of the channels before the root is taken."""
+    rope_theta: float = 500000.0
+    """Base of the rotary wavelengths."""
+    rope_scaling: RopeScaling | None = None
+    """Stretching of long rotary wavelengths, as in Llama 3.1; null: none."""
+    max_position_embeddings: int = 131072
+    """Longest text in tokens: recorded, not enforced, since RoPE has no table here."""
+    initializer_range: float = 0.02
+    """Standard deviation of random weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # a config.json or manifest may hold anything
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_hidden_layers", "head_dim", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must not be negative")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must be positive")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise UserError(
+                f"model.num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; "
+                "every KV head serves the same number of query heads"
+            )
+        if self.head_dim == 0:
+            if self.hidden_size % heads:
+                raise UserError(
+                    f"model.hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
+                    "change one or set model.head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
+
+    @property
+    def mlp_blocks(self) -> int:
+        """Blocks of [gate rows | up rows] in the fused weight, as checkpoints store it: a function of the shape alone.
+
+        One per KV head where those divide intermediate_size: tensor parallelism, which divides them too, then cuts
+        between blocks. Elsewhere (Llama-2-13B: 13824 and 40) blocks of at most 64 channels, of which every rank takes
+        equally many; the last ranks' may be padding.
+        """
+        if self.intermediate_size % self.num_key_value_heads == 0:
+            return self.num_key_value_heads
+        largest = max(1, min(64, self.intermediate_size // self.num_key_value_heads))
+        return self.intermediate_size // next(n for n in range(largest, 0, -1) if self.intermediate_size % n == 0)

@@ -1,0 +1,185 @@
+"""Options of launch/train.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemo_embed_core.config.data import DataConfig
+from nemo_embed_core.config.model import ModelConfig
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Options, section="parallel"):
+    """How ranks share the model and the batch."""
+
+    tp_size: int = 1
+    """Tensor-parallel ranks; must divide the KV heads."""
+    sequence_parallel: bool = True
+    """Whether norms and residuals hold T / tp_size tokens when tp_size > 1."""
+    dp_size: int = 0
+    """Data-parallel ranks; 0: world size / tp_size."""
+    reshard_after_forward: bool = False
+    """Whether gathered weights are freed after each block (ZeRO-3), which saves memory and gathers them twice."""
+    timeout_s: int = 600
+    """Seconds without progress after which the ranks end the job and name the one that is behind."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tp_size < 1 or self.dp_size < 0:
+            raise UserError(f"parallel.tp_size={self.tp_size} must be >= 1 and dp_size={self.dp_size} >= 0")
+        if self.timeout_s < 1:
+            raise UserError(f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Options, section="loss"):
+    """InfoNCE."""
+
+    temperature: float = 0.02
+    """Divisor of the similarities."""
+    in_batch: Literal["none", "positives", "all"] = "none"
+    """Documents that a query is contrasted with besides its own hard negatives, gathered over the global batch: "none"
+    (the paper), "positives" (of other rows), "all" (positives and negatives of other rows)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise UserError(f"loss.temperature={self.temperature} must be positive; the paper uses 0.02")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Options, section="optim"):
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate one step after the last."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from 0; null: a tenth of the steps, at most 100."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; norms have none."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradients, per step."""
+    beta2: float = 0.999
+    """Decay of the mean of their squares, per step."""
+    eps: float = 1e-8
+    """Added to the root of that mean."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lr > 0 or (self.warmup_steps or 0) < 0 or self.weight_decay < 0 or self.clip_norm < 0:
+            raise UserError(
+                f"optim: lr={self.lr} must be positive; warmup_steps={self.warmup_steps}, "
+                f"weight_decay={self.weight_decay} and clip_norm={self.clip_norm} must not be negative"
+            )
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"optim.min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
+            raise UserError(
+                f"optim: beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1), eps={self.eps} must be positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Options, section="checkpoint"):
+    """When the run is saved and how it goes on."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted."""
+    keep_every: int = 0
+    """Checkpoints of a step that is a multiple of this are kept for ever; 0: none."""
+    resume: str = "none"
+    """Checkpoint to continue from: "none", "auto" (newest whole one of output_dir, if any), or a checkpoint folder."""
+    async_save: bool = True
+    """Whether training goes on while a copy in host memory, on each rank as large as its part, is written."""
+    allow_changed: list[str] = field(default_factory=list)
+    """Continue although these differ from the checkpoint's: seed, global_batch_size, data (--checkpoint.allow_changed
+    seed data). The samples of a step are then others, some seen twice, some not at all; the manifest records it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 1 or self.keep < 1 or self.keep_every < 0:
+            raise UserError(
+                f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1, "
+                f"keep_every={self.keep_every} must not be negative"
+            )
+        if unknown := set(self.allow_changed) - {"seed", "global_batch_size", "data"}:
+            raise UserError(
+                f"checkpoint.allow_changed has {sorted(unknown)}; it takes seed, global_batch_size and data. Another "
+                "model never continues a run: start one with --init_from"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Options):
+    """Contrastive training of a bidirectional Llama: JSONL or BEIR in, sharded checkpoints and metrics out."""
+
+    output_dir: str
+    """Folder of the run: step-XXXXXXXX/ checkpoints, metrics.jsonl, config.yaml."""
+    steps: int
+    """Optimizer steps; 0: only save the initial weights."""
+    global_batch_size: int = 128
+    """Queries per optimizer step, over all ranks."""
+    init_from: str = ""
+    """Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of the shape `model`, which is ignored otherwise."""
+    tokenizer: str = ""
+    """Folder with tokenizer.json; "": the one in init_from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0
+    """Seed of the sampler and, without init_from, of the weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of activations and GEMMs (weights, moments and the loss are fp32); auto: bf16 on a GPU, fp32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Whether each block is computed again in backward, which saves memory."""
+    attention: Literal["auto", "flash", "varlen", "sdpa", "reference"] = "auto"
+    """Implementation of attention; auto: the first of flash, varlen, sdpa that runs on the device in the precision."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the ranks; auto: a GPU when torch sees one."""
+    on_spike: Literal["warn", "skip", "ignore"] = "warn"
+    """A loss of more than spike_zscore standard deviations above the mean of the last 100 steps: "warn" names its rows,
+    "skip" also leaves the weights as they are (the step still counts), "ignore" does not look."""
+    spike_zscore: float = 6.0
+    """Standard deviations from which on a loss is a spike."""
+    log_every: int = 1
+    """Steps between printed lines; metrics.jsonl has every step."""
+    tensorboard: bool = False
+    """Whether TensorBoard events are also written, to output_dir/tensorboard."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 0 or self.global_batch_size < 1 or self.log_every < 1:
+            raise UserError(
+                f"steps={self.steps} must not be negative, global_batch_size={self.global_batch_size} and "
+                f"log_every={self.log_every} must be at least 1"
+            )
+        if self.steps and self.optim.warmup_steps is not None and self.optim.warmup_steps >= self.steps:
+            raise UserError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is not below steps={self.steps}: the rate would never "
+                f"be at optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
+            )
+        if not self.spike_zscore > 0:
+            raise UserError(
+                f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off"
+            )
+        if self.data.num_hard_negatives == 0 and self.loss.in_batch == "none":
+            raise UserError(
+                "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in the softmax "
+                "and the loss is 0; set loss.in_batch=positives or give hard negatives"
+            )
+        if self.global_batch_size == 1 and self.data.num_hard_negatives == 0:
+            raise UserError(
+                "no negatives: global_batch_size=1 and data.num_hard_negatives=0 leave the positive alone in the softmax"
+            )

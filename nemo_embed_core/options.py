@@ -1,0 +1,275 @@
+"""Frozen dataclasses as options: read from the command line, a YAML file or a dict by one parser, with one set of errors.
+
+    config = load_config(TrainConfig)                      # --config x.yaml --optim.lr 1e-6 --loss.temperature=0.05
+    config = TrainConfig.from_yaml("configs/train-debug.yaml", output_dir="runs/debug")
+    config = TrainConfig.from_dict({"output_dir": "runs/debug", "steps": 100, "optim": {"lr": 1e-6}})
+
+The text of an option is the string below its field; --help and docs/options.md are made of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from nemo_embed_core.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    import yaml
+    from jsonargparse import ArgumentParser
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of every configuration. `section`: where its options stand on the command line, as in --optim.lr.
+
+    A dataclass itself: of a class with another base, the parser would accept any subclass that a file names.
+    """
+
+    _prefix = ""
+
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls._prefix = f"{section}." if section else ""
+
+    def __post_init__(self) -> None:
+        """Wrong types are refused however the object is made: TrainConfig(data={...}), dataclasses.replace."""
+        for name, kind in _kinds(type(self)).items():
+            if not _fits(value := getattr(self, name), kind):
+                raise UserError(f"{self._prefix}{name}={_short(value)} must be {_words(kind)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The dict that `to_dict` gives, or a part of it: dicts become sub-configs, everything else is checked."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"{cls.__name__}.from_dict takes a dict, not {_short(values)}")
+        if wrong := [key for key in values if not isinstance(key, str)]:
+            raise UserError(f"{cls.__name__}.from_dict: key {wrong[0]!r} is not the name of an option")
+        parser = _parser(cls)
+        return _build(cls, parser, lambda: parser.parse_object(_plain(values)))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **options: Any) -> Self:
+        """The file that `--config` takes; `options` override it, a dict only the keys that it has."""
+        from jsonargparse import get_loader
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        _check_yaml(text, path)
+        values = get_loader("yaml")(text) or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds no mapping of options but {_short(values)}")
+        try:
+            return cls.from_dict(_merged(values, options))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: Any, path: Path) -> None:
+    """The resolved tree as YAML that `--config` and `from_yaml` read back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+# ------------------------------------------------------------------------------------------ types
+
+C = TypeVar("C", bound=Options)
+
+
+def _kinds(cls: type[Options]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, k) for k in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _words(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is list:
+        return f"a list of which each item is {_words(arguments[0])}"
+    if dataclasses.is_dataclass(kind):
+        return f"a {kind.__name__} (from_dict takes a dict in its place)"  # type: ignore[union-attr]
+    names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
+    return names.get(kind, "null")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _plain(values: Any) -> Any:
+    """A copy without dataclasses."""
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        return _plain(dataclasses.asdict(values))
+    if isinstance(values, Mapping):
+        return {key: _plain(value) for key, value in values.items()}
+    return [_plain(item) for item in values] if isinstance(values, list | tuple) else copy.deepcopy(values)
+
+
+def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        k: _merged(values[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(values.get(k), dict)
+    }
+    return {**values, **changes, **both}
+
+
+# ------------------------------------------------------------------------------------------ the parser
+
+
+def load_config(cls: type[C], argv: Sequence[str] | None = None) -> C:
+    """The dataclass from `--config file.yaml` and `--a.b value` overrides; fields that are lists take `--models A B C`.
+
+    Unknown keys, wrong types and impossible values raise a UserError of one paragraph that names the option.
+    """
+    parser = _parser(cls)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    _refuse_duplicate_keys(cls, argv)
+    return _build(cls, parser, lambda: parser.parse_args(_join_lists(cls, argv)))
+
+
+def _parser(cls: type[Options]) -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE] ..."
+    parser = ArgumentParser(description=cls.__doc__, usage=usage, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_class_arguments(cls, as_group=False)
+    # Of a sub-config the parser takes the default instance, where a value may be derived from others (head_dim from the
+    # sizes): it would stick when those are overridden.
+    parser.set_defaults(dict(_underived(cls)))
+    return parser
+
+
+def _sections(cls: type[Options]) -> Iterator[tuple[str, type[Options]]]:
+    for name, kind in _kinds(cls).items():
+        if isinstance(kind, type) and issubclass(kind, Options):
+            yield name, kind
+            yield from ((f"{name}.{inner}", k) for inner, k in _sections(kind))
+
+
+def _underived(cls: type[Options]) -> Iterator[tuple[str, Any]]:
+    for section, kind in _sections(cls):
+        instance = kind()
+        for f in dataclasses.fields(kind):
+            if f.default is not dataclasses.MISSING and f.default != getattr(instance, f.name):
+                yield f"{section}.{f.name}", f.default
+
+
+def _build(cls: type[C], parser: ArgumentParser, parse: Any) -> C:
+    from jsonargparse import ArgumentError, Namespace
+
+    try:
+        values = parse()
+    except (ArgumentError, AssertionError) as error:
+        options = [name for action in parser._actions for name in action.option_strings]
+        raise UserError(_explain(str(error), options)) from None
+    values.pop("config", None)
+    for section, kind in _sections(cls):
+        if not isinstance(value := values.get(section), Namespace):
+            raise UserError(f"{section}={_short(value)} must be a mapping of the options of {kind.__name__}")
+    return cls(**vars(parser.instantiate(values)))
+
+
+def _refuse_duplicate_keys(cls: type[Options], argv: Sequence[str]) -> None:
+    """YAML says a repeated key is an error; PyYAML keeps the last one silently."""
+    files = {"--config", *(f"--{section}" for section, _ in _sections(cls))}
+    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, is_joined, joined = option.partition("=")
+        path = joined if is_joined else value
+        if name in files and path and Path(path).is_file():
+            try:
+                _check_yaml(Path(path).read_text(encoding="utf-8"), path)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not valid YAML: {error}") from None
+
+
+def _check_yaml(text: str, path: str | Path) -> None:
+    import yaml
+
+    def check(node: yaml.Node | None) -> None:
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    raise DataError(
+                        path, line, f"key {key.value!r} stands here and on line {seen[key.value]}; keep one"
+                    )
+                seen[key.value] = line
+                check(value)
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                check(item)
+
+    try:
+        check(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _join_lists(cls: type[Options], argv: list[str]) -> list[str]:
+    """`--models A B` -> `--models ["A", "B"]` for the fields of type list[str], `--sweep 1 2` -> `--sweep [1,2]`."""
+    lists = dict(_list_fields(cls))
+    joined: list[str] = []
+    while argv:
+        joined.append(argv.pop(0))
+        if joined[-1] in lists and argv and not argv[0].startswith("["):
+            items = []
+            while argv and not argv[0].startswith("--"):
+                items.append(argv.pop(0))
+            joined.append(json.dumps(items) if lists[joined[-1]] is str else f"[{','.join(items)}]")
+    return joined
+
+
+def _list_fields(cls: type[Options]) -> Iterator[tuple[str, type]]:
+    for section, part in (("", cls), *((f"{name}.", kind) for name, kind in _sections(cls))):
+        for name, kind in _kinds(part).items():
+            for k in (kind, *typing.get_args(kind)):
+                if typing.get_origin(k) is list and typing.get_args(k)[0] in (str, float):
+                    yield f"--{section}{name}", typing.get_args(k)[0]
+
+
+def _explain(message: str, options: Sequence[str]) -> str:
+    """The parser's message on one line, with the nearest option where one is misspelt."""
+    message = " ".join(message.split())
+    message = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"in a \1:", message)
+    for word in re.findall(r"--?[\w.]+|[\"'][\w.]+[\"']", message):
+        name = word.strip("\"'-").split("=")[0]
+        if f"--{name}" not in options:
+            near = difflib.get_close_matches(f"--{name}", options, n=1, cutoff=0.75)
+            if near:
+                return f"{message}; did you mean {near[0]}?"
+    return message
