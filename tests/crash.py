@@ -63,10 +63,12 @@ def config_for(folder: Path, name: str, **changes: Any) -> Any:
     return train_config(folder, output_dir=str(folder / name), checkpoint=checkpoint, **changes)
 
 
-def ledger_of(steps: int, skipped: set[int] | frozenset[int] = frozenset(), batch: int = 8) -> str:
+def ledger_of(
+    steps: int, skipped: set[int] | frozenset[int] = frozenset(), batch: int = 8, rows: int | np.ndarray = DRAWN
+) -> str:
     """The hash chain that a manifest carries, from the sampler alone."""
-    ledger, sampler = "0" * 64, Sampler(DRAWN, batch, 0)
+    ledger, sampler = "0" * 64, Sampler(rows, batch, 0)
     for step in range(steps):
-        rows = np.ascontiguousarray(sampler.rows(step), dtype="<i8").tobytes()
-        ledger = hashlib.sha256(ledger.encode() + rows + (b"skipped" if step in skipped else b"")).hexdigest()
+        of_step = np.ascontiguousarray(sampler.rows(step), dtype="<i8").tobytes()
+        ledger = hashlib.sha256(ledger.encode() + of_step + (b"skipped" if step in skipped else b"")).hexdigest()
     return ledger

@@ -30,11 +30,17 @@ class Population:
 
 
 def population(
-    store: Store, config: DataConfig, in_batch: str, pad_to_multiple: int = 1, log: Callable[[str], None] = print
+    store: Store,
+    config: DataConfig,
+    in_batch: str,
+    pad_to_multiple: int = 1,
+    log: Callable[[str], None] = print,
+    keep_lone: bool = False,
 ) -> Population:
     """UserError with path:line of the rows that do not fit (on_long_row=error), or when no row is left.
 
     pad_to_multiple: tensor-parallel ranks, which take equal slices of a micro-batch.
+    keep_lone: draw rows without a candidate too, as a run did that was begun before they were left out.
     """
     rows = np.arange(len(store))
     if in_batch == "none":
@@ -44,7 +50,12 @@ def population(
                 f"no negatives: none of the {len(store)} rows has a hard negative and loss.in_batch=none, so every loss "
                 "is 0; mine negatives first (launch/mine.py) or set loss.in_batch=positives"
             )
-        if lone.any():
+        if lone.any() and keep_lone:
+            log(
+                f"WARNING: {lone.sum():,} of {len(store):,} rows have no negative and loss.in_batch=none: their loss is 0. This "
+                "run was begun by a version that drew them, so it goes on to; a new run (--init_from) leaves them out"
+            )
+        elif lone.any():
             log(
                 f"WARNING: {lone.sum():,} of {len(store):,} rows have no negative and loss.in_batch=none: their loss would be "
                 f"0, they are left out (first: {_named(store, np.flatnonzero(lone)[:3])}); mine negatives for them or set "

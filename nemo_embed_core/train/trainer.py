@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import signal
 import socket
 import sys
@@ -34,10 +35,19 @@ from nemo_embed_core.checkpoint.weights import (
     read_model_config,
     tokenizer_folder,
 )
-from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, code_version, dump_yaml, failpoint, to_dict
+from nemo_embed_core.config import (
+    CheckpointConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    code_version,
+    dump_yaml,
+    failpoint,
+    to_dict,
+)
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import MicroBatch, load_batch, shapes_cost_memory
-from nemo_embed_core.data.population import population
+from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
@@ -105,14 +115,19 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError("tensorboard=true, but it is not installed: pip install tensorboard")
     if rank_from_env() == 0:
         _check_output(Path(config.output_dir), model)
-        checkpoint, _ = _checkpoint_by_name(config)
+        _warn_of_keep_every(config.checkpoint)
+        checkpoint, is_newest = _checkpoint_by_name(config)
         manifest = _readable_manifest(checkpoint) if checkpoint is not None else None
+        if is_newest and manifest is None:  # a damaged one is skipped
+            for checkpoint in sharded.checkpoints(Path(config.output_dir)):
+                if manifest := _readable_manifest(checkpoint):
+                    break
         if checkpoint is not None and manifest is not None:
             _refuse_other_model(config, checkpoint, manifest, model)
         if config.init_from and checkpoint is None:
             open_weights(config.init_from, hashed=False)
         store = open_store(config.data, tokenizer)
-        drawn = population(store, config.data, config.loss.in_batch, config.parallel.tp_size)
+        drawn = _population(config, store, manifest, print)
         if checkpoint is not None and manifest is not None:
             _changed_samples(config, checkpoint, manifest, store, drawn.digest)
         Sampler(drawn.rows, config.global_batch_size, config.seed)
@@ -131,6 +146,29 @@ def _check_output(folder: Path, model: ModelConfig) -> None:
     size = 12 * parameters  # fp32: the weight and two moments
     factor = 1.1 if sharded.checkpoints(folder) else 2.2
     files.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")
+
+
+def _warn_of_keep_every(config: CheckpointConfig) -> None:
+    both = math.lcm(config.every, config.keep_every)
+    if config.keep_every and both != config.keep_every:
+        print(
+            f"WARNING: checkpoint.keep_every={config.keep_every} is no multiple of checkpoint.every={config.every}: of the steps "
+            f"that are saved only every {both:,}th is kept for ever; make keep_every a multiple of every",
+            flush=True,
+        )
+
+
+def _draws_lone_rows(manifest: dict[str, Any] | None) -> bool:
+    """Whether a run draws rows without a candidate: begun before they were left out, when no population was recorded."""
+    return manifest is not None and ("population" not in manifest or manifest.get("draws_lone_rows", False))
+
+
+def _population(
+    config: TrainConfig, store: Store, manifest: dict[str, Any] | None, log: Callable[[str], None]
+) -> Population:
+    """Of a new run, or of the one that continues from this manifest."""
+    keep_lone = _draws_lone_rows(manifest)
+    return population(store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone)
 
 
 def _checkpoint_by_name(config: TrainConfig) -> tuple[Path | None, bool]:
@@ -263,11 +301,6 @@ class Trainer:
         self.dtype = run_dtype(config, mesh.device)
         self.optim = config.optim  # with the number of warm-up steps, once it is known
         self.store = _open_same_store(config, prepared)
-        drawn = population(
-            self.store, config.data, config.loss.in_batch, config.parallel.tp_size, log=lambda message: None
-        )
-        self.population = drawn.digest
-        self.sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)
         self.step = 0
         self.skipped = 0  # of these steps, those whose update was left out for a loss spike
         self.ledger = "0" * 64  # hash chain over the rows of every step so far, and whether it was skipped
@@ -277,6 +310,11 @@ class Trainer:
 
         checkpoint = self._checkpoint_to_resume()
         try:
+            manifest = sharded.read_manifest(checkpoint) if checkpoint is not None else None
+            self.draws_lone_rows = _draws_lone_rows(manifest)
+            drawn = _population(config, self.store, manifest, log=lambda message: None)  # prepare() has said it
+            self.population = drawn.digest
+            self.sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)
             weights = open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
             # The weights' own dtype decides what merge writes: bf16 in, bf16 out.
             self.export_dtype = weights.dtype if weights is not None else self.dtype
@@ -601,6 +639,7 @@ class Trainer:
             "usage": usage_of_training(to_dict(self.config.data), rows_per_dataset).to_json(),
             "data_digest": self.store.digest,
             "population": self.population,
+            **({"draws_lone_rows": True} if self.draws_lone_rows else {}),
             "num_rows": len(self.store),
             "tokenizer_digest": self.tokenizer.digest,
         }

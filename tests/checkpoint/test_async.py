@@ -224,7 +224,7 @@ def test_one_rank_that_cannot_write_stops_all_at_the_next_step(
             outcome.output,
         )
     steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert 80 <= steps < 120 if async_save else steps == 80, "it went on up to the next save"
+    assert 80 <= steps <= 120 if async_save else steps == 80, "it went on, to the next save at most"
     assert [p.name for p in sharded.checkpoints(tmp_path / "run")] == ["step-00000040"]
     assert not list((tmp_path / "run").glob(".*")), "a temporary folder or the lock is left"
     if not async_save:

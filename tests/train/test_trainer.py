@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from crash import ledger_of
 from safetensors.torch import save_file
 from tiny import MODEL, train_config
 
@@ -106,6 +107,39 @@ def test_wrong_resumes_are_refused_before_any_process_group(tmp_path: Path) -> N
     other = {"output_dir": str(tmp_path / "other"), "checkpoint": {"resume": done}}
     refused("step-00000001 has done 1 steps already and steps=0", steps=0, **other)
     prepare(train_config(tmp_path, steps=3, **other))
+
+
+def test_a_run_begun_before_rows_without_candidates_were_left_out_goes_on_with_them(tmp_path: Path, capsys) -> None:
+    """Such a manifest has no population: steps 3 to 5 take their rows from all 61, over two resumes."""
+
+    def run(steps: int, **changes: Any) -> dict[str, Any]:
+        config = train_config(tmp_path, steps=steps, checkpoint={"resume": "auto", "keep": 9}, **changes)
+        with distributed(config.parallel, "cpu", MODEL) as mesh:
+            Trainer(config, mesh, prepare(config), log=lambda message: None).run()
+        return sharded.read_manifest(sharded.checkpoints(tmp_path / "run")[0])
+
+    manifest = run(2, loss={"in_batch": "positives"})  # draws all rows
+    assert manifest.pop("population") == "" and "draws_lone_rows" not in manifest
+    (tmp_path / "run/step-00000002/manifest.json").write_bytes(sharded.seal(manifest))
+    capsys.readouterr()
+    for steps in (4, 5):
+        manifest = run(steps)
+        assert (
+            "WARNING: 16 of 61 rows have no negative" in (said := capsys.readouterr().out) and "it goes on to" in said
+        )
+        assert manifest["ledger"] == ledger_of(steps, rows=61) and manifest["draws_lone_rows"]
+    (tmp_path / "run/step-00000005/manifest.json").write_text("damaged")  # what it says is then step 4's to say
+    assert run(6)["ledger"] == ledger_of(6, rows=61)
+    assert "it goes on to" in (said := capsys.readouterr().out) and "left out (first" not in said
+    with pytest.raises(UserError, match=r"of 61 rows can have more than data.max_tokens=60 tokens"):
+        run(7, data={"max_tokens": 60})
+
+
+def test_a_keep_every_that_few_saves_meet_is_warned_of(tmp_path: Path, capsys) -> None:
+    for every, keep_every, warned in ((4, 6, True), (4, 8, False), (4, 0, False)):
+        prepare(train_config(tmp_path, checkpoint={"every": every, "keep_every": keep_every}))
+        assert ("keep_every=6 is no multiple of checkpoint.every=4: of the steps that are saved only every 12th is kept"
+                in capsys.readouterr().out) == warned  # fmt: skip
 
 
 def test_a_checkpoint_says_how_its_texts_are_encoded(tmp_path: Path) -> None:
