@@ -27,6 +27,7 @@ setup(
         "nemo_embed_core.export.remote",
         "nemo_embed_core.kernels",
         "nemo_embed_core.loss",
+        "nemo_embed_core.merge",
         "nemo_embed_core.mine",
         "nemo_embed_core.model",
         "nemo_embed_core.parallel",

@@ -42,12 +42,13 @@ from safetensors import safe_open
 
 from benchmarks.ceilings import commit
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.checkpoint.average import exact_sum, nearest
 from nemo_embed_core.checkpoint.files import SafetensorsWriter, new_folder, read_safetensors_header
-from nemo_embed_core.checkpoint.merge import open_sources, write_weights
 from nemo_embed_core.checkpoint.weights import Rows, open_weights
 from nemo_embed_core.config import ModelConfig, to_dict
 from nemo_embed_core.export.folder import hf_config
+from nemo_embed_core.merge.average import exact_sum, nearest
+from nemo_embed_core.merge.sources import open_sources
+from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.model.hf import hf_shapes, parameter_shapes
 
 ROOT = Path(__file__).parents[1]

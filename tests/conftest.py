@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 # Before torch and transformers are imported: child processes inherit these too. One thread, because pytest workers and
 # gloo ranks already fill the cores.
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from forked import Server
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -30,3 +32,11 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Of forks, for all tests that need one."""
+    started = Server()
+    yield started
+    started.close()

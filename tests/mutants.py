@@ -65,7 +65,7 @@ COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_cor
 LLAMA, ATTENTION, ENCODER = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "encoder"))
 PACKING, SAMPLER = "nemo_embed_core/data/packing.py", "nemo_embed_core/data/sampler.py"
 SELECTION, TOPK, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "topk", "pool"))
-SHARDED, AVERAGE = "nemo_embed_core/checkpoint/sharded.py", "nemo_embed_core/checkpoint/average.py"
+SHARDED, AVERAGE = "nemo_embed_core/checkpoint/sharded.py", "nemo_embed_core/merge/average.py"
 TEST_TOPK, TEST_NEGATIVES = "tests/mine/test_topk.py", "tests/mine/test_negatives.py"
 TEST_SHARDED, TEST_TRAINER = "tests/checkpoint/test_sharded.py", "tests/train/test_trainer.py"
 
@@ -165,17 +165,17 @@ MUTANTS = [
     Mutant("exclusions of another block of queries", TOPK, "exclude.take(np.arange(rows.start, rows.stop))", "exclude.take(np.arange(rows.stop - rows.start))", TEST_TOPK),
     Mutant("a bound that forgets the rounding of its rows", "nemo_embed_core/mine/bounds.py", "norm_above(x_nD), torch.zeros(len(x_nD)", "0 * norm_above(x_nD), torch.zeros(len(x_nD)", TEST_TOPK),
     # ---- checkpoints
-    Mutant("a flipped bit goes unseen", SHARDED, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_merge.py"),
+    Mutant("a flipped bit goes unseen", SHARDED, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/merge/test_merge.py"),
     Mutant("pieces that overlap are accepted", SHARDED, "if _overlap(box, (other", "if None and _overlap(box, (other", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
     Mutant("the oldest checkpoints are kept", SHARDED, "for old in whole[keep:]:", "for old in whole[:-keep]:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
     Mutant("keep_every keeps nothing", SHARDED, "if old == newest or (keep_every and", "if old == newest or (0 and", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
     Mutant("the weights may change while a save copies", SHARDED, "self._buffers[name].copy_(piece.tensor.detach(), non_blocking=cuda)", "self._buffers[name] = piece.tensor.detach()", "tests/checkpoint/test_async.py"),
-    Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/checkpoint/test_average.py"),
+    Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/merge/test_average.py"),
     Mutant("the manifest's own digest is not asked for", SHARDED, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
     # ---- exports and evaluation
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
-    Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export/test_folder.py tests/checkpoint/test_merge.py"),
-    Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/checkpoint/test_merge.py"),
+    Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export/test_folder.py tests/merge/test_merge.py"),
+    Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/merge/test_merge.py"),
     Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": False', '"is_causal": True', "tests/export/test_folder.py tests/export/test_verify.py"),
     Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_verify.py"),
     Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "b * np.frombuffer(lengths, np.int64) / mean_length", "b", "tests/evaluation/test_bm25.py"),

@@ -46,7 +46,7 @@ class Card(TypedDict, total=False):
 def describe(sources: Sequence[Weights], report: Mapping[str, Any] | None = None) -> Card:
     """What the sources say of themselves: manifests, and data stores and base models where these still lie.
 
-    report: of checkpoint/merge.py's write_weights (method, weights, t).
+    report: of merge/stream.py's write_weights (method, weights, t).
     """
     manifests = {s.name: s.reader.manifest for s in sources if s.reader.manifest is not None}
     configs = [manifest["config"] for manifest in manifests.values()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import sys
@@ -192,6 +191,7 @@ def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launc
     from tiny import train_config
 
     from nemo_embed_core.config import DatasetConfig
+    from nemo_embed_core.merge import merge
     from nemo_embed_core.parallel.mesh import distributed
     from nemo_embed_core.train.trainer import Trainer, prepare
 
@@ -206,12 +206,8 @@ def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launc
     with distributed(config.parallel, "cpu", config.model) as mesh:
         Trainer(config, mesh, prepare(config), log=lambda message: None).run()
     export = tmp_path / "export"
-    spec = importlib.util.spec_from_file_location("launch_merge", ROOT / "launch" / "merge.py")
-    merge = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(merge)
     monkeypatch.setattr(merge, "check", lambda *_, **__: None)  # it takes a process; here the figures are the proof
-    monkeypatch.setattr(sys, "argv", ["merge.py", config.output_dir, "-o", str(export)])
-    merge.main()
+    merge.merge(config.output_dir, export)
 
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     # One text has more than 40 tokens with its instruction on each side.

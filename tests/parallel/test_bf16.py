@@ -4,14 +4,12 @@ Against the truth in fp64, of the same bf16 weights, row by row. That gate alone
 of the activations; so each fp32 stage is compared with fp64 from the very numbers that it was given.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from forked import Server
 from oracle import Batch, Oracle, write_model
 from tiny import train_config, write_rows, write_tokenizer
 
@@ -150,13 +148,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "train.jsonl")
     write_model(root / "model", 380, 96, dtype=torch.bfloat16, hidden_size=64)
     return root
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    started = Server()
-    yield started
-    started.close()
 
 
 def peers(folder: Path) -> dict[torch.dtype, tuple[dict, dict]]:

@@ -7,7 +7,6 @@ in small ones must not hide behind the largest of a tensor.
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +262,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (vocab_size, intermediate_size) in MODELS.items():
         write_model(root / name, vocab_size, intermediate_size)
     return root
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    started = Server()
-    yield started
-    started.close()
 
 
 def run(server: Server, folder: Path, cases: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_embed_core.checkpoint import average
-from nemo_embed_core.checkpoint.average import NonFinite, combine, exact, exact_sum, nearest, round_once
+from nemo_embed_core.merge import average
+from nemo_embed_core.merge.average import NonFinite, combine, exact, exact_sum, nearest, round_once
 
 TARGETS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHTS = {

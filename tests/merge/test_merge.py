@@ -23,11 +23,17 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, train_config, write_rows, write_tokenizer
 
-from nemo_embed_core.checkpoint import average, merge, sharded
+from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import new_folder
 from nemo_embed_core.checkpoint.source import Prompts, Usage, resolve
 from nemo_embed_core.checkpoint.weights import RandomReader, _is_cached, open_weights
 from nemo_embed_core.config import DatasetConfig, ModelConfig, UserError
+from nemo_embed_core.merge import average, merge, stream
+from nemo_embed_core.merge.recipes import greedy_soup, slerp_weights
+from nemo_embed_core.merge.report import report_lines
+from nemo_embed_core.merge.sources import dtype_of, open_sources
+from nemo_embed_core.merge.stream import write_weights
+from nemo_embed_core.merge.usage import united_usage
 from nemo_embed_core.model import hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +89,7 @@ def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path) -> None:
             assert layout == {"tp_size": tp, "dp_size": 4 // tp} and saved.dtype == dtype
             out = tmp_path / f"merged-{folder.name}-{name}"
             out.mkdir()
-            merge.write_weights(out, [saved], merge.dtype_of("auto", [saved]))
+            write_weights(out, [saved], dtype_of("auto", [saved]))
             got = load_file(out / "model.safetensors")
             assert got.keys() == want.keys()
             for name in want:
@@ -92,11 +98,11 @@ def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path) -> None:
 
 def test_sharded_output_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_weights(str(write_hf(tmp_path / "hf", torch.float32)))
-    monkeypatch.setattr(merge, "SHARD_BYTES", 60_000)
-    monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr("nemo_embed_core.merge.output.SHARD_BYTES", 60_000)
+    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", 1000)
     out = write_hf(tmp_path / "out", torch.float32, seed=9)
     (out / "model.safetensors").unlink()
-    merge.write_weights(out, [source], torch.float32)
+    write_weights(out, [source], torch.float32)
     assert len(list(out.glob("model-*.safetensors"))) > 3
     again = open_weights(str(out))
     for name, shape in hf.parameter_shapes(MODEL).items():
@@ -107,8 +113,8 @@ def test_sharded_output_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_average_of_three_is_correctly_rounded(tmp_path: Path, dtype: torch.dtype) -> None:
     paths = [str(write_hf(tmp_path / f"m{i}", torch.bfloat16, seed=i)) for i in range(3)]
-    sources = merge.open_sources(paths)
-    merge.write_weights(tmp_path, sources, dtype)
+    sources = open_sources(paths)
+    write_weights(tmp_path, sources, dtype)
     got = load_file(tmp_path / "model.safetensors")
     inputs = [load_file(Path(p) / "model.safetensors") for p in paths]
     wrong = 0
@@ -157,8 +163,8 @@ def test_a_merge_leaves_the_page_cache_as_it_was(tmp_path: Path) -> None:
     if not cached(kept) or cached(unknown):
         pytest.skip("this file system does not say what is cached, or keeps all")
     (tmp_path / "out").mkdir()
-    sources = merge.open_sources([str(path.parent) for path in (kept, *others)])
-    merge.write_weights(tmp_path / "out", sources, torch.float32)
+    sources = open_sources([str(path.parent) for path in (kept, *others)])
+    write_weights(tmp_path / "out", sources, torch.float32)
     assert [cached(file) for file in (kept, *others)] == [True, False, False]
 
 
@@ -167,12 +173,12 @@ def test_sources_of_other_shapes_and_non_finite_weights_are_refused(tmp_path: Pa
     a = write_hf(tmp_path / "a", torch.float32)
     b = write_hf(tmp_path / "b", torch.float32, config=dataclasses.replace(MODEL, num_hidden_layers=1))
     with pytest.raises(UserError, match="num_hidden_layers: 2 and 1"):
-        merge.open_sources([str(a), str(b)])
+        open_sources([str(a), str(b)])
     weights = load_file(a / "model.safetensors")
     weights["layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
     save_file(weights, a / "model.safetensors")
     with pytest.raises(UserError, match=r"layers.1.mlp.up_proj.weight has NaN or infinite values in .*a"):
-        merge.write_weights(tmp_path, merge.open_sources([str(a)]), torch.float32)
+        write_weights(tmp_path, open_sources([str(a)]), torch.float32)
 
 
 def test_a_missing_or_doubled_piece_is_found(tmp_path: Path) -> None:
@@ -195,7 +201,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "check", lambda folder: None)
+    monkeypatch.setattr(merge, "check", lambda folder, **options: None)
     monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, argv)])
     module.main()
 
@@ -250,10 +256,10 @@ def test_slerp_follows_its_formula(three: list[Path], tmp_path: Path) -> None:
     folders = [write_hf(tmp_path / name, torch.float32) for name in "ab"]
     for folder, weights in zip(folders, (first, second), strict=True):
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    sources = merge.open_sources([str(folder) for folder in folders])
+    sources = open_sources([str(folder) for folder in folders])
     out = tmp_path / "out"
     out.mkdir()
-    report = merge.write_weights(out, sources, torch.float32, slerp=0.3)
+    report = write_weights(out, sources, torch.float32, slerp=0.3)
     linear = ["layers.0.input_layernorm.weight", "norm.weight"]
     assert sorted(report["interpolated_linearly"]) == linear and report["t"] == 0.3
     for name, got in weights_of(out).items():
@@ -271,23 +277,23 @@ def test_slerp_follows_its_formula(three: list[Path], tmp_path: Path) -> None:
 
 
 def test_slerp_ends_are_the_sources_and_need_two(three: list[Path], tmp_path: Path) -> None:
-    sources = merge.open_sources([str(path) for path in three])
+    sources = open_sources([str(path) for path in three])
     for t in (0.0, 1.0):
         out = tmp_path / str(t)
         out.mkdir()
-        merge.write_weights(out, sources[:2], torch.float32, slerp=t)
+        write_weights(out, sources[:2], torch.float32, slerp=t)
         want = weights_of(three[int(t)])
         assert all(torch.equal(got, want[name]) for name, got in weights_of(out).items())
     with pytest.raises(UserError, match="3 were given"):
-        merge.write_weights(tmp_path, sources, torch.float32, slerp=0.5)
+        write_weights(tmp_path, sources, torch.float32, slerp=0.5)
     with pytest.raises(UserError, match=r"t=1\.5 of slerp"):
-        merge.write_weights(tmp_path, sources[:2], torch.float32, slerp=1.5)
-    assert merge.slerp_weights(1.0, 1.0, -1.0, 0.5) == ((0.5, 0.5), True)  # opposite: no way round is shorter
+        write_weights(tmp_path, sources[:2], torch.float32, slerp=1.5)
+    assert slerp_weights(1.0, 1.0, -1.0, 0.5) == ((0.5, 0.5), True)  # opposite: no way round is shorter
 
 
 def test_a_greedy_soup_keeps_what_does_not_lower_the_score() -> None:
     scores = {(0,): 1.0, (1,): 3.0, (2,): 2.0, (3,): 2.0, (1, 2): 3.0, (1, 2, 3): 2.9, (1, 2, 0): 3.5}
-    kept, decisions = merge.greedy_soup("abcd", lambda members: scores[tuple(members)])
+    kept, decisions = greedy_soup("abcd", lambda members: scores[tuple(members)])
     assert kept == [1, 2, 0]
     assert all(scores[tuple(d["members"])] == d["score"] for d in decisions), "also where two sources have one name"
     tried = [("".join(d["sources"]), d.get("kept")) for d in decisions]
@@ -333,8 +339,8 @@ def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatc
 
 
 def test_the_report_says_how_far_each_source_is(three: list[Path], tmp_path: Path) -> None:
-    sources = merge.open_sources([str(path) for path in three])
-    report = merge.write_weights(tmp_path, sources, torch.float32)
+    sources = open_sources([str(path) for path in three])
+    report = write_weights(tmp_path, sources, torch.float32)
     inputs, merged = [weights_of(path) for path in three], weights_of(tmp_path)
     for name, m in merged.items():
         tensors = [w[name].double().flatten() for w in inputs]
@@ -351,21 +357,21 @@ def test_the_report_says_how_far_each_source_is(three: list[Path], tmp_path: Pat
     distances = [t["to_merged"][0]["distance"] for t in report["tensors"].values()]
     assert report["tensors"][worst]["to_merged"][0]["distance"] == max(distances)
     assert report["num_parameters"] == sum(x.numel() for x in merged.values()) and not report["equal_sources"]
-    assert worst in "\n".join(merge.report_lines(report))
+    assert worst in "\n".join(report_lines(report))
     json.dumps(report, allow_nan=False)
 
 
 def test_sources_that_count_twice_are_named(three: list[Path], tmp_path: Path) -> None:
     warnings: list[str] = []
-    merge.open_sources([str(three[0]), str(three[1]), str(three[0])], warnings.append)
+    open_sources([str(three[0]), str(three[1]), str(three[0])], warnings.append)
     assert len(warnings) == 1 and "m0" in warnings[0] and "count twice" in warnings[0]
     copied = shutil.copytree(three[0], tmp_path / "copied")
-    sources = merge.open_sources([str(three[0]), str(three[1]), str(copied)], warnings.append)
+    sources = open_sources([str(three[0]), str(three[1]), str(copied)], warnings.append)
     out = tmp_path / "out"
     out.mkdir()
-    report = merge.write_weights(out, sources, torch.float32)
+    report = write_weights(out, sources, torch.float32)
     assert len(warnings) == 1 and report["equal_sources"] == [[0, 2]]
-    assert merge.report_lines(report)[-1] == "WARNING: m0 and copied hold the same weights: they count twice"
+    assert report_lines(report)[-1] == "WARNING: m0 and copied hold the same weights: they count twice"
 
 
 @pytest.mark.fault(22)
@@ -399,7 +405,7 @@ def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path,
     config = json.loads((causal / "config.json").read_text())
     (causal / "config.json").write_text(json.dumps({**config, "is_causal": True, "use_bidirectional_attention": False}))
     warnings: list[str] = []
-    merge.open_sources([str(three[1]), str(causal)], warnings.append)
+    open_sources([str(three[1]), str(causal)], warnings.append)
     assert len(warnings) == 1 and "is_causal: False and True" in warnings[0]
 
 
@@ -444,32 +450,30 @@ def usage(query_max_length: int | None = 64, **prompts: tuple[str, str]) -> Usag
 
 def test_usages_are_united_under_their_names() -> None:
     a = usage(nq=("q: ", "d: "), sts=("s: ", ""))
-    assert merge.united_usage([("a", a)])[0] == a
-    assert merge.united_usage([("a", a), ("b", a)])[0] == a
+    assert united_usage([("a", a)])[0] == a
+    assert united_usage([("a", a), ("b", a)])[0] == a
     # The same name with another prompt, the same prompt under another name, another default, another length.
     b = usage(32, sts=("t: ", ""), other=("q: ", "d: "))
-    both, said = merge.united_usage([("a", a), ("b", b)])
+    both, said = united_usage([("a", a), ("b", b)])
     assert list(both.prompts.items()) == [("nq", ("q: ", "d: ")), ("sts", ("s: ", "")), ("sts-2", ("t: ", ""))]
     assert both.query_max_length == 64
     assert any("WARNING: the sources have 2 default prompts; a's" in line for line in said)
     assert any("query_max_length: the sources have [32, 64]" in line for line in said)
     # A trained task that is chosen brings its own document prompt; both sides may be chosen apart.
     c = usage(nq=("n: ", ""), qa=("Instruct: find\nQuery: ", "d: "))
-    chosen, said = merge.united_usage([("c", c)], task="find")
+    chosen, said = united_usage([("c", c)], task="find")
     assert chosen.default == ("Instruct: find\nQuery: ", "d: ") and list(chosen.prompts) == ["qa", "nq"]
     assert said == ["default prompts: as --task 'find' says"]
-    chosen, _ = merge.united_usage([("c", c)], document_task="x")
+    chosen, _ = united_usage([("c", c)], document_task="x")
     assert chosen.default == ("n: ", "Instruct: x\nQuery: ")
     # No name may overwrite another's key among sentence-transformers' prompts.
-    named = merge.united_usage([("a", usage(x=("1", "2"))), ("b", usage(**{"x-document": ("3", "4")}))])[
-        0
-    ].named_prompts()
+    named = united_usage([("a", usage(x=("1", "2"))), ("b", usage(**{"x-document": ("3", "4")}))])[0].named_prompts()
     assert sorted(named.values()) == ["1", "1", "2", "2", "3", "4"]
-    unknown, said = merge.united_usage([("a", Usage())])
+    unknown, said = united_usage([("a", Usage())])
     assert (unknown.query_max_length, unknown.document_max_length) == (512, 512) and len(said) == 2
     for other, field in ((Usage(similarity="dot"), "similarity"), (Usage(pooling="cls"), "pooling")):
         with pytest.raises(UserError, match=f"differ in {field} "):
-            merge.united_usage([("a", a), ("b", other)])
+            united_usage([("a", a), ("b", other)])
 
 
 @pytest.mark.fault(22)
@@ -542,23 +546,23 @@ def test_a_flipped_bit_of_a_checkpoint_stops_its_merge(server: Server, tmp_path:
     assert server.run(save_checkpoint, 1, str(tmp_path))[0].code == 0
     out = tmp_path / "out"
     with new_folder(out) as folder:
-        merge.write_weights(folder, merge.open_sources([str(tmp_path / "saved")] * 2, lambda _: None), torch.float32)
+        write_weights(folder, open_sources([str(tmp_path / "saved")] * 2, lambda _: None), torch.float32)
     shutil.rmtree(out)
     file = next((tmp_path / "saved").glob("step-*/model-*"))
     for where in (-1, -5000):
         data = bytearray(file.read_bytes())
         data[where] ^= 0x40
         file.write_bytes(data)
-        sources = merge.open_sources([str(tmp_path / "saved"), str(tmp_path / "hf")])
+        sources = open_sources([str(tmp_path / "saved"), str(tmp_path / "hf")])
         with pytest.raises(sharded.CheckpointError, match="sha256 differs"), new_folder(out) as folder:
-            merge.write_weights(folder, sources, torch.float32)
+            write_weights(folder, sources, torch.float32)
         assert not list(tmp_path.glob("*out*"))
     tokenizer = file.parent / "tokenizer.json"
     data = bytearray(tokenizer.read_bytes())
     data[len(data) // 2] ^= 1
     tokenizer.write_bytes(data)
     with pytest.raises(sharded.CheckpointError, match=r"tokenizer\.json: sha256 differs"):
-        merge.open_sources([str(tmp_path / "saved")])
+        open_sources([str(tmp_path / "saved")])
 
 
 def test_a_merge_that_cannot_write_says_where_and_leaves_nothing(
@@ -573,14 +577,14 @@ def test_a_merge_that_cannot_write_says_where_and_leaves_nothing(
         return real(fd, data[: len(data) // 2 + 1], at)  # and no write is whole
 
     monkeypatch.setattr(os, "pwrite", full)
-    sources = merge.open_sources([str(path) for path in three])
+    sources = open_sources([str(path) for path in three])
     says = r"out.*No space left on device; the merged model needs [\d,]+ bytes"
     with pytest.raises(UserError, match=says), new_folder(tmp_path / "out") as folder:
-        merge.write_weights(folder, sources, torch.float32)
+        write_weights(folder, sources, torch.float32)
     assert calls[0] >= 3 and not list(tmp_path.iterdir())
     calls[0] = 3
     with new_folder(tmp_path / "out") as folder:
-        merge.write_weights(folder, merge.open_sources([str(three[0])]), torch.float32)
+        write_weights(folder, open_sources([str(three[0])]), torch.float32)
     want = weights_of(three[0])
     assert all(torch.equal(got, want[name]) for name, got in weights_of(tmp_path / "out").items())
 
@@ -631,7 +635,7 @@ def test_room_is_asked_for_the_weights_and_the_rest_before_anything_is_written(
 ) -> None:
     weights = sum(w.nbytes for w in weights_of(three[0]).values())
     asked = []
-    monkeypatch.setattr(merge, "check_free_space", lambda folder, needed, what: asked.append(needed))
+    monkeypatch.setattr(stream, "check_free_space", lambda folder, needed, what: asked.append(needed))
     launcher(monkeypatch, three[0], "-o", tmp_path / "out")
     rest = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file()) - weights
     assert (
@@ -658,9 +662,9 @@ def merge_and_die(paths: list[str], output: str, call: str, count: int) -> None:
             return real(*args, **options)
 
     setattr(os, call, fatal)
-    merge.BLOCK_ELEMENTS = 4096
+    stream.BLOCK_ELEMENTS = 4096
     with new_folder(Path(output)) as folder:
-        merge.write_weights(folder, merge.open_sources(paths), torch.float32)
+        write_weights(folder, open_sources(paths), torch.float32)
 
 
 @pytest.mark.fault(22)
@@ -674,7 +678,7 @@ def test_a_killed_merge_leaves_no_output_and_the_next_one_works(
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".tmp-out-") and (left / "model.safetensors").exists()
     with new_folder(out) as folder:
-        merge.write_weights(folder, merge.open_sources(paths), torch.float32)
+        write_weights(folder, open_sources(paths), torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what the killed merge left is gone"
     inputs = [weights_of(path) for path in three]
     for name, got in weights_of(out).items():

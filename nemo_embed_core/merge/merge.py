@@ -1,0 +1,171 @@
+"""The two verbs: `merge` makes a Hugging Face folder of checkpoints, runs and folders, `check` proves one."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from nemo_embed_core.checkpoint.files import new_folder, writing
+from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
+from nemo_embed_core.embedder import Embedder
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.export.card import Card, Format, describe, shown_command
+from nemo_embed_core.export.folder import check_mergeable, write_folder
+from nemo_embed_core.export.verify import verify_folder
+from nemo_embed_core.merge.output import weight_bytes
+from nemo_embed_core.merge.recipes import Method, Score, check_recipe, check_weights, greedy_soup, score_name, score_of
+from nemo_embed_core.merge.report import report_lines, write_report
+from nemo_embed_core.merge.sources import DTYPES, dtype_of, one_tokenizer, open_sources
+from nemo_embed_core.merge.stream import write_weights
+from nemo_embed_core.merge.usage import united_usage
+from nemo_embed_core.model.hf import hf_shapes
+from nemo_embed_core.model.hf_folder import find_folder
+
+BESIDE_BYTES = 1 << 20  # per source: card, licences, report
+Dtype = Literal["auto", "bf16", "fp32", "fp16"]
+Say = Callable[[str], None]
+Metrics = dict[str, dict[str, float]]
+_print = functools.partial(print, flush=True)  # a log file shows each line when it is said
+
+
+def merge(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: Method = "average",
+    t: float | None = None,
+    evaluate: Score | None = None,
+    dtype: Dtype = "auto",
+    format: Format = "native",
+    task: str | None = None,
+    document_task: str | None = None,
+    command: Sequence[str] = (),
+    say: Say = _print,
+) -> dict[str, Any]:
+    """Write the Hugging Face folder `output` with  m = sum_i c_i w_i  of the sources' weights w_1 ... w_N.
+
+        average, weights=None     c_i = 1 / N; one source is converted
+        average, weights=[...]    c as given; they must sum to 1
+        slerp, t                  c = sin((1 - t) v) / sin v, sin(t v) / sin v, v the angle between two sources' tensors
+        soup, evaluate            c_i = 1 / |S| for i in S, which greedy_soup chooses by evaluate's score of averages
+
+    correctly rounded to dtype ("auto": the sources' own).  sources: checkpoints of any layout, runs (their newest
+    checkpoint) and Hugging Face folders, mixed.  evaluate: a function of a folder, or a command line with {folder} that
+    prints the score on its last line; higher is better.  format: "native" for transformers >= 5.2, "compat" for >= 4.51.
+    task, document_task: instructions of the default prompts; None: the sources' own.  command: for the model card.
+    say: gets every line of progress.
+
+    The folder is proven by check() before it appears under its name. Returns what merge-report.json has (it is written
+    where there are several sources). UserError for sources that differ in shape, tokenizer, pooling or similarity, for
+    values that are not finite, and for a proof that fails; nothing is left behind then.
+    """
+    check_recipe(method, weights, t, evaluate)
+    for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, get_args(Format))):
+        if value not in known:
+            raise UserError(f"{option}={value!r} must be one of {', '.join(known)}")
+    paths = [str(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
+    if not paths:
+        raise UserError("no sources: give checkpoints, runs or Hugging Face folders")
+    output = Path(output)
+    origins = [resolve(path) for path in paths]
+    for origin in origins:
+        check_mergeable(origin)
+    opened = open_sources(paths, say)
+    if weights is not None:
+        check_weights(weights, len(opened))
+    torch_dtype = dtype_of(dtype, opened)
+    dtype_name = str(torch_dtype).removeprefix("torch.")
+
+    def encoded(members: Sequence[int]) -> tuple[Usage, list[str]]:
+        """How their average encodes texts, and what is to be said of it: other sources have no say in it."""
+        named = [(opened[i].name, origins[i].usage) for i in members]
+        why_first = "it was given first" if evaluate is None else "it scored best alone"
+        return united_usage(named, task, document_task, why_first=why_first)
+
+    members = list(range(len(opened)))
+    usage, said = encoded(members)
+    tokenizer_files, servable = one_tokenizer(paths, opened)
+    if evaluate is None:
+        say("\n".join(usage.lines() + said + servable))
+    beside = sum(map(len, tokenizer_files.values())) + BESIDE_BYTES * len(opened)
+    needed = weight_bytes(hf_shapes(opened[0].model), torch_dtype) + beside
+
+    def write(folder: Path, members: Sequence[int], metrics: Metrics | None = None, **how: Any) -> dict[str, Any]:
+        chosen, (usage, said) = [opened[i] for i in members], encoded(members)
+        report = write_weights(folder, chosen, torch_dtype, beside=beside, **how)
+        card: Card = {**describe(chosen, report), "title": output.name, "choices": said + servable}
+        if command:
+            card["command"] = shown_command(command)
+        if metrics:
+            card["metrics"] = metrics
+        write_folder(folder, chosen[0].model, dtype_name, tokenizer_files, format=format, usage=usage, card=card)
+        return report
+
+    with writing(output, needed, "the merged model"), new_folder(output) as folder:
+        if evaluate is None:
+            report = write(folder, members, weights=weights, slerp=t)
+        else:
+            how_scored = score_name(evaluate)
+            named = list(zip(paths, [source.name for source in opened], strict=True))
+            members, decisions = _soup(named, folder / "candidate", write, evaluate, say)
+            score = next(decision["score"] for decision in decisions if decision["members"] == members)
+            usage, said = encoded(members)
+            say("\n".join(usage.lines() + said + servable))
+            shown = shown_command(shlex.split(evaluate)) if isinstance(evaluate, str) else how_scored
+            report = write(folder, members, {shown: {"score": score}}, hashed=False)
+            report |= {"method": "soup", "evaluate": how_scored, "decisions": decisions}
+        check(folder, ours=True, say=say)  # a folder that fails is not published
+        if len(opened) > 1:
+            write_report(folder, report)
+            say("\n".join(report_lines(report)))
+    how = "converted" if len(members) == 1 else f"{report['method']} of {len(members)}"
+    say(f"wrote {output} ({dtype_name}, {how})")
+    return report
+
+
+def _soup(
+    named: Sequence[tuple[str, str]], candidate: Path, write: Callable[..., Any], evaluate: Score, say: Say
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """greedy_soup() of sources (path, name) by evaluate's scores, of averages in a folder that is gone afterwards."""
+
+    def score(members: Sequence[int]) -> float:
+        paths = ", ".join(named[i][0] for i in members)
+        candidate.mkdir()
+        try:
+            write(candidate, members, hashed=len(members) == 1)  # each source is hashed once, alone
+            value = score_of(candidate, evaluate, paths)
+        finally:
+            shutil.rmtree(candidate)
+        say(f"  {value:.6g}  {paths}")
+        return value
+
+    return greedy_soup([name for _, name in named], score)
+
+
+def check(
+    folder: str | Path, trust_remote_code: bool = False, *, ours: bool = False, say: Say = _print
+) -> dict[str, Any]:
+    """transformers' and sentence-transformers' vectors, from a fresh process, are our encoder's, and no mask is causal.
+
+    ours: a folder of this version, spelled as it writes them; else anybody's Llama, of which all that can be is proven
+    and the rest is said.  trust_remote_code: run code in the folder that we did not write.  Returns what was measured
+    (export/proof.py); UserError names the faults.
+    """
+    path, notes = find_folder(folder)
+    for note in notes:
+        say(f"  note: {note}")
+
+    def embed(texts: list[str], max_length: int) -> np.ndarray:  # our copy of the weights is gone when it returns
+        return Embedder.load(str(path), device="cpu", precision="fp32").encode(texts, max_length=max_length)
+
+    report = verify_folder(path, embed, trust_remote_code, ours=ours, say=lambda line: say(f"  {line}"))
+    if not ours:
+        say("\n".join(f"  {line}" for line in usage_of_folder(path).lines()))
+    return report
