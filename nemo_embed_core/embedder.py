@@ -56,7 +56,10 @@ class Embedder:
         encoder.to(dtype).to_empty(device=target)
         fill(encoder, weights.reader, weights.model)
         encoder.requires_grad_(False).eval()
-        known = json.dumps([weights.digest, to_dict(weights.model), tokenizer.digest, precision])
+        shape = to_dict(weights.model)
+        if shape["pooling"] == ModelConfig.pooling:  # vectors from before it was a field are the same
+            del shape["pooling"]
+        known = json.dumps([weights.digest, shape, tokenizer.digest, precision])
         return cls(encoder, weights.model, tokenizer, hashlib.sha256(known.encode()).hexdigest(), target, max_tokens)
 
     @property

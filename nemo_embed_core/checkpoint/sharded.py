@@ -41,8 +41,9 @@ from nemo_embed_core.checkpoint.files import (
     write_bytes,
 )
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError, failpoint
-from nemo_embed_core.model.hf import Box, Stored, hf_rows, parameter_shapes
+from nemo_embed_core.model.hf import Box, Stored
 from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.model.spec import hf_rows, parameter_shapes
 from nemo_embed_core.parallel.collectives import gather_objects
 
 FORMAT_VERSION = 1

@@ -6,8 +6,9 @@
     "sentence-transformers"    modules.json of another architecture or other modules             sentence-transformers
     "precomputed"              documents.npy and queries.npy                                     mine/teachers.py
 
-Prompts, lengths, pooling and similarity belong to the run that trained the model: they go from the training options to the
-manifest, from there to the exported folder and its card, and every launcher uses them unless an option says otherwise.
+Prompts, lengths and similarity belong to the run that trained the model: they go from the training options to the manifest,
+from there to the exported folder and its card, and every launcher uses them unless an option says otherwise. Pooling is the
+model's own (ModelConfig.pooling), shown beside them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from nemo_embed_core.checkpoint import sharded
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig, Pooling, UserError
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.model.hf_config import LLAMA_TYPES, read_json
+from nemo_embed_core.model.hf_config import read_json
 from nemo_embed_core.model.hf_folder import INDEX, SINGLE, find_folder, has_weights, open_folder, weight_files
+from nemo_embed_core.model.spec import ARCHITECTURES, is_ours, mode_of_config, modes_of, pooling_of_modes
 from nemo_embed_core.parallel.layout import rank_from_env
 
 Kind = Literal["checkpoint", "llama", "sentence-transformers", "precomputed"]
@@ -47,13 +49,14 @@ class Usage:
     """How texts of both sides become vectors that may be compared, as training did it.
 
     prompts: by name of the task's data set, the default one first; empty where nothing is known (a bare Llama folder).
-    *_max_length: tokens, special tokens and prompt included; None where nothing is known.
+    *_max_length: tokens, special tokens and prompt included; None where nothing is known.  pooling: as the model has it, or of
+    a folder that is not ours in sentence-transformers' words.
     """
 
     prompts: Mapping[str, Prompts] = field(default_factory=dict)
     query_max_length: int | None = None
     document_max_length: int | None = None
-    pooling: str = "mean"
+    pooling: str = ModelConfig.pooling
     similarity: Similarity = "cosine"
 
     @property
@@ -125,10 +128,10 @@ class Usage:
         return {**asdict(self), "prompts": {name: prompts._asdict() for name, prompts in self.prompts.items()}}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Usage:
-        """The inverse of to_json; ValueError, KeyError or TypeError for anything else."""
+    def from_json(cls, value: Mapping[str, Any], pooling: str) -> Usage:
+        """Of what to_json gave, with the model's own pooling; ValueError, KeyError or TypeError for anything else."""
         prompts = {name: Prompts(str(p["query"]), str(p["document"])) for name, p in value["prompts"].items()}
-        return cls(**{**value, "prompts": prompts})
+        return cls(**{**value, "prompts": prompts, "pooling": pooling})
 
 
 @dataclass(frozen=True)
@@ -168,12 +171,13 @@ def resolve(path: str | Path) -> Source:
         foreign, usage = _foreign(folder), usage_of_folder(folder)
         if foreign:  # its own library reads it; of two sets of weights that would take one too
             if has_weights(folder):
-                weight_files(folder, read_json(file) if (file := folder / "config.json").is_file() else {})
+                weight_files(folder, _config(folder))
             source = Source(path, folder, "sentence-transformers", usage, foreign=foreign)
         else:
             opened = open_folder(folder)
             notes += opened.notes
-            source = Source(path, folder, "llama", usage, opened.model, opened.where)
+            model = replace(opened.model, pooling=cast(Pooling, usage.pooling))  # which modules.json may say alone
+            source = Source(path, folder, "llama", usage, model, opened.where)
     for note in notes:
         _say(note)
     return source
@@ -215,8 +219,11 @@ def _refuse_two_models(folder: Path) -> None:
         raise UserError(f"{folder} holds {both}; move one of them to another folder")
 
 
-def usage_of_training(data: Mapping[str, Any], rows: list[int] | None = None) -> Usage:
-    """From the `data` options of a run (as to_dict gives them); rows: of each dataset, the largest one's prompts are the default."""
+def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | None = None) -> Usage:
+    """From the `data` options of a run (as to_dict gives them) and its model's pooling.
+
+    rows: of each dataset, the largest one's prompts are the default.
+    """
     order = list(enumerate(data["datasets"]))
     if rows is not None:
         order.sort(key=lambda item: -rows[item[0]])  # stable: of equals the first
@@ -235,25 +242,28 @@ def usage_of_training(data: Mapping[str, Any], rows: list[int] | None = None) ->
         prompts=prompts,
         query_max_length=data["query_max_length"],
         document_max_length=data["document_max_length"],
+        pooling=pooling,
     )
 
 
 def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:
     """The manifest's own; of a checkpoint from before it had one, from its options."""
+    pooling = sharded.model_from_dict(manifest["model"]).pooling
     if "usage" in manifest:
         try:
-            return Usage.from_json(manifest["usage"])
+            return Usage.from_json(manifest["usage"], pooling)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"manifest.json: usage is damaged: {error!r}") from None
-    return usage_of_training(manifest["config"]["data"])
+    return usage_of_training(manifest["config"]["data"], pooling)
 
 
 def usage_of_folder(folder: Path) -> Usage:
     """From the sentence-transformers files of a folder: ours say it all, others have prompts, one length and a similarity."""
+    pooling = _pooling(_modules(folder), folder)
     settings = read_json(file) if (file := folder / "config_sentence_transformers.json").is_file() else {}
     if USAGE_KEY in settings:
         try:
-            usage = Usage.from_json(settings[USAGE_KEY])
+            usage = Usage.from_json(settings[USAGE_KEY], pooling)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: {USAGE_KEY} is damaged: {error!r}") from None
         check_prompts(file, settings, usage)
@@ -280,6 +290,7 @@ def usage_of_folder(folder: Path) -> Usage:
         prompts=prompts,
         query_max_length=limit,
         document_max_length=limit,
+        pooling=pooling,
         similarity=settings.get("similarity_fn_name") or "cosine",
     )
 
@@ -302,58 +313,61 @@ def check_prompts(file: Path, settings: Mapping[str, Any], usage: Usage) -> None
         )
 
 
-# Of sentence-transformers' Pooling, before version 5.4 flags and since then a word; and config.json's word for the same.
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-_CONFIG_POOLING = {"avg": "mean", "mean": "mean", "cls": "cls", "last": "lasttoken", "lasttoken": "lasttoken"}
+class Modules(NamedTuple):
+    """modules.json: the kind of each, and how they pool in sentence-transformers' words, empty without a Pooling."""
+
+    kinds: list[str]
+    pooling_modes: set[str]
 
 
-def _foreign(folder: Path) -> str:
-    """Why a model folder needs sentence-transformers: it has modules.json and they are not ours; "" when they are.
-
-    Ours are a Llama that is not causal, mean pooling, and at most a normalisation; so a bare Llama folder and our own
-    exports are not foreign, whatever they are called.
-    """
+def _modules(folder: Path) -> Modules | None:
+    """None without modules.json; UserError where config.json says another pooling."""
     file = folder / "modules.json"
     if not file.is_file():
-        return ""
+        return None
     try:
         modules = json.loads(file.read_text(encoding="utf-8"))
         kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
         places = [str(module["path"]) for module in modules if str(module["type"]).endswith(".Pooling")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no list of modules with type and path: {error!r}") from None
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    modes = _pooling(folder / places[0] / "config.json") if places else set()
-    word = _CONFIG_POOLING.get(str(config.get("pooling")))
-    if word is not None and places and modes != {word}:
+    if not places:
+        return Modules(kinds, set())
+    pooling = folder / places[0] / "config.json"
+    modes = modes_of(pooling, read_json(pooling) if pooling.is_file() else {})
+    word = _config(folder).get("pooling")
+    if (mode := mode_of_config(word)) is not None and modes != {mode}:
         raise UserError(
-            f"{folder / places[0] / 'config.json'} pools by {', '.join(sorted(modes)) or 'nothing'}, which sentence-transformers "
-            f"reads, and {folder / 'config.json'} says pooling={config['pooling']!r}, which servers read; correct one"
+            f"{pooling} pools by {', '.join(sorted(modes)) or 'nothing'}, which sentence-transformers reads, and "
+            f"{folder / 'config.json'} says pooling={word!r}, which servers read; correct one"
         )
-    if config.get("model_type") not in LLAMA_TYPES:
+    return Modules(kinds, modes)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(file) if (file := folder / "config.json").is_file() else {}
+
+
+def _pooling(modules: Modules | None, folder: Path) -> str:
+    """Our name for how a folder pools, else the words of who computes it."""
+    modes = modules.pooling_modes if modules is not None else {mode_of_config(_config(folder).get("pooling")) or ""}
+    return pooling_of_modes(modes) or ", ".join(sorted(modes)) or (ModelConfig.pooling if modules is None else "none")
+
+
+def _foreign(folder: Path) -> str:
+    """Why a model folder needs sentence-transformers: it has modules.json and they are not ours; "" when they are.
+
+    Ours are a Llama that is not causal, a pooling of ours, and at most a normalisation; so a bare Llama folder and our own
+    exports are not foreign, whatever they are called.
+    """
+    modules = _modules(folder)
+    if modules is None:
+        return ""
+    config = _config(folder)
+    if config.get("model_type") not in ARCHITECTURES:
         return f"model_type {config.get('model_type')!r}"
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        return f"modules {', '.join(kinds)}"
-    if modes != {"mean"}:
-        return f"pooling by {', '.join(sorted(modes)) or 'nothing'}"
+    if not is_ours(modules.kinds):
+        return f"modules {', '.join(modules.kinds)}"
+    if pooling_of_modes(modules.pooling_modes) is None:
+        return f"pooling by {', '.join(sorted(modules.pooling_modes)) or 'nothing'}"
     return "" if config.get("is_causal") is False else "causal attention"
-
-
-def _pooling(file: Path) -> set[str]:
-    """How 1_Pooling/config.json says to pool, in the words of sentence-transformers 5.4 and later."""
-    pooling = read_json(file) if file.is_file() else {}
-    flags = {word for key, word in _POOLING_FLAGS.items() if pooling.get(key) is True}
-    given = pooling.get("pooling_mode")
-    words = set(given) if isinstance(given, list) else {given} if given is not None else set()
-    if flags and words and flags != words:
-        raise UserError(
-            f"{file} has pooling_mode={given!r} and the flags of {', '.join(sorted(flags))}; delete one spelling"
-        )
-    return flags or {str(word) for word in words}

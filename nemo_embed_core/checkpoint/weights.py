@@ -17,20 +17,10 @@ from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import read_safetensors_header
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import ModelConfig, UserError
-from nemo_embed_core.model.hf import (
-    Box,
-    HFReader,
-    Stored,
-    hf_rows,
-    hf_shapes,
-    local_box,
-    parameter_shapes,
-    tp_dim,
-    tp_unit,
-    unpadded,
-)
+from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded
 from nemo_embed_core.model.hf_folder import open_folder
 from nemo_embed_core.model.llama import initial_weight
+from nemo_embed_core.model.spec import hf_rows, hf_shapes, parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
 

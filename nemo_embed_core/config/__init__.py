@@ -7,7 +7,7 @@ Modules receive values (`hidden_size=...`), never the tree.
 from nemo_embed_core.config.data import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.config.evaluate import EvaluateConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig
-from nemo_embed_core.config.model import ModelConfig, RopeScaling
+from nemo_embed_core.config.model import ModelConfig, Pooling, RopeScaling
 from nemo_embed_core.config.train import CheckpointConfig, LossConfig, OptimConfig, ParallelConfig, TrainConfig
 from nemo_embed_core.errors import DataError, UserError, failpoint, run_rank, user_errors
 from nemo_embed_core.options import Options, dump_yaml, load_config, to_dict
@@ -34,6 +34,7 @@ __all__ = [
     "OptimConfig",
     "Options",
     "ParallelConfig",
+    "Pooling",
     "PrepareConfig",
     "RopeScaling",
     "TrainConfig",

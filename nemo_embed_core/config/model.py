@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
@@ -34,9 +35,12 @@ class RopeScaling(Options, section="rope_scaling"):
             )
 
 
+Pooling = Literal["mean"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Options, section="model"):
-    """The shape of a Llama, under the names of Hugging Face's LlamaConfig."""
+    """The shape of a Llama, under the names of Hugging Face's LlamaConfig, and its pooling."""
 
     vocab_size: int = 128256
     """Tokens in the vocabulary: rows of the embedding."""
@@ -62,6 +66,8 @@ class ModelConfig(Options, section="model"):
     """Longest text in tokens: recorded, not enforced, since RoPE has no table here."""
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
+    pooling: Pooling = "mean"
+    """How the hidden states of all tokens of a text become one vector; with init_from too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # a config.json or manifest may hold anything

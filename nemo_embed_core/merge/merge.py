@@ -24,8 +24,8 @@ from nemo_embed_core.merge.report import report_lines, write_report
 from nemo_embed_core.merge.sources import DTYPES, dtype_of, one_tokenizer, open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.merge.usage import united_usage
-from nemo_embed_core.model.hf import hf_shapes
 from nemo_embed_core.model.hf_folder import find_folder
+from nemo_embed_core.model.spec import hf_shapes
 
 BESIDE_BYTES = 1 << 20  # per source: card, licences, report
 Dtype = Literal["auto", "bf16", "fp32", "fp16"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemo_embed_core.checkpoint.files import write_bytes
 from nemo_embed_core.checkpoint.weights import Weights
-from nemo_embed_core.model.hf import hf_shapes
+from nemo_embed_core.model.spec import hf_shapes
 
 REPORT = "merge-report.json"
 _MEANING = "distance: |a - b| / |a|; cosine: <a, b> / (|a| |b|); a: the source, b: the merged or other one"

@@ -28,7 +28,7 @@ from nemo_embed_core.merge.average import CHUNK_ELEMENTS, Combiner, NonFinite, w
 from nemo_embed_core.merge.output import Output, weight_bytes
 from nemo_embed_core.merge.recipes import check_weights, slerp_weights
 from nemo_embed_core.merge.report import make_report, source_pairs, squares
-from nemo_embed_core.model.hf import hf_shapes
+from nemo_embed_core.model.spec import hf_shapes
 
 BLOCK_ELEMENTS = 1 << 20  # read at once per source and thread, at most
 READ_BYTES = 24 << 20  # of all sources together, per thread

@@ -1,21 +1,18 @@
-"""Text embeddings: Llama, global average pooling over all tokens of a sequence, L2 normalisation.
+"""Text embeddings: Llama, one vector for each sequence (model/pooling.py), L2 normalisation.
 
-    emb[n] = normalize(mean of hidden states of sequence n)      [N, D], fp32, unit rows
+    emb[n] = normalize(pool(hidden states of sequence n))      [N, D], fp32, unit rows
 
 T packed tokens · N sequences · D hidden_size
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_embed_core.config import ModelConfig
-from nemo_embed_core.kernels.mean_pool import mean_pool, segment_sum
 from nemo_embed_core.model.attention import Attention, Segments
 from nemo_embed_core.model.llama import Llama
-from nemo_embed_core.parallel.collectives import reduce_from_tp
+from nemo_embed_core.model.pooling import pool
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 
@@ -24,7 +21,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
         super().__init__()
-        self.tp = tp
+        self.tp, self.pooling = tp, config.pooling
         self.model = Llama(config, tp, attention)
 
     def forward(
@@ -38,11 +35,4 @@ class Encoder(nn.Module):
         hidden_TD = self.model(input_ids_T, position_ids_T, segments)
         if return_hidden:
             return hidden_TD
-        if not self.tp.sequence_parallel:
-            return mean_pool(hidden_TD, segments.cu_seqlens, normalize=True)
-        # Sums of this rank's tokens, then N x D floats over tp. An all-gather of T x D here would also double the
-        # encoder's gradients while the loss curve stays perfect.
-        sums_ND = segment_sum(hidden_TD, segments.cu_seqlens, token_offset=self.tp.rank * hidden_TD.shape[0])
-        sums_ND = reduce_from_tp(sums_ND, self.tp.group)
-        lengths_N = segments.cu_seqlens.diff()
-        return F.normalize(sums_ND / lengths_N[:, None].to(sums_ND.dtype), dim=-1, eps=torch.finfo(sums_ND.dtype).tiny)
+        return pool(self.pooling, hidden_TD, segments, self.tp)

@@ -1,4 +1,4 @@
-"""Our names and fused layouts against Hugging Face's: one table drives import, export and tests.
+"""Hugging Face's tensors as boxes of ours, by the table of model/spec.py.
 
 A box is (offset, size) per dim of a parameter's global tensor: what one rank holds.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model.hf_config import read_json
 from nemo_embed_core.model.hf_folder import inside, tensors
+from nemo_embed_core.model.spec import hf_rows, hf_shapes
 from nemo_embed_core.parallel.layout import tp_chunk
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
@@ -36,71 +37,6 @@ class Stored(NamedTuple):
     skip: int = 0
     column: int = 0
     sha256: str = ""  # of the file, where the source says it
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameter names (as in Encoder.named_parameters) -> global shapes."""
-    D, A = config.hidden_size, config.head_dim
-    H, G, F = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (D,)
-        shapes[layer + "self_attn.qkv_proj.weight"] = ((H + 2 * G) * A, D)
-        shapes[layer + "self_attn.o_proj.weight"] = (D, H * A)
-        shapes[layer + "post_attention_layernorm.weight"] = (D,)
-        shapes[layer + "mlp.gate_up_proj.weight"] = (2 * F, D)
-        shapes[layer + "mlp.down_proj.weight"] = (D, F)
-    shapes["model.norm.weight"] = (D,)
-    return shapes
-
-
-def tp_dim(name: str) -> int | None:
-    """The dim that tensor parallelism splits; None for replicated parameters."""
-    if name.endswith("norm.weight"):
-        return None
-    return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-
-
-def tp_unit(name: str, config: ModelConfig) -> int:
-    """Rows or columns of the tp dim that stay together: a rank holds whole units."""
-    width = config.intermediate_size // config.mlp_blocks
-    return 2 * width if name.endswith("gate_up_proj.weight") else width if name.endswith("down_proj.weight") else 1
-
-
-def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
-    """Rows of our parameter, in order, as (Hugging Face name, first row there, number of rows)."""
-    plain = name.removeprefix("model.")
-    G, A = config.num_key_value_heads, config.head_dim
-    if plain.endswith("self_attn.qkv_proj.weight"):
-        prefix, q = plain.removesuffix("qkv_proj.weight"), config.num_attention_heads // G * A
-        return [
-            source
-            for g in range(G)
-            for source in (
-                (prefix + "q_proj.weight", g * q, q),
-                (prefix + "k_proj.weight", g * A, A),
-                (prefix + "v_proj.weight", g * A, A),
-            )
-        ]
-    if plain.endswith("mlp.gate_up_proj.weight"):
-        prefix, rows = plain.removesuffix("gate_up_proj.weight"), config.intermediate_size // config.mlp_blocks
-        return [
-            source
-            for m in range(config.mlp_blocks)
-            for source in ((prefix + "gate_proj.weight", m * rows, rows), (prefix + "up_proj.weight", m * rows, rows))
-        ]
-    return [(plain, 0, parameter_shapes(config)[name][0])]
-
-
-def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face names (without "model.") -> shapes, in the order of our parameters."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in parameter_shapes(config).items():
-        for hf_name, _, rows in hf_rows(name, config):
-            have = shapes.get(hf_name, (0,))[0]
-            shapes[hf_name] = (have + rows, *shape[1:])
-    return shapes
 
 
 def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

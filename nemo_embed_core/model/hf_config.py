@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+from nemo_embed_core.model.spec import ARCHITECTURES, LLAMA3_FIELDS, ROPE_TYPES, config_words
 
-LLAMA_TYPES = ("llama", "llama_bidirec")  # model_type
 LFS_POINTER = b"version https://git-lfs"  # how the small file begins that git-lfs puts in place of a large one
 
 
@@ -53,14 +53,15 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "hidden_act": ("silu", "swish"),
-    "pooling": ("avg", "mean"),
+    "pooling": tuple(config_words()),
 }
 
 
 def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
     """(the shape, notes) from config.json's object; UserError where two of its fields contradict."""
-    if raw.get("model_type") not in LLAMA_TYPES:
-        raise UserError(f'{path}: model_type is {raw.get("model_type")!r}; only "llama" and "llama_bidirec" are read')
+    if raw.get("model_type") not in ARCHITECTURES:
+        types = " and ".join(f'"{name}"' for name in ARCHITECTURES)
+        raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only {types} are read")
     for key, values in _SUPPORTED.items():
         if raw.get(key, values[0]) not in values:
             raise UserError(f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={values[0]!r}")
@@ -99,6 +100,7 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
             rope_scaling=scaling,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             initializer_range=raw.get("initializer_range", 0.02),
+            pooling=config_words()[raw.get("pooling", _SUPPORTED["pooling"][0])],
         )
     except KeyError as error:
         raise UserError(f"{path}: field {error} is missing") from None
@@ -111,7 +113,6 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
 
 # transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling. 5 takes rope_scaling where both stand there, and a
 # theta inside either before rope_theta; 4 has never heard of rope_parameters.
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def _rotary(path: Path, raw: Mapping[str, Any], notes: list[str]) -> tuple[float, RopeScaling | None]:
@@ -160,8 +161,9 @@ def _spelling(
             "which transformers 4 reads; delete one"
         )
     kind = next(iter(kinds.values()), "default")
-    if kind not in ("default", "llama3"):
-        raise UserError(f'{path}: rope_type {kind!r} is not supported; use "default" or "llama3"')
+    if kind not in ROPE_TYPES:
+        known = " or ".join(f'"{name}"' for name in ROPE_TYPES)
+        raise UserError(f"{path}: rope_type {kind!r} is not supported; use {known}")
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
         if kind == "llama3":
@@ -169,7 +171,7 @@ def _spelling(
                 f"{path}: partial_rotary_factor={partial!r} is not supported; this Llama rotates all channels"
             )
         notes.append(f"{path}: partial_rotary_factor={partial!r} is ignored, as transformers 5 does for a Llama")
-    if not kinds and (unused := [name for name in _LLAMA3 if name in rope]):
+    if not kinds and (unused := [name for name in LLAMA3_FIELDS if name in rope]):
         notes.append(f"{path}: {key} has {unused[0]} but no rope_type: positions are not scaled, as in transformers")
     theta = rope.get("rope_theta")
     theta = raw.get("rope_theta") if theta is None else theta
@@ -178,7 +180,7 @@ def _spelling(
         raise UserError(f"{path}: rope_theta={theta!r} must be a number")
     if kind == "default":
         return float(theta), None
-    values: dict[str, Any] = {name: rope.get(name) for name in _LLAMA3}
+    values: dict[str, Any] = {name: rope.get(name) for name in LLAMA3_FIELDS}
     outer, inner = raw.get("original_max_position_embeddings"), values["original_max_position_embeddings"]
     if outer is not None and inner is not None and outer != inner:
         raise UserError(
@@ -198,5 +200,5 @@ def _spelling(
 def _shown(reading: tuple[float, RopeScaling | None]) -> str:
     theta, scaling = reading
     return f"theta {theta:g}, " + (
-        "not scaled" if scaling is None else ", ".join(f"{name} {getattr(scaling, name):g}" for name in _LLAMA3)
+        "not scaled" if scaling is None else ", ".join(f"{name} {getattr(scaling, name):g}" for name in LLAMA3_FIELDS)
     )

@@ -16,11 +16,11 @@ from typing import Any
 
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model.hf_config import LFS_POINTER, model_config, read_json
+from nemo_embed_core.model.spec import EMBEDDING, FIRST_NORM, HEADS, ROPE_BUFFER
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 # What torch.compile, DDP, FSDP and activation checkpointing put into names.
 _WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_HEADS = ("lm_head.weight", "score.weight")  # of a language model and of a classifier: no part of an encoder
 _MAX_HEADER = 100 << 20  # bytes; the safetensors library's own limit
 
 
@@ -251,19 +251,20 @@ def _plain_names(folder: Path, stored: Mapping[str, str], tied: bool) -> tuple[d
         if short in plain:
             raise UserError(f"{folder} holds both {plain[short][0]} and {name}; keep one")
         plain[short] = (name, file)
-    prefixes = {name.removesuffix("layers.0.input_layernorm.weight") for name in plain if _is_first(name)}
+    prefixes = {name.removesuffix(FIRST_NORM) for name in plain if _is_first(name)}
     if not prefixes:
         prefixes = {"model." if any(name.startswith("model.") for name in plain) else ""}
     if len(prefixes) > 1:
         first, second = sorted(prefixes, key=len)[:2]
-        twice = "layers.0.input_layernorm.weight"
-        raise UserError(f"{folder} holds both {first}{twice} and {second}{twice}, two models in one; keep one")
+        raise UserError(
+            f"{folder} holds both {first}{FIRST_NORM} and {second}{FIRST_NORM}, two models in one; keep one"
+        )
     prefix = prefixes.pop()
     where: dict[str, tuple[str, str]] = {}
     for name, (in_file, file) in plain.items():
         short = name.removeprefix(prefix)
         if (
-            short == name and name.removeprefix(prefix.removesuffix("model.")) in _HEADS
+            short == name and name.removeprefix(prefix.removesuffix("model.")) in HEADS
         ):  # heads stand outside of `model`
             short = name.removeprefix(prefix.removesuffix("model."))
         short = short.removeprefix("model.")  # both usual spellings in one folder
@@ -272,33 +273,32 @@ def _plain_names(folder: Path, stored: Mapping[str, str], tied: bool) -> tuple[d
         where[short] = (in_file, file)
     odd = {short: at[0] for short, at in where.items() if at[0] not in (short, "model." + short)}
     if odd:
-        short = next((short for short in odd if short not in _HEADS), next(iter(odd)))
+        short = next((short for short in odd if short not in HEADS), next(iter(odd)))
         notes.append(
             f"{folder}: its tensors have other names than transformers', which would draw random weights for them: "
             f"{odd[short]} is read as {short}"
         )
-    if "embed_tokens.weight" not in where and "lm_head.weight" in where:
+    head = HEADS[0]
+    if EMBEDDING not in where and head in where:
         if not tied:
             raise UserError(
-                f"{folder} has {where['lm_head.weight'][0]} but no embed_tokens.weight, and config.json does not say "
+                f"{folder} has {where[head][0]} but no {EMBEDDING}, and config.json does not say "
                 "tie_word_embeddings: true; get the embedding, or say so if the head is the embedding"
             )
-        where["embed_tokens.weight"] = where.pop("lm_head.weight")
+        where[EMBEDDING] = where.pop(head)
         notes.append(
-            f"{folder}: a tied model saved with its head alone: {where['embed_tokens.weight'][0]} is read as the embedding "
+            f"{folder}: a tied model saved with its head alone: {where[EMBEDDING][0]} is read as the embedding "
             "(transformers does so for AutoModelForCausalLM; AutoModel draws a random one)"
         )
-    heads = [name for name in _HEADS if where.pop(name, None) is not None and name != "lm_head.weight"]
+    heads = [name for name in HEADS if where.pop(name, None) is not None and name != head]
     if heads:
         notes.append(f"{folder}: {heads[0]} is the head of another task and is not read")
     # Old exports carry the RoPE buffer of each layer; it is a function of config.json, and transformers reads it there.
-    return {name: at for name, at in where.items() if not name.endswith("rotary_emb.inv_freq")}, notes
+    return {name: at for name, at in where.items() if not name.endswith(ROPE_BUFFER)}, notes
 
 
 def _is_first(name: str) -> bool:
-    return name.endswith("layers.0.input_layernorm.weight") and name[: -len("layers.0.input_layernorm.weight")][
-        -1:
-    ] in ("", ".")
+    return name.endswith(FIRST_NORM) and name.removesuffix(FIRST_NORM)[-1:] in ("", ".")
 
 
 def _ignored(folder: Path, files: Iterable[str]) -> list[str]:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint import files, sharded
-from nemo_embed_core.checkpoint.source import usage_of_manifest, usage_of_training
+from nemo_embed_core.checkpoint.source import usage_of_training
 from nemo_embed_core.checkpoint.weights import (
     RandomReader,
     Weights,
@@ -54,7 +54,8 @@ from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.hf import local_box, parameter_shapes, tp_dim, tp_unit, unpadded
+from nemo_embed_core.model.hf import local_box, unpadded
+from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import Vote, all_reduce_world_, background_group, gather_objects
 from nemo_embed_core.parallel.grad_norm import clip_grad_norm, is_tp_replicated, local_tensor, sync_replicated_grads
@@ -96,7 +97,9 @@ def prepare(config: TrainConfig) -> Prepared:
             "an option is infinite or not a number; checkpoints record all options as JSON, which has no such"
         ) from None
     device = pick_device(config.device)
-    model = read_model_config(config.init_from) if config.init_from else config.model
+    model = config.model
+    if config.init_from:  # the pooling is the run's: how the folder pools does not matter to its weights
+        model = replace(read_model_config(config.init_from), pooling=model.pooling)
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
     if config.global_batch_size % dp_size:
         raise UserError(
@@ -125,7 +128,7 @@ def prepare(config: TrainConfig) -> Prepared:
         if checkpoint is not None and manifest is not None:
             _refuse_other_model(config, checkpoint, manifest, model)
         if config.init_from and checkpoint is None:
-            open_weights(config.init_from, hashed=False)
+            open_weights(config.init_from, hashed=False, base=True)
         store = open_store(config.data, tokenizer)
         drawn = _population(config, store, manifest, print)
         if checkpoint is not None and manifest is not None:
@@ -201,11 +204,14 @@ def _refuse_other_model(config: TrainConfig, folder: Path, manifest: dict[str, A
             f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one asked for; "
             f"set steps above {manifest['step']} to train on, or use it as it is (launch/merge.py, launch/evaluate.py)"
         )
-    if manifest["model"] != json.loads(json.dumps(to_dict(model))):
-        raise UserError(f"{folder} holds a model of another shape: {manifest['model']}, not {to_dict(model)}")
-    pooling = usage_of_manifest(manifest).pooling
-    if pooling != usage_of_training(to_dict(config.data)).pooling:
-        raise UserError(f"{folder} was trained with pooling={pooling}; this code trains with mean pooling only")
+    was = sharded.model_from_dict(manifest["model"], folder / sharded.MANIFEST)
+    if was.pooling != model.pooling:
+        raise UserError(
+            f"{folder} was trained with model.pooling={was.pooling} and this run has model.pooling={model.pooling}, whose vectors "
+            f"are others; continue with {was.pooling}, or start a new run with --init_from and this checkpoint"
+        )
+    if was != model:
+        raise UserError(f"{folder} holds a model of another shape: {to_dict(was)}, not {to_dict(model)}")
 
 
 def _changed_samples(
@@ -636,7 +642,9 @@ class Trainer:
             "ledger": self.ledger,
             "skipped": self.skipped,
             "recent_losses": self.losses.losses,
-            "usage": usage_of_training(to_dict(self.config.data), rows_per_dataset).to_json(),
+            "usage": usage_of_training(
+                to_dict(self.config.data), self.model_config.pooling, rows_per_dataset
+            ).to_json(),
             "data_digest": self.store.digest,
             "population": self.population,
             **({"draws_lone_rows": True} if self.draws_lone_rows else {}),

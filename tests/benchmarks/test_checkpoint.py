@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
 from benchmarks import checkpoint  # noqa: E402
-from nemo_embed_core.model.hf import parameter_shapes  # noqa: E402
+from nemo_embed_core.model.spec import parameter_shapes  # noqa: E402
 
 
 def test_the_model_has_the_parameters_asked_for() -> None:

@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.config import ModelConfig, UserError, to_dict
-from nemo_embed_core.model import hf, hf_config, hf_folder
+from nemo_embed_core.model import hf, hf_config, hf_folder, spec
 
 CASES = 1000
 MODEL = ModelConfig(
     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
 )
-SHAPES = hf.parameter_shapes(MODEL)
+SHAPES = spec.parameter_shapes(MODEL)
 META = {
     "model": to_dict(MODEL),
     "config": {
@@ -264,7 +264,7 @@ def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     manifest = sharded.verify(folder)
     model = sharded.model_from_dict(manifest["model"])
     reader = sharded.Reader(folder, manifest)
-    shapes = hf.parameter_shapes(model)
+    shapes = spec.parameter_shapes(model)
     reader.check({p + n: s for n, s in shapes.items() for p in ("", *sharded.OPTIM_PREFIXES)})
     return {
         p + n: reader.read_box(p + n, ((0,) * len(s), s))

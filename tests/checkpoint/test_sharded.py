@@ -23,7 +23,7 @@ from tiny import MODEL, train_config
 from nemo_embed_core.checkpoint import files, sharded
 from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import CheckpointConfig, TrainConfig, UserError
-from nemo_embed_core.model.hf import parameter_shapes
+from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import trainer as trainer_module
 from nemo_embed_core.train.trainer import Trainer, prepare

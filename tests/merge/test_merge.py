@@ -34,7 +34,7 @@ from nemo_embed_core.merge.report import report_lines
 from nemo_embed_core.merge.sources import dtype_of, open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.merge.usage import united_usage
-from nemo_embed_core.model import hf
+from nemo_embed_core.model import hf, spec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfi
 
     write_tokenizer(folder)
     reader, weights = RandomReader(config, seed), {}
-    for name, shape in hf.parameter_shapes(config).items():
+    for name, shape in spec.parameter_shapes(config).items():
         noise = torch.rand(shape) * 0.1
         weights.update(hf.to_hf(name, (reader.read_box(name, ((0,) * len(shape), shape)) + noise).to(dtype), config))
     save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -105,7 +105,7 @@ def test_sharded_output_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.M
     write_weights(out, [source], torch.float32)
     assert len(list(out.glob("model-*.safetensors"))) > 3
     again = open_weights(str(out))
-    for name, shape in hf.parameter_shapes(MODEL).items():
+    for name, shape in spec.parameter_shapes(MODEL).items():
         box = ((0,) * len(shape), shape)
         assert torch.equal(again.reader.read_box(name, box), source.reader.read_box(name, box))
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
 from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
-from nemo_embed_core.model import hf
+from nemo_embed_core.model import hf, spec
 from nemo_embed_core.model.attention import Segments, reference_attention, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.hf_config import read_config
@@ -109,17 +109,17 @@ def test_published_shapes_are_cut_at_every_tp_that_divides_the_kv_heads(name: st
         head_dim=128 if name in ("Llama-3.2-3B", "Minitron") else 0,
     )
     if F % G == 0:  # checkpoints from before other shapes were read
-        rows = hf.hf_rows("model.layers.0.mlp.gate_up_proj.weight", config)
+        rows = spec.hf_rows("model.layers.0.mlp.gate_up_proj.weight", config)
         assert rows[2:4] == [
             ("layers.0.mlp." + part, F // G, F // G) for part in ("gate_proj.weight", "up_proj.weight")
         ]
-    shapes = hf.parameter_shapes(config)
+    shapes = spec.parameter_shapes(config)
     with torch.device("meta"):
         for tp in (tp for tp in range(1, G + 1) if G % tp == 0):
             check_layout(ParallelConfig(tp_size=tp), tp, config)
             held = Encoder(config, TensorParallel(size=tp), reference_attention)
             for full_name, parameter in held.named_parameters():
-                dim, unit = hf.tp_dim(full_name), hf.tp_unit(full_name, config)
+                dim, unit = spec.tp_dim(full_name), spec.tp_unit(full_name, config)
                 boxes = [hf.local_box(shapes[full_name], dim, r, tp, 0, 1, unit) for r in range(tp)]
                 if dim is None:
                     continue
@@ -159,10 +159,10 @@ def test_every_token_sees_the_last_one(tmp_path: Path) -> None:
 
 
 def test_hf_rows_cover_every_parameter_once() -> None:
-    shapes = hf.hf_shapes(MODEL)
+    shapes = spec.hf_shapes(MODEL)
     counted = {name: torch.zeros(shape[0]) for name, shape in shapes.items()}
-    for name in hf.parameter_shapes(MODEL):
-        for hf_name, start, rows in hf.hf_rows(name, MODEL):
+    for name in spec.parameter_shapes(MODEL):
+        for hf_name, start, rows in spec.hf_rows(name, MODEL):
             counted[hf_name][start : start + rows] += 1
     assert all(bool((c == 1).all()) for c in counted.values())
     assert sum(torch.Size(s).numel() for s in shapes.values()) == sum(p.numel() for p in hf_llama(MODEL).parameters())
@@ -173,7 +173,7 @@ def test_to_hf_inverts_the_fused_layout(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     reader = hf.HFReader(tmp_path, MODEL)
     back = {}
-    for name, shape in hf.parameter_shapes(MODEL).items():
+    for name, shape in spec.parameter_shapes(MODEL).items():
         back.update(hf.to_hf(name, reader.read_box(name, ((0,) * len(shape), shape)), MODEL))
     state = theirs.state_dict()
     assert back.keys() == state.keys()
@@ -186,19 +186,19 @@ def test_ranks_read_exactly_their_own_bytes(tmp_path: Path, tp: int, dp: int) ->
     hf_llama(MODEL).save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     whole = hf.HFReader(tmp_path, MODEL)
-    for name, shape in hf.parameter_shapes(MODEL).items():
+    for name, shape in spec.parameter_shapes(MODEL).items():
         full = whole.read_box(name, ((0,) * len(shape), shape))
         joined = torch.full(shape, float("nan"))
         read = 0
         for tp_rank in range(tp):
             for dp_rank in range(dp):
                 reader = hf.HFReader(tmp_path, MODEL)
-                box = hf.local_box(shape, hf.tp_dim(name), tp_rank, tp, dp_rank, dp)
+                box = hf.local_box(shape, spec.tp_dim(name), tp_rank, tp, dp_rank, dp)
                 joined[tuple(slice(o, o + s) for o, s in zip(*box, strict=True))] = reader.read_box(name, box)
                 assert reader.bytes_read == torch.Size(box[1]).numel() * 4
                 read += reader.bytes_read
         assert torch.equal(joined, full)
-        assert read == full.numel() * 4 * (tp if hf.tp_dim(name) is None else 1)
+        assert read == full.numel() * 4 * (tp if spec.tp_dim(name) is None else 1)
 
 
 def test_random_weights_do_not_depend_on_the_layout() -> None:

@@ -43,8 +43,9 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
 
     from nemo_embed_core.data.packing import build_micro_batch
     from nemo_embed_core.model import encoder, llama
-    from nemo_embed_core.model.hf import parameter_shapes, to_hf
+    from nemo_embed_core.model.hf import to_hf
     from nemo_embed_core.model.llama import rope_inv_freq
+    from nemo_embed_core.model.spec import parameter_shapes
     from nemo_embed_core.parallel import fsdp
     from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
     from nemo_embed_core.parallel.mesh import build_mesh

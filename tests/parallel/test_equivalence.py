@@ -24,7 +24,7 @@ from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.model.attention import Segments, reference_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.hf import parameter_shapes
+from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.mesh import TensorParallel, build_mesh
 from nemo_embed_core.train.optim import build_optimizer, learning_rate
 

@@ -115,7 +115,8 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
     """On every rank of one layout's world; what rank 0 saw of each step."""
     import torch.distributed as dist
 
-    from nemo_embed_core.model.hf import parameter_shapes, to_hf
+    from nemo_embed_core.model.hf import to_hf
+    from nemo_embed_core.model.spec import parameter_shapes
     from nemo_embed_core.parallel import fsdp
     from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
     from nemo_embed_core.parallel.mesh import build_mesh

@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from tiny import MODEL, train_config
 from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig, UserError
-from nemo_embed_core.model.hf import hf_shapes
+from nemo_embed_core.model.spec import hf_shapes
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import trainer as trainer_module
 from nemo_embed_core.train.metrics import MetricsLog, training_flops
@@ -164,16 +166,21 @@ def test_a_checkpoint_says_how_its_texts_are_encoded(tmp_path: Path) -> None:
     }
 
 
-def test_another_pooling_cannot_continue_a_run(tmp_path: Path) -> None:
+def test_another_pooling_cannot_continue_a_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[ModelConfig.__module__], "Pooling", Literal["mean", "last"])
     config = train_config(tmp_path, steps=1, checkpoint={"resume": "auto"})
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
         meta = trainer._meta()
-        meta["usage"]["pooling"] = "cls"
+        assert meta["model"].pop("pooling") == "mean"  # as a run from before it was recorded
         trainer._meta = lambda: meta  # type: ignore[method-assign]
         trainer.save()
+        prepare(config)
+        meta["model"]["pooling"] = "last"
+        shutil.rmtree(sharded.checkpoints(tmp_path / "run")[0])
+        trainer.save()
         trainer._unlock()
-    with pytest.raises(UserError, match="step-00000000 was trained with pooling=cls"):
+    with pytest.raises(UserError, match=r"was trained with model\.pooling=last and this run has model\.pooling=mean"):
         prepare(config)
 
 

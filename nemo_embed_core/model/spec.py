@@ -1,0 +1,171 @@
+"""Facts of the Llama family, each said once: names of tensors, fused rows, rotary kinds, and what every consumer calls them.
+
+    parameter_shapes, tp_dim, tp_unit    our parameters and how tensor parallelism cuts them
+    hf_rows, hf_shapes                   Hugging Face's tensors, and whose rows ours are
+    ARCHITECTURES, ROPE_TYPES            words of config.json
+    POOLINGS                             hidden states to one vector: words of config.json and sentence-transformers, text for people
+
+Import, export, checkpoints, merging and proofs read these. No torch import: a model that does not fit is refused before anything
+heavy is loaded. The arithmetic of pooling is model/pooling.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_embed_core.config import ModelConfig, Pooling, UserError
+
+# ------------------------------------------------------------------------------------------ config.json
+
+ARCHITECTURES = {"llama": "LlamaModel", "llama_bidirec": "LlamaBidirectionalModel"}  # by model_type
+ROPE_TYPES = ("default", "llama3")
+# Of rope_scaling and rope_parameters, for "llama3": the fields of config.RopeScaling.
+LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# ------------------------------------------------------------------------------------------ names and shapes
+
+EMBEDDING = "embed_tokens.weight"
+FIRST_NORM = "layers.0.input_layernorm.weight"  # every Llama has it, whatever stands before the name
+FINAL_NORM = "norm.weight"
+HEADS = ("lm_head.weight", "score.weight")  # of a language model and of a classifier: no part of an encoder
+ROPE_BUFFER = "rotary_emb.inv_freq"  # in old exports; a function of config.json
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter names (as in Encoder.named_parameters) -> global shapes."""
+    D, A = config.hidden_size, config.head_dim
+    H, G, F = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {f"model.{EMBEDDING}": (config.vocab_size, D)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (D,)
+        shapes[layer + "self_attn.qkv_proj.weight"] = ((H + 2 * G) * A, D)
+        shapes[layer + "self_attn.o_proj.weight"] = (D, H * A)
+        shapes[layer + "post_attention_layernorm.weight"] = (D,)
+        shapes[layer + "mlp.gate_up_proj.weight"] = (2 * F, D)
+        shapes[layer + "mlp.down_proj.weight"] = (D, F)
+    shapes[f"model.{FINAL_NORM}"] = (D,)
+    return shapes
+
+
+def tp_dim(name: str) -> int | None:
+    """The dim that tensor parallelism splits; None for replicated parameters."""
+    if name.endswith("norm.weight"):
+        return None
+    return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+
+
+def tp_unit(name: str, config: ModelConfig) -> int:
+    """Rows or columns of the tp dim that stay together: a rank holds whole units."""
+    width = config.intermediate_size // config.mlp_blocks
+    return 2 * width if name.endswith("gate_up_proj.weight") else width if name.endswith("down_proj.weight") else 1
+
+
+def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
+    """Rows of our parameter, in order, as (Hugging Face name, first row there, number of rows)."""
+    plain = name.removeprefix("model.")
+    G, A = config.num_key_value_heads, config.head_dim
+    if plain.endswith("self_attn.qkv_proj.weight"):
+        prefix, q = plain.removesuffix("qkv_proj.weight"), config.num_attention_heads // G * A
+        return [
+            source
+            for g in range(G)
+            for source in (
+                (prefix + "q_proj.weight", g * q, q),
+                (prefix + "k_proj.weight", g * A, A),
+                (prefix + "v_proj.weight", g * A, A),
+            )
+        ]
+    if plain.endswith("mlp.gate_up_proj.weight"):
+        prefix, rows = plain.removesuffix("gate_up_proj.weight"), config.intermediate_size // config.mlp_blocks
+        return [
+            source
+            for m in range(config.mlp_blocks)
+            for source in ((prefix + "gate_proj.weight", m * rows, rows), (prefix + "up_proj.weight", m * rows, rows))
+        ]
+    return [(plain, 0, parameter_shapes(config)[name][0])]
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names (without "model.") -> shapes, in the order of our parameters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(config).items():
+        for hf_name, _, rows in hf_rows(name, config):
+            have = shapes.get(hf_name, (0,))[0]
+            shapes[hf_name] = (have + rows, *shape[1:])
+    return shapes
+
+
+# ------------------------------------------------------------------------------------------ pooling
+
+
+@dataclass(frozen=True)
+class PoolingSpec:
+    """How others say what model/pooling.py computes under this name."""
+
+    mode: str  # sentence-transformers', a key of POOLING_MODES
+    words: str  # of the model card, after "Text embeddings from a Llama without its causal mask: "
+    torch: str  # plain torch of hidden [N, L, D] and mask [N, L, 1], padded on either side -> [N, D]
+
+    @property
+    def config_word(self) -> str:
+        """The one that exports write into config.json."""
+        return POOLING_MODES[self.mode][1][0]
+
+
+POOLINGS: Mapping[Pooling, PoolingSpec] = {
+    "mean": PoolingSpec(
+        mode="mean",
+        words="mean of the last hidden states over all tokens (special\ntokens and prompt included)",
+        torch="(hidden * mask).sum(1) / mask.sum(1)",
+    ),
+}
+
+# All that sentence-transformers can: its word since version 5.4 -> (its flag before, words of config.json, as text-embeddings-
+# inference and vLLM read them).
+POOLING_MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "cls": ("pooling_mode_cls_token", ("cls",)),
+    "mean": ("pooling_mode_mean_tokens", ("avg", "mean")),
+    "max": ("pooling_mode_max_tokens", ()),
+    "mean_sqrt_len_tokens": ("pooling_mode_mean_sqrt_len_tokens", ()),
+    "weightedmean": ("pooling_mode_weightedmean_tokens", ()),
+    "lasttoken": ("pooling_mode_lasttoken", ("last", "lasttoken")),
+}
+
+# Modules of sentence-transformers that are computed here, with or without the last; the folder of each in an export.
+MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+
+
+def config_words() -> dict[str, Pooling]:
+    """{word of config.json: our name}; the first is what a config.json without the field means."""
+    return {word: name for name, spec in POOLINGS.items() for word in POOLING_MODES[spec.mode][1]}
+
+
+def mode_of_config(word: Any) -> str | None:
+    """sentence-transformers' word for the one of config.json; None where it is nothing known."""
+    return next((mode for mode, (_, words) in POOLING_MODES.items() if word in words), None)
+
+
+def pooling_of_modes(modes: set[str]) -> Pooling | None:
+    """Our name for what `modes_of` found; None where we compute something else."""
+    return next((name for name, spec in POOLINGS.items() if modes == {spec.mode}), None)
+
+
+def modes_of(file: object, pooling: Mapping[str, Any]) -> set[str]:
+    """How the config.json of sentence-transformers' Pooling says to pool, in its words since 5.4; UserError where it says two."""
+    flags = {mode for mode, (flag, _) in POOLING_MODES.items() if pooling.get(flag) is True}
+    given = pooling.get("pooling_mode")
+    words = set(given) if isinstance(given, list) else {given} if given is not None else set()
+    if flags and words and flags != words:
+        raise UserError(
+            f"{file} has pooling_mode={given!r} and the flags of {', '.join(sorted(flags))}; delete one spelling"
+        )
+    return flags or {str(word) for word in words}
+
+
+def is_ours(modules: list[str]) -> bool:
+    """Whether these kinds of modules, in this order, are what an encoder of ours computes."""
+    kinds = [kind for kind, _ in MODULES]
+    return modules in (kinds, kinds[:-1])
