@@ -46,7 +46,7 @@ from benchmarks.ceilings import ResultsFile, matmul_rates
 from nemo_embed_core.config import DataConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, UserError
 from nemo_embed_core.data.packing import MicroBatch, load_batch, pack_texts
 from nemo_embed_core.data.sampler import Sampler, choose_documents
-from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm, rope, swiglu
+from nemo_embed_core.kernels import info_nce_columns, info_nce_own, mean_pool, rms_norm, rope, swiglu
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel import fsdp
@@ -544,7 +544,7 @@ OWN_PARTS = {
     kernel.__name__: part
     for part, modules in {
         "norms, RoPE, SwiGLU": (rms_norm, rope, swiglu),
-        "pooling and loss": (mean_pool, info_nce),
+        "pooling and loss": (mean_pool, info_nce_own, info_nce_columns),
     }.items()
     for module in modules
     for kernel in vars(module).values()

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_embed_core.kernels.info_nce import halves
+from nemo_embed_core.kernels.info_nce_columns import halves
 
 
 def filter_scores_ref(
@@ -57,7 +57,7 @@ def filter_scores_ref(
 
 
 # element size -> BLOCK_Q, BLOCK_N, BLOCK_D, num_warps, num_stages, and how many blocks of queries run side by side, as in
-# info_nce.py: the fastest on an H200 (docs/log.md). int8: two programs per SM, so that one multiplies while the other appends.
+# info_nce_columns.py: the fastest on an H200 (docs/log.md). int8: two programs per SM, so that one multiplies while the other appends.
 _TILE = {1: (128, 128, 128, 8, 3, 32), 2: (128, 256, 64, 8, 3, 8)}
 _PART = 32  # columns of a tile that are compared and appended at a time
 _PACK = 8  # numbers of a thread that one branch is for

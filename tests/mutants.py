@@ -134,7 +134,7 @@ MUTANTS = [
     Mutant("pooled rows are gathered and their gradients doubled", ENCODER, "sums_ND = reduce_from_tp(sums_ND, self.tp.group)", "sums_ND = reduce_from_tp(sums_ND, self.tp.group) * 2 - reduce_from_tp(sums_ND, self.tp.group).detach()", TP2_SP),
     Mutant("pooled under sequence parallelism without the shard's offset", ENCODER, "token_offset=self.tp.rank * hidden_TD.shape[0]", "token_offset=0", TP2_SP),
     Mutant("pooling in bf16", "kernels/mean_pool.py", "return x if x.dtype == torch.float64 else x.float()", "return x", BF16),
-    Mutant("scores in bf16", "kernels/info_nce.py", "return x if x.dtype == torch.float64 else x.float()", "return x if x.dtype == torch.float64 else x.bfloat16()", BF16),
+    Mutant("scores in bf16", "kernels/info_nce_own.py", "return x if x.dtype == torch.float64 else x.float()", "return x if x.dtype == torch.float64 else x.bfloat16()", BF16),
     Mutant("RMSNorm in bf16", "kernels/rms_norm.py", "wide_TD = hidden_TD.float() if", "wide_TD = hidden_TD if", "tests/kernels/test_rms_norm.py"),
     # ---- data
     Mutant("positions do not begin anew", PACKING, "np.repeat(cu_seqlens[:-1], lengths)", "np.repeat(cu_seqlens[:-1] * 0, lengths)", "tests/data/test_packing.py"),

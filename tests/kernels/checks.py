@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -478,44 +479,58 @@ def filter_scores(module, Q, N, D, length=64, values="int8", scaled=True, device
 
 
 def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
-    """A fresh copy of nemo_embed_core.kernels.<name>, with `mutation` (old text, new text) applied to its source.
+    """A fresh copy of nemo_embed_core.kernels.<name> and of the kernel files that it imports, with `mutation` (old text,
+    new text) applied to the sources that have the old text.
 
     The custom ops of a copy get a namespace of their own: registering a name twice would change the real ops.
     """
-    spec = importlib.util.find_spec(f"nemo_embed_core.kernels.{name}")
-    assert spec is not None and spec.origin is not None
-    source = Path(spec.origin).read_text()
-    if mutation is not None:
-        old, new = mutation
-        if old not in source:  # not an assertion: that is how a check says that it caught the bug
-            raise LookupError(f"{name}.py has changed: nothing to mutate at {old!r}")
-        source = source.replace(old, new)
     load.copies += 1
-    copy_name = f"copy{load.copies}_of_{name}"
-    source = source.replace('"nemo_embed_core::', f'"{copy_name}::')
     folder = Path(tempfile.mkdtemp(prefix="kernels_"))  # stays: Triton reads a kernel's source from its file
-    path = folder / f"{copy_name}.py"
-    path.write_text(source)
-    copy_spec = importlib.util.spec_from_file_location(copy_name, path)
-    assert copy_spec is not None and copy_spec.loader is not None
-    module = importlib.util.module_from_spec(copy_spec)
-    sys.modules[copy_name] = module
-    copy_spec.loader.exec_module(module)
+    mutated: list[str] = []
+    module = _copy(name, folder, f"copy{load.copies}_of_", mutation, mutated)
+    if mutation is not None and not mutated:  # not an assertion: that is how a check says that it caught the bug
+        raise LookupError(f"{name}.py has changed: nothing to mutate at {mutation[0]!r}")
     return module
 
 
 load.copies = 0
 
 
+def _copy(name: str, folder: Path, prefix: str, mutation: tuple[str, str] | None, mutated: list[str]) -> ModuleType:
+    if prefix + name in sys.modules:
+        return sys.modules[prefix + name]
+    spec = importlib.util.find_spec(f"nemo_embed_core.kernels.{name}")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text()
+    if mutation is not None and mutation[0] in source:
+        mutated.append(name)
+        source = source.replace(*mutation)
+    for imported in re.findall(r"^from nemo_embed_core\.kernels\.(\w+) import", source, re.MULTILINE):
+        _copy(imported, folder, prefix, mutation, mutated)
+    source = source.replace("from nemo_embed_core.kernels.", f"from {prefix}")
+    source = source.replace('"nemo_embed_core::', f'"{prefix}{name}::')
+    path = folder / f"{prefix}{name}.py"
+    path.write_text(source)
+    copy_spec = importlib.util.spec_from_file_location(prefix + name, path)
+    assert copy_spec is not None and copy_spec.loader is not None
+    module = importlib.util.module_from_spec(copy_spec)
+    sys.modules[prefix + name] = module
+    copy_spec.loader.exec_module(module)
+    return module
+
+
 def run(name: str, arguments: dict, mutation: tuple[str, str] | None = None, constants: dict | None = None) -> None:
-    """`constants` of the kernel file are made smaller, so that a small shape goes through every loop more than once."""
+    """`constants` of the kernel files are made smaller, so that a small shape goes through every loop more than once."""
     torch.manual_seed(0)
     module = load(KERNEL_FILE.get(name, name), mutation)
+    copies = [m for key, m in sys.modules.items() if key.startswith(module.__name__.split("_of_")[0] + "_of_")]
     for constant, value in (constants or {}).items():
-        assert hasattr(module, constant), f"{module.__name__} has no {constant}"
-        if isinstance(getattr(module, constant), dict):  # by element size; JSON's keys are strings
-            value = {int(key): value for key, value in value.items()}
-        setattr(module, constant, tuple(value) if isinstance(value, list) else value)
+        owners = [m for m in copies if hasattr(m, constant)]
+        assert owners, f"{module.__name__} has no {constant}"
+        for owner in owners:
+            if isinstance(getattr(owner, constant), dict):  # by element size; JSON's keys are strings
+                value = {int(key): value for key, value in value.items()}
+            setattr(owner, constant, tuple(value) if isinstance(value, list) else value)
     globals()[name](module, **arguments)
 
 
@@ -560,18 +575,20 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         yield operator_of(module._segment_sum_fwd), (x(3, 16), cu_seqlens, 0)
         yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, True, None, 1e-5)
         yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, False, x(16), 1e-5)
-    else:
+    elif name == "info_nce_own":
         temperature, mask = torch.tensor(0.1, requires_grad=True), torch.ones(3, 2, dtype=torch.bool)
         yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, temperature, 0.0, True, True)
         yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, None, 0.1, True, False)
+    else:
+        temperature = torch.tensor(0.1, requires_grad=True)
         yield (
-            operator_of(module._columns_fwd),
+            operator_of(module.columns_fwd),
             (x(3, 16), x(5, 16), temperature, 0.0, torch.tensor([0, 1, 4]), None, None, None),
         )
         groups = torch.arange(5, dtype=torch.int32)
-        yield operator_of(module._columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, None)
+        yield operator_of(module.columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, None)
         known = torch.tensor([[1, 4], [-2, 0], [3, 3]], dtype=torch.int32)
-        yield operator_of(module._columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, known)
+        yield operator_of(module.columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, known)
 
 
 def weighted_squares(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -82,8 +82,9 @@ def test_terms_without_columns_give_no_gradient_when_joined(passes, B):
 
 
 def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):
-    passes("opcheck", name="info_nce")
-    passes("compiled_gradients", name="info_nce")
+    for name in ("info_nce_own", "info_nce_columns"):
+        passes("opcheck", name=name)
+        passes("compiled_gradients", name=name)
 
 
 def test_renumbered_ids_exclude_the_same_columns():
