@@ -29,6 +29,7 @@ setup(
         "nemo_embed_core.loss",
         "nemo_embed_core.merge",
         "nemo_embed_core.mine",
+        "nemo_embed_core.mine.search",
         "nemo_embed_core.model",
         "nemo_embed_core.parallel",
         "nemo_embed_core.train",

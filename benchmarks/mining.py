@@ -29,10 +29,12 @@ from torch import Tensor
 
 from benchmarks.ceilings import ResultsFile, commit, kernel_lines, kernel_times
 from nemo_embed_core.kernels.pair_scores import pair_scores
-from nemo_embed_core.mine.bounds import METHODS
-from nemo_embed_core.mine.int8_cpu import Quantiser
+from nemo_embed_core.mine.search.bounds import METHODS
+from nemo_embed_core.mine.search.engine import SearchStats
+from nemo_embed_core.mine.search.exclude import Exclude
+from nemo_embed_core.mine.search.int8_cpu import Quantiser
+from nemo_embed_core.mine.search.topk import MANY_QUERIES, pick_method, topk_below
 from nemo_embed_core.mine.selection import ceiling
-from nemo_embed_core.mine.topk import MANY_QUERIES, Exclude, SearchStats, pick_method, topk_below
 
 NUM_NEGATIVES, THRESHOLD = 4, 0.95
 

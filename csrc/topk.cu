@@ -1,5 +1,5 @@
 // Entry points of topk.h; topk_update has one per type of score. Compiled at first use by NVRTC
-// (nemo_embed_core/mine/streaming.py), and by nvcc in a test.
+// (nemo_embed_core/mine/search/streaming.py), and by nvcc in a test.
 
 #include "topk_kernels.cuh"
 

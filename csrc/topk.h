@@ -12,7 +12,7 @@
 // Order: key descending, then id ascending, so that the answer does not depend on how the columns were cut into tiles
 // or in which order the tiles came. NaN and infinities are never kept; -0 ties with +0 and is stored as +0. Arithmetic:
 // fp32, round to nearest, in the order written, never contracted to FMA: the same bits as the CPU implementation in
-// nemo_embed_core/mine/streaming.py.
+// nemo_embed_core/mine/search/streaming.py.
 //
 //   scores          [num_rows, num_columns], rows `stride` elements apart; fp32, bf16 (as 16 bits) or int32
 //   row_scale       [num_rows] fp32 or null      row_add  [num_rows] fp32 or null

@@ -1,7 +1,7 @@
 """Rows as int8 with one scale each, or as bf16, with the norms that bound what the rounding can do to a dot product.
 
 Contract: one read of the rows and one write of the values. The squares are sums over the row of what was stored, in fp32
-and in any order: a caller that needs an upper bound adds the rounding of D additions (mine/bounds.py).
+and in any order: a caller that needs an upper bound adds the rounding of D additions (mine/search/bounds.py).
 """
 
 # N rows · D columns

@@ -64,7 +64,10 @@ GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/para
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 LLAMA, ATTENTION, ENCODER = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "encoder"))
 PACKING, SAMPLER = "nemo_embed_core/data/packing.py", "nemo_embed_core/data/sampler.py"
-SELECTION, TOPK, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "topk", "pool"))
+SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
+TOPK, CANDIDATES, STREAMING, BOUNDS = (
+    f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
+)
 SHARDED, AVERAGE = "nemo_embed_core/checkpoint/sharded.py", "nemo_embed_core/merge/average.py"
 TEST_TOPK, TEST_NEGATIVES = "tests/mine/test_topk.py", "tests/mine/test_negatives.py"
 TEST_SHARDED, TEST_TRAINER = "tests/checkpoint/test_sharded.py", "tests/train/test_trainer.py"
@@ -158,12 +161,12 @@ MUTANTS = [
     Mutant("the best-scoring positive gives the ceiling", "nemo_embed_core/mine/negatives.py", "np.minimum.reduceat(scores", "np.maximum.reduceat(scores", TEST_NEGATIVES),
     Mutant("spelling variants are searched", POOL, '= self._append(text, exact, "variants")', '= self._append(text, exact, "")', TEST_NEGATIVES),
     Mutant("documents known from other data come back", POOL, "(key, *sorted(rows.known.of(key)))", "(key,)", "tests/mine/test_negatives.py tests/mine/test_launch.py"),
-    Mutant("a score at the ceiling is kept", TOPK, "torch.isfinite(exact) & (exact < ceilings[:, None])", "torch.isfinite(exact) & (exact <= ceilings[:, None])", TEST_TOPK),
-    Mutant("lower bounds are upper bounds", TOPK, "[:, 0] - 2 * widest", "[:, 0]", TEST_TOPK),
-    Mutant("bounds of candidates below the ceiling are left out", TOPK, "limit = next_after(ceilings + 2 * bound)", "limit = next_after(ceilings)", TEST_TOPK),
-    Mutant("ties go to the higher id", "nemo_embed_core/mine/streaming.py", "by_id = ids.argsort(dim=1, stable=True)", "by_id = ids.argsort(dim=1, stable=True, descending=True)", TEST_TOPK),
+    Mutant("a score at the ceiling is kept", CANDIDATES, "torch.isfinite(exact) & (exact < self.ceilings[:, None])", "torch.isfinite(exact) & (exact <= self.ceilings[:, None])", TEST_TOPK),
+    Mutant("lower bounds are upper bounds", CANDIDATES, "[:, 0] - 2 * bound", "[:, 0]", TEST_TOPK),
+    Mutant("bounds of candidates below the ceiling are left out", CANDIDATES, "next_after(self.ceilings + 2 * bound)", "next_after(self.ceilings)", TEST_TOPK),
+    Mutant("ties go to the higher id", STREAMING, "by_id = ids.argsort(dim=1, stable=True)", "by_id = ids.argsort(dim=1, stable=True, descending=True)", TEST_TOPK),
     Mutant("exclusions of another block of queries", TOPK, "exclude.take(np.arange(rows.start, rows.stop))", "exclude.take(np.arange(rows.stop - rows.start))", TEST_TOPK),
-    Mutant("a bound that forgets the rounding of its rows", "nemo_embed_core/mine/bounds.py", "norm_above(x_nD), torch.zeros(len(x_nD)", "0 * norm_above(x_nD), torch.zeros(len(x_nD)", TEST_TOPK),
+    Mutant("a bound that forgets the rounding of its rows", BOUNDS, "norm_above(x_nD), torch.zeros(len(x_nD)", "0 * norm_above(x_nD), torch.zeros(len(x_nD)", TEST_TOPK),
     # ---- checkpoints
     Mutant("a flipped bit goes unseen", SHARDED, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/merge/test_merge.py"),
     Mutant("pieces that overlap are accepted", SHARDED, "if _overlap(box, (other", "if None and _overlap(box, (other", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),

@@ -24,13 +24,13 @@ import torch
 
 from nemo_embed_core.config import UserError
 from nemo_embed_core.mine.corpus import Encodes, Ranks, Truncation, encode_corpus, read_truncation, write_atomically
+from nemo_embed_core.mine.lists import CandidateLists, TeacherSearch, find
 from nemo_embed_core.mine.pool import Cut, Document, Exclusions, Known, Pool, Row, Rows, exclusions
 from nemo_embed_core.mine.report import build_report, print_report, sweep_entry
-from nemo_embed_core.mine.search import Lists, Search, find
+from nemo_embed_core.mine.search.exclude import Exclude
+from nemo_embed_core.mine.search.streaming import kernel_is_available
 from nemo_embed_core.mine.selection import Selection, check_threshold
-from nemo_embed_core.mine.streaming import kernel_is_available
 from nemo_embed_core.mine.teachers import Teacher
-from nemo_embed_core.mine.topk import Exclude
 
 NUM_SAMPLED, NUM_SUSPECTS = 1000, 50  # rows looked at without the ceiling, and how many of them are kept for reading
 NUM_RANDOM_PAIRS = 2000  # the yardstick of a trivial negative
@@ -101,7 +101,7 @@ def mine_negatives(
     work = output.with_name(output.name + ".work")
     positives, given = table.pos, table.neg
     no_exclusions = Exclusions(*[Exclude(np.zeros(1, np.int64), np.empty(0, np.int64))] * 2)
-    searches: list[Search] = []
+    searches: list[TeacherSearch] = []
     described: list[dict[str, Any]] = []
     cuts: list[Cut] = []
     positive_scores = np.empty(0, np.float32)
@@ -123,7 +123,7 @@ def mine_negatives(
             table.queries, teacher.queries, folder / "queries", prompt=teacher.prompt,
             max_length=teacher.query_max_length, name="queries", **common,
         )  # fmt: skip
-        search = Search(
+        search = TeacherSearch(
             queries=queries, documents=documents, num_searched=pool.num_searched, exclude=no_exclusions, work=folder,
             method=method, device=device, block_queries=block_queries, ranks=ranks, log=say,
         )  # fmt: skip
@@ -146,7 +146,7 @@ def mine_negatives(
 
     depth = selection.num_searched if len(searches) == 1 else max(selection.num_searched, selection.combine_depth)
     width = min(8 * depth, depth + 256) if sweep else depth
-    lists = [Lists(search, depth, width) for search in searches]
+    lists = [CandidateLists(search, depth, width) for search in searches]
     # From the highest ceiling down: what was found below one of them serves the next.
     swept = []
     for limit in sorted({*sweep, selection.threshold}, key=lambda t: np.inf if t is None else t, reverse=True):
@@ -233,7 +233,7 @@ def _same_when_cut(rows: Rows, cuts: list[Cut]) -> dict[str, int]:
 
 
 def _storage(
-    model: dict[str, Any], search: Search, selection: Selection, ceilings: np.ndarray, scores: np.ndarray
+    model: dict[str, Any], search: TeacherSearch, selection: Selection, ceilings: np.ndarray, scores: np.ndarray
 ) -> dict[str, Any]:
     """Scores, and so ceilings, are of the stored rows; score_error: how far the scores of the model's own can be from them.
 
@@ -262,7 +262,9 @@ class Given:
     counts: dict[str, int]
 
     @classmethod
-    def of(cls, rows: Rows, exclude: Exclusions, search: Search, ceilings: np.ndarray, mined: np.ndarray) -> Given:
+    def of(
+        cls, rows: Rows, exclude: Exclusions, search: TeacherSearch, ceilings: np.ndarray, mined: np.ndarray
+    ) -> Given:
         given = rows.neg
         scores = search.scores(given)
         may_be_kept = np.zeros(len(scores), bool)
@@ -333,7 +335,7 @@ def _short(score: np.float32) -> float:
     return float(np.format_float_positional(score, unique=True))
 
 
-def random_scores(search: Search) -> np.ndarray:
+def random_scores(search: TeacherSearch) -> np.ndarray:
     """Scores of queries with documents drawn without looking: what a document scores that has nothing to do with it."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, len(search.queries), NUM_RANDOM_PAIRS)
@@ -342,7 +344,7 @@ def random_scores(search: Search) -> np.ndarray:
 
 
 def suspects(
-    rows: Rows, search: Search, lowest: np.ndarray, ceilings: np.ndarray, judged: Exclude | None
+    rows: Rows, search: TeacherSearch, lowest: np.ndarray, ceilings: np.ndarray, judged: Exclude | None
 ) -> dict[str, Any]:
     """What the first model's ceiling keeps out of a sample of rows: of how many, and some to read. Unlabelled positives?
 

@@ -17,7 +17,7 @@ import numpy as np
 from nemo_embed_core.config import UserError
 from nemo_embed_core.data.normal_form import has_content, normal_key
 from nemo_embed_core.data.texts import Texts
-from nemo_embed_core.mine.topk import Exclude
+from nemo_embed_core.mine.search.exclude import Exclude
 
 KEY = 16  # bytes
 

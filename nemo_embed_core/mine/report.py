@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.mine.topk import SearchStats
+from nemo_embed_core.mine.search.engine import SearchStats
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 60

@@ -29,7 +29,7 @@ class Selection:
     """Which of the passages become negatives; the vocabulary of sentence-transformers' mine_hard_negatives.
 
     threshold is the paper's and 1 - relative_margin there. Every given limit must hold; "below" is strict.
-    With several models: see mine/search.py `combine`.
+    With several models: see mine/lists.py `combine`.
     """
 
     num_negatives: int = 4  # per query

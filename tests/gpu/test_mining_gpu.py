@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_embed_core.mine.streaming import merge_lists_, streaming_topk_
-from nemo_embed_core.mine.topk import Exclude, resident, topk_below
+from nemo_embed_core.mine.search.blocks import resident
+from nemo_embed_core.mine.search.exclude import Exclude
+from nemo_embed_core.mine.search.streaming import merge_lists_, streaming_topk_
+from nemo_embed_core.mine.search.topk import topk_below
 
 pytestmark = pytest.mark.gpu
 

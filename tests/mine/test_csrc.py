@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_embed_core.mine.streaming import CSRC, MAX_KEPT, STEP, THREADS, merge_lists_, streaming_topk_
+from nemo_embed_core.mine.search.streaming import CSRC, MAX_KEPT, STEP, THREADS, merge_lists_, streaming_topk_
 
 HERE = Path(__file__).parent
 NVCC = shutil.which("nvcc") or next((p for p in ["/usr/local/cuda/bin/nvcc"] if Path(p).exists()), None)

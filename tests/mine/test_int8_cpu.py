@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.mine import int8_cpu, topk
-from nemo_embed_core.mine.bounds import Rounding, pair_bound
-from nemo_embed_core.mine.topk import Exclude, SearchStats, pick_method, topk_below, topk_below_ref
+from nemo_embed_core.mine.search import int8_cpu, topk
+from nemo_embed_core.mine.search.bounds import Rounding, pair_bound
+from nemo_embed_core.mine.search.engine import SearchStats
+from nemo_embed_core.mine.search.exclude import Exclude
+from nemo_embed_core.mine.search.topk import pick_method, topk_below
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -61,10 +66,22 @@ def test_a_product_is_within_the_bound_of_the_dot_product(hidden_size):
             assert float(block.residual) < 0.1 * largest
 
 
+_spec = importlib.util.spec_from_file_location("mine_reference", Path(__file__).with_name("reference.py"))
+assert _spec is not None and _spec.loader is not None
+reference = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(reference)
+
+
+def brute_force(queries, documents, ceilings, k, exclude=None):
+    excluded = None if exclude is None else [exclude.of(i).tolist() for i in range(len(queries))]
+    arrays = (queries.numpy(), documents.float().numpy(), ceilings.numpy())
+    return tuple(map(torch.from_numpy, reference.brute_force(*arrays, k, excluded)))
+
+
 def search(queries, documents, ceilings, k, exclude=None, **options):
     stats = SearchStats()
     got = topk_below(queries, documents, ceilings, k, exclude, method="int8", stats=stats, **options)
-    want = topk_below_ref(queries, documents, ceilings, k, exclude)
+    want = brute_force(queries, documents, ceilings, k, exclude)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     return stats
 
@@ -85,7 +102,7 @@ def counted(monkeypatch):
 
     count(int8_cpu.Tile, "seed_floor")
     count(int8_cpu.Tile, "score_all")
-    count(int8_cpu.Places, "keep_best")
+    count(int8_cpu.CandidateBuffer, "keep_best")
     return counts
 
 
@@ -125,12 +142,12 @@ def test_nan_infinity_and_zeros_among_documents_and_queries():
 def test_rows_so_short_that_their_squares_are_zero(method):
     queries, documents = randn(5, 24), 1e-22 * randn(400, 24, seed=1)
     got = topk_below(queries, documents, np.full(5, np.inf), 6, method=method, block_documents=100)
-    assert torch.equal(got[1], topk_below_ref(queries, documents, torch.full((5,), torch.inf), 6)[1])
+    assert torch.equal(got[1], brute_force(queries, documents, torch.full((5,), torch.inf), 6)[1])
 
 
 def test_half_precision_tensors_and_ids_of_a_shard():
     queries, documents = randn(9, 40), randn(900, 40, seed=1).half()
-    want = topk_below_ref(queries, documents, torch.full((9,), torch.inf), 4)
+    want = brute_force(queries, documents, torch.full((9,), torch.inf), 4)
     for stored in (documents, documents.numpy()):
         got = topk_below(queries, stored, np.full(9, np.inf), 4, first_id=1000, method="int8", block_documents=128)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1] + 1000)

@@ -116,7 +116,7 @@ def test_killed_while_encoding_or_searching_and_resumed_gives_the_same_bytes_wit
 
 
 def test_search_blocks_that_are_there_are_not_searched_again(tmp_path, monkeypatch):
-    import nemo_embed_core.mine.search as search
+    import nemo_embed_core.mine.lists as search
 
     rows, output = make_rows(50), tmp_path / "out.jsonl"
     mine(rows, tmp_path / "whole.jsonl")
@@ -476,7 +476,7 @@ def test_damaged_sidecar_costs_its_shard_or_is_refused_but_is_never_believed(tmp
 
 @pytest.mark.parametrize("damage", ["npz", "json", "no npz"])
 def test_damaged_search_block_is_searched_again(tmp_path, monkeypatch, damage):
-    import nemo_embed_core.mine.search as search
+    import nemo_embed_core.mine.lists as search
 
     rows, output = make_rows(50), tmp_path / "out.jsonl"
     mine(rows, output)

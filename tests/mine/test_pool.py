@@ -12,7 +12,7 @@ import pytest
 from toy_mining import FakeEmbedder, KnownVectors, lines_of, mine, on_ranks
 
 import nemo_embed_core.mine.corpus as corpus_module
-import nemo_embed_core.mine.search as search_module
+import nemo_embed_core.mine.lists as search_module
 from nemo_embed_core.config import UserError
 from nemo_embed_core.data.readers import Row
 from nemo_embed_core.mine.corpus import encode_corpus, read_truncation

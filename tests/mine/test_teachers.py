@@ -264,7 +264,7 @@ def test_other_rows_or_other_texts_are_another_model(tmp_path):
 
 
 def combined_by_definition(rows, models, threshold, k, how, depth, ranks=None):
-    """[(texts, scores)] after the docstring of mine/search.py: combine, one passage at a time."""
+    """[(texts, scores)] after the docstring of mine/lists.py: combine, one passage at a time."""
     pool = Pool.build(t for r in rows for t in (*r.pos, *r.neg))
     texts = pool.texts[: pool.num_searched]
     answers = []

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.mine import topk
-from nemo_embed_core.mine.bounds import METHODS, Rounding, pair_bound, split_bound
-from nemo_embed_core.mine.streaming import streaming_topk_
-from nemo_embed_core.mine.topk import Exclude, SearchStats, _Search, merge_topk, topk_below
+from nemo_embed_core.mine.search import candidates, engine, gpu_filter
+from nemo_embed_core.mine.search.blocks import Documents
+from nemo_embed_core.mine.search.bounds import METHODS, Rounding, pair_bound, split_bound
+from nemo_embed_core.mine.search.engine import SearchStats
+from nemo_embed_core.mine.search.exclude import Exclude
+from nemo_embed_core.mine.search.streaming import streaming_topk_
+from nemo_embed_core.mine.search.topk import merge_topk, topk_below
 
 _spec = importlib.util.spec_from_file_location("mine_reference", Path(__file__).with_name("reference.py"))
 assert _spec is not None and _spec.loader is not None
@@ -69,15 +72,18 @@ KINDS = ["random", "clustered", "ties", "grid", "negative", "broken", "close"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_filtered_tiles_are_brute_force(kind, order, method, monkeypatch):
     """The way a GPU takes, here by the references of its kernels: survivors in lists, and rows whose lists overflow."""
-    monkeypatch.setattr(topk, "FILTERING", {"cpu"})
-    monkeypatch.setattr(topk, "REACHED_FROM", 64)
-    monkeypatch.setattr(topk, "LIST", 0 if order == "ever better" else 1024)
-    monkeypatch.setattr(topk, "SLACK", {"fp32": 2, "bf16": 4, "int8": 8})
-    passes = []
-    once = _Search.candidates
-    monkeypatch.setattr(
-        _Search, "candidates", lambda self, *args, **options: passes.append(options) or once(self, *args, **options)
-    )
+    monkeypatch.setattr(engine, "FILTERING", {"cpu"})
+    monkeypatch.setattr(gpu_filter, "RESCORED_FROM", 64)
+    monkeypatch.setattr(gpu_filter, "LIST", 0 if order == "ever better" else 1024)
+    monkeypatch.setattr(candidates, "SLACK", {"fp32": 2, "bf16": 4, "int8": 8})
+    unfiltered = []
+
+    class Counted(candidates.Candidates):
+        def search(self):
+            unfiltered.append(self.method)
+            return super().search()
+
+    monkeypatch.setattr(engine, "Candidates", Counted)
     for seed in range(3):
         queries, documents, ceilings, excluded = make_case(kind, 9, 333, 48, seed)
         if order == "ever better" and kind != "broken":
@@ -90,7 +96,7 @@ def test_filtered_tiles_are_brute_force(kind, order, method, monkeypatch):
         assert np.array_equal(ids.numpy(), want_ids)
         assert np.array_equal(scores.numpy(), want_scores)
     if order == "ever better" and kind == "random":
-        assert {"filters": False} in passes, "no list overflowed: the test shows nothing"
+        assert method in unfiltered, "no list overflowed: the test shows nothing"
 
 
 @pytest.mark.parametrize("method", ["fp32", "bf16", "int8"])
@@ -157,8 +163,8 @@ def test_a_lower_bound_counts_only_what_is_surely_below_the_ceiling():
     """keys are above their scores by at most twice the width: of [1.0, 0.875, 0.75] below 0.9375 two score at least 0.625."""
     keys, width = torch.tensor([[1.0, 0.875, 0.75, 0.5]]).expand(2, 4), torch.tensor([0.0625, 0.125])
     ceilings = torch.tensor([0.9375, torch.inf])
-    assert topk._kth_lower_bound(keys, width, ceilings, 2).tolist() == [0.625, 0.625]
-    assert topk._kth_lower_bound(keys, width, ceilings, 4).tolist() == [-torch.inf, 0.25]
+    assert candidates.kth_lower_bound(keys, width, ceilings, 2).tolist() == [0.625, 0.625]
+    assert candidates.kth_lower_bound(keys, width, ceilings, 4).tolist() == [-torch.inf, 0.25]
 
 
 def test_nothing_at_or_above_the_ceiling_even_by_one_bit():
@@ -220,13 +226,14 @@ def test_scoring_every_candidate_and_scoring_the_possible_ones_agree():
     state_ids[:, -5:] = -1
     q, d, limits = (torch.from_numpy(np.asarray(x, np.float32)) for x in (queries, documents, ceilings))
     keys = torch.where(state_ids < 0, -torch.inf, (q @ d.T + 1e-3).gather(1, (state_ids - 1000).clamp(min=0)))
-    want = _Search(d, 8, 1000, "fp32", 16, 64, torch.device("cpu"), SearchStats())
-    every = want.score_all(q, state_ids)
+    cpu = torch.device("cpu")
+    every = Documents(d, 1000, 64, cpu).scores(q, state_ids)
     assert torch.equal(every.isnan(), state_ids < 0)
-    stored = _Search(documents, 8, 1000, "bf16", 16, 64, torch.device("cpu"), SearchStats())
-    assert torch.equal(stored.score_all(q, state_ids).nan_to_num(7), every.nan_to_num(7))
-    for method in ("fp32", "bf16"):
-        possible = stored.score_possible(method, q, torch.full((20,), 1e-3), limits, keys, state_ids)
+    stored = Documents(documents, 1000, 64, cpu)
+    assert torch.equal(stored.scores(q, state_ids).nan_to_num(7), every.nan_to_num(7))
+    for rescore in (False, True):
+        error = torch.full((20,), 1e-3)
+        possible = candidates.possible_scores(stored, 8, q, error, limits, keys, state_ids, rescore)
         scored = possible.isfinite()
         assert scored.any(1).all() and torch.equal(possible[scored], every[scored])
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.mine.search.exclude import excluded_positions
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 THREADS, STEP = 128, 1024  # TOPK_THREADS, TOPK_THREADS * TOPK_ITEMS
 MAX_KEPT = {2048: 1024, 4096: 3072}  # TOPK_CAPACITY: TOPK_MAX_KEPT
 MAX_ID = 0xFFFFFFFF
@@ -83,15 +84,6 @@ def best_first(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, order), ids.gather(1, order)
 
 
-def excluded_places(indptr: Tensor, ids: Tensor, first_id: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the excluded documents among num_columns from first_id."""
-    counts = indptr.diff()
-    columns = ids[indptr[0] : indptr[-1]] - first_id
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts)
-    here = (columns >= 0) & (columns < num_columns)
-    return rows[here], columns[here]
-
-
 @torch.library.custom_op("nemo_embed_core::streaming_topk", mutates_args=("state_keys", "state_ids"))
 def _streaming_topk(
     scores: Tensor,
@@ -114,7 +106,7 @@ def _streaming_topk(
         keys = keys + row_add[:, None]
     excluded = None
     if exclude_indptr is not None and exclude_ids is not None:
-        excluded = excluded_places(exclude_indptr, exclude_ids, first_id, keys.shape[1])
+        excluded = excluded_positions(exclude_indptr, exclude_ids, first_id, keys.shape[1])
     rows, columns = _alive(keys, ceilings, state_keys, excluded)
     _insert_(keys[rows, columns], rows, columns + first_id, state_keys, state_ids)
 
@@ -135,7 +127,7 @@ def _merge_lists(
     columns = list_columns[rows, places].long()
     if exclude_indptr is not None and exclude_ids is not None:
         width = 2**31  # whatever an int32 column can be
-        left = _not_excluded(rows, columns, excluded_places(exclude_indptr, exclude_ids, first_id, width), width)
+        left = _not_excluded(rows, columns, excluded_positions(exclude_indptr, exclude_ids, first_id, width), width)
         rows, places, columns = rows[left], places[left], columns[left]
     _insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
 

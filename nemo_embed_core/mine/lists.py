@@ -17,14 +17,17 @@ from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.corpus import Corpus, Ranks, publish, read_sidecar, sha256_of
 from nemo_embed_core.mine.pool import Exclusions
 from nemo_embed_core.mine.progress import Progress
+from nemo_embed_core.mine.search.blocks import fp32_rows, resident
+from nemo_embed_core.mine.search.engine import SearchStats
+from nemo_embed_core.mine.search.exclude import Exclude
+from nemo_embed_core.mine.search.topk import merge_topk, pick_method, topk_below
 from nemo_embed_core.mine.selection import Selection
-from nemo_embed_core.mine.topk import Exclude, SearchStats, fp32_rows, merge_topk, pick_method, resident, topk_below
 
 MAX_EXCLUDED = 1 << 24  # document ids that are spelled out at once: 128 MiB
 
 
 @dataclass(kw_only=True)
-class Search:
+class TeacherSearch:
     """One teacher's embeddings and how to search them."""
 
     queries: Corpus
@@ -151,43 +154,49 @@ def _read_block(folder: Path, index: int, digest: str) -> tuple[np.ndarray, np.n
 # ------------------------------------------------------------------------------------------ several ceilings
 
 
-class Lists:
-    """Search.top(ceilings, k) under ever lower ceilings from one search with spare places, exactly.
+class CandidateLists:
+    """One teacher's best documents under ever lower ceilings, exactly, from one search that kept more than k of them.
 
-    What stands below a ceiling in a list that reached further up is the top of what stands below it in the corpus, as
-    far as the list goes. Where it holds fewer than k below and was full, that query is searched again.
+    A list has every document between its last score and the ceiling that it was searched under. Cut at a lower ceiling it
+    therefore begins with the right documents. It ends too early only where it was full and fewer than k are left: such a
+    query is searched again under the lower ceiling.
     """
 
-    def __init__(self, search: Search, k: int, width: int):
+    def __init__(self, search: TeacherSearch, k: int, width: int):
         self.search, self.k, self.width = search, min(k, search.num_searched), max(k, width)
-        self.scores: np.ndarray | None = None
-        self.ids: np.ndarray = np.empty((0, 0), np.int64)
+        self.scores: np.ndarray | None = None  # [Q, width] best first, -inf in free places
+        self.ids: np.ndarray = np.empty((0, 0), np.int64)  # -1 in free places, which come last
 
     def below(self, ceilings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([Q, k] scores, ids) strictly below the ceilings, none of which is above those of an earlier call."""
+        """([Q, k] scores, ids) strictly below the ceilings, none of which is above one of an earlier call."""
         if self.scores is None:
             self.scores, self.ids = self.search.top(ceilings, self.width)
-        keep = self._keep(ceilings)
-        short = np.flatnonzero((keep.sum(1) < self.k) & (self.ids[:, -1] >= 0))
+        num_above, num_below = self._split(ceilings)
+        is_full = self.ids[:, -1] >= 0
+        short = np.flatnonzero(is_full & (num_below < self.k))
         if len(short):
             self.scores[short], self.ids[short] = self.search.top(ceilings[short], self.width, short)
             self.search.num_again += len(short)
-            keep = self._keep(ceilings)
-        order = np.argsort(~keep, axis=1, kind="stable")[:, : self.k]
-        kept = np.take_along_axis(keep, order, 1)
-        scores = np.where(kept, np.take_along_axis(self.scores, order, 1), np.float32(-np.inf))
-        return scores, np.where(kept, np.take_along_axis(self.ids, order, 1), -1)
+            num_above, num_below = self._split(ceilings)
+        offsets = np.arange(self.k)
+        columns = np.minimum(num_above[:, None] + offsets, self.ids.shape[1] - 1)
+        exists = offsets < num_below[:, None]
+        scores = np.where(exists, np.take_along_axis(self.scores, columns, 1), np.float32(-np.inf))
+        return scores, np.where(exists, np.take_along_axis(self.ids, columns, 1), -1)
 
-    def _keep(self, ceilings: np.ndarray) -> np.ndarray:
+    def _split(self, ceilings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[Q] each: how many documents of the list are at or above the ceiling, and how many below it."""
         assert self.scores is not None
-        return (self.ids >= 0) & (self.scores.astype(np.float64) < ceilings[:, None])
+        found = self.ids >= 0
+        is_below = self.scores.astype(np.float64) < ceilings[:, None]
+        return (found & ~is_below).sum(1), (found & is_below).sum(1)
 
 
 # ------------------------------------------------------------------------------------------ several teachers
 
 
 def find(
-    lists: list[Lists], lowest: list[np.ndarray], selection: Selection
+    lists: list[CandidateLists], lowest: list[np.ndarray], selection: Selection
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scores, ids, below), all [Q, n] with n <= selection.num_searched: what Selection.choose takes negatives from.
 
@@ -209,7 +218,11 @@ def find(
 
 
 def combine(
-    searches: list[Search], tops: list[np.ndarray], ceilings: list[np.ndarray], rows: np.ndarray, selection: Selection
+    searches: list[TeacherSearch],
+    tops: list[np.ndarray],
+    ceilings: list[np.ndarray],
+    rows: np.ndarray,
+    selection: Selection,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One list per query out of the lists of several teachers: (scores of the first teacher, ids, below), [R, n].
 

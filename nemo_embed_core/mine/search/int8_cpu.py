@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
-from nemo_embed_core.mine.bounds import (
+from nemo_embed_core.mine.search.blocks import Documents, slices
+from nemo_embed_core.mine.search.bounds import (
     SHRINK,
     UNDERFLOW,
     UNIT,
@@ -32,7 +31,9 @@ from nemo_embed_core.mine.bounds import (
     pair_bound,
     root_above,
 )
-from nemo_embed_core.mine.streaming import best_first, excluded_places
+from nemo_embed_core.mine.search.candidates import SLACK
+from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude
+from nemo_embed_core.mine.search.streaming import best_first
 
 ROTATED = 512  # documents whose fp32 entries fit into the cache
 FOLD = 8  # products whose maximum is compared first
@@ -142,17 +143,17 @@ class Quantiser:
         return norm, torch.ops.aten.mse_loss.out(entries, rounded, 0, out=entries).sum(0).max()
 
 
-class Places:
-    """What may be among the k best of each query, unsorted, and the lower bound that the k-th best is known to have.
+class CandidateBuffer:
+    """Each query's candidates, unsorted, and its floor: a lower bound of its k-th best score.
 
-    A document whose upper bound is below that `floor` is out for good, and is not counted as dropped.
+    A document whose upper bound is below the floor is out for good, and is not counted as dropped.
     """
 
     def __init__(self, num_queries: int, k: int, num_kept: int, ceilings: Tensor):
         self.k, self.num_kept, self.ceilings = k, num_kept, ceilings
         self.keys = torch.full((num_queries, 4 * num_kept), -torch.inf)  # upper bounds
         self.ids = torch.full((num_queries, 4 * num_kept), -1, dtype=torch.int64)
-        self.taken = torch.zeros(num_queries, dtype=torch.int64)
+        self.counts = torch.zeros(num_queries, dtype=torch.int64)
         self.floor = torch.full((num_queries,), -torch.inf)
         self.dropped = torch.full((num_queries,), -torch.inf)  # the best upper bound that had to go
         self.bound = torch.zeros(num_queries)  # the widest so far: lower bound = key - 2 bound
@@ -160,11 +161,11 @@ class Places:
     def add(self, at: Tensor, rows: Tensor, ids: Tensor, keys: Tensor) -> None:
         """at: the queries; rows ascend and index them, at most 3 num_kept each."""
         counts = torch.bincount(rows, minlength=len(at))
-        if int((self.taken[at] + counts).max()) > self.keys.shape[1]:
+        if int((self.counts[at] + counts).max()) > self.keys.shape[1]:
             self.keep_best(at)
-        place = self.taken[at][rows] + torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-        self.keys[at[rows], place], self.ids[at[rows], place] = keys, ids
-        self.taken[at] += counts
+        position = self.counts[at][rows] + torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        self.keys[at[rows], position], self.ids[at[rows], position] = keys, ids
+        self.counts[at] += counts
 
     def keep_best(self, at: Tensor) -> None:
         keys, order = self.keys[at].topk(self.num_kept + 1, dim=1)
@@ -172,65 +173,78 @@ class Places:
         ids = self.ids[at].gather(1, order)
         self.keys[at] = torch.nn.functional.pad(keys[:, :-1], (0, 3 * self.num_kept), value=-torch.inf)
         self.ids[at, : self.num_kept] = ids[:, :-1]
-        self.taken[at] = self.taken[at].clamp(max=self.num_kept)
+        self.counts[at] = self.counts[at].clamp(max=self.num_kept)
 
     def raise_floor(self, tile: slice) -> None:
         """The k-th best lower bound of the documents that are surely below the ceiling."""
-        keys = self.keys[tile, : int(self.taken[tile].max())]
+        keys = self.keys[tile, : int(self.counts[tile].max())]
         if keys.shape[1] >= self.k:
             sure = torch.where(keys < self.ceilings[tile, None], keys, -torch.inf)
             floor = sure.topk(self.k, dim=1).values[:, -1] - 2 * self.bound[tile]
             self.floor[tile] = torch.maximum(self.floor[tile], floor)
 
 
-def int8_candidates(search: Any, queries_QD: Tensor, ceilings: Tensor, num_kept: int, hidden: Any) -> Places:
-    """The candidates among all documents of a `_Search`; hidden: what it excludes."""
+def search(
+    documents: Documents, k: int, tile_queries: int, queries_QD: Tensor, ceilings: Tensor, exclude: Exclude | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [Q, k], ids [Q, k], certified [Q])"""
+    num_kept = min(k + SLACK["fp32"], len(documents))
+    excluded = DeviceExclude(exclude, documents.device)
     quantiser = Quantiser(queries_QD)
     queries = quantiser.queries(queries_QD)
     assert queries.scale is not None
-    places = Places(len(queries_QD), search.k, num_kept, ceilings)
-    places.floor[~torch.isfinite(queries.scale)] = torch.inf  # nothing has a score with NaN or infinity
+    buffer = CandidateBuffer(len(queries_QD), k, num_kept, ceilings)
+    buffer.floor[~torch.isfinite(queries.scale)] = torch.inf  # nothing has a score with NaN or infinity
     memory, raise_at = torch.empty(0, dtype=torch.int32), 1
-    for number, (first, documents_nD) in enumerate(search.document_blocks(), 1):
+    for number, (first, documents_nD) in enumerate(documents.blocks(), 1):
         block = quantiser.documents(documents_nD.float())
-        for rows in search.tiles(len(queries_QD)):
+        for rows in slices(len(queries_QD), tile_queries):
             size = (rows.stop - rows.start) * len(documents_nD)
             memory = memory if len(memory) >= size else torch.empty(size, dtype=torch.int32)
-            Tile(places, rows, queries_QD[rows], queries[rows], block, first, hidden.of(rows)).search(memory[:size])
+            out = excluded.positions(rows, first, len(documents_nD))
+            Tile(buffer, rows, queries_QD[rows], queries[rows], block, first, out).search(memory[:size])
             if number >= raise_at:
-                places.raise_floor(rows)
+                buffer.raise_floor(rows)
         if number >= raise_at:
             raise_at = max(number + 1, int(number * GROWTH))
-    return places
+    return result(documents, tile_queries, queries_QD, buffer)
 
 
 class Tile:
     """Some queries (the `rows` of all of them) and a block of documents."""
 
-    def __init__(self, places: Places, rows: slice, x_qD: Tensor, q: Rows, block: Block, first: int, hidden: Any):
-        self.places, self.rows, self.x_qD, self.q, self.block, self.first = places, rows, x_qD, q, block, first
+    def __init__(
+        self,
+        buffer: CandidateBuffer,
+        rows: slice,
+        x_qD: Tensor,
+        q: Rows,
+        block: Block,
+        first: int,
+        excluded: tuple[Tensor, Tensor] | None,
+    ):
+        self.buffer, self.rows, self.x_qD, self.q, self.block, self.first = buffer, rows, x_qD, q, block, first
+        self.excluded = excluded  # (row, column)
         self.num_rows, self.num_columns = len(x_qD), len(block.x_nD)
-        self.ceilings = places.ceilings[rows]
+        self.ceilings = buffer.ceilings[rows]
         self.has_ceilings = bool((self.ceilings < torch.inf).any())
         rounding = Rounding("fp32", x_qD.shape[1])
         self.narrow = rounding.relative * q.norm * block.norm + Rounding.ABSOLUTE  # bound of a score in fp32
         self.bound = pair_bound(q, block.bounds(), Rounding("int8", x_qD.shape[1])).double()
         assert q.scale is not None
         self.slope = q.scale.double() * block.scale
-        indptr, ids = hidden
-        self.excluded = None if indptr is None else excluded_places(indptr, ids, first, self.num_columns)
-        places.bound[rows] = torch.maximum(places.bound[rows], self.narrow)
+        buffer.bound[rows] = torch.maximum(buffer.bound[rows], self.narrow)
 
     def search(self, memory: Tensor) -> None:
-        places = self.places
+        buffer = self.buffer
         products = torch._int_mm(self.q.values, self.block.codes_Dn, out=memory.view(self.num_rows, self.num_columns))
-        if self.num_columns >= places.k:
-            for some in chunks(torch.isneginf(places.floor[self.rows])):
+        if self.num_columns >= buffer.k:
+            for some in chunks(torch.isneginf(buffer.floor[self.rows])):
                 self.seed_floor(some, products)
         rows, columns, crowded = self.survivors(products)
         narrow = self.narrow[rows]
         keys = sampled_scores(self.x_qD, self.block.x_nD, rows, columns).add_(narrow)
-        enter = keys >= places.floor[self.rows][rows]
+        enter = keys >= buffer.floor[self.rows][rows]
         if self.has_ceilings:
             enter &= keys - 2 * narrow < self.ceilings[rows]
         if self.excluded is not None:
@@ -239,7 +253,7 @@ class Tile:
         enter = enter.nonzero()[:, 0]
         if len(enter):
             at = torch.arange(self.rows.start, self.rows.stop)
-            places.add(at, rows[enter], columns[enter] + self.first, keys[enter])
+            buffer.add(at, rows[enter], columns[enter] + self.first, keys[enter])
         for some in chunks(crowded):
             self.score_all(some)
 
@@ -254,7 +268,7 @@ class Tile:
 
     def seed_floor(self, some: Tensor, products: Tensor) -> None:
         """The k largest products of these rows are scored: the k-th best is no worse than the worst of them."""
-        k = self.places.k
+        k = self.buffer.k
         sure = integers((self.ceilings - self.bound) / self.slope - 1)[some, None]
         lowest = torch.iinfo(torch.int32).min
         ours = torch.where(products[some] < sure, products[some], lowest)
@@ -265,11 +279,11 @@ class Tile:
         scores = sampled_scores(self.x_qD[some], self.block.x_nD, rows, columns.flatten()).view(-1, k)
         floor = scores.amin(1) - self.narrow[some]
         known = (largest[:, -1] > lowest) & torch.isfinite(scores).all(1)
-        self.places.floor[self.rows.start + some[known]] = floor[known]
+        self.buffer.floor[self.rows.start + some[known]] = floor[known]
 
     def survivors(self, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, columns) of the products that the bounds do not rule out, and [q] which rows have too many and are left out."""
-        floor = self.places.floor[self.rows]
+        floor = self.buffer.floor[self.rows]
         least = integers((floor - self.bound) / self.slope - 1)
         fold = math.gcd(FOLD, self.num_columns)
         num_groups = self.num_columns // fold
@@ -281,13 +295,13 @@ class Tile:
             at = at[~crowded[rows]]
             rows = at // num_groups
         chosen = groups.index_select(0, at)
-        reach = chosen >= least[rows, None]
+        may_enter = chosen >= least[rows, None]
         if self.has_ceilings:
             most = integers((self.ceilings + self.bound) / self.slope + 1)
-            reach &= chosen <= most[rows, None]
-        inside, inner = reach.nonzero(as_tuple=True)
+            may_enter &= chosen <= most[rows, None]
+        inside, inner = may_enter.nonzero(as_tuple=True)
         rows, columns = rows[inside], at[inside] % num_groups * fold + inner
-        many = torch.bincount(rows, minlength=self.num_rows) > 3 * self.places.num_kept
+        many = torch.bincount(rows, minlength=self.num_rows) > 3 * self.buffer.num_kept
         if bool(many.any()):
             crowded |= many
             rows, columns = rows[~many[rows]], columns[~many[rows]]
@@ -295,17 +309,17 @@ class Tile:
 
     def score_all(self, some: Tensor) -> None:
         """Every document for these rows, in fp32: the best num_kept of those that can be below the ceiling."""
-        places, at, narrow = self.places, self.rows.start + some, self.narrow[some, None]
+        buffer, at, narrow = self.buffer, self.rows.start + some, self.narrow[some, None]
         keys = linear(self.x_qD[some], self.block.x_nD).add_(narrow)
         keys[self.excluded_of(some)] = -torch.inf
         keys = torch.where((keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys), keys, -torch.inf)
         columns = torch.arange(self.num_columns).expand_as(keys)
-        if self.num_columns > places.num_kept:
-            keys, columns = keys.topk(places.num_kept + 1, dim=1)
-            places.dropped[at] = torch.maximum(places.dropped[at], keys[:, -1])
+        if self.num_columns > buffer.num_kept:
+            keys, columns = keys.topk(buffer.num_kept + 1, dim=1)
+            buffer.dropped[at] = torch.maximum(buffer.dropped[at], keys[:, -1])
             keys, columns = keys[:, :-1], columns[:, :-1]
         rows, place = torch.isfinite(keys).nonzero(as_tuple=True)
-        places.add(at, rows, columns[rows, place] + self.first, keys[rows, place])
+        buffer.add(at, rows, columns[rows, place] + self.first, keys[rows, place])
 
 
 def chunks(chosen: Tensor) -> tuple[Tensor, ...]:
@@ -329,30 +343,24 @@ def sampled_scores(x_qD: Tensor, y_nD: Tensor, rows: Tensor, columns: Tensor) ->
         return torch.sparse.sampled_addmm(wanted, x_qD, y_nD.T, beta=0.0).values()
 
 
-def score_places(search: Any, queries_QD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores [Q, k], ids [Q, k], certified [Q])"""
-    num_queries, k = len(queries_QD), search.k
+def result(
+    documents: Documents, tile_queries: int, queries_QD: Tensor, buffer: CandidateBuffer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [Q, k], ids [Q, k], certified [Q]): the candidates at or above the floor, scored."""
+    num_queries, k = len(queries_QD), buffer.k
     scores = torch.full((num_queries, k), -torch.inf)
     ids = torch.full((num_queries, k), -1, dtype=torch.int64)
-    for tile in search.tiles(num_queries):
-        places.raise_floor(tile)
-        possible = torch.isfinite(places.keys[tile]) & (places.keys[tile] >= places.floor[tile, None])
+    for tile in slices(num_queries, tile_queries):
+        buffer.raise_floor(tile)
+        possible = torch.isfinite(buffer.keys[tile]) & (buffer.keys[tile] >= buffer.floor[tile, None])
         most = int(possible.sum(1).max())
-        keys, at = torch.where(possible, places.keys[tile], -torch.inf).topk(most, dim=1)
-        candidates = places.ids[tile].gather(1, at)
+        keys, at = torch.where(possible, buffer.keys[tile], -torch.inf).topk(most, dim=1)
+        candidates = buffer.ids[tile].gather(1, at)
         rows, columns = torch.isfinite(keys).nonzero(as_tuple=True)
-        exact = score_pairs(search, queries_QD[tile], rows, candidates[rows, columns])
-        counts = torch.isfinite(exact) & (exact < places.ceilings[tile][rows])
+        exact = documents.pair_scores(queries_QD[tile], rows, candidates[rows, columns])
+        counts = torch.isfinite(exact) & (exact < buffer.ceilings[tile][rows])
         keys[rows, columns] = torch.where(counts, exact, -torch.inf)
-        take = min(k, most)
-        scores[tile, :take], ids[tile, :take] = best_first(keys, candidates, take)
+        num_found = min(k, most)
+        scores[tile, :num_found], ids[tile, :num_found] = best_first(keys, candidates, num_found)
     ids[torch.isneginf(scores)] = -1
-    return scores, ids, torch.isneginf(places.dropped) | (places.dropped < scores[:, -1])
-
-
-def score_pairs(search: Any, x_qD: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-    if isinstance(search.documents, Tensor):
-        return pair_scores(x_qD, rows, search.documents, ids - search.first_id)
-    step = max(1, (8 << 20) // x_qD.shape[1])  # 32 MiB of gathered rows
-    parts = zip(rows.split(step), ids.split(step), strict=True)
-    return torch.cat([pair_scores(x_qD, r, search.gather(i), torch.arange(len(i))) for r, i in parts])
+    return scores, ids, torch.isneginf(buffer.dropped) | (buffer.dropped < scores[:, -1])

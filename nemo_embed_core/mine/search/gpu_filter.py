@@ -1,0 +1,58 @@
+"""Candidates on a GPU: tiles are compared with each query's floor inside the GEMM, and few scores are ever written.
+
+After a first block the best C keys are known. Of later blocks few can enter, and writing a tile of scores to read it back
+takes as long as its products. So the kernel (kernels/filter_scores.py) appends the keys between floor and limit to a
+candidate list per query, and the lists are merged into the best C.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_embed_core.kernels.filter_scores import filter_scores
+from nemo_embed_core.mine.search.bounds import split_bound
+from nemo_embed_core.mine.search.candidates import Candidates
+from nemo_embed_core.mine.search.streaming import merge_lists_
+
+RESCORED_FROM = 131072  # documents after which candidates are scored on the way, and at each doubling
+LIST = 1024  # places of a query's list beyond C
+
+
+class FilteredCandidates(Candidates):
+    """As Candidates; `overflowed` [Q]: queries that lost candidates to a full list, whose results do not count."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.overflowed = torch.zeros(len(self.queries_QD), dtype=torch.bool, device=self.keys.device)
+        self.rescored_at = RESCORED_FROM
+
+    def search(self) -> tuple[Tensor, Tensor, Tensor]:
+        blocks = self.documents.growing_blocks()
+        self.add_tiles(*next(blocks))
+        for first, documents_nD in blocks:
+            self.add_filtered(first, documents_nD)
+        return self.result()
+
+    def add_filtered(self, first: int, documents_nD: Tensor) -> None:
+        block, bound, limit = self.encode_block(documents_nD)
+        num_seen = first - self.documents.first_id
+        rescore = self.method == "int8" and self.documents.is_on_device and num_seen >= self.rescored_at
+        if rescore:  # by bounds alone twice as many survive
+            self.rescored_at = 2 * num_seen
+        self.raise_floor(by_scores=rescore)
+        # A key below the floor, or below the last candidate, cannot be among the k best. A free place takes any finite
+        # key: the lowest finite number and not -inf.
+        enters = torch.maximum(self.keys[:, -1], self.floor).clamp(min=torch.finfo(torch.float32).min)
+        add, slope, spread = bound, None, None
+        if self.method == "int8":  # bf16 documents have no residual, others nearly the same
+            (add, slope), spread = split_bound(self.rows, block, self.rounding), block.residual
+        length = LIST + self.keys.shape[1]
+        keys, columns, counts = filter_scores(
+            self.rows.values, block.values, enters, limit, length, self.rows.scale, block.scale, add, slope, spread
+        )
+        self.overflowed |= counts > length
+        everyone = slice(0, len(self.queries_QD))
+        merge_lists_(keys, columns, counts, self.keys, self.ids, first, *self.excluded.of(everyone))
