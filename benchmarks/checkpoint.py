@@ -3,7 +3,7 @@
     python -m benchmarks.checkpoint [--parameters 2e8] [--sources 6] [--dtypes bf16 fp32] [--folder DIR]
     python -m benchmarks.checkpoint --only merge --mergekit /path/to/its/environment/bin/python
 
-save    `sharded.Saver` of fp32 weights and both moments, one rank: how long it keeps training (beside copying the same tensors
+save    `Saver` of fp32 weights and both moments, one rank: how long it keeps training (beside copying the same tensors
         in memory), and bytes per second until the checkpoint is durable, sha256 included, beside shutil.copyfile + fsync of
         the files that it wrote
 read    those files verified (sha256) and every weight read into memory, beside reading the same bytes and doing nothing
@@ -41,15 +41,18 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.ceilings import commit
-from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import SafetensorsWriter, new_folder, read_safetensors_header
+from nemo_embed_core.checkpoint.runs import checkpoints
+from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.weights import Rows, open_weights
+from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import ModelConfig, to_dict
 from nemo_embed_core.export.folder import hf_config
 from nemo_embed_core.merge.average import exact_sum, nearest
 from nemo_embed_core.merge.sources import open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.model.spec import hf_shapes, parameter_shapes
+from nemo_embed_core.train.optim import with_state
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -141,9 +144,8 @@ def read_and_write(paths: Sequence[Path], target: Path, size: int) -> None:
 
 def bench_save(folder: Path, config: ModelConfig, repeats: int) -> dict[str, Any]:
     shapes = parameter_shapes(config)
-    names = [prefix + name for prefix in ("", *sharded.OPTIM_PREFIXES) for name in shapes]
-    values = {name: torch.rand(shapes[name.removeprefix("exp_avg/").removeprefix("exp_avg_sq/")]) for name in names}
-    pieces = {n: sharded.Piece(tuple(x.shape), ((0,) * x.dim(), tuple(x.shape)), x) for n, x in values.items()}
+    values = {name: torch.rand(shape) for name, shape in with_state(shapes).items()}
+    pieces = {n: Piece(tuple(x.shape), ((0,) * x.dim(), tuple(x.shape)), x) for n, x in values.items()}
     twins = {name: torch.empty_like(value) for name, value in values.items()}
     model = to_dict(config)
     training = {"seed": 0, "global_batch_size": 1, "init_from": "", "data": {}}
@@ -152,9 +154,9 @@ def bench_save(folder: Path, config: ModelConfig, repeats: int) -> dict[str, Any
     root = folder / "run"
     root.mkdir()
     write = partial(
-        sharded.save, root, rank=0, world_size=1, keep=1, gather=lambda value: [value], log=lambda message: None
+        save_checkpoint, root, rank=0, world_size=1, keep=1, gather=lambda value: [value], log=lambda message: None
     )
-    saver = sharded.Saver(write, log=lambda message: None)
+    saver = Saver(write, log=lambda message: None)
     size = sum(value.nbytes for value in values.values())
     rows: dict[str, list[float]] = {}
 
@@ -170,7 +172,7 @@ def bench_save(folder: Path, config: ModelConfig, repeats: int) -> dict[str, Any
         add("save_s", seconds(both))
         add("stall_s", saver.take_stall())
         add("memory_copy_s", seconds(lambda: [twins[name].copy_(value) for name, value in values.items()]))
-        found = sharded.checkpoints(root)[0]
+        found = checkpoints(root)[0]
         files = sorted(found.glob("*.safetensors"))
         forget(files)
         add("copy_s", seconds(lambda: copy(files, folder / "copied")))  # noqa: B023

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tiny import DRAWN, train_config
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import verify_checkpoint
+from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.data.sampler import Sampler
 
 
@@ -52,7 +53,7 @@ class Worker:
 
 def final_state(run: Path, step: int = 10) -> tuple[str, dict[str, str]]:
     """Ledger and sha256 of every file of the newest checkpoint, which must verify."""
-    manifest = sharded.verify(sharded.checkpoints(run)[0])
+    manifest = verify_checkpoint(checkpoints(run)[0])
     assert manifest["step"] == step
     return manifest["ledger"], {name: f["sha256"] for name, f in manifest["files"].items()}
 

@@ -68,7 +68,8 @@ SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
     f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
 )
-SHARDED, AVERAGE = "nemo_embed_core/checkpoint/sharded.py", "nemo_embed_core/merge/average.py"
+MANIFEST, RUNS = "nemo_embed_core/checkpoint/manifest.py", "nemo_embed_core/checkpoint/runs.py"
+SAVER, AVERAGE = "nemo_embed_core/checkpoint/saver.py", "nemo_embed_core/merge/average.py"
 TEST_TOPK, TEST_NEGATIVES = "tests/mine/test_topk.py", "tests/mine/test_negatives.py"
 TEST_SHARDED, TEST_TRAINER = "tests/checkpoint/test_sharded.py", "tests/train/test_trainer.py"
 
@@ -102,7 +103,7 @@ MUTANTS = [
     Mutant("the seed never reaches the sampler", TRAINER, "self.sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)", "self.sampler = Sampler(drawn.rows, config.global_batch_size, 0)", REST),
     Mutant("the seed never reaches the choice of documents", TRAINER, "mesh.tp.size, config.seed", "mesh.tp.size, 0", REST),
     Mutant("gradients of the step before are kept", TRAINER, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIM_OPTIONS),
-    Mutant("a resumed run corrects the bias anew", TRAINER, "fill_(float(self.step - self.skipped))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
+    Mutant("a resumed run corrects the bias anew", OPTIM, "fill_(float(count))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
     Mutant("the sums of a step are not divided by tp", TRAINER, "totals = {name: value / self.mesh.tp.size", "totals = {name: value", TP2),
     Mutant("a spike is skipped where it should warn", TRAINER, 'mode == "skip"\n', "True\n", "tests/train/test_control.py tests/train/test_trainer.py"),
     Mutant("a loss window without its limit", "nemo_embed_core/train/metrics.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train/test_control.py tests/train/test_trainer.py"),
@@ -168,13 +169,13 @@ MUTANTS = [
     Mutant("exclusions of another block of queries", TOPK, "exclude.take(np.arange(rows.start, rows.stop))", "exclude.take(np.arange(rows.stop - rows.start))", TEST_TOPK),
     Mutant("a bound that forgets the rounding of its rows", BOUNDS, "norm_above(x_nD), torch.zeros(len(x_nD)", "0 * norm_above(x_nD), torch.zeros(len(x_nD)", TEST_TOPK),
     # ---- checkpoints
-    Mutant("a flipped bit goes unseen", SHARDED, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/merge/test_merge.py"),
-    Mutant("pieces that overlap are accepted", SHARDED, "if _overlap(box, (other", "if None and _overlap(box, (other", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
-    Mutant("the oldest checkpoints are kept", SHARDED, "for old in whole[keep:]:", "for old in whole[:-keep]:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
-    Mutant("keep_every keeps nothing", SHARDED, "if old == newest or (keep_every and", "if old == newest or (0 and", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
-    Mutant("the weights may change while a save copies", SHARDED, "self._buffers[name].copy_(piece.tensor.detach(), non_blocking=cuda)", "self._buffers[name] = piece.tensor.detach()", "tests/checkpoint/test_async.py"),
+    Mutant("a flipped bit goes unseen", MANIFEST, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/merge/test_merge.py"),
+    Mutant("pieces that overlap are accepted", MANIFEST, "if overlap(box, (other", "if None and overlap(box, (other", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
+    Mutant("the oldest checkpoints are kept", RUNS, "for old in whole[keep:]:", "for old in whole[:-keep]:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
+    Mutant("keep_every keeps nothing", RUNS, "if old == newest or (keep_every and", "if old == newest or (0 and", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
+    Mutant("the weights may change while a save copies", SAVER, "self._buffers[name].copy_(piece.tensor.detach(), non_blocking=cuda)", "self._buffers[name] = piece.tensor.detach()", "tests/checkpoint/test_saver.py"),
     Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/merge/test_average.py"),
-    Mutant("the manifest's own digest is not asked for", SHARDED, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
+    Mutant("the manifest's own digest is not asked for", MANIFEST, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
     # ---- exports and evaluation
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
     Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export/test_folder.py tests/merge/test_merge.py"),

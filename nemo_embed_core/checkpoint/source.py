@@ -1,7 +1,7 @@
 """What a model folder is, asked once: `resolve(path)`; and how its texts are to be encoded: `Usage`.
 
     kind                       what it is                                                        who reads the weights
-    "checkpoint"               a checkpoint of ours, or the newest one of a run                  checkpoint/sharded.py
+    "checkpoint"               a checkpoint of ours, or the newest one of a run                  checkpoint/runs.py
     "llama"                    a Hugging Face Llama that we run bidirectionally, our exports     model/hf.py
     "sentence-transformers"    modules.json of another architecture or other modules             sentence-transformers
     "precomputed"              documents.npy and queries.npy                                     mine/teachers.py
@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, read_manifest
+from nemo_embed_core.checkpoint.runs import checkpoints, find_checkpoint, is_checkpoint
 from nemo_embed_core.config import ModelConfig, Pooling, UserError
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.model.hf_config import read_json
@@ -161,9 +162,9 @@ def resolve(path: str | Path) -> Source:
     folder, notes = find_folder(path)
     _refuse_two_models(folder)
     if _is_checkpoint(folder):
-        folder = sharded.find(folder)
-        manifest = sharded.read_manifest(folder)
-        model = sharded.model_from_dict(manifest["model"], folder / sharded.MANIFEST)
+        folder = find_checkpoint(folder)
+        manifest = read_manifest(folder)
+        model = model_from_dict(manifest["model"], folder / MANIFEST)
         source = Source(path, folder, "checkpoint", usage_of_manifest(manifest), model)
     elif any((folder / name).is_file() for name in PRECOMPUTED):
         source = Source(path, folder, "precomputed", Usage())
@@ -195,12 +196,12 @@ def _say(note: str) -> None:
 
 def _is_checkpoint(folder: Path) -> bool:
     """Also manifest.json of something else, unless there is another model beside it."""
-    if not sharded.is_checkpoint(folder):
+    if not is_checkpoint(folder):
         return False
-    if sharded.checkpoints(folder) or not has_weights(folder):
+    if checkpoints(folder) or not has_weights(folder):
         return True
     try:
-        return "pieces" in json.loads((folder / sharded.MANIFEST).read_text(encoding="utf-8"))
+        return "pieces" in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return True  # one of ours that is damaged, for all we know
 
@@ -208,8 +209,8 @@ def _is_checkpoint(folder: Path) -> bool:
 def _refuse_two_models(folder: Path) -> None:
     found = {}
     if _is_checkpoint(folder):
-        steps = sharded.checkpoints(folder)
-        found["a checkpoint of ours"] = sharded.MANIFEST if (folder / sharded.MANIFEST).is_file() else steps[0].name
+        steps = checkpoints(folder)
+        found["a checkpoint of ours"] = MANIFEST if (folder / MANIFEST).is_file() else steps[0].name
     if has_weights(folder):
         found["a Hugging Face model"] = SINGLE if (folder / SINGLE).is_file() else INDEX
     if arrays := [name for name in PRECOMPUTED if (folder / name).is_file()]:
@@ -248,7 +249,7 @@ def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | N
 
 def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:
     """The manifest's own; of a checkpoint from before it had one, from its options."""
-    pooling = sharded.model_from_dict(manifest["model"]).pooling
+    pooling = model_from_dict(manifest["model"]).pooling
     if "usage" in manifest:
         try:
             return Usage.from_json(manifest["usage"], pooling)

@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import read_safetensors_header
+from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, state_name, verify_checkpoint
+from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded
@@ -30,7 +31,7 @@ class BoxReader(Protocol):
 
 
 class FileReader(BoxReader, Protocol):
-    """Of weights in files: hf.HFReader or sharded.Reader."""
+    """Of weights in files: hf.HFReader or Reader."""
 
     @property
     def manifest(self) -> dict[str, Any] | None:
@@ -104,10 +105,11 @@ def open_weights(path: str, hashed: bool = True, base: bool = False) -> Weights:
     source = resolve(path)
     folder, (config, where) = source.folder, _llama(source, base)
     if source.kind == "checkpoint":
-        manifest = sharded.verify(folder, weights_only=True, hashed=hashed)
-        reader = sharded.Reader(folder)
+        manifest = verify_checkpoint(folder, weights_only=True, hashed=hashed)
+        reader = Reader(folder)
         expected = parameter_shapes(config)
-        reader.check({**expected, **{p + n: s for n, s in expected.items() for p in sharded.OPTIM_PREFIXES}})
+        states = sorted({n.rsplit("/", 1)[0] for n in manifest["tensors"] if is_state(n)})  # whichever optimizer's
+        reader.check({**expected, **{state_name(s, n): shape for n, shape in expected.items() for s in states}})
         digests = sorted(f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-"))
         dtype = getattr(torch, manifest["export_dtype"])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
@@ -167,10 +169,10 @@ class Rows:
                 with safe_open(path, framework="pt"):  # checks the header and the size of the file
                     self._headers[path] = read_safetensors_header(path)
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch, of too many open files
-                raise sharded.CheckpointError(f"{path}: {error}") from None
+                raise CheckpointError(f"{path}: {error}") from None
         dtype, have, offset = self._headers[path].get(stored.name, (None, None, 0))
         if dtype is None or have != shape or self.dtypes.setdefault(name, dtype) != dtype:
-            raise sharded.CheckpointError(f"{path}: {stored.name} is {dtype} {have}, expected {shape}")
+            raise CheckpointError(f"{path}: {stored.name} is {dtype} {have}, expected {shape}")
         columns = torch.Size(shape[1:]).numel()
         offset += stored.skip * columns * dtype.itemsize
         segment = _Segment(stored.first, stored.rows, stored.column, columns, path, offset)
@@ -201,9 +203,9 @@ class Rows:
             try:
                 n = os.preadv(fd, [out], offset)
             except OSError as error:
-                raise sharded.CheckpointError(f"{path} cannot be read: {error}") from None
+                raise CheckpointError(f"{path} cannot be read: {error}") from None
             if n == 0:
-                raise sharded.CheckpointError(f"{path} ended at byte {offset}; it was changed while it was read")
+                raise CheckpointError(f"{path} ended at byte {offset}; it was changed while it was read")
             out, offset = out[n:], offset + n
 
     def close(self) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import read_manifest
+from nemo_embed_core.checkpoint.runs import find_checkpoint, is_checkpoint
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig, UserError, code_version
@@ -82,9 +83,9 @@ def _origin(source: Weights) -> tuple[list[str], Path | None]:
         return [], source.folder
     names: list[str] = []
     init_from = manifest["config"]["init_from"]
-    while init_from and sharded.is_checkpoint(folder := Path(init_from)) and len(names) < 100:
+    while init_from and is_checkpoint(folder := Path(init_from)) and len(names) < 100:
         try:
-            manifest = sharded.read_manifest(sharded.find(folder))
+            manifest = read_manifest(find_checkpoint(folder))
         except UserError:
             return names, None  # an ancestor that is damaged or too old tells nothing, and is no reason not to export
         names.append(folder.name)

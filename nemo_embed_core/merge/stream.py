@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import check_free_space
+from nemo_embed_core.checkpoint.manifest import check_digest
 from nemo_embed_core.checkpoint.weights import Rows, Weights
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.merge.average import CHUNK_ELEMENTS, Combiner, NonFinite, widest
@@ -202,7 +202,7 @@ class _Digests:
         # The first file of each source, then the second...: about where the pass is.
         order = [file for together in itertools.zip_longest(*files) for file in together if file]
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-        self._running: list[Future[None]] = [self._pool.submit(sharded.check_digest, *file) for file in order]
+        self._running: list[Future[None]] = [self._pool.submit(check_digest, *file) for file in order]
 
     def check(self) -> None:
         for future in self._running:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
+from nemo_embed_core.checkpoint.manifest import state_name
 from nemo_embed_core.config import OptimConfig
+
+STATE = ("exp_avg", "exp_avg_sq")  # kept of each parameter, in its shape; checkpoints have these names too
+BYTES_PER_PARAMETER = 4 * (1 + len(STATE))  # the master and its state, fp32
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -38,5 +44,20 @@ def ensure_state(optimizer: torch.optim.AdamW) -> None:
             if not state:
                 device = p.device if group["fused"] else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
+                state.update({name: torch.zeros_like(p) for name in STATE})
+
+
+def state_of(optimizer: torch.optim.AdamW, p: nn.Parameter) -> dict[str, torch.Tensor]:
+    """STATE -> the live tensor."""
+    return {name: optimizer.state[p][name] for name in STATE}
+
+
+def set_num_updates(optimizer: torch.optim.AdamW, count: int) -> None:
+    """Made so far, which AdamW's bias correction goes by."""
+    for state in optimizer.state.values():
+        state["step"].fill_(float(count))
+
+
+def with_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a checkpoint of these parameters holds."""
+    return {**shapes, **{state_name(state, n): shape for n, shape in shapes.items() for state in STATE}}

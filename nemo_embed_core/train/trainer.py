@@ -24,7 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_embed_core.checkpoint import files, sharded
+from nemo_embed_core.checkpoint import files
+from nemo_embed_core.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    model_from_dict,
+    parameter_of,
+    read_manifest,
+    state_name,
+    verify_checkpoint,
+)
+from nemo_embed_core.checkpoint.reader import Reader
+from nemo_embed_core.checkpoint.runs import AllDamagedError, checkpoints, find_checkpoint, newest_whole
+from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.source import usage_of_training
 from nemo_embed_core.checkpoint.weights import (
     RandomReader,
@@ -35,6 +47,7 @@ from nemo_embed_core.checkpoint.weights import (
     read_model_config,
     tokenizer_folder,
 )
+from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import (
     CheckpointConfig,
     ModelConfig,
@@ -54,7 +67,7 @@ from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.hf import local_box, unpadded
+from nemo_embed_core.model.hf import Box, local_box, unpadded
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import Vote, all_reduce_world_, background_group, gather_objects
@@ -63,7 +76,16 @@ from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_s
 from nemo_embed_core.parallel.liveness import begun_before, mark_begun, note
 from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_device, pick_precision
 from nemo_embed_core.train.metrics import LossWindow, MetricsLog, console_line, device_peak_flops, training_flops
-from nemo_embed_core.train.optim import build_optimizer, ensure_state, learning_rate, num_warmup_steps
+from nemo_embed_core.train.optim import (
+    BYTES_PER_PARAMETER,
+    build_optimizer,
+    ensure_state,
+    learning_rate,
+    num_warmup_steps,
+    set_num_updates,
+    state_of,
+    with_state,
+)
 from nemo_embed_core.train.step import forward_backward
 
 NON_FINITE_EXIT_CODE = 4
@@ -122,7 +144,7 @@ def prepare(config: TrainConfig) -> Prepared:
         checkpoint, is_newest = _checkpoint_by_name(config)
         manifest = _readable_manifest(checkpoint) if checkpoint is not None else None
         if is_newest and manifest is None:  # a damaged one is skipped
-            for checkpoint in sharded.checkpoints(Path(config.output_dir)):
+            for checkpoint in checkpoints(Path(config.output_dir)):
                 if manifest := _readable_manifest(checkpoint):
                     break
         if checkpoint is not None and manifest is not None:
@@ -146,8 +168,8 @@ def _check_output(folder: Path, model: ModelConfig) -> None:
     files.probe(folder)
     files.Lock(folder, print).refuse_if_held(warn=False)  # the one that takes it warns
     parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
-    size = 12 * parameters  # fp32: the weight and two moments
-    factor = 1.1 if sharded.checkpoints(folder) else 2.2
+    size = BYTES_PER_PARAMETER * parameters
+    factor = 1.1 if checkpoints(folder) else 2.2
     files.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")
 
 
@@ -177,12 +199,12 @@ def _population(
 def _checkpoint_by_name(config: TrainConfig) -> tuple[Path | None, bool]:
     """(what a run continues, before a byte of it is verified; whether it is the newest of output_dir, whichever that is)."""
     resume, output = config.checkpoint.resume, Path(config.output_dir)
-    present = sharded.checkpoints(output)
+    present = checkpoints(output)
     if resume == "auto" or (present and begun_before()):  # what is in the way is this torchrun's own earlier attempt's
         return (present[0] if present else None), True
-    found = None if resume == "none" else sharded.find(Path(resume))
+    found = None if resume == "none" else find_checkpoint(Path(resume))
     if present and (found is None or found.resolve() != present[0].resolve()):
-        raise sharded.CheckpointError(
+        raise CheckpointError(
             f"{output} already holds checkpoints (newest {present[0].name}), which checkpoint.resume={resume} would leave "
             "behind; continue with --checkpoint.resume auto or choose another output_dir"
         )
@@ -192,7 +214,7 @@ def _checkpoint_by_name(config: TrainConfig) -> tuple[Path | None, bool]:
 def _readable_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """None for a damaged one: whether that ends the run is decided when checkpoints are verified."""
     try:
-        return sharded.read_manifest(checkpoint)
+        return read_manifest(checkpoint)
     except UserError:
         return None
 
@@ -204,7 +226,7 @@ def _refuse_other_model(config: TrainConfig, folder: Path, manifest: dict[str, A
             f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one asked for; "
             f"set steps above {manifest['step']} to train on, or use it as it is (launch/merge.py, launch/evaluate.py)"
         )
-    was = sharded.model_from_dict(manifest["model"], folder / sharded.MANIFEST)
+    was = model_from_dict(manifest["model"], folder / MANIFEST)
     if was.pooling != model.pooling:
         raise UserError(
             f"{folder} was trained with model.pooling={was.pooling} and this run has model.pooling={model.pooling}, whose vectors "
@@ -316,7 +338,7 @@ class Trainer:
 
         checkpoint = self._checkpoint_to_resume()
         try:
-            manifest = sharded.read_manifest(checkpoint) if checkpoint is not None else None
+            manifest = read_manifest(checkpoint) if checkpoint is not None else None
             self.draws_lone_rows = _draws_lone_rows(manifest)
             drawn = _population(config, self.store, manifest, log=lambda message: None)  # prepare() has said it
             self.population = drawn.digest
@@ -349,7 +371,7 @@ class Trainer:
             metrics = MetricsLog(self.output, self.step, config.tensorboard)
             mark_begun()
         self._announce()
-        saved = gather_objects(self.step if sharded.checkpoints(self.output) else -1)[0]  # a file system may lag
+        saved = gather_objects(self.step if checkpoints(self.output) else -1)[0]  # a file system may lag
         try:
             if config.checkpoint.async_save and self.step < config.steps:
                 self.saver.snapshot(self._pieces())  # its memory is taken now, or found missing now
@@ -440,7 +462,7 @@ class Trainer:
         assert totals["tokens"] == num_tokens, f"{totals['tokens']} tokens were run, the plan said {num_tokens}"
         if totals["save_failed"]:
             self.saver.wait()
-            raise sharded.CheckpointError("the save in the background failed on another rank, which says why")
+            raise CheckpointError("the save in the background failed on another rank, which says why")
         self._refuse_non_finite(totals, losses_B, rows, batches)
         zscore, skip = self._judge_loss(totals["loss"] / totals["rows"], rows)
         lr = learning_rate(self.step, config.steps, self.optim)
@@ -575,28 +597,28 @@ class Trainer:
     # ---- checkpoints
 
     def _named_state(self) -> dict[str, torch.Tensor]:
-        """Our parameter name, exp_avg/NAME, exp_avg_sq/NAME -> this rank's live shard, without its padding."""
+        """Our parameter name and STATE/NAME of what the optimizer keeps of it -> this rank's live shard, without its padding."""
         named = {}
         for full_name, p in self.model.named_parameters():
             name = fsdp.plain_name(full_name)
             named[name] = local_tensor(p.detach())
-            for moment in ("exp_avg", "exp_avg_sq"):
-                named[f"{moment}/{name}"] = local_tensor(self.optimizer.state[p][moment])
+            for state, tensor in state_of(self.optimizer, p).items():
+                named[state_name(state, name)] = local_tensor(tensor)
         return {name: unpadded(tensor, self._box(name)[1]) for name, tensor in named.items()}
 
-    def _box(self, name: str) -> tuple[tuple[int, ...], sharded.Box]:
-        plain = name.rsplit("/", 1)[-1]
+    def _box(self, name: str) -> tuple[tuple[int, ...], Box]:
+        plain = parameter_of(name)
         shape = parameter_shapes(self.model_config)[plain]
         mesh = self.mesh
         unit = tp_unit(plain, self.model_config)
         return shape, local_box(shape, tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.dp_rank, mesh.dp_size, unit)
 
-    def _saver(self) -> sharded.Saver:
+    def _saver(self) -> Saver:
         config, mesh = self.config.checkpoint, self.mesh
         # Ranks of a slow file system may finish a save long after one another; training's own timeout finds dead ranks.
         group = background_group(timedelta(seconds=max(1800, self.config.parallel.timeout_s)))
         write = partial(
-            sharded.save,
+            save_checkpoint,
             self.output,
             rank=mesh.rank,
             world_size=mesh.world_size,
@@ -607,16 +629,16 @@ class Trainer:
             gather=partial(gather_objects, group=group),
             log=self.log,
         )
-        return sharded.Saver(write, self.log, config.async_save)
+        return Saver(write, self.log, config.async_save)
 
-    def _pieces(self) -> dict[str, sharded.Piece]:
+    def _pieces(self) -> dict[str, Piece]:
         """What this rank writes: its boxes, and those of replicated parameters on tp rank 0."""
         pieces = {}
         replicated = {fsdp.plain_name(n) for n, p in self.model.named_parameters() if is_tp_replicated(p)}
         for name, tensor in self._named_state().items():
             shape, box = self._box(name)
-            if tensor.numel() and not (name.rsplit("/", 1)[-1] in replicated and self.mesh.tp.rank):
-                pieces[name] = sharded.Piece(shape, box, tensor)
+            if tensor.numel() and not (parameter_of(name) in replicated and self.mesh.tp.rank):
+                pieces[name] = Piece(shape, box, tensor)
         return pieces
 
     def save(self, wait: bool = True) -> None:
@@ -663,22 +685,22 @@ class Trainer:
                 self.lock = files.Lock(self.output, self.log).acquire()
                 found, is_newest = _checkpoint_by_name(self.config)
                 if is_newest:
-                    found = sharded.newest(self.output, self.log, self._damaged)
+                    found = newest_whole(self.output, self.log, self._damaged)
                 elif found is not None:
-                    sharded.verify(found)
+                    verify_checkpoint(found)
             except UserError as caught:
-                failure = (str(caught), isinstance(caught, sharded.AllDamagedError))
+                failure = (str(caught), isinstance(caught, AllDamagedError))
         found, failure = gather_objects((found, failure))[0]
         if failure is not None:
             self._unlock()
-            raise (sharded.AllDamagedError if failure[1] else sharded.CheckpointError)(failure[0])
+            raise (AllDamagedError if failure[1] else CheckpointError)(failure[0])
         return found
 
     def _load(self, folder: Path) -> None:
-        reader = sharded.Reader(folder)
+        reader = Reader(folder)
         self._check_same_run(folder, reader.manifest)
         shapes = parameter_shapes(self.model_config)
-        reader.check({**shapes, **{prefix + n: s for n, s in shapes.items() for prefix in sharded.OPTIM_PREFIXES}})
+        reader.check(with_state(shapes))
         bad = []
         with torch.no_grad():
             for name, tensor in self._named_state().items():
@@ -690,8 +712,7 @@ class Trainer:
             self.step, self.ledger = reader.manifest["step"], reader.manifest["ledger"]
             self.skipped, self.losses.losses = reader.manifest["skipped"], list(reader.manifest["recent_losses"])
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
-            for state in self.optimizer.state.values():
-                state["step"].fill_(float(self.step - self.skipped))
+            set_num_updates(self.optimizer, self.step - self.skipped)
         self.log(f"resumed from {folder} at step {self.step}")
 
     def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What a power cut may leave behind, after every operation of a save: kill -9 cannot show it, the page cache survives that.
 
-The real sharded.save runs on a real folder while every fsync, rename, unlink and rmdir is recorded (new entries and bytes
+The real save_checkpoint runs on a real folder while every fsync, rename, unlink and rmdir is recorded (new entries and bytes
 are found by looking). For each prefix of that record all disks are built that POSIX allows:
   data that was not fsynced is whole, half, empty or half with zeros behind;
   of a folder's changes since its last fsync a prefix is there.
@@ -19,7 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_embed_core.checkpoint import files, sharded
+from nemo_embed_core.checkpoint import files
+from nemo_embed_core.checkpoint import manifest as manifest_module
+from nemo_embed_core.checkpoint import write as write_module
+from nemo_embed_core.checkpoint.manifest import CheckpointError, verify_checkpoint
+from nemo_embed_core.checkpoint.reader import Reader
+from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
+from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import UserError
 
 STEPS = 4
@@ -174,8 +180,8 @@ def record(root: Path, monkeypatch: pytest.MonkeyPatch, skip_fsync: Callable[[st
             if step == 3:  # what a killed save left
                 (root / ".tmp-step-00000003").mkdir()
                 (root / ".tmp-step-00000003" / "junk").write_bytes(b"junk")
-            pieces = {n: sharded.Piece(SHAPE, ((0, 0), SHAPE), t) for n, t in values(step).items()}
-            sharded.save(
+            pieces = {n: Piece(SHAPE, ((0, 0), SHAPE), t) for n, t in values(step).items()}
+            save_checkpoint(
                 root, step, pieces, rank=0, world_size=1, meta=META, extra_files={"tokenizer.json": b"{}"}, keep=keep,
                 gather=lambda value: [value],
             )  # fmt: skip
@@ -218,21 +224,21 @@ def read_back(tree: Tree, folder: Path) -> tuple[int, bool, int]:
         else:
             (folder / path).write_bytes(data)
     broken = 0
-    for path in sharded.checkpoints(folder):
+    for path in checkpoints(folder):
         try:
-            sharded.verify(path)
+            verify_checkpoint(path)
         except UserError:
             broken += 1
     try:
-        found = sharded.newest(folder, lambda message: None)
+        found = newest_whole(folder, lambda message: None)
         if found is None:
             return 0, False, broken
-        reader = sharded.Reader(found)
+        reader = Reader(found)
         step = reader.manifest["step"]
         assert found.name == f"step-{step:08d}"
         same = all(torch.equal(reader.read_box(n, ((0, 0), SHAPE)), t) for n, t in values(step).items())
         return step, not same, broken
-    except sharded.CheckpointError:
+    except CheckpointError:
         return 0, False, broken
 
 
@@ -278,7 +284,7 @@ def write_in_place(tmp: Path, final: Path) -> None:
 def delete_at_once(
     root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]
 ) -> None:
-    for old in sharded.checkpoints(root)[keep:]:
+    for old in checkpoints(root)[keep:]:
         shutil.rmtree(old)
 
 
@@ -309,12 +315,12 @@ def test_planted_bugs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     skip, keep, harm = MUTANTS[mutant]
     with monkeypatch.context() as patch:
         if mutant in ("prune first", "name first"):
-            patch.setattr(sharded, "publish", prune_first if mutant == "prune first" else write_in_place)
+            patch.setattr(write_module, "publish", prune_first if mutant == "prune first" else write_in_place)
         if mutant == "files before the name":
-            patch.setattr(sharded, "_prune", delete_at_once)
+            patch.setattr(write_module, "prune", delete_at_once)
         ops = record(tmp_path / "run", monkeypatch, skip, keep)
     if mutant == "no checksum":
-        monkeypatch.setattr(sharded, "sha256_file", lambda path: Anything())
+        monkeypatch.setattr(manifest_module, "sha256_file", lambda path: Anything())
     assert judge(ops, tmp_path / "disk", until=harm)[harm] > 0
 
 

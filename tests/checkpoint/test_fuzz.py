@@ -23,15 +23,19 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint import manifest as manifest_module
+from nemo_embed_core.checkpoint import reader as reader_module
+from nemo_embed_core.checkpoint import write as write_module
 from nemo_embed_core.config import ModelConfig, UserError, to_dict
 from nemo_embed_core.model import hf, hf_config, hf_folder, spec
+from nemo_embed_core.train.optim import STATE, with_state
 
 CASES = 1000
 MODEL = ModelConfig(
     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
 )
 SHAPES = spec.parameter_shapes(MODEL)
+PREFIXES = tuple(f"{state}/" for state in STATE)
 META = {
     "model": to_dict(MODEL),
     "config": {
@@ -50,7 +54,7 @@ def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         prefix + name: torch.randn(shape, generator=generator)
-        for prefix in ("", *sharded.OPTIM_PREFIXES)
+        for prefix in ("", *PREFIXES)
         for name, shape in SHAPES.items()
     }
 
@@ -74,8 +78,8 @@ def write_checkpoint(root: Path) -> Path:
         for name, tensor in TRUTH.items():
             offset, size = hf.local_box(tuple(tensor.shape), None, 0, 1, r, 2)
             part = tensor[offset[0] : offset[0] + size[0]]
-            pieces[name] = sharded.Piece(tuple(tensor.shape), (offset, size), part)
-        sharded.save(
+            pieces[name] = write_module.Piece(tuple(tensor.shape), (offset, size), part)
+        write_module.save_checkpoint(
             root,
             7,
             pieces,
@@ -256,21 +260,17 @@ _safe_open = safetensors.safe_open
 
 @pytest.fixture(autouse=True)
 def watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sharded, hf):
+    for module in (reader_module, hf):
         monkeypatch.setattr(module, "safe_open", watched_safe_open)
 
 
 def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    manifest = sharded.verify(folder)
-    model = sharded.model_from_dict(manifest["model"])
-    reader = sharded.Reader(folder, manifest)
+    manifest = manifest_module.verify_checkpoint(folder)
+    model = manifest_module.model_from_dict(manifest["model"])
+    reader = reader_module.Reader(folder, manifest)
     shapes = spec.parameter_shapes(model)
-    reader.check({p + n: s for n, s in shapes.items() for p in ("", *sharded.OPTIM_PREFIXES)})
-    return {
-        p + n: reader.read_box(p + n, ((0,) * len(s), s))
-        for n, s in shapes.items()
-        for p in ("", "exp_avg/", "exp_avg_sq/")
-    }
+    reader.check(with_state(shapes))
+    return {p + n: reader.read_box(p + n, ((0,) * len(s), s)) for n, s in shapes.items() for p in ("", *PREFIXES)}
 
 
 def load_hf(folder: Path) -> dict[str, torch.Tensor]:
@@ -349,7 +349,7 @@ class Target:
             else:
                 value = spoil_value(json.loads(data), rng, self.outside)
                 self.sealed = rng.random() < 0.8
-                path.write_bytes(sharded.seal(value) if self.sealed else json.dumps(value).encode())
+                path.write_bytes(manifest_module.seal(value) if self.sealed else json.dumps(value).encode())
         elif self.kind == "index":
             text = rng.random() < 0.3
             path.write_bytes(
@@ -364,9 +364,9 @@ class Target:
                 path.write_bytes(data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :])
             elif self.kind == "shard":
                 manifest = json.loads(self.files["manifest.json"])
-                entry = {"size": path.stat().st_size, "sha256": sharded.sha256_file(path)}
+                entry = {"size": path.stat().st_size, "sha256": manifest_module.sha256_file(path)}
                 manifest["files"][main] = entry
-                (self.folder / "manifest.json").write_bytes(sharded.seal(manifest))
+                (self.folder / "manifest.json").write_bytes(manifest_module.seal(manifest))
 
     def run(self, cases: Iterable[int], stop: bool = False) -> tuple[Counter, list[str]]:
         counts, wrong = Counter(), []
@@ -410,26 +410,26 @@ def test_broken_folders(base: Path, kind: str, cases: int) -> None:
 
 # kind, module, what stands there, what a bug would put there
 PLANTED = [
-    ("manifest", sharded, 'if manifest.get("digest") != _digest(manifest)', "if False"),
-    ("manifest", sharded, "    _conform(manifest, _MANIFEST, str(path))\n", ""),
-    ("manifest", sharded, 'if not re.fullmatch(r"[A-Za-z0-9_][\\w.-]*", name)', "if False"),
-    ("manifest", sharded, 'if len({piece["file"] for piece in pieces}) != len(pieces)', "if False"),
-    ("manifest", sharded, 'if piece["file"] not in manifest["files"]', "if False"),
-    ("manifest", sharded, 'if manifest["pieces"].keys() != manifest["tensors"].keys()', "if False"),
-    ("manifest", sharded, 'if tensor["dtype"] not in ("float32", "float64")', "if False"),
+    ("manifest", manifest_module, 'if manifest.get("digest") != _digest(manifest)', "if False"),
+    ("manifest", manifest_module, "    _conform(manifest, _MANIFEST, str(path))\n", ""),
+    ("manifest", manifest_module, 'if not re.fullmatch(r"[A-Za-z0-9_][\\w.-]*", name)', "if False"),
+    ("manifest", manifest_module, 'if len({piece["file"] for piece in pieces}) != len(pieces)', "if False"),
+    ("manifest", manifest_module, 'if piece["file"] not in manifest["files"]', "if False"),
+    ("manifest", manifest_module, 'if manifest["pieces"].keys() != manifest["tensors"].keys()', "if False"),
+    ("manifest", manifest_module, 'if tensor["dtype"] not in ("float32", "float64")', "if False"),
     (
         "manifest",
-        sharded,
+        manifest_module,
         'except (TypeError, UserError) as error:\n        raise CheckpointError(f"{path}: its',
         'except TabError as error:\n        raise CheckpointError(f"{path}: its',
     ),
-    ("manifest", sharded, "if not path.is_file() or path.is_symlink()", "if False"),
-    ("manifest", sharded, "if path.is_symlink() or (path.exists()", "if False and (path.exists()"),
+    ("manifest", manifest_module, "if not path.is_file() or path.is_symlink()", "if False"),
+    ("manifest", manifest_module, "if path.is_symlink() or (path.exists()", "if False and (path.exists()"),
     ("manifest", hf_config, "ValueError, RecursionError", "ValueError"),
     ("manifest", hf_config, "UnicodeDecodeError, ValueError, ", ""),
-    ("shard", sharded, "    if digest != sha256", "    if False"),
-    ("shard", sharded, 'if have != (DTYPES[dtype], piece["size"])', "if False"),
-    ("shard", sharded, "except (SafetensorError, OSError) as error", "except OSError as error"),
+    ("shard", manifest_module, "    if digest != sha256", "    if False"),
+    ("shard", reader_module, 'if have != (DTYPES[dtype], piece["size"])', "if False"),
+    ("shard", reader_module, "except (SafetensorError, OSError) as error", "except OSError as error"),
     ("hf", hf_folder, "if target.parent not in allowed", "if False"),
     ("hf", hf_folder, "except (ValueError, KeyError, TypeError, IndexError", "except (KeyError, TypeError, IndexError"),
     ("hf", hf, "except (SafetensorError, OSError) as error", "except OSError as error"),
@@ -456,7 +456,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, old: str, n
     broken.__file__ = module.__file__
     monkeypatch.setitem(sys.modules, module.__name__, broken)
     exec(compile(source.replace(old, new), str(module.__file__), "exec"), broken.__dict__)
-    for user in (sharded, hf, hf_config, hf_folder):
+    for user in (manifest_module, reader_module, hf, hf_config, hf_folder):
         for name, value in list(vars(user).items()):
             if getattr(value, "__module__", None) == module.__name__ and hasattr(broken, name):
                 monkeypatch.setattr(user, name, getattr(broken, name))
@@ -503,20 +503,20 @@ def test_weights_alone_are_enough_for_inference(base: Path) -> None:
         (folder / name).unlink() if i else (folder / name).write_bytes(b"")
     _opened = []
     try:
-        sharded.verify(folder, weights_only=True)
-        reader = sharded.Reader(folder)
+        manifest_module.verify_checkpoint(folder, weights_only=True)
+        reader = reader_module.Reader(folder)
         for name, shape in SHAPES.items():
             assert torch.equal(reader.read_box(name, ((0,) * len(shape), shape)), TRUTH[name])
     finally:
         opened, _opened = _opened, None
     assert any("model-" in path for path in opened) and not any("optim-" in path for path in opened)
     with pytest.raises(UserError, match=r"optim-00000-of-00002\.safetensors has 0 bytes"):
-        sharded.verify(folder)
+        manifest_module.verify_checkpoint(folder)
     data = bytearray((folder / "model-00001-of-00002.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model-00001-of-00002.safetensors").write_bytes(data)
     with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors: sha256 differs"):
-        sharded.verify(folder, weights_only=True)
+        manifest_module.verify_checkpoint(folder, weights_only=True)
 
 
 @pytest.mark.parametrize("kind", ["hf", "index"])

@@ -20,8 +20,13 @@ import torch
 from forked import Outcome, Server
 from tiny import MODEL, train_config
 
-from nemo_embed_core.checkpoint import files, sharded
+from nemo_embed_core.checkpoint import files
+from nemo_embed_core.checkpoint import write as write_module
+from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, seal, verify_checkpoint
+from nemo_embed_core.checkpoint.reader import Reader
+from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.weights import open_weights
+from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import CheckpointConfig, TrainConfig, UserError
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.mesh import distributed
@@ -63,7 +68,7 @@ def codes(outcomes: list[Outcome]) -> list[int]:
 
 
 def final_state(run: Path) -> tuple[str, dict[str, str]]:
-    manifest = sharded.verify(sharded.checkpoints(run)[0])
+    manifest = verify_checkpoint(checkpoints(run)[0])
     assert manifest["step"] == 10
     return manifest["ledger"], {name: f["sha256"] for name, f in manifest["files"].items()}
 
@@ -89,15 +94,13 @@ META = {
 def save(root: Path, step: int, numel: int = 8, **options: Any) -> Path:
     """A checkpoint of one vector and as many others as the model has parameters, from one rank."""
     names = [*parameter_shapes(MODEL), "exp_avg/model.norm.weight"]
-    pieces = {
-        n: sharded.Piece((numel,), ((0,), (numel,)), torch.full((numel,), float(step + i))) for i, n in enumerate(names)
-    }
+    pieces = {n: Piece((numel,), ((0,), (numel,)), torch.full((numel,), float(step + i))) for i, n in enumerate(names)}
     fixed: dict[str, Any] = {"rank": 0, "world_size": 1, "meta": META, "extra_files": {}, "keep": 2}
-    return sharded.save(root, step, pieces, **{**fixed, "gather": lambda value: [value], **options})
+    return save_checkpoint(root, step, pieces, **{**fixed, "gather": lambda value: [value], **options})
 
 
 def steps_in(root: Path) -> list[int]:
-    return [int(p.name.removeprefix("step-")) for p in sharded.checkpoints(root)]
+    return [int(p.name.removeprefix("step-")) for p in checkpoints(root)]
 
 
 # ------------------------------------------------------------------------------------------ which are kept
@@ -118,10 +121,10 @@ def test_nothing_is_deleted_before_the_new_one_is_published(tmp_path: Path, monk
     def full(tmp: Path, final: Path) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(sharded, "publish", full)
-    with pytest.raises(sharded.CheckpointError, match=r"publishing .*step-00000002 failed on rank 0"):
+    monkeypatch.setattr(write_module, "publish", full)
+    with pytest.raises(CheckpointError, match=r"publishing .*step-00000002 failed on rank 0"):
         save(tmp_path, 2, keep=1)
-    assert steps_in(tmp_path) == [1] and sharded.verify(tmp_path / "step-00000001")
+    assert steps_in(tmp_path) == [1] and verify_checkpoint(tmp_path / "step-00000001")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001"]
 
 
@@ -130,7 +133,7 @@ def test_a_damaged_checkpoint_neither_counts_nor_is_deleted(tmp_path: Path) -> N
         save(tmp_path, step, keep=9)
     (tmp_path / "step-00000003" / "model-00000-of-00001.safetensors").write_bytes(b"")
     damaged: set[str] = set()
-    found = sharded.newest(tmp_path, lambda message: None, damaged)
+    found = newest_whole(tmp_path, lambda message: None, damaged)
     assert found is not None and found.name == "step-00000002" and damaged == {"step-00000003"}
     for step in (4, 5):
         save(tmp_path, step, keep=2, damaged=damaged)
@@ -144,11 +147,11 @@ def test_a_damaged_checkpoint_makes_room_for_its_step_and_keeps_its_files(tmp_pa
     (tmp_path / "step-00000002" / weights).write_bytes(b"broken")
     damaged: set[str] = set()
     log: list[str] = []
-    assert sharded.newest(tmp_path, log.append, damaged) == tmp_path / "step-00000001"
+    assert newest_whole(tmp_path, log.append, damaged) == tmp_path / "step-00000001"
     save(tmp_path, 2, keep=2, damaged=damaged, log=log.append)
     (aside,) = tmp_path.glob("damaged-step-00000002-*")
     assert (aside / weights).read_bytes() == b"broken" and str(aside) in log[-1]
-    assert sharded.verify(tmp_path / "step-00000002") and not damaged
+    assert verify_checkpoint(tmp_path / "step-00000002") and not damaged
     for step in (3, 4):
         save(tmp_path, step, keep=2, damaged=damaged)
     assert steps_in(tmp_path) == [4, 3], "its successor is pruned as any other"
@@ -157,10 +160,10 @@ def test_a_damaged_checkpoint_makes_room_for_its_step_and_keeps_its_files(tmp_pa
 def test_a_folder_named_after_another_step_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1, keep=2)
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000007")
-    with pytest.raises(sharded.CheckpointError, match="step-00000007 holds step 1: name it step-00000001"):
-        sharded.verify(tmp_path / "step-00000007")
+    with pytest.raises(CheckpointError, match="step-00000007 holds step 1: name it step-00000001"):
+        verify_checkpoint(tmp_path / "step-00000007")
     (tmp_path / "step-00000007").rename(tmp_path / "best")
-    assert sharded.verify(tmp_path / "best")["step"] == 1
+    assert verify_checkpoint(tmp_path / "best")["step"] == 1
 
 
 def test_a_leftover_that_cannot_be_deleted_does_not_end_the_run(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def train_on_a_disk_that_fills(config: TrainConfig) -> None:
         if name == "save.begin" and step == 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
-    sharded.failpoint = failpoint
+    write_module.failpoint = failpoint
     train(config)
 
 
@@ -218,7 +221,7 @@ def test_a_full_disk_costs_no_checkpoint_and_the_resume_is_bit_exact(tmp_path: P
         assert found and found[1] == str(tmp_path / "run" / "step-00000006"), outcome.output
         parameters = sum(torch.Size(s).numel() for s in parameter_shapes(MODEL).values())
         assert int(found[2].replace(",", "")) == 12 * parameters
-    assert steps_in(tmp_path / "run") == [3] and sharded.verify(tmp_path / "run" / "step-00000003")
+    assert steps_in(tmp_path / "run") == [3] and verify_checkpoint(tmp_path / "run" / "step-00000003")
     assert not list((tmp_path / "run").glob(".*")), "a temporary folder or the lock is left"
     assert codes(server.run(train, 2, config)) == [0, 0]
     assert codes(server.run(train, 2, config_for(tmp_path, "calm"))) == [0, 0]
@@ -241,15 +244,15 @@ def test_a_really_full_disk(one_megabyte: Path, monkeypatch: pytest.MonkeyPatch)
     numel = 400_000 // (4 * (len(parameter_shapes(MODEL)) + 1))
     for step in (1, 2):
         save(one_megabyte, step, numel)
-    with pytest.raises(sharded.CheckpointError) as early:
+    with pytest.raises(CheckpointError) as early:
         save(one_megabyte, 3, numel)
     assert re.search(r"step 3 needs [\d,]+ bytes, [\d,]+ are free on its file system", str(early.value))
-    monkeypatch.setattr(sharded, "check_free_space", lambda *args: None)
-    with pytest.raises(sharded.CheckpointError) as late:
+    monkeypatch.setattr(write_module, "check_free_space", lambda *args: None)
+    with pytest.raises(CheckpointError) as late:
         save(one_megabyte, 3, numel)
     assert re.search(r"\[Errno 28\] No space left on device; the checkpoint needs [\d,]+ bytes", str(late.value))
     assert sorted(p.name for p in one_megabyte.iterdir()) == ["step-00000001", "step-00000002"]
-    assert sharded.verify(one_megabyte / "step-00000002")
+    assert verify_checkpoint(one_megabyte / "step-00000002")
     shutil.rmtree(one_megabyte / "step-00000001")
     save(one_megabyte, 3, numel)
     assert steps_in(one_megabyte) == [3, 2]
@@ -353,12 +356,12 @@ def test_all_damaged_ends_with_code_3_and_a_reason_for_each(tmp_path: Path, serv
 def test_a_stale_shard_beside_the_others_is_not_read(tmp_path: Path) -> None:
     """A world of 2 left its shard where a world of 1 has saved: the manifest decides."""
     folder = save(tmp_path, 1)
-    want = sharded.Reader(folder).read_box("model.norm.weight", ((0,), (8,)))
+    want = Reader(folder).read_box("model.norm.weight", ((0,), (8,)))
     other = save(tmp_path / "x", 2) if (tmp_path / "x").mkdir() is None else None
     assert other is not None
     shutil.copy(other / "model-00000-of-00001.safetensors", folder / "model-00001-of-00002.safetensors")
-    sharded.verify(folder)
-    assert torch.equal(sharded.Reader(folder).read_box("model.norm.weight", ((0,), (8,))), want)
+    verify_checkpoint(folder)
+    assert torch.equal(Reader(folder).read_box("model.norm.weight", ((0,), (8,))), want)
 
 
 @pytest.mark.fault(11)
@@ -376,7 +379,7 @@ def test_masters_of_a_bf16_run_resume_bit_exactly_and_are_never_done_without(tmp
     manifest = json.loads(path.read_text())
     for table in ("tensors", "pieces"):
         del manifest[table]["exp_avg_sq/model.norm.weight"]
-    path.write_bytes(sharded.seal(manifest))
+    path.write_bytes(seal(manifest))
     (outcome,) = server.run(train, 1, dataclasses.replace(halted, steps=12))
     assert outcome.code == 2 and "exp_avg_sq/model.norm.weight is missing" in outcome.output
 
@@ -492,7 +495,7 @@ def test_who_has_lost_the_lock_writes_nothing(tmp_path: Path) -> None:
     lock = files.Lock(tmp_path, lambda message: None).acquire()
     save(tmp_path, 1, check=lock.check)
     write_lock(tmp_path)
-    with pytest.raises(sharded.CheckpointError, match="was taken by another run"):
+    with pytest.raises(CheckpointError, match="was taken by another run"):
         save(tmp_path, 2, check=lock.check)
     assert steps_in(tmp_path) == [1]
     lock.release()
@@ -520,7 +523,7 @@ def test_a_second_run_in_the_same_folder(tmp_path: Path, server: Server, sleeper
     assert outcome.code == 0
     assert len(re.findall(rf"WARNING: .* is of process {left['pid']} on .*taking it over", outcome.output)) == 1
     assert not (tmp_path / "run" / ".lock").exists()
-    runs = {sharded.read_manifest(p)["run"] for p in sharded.checkpoints(tmp_path / "run")}
+    runs = {read_manifest(p)["run"] for p in checkpoints(tmp_path / "run")}
     assert left["run"] not in runs and len(runs) == 1
 
 
@@ -546,12 +549,12 @@ def test_other_samples_need_an_explicit_word(tmp_path: Path, server: Server) -> 
         changed = config_for(tmp_path, run, steps=5, checkpoint={"allow_changed": [name]}, **change)
         (outcome,) = server.run(train, 1, changed)
         assert outcome.code == 0 and "WARNING" in outcome.output and "no promise holds any more" in outcome.output
-        manifest = sharded.read_manifest(sharded.checkpoints(tmp_path / run)[0])
+        manifest = read_manifest(checkpoints(tmp_path / run)[0])
         assert [o["step"] for o in manifest["overrides"]] == [3] and name in manifest["overrides"][0]["changed"], i
     # It is still known after a resume that changes nothing.
     changed = dataclasses.replace(changed, steps=6)
     assert codes(server.run(train, 1, changed)) == [0]
-    assert len(sharded.read_manifest(sharded.checkpoints(tmp_path / run)[0])["overrides"]) == 1
+    assert len(read_manifest(checkpoints(tmp_path / run)[0])["overrides"]) == 1
     model = dataclasses.replace(MODEL, num_hidden_layers=1)
     allow_all = {"allow_changed": [*changes]}
     (outcome,) = server.run(train, 1, config_for(tmp_path, "run", steps=5, checkpoint=allow_all, model=model))
@@ -586,7 +589,7 @@ def load_then_train(config: TrainConfig, dtype: torch.dtype, step: int, beside: 
 
     def plant(trainer: Trainer) -> None:
         if beside and trainer.step:
-            sharded.save(
+            save_checkpoint(
                 Path(beside),
                 trainer.step,
                 trainer._pieces(),
@@ -603,8 +606,8 @@ def load_then_train(config: TrainConfig, dtype: torch.dtype, step: int, beside: 
 
 def whole(folder: Path) -> dict[str, torch.Tensor]:
     """Every weight and moment of a checkpoint, joined."""
-    sharded.verify(folder)
-    reader = sharded.Reader(folder)
+    verify_checkpoint(folder)
+    reader = Reader(folder)
     shapes = {n: tuple(t["shape"]) for n, t in reader.manifest["tensors"].items()}
     return {n: reader.read_box(n, ((0,) * len(shape), shape)) for n, shape in shapes.items()}
 
@@ -650,7 +653,7 @@ def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(
         beside = str(tmp_path / f"beside-{world_size}")
         assert codes(server.run(load_then_train, world_size, config, dtype, 40, beside)) == [0] * world_size
         same_bits(tmp_path / "start" / "step-00000017", Path(beside) / "step-00000017")
-        ends = [sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0]) for n in ("calm", name)]
+        ends = [read_manifest(checkpoints(tmp_path / n)[0]) for n in ("calm", name)]
         assert ends[0]["ledger"] == ends[1]["ledger"], "the same samples in every step"
         assert {f"torch.{t['dtype']}" for t in ends[1]["tensors"].values()} == {str(dtype)}
         worst = close_losses(tmp_path / "calm", tmp_path / name, tolerance, 40)
@@ -675,9 +678,9 @@ def test_tensor_parallelism_1_2_4_1(
         assert codes(outcomes) == [0] * tp_size
         if hop:
             step = f"step-{10 * hop:08d}"
-            assert sharded.read_manifest(beside / step)["layout"] == {"tp_size": tp_size, "dp_size": 1}
+            assert read_manifest(beside / step)["layout"] == {"tp_size": tp_size, "dp_size": 1}
             same_bits(tmp_path / "moved" / step, beside / step)
     close_losses(tmp_path / "calm", tmp_path / "moved", tolerance, 40)
-    ledgers = {sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", "moved")}
+    ledgers = {read_manifest(checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", "moved")}
     assert len(ledgers) == 1
     assert open_weights(str(tmp_path / "moved")).model == MODEL

@@ -12,7 +12,8 @@ import torch
 import yaml
 from tiny import MODEL, train_config
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import FORMAT_VERSION, seal
+from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import OptimConfig, code_version, to_dict
@@ -28,14 +29,14 @@ def run(folder: Path, *, init_from: str = "", step: int = 7, **changes) -> Weigh
     checkpoint = folder / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
     facts = {"num_rows": 61, "data_digest": DIGEST, "ledger": "1" * 64, "step": step, "export_dtype": "float32"}
-    manifest = {"format": sharded.FORMAT_VERSION, **facts, "model": to_dict(MODEL), "config": to_dict(config)}
+    manifest = {"format": FORMAT_VERSION, **facts, "model": to_dict(MODEL), "config": to_dict(config)}
     manifest |= {
         "files": {"a": {"size": 1, "sha256": "0" * 64}},
         "tensors": {f"layers.{i}": {"dtype": "float32", "shape": [1]} for i in range(9)},
         "pieces": {f"layers.{i}": [{"file": "a", "offset": [0], "size": [1]}] for i in range(9)},
     }
-    (checkpoint / "manifest.json").write_bytes(sharded.seal(json.loads(json.dumps(manifest))))
-    return Weights(MODEL, sharded.Reader(checkpoint), checkpoint, torch.float32, "")
+    (checkpoint / "manifest.json").write_bytes(seal(json.loads(json.dumps(manifest))))
+    return Weights(MODEL, Reader(checkpoint), checkpoint, torch.float32, "")
 
 
 def card_of(*sources: Weights, **more) -> str:

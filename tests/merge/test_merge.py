@@ -23,8 +23,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, train_config, write_rows, write_tokenizer
 
-from nemo_embed_core.checkpoint import sharded
 from nemo_embed_core.checkpoint.files import new_folder
+from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage
 from nemo_embed_core.checkpoint.source import Prompts, Usage, resolve
 from nemo_embed_core.checkpoint.weights import RandomReader, _is_cached, open_weights
 from nemo_embed_core.config import DatasetConfig, ModelConfig, UserError
@@ -183,13 +183,13 @@ def test_sources_of_other_shapes_and_non_finite_weights_are_refused(tmp_path: Pa
 
 def test_a_missing_or_doubled_piece_is_found(tmp_path: Path) -> None:
     pieces = [{"file": "a", "offset": [0, 0], "size": [2, 4]}, {"file": "b", "offset": [2, 0], "size": [2, 4]}]
-    sharded._check_coverage(tmp_path, "w", [4, 4], pieces)
-    with pytest.raises(sharded.CheckpointError, match="w has 8 of 16 elements"):
-        sharded._check_coverage(tmp_path, "w", [4, 4], pieces[:1])
-    with pytest.raises(sharded.CheckpointError, match="stored twice, in c and a"):
-        sharded._check_coverage(tmp_path, "w", [4, 4], [*pieces, {"file": "c", "offset": [1, 0], "size": [1, 4]}])
-    with pytest.raises(sharded.CheckpointError, match="outside its shape"):
-        sharded._check_coverage(tmp_path, "w", [3, 4], pieces)
+    check_coverage(tmp_path, "w", [4, 4], pieces)
+    with pytest.raises(CheckpointError, match="w has 8 of 16 elements"):
+        check_coverage(tmp_path, "w", [4, 4], pieces[:1])
+    with pytest.raises(CheckpointError, match="stored twice, in c and a"):
+        check_coverage(tmp_path, "w", [4, 4], [*pieces, {"file": "c", "offset": [1, 0], "size": [1, 4]}])
+    with pytest.raises(CheckpointError, match="outside its shape"):
+        check_coverage(tmp_path, "w", [3, 4], pieces)
 
 
 # ------------------------------------------------------------------------------------------ weights, slerp, soup
@@ -554,14 +554,14 @@ def test_a_flipped_bit_of_a_checkpoint_stops_its_merge(server: Server, tmp_path:
         data[where] ^= 0x40
         file.write_bytes(data)
         sources = open_sources([str(tmp_path / "saved"), str(tmp_path / "hf")])
-        with pytest.raises(sharded.CheckpointError, match="sha256 differs"), new_folder(out) as folder:
+        with pytest.raises(CheckpointError, match="sha256 differs"), new_folder(out) as folder:
             write_weights(folder, sources, torch.float32)
         assert not list(tmp_path.glob("*out*"))
     tokenizer = file.parent / "tokenizer.json"
     data = bytearray(tokenizer.read_bytes())
     data[len(data) // 2] ^= 1
     tokenizer.write_bytes(data)
-    with pytest.raises(sharded.CheckpointError, match=r"tokenizer\.json: sha256 differs"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: sha256 differs"):
         open_sources([str(tmp_path / "saved")])
 
 

@@ -153,6 +153,7 @@ def train_on_mesh(rank: int, world_size: int, init_file: str, folder: str, layou
     from nemo_embed_core.parallel.collectives import gather_objects
     from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor, sync_replicated_grads
     from nemo_embed_core.train import trainer as trainer_module
+    from nemo_embed_core.train.optim import state_of
     from nemo_embed_core.train.step import forward_backward
 
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
@@ -176,7 +177,7 @@ def train_on_mesh(rank: int, world_size: int, init_file: str, folder: str, layou
             records = [trainer.train_step()[0] for _ in range(steps)]
             padded = 0
             for name, p in trainer.model.named_parameters():  # weights and moments behind the last row stay zero
-                for tensor in (p.detach(), *(trainer.optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq"))):
+                for tensor in (p.detach(), *state_of(trainer.optimizer, p).values()):
                     whole = tensor.full_tensor()
                     without_padding(whole, shapes[fsdp.plain_name(name)])
                     padded += whole.numel() - torch.Size(shapes[fsdp.plain_name(name)]).numel()

@@ -12,7 +12,8 @@ import pytest
 from crash import Answer, Worker, config_for, final_state, ledger_of
 from tiny import DRAWN
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import read_manifest, verify_checkpoint
+from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.train.metrics import LossWindow
 
@@ -75,7 +76,7 @@ def test_a_signal_stops_all_ranks_within_one_micro_batch(
     assert (step, phase) == (5, next_phase) and count >= 3
     # The flag is asked for before forward 2 and heard before backward 2; GradCache's first forwards have no backward.
     assert micro_batch == (3 if layout == "in-batch negatives" else 2)
-    assert sharded.verify(sharded.checkpoints(tmp_path / "run")[0])["step"] == 4
+    assert verify_checkpoint(checkpoints(tmp_path / "run")[0])["step"] == 4
     assert len(lines_of(tmp_path / "run")) == 4
     assert worker.train(config, 2).codes == [0, 0]
     assert final_state(tmp_path / "run", STEPS) == calm(layout)
@@ -92,7 +93,7 @@ def test_a_signal_at_a_random_time(tmp_path: Path, worker: Worker, calm: Any, ra
     slow = {"fail": "step.micro_batch@*:sleep=0.03", "fail_ranks": [0, 1]}
     answer = worker.train(config, 2, signals=signals, end_others=False, **slow)
     assert answer.codes == [0, 0] and len(answer.phases) == 1, "the signal came before the end"
-    manifest = sharded.verify(sharded.checkpoints(tmp_path / "run")[0])
+    manifest = verify_checkpoint(checkpoints(tmp_path / "run")[0])
     assert manifest["step"] == len(lines_of(tmp_path / "run")) < STEPS
     assert worker.train(config, 2).codes == [0, 0]
     assert final_state(tmp_path / "run", STEPS) == calm("dp 2")
@@ -114,7 +115,7 @@ def test_a_second_signal_and_one_during_a_save_change_nothing(
     answer = worker.train(config, 2, signals=signals, end_others=False, **slow)
     assert answer.codes == [0, 0]
     assert len(answer.phases) >= (2 if when == "twice" else 1) and "save" in answer.phases, answer.phases
-    assert sharded.verify(sharded.checkpoints(tmp_path / "run")[0])["step"] < STEPS
+    assert verify_checkpoint(checkpoints(tmp_path / "run")[0])["step"] < STEPS
     assert worker.train(config, 2).codes == [0, 0]
     assert final_state(tmp_path / "run", STEPS) == calm("dp 2")
     assert not list((tmp_path / "run").glob(".tmp-*"))
@@ -171,7 +172,7 @@ def test_a_nan_of_one_rank_is_refused_by_all_before_the_optimizer(tmp_path: Path
     else:
         step, of_rank_1 = json.loads(Path(f"{rows}-1-0.jsonl").read_text().splitlines()[-1])
         assert step == 4 and {int(row) for row in bad[1].split(", ")} <= set(of_rank_1)
-    assert [p.name for p in sharded.checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000002"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000002"]
     assert [m["step"] for m in lines_of(tmp_path / "run")] == [1, 2, 3, 4]
     if kind == "nan loss":
         assert worker.train(config, 2).codes == [0, 0], "without the fault the same step runs"
@@ -220,7 +221,7 @@ def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(tmp_path: Path, wor
 
     crashed = dataclasses.replace(config, output_dir=str(tmp_path / "crashed"))
     assert worker.train(crashed, fail="step.backward@25", **spike).codes == [-9]
-    assert sharded.read_manifest(sharded.checkpoints(tmp_path / "crashed")[0])["step"] == 24
+    assert read_manifest(checkpoints(tmp_path / "crashed")[0])["step"] == 24
     assert worker.train(crashed).codes == [0]
     assert final_state(tmp_path / "crashed", step=28) == (ledger, files)
     assert [m["loss_zscore"] for m in lines_of(tmp_path / "crashed")] == [m["loss_zscore"] for m in lines]

@@ -12,7 +12,8 @@ import pytest
 from crash import Worker, config_for, final_state, ledger_of
 from tiny import DRAWN
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest
+from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.data.sampler import Sampler
 
 IN_STEP = ["step.begin", "step.micro_batch", "step.backward", "step.optimizer", "step.end"]
@@ -32,7 +33,7 @@ def test_each_failpoint_killed_once_and_resumed_once(tmp_path: Path, worker: Wor
         at = {"step.micro_batch": "1.0"}.get(point, "1" if point in IN_STEP[:-1] else "2")
         rank = 0 if point in IN_PUBLISH else i % 2
         assert worker.run(crashed, fail=f"{point}@{at}", world_size=2, fail_rank=rank)[rank] == -9, point
-        newest = [p.name for p in sharded.checkpoints(tmp_path / point)][:1]
+        newest = [p.name for p in checkpoints(tmp_path / point)][:1]
         if point in IN_STEP:  # the save of step 1 may still be on its way
             assert newest in ([], ["step-00000001"]), point
         else:
@@ -123,7 +124,7 @@ def test_resume_under_other_layouts(tmp_path: Path, worker: Worker) -> None:
     ]
     for a, b in zip(*losses, strict=True):
         assert abs(a - b) <= 1e-5 * abs(a)
-    ledgers = {sharded.read_manifest(sharded.checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", "moved")}
+    ledgers = {read_manifest(checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", "moved")}
     assert len(ledgers) == 1
 
 
@@ -134,7 +135,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_by_name(tmp_path: Path, worker: 
     assert worker.run(calm) == [0]
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "calm", broken)
-    newest = sharded.checkpoints(broken)[0]
+    newest = checkpoints(broken)[0]
     file = newest / "optim-00000-of-00001.safetensors"
     data = bytearray(file.read_bytes())
     if damage == "flip a bit":
@@ -147,7 +148,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_by_name(tmp_path: Path, worker: 
     else:
         file.write_bytes(data[: len(data) // 2 if damage == "truncate" else 0])
     messages: list[str] = []
-    found = sharded.newest(broken, messages.append)
+    found = newest_whole(broken, messages.append)
     assert found is not None and found.name == "step-00000009"
     assert len(messages) == 1 and newest.name in messages[0]
     assert worker.run(config_for(tmp_path, "broken")) == [0]
@@ -156,11 +157,11 @@ def test_a_damaged_newest_checkpoint_is_skipped_by_name(tmp_path: Path, worker: 
 
 def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(tmp_path: Path, worker: Worker) -> None:
     assert worker.run(config_for(tmp_path, "run")) == [0]
-    for folder in sharded.checkpoints(tmp_path / "run"):
+    for folder in checkpoints(tmp_path / "run"):
         (folder / "model-00000-of-00001.safetensors").write_bytes(b"")
     assert worker.run(config_for(tmp_path, "run")) == [3]
-    with pytest.raises(sharded.CheckpointError, match=r"every checkpoint of .* is damaged"):
-        sharded.newest(tmp_path / "run", lambda message: None)
+    with pytest.raises(CheckpointError, match=r"every checkpoint of .* is damaged"):
+        newest_whole(tmp_path / "run", lambda message: None)
 
 
 def test_other_data_or_batch_cannot_continue_a_run(tmp_path: Path, worker: Worker) -> None:

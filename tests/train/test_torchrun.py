@@ -14,7 +14,8 @@ import pytest
 from crash import Worker, final_state
 from tiny import train_config
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import verify_checkpoint
+from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.config import dump_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_no_worker_outlives_a_killed_torchrun(tmp_path: Path) -> None:
         time.sleep(0.05)
     text = (tmp_path / "log").read_text()
     assert not any(map(alive, pids)), text
-    manifest = sharded.verify(sharded.checkpoints(tmp_path / "run")[0])
+    manifest = verify_checkpoint(checkpoints(tmp_path / "run")[0])
     assert manifest["step"] == num_steps(tmp_path / "run"), "it saved what it had before it ended"
     assert "asked to stop" in text, text
 

@@ -19,7 +19,8 @@ from crash import ledger_of
 from safetensors.torch import save_file
 from tiny import MODEL, train_config
 
-from nemo_embed_core.checkpoint import sharded
+from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, seal, verify_checkpoint
+from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig, UserError
 from nemo_embed_core.model.spec import hf_shapes
@@ -74,7 +75,7 @@ def test_a_run_keeps_its_warm_up_whatever_its_length_becomes(tmp_path: Path) -> 
 
         trainer, log = run(20)
         assert any("rises for 2 of 20 steps" in line for line in log), log
-        manifest = sharded.read_manifest(sharded.checkpoints(tmp_path / "run")[0])
+        manifest = read_manifest(checkpoints(tmp_path / "run")[0])
         assert manifest["config"]["optim"]["warmup_steps"] == 2
         trainer, log = run(40)
         assert trainer.optim.warmup_steps == 2 and not any("optim changed" in line for line in log), log
@@ -118,11 +119,11 @@ def test_a_run_begun_before_rows_without_candidates_were_left_out_goes_on_with_t
         config = train_config(tmp_path, steps=steps, checkpoint={"resume": "auto", "keep": 9}, **changes)
         with distributed(config.parallel, "cpu", MODEL) as mesh:
             Trainer(config, mesh, prepare(config), log=lambda message: None).run()
-        return sharded.read_manifest(sharded.checkpoints(tmp_path / "run")[0])
+        return read_manifest(checkpoints(tmp_path / "run")[0])
 
     manifest = run(2, loss={"in_batch": "positives"})  # draws all rows
     assert manifest.pop("population") == "" and "draws_lone_rows" not in manifest
-    (tmp_path / "run/step-00000002/manifest.json").write_bytes(sharded.seal(manifest))
+    (tmp_path / "run/step-00000002/manifest.json").write_bytes(seal(manifest))
     capsys.readouterr()
     for steps in (4, 5):
         manifest = run(steps)
@@ -156,8 +157,8 @@ def test_a_checkpoint_says_how_its_texts_are_encoded(tmp_path: Path) -> None:
     )
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         Trainer(config, mesh, prepare(config), log=lambda message: None).run()
-    folder = sharded.checkpoints(tmp_path / "run")[0]
-    assert sharded.read_manifest(folder)["usage"]["pooling"] == "mean"
+    folder = checkpoints(tmp_path / "run")[0]
+    assert read_manifest(folder)["usage"]["pooling"] == "mean"
     usage = resolve(folder).usage
     assert (usage.query_max_length, usage.document_max_length) == (48, 40)
     assert dict(usage.prompts) == {  # the data set with more rows first
@@ -177,7 +178,7 @@ def test_another_pooling_cannot_continue_a_run(tmp_path: Path, monkeypatch) -> N
         trainer.save()
         prepare(config)
         meta["model"]["pooling"] = "last"
-        shutil.rmtree(sharded.checkpoints(tmp_path / "run")[0])
+        shutil.rmtree(checkpoints(tmp_path / "run")[0])
         trainer.save()
         trainer._unlock()
     with pytest.raises(UserError, match=r"was trained with model\.pooling=last and this run has model\.pooling=mean"):
@@ -299,8 +300,8 @@ def test_sigterm_saves_and_stops_cleanly(tmp_path: Path, restore_signals: None) 
         threading.Thread(target=terminate).start()
         trainer.run()
     assert 3 <= trainer.step < 1000
-    newest = sharded.checkpoints(tmp_path / "run")[0]
-    assert sharded.verify(newest)["step"] == trainer.step
+    newest = checkpoints(tmp_path / "run")[0]
+    assert verify_checkpoint(newest)["step"] == trainer.step
 
 
 def test_a_nan_is_refused_and_leaves_the_weights_alone(tmp_path: Path) -> None:
@@ -343,12 +344,12 @@ def test_a_restart_of_torchrun_goes_on_from_its_own_checkpoints(tmp_path: Path, 
         )
         with distributed(config.parallel, "cpu", MODEL) as mesh:
             Trainer(config, mesh, prepare(config), log=log.append).run()
-        return sharded.read_manifest(sharded.checkpoints(tmp_path / name)[0])["step"], log
+        return read_manifest(checkpoints(tmp_path / name)[0])["step"], log
 
     reached("old", 2, "none")
     old = str(tmp_path / "old/step-00000002")
     assert reached("new", 3, old)[0] == 3
-    with pytest.raises(sharded.CheckpointError, match="already holds checkpoints"):
+    with pytest.raises(CheckpointError, match="already holds checkpoints"):
         reached("new", 4, old)
     monkeypatch.setattr(trainer_module, "begun_before", lambda: True)
     for steps, resume in ((4, old), (5, "none")):

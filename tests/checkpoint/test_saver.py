@@ -16,7 +16,12 @@ import torch
 from forked import Server
 from tiny import MODEL, train_config
 
-from nemo_embed_core.checkpoint import files, sharded
+from nemo_embed_core.checkpoint import files
+from nemo_embed_core.checkpoint import write as write_module
+from nemo_embed_core.checkpoint.manifest import CheckpointError, verify_checkpoint
+from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
+from nemo_embed_core.checkpoint.saver import Saver
+from nemo_embed_core.checkpoint.write import Piece
 from nemo_embed_core.config import TrainConfig
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.trainer import Trainer, prepare
@@ -42,8 +47,8 @@ def config_for(folder: Path, name: str, **changes: Any) -> TrainConfig:
 def digests(run: Path) -> dict[str, dict[str, str]]:
     """sha256 of every file of every checkpoint."""
     return {
-        folder.name: {name: f["sha256"] for name, f in sharded.verify(folder)["files"].items()}
-        for folder in sharded.checkpoints(run)
+        folder.name: {name: f["sha256"] for name, f in verify_checkpoint(folder)["files"].items()}
+        for folder in checkpoints(run)
     }
 
 
@@ -61,14 +66,14 @@ def slow_disk() -> None:
 
 
 class Disk:
-    """Stands for sharded.save: keeps what it is given once `may_write` is set."""
+    """Stands for save_checkpoint: keeps what it is given once `may_write` is set."""
 
     def __init__(self) -> None:
         self.may_write, self.begun = threading.Event(), threading.Event()
         self.written: list[tuple[int, torch.Tensor]] = []
         self.error: Exception | None = None
 
-    def __call__(self, step: int, pieces: dict[str, sharded.Piece], **rest: Any) -> Path:
+    def __call__(self, step: int, pieces: dict[str, Piece], **rest: Any) -> Path:
         self.begun.set()
         assert self.may_write.wait(10)
         if self.error is not None:
@@ -77,14 +82,14 @@ class Disk:
         return Path(f"step-{step}")
 
 
-def pieces_of(tensor: torch.Tensor) -> dict[str, sharded.Piece]:
+def pieces_of(tensor: torch.Tensor) -> dict[str, Piece]:
     shape = tuple(tensor.shape)
-    return {"w": sharded.Piece(shape, ((0,) * len(shape), shape), tensor)}
+    return {"w": Piece(shape, ((0,) * len(shape), shape), tensor)}
 
 
 def test_what_is_written_is_what_was_there_when_save_returned() -> None:
     disk, weights = Disk(), torch.arange(6.0)
-    saver = sharded.Saver(disk, log=lambda message: None)
+    saver = Saver(disk, log=lambda message: None)
     saver.save(1, pieces_of(weights))
     assert disk.begun.wait(10) and not disk.written, "save() returns while the disk is still at work"
     weights += 100  # the optimizer
@@ -99,9 +104,9 @@ def test_what_is_written_is_what_was_there_when_save_returned() -> None:
 
 
 def test_without_the_copy_the_test_above_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded.Saver, "snapshot", lambda self, pieces: pieces)
+    monkeypatch.setattr(Saver, "snapshot", lambda self, pieces: pieces)
     disk, weights = Disk(), torch.arange(6.0)
-    saver = sharded.Saver(disk, log=lambda message: None)
+    saver = Saver(disk, log=lambda message: None)
     saver.save(1, pieces_of(weights))
     weights += 100
     disk.may_write.set()
@@ -111,7 +116,7 @@ def test_without_the_copy_the_test_above_would_fail(monkeypatch: pytest.MonkeyPa
 
 def test_a_second_save_waits_for_the_first_and_counts_as_a_stall() -> None:
     disk, weights = Disk(), torch.zeros(3)
-    saver = sharded.Saver(disk, log=lambda message: None)
+    saver = Saver(disk, log=lambda message: None)
     saver.save(1, pieces_of(weights))
     assert saver.take_stall() < 1
     second = threading.Thread(target=saver.save, args=(2, pieces_of(weights + 1)))
@@ -128,13 +133,13 @@ def test_a_second_save_waits_for_the_first_and_counts_as_a_stall() -> None:
 def test_an_error_behind_the_back_is_raised_once_and_printed_when_nobody_asks() -> None:
     log: list[str] = []
     disk = Disk()
-    disk.error = sharded.CheckpointError("the disk is gone")
-    saver = sharded.Saver(disk, log=log.append)
+    disk.error = CheckpointError("the disk is gone")
+    saver = Saver(disk, log=log.append)
     disk.may_write.set()
     saver.save(1, pieces_of(torch.zeros(3)))
     saver.join()
     assert saver.failed
-    with pytest.raises(sharded.CheckpointError, match="the disk is gone"):
+    with pytest.raises(CheckpointError, match="the disk is gone"):
         saver.wait()
     assert not saver.failed
     saver.save(2, pieces_of(torch.zeros(3)))
@@ -164,7 +169,7 @@ def test_training_goes_on_meanwhile_and_no_bit_differs(
             def log(message: str) -> None:
                 if message.startswith("saved "):
                     folder = Path(re.split(r"[: ]", message)[1])
-                    assert sharded.verify(folder), "reported before it is there"
+                    assert verify_checkpoint(folder), "reported before it is there"
                     ahead.append(trainer.step - int(folder.name.removeprefix("step-")))  # noqa: B023
                     reported.append(message)
 
@@ -177,7 +182,7 @@ def test_training_goes_on_meanwhile_and_no_bit_differs(
             trainer = Trainer(config, mesh, prepare(config), log=log)
             with monkeypatch.context() as patch:
                 if name == "async":
-                    patch.setattr(sharded, "failpoint", until_the_next_step)
+                    patch.setattr(write_module, "failpoint", until_the_next_step)
                 trainer.run()
         assert not list((tmp_path / name).glob(".*")), "no lock and no temporary folder is left"
     assert digests(tmp_path / "async") == digests(tmp_path / "sync")
@@ -228,7 +233,7 @@ def test_one_rank_that_cannot_write_stops_all_at_the_next_step(
         )
     steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert 80 <= steps <= 120 if async_save else steps == 80, "it went on, to the next save at most"
-    assert [p.name for p in sharded.checkpoints(tmp_path / "run")] == ["step-00000040"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000040"]
     assert not list((tmp_path / "run").glob(".*")), "a temporary folder or the lock is left"
     if not async_save:
         return
@@ -260,7 +265,7 @@ def test_a_kill_costs_at_most_the_steps_since_the_last_reported_save(tmp_path: P
         (outcome,) = server.run(train_and_die, 1, config, step)
         assert outcome.code == -9
         reported = max([int(n) for n in re.findall(r"saved \S*step-(\d+)", outcome.output)], default=0)
-        found = sharded.newest(tmp_path / f"run-{step}", lambda message: None)
+        found = newest_whole(tmp_path / f"run-{step}", lambda message: None)
         assert (int(found.name.removeprefix("step-")) if found else 0) >= reported
         in_flight += reported < step // 2 * 2
     assert in_flight >= 2, "no kill came while a save was in flight: nothing was tried"
@@ -276,7 +281,7 @@ def train_with_signals(config: TrainConfig, count: int) -> None:
                     os.kill(os.getpid(), signal.SIGTERM)
                     time.sleep(0.01)
 
-        sharded.failpoint = failpoint
+        write_module.failpoint = failpoint
 
     train(config, plant)
 

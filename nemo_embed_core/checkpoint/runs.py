@@ -1,0 +1,84 @@
+"""The checkpoints of a run's folder: which there are, which is whole, which go."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo_embed_core.checkpoint.files import fsync_dir
+from nemo_embed_core.checkpoint.manifest import MANIFEST, CheckpointError, step_of, verify_checkpoint
+from nemo_embed_core.config import UserError
+
+
+class AllDamagedError(CheckpointError):
+    """There are checkpoints and none of them verifies: names each and why."""
+
+    exit_code = 3
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """step-* folders, newest first by the step in the name (clocks differ between nodes)."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name)), reverse=True)
+
+
+def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | None = None) -> Path | None:
+    """The newest checkpoint that verifies; a damaged one is named and skipped, never deleted. None: there is none.
+
+    If there are checkpoints and all are damaged, that is an error: a run never starts over silently. The names of the
+    damaged ones are added to `damaged`.
+    """
+    reasons = []
+    for folder in checkpoints(root):
+        try:
+            verify_checkpoint(folder)
+        except UserError as error:
+            reasons.append(str(error))
+            log(f"WARNING: skipping a damaged checkpoint: {error}")
+            if damaged is not None:
+                damaged.add(folder.name)
+            continue
+        return folder
+    if reasons:
+        raise AllDamagedError(
+            f"every checkpoint of {root} is damaged: "
+            + "; ".join(reasons)
+            + ". Restore one of them, or start again in another output_dir; nothing was changed here"
+        )
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder, or the newest one of a run folder."""
+    if (path / MANIFEST).is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with step-* checkpoints")
+    return found[0]
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or bool(checkpoints(path))
+
+
+def prune(root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]) -> None:
+    """A folder loses its name durably before its files go: neither a kill nor a power cut leaves half a checkpoint."""
+    try:
+        whole = [p for p in checkpoints(root) if p.name not in damaged]
+        gone = []
+        for old in whole[keep:]:
+            if old == newest or (keep_every and step_of(old) % keep_every == 0):
+                continue
+            gone.append(root / f".tmp-old-{old.name}")
+            os.rename(old, gone[-1])
+        if gone:
+            fsync_dir(root)
+        for folder in gone:
+            shutil.rmtree(folder)
+    except OSError as error:  # the new checkpoint is safe: the run need not end, the next save tries again
+        log(f"WARNING: an old checkpoint of {root} could not be deleted: {error}")
