@@ -180,8 +180,8 @@ MUTANTS = [
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
     Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export/test_folder.py tests/merge/test_merge.py"),
     Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/merge/test_merge.py"),
-    Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": False', '"is_causal": True', "tests/export/test_folder.py tests/export/test_verify.py"),
-    Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_verify.py"),
+    Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": False', '"is_causal": True', "tests/export/test_folder.py tests/export/test_proof.py"),
+    Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_proof.py"),
     Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "b * np.frombuffer(lengths, np.int64) / mean_length", "b", "tests/evaluation/test_bm25.py"),
     Mutant("BM25 counts a repeated word of the query once", "nemo_embed_core/evaluation/bm25.py", "occurrences * idf * counts", "idf * counts", "tests/evaluation/test_bm25.py"),
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Everything around the weights of a Hugging Face folder: config, tokenizer, sentence-transformers files, model card.
 
 The weights themselves (model.safetensors or shards of it, names without `model.`) are streamed by merge/stream.py;
-export/verify.py re-opens the whole folder and proves it. Spellings are chosen for their readers:
+export/proof.py re-opens the whole folder and proves it. Spellings are chosen for their readers:
 
 - `is_causal: false` makes transformers >= 5.2 run LlamaModel bidirectionally; older ones ignore it and are silently causal.
 - `use_bidirectional_attention` and `pooling` are what text-embeddings-inference and vLLM look at.

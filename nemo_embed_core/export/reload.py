@@ -1,4 +1,4 @@
-"""Run in a fresh process by verify.py: what transformers and sentence-transformers make of a folder, on the CPU.
+"""Run in a fresh process by consumers.py: what transformers and sentence-transformers make of a folder, on the CPU.
 
     python reload.py FOLDER REQUEST.json OUTPUT.npz
 

@@ -1,13 +1,14 @@
-"""Weighted sums of weights, correctly rounded: the value of the target dtype nearest to the real sum, ties to even.
+"""Weighted sums of weights, correctly rounded: to the nearest value of the target dtype, ties to even.
 
     combine([a, b, c], None, bf16)              nearest bf16 to (a + b + c) / 3
-    combine([a, b, c], [0.5, 0.3, 0.2], bf16)   nearest bf16 to 0.5 a + 0.3 b + 0.2 c, the weights taken as the fp64 they are
+    combine([a, b, c], [0.5, 0.3, 0.2], bf16)   nearest bf16 to 0.5 a + 0.3 b + 0.2 c, c_i as fp64 has them
 
-fp64 sums rounded once are almost that: the fp64 sum has an error of its own, and where the real sum lies closer than that to
-the middle between two neighbours of the target, the wrong one may be taken (decimal weights of bf16 values lie there
-often). So a sum is trusted where it is exact (the sources' largest and smallest magnitudes prove it) or where both ends of
-its error interval round to one value; the rest is summed again without error (Knuth's two-sum, Veltkamp's splitting;
-Ogita, Rump and Oishi 2005) and compared with the middle. Sources: bf16, fp16, fp32, and fp64 of magnitude > 1e-140.
+fp64 sums rounded once are almost that: the fp64 sum has an error of its own, and where the real sum lies
+closer than that to the middle between two neighbours of the target, the wrong one may be taken (decimal
+weights of bf16 values lie there often). So a sum is trusted where it is exact (the sources' largest and
+smallest magnitudes prove it) or where both ends of its error interval round to one value; the rest is summed
+again without error (Knuth's two-sum, Veltkamp's splitting; Ogita, Rump and Oishi 2005) and compared with the
+middle. Sources: bf16, fp16, fp32, and fp64 of magnitude > 1e-140.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # bits of a significand
+PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # significand bits
 CHUNK_ELEMENTS = 1 << 17  # of each source, one call of the arithmetic: less costs calls
 WIDE_ELEMENTS = 1 << 14  # of each source in fp64 at a time: what is four times as wide leaves the cache
 _BELOW_FP32 = (1 << 29) - 1  # the bits of an fp64 significand that fp32 does not have
@@ -29,7 +30,7 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NonFinite(ValueError):
-    """A NaN or an infinity: `source` is the index of the block that has it, None for the result (it overflows)."""
+    """A NaN or an infinity: `source` is the index of the block that has it, None: the result overflows."""
 
     def __init__(self, source: int | None):
         super().__init__(f"NaN or infinite values in source {source}")
@@ -39,7 +40,7 @@ class NonFinite(ValueError):
 def combine(blocks: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
     """sum(w * x for w, x in zip(weights, blocks)), or the mean for weights None; correctly rounded to dtype.
 
-    blocks: equally many 1-D values each, of any floating dtypes.  NonFinite names the first block that is not finite.
+    blocks: equally many 1-D values each, of any floats.  NonFinite names the first that is not finite.
     """
     kind = widest([block.dtype for block in blocks])
     return Combiner()(torch.stack([block.to(kind) for block in blocks]), weights, dtype)
@@ -75,10 +76,11 @@ class Combiner:
         dtype: torch.dtype,
         visit: Callable[[Tensor, Tensor], object] | None = None,
     ) -> Tensor:
-        """[V], valid until the next call. visit(x_NC, out_C) sees both piece by piece, while the cache holds them.
+        """[V], valid until the next call. visit(x_NC, out_C) sees both in pieces, while the cache holds them.
 
-        They are fp32 and visit's to write to, also where that is x itself. Of those columns of a mean of bf16 or fp16 that are
-        summed again at the end, visit sees the fp32 mean: in the last place it may be another one.
+        They are fp32 and visit's to write to, also where that is x itself. Of those columns of a mean of bf16
+        or fp16 that are summed again at the end, visit sees the fp32 mean: in the last place it may be
+        another one.
         """
         N, V = x_NV.shape
         out_V, reach, again = self.buffer("out", (V,), dtype), 0.0, [np.empty(0, np.int64)]
@@ -106,10 +108,11 @@ class Combiner:
         return out_V
 
     def _short_mean(self, x_NC: Tensor, x32_NC: Tensor, out_C: Tensor) -> tuple[float, np.ndarray]:
-        """The mean of bf16 or fp16 by sums in fp32. Returns the largest magnitude and the columns where it may be wrong.
+        """The mean of bf16 or fp16 by sums in fp32; largest magnitude, and columns where it may be wrong.
 
-        It is right where N * largest < 2^22 units in the last place of the column's smallest: the sum is below 2^24 of them, so
-        exact, and its quotient in fp32 is a middle of two neighbours of the target only if the real one is, as in _wide().
+        It is right where N * largest < 2^22 units in the last place of the column's smallest: the sum is
+        below 2^24 of them, so exact, and its quotient in fp32 is a middle of two neighbours of the target
+        only if the real one is, as in _wide().
         """
         N, C = x_NC.shape
         bits_NC = self._bits(x_NC)
@@ -125,7 +128,8 @@ class Combiner:
         orders = 22 - precision - (N - 1).bit_length()  # from the smallest to the largest, at most
         high, low = high_C.numpy(), low_C.numpy()
         far = np.subtract(high, low, out=low) > orders << precision - 1
-        if x_NC.dtype == torch.bfloat16:  # whose sums may overflow fp32, and whose units may be its subnormal numbers
+        # Sums of bf16 may overflow fp32, and units of bf16 may be its subnormal numbers.
+        if x_NC.dtype == torch.bfloat16:
             far |= (high < _BF16_TINY) | (high > _BF16_HUGE)
         return largest, np.flatnonzero(far)
 
@@ -137,7 +141,7 @@ class Combiner:
         if N == 1 and weights is None and x_NC.dtype != torch.float64:
             out_C.copy_(x_NC[0])
             return reach
-        factors = torch.ones(N, dtype=torch.float64) if weights is None else torch.tensor(weights, dtype=torch.float64)
+        factors = torch.tensor([1.0] * N if weights is None else weights, dtype=torch.float64)
         total_C = self.buffer("total", (C,), torch.float64)
         for start in range(0, C, WIDE_ELEMENTS):
             x_NW = x_NC[:, start : start + WIDE_ELEMENTS]
@@ -145,8 +149,9 @@ class Combiner:
             torch.mv(wide_NW.T, factors, out=total_C[start : start + WIDE_ELEMENTS])
         if weights is None:
             total_C /= N
-        # Every value is a multiple of `quantum`: sums below 2^53 of them are exact. Then the quotient, rounded to
-        # fp64, is a middle only if the real one is (a factor of 4 is left for the quotient's own rounding).
+        # Every value is a multiple of `quantum`: sums below 2^53 of them are exact. Then the quotient,
+        # rounded to fp64, is a middle only if the real one is (a factor of 4 is left for the quotient's own
+        # rounding).
         if weights is None and N * largest < 2.0**51 * quantum:
             is_normal = quantum / N >= torch.finfo(torch.float32).tiny
             out_C.copy_(round_once(total_C, dtype, self.buffer("bits", (C,), torch.int64), is_normal))
@@ -155,7 +160,7 @@ class Combiner:
         return reach
 
     def _bits(self, x_NC: Tensor) -> Tensor:
-        """Magnitudes as integers: without its sign bit a float orders like one, and passes over integers cost less."""
+        """Magnitudes as integers: without its sign bit a float orders like one, at less cost."""
         kind = _INTEGER[x_NC.itemsize]
         out = self.buffer("magnitude", tuple(x_NC.shape), kind)
         return torch.bitwise_and(x_NC.view(kind), torch.iinfo(kind).max, out=out)
@@ -181,7 +186,8 @@ class Combiner:
         self, x_NC: Tensor, weights: Sequence[float] | None, total_C: Tensor, error: float, dtype: torch.dtype
     ) -> Tensor:
         """`total` +- error rounded; where the two ends differ, the sum is made again without error."""
-        end_C, bits = self.buffer("end", total_C.shape, torch.float64), self.buffer("bits", total_C.shape, torch.int64)
+        end_C = self.buffer("end", total_C.shape, torch.float64)
+        bits = self.buffer("bits", total_C.shape, torch.int64)
         out = round_once(torch.sub(total_C, error, out=end_C), dtype, bits)
         other = round_once(torch.add(total_C, error, out=end_C), dtype, bits)
         kind = _INTEGER[dtype.itemsize]
@@ -253,10 +259,10 @@ def _split(x: Tensor) -> list[Tensor]:
 def round_once(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None, is_normal: bool = False) -> Tensor:
     """fp64 -> dtype, correctly rounded (to nearest, ties to even).
 
-    Casting fp64 to bf16 or fp16 goes through fp32 and rounds twice. Rounding to odd on the way to fp32 keeps the second
-    rounding right: fp32 has more than two bits beyond either (Boldo and Melquiond 2008). Odd means: cut what fp32 does not
-    have, and set the last bit where anything was cut.  bits: int64 memory of x's size to work in.  is_normal: no value but 0 is
-    below fp32's smallest normal number.
+    Casting fp64 to bf16 or fp16 goes through fp32 and rounds twice. Rounding to odd on the way to fp32 keeps
+    the second rounding right: fp32 has more than two bits beyond either (Boldo and Melquiond 2008). Odd
+    means: cut what fp32 does not have, and set the last bit where anything was cut.  bits: int64 memory of
+    x's size to work in.  is_normal: no value but 0 is below fp32's smallest normal number.
     """
     if dtype in (torch.float64, torch.float32):
         return x.to(dtype)
@@ -275,7 +281,7 @@ def round_once(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None, is_nor
 
 
 def _subnormal_to_odd(x: Tensor) -> Tensor:
-    """Where fp32 is subnormal, its cast rounds: one step back towards zero where it went beyond x, then the last bit."""
+    """Where fp32 is subnormal, its cast rounds: a step back where it went beyond x, then the last bit."""
     rounded = x.float()
     bits = rounded.view(torch.int32)
     truncated = torch.where(rounded.double().abs() > x.abs(), bits - 1, bits)

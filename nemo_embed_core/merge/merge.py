@@ -17,9 +17,17 @@ from nemo_embed_core.embedder import Embedder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import Card, Format, describe, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
-from nemo_embed_core.export.verify import verify_folder
+from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.merge.output import weight_bytes
-from nemo_embed_core.merge.recipes import Method, Score, check_recipe, check_weights, greedy_soup, score_name, score_of
+from nemo_embed_core.merge.recipes import (
+    Method,
+    Score,
+    check_recipe,
+    check_weights,
+    greedy_soup,
+    score_name,
+    score_of,
+)
 from nemo_embed_core.merge.report import report_lines, write_report
 from nemo_embed_core.merge.sources import DTYPES, dtype_of, one_tokenizer, open_sources
 from nemo_embed_core.merge.stream import write_weights
@@ -31,6 +39,7 @@ BESIDE_BYTES = 1 << 20  # per source: card, licences, report
 Dtype = Literal["auto", "bf16", "fp32", "fp16"]
 Say = Callable[[str], None]
 Metrics = dict[str, dict[str, float]]
+Report = dict[str, Any]
 _print = functools.partial(print, flush=True)  # a log file shows each line when it is said
 
 
@@ -48,23 +57,28 @@ def merge(
     document_task: str | None = None,
     command: Sequence[str] = (),
     say: Say = _print,
-) -> dict[str, Any]:
+) -> Report:
     """Write the Hugging Face folder `output` with  m = sum_i c_i w_i  of the sources' weights w_1 ... w_N.
 
         average, weights=None     c_i = 1 / N; one source is converted
         average, weights=[...]    c as given; they must sum to 1
-        slerp, t                  c = sin((1 - t) v) / sin v, sin(t v) / sin v, v the angle between two sources' tensors
-        soup, evaluate            c_i = 1 / |S| for i in S, which greedy_soup chooses by evaluate's score of averages
+        slerp, t                  c = sin((1 - t) v) / sin v, sin(t v) / sin v;  v: angle between two tensors
+        soup, evaluate            c_i = 1 / |S| for i in S, chosen by evaluate's scores (greedy_soup)
 
-    correctly rounded to dtype ("auto": the sources' own).  sources: checkpoints of any layout, runs (their newest
-    checkpoint) and Hugging Face folders, mixed.  evaluate: a function of a folder, or a command line with {folder} that
-    prints the score on its last line; higher is better.  format: "native" for transformers >= 5.2, "compat" for >= 4.51.
-    task, document_task: instructions of the default prompts; None: the sources' own.  command: for the model card.
-    say: gets every line of progress.
+    correctly rounded.
 
-    The folder is proven by check() before it appears under its name. Returns what merge-report.json has (it is written
-    where there are several sources). UserError for sources that differ in shape, tokenizer, pooling or similarity, for
-    values that are not finite, and for a proof that fails; nothing is left behind then.
+    sources: checkpoints of any layout, runs (their newest checkpoint) and Hugging Face folders, mixed.
+    evaluate: a function of a folder, or a command line with {folder} that prints the score on its last line;
+        higher is better.
+    dtype: of the output; "auto" is the sources' own.  format: "native" for transformers >= 5.2, "compat" for
+        >= 4.51, with code.
+    task, document_task: instructions of the default prompts; None: the sources' own.
+    command: for the model card.  say: gets every line of progress.
+
+    The folder is proven by check() before it appears under its name. Returns what merge-report.json has (it
+    is written where there are several sources). UserError for sources that differ in shape, tokenizer,
+    pooling or similarity, for values that are not finite, and for a proof that fails; nothing is left behind
+    then.
     """
     check_recipe(method, weights, t, evaluate)
     for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, get_args(Format))):
@@ -97,7 +111,7 @@ def merge(
     beside = sum(map(len, tokenizer_files.values())) + BESIDE_BYTES * len(opened)
     needed = weight_bytes(hf_shapes(opened[0].model), torch_dtype) + beside
 
-    def write(folder: Path, members: Sequence[int], metrics: Metrics | None = None, **how: Any) -> dict[str, Any]:
+    def write(folder: Path, members: Sequence[int], metrics: Metrics | None = None, **how: Any) -> Report:
         chosen, (usage, said) = [opened[i] for i in members], encoded(members)
         report = write_weights(folder, chosen, torch_dtype, beside=beside, **how)
         card: Card = {**describe(chosen, report), "title": output.name, "choices": said + servable}
@@ -105,7 +119,8 @@ def merge(
             card["command"] = shown_command(command)
         if metrics:
             card["metrics"] = metrics
-        write_folder(folder, chosen[0].model, dtype_name, tokenizer_files, format=format, usage=usage, card=card)
+        model = chosen[0].model
+        write_folder(folder, model, dtype_name, tokenizer_files, format=format, usage=usage, card=card)
         return report
 
     with writing(output, needed, "the merged model"), new_folder(output) as folder:
@@ -133,7 +148,7 @@ def merge(
 def _soup(
     named: Sequence[tuple[str, str]], candidate: Path, write: Callable[..., Any], evaluate: Score, say: Say
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """greedy_soup() of sources (path, name) by evaluate's scores, of averages in a folder that is gone afterwards."""
+    """greedy_soup() of sources (path, name) by evaluate's scores, averages being in a folder for the time."""
 
     def score(members: Sequence[int]) -> float:
         paths = ", ".join(named[i][0] for i in members)
@@ -150,19 +165,24 @@ def _soup(
 
 
 def check(
-    folder: str | Path, trust_remote_code: bool = False, *, ours: bool = False, say: Say = _print
-) -> dict[str, Any]:
-    """transformers' and sentence-transformers' vectors, from a fresh process, are our encoder's, and no mask is causal.
+    folder: str | Path,
+    trust_remote_code: bool = False,
+    *,
+    ours: bool = False,
+    say: Say = _print,
+) -> Report:
+    """transformers.encode(x) = sentence_transformers.encode(x) = Embedder.encode(x), and no mask is causal.
 
-    ours: a folder of this version, spelled as it writes them; else anybody's Llama, of which all that can be is proven
-    and the rest is said.  trust_remote_code: run code in the folder that we did not write.  Returns what was measured
-    (export/proof.py); UserError names the faults.
+    ours: a folder of this version, spelled as it writes them; else anybody's Llama, of which all that can be
+    is proven and the rest is said.  trust_remote_code: run code in the folder that we did not write.  Returns
+    what was measured (export/proof.py); UserError names the faults.
     """
     path, notes = find_folder(folder)
     for note in notes:
         say(f"  note: {note}")
 
-    def embed(texts: list[str], max_length: int) -> np.ndarray:  # our copy of the weights is gone when it returns
+    def embed(texts: list[str], max_length: int) -> np.ndarray:
+        # Our copy of the weights is gone when it returns.
         return Embedder.load(str(path), device="cpu", precision="fp32").encode(texts, max_length=max_length)
 
     report = verify_folder(path, embed, trust_remote_code, ours=ours, say=lambda line: say(f"  {line}"))

@@ -39,7 +39,8 @@ class Output:
         shards = _assign(shapes, dtype)
         self._weight_map: dict[str, str] = {}
         for i, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            part = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file = f"model{part}.safetensors"
             header, _ = safetensors_header({n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = self._files[file] = os.open(folder / file, flags, 0o644)

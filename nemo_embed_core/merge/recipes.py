@@ -18,11 +18,13 @@ from typing import Any, Literal, get_args
 from nemo_embed_core.errors import UserError
 
 Method = Literal["average", "slerp", "soup"]
-# Of a folder with a model; higher is better. A command line prints it on its last line, {folder} is filled in.
+# Of a folder with a model; higher is better. A command line prints it on its last line, given {folder}.
 Score = str | Callable[[Path], float]
 
 
-def check_recipe(method: str, weights: Sequence[float] | None, t: float | None, evaluate: Score | None) -> None:
+def check_recipe(
+    method: str, weights: Sequence[float] | None = None, t: float | None = None, evaluate: Score | None = None
+) -> None:
     """UserError for options that do not go together."""
     if method not in get_args(Method):
         raise UserError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
@@ -39,17 +41,18 @@ def check_recipe(method: str, weights: Sequence[float] | None, t: float | None, 
 def check_weights(weights: Sequence[float], num_sources: int) -> None:
     """UserError unless there is one for each source and abs(sum(weights) - 1) <= 1e-6."""
     if len(weights) != num_sources:
-        raise UserError(f"{len(weights)} weights for {num_sources} sources; give one for each, in their order")
+        found = f"{len(weights)} weights for {num_sources} sources"
+        raise UserError(f"{found}; give one for each, in their order")
     total = sum(weights)
     if not abs(total - 1) <= 1e-6:  # infinity and NaN too
         raise UserError(f"the weights {list(weights)} sum to {total!r}; they must sum to 1 (within 1e-6)")
 
 
 def slerp_weights(aa: float, bb: float, ab: float, t: float) -> tuple[tuple[float, float], bool]:
-    """sin((1 - t) v) / sin v and sin(t v) / sin v for cos v = ab / sqrt(aa * bb); (1 - t, t), True without a direction.
+    """sin((1 - t) v) / sin v and sin(t v) / sin v for cos v = ab / sqrt(aa * bb); else (1 - t, t), True.
 
-    That is where a or b is zero, and where sin v < 1e-6: parallel tensors, whose slerp weights differ from (1 - t, t) by
-    less than v^2 < 1e-12, and opposite ones, between which every way round is as short.
+    Else: where a or b is zero, and where sin v < 1e-6: parallel tensors, whose slerp weights differ from
+    (1 - t, t) by less than v^2 < 1e-12, and opposite ones, between which every way round is as short.
     """
     norm = math.sqrt(aa) * math.sqrt(bb)
     if norm > 0 and math.isfinite(norm) and math.isfinite(ab):
@@ -64,8 +67,9 @@ def greedy_soup(
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """S = [best]; for i in the others, best first: S += [i] if score(S + [i]) >= score(S).
 
-    score([i, ...]): of the average of these sources, higher is better.  Returns (S, every score in the order of asking:
-    {"sources", "members", "score", and of an addition "kept"}). Greedy soup of Wortsman et al. 2022, arXiv:2203.05482.
+    score([i, ...]): of the average of these sources, higher is better.  Returns (S, every score in the order
+    of asking: {"sources", "members", "score", and of an addition "kept"}). Greedy soup of Wortsman et al.
+    2022, arXiv:2203.05482.
     """
     decisions: list[dict[str, Any]] = []
 

@@ -32,7 +32,7 @@ def source_pairs(num_sources: int) -> list[tuple[int, int]]:
 
 
 def squares(a_NC: Tensor, m_C: Tensor, pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """|m|^2, then |a|^2 and |a - m|^2 of every source, then |a - b|^2 of every pair; leaves a - m in `a_NC`."""
+    """|m|^2, |a|^2 and |a - m|^2 of every source, then |a - b|^2 of every pair; leaves a - m in `a_NC`."""
     norms = [torch.linalg.vector_norm(x, dim=1).tolist() for x in (m_C[None], a_NC)]
     between = [float(torch.linalg.vector_norm(a_NC[i] - a_NC[j])) for i, j in pairs]
     norms += [torch.linalg.vector_norm(a_NC.sub_(m_C), dim=1).tolist(), between]
@@ -50,8 +50,12 @@ def _compare(aa: float, bb: float, dd: float) -> dict[str, float | None]:
     }
 
 
-def make_report(sources: Sequence[Weights], dtype: torch.dtype, sums: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The report of these sources; sums: {tensor: sum over its blocks of squares()}. One source has no distances."""
+def make_report(
+    sources: Sequence[Weights],
+    dtype: torch.dtype,
+    sums: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """The report, of one source without distances.  sums: {tensor: sum over its blocks of squares()}."""
     n, pairs = len(sources), source_pairs(len(sources))
     shapes = hf_shapes(sources[0].model)
     report: dict[str, Any] = {
@@ -76,12 +80,14 @@ def make_report(sources: Sequence[Weights], dtype: torch.dtype, sums: Mapping[st
     report["meaning"] = _MEANING
     report["whole"] = row([sum(column) for column in zip(*sums.values(), strict=True)])
     report["tensors"] = {name: row(values) for name, values in sums.items()}
+    tensors = report["tensors"].items()
     for i, source in enumerate(report["sources"]):
-        distance = {name: tensor["to_merged"][i]["distance"] or 0.0 for name, tensor in report["tensors"].items()}
+        distance = {name: tensor["to_merged"][i]["distance"] or 0.0 for name, tensor in tensors}
         source["farthest"] = sorted(distance, key=lambda name: -distance[name])[:5]
     # Sources of equal values have equal sums, to the last bit.
     columns = [tuple(values[k] for values in sums.values() for k in (1 + 2 * i, 2 + 2 * i)) for i in range(n)]
-    report["equal_sources"] = [[i, j] for i, j in itertools.combinations(range(n), 2) if columns[i] == columns[j]]
+    every_pair = itertools.combinations(range(n), 2)
+    report["equal_sources"] = [[i, j] for i, j in every_pair if columns[i] == columns[j]]
     return report
 
 
@@ -94,7 +100,8 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     for i, source in enumerate(report["sources"]):
         whole, worst = report["whole"]["to_merged"][i], source["farthest"][0]
         far = report["tensors"][worst]["to_merged"][i]["distance"]
-        figures = [_short(whole["distance"]), _short(None if whole["cosine"] is None else 1 - whole["cosine"])]
+        angle = None if whole["cosine"] is None else 1 - whole["cosine"]
+        figures = [_short(whole["distance"]), _short(angle)]
         lines.append(f"  {source['name']:{width}}  {figures[0]:10}  {figures[1]:10}  {worst} ({_short(far)})")
     for i, j in report["equal_sources"]:
         a, b = (report["sources"][k]["name"] for k in (i, j))

@@ -48,7 +48,8 @@ def _other_settings(a: Path, b: Path) -> str:
         return ""
     ours, theirs = read_json(a / "config.json"), read_json(b / "config.json")
     keys = [k for k in sorted(ours.keys() | theirs.keys()) if not k.startswith(_NOT_SETTINGS)]
-    return "; ".join(f"{k}: {ours.get(k)!r} and {theirs.get(k)!r}" for k in keys if ours.get(k) != theirs.get(k))
+    differ = [k for k in keys if ours.get(k) != theirs.get(k)]
+    return "; ".join(f"{k}: {ours.get(k)!r} and {theirs.get(k)!r}" for k in differ)
 
 
 def dtype_of(name: str, sources: Sequence[Weights]) -> torch.dtype:
@@ -57,8 +58,10 @@ def dtype_of(name: str, sources: Sequence[Weights]) -> torch.dtype:
         return DTYPES[name]
     kinds = {source.dtype for source in sources}
     if len(kinds) > 1 or torch.float64 in kinds:
-        named = ", ".join(f"{source.folder}: {str(source.dtype).removeprefix('torch.')}" for source in sources)
-        raise UserError(f"the sources' dtypes do not say which one to write ({named}); choose one with --dtype")
+        named = ", ".join(f"{s.folder}: {str(s.dtype).removeprefix('torch.')}" for s in sources)
+        raise UserError(
+            f"the sources' dtypes do not say which one to write ({named}); choose one with --dtype",
+        )
     return sources[0].dtype
 
 
@@ -73,5 +76,6 @@ def one_tokenizer(paths: Sequence[str], sources: Sequence[Weights]) -> tuple[dic
             continue
         if how := difference(first.files["tokenizer.json"], tokenizer.files["tokenizer.json"]):
             both = f"{paths[0]} and {path}"
-            raise UserError(f"the tokenizers of {both} differ: {how}; only models that share one are averaged")
+            differ = f"the tokenizers of {both} differ: {how}"
+            raise UserError(f"{differ}; only models that share one are averaged")
     return first.files, said

@@ -1,8 +1,8 @@
-"""The weights of the merged model, block by block: read from every source, combined, measured and written in one pass.
+"""The weights of the merged model, by blocks: read from all sources, combined, measured, written in one pass.
 
-A block is some rows of one tensor. Memory is a few blocks per source, whatever the size of the model. Sources may be
-checkpoints of any tp x dp layout and Hugging Face folders, mixed. The same pass measures how far each source is from the
-result (report.py), and checkpoints are hashed beside it.
+A block is some rows of one tensor. Memory is a few blocks per source, whatever the size of the model. Sources
+may be checkpoints of any tp x dp layout and Hugging Face folders, mixed. The same pass measures how far each
+source is from the result (report.py), and checkpoints are hashed beside it.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def write_weights(
     hashed: bool = True,
     beside: int = 0,
 ) -> dict[str, Any]:
-    """model.safetensors (or shards and their index) with  m = sum_i c_i w_i  for every tensor, names without "model.".
+    """model.safetensors (or shards and an index) with  m = sum_i c_i w_i  per tensor; names lack "model.".
 
         weights=None     c_i = 1 / N
         weights=[...]    c as given
         slerp=t          c = sin((1 - t) v) / sin v, sin(t v) / sin v;  cos v = <w_1, w_2> / (|w_1| |w_2|)
 
-    correctly rounded to dtype (average.py).  hashed: files of checkpoints are compared with their sha256 while they are
-    read.  beside: bytes that will be written beside the weights.  Returns the report, for one source without distances.
-    UserError names the tensor and the source of a NaN or an infinity.
+    correctly rounded to dtype (average.py).  hashed: files of checkpoints are compared with their sha256
+    while they are read.  beside: bytes that will be written beside the weights.  Returns the report, for one
+    source without distances. UserError names the tensor and the source of a NaN or an infinity.
     """
     shapes = hf_shapes(sources[0].model)
     if weights is not None:
@@ -107,7 +107,7 @@ def write_weights(
 
 
 def _slerp_weights(stream: _Pass, t: float) -> dict[str, tuple[tuple[float, float], bool]]:
-    """{tensor: slerp_weights(<a, a>, <b, b>, <a, b>, t)}, sums in fp64 over the whole tensor, in a pass of its own."""
+    """{tensor: slerp_weights(<a, a>, <b, b>, <a, b>, t)}, fp64 sums over the whole tensor, in an own pass."""
     if len(stream.sources) != 2:
         raise UserError(f"slerp goes from one source to another; {len(stream.sources)} were given")
     if not 0 <= t <= 1:
@@ -195,7 +195,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 class _Digests:
-    """sha256 of the sources' files beside the pass: the disk is read once, the page cache serves the other."""
+    """sha256 of the sources' files beside the pass: the disk is read once, the page cache twice."""
 
     def __init__(self, rows: Sequence[Rows]):
         files = [list(r.sha256.items()) for r in rows]

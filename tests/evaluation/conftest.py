@@ -14,8 +14,8 @@ from toy_evaluation import WORDS, word_tokenizer, write_beir
 
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.config import EvaluateConfig, ModelConfig
+from nemo_embed_core.export.files import expected_tensors
 from nemo_embed_core.export.folder import write_folder
-from nemo_embed_core.export.verify import expected_tensors
 
 
 @pytest.fixture(scope="session")

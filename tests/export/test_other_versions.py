@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from nemo_embed_core.checkpoint.source import Prompts
 from nemo_embed_core.embedder import Embedder
+from nemo_embed_core.export.consumers import NUM_PROMPTED, TEXTS, reload_request, run_reload
 from nemo_embed_core.export.folder import hf_config
-from nemo_embed_core.export.verify import NUM_PROMPTED, TEXTS, reload_request, run_reload
 from nemo_embed_core.model.spec import hf_shapes
 
 ROOT = Path(__file__).resolve().parents[2]

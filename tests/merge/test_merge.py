@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -315,7 +316,7 @@ def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatc
     """Scored by the distance of one weight to 1.6: own values 1, 2 and 9, so 2 stays, the mean with 1 is better, 9 is not."""
     folders = []
     for i, value in enumerate((1.0, 2.0, 9.0)):
-        folders.append(write_hf(tmp_path / f"s{i}", torch.float32, seed=i))
+        folders.append(say_usage(write_hf(tmp_path / f"s{i}", torch.float32, seed=i), f"s{i}: "))
         weights = weights_of(three[i])
         weights["norm.weight"][0] = value
         save_file(weights, folders[-1] / "model.safetensors", {"format": "pt"})
@@ -327,12 +328,54 @@ def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatc
     assert [s["name"] for s in report["sources"]] == ["s1", "s0"] and report["method"] == "soup"
     assert weights_of(tmp_path / "out")["norm.weight"][0] == 1.5
     assert not (tmp_path / "out/candidate").exists()
+    # The prompts are its members': s2's are neither written nor said.
+    settings = json.loads((tmp_path / "out/config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == {"query": "s1: ", "document": "", "s1": "s1: ", "s0": "s0: "}
+    said = capsys.readouterr().out
+    assert "s1's is the default of the merged model, because it scored best alone" in said and "s2: " not in said
+    card = (tmp_path / "out/README.md").read_text()
+    assert "because it scored best alone" in card and "s2: " not in card
     for broken in ("print('no number')", "raise SystemExit(3)", "print(float('nan'))"):
         (tmp_path / "score.py").write_text(broken)
         with pytest.raises(SystemExit):
             launcher(monkeypatch, *folders, "--method", "soup", "--evaluate", evaluate, "-o", tmp_path / "out2")
         assert re.search("not a number|ended with code 3", capsys.readouterr().err)
     assert not list(tmp_path.glob("*out2*"))
+
+
+def test_merging_from_python(three: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(merge, "check", lambda folder, **options: None)
+
+    def closeness(folder: Path) -> float:
+        """To the second source, which therefore stays alone."""
+        return -float((weights_of(folder)["norm.weight"] - weights_of(three[1])["norm.weight"]).norm())
+
+    said: list[str] = []
+    report = merge.merge(three, tmp_path / "soup", method="soup", evaluate=closeness, dtype="bf16", say=said.append)
+    assert report == json.loads((tmp_path / "soup/merge-report.json").read_text())
+    assert report["evaluate"] == "closeness" and [s["name"] for s in report["sources"]] == ["m1"]
+    want = weights_of(three[1])
+    assert all(torch.equal(got, want[name].bfloat16()) for name, got in weights_of(tmp_path / "soup").items())
+    assert said[-1] == f"wrote {tmp_path / 'soup'} (bfloat16, converted)" and not capsys.readouterr().out
+    card = (tmp_path / "soup/README.md").read_text()
+    assert f"| closeness | score | {report['decisions'][1]['score']} |" in card and "exported by" not in card
+    report = merge.merge(str(three[0]), str(tmp_path / "one"))
+    assert report["num_parameters"] == sum(x.numel() for x in want.values())
+    assert "wrote " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"evaluate=<lambda> returned nan for the average of .*m0"):
+        merge.merge(three, tmp_path / "out", method="soup", evaluate=lambda folder: math.nan)
+    for options, message in (
+        ({"method": "mean"}, "method='mean' must be one of average, slerp, soup"),
+        ({"method": "slerp"}, "--method slerp and --t T belong together"),
+        ({"weights": [], "method": "slerp", "t": 0.5}, "--weights are of an average"),
+        ({"dtype": "float32"}, "dtype='float32' must be one of auto, bf16, fp32, fp16"),
+        ({"format": "onnx"}, "format='onnx' must be one of native, compat"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge.merge(three[:2], tmp_path / "out", **options)
+    with pytest.raises(UserError, match="no sources"):
+        merge.merge([], tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 # ------------------------------------------------------------------------------------------ checks and report

@@ -19,9 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
 from nemo_embed_core.embedder import Embedder
-from nemo_embed_core.export import verify
+from nemo_embed_core.export import consumers, proof
+from nemo_embed_core.export.consumers import TEXTS, backend, check_prompts, check_tokens
+from nemo_embed_core.export.files import expected_tensors
 from nemo_embed_core.export.folder import AUTO_MAP, REMOTE_CODE, hf_config, write_folder
-from nemo_embed_core.export.verify import TEXTS, TOLERANCE, compare_vectors, expected_tensors, verify_folder
+from nemo_embed_core.export.proof import TOLERANCE, compare_vectors, verify_folder
 
 TESTS = Path(__file__).parents[1]
 MODEL = ModelConfig(
@@ -123,7 +125,7 @@ def reload_worker(tmp_path_factory) -> Iterator[Callable]:
 
 @pytest.fixture
 def warm(reload_worker, monkeypatch):
-    monkeypatch.setattr(verify.subprocess, "run", reload_worker)
+    monkeypatch.setattr(consumers.subprocess, "run", reload_worker)
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def no_reload(monkeypatch):
     def reached(*_, **__):
         raise AssertionError("the files passed")
 
-    monkeypatch.setattr(verify, "_reload", reached)
+    monkeypatch.setattr(proof, "reload_folder", reached)
 
 
 def edit(file, **changes):
@@ -520,7 +522,7 @@ def test_the_bf16_tolerance_means_something_for_wide_models(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "st_"])
 def test_a_tokenizer_that_a_library_reads_otherwise_is_caught(good, prefix):
-    tokenizer, texts = verify._backend(good, 100)
+    tokenizer, texts = backend(good, 100)
     rows = [tokenizer.encode(text).ids for text in (*texts, texts[-1] * 9)]
 
     def as_read(rows):
@@ -529,7 +531,7 @@ def test_a_tokenizer_that_a_library_reads_otherwise_is_caught(good, prefix):
         return {**found, "num_repeats": np.array(9)}
 
     assert texts == list(TEXTS)
-    verify._check_tokens(good, as_read(rows), tokenizer, texts)
+    check_tokens(good, as_read(rows), tokenizer, texts)
     for wrong, message in (
         ([rows[0][1:], *rows[1:]], r"for 'hello' and tokenizer.json"),  # BOS lost
         ([*rows[:15], rows[15] + [1], *rows[16:]], r"for '' and tokenizer.json"),  # EOS added
@@ -537,7 +539,7 @@ def test_a_tokenizer_that_a_library_reads_otherwise_is_caught(good, prefix):
         ([*rows[:-1], tokenizer.encode(texts[-1][1:] * 9).ids], "for 'A long passage.*truncation_side"),
     ):
         with pytest.raises(UserError, match=message):
-            verify._check_tokens(good, as_read(wrong), tokenizer, texts)
+            check_tokens(good, as_read(wrong), tokenizer, texts)
 
 
 def test_another_shape_tokenizer_or_precision_is_another_model(good: Path, tmp_path: Path) -> None:
@@ -624,7 +626,7 @@ def test_a_plain_hugging_face_folder_is_proven_as_far_as_it_goes(anybodys, warm,
     out, err, code = checked(anybodys, capsys)
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0].startswith("  attention: bidirectional, bidirectional in 8 of 8 cases")
+    assert lines[0].startswith("  attention: bidirectional in 8 of 8 cases (transformers ")
     for words in (
         "weights: 20 tensors as config.json implies",
         "sentence-transformers: not there",
@@ -639,7 +641,7 @@ def test_whether_a_plain_folder_is_causal_is_answered_first(anybodys, tmp_path, 
     edit(path / "config.json", is_causal=...)
     edit(path / "config.json", rope_theta=9.0)
     out, err, code = checked(path, capsys)
-    assert code == 2 and out.splitlines()[0].startswith("  attention: causal, bidirectional in 0 of 8 cases")
+    assert code == 2 and out.splitlines()[0].startswith("  attention: causal in 8 of 8 cases (")
     # The other fault is named too, and what was not compared.
     assert "causal mask in 8 of 8" in err and "rope_theta" in err
     assert "not compared" in out and "vectors: transformers" not in out
@@ -693,6 +695,14 @@ def test_texts_of_which_the_folder_makes_special_tokens_are_left_out_and_counted
     out, err, code = checked(path, capsys)
     assert code == 0, err
     assert "tokens: 3 of 21 texts hold special tokens" in out
+    assert "vectors: transformers, our encoder agree on 18 of 21 texts\n" in out
+    path = as_sentence_transformers_6(path, tmp_path / "special-st6")
+    out, err, code = checked(path, capsys)
+    assert code == 0, err
+    agree = (
+        "transformers, sentence-transformers agree on 21 texts, our encoder with them on 18 of these, and 4 with the"
+    )
+    assert f"vectors: {agree} prompts of each side\n" in out
 
 
 @pytest.mark.parametrize(
@@ -738,12 +748,12 @@ def test_sentence_transformers_must_have_the_prompts_of_the_folder(good):
     def as_read(prompts, similarity="cosine"):
         return {"prompts": np.array(json.dumps(prompts)), "similarity": np.array(similarity)}
 
-    verify._check_prompts_of(good, as_read(named), USAGE)
+    check_prompts(good, as_read(named), USAGE)
     for name in named:
         with pytest.raises(UserError, match=f"has the prompt '{name}' \"x\""):
-            verify._check_prompts_of(good, as_read({**named, name: "x"}), USAGE)
+            check_prompts(good, as_read({**named, name: "x"}), USAGE)
     with pytest.raises(UserError, match="compares by dot"):
-        verify._check_prompts_of(good, as_read(named, "dot"), USAGE)
+        check_prompts(good, as_read(named, "dot"), USAGE)
 
 
 @pytest.mark.parametrize(("lost", "side"), [(USAGE.default.query, "queries"), (USAGE.default.document, "documents")])
