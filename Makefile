@@ -4,17 +4,21 @@
 # make mutants  bugs planted one at a time: does a test notice? A table; some 20 minutes (MUTANTS="clip bf16": these only)
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 #
+# make docs     the pages and notebooks that commands make     make constraints   constraints.txt, from .venv
+#
 # make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
+# make demo CONSTRAINTS=               the newest versions of everything else, not the tested ones
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 BENCHMARKS ?= ceilings kernels mining step
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint faults mutants gpu bench compat clean
+.PHONY: help demo test lint faults mutants gpu bench compat docs constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -79,16 +83,26 @@ compat: $(COMPAT:%=.venv-compat/%/.installed)
 	  "sentence-transformers==$(word 2,$(subst -, ,$*))" "datasets<5"
 	@touch $@
 
+# A failure leaves the page as it was.
+docs: $(INSTALLED)
+	page=$$($(BIN)/python -m benchmarks.report) && echo "$$page" >docs/benchmarks.md
+	page=$$($(BIN)/python docs/architecture.py) && echo "$$page" >docs/architecture.md
+	$(BIN)/python tests/test_examples.py
+
+# To go to newer versions: make test CONSTRAINTS= in a new .venv, then this.
+constraints: $(INSTALLED)
+	pins=$$($(BIN)/python .ci/constraints.py) && echo "$$pins" >constraints.txt
+
 # torch first and named again, so that no extra brings another one.
-$(INSTALLED): setup.py pyproject.toml
+$(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is missing or older than 3.11: give another one, for example make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { \
 	  echo "$(PYTHON) has no venv or no pip: install them (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade pip
-	$(BIN)/python -m pip install -qq $(TORCH)
-	$(BIN)/python -m pip install -qq $(TORCH) --editable '.[eval,demo,log,dev]'
+	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %)
+	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %) --editable '.[eval,demo,log,dev]'
 	@touch $@
 
 # Keeps .venv, .venv-compat, runs/ and data-cache/: they cost time, not space for mistakes.

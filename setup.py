@@ -1,4 +1,4 @@
-"""Package metadata. kernels/ and csrc/ reach the wheel through the symlinks in nemo_embed_core/ (docs/design.md)."""
+"""Package metadata. kernels/, csrc/ and launch/ reach the wheel through the symlinks in nemo_embed_core/ (docs/design.md)."""
 
 import re
 from pathlib import Path
@@ -26,6 +26,7 @@ setup(
         "nemo_embed_core.export",
         "nemo_embed_core.export.remote",
         "nemo_embed_core.kernels",
+        "nemo_embed_core.launch",
         "nemo_embed_core.loss",
         "nemo_embed_core.merge",
         "nemo_embed_core.mine",
@@ -34,7 +35,8 @@ setup(
         "nemo_embed_core.parallel",
         "nemo_embed_core.train",
     ],
-    package_data={"nemo_embed_core": ["csrc/*.cu", "csrc/*.cuh", "csrc/*.h", "csrc/*.cpp"]},
+    package_data={"nemo_embed_core": ["py.typed", "csrc/*.cu", "csrc/*.cuh", "csrc/*.h", "csrc/*.cpp"]},
+    entry_points={"console_scripts": ["nemo-embed = nemo_embed_core.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

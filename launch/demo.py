@@ -80,7 +80,7 @@ def plot(output: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
     axes.legend()
     figure.savefig(output / "loss.png", dpi=120, bbox_inches="tight")
-    plot_report(json.loads((output / "mined.jsonl.report.json").read_text()), output / "mined-scores.png")
+    plot_report(json.loads((output / "mined.jsonl.report.json").read_text()), str(output / "mined-scores.png"))
 
 
 def main() -> None:

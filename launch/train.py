@@ -26,8 +26,8 @@ def check_early(config: TrainConfig) -> None:
     if folder is not None and (has_weights(folder) or (folder / "config.json").is_file()):
         model = open_folder(folder).model
     check_layout(config.parallel, world_size_from_env(), model)
-    if model is not None and (config.tokenizer or folder):
-        load_tokenizer(config.tokenizer or folder).check_fits(model.vocab_size)
+    if model is not None and (tokenizer := config.tokenizer or folder):
+        load_tokenizer(tokenizer).check_fits(model.vocab_size)
 
 
 def train(config: TrainConfig) -> None:

@@ -93,17 +93,20 @@ TOP_LEVEL = {
         ".ci",
         ".gitignore",
         ".pre-commit-config.yaml",
+        "CHANGELOG.md",
         "CONTRIBUTING.md",
         "LICENSE",
         "Makefile",
         "README.md",
         "SECURITY.md",
+        "constraints.txt",
     ),
     *(
         "benchmarks",
         "configs",
         "csrc",
         "docs",
+        "examples",
         "kernels",
         "launch",
         "nemo_embed_core",
@@ -249,7 +252,7 @@ def test_slurm_job_passes_sigterm_to_the_ranks_waits_for_the_save_and_queues_aga
 )
 def test_a_planted_upward_import_is_refused(tmp_path: Path, where: str, line: str) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("nemo_embed_core", "kernels", "csrc"):
+    for name in ("nemo_embed_core", "kernels", "csrc", "launch"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     tool = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_embed_core"
+LINKED = ("kernels", "launch")  # through symlinks, without an __init__.py
 
 
 def _python(code: str, cwd: Path, *path: Path) -> str:
@@ -27,7 +28,7 @@ def _python(code: str, cwd: Path, *path: Path) -> str:
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize("name", ["kernels", "csrc"])
+@pytest.mark.parametrize("name", ["kernels", "csrc", "launch"])
 def test_folder_is_reached_through_a_committed_symlink(name: str) -> None:
     link = PACKAGE / name
     assert link.is_symlink(), f"{link} must be a symlink to ../{name}; on Windows: git config core.symlinks true"
@@ -67,13 +68,13 @@ def _setup_packages() -> set[str]:
 
 
 def test_setup_lists_every_package() -> None:
-    folders = {path.parent for path in PACKAGE.glob("**/*.py")} | {path.parent for path in PACKAGE.glob("kernels/*.py")}
+    folders = {path.parent for name in ("**", *LINKED) for path in PACKAGE.glob(f"{name}/*.py")}
     names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert _setup_packages() == names and "nemo_embed_core.kernels" in names
 
 
-def test_every_package_but_kernels_has_an_init() -> None:
-    for name in _setup_packages() - {"nemo_embed_core.kernels"}:
+def test_every_package_but_linked_ones_has_an_init() -> None:
+    for name in _setup_packages() - {f"nemo_embed_core.{name}" for name in LINKED}:
         assert (ROOT / name.replace(".", "/") / "__init__.py").is_file(), name
 
 
@@ -95,13 +96,29 @@ def test_launchers_carry_no_name_of_the_standard_library() -> None:
     assert not names & {"torch", "numpy", "datasets", "mteb", "transformers", "tokenizers", "triton"}
 
 
+def _cli(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nemo_embed_core.cli", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_runs_the_launchers_under_its_own_name() -> None:
+    result = _cli("evaluate", "--help")
+    assert result.returncode == 0 and "usage: nemo-embed evaluate " in result.stdout, result.stdout + result.stderr
+    assert "--ignore_identical_ids" in result.stdout
+    result = _cli("mine", "--threshold", "3")  # its exit code and its one paragraph
+    assert result.returncode == 2 and "threshold=3" in result.stderr and "Traceback" not in result.stderr
+    for argv in ([], ["demo"], ["tain"]):
+        result = _cli(*argv)
+        assert result.returncode == 2 and "give one of prepare, train, mine, merge, evaluate" in result.stderr
+
+
 @pytest.mark.slow
 def test_wheel_carries_kernels_and_csrc_and_imports_outside_the_repository(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml"):
         copy(ROOT / name, source)
-    for name in ("nemo_embed_core", "kernels", "csrc"):
+    for name in ("nemo_embed_core", "kernels", "csrc", "launch"):
         copytree(ROOT / name, source / name, symlinks=True, ignore=ignore_patterns("__pycache__"))
     # No build isolation: the environment's setuptools, and so no network in a test.
     command = [
@@ -121,9 +138,16 @@ def test_wheel_carries_kernels_and_csrc_and_imports_outside_the_repository(tmp_p
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         file.extractall(tmp_path / "unpacked")
-    for folder, patterns in (("kernels", ("*.py",)), ("csrc", ("*.cu", "*.cuh", "*.h", "*.cpp"))):
+    for folder, patterns in (
+        ("kernels", ("*.py",)),
+        ("launch", ("*.py",)),
+        ("csrc", ("*.cu", "*.cuh", "*.h", "*.cpp")),
+    ):
         for path in (path for pattern in patterns for path in (ROOT / folder).glob(pattern)):
             assert f"nemo_embed_core/{folder}/{path.name}" in names
     assert not [name for name in names if name.startswith(("kernels/", "csrc/", "tests/", "launch/"))]
+    assert "nemo_embed_core/py.typed" in names
+    help_of_train = "import sys, nemo_embed_core.cli as c; sys.argv[1:] = ['train', '--help']; c.main()"
+    assert "--global_batch_size" in _python(help_of_train, tmp_path, tmp_path / "unpacked")
     code = "from nemo_embed_core.kernels import info_nce as m, swiglu; print(m.__file__)"
     assert _python(code, tmp_path, tmp_path / "unpacked").startswith(str(tmp_path / "unpacked"))

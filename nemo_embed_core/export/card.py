@@ -170,7 +170,8 @@ def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def shown_command(argv: Sequence[str]) -> str:
     """A command line without this machine's folders: of absolute paths the last two parts."""
-    return shlex.join("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in argv)
+    program, *words = ["/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in argv]
+    return f"{program} {shlex.join(words)}".strip()  # the program as it is: "nemo-embed merge" is two words
 
 
 # ------------------------------------------------------------------------------------------ text

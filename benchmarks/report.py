@@ -1,0 +1,149 @@
+"""The newest results of every benchmark as one page: python -m benchmarks.report > docs/benchmarks.md (make docs).
+
+Reads benchmarks/results/*.jsonl and nothing else; tests/test_docs.py holds the committed page to its output.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+def newest(benchmark: str) -> list[tuple[Path, list[Row]]]:
+    """(file, its lines) of the latest run on each device; the time of a run is in its file's name."""
+    latest: dict[str, tuple[Path, list[Row]]] = {}
+    for path in sorted(RESULTS.glob(f"{benchmark}-*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if rows:
+            latest[rows[0]["gpu"]] = path, rows
+    return list(latest.values())
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, thousands separated; nothing for a figure that was not measured."""
+    if value is None:
+        return ""
+    return f"{value:,.{max(0, digits - len(str(int(value))))}f}" if value >= 1 else f"{value:#.{digits}g}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def sized(shape: Row) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in shape.items())
+
+
+# ------------------------------------------------------------------------------------------ one section each
+
+
+def ceilings(rows: list[Row]) -> list[str]:
+    """Rates that no kernel on this card can beat."""
+    copy = next(row for row in rows if row["what"] == "copy")
+    gemms = [row for row in rows if "tera_per_s" in row]
+    types = list(gemms[0]["tera_per_s"])
+    lines = [f"A copy reads and writes {number(copy['gb_per_s'], 4)} GB/s. GEMMs, TFLOP/s (int8: TOP/s):", ""]
+    cells = (
+        [row["what"], f"{row['rows']:,} x {row['inner']:,} x {row['columns']:,}"]
+        + [number(row["tera_per_s"][name]) for name in types]
+        for row in gemms
+    )
+    return lines + table(["matrix", "rows x inner x columns", *types], cells)
+
+
+def kernels(rows: list[Row]) -> list[str]:
+    """Times of ours; how many times as long each peer takes, forward and backward together."""
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row["kernel"], sized(row["shape"])), {})[row["variant"]] = row
+    cells = []
+    for (kernel, shape), variants in sorted(cases.items(), key=lambda case: case[0][0]):
+        ours = variants.pop("ours")
+        total = ours["forward_ms"] + ours["backward_ms"]
+        of_copy = sum(ours["copy_ms"]) / total if ours.get("copy_ms") else None
+        peers = [f"{name} {number(row['ours_is_faster_by'])}" for name, row in variants.items() if "error" not in row]
+        times = f"{number(ours['forward_ms'])}, {number(ours['backward_ms'])}"
+        cells.append([kernel, shape, times, percent(ours["share"]), percent(of_copy), "; ".join(peers)])
+    lines = [
+        "bf16. The share is that of the ceiling (copy or GEMM), by the bytes and FLOP that cannot be avoided; the share of a copy is",
+        "that of the speed at which as many bytes are copied, launch included. The last column has the time of each peer over ours: eager",
+        "torch, torch.compile, Liger, cut-cross-entropy (cce), Inf-CL, torch's segment_reduce, a padded batch. `ids`: with document ids.",
+        "",
+    ]
+    head = ["kernel", "shape", "forward, backward: ms", "share", "of a copy", "peer / ours"]
+    return lines + table(head, cells)
+
+
+def step(rows: list[Row]) -> list[str]:
+    """Training steps and encoding beside transformers, and where the time of ours goes."""
+    lines = [
+        "Tokens are those of the texts, never padding; MFU is of the card's nominal bf16 rate. A training step has its optimizer and",
+        "accumulation in it.",
+        "",
+    ]
+    cells = []
+    timed = [row for row in rows if row["what"] in ("train", "encode")]
+    for row in timed:
+        best = next(r for r in timed if (r["what"], r["shape"]) == (row["what"], row["shape"]))
+        factor = "" if row is best else number(best["tokens_per_s"] / row["tokens_per_s"])
+        work = f"{row['what']} {row['shape']}, {row['layers']} layers"
+        memory = number(row["peak_gb"])
+        cells.append([work, row["variant"], f"{row['tokens_per_s']:,.0f}", percent(row["mfu"]), memory, factor])
+    lines += table(["", "variant", "tokens/s", "MFU", "peak GB", "ours is faster"], cells)
+    parts = [row for row in rows if row["what"] == "profile"]
+    shapes = list(dict.fromkeys(row["shape"] for row in parts))
+    shares = {(row["part"], row["shape"]): row["share"] for row in parts}
+    names = list(dict.fromkeys(row["part"] for row in parts))
+    cells = [[name, *(f"{shares[name, shape]:.1%}" for shape in shapes)] for name in names]
+    return [*lines, "", "Where a training step of ours spends its time:", "", *table(["part", *shapes], cells)]
+
+
+def mining(rows: list[Row]) -> list[str]:
+    """Exact search beside plain matmul and topk."""
+    lines = [
+        "`topk`: the best k documents of every query; `mining`: the best below 0.95 x the positive's score. `ids right` is the share of",
+        "ids in common with the exact answer, `certified` that of the queries whose answer the bounds proved in the first pass.",
+        "",
+    ]
+    cells = (
+        [row["what"], row["variant"], sized(row["shape"])]
+        + [number(row.get(key)) for key in ("seconds", "ids_in_common", "certified_share")]
+        for row in rows
+    )
+    return lines + table(["", "variant", "shape", "seconds", "ids right", "certified"], cells)
+
+
+SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
+    "ceilings": ceilings,
+    "kernels": kernels,
+    "step": step,
+    "mining": mining,
+}
+
+
+def page() -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `make docs` from [benchmarks/results](../benchmarks/results): the newest run on each device. `make gpu` runs them all on a",
+        "machine with a CUDA device; a benchmark times nothing before it has checked the results of every variant against each other.",
+        "Reasons, what was tried and what lost: [log.md](log.md). Figures of CPUs: [mining.md](mining.md), [merging.md](merging.md).",
+    ]
+    for name, section in SECTIONS.items():
+        for path, rows in newest(name):
+            run = rows[0]
+            where = f"{run['gpu']}, torch {run['torch']}, triton {run['triton']}, commit {run['commit']}, {run['date'][:10]}"
+            source = f"`python -m benchmarks.{name}`, [{path.name}](../benchmarks/results/{path.name})"
+            lines += ["", f"## {name}", "", f"{where}: {source}.", "", *section(rows)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

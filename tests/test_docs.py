@@ -1,0 +1,129 @@
+"""What the texts say is so: pages that a command makes are its output, links lead somewhere, commands are accepted."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from nemo_embed_core import config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize(
+    "page, command",
+    [("docs/benchmarks.md", ["-m", "benchmarks.report"]), ("docs/architecture.md", ["docs/architecture.py"])],
+)
+def test_a_page_is_what_its_command_makes(page: str, command: list[str]) -> None:
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    same = (ROOT / page).read_text(encoding="utf-8") == result.stdout
+    assert same, f"{page} is out of date: python {' '.join(command)} > {page}"
+
+
+def test_relative_links_lead_to_files() -> None:
+    links = [
+        (page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    places = [(page, link.split("#")[0]) for page, link in links if "://" not in link]
+    assert len(places) > 30
+    assert not [f"{page.name}: {place}" for page, place in places if not (page.parent / place).exists()]
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    found, todo = set[Path](), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        found.add(page)
+        links = re.findall(r"\]\(([^):#\s]+\.md)", page.read_text(encoding="utf-8"))
+        todo += [place for link in links if (place := (page.parent / link).resolve()) not in found]
+    assert not set(PAGES) - found
+
+
+def test_the_readme_is_short_and_in_order() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 100
+    heads = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    path = "Your data to a served model in five commands"
+    assert heads == ["Install", "Two commands", path, "Python", "Map", "Links"]
+    section = "\n".join(lines).split(f"## {path}")[1].split("```")[1]
+    assert len(section.strip().splitlines()) == 5
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+def _commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(launcher, its arguments) of every line of a page that starts one; a line that ends in a backslash goes on."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    for line in text.splitlines():
+        if (match := re.match(r"\s*(?:python|torchrun)\s.*?launch/(\w+)\.py\b(.*)", line)) and match[1] != "demo":
+            yield match[1], shlex.split(match[2], comments=True)
+
+
+COMMANDS = [(page.name, verb, argv) for page in PAGES for verb, argv in _commands(page)]
+
+
+def test_every_verb_has_a_command_in_the_docs() -> None:
+    assert {verb for _, verb, _ in COMMANDS} == {*config.LAUNCHERS, "merge"} and len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("verb", config.LAUNCHERS)
+def test_commands_are_accepted(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = [(page, argv) for page, of, argv in COMMANDS if of == verb]
+    for page, argv in commands:
+        try:
+            config.load_config(config.LAUNCHERS[verb], argv)
+        except config.UserError as error:
+            pytest.fail(f"{page}: {verb} {shlex.join(argv)}: {error}")
+
+
+def test_commands_of_merge_have_its_options() -> None:
+    result = subprocess.run(
+        [sys.executable, "launch/merge.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.stdout.split("options:")[-1]))
+    assert "--weights" in known and "-o" in known
+    unknown = [(page, word) for page, of, argv in COMMANDS if of == "merge" for word in argv if word.startswith("-")]
+    assert not [(page, word) for page, word in unknown if word not in known]
+
+
+# ------------------------------------------------------------------------------------------ who carries on
+
+
+def test_a_recipe_names_at_most_three_files_besides_tests() -> None:
+    """CONTRIBUTING: '### A data format' and the files below it; where one moves, the recipe moves with it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## How to add")[1].split("\n## ")[0]
+    recipes = {part.splitlines()[0]: part for part in text.split("\n### ")[1:]}
+    assert list(recipes) == ["A data format", "A base model", "A loss term", "An evaluation task", "A kernel"]
+    for name, recipe in recipes.items():
+        files = set(re.findall(r"`((?:\w+/)*[\w.]+\.(?:py|md|yaml))`", recipe))
+        assert files and not [file for file in files if not (ROOT / file).is_file()], (name, files)
+        assert any(file.startswith("tests/") for file in files), name
+        assert len({file for file in files if not file.startswith("tests/")}) <= 3, (name, files)
+        assert len(recipe.strip().splitlines()[1:]) <= 6, name  # five lines and the blank one below the title
+
+
+def test_every_package_that_setup_asks_for_is_pinned_in_its_range() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    (call,) = [node.value for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Expr)][1:]
+    asked = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg in _ASKED}  # type: ignore[attr-defined]
+    extras = [item for name in ("eval", "demo", "log", "dev") for item in asked["extras_require"][name]]
+    requirements = [Requirement(text) for text in (*asked["install_requires"], *extras)]
+    for requirement in requirements:
+        name = requirement.name.lower().replace("_", "-")
+        if name not in ("torch", "triton"):
+            assert requirement.specifier.contains(pins[name]), f"{requirement} and {name}=={pins.get(name)}"
+    assert not {"torch", "triton"} & set(pins)
+
+
+_ASKED = {"install_requires", "extras_require"}
