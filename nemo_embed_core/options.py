@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -45,7 +45,9 @@ class Options:
         """Wrong types are refused however the object is made: TrainConfig(data={...}), dataclasses.replace."""
         for name, kind in _kinds(type(self)).items():
             if not _fits(value := getattr(self, name), kind):
-                raise UserError(f"{self._prefix}{name}={_short(value)} must be {_words(kind)}")
+                is_dict = any(isinstance(item, dict) for item in (value if isinstance(value, list) else [value]))
+                hint = "; from_dict takes a dict in its place" if is_dict else ""
+                raise UserError(f"{self._prefix}{name}={_short(value)} must be {words(kind)}{hint}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -67,11 +69,8 @@ class Options:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
         _check_yaml(text, path)
-        values = get_loader("yaml")(text) or {}
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds no mapping of options but {_short(values)}")
         try:
-            return cls.from_dict(_merged(values, options))
+            return cls.from_dict(_merged(get_loader("yaml")(text), options))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -110,16 +109,17 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
-def _words(kind: Any) -> str:
+def words(kind: Any) -> str:
+    """int | None: an integer or null. As errors and docs/options.md say it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_words, arguments))
+        return " or ".join(map(words, arguments))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin is list:
-        return f"a list of which each item is {_words(arguments[0])}"
+        return f"a list (each {words(arguments[0])})"
     if dataclasses.is_dataclass(kind):
-        return f"a {kind.__name__} (from_dict takes a dict in its place)"  # type: ignore[union-attr]
+        return f"a {kind.__name__}"  # type: ignore[union-attr]
     names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
     return names.get(kind, "null")
 
@@ -153,19 +153,20 @@ def load_config(cls: type[C], argv: Sequence[str] | None = None) -> C:
 
     Unknown keys, wrong types and impossible values raise a UserError of one paragraph that names the option.
     """
-    parser = _parser(cls)
+    parser = _parser(cls, reads_files=True)
     argv = sys.argv[1:] if argv is None else list(argv)
-    _refuse_duplicate_keys(cls, argv)
+    _check_files(cls, argv)
     return _build(cls, parser, lambda: parser.parse_args(_join_lists(cls, argv)))
 
 
-def _parser(cls: type[Options]) -> ArgumentParser:
+def _parser(cls: type[Options], reads_files: bool = False) -> ArgumentParser:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE] ..."
     parser = ArgumentParser(description=cls.__doc__, usage=usage, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    if reads_files:
+        parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     parser.add_class_arguments(cls, as_group=False)
     # Of a sub-config the parser takes the default instance, where a value may be derived from others (head_dim from the
     # sizes): it would stick when those are overridden.
@@ -188,14 +189,13 @@ def _underived(cls: type[Options]) -> Iterator[tuple[str, Any]]:
                 yield f"{section}.{f.name}", f.default
 
 
-def _build(cls: type[C], parser: ArgumentParser, parse: Any) -> C:
+def _build(cls: type[C], parser: ArgumentParser, parse: Callable[[], Any]) -> C:
     from jsonargparse import ArgumentError, Namespace
 
     try:
         values = parse()
-    except (ArgumentError, AssertionError) as error:
-        options = [name for action in parser._actions for name in action.option_strings]
-        raise UserError(_explain(str(error), options)) from None
+    except ArgumentError as error:
+        raise UserError(_explain(cls, str(error))) from None
     values.pop("config", None)
     for section, kind in _sections(cls):
         if not isinstance(value := values.get(section), Namespace):
@@ -203,8 +203,7 @@ def _build(cls: type[C], parser: ArgumentParser, parse: Any) -> C:
     return cls(**vars(parser.instantiate(values)))
 
 
-def _refuse_duplicate_keys(cls: type[Options], argv: Sequence[str]) -> None:
-    """YAML says a repeated key is an error; PyYAML keeps the last one silently."""
+def _check_files(cls: type[Options], argv: Sequence[str]) -> None:
     files = {"--config", *(f"--{section}" for section, _ in _sections(cls))}
     for option, value in zip(argv, [*argv[1:], ""], strict=True):
         name, is_joined, joined = option.partition("=")
@@ -217,6 +216,7 @@ def _refuse_duplicate_keys(cls: type[Options], argv: Sequence[str]) -> None:
 
 
 def _check_yaml(text: str, path: str | Path) -> None:
+    """YAML says that a repeated key is an error; PyYAML keeps the last one silently."""
     import yaml
 
     def check(node: yaml.Node | None) -> None:
@@ -235,7 +235,10 @@ def _check_yaml(text: str, path: str | Path) -> None:
                 check(item)
 
     try:
-        check(yaml.compose(text, Loader=yaml.SafeLoader))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path} holds no mapping of options")
+        check(root)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -262,14 +265,29 @@ def _list_fields(cls: type[Options]) -> Iterator[tuple[str, type]]:
                     yield f"--{section}{name}", typing.get_args(k)[0]
 
 
-def _explain(message: str, options: Sequence[str]) -> str:
-    """The parser's message on one line, with the nearest option where one is misspelt."""
+def _keys(cls: type[Options]) -> Iterator[tuple[str, Any]]:
+    """(optim.lr, float) of every option, and (data.datasets.path, str) of the objects that an option takes."""
+    for name, kind in _kinds(cls).items():
+        yield name, kind
+        for inner in (kind, *typing.get_args(kind)):
+            if isinstance(inner, type) and issubclass(inner, Options):
+                yield from ((f"{name}.{key}", k) for key, k in _keys(inner))
+
+
+def _explain(cls: type[Options], message: str) -> str:
+    """The parser's message on one line: the path of the key, and what it takes or which one is nearest."""
     message = " ".join(message.split())
-    message = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"in a \1:", message)
-    for word in re.findall(r"--?[\w.]+|[\"'][\w.]+[\"']", message):
-        name = word.strip("\"'-").split("=")[0]
-        if f"--{name}" not in options:
-            near = difflib.get_close_matches(f"--{name}", options, n=1, cutoff=0.75)
-            if near:
-                return f"{message}; did you mean {near[0]}?"
+    kinds = dict(_keys(cls))
+    path = [*re.findall(r'Parser key "([\w.]+)"', message), *re.findall(r"Group '([\w.]+)' does not", message)]
+    if unknown := re.search(r"(?:unrecognized arguments: --?|[Oo]ption ')([\w.]+)", message):
+        key = ".".join([*path, unknown[1]])
+        near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.75)
+        return f"{key} is not an option{f'; did you mean --{near[0]}?' if near else ''}"
+    if missing := re.search(r"arguments are required: ([\w., ]+)", message):
+        return f"{'.'.join([*path, missing[1]])} is missing"
+    if unread := re.search(r"Unable to load config [\"']([^\"']*)", message):
+        return f"{path[0]}={unread[1]} is not a readable file of options"
+    values = re.findall(r"(?:Got|Given) value: (.+?)(?= Subclass types| - Expected| Given value type|$)", message)
+    if values and (key := ".".join(path)) in kinds:
+        return f"{key}={values[0 if len(path) > 1 else -1][:60]} must be {words(kinds[key])}"
     return message

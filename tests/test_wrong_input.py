@@ -64,7 +64,7 @@ def refuses(result: dict[str, Any], *fragments: str) -> None:
 
 OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--optim.lrr=1"], ["optim.lrr", "did you mean --optim.lr?"]),
-    (["--optim.lr=fast"], ["optim.lr", "float", "fast"]),
+    (["--optim.lr=fast"], ["optim.lr=fast must be a finite number"]),
     (["--optim.lr=-1"], ["lr=-1.0 must be positive"]),
     (["--optim.min_lr=-1"], ["optim.min_lr=-1.0 must lie between 0 and lr="]),
     (["--optim.min_lr=1"], ["optim.min_lr=1.0 must lie between 0 and lr="]),
@@ -73,8 +73,8 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--optim.warmup_steps=2"], ["optim.warmup_steps=2 is not below steps=2"]),
     (["--optim.warmup_steps=-1"], ["warmup_steps=-1", "must not be negative"]),
     (["--checkpoint.resume=nowhere"], ["nowhere is neither a checkpoint"]),
-    (["--steps=1.5"], ["steps", "int", "1.5"]),
-    (["--loss.in_batch=some"], ["loss.in_batch", "'positives'", "some"]),
+    (["--steps=1.5"], ["steps=1.5 must be an integer"]),
+    (["--loss.in_batch=some"], ["loss.in_batch=some must be one of 'none', 'positives', 'all'"]),
     (["--loss.temperature=0"], ["loss.temperature=0.0 must be positive"]),
     (["--checkpoint.keep=0"], ["checkpoint.keep=0"]),
     (["--model.num_key_value_heads=3"], ["num_attention_heads=8 is not a multiple of num_key_value_heads=3"]),
@@ -91,7 +91,7 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--device=cuda"], ["device=cuda, but torch sees no CUDA device"]),
     (["--attention=flash"], ["attention=flash needs a CUDA device"]),
     (["--init_from=nowhere"], ["nowhere is not a folder"]),
-    (["--config=nowhere.yaml"], ["nowhere.yaml"]),
+    (["--config=nowhere.yaml"], ["config=nowhere.yaml is not a readable file"]),
 ]
 
 

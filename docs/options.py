@@ -1,0 +1,80 @@
+"""docs/options.md, one table per launcher, from the same texts as --help: python -m docs.options"""
+
+import argparse
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from docstring_parser import parse_from_object
+
+from launch import merge
+from nemo_embed_core.config import LAUNCHERS
+from nemo_embed_core.options import Options, words
+
+TOP = """# Options
+
+Written by `python -m docs.options` from `nemo_embed_core/config/`, whose texts `--help` prints too.
+
+Every option goes on the command line (`--optim.lr 1e-6`), into a YAML file (`--config run.yaml`; options after it
+override it) or into Python (`TrainConfig.from_yaml("run.yaml", optim={"lr": 1e-6})`, `TrainConfig.from_dict({...})`).
+`--print_config` prints the resolved file. Lists: `--models A B`; lists of objects, whose keys stand here after `[]`, in YAML
+or as JSON: `--data.datasets '[{"path": "train.jsonl", "task": "..."}]'`. A wrong name, type or value ends with exit
+code 2 and one paragraph that names the option.
+"""
+
+Row = tuple[str, str, str, str]  # option, type, default, meaning
+
+
+def rows(cls: type[Options], prefix: str = "") -> Iterator[Row]:
+    """A row of each option, and of the keys of each object that an option takes."""
+    texts = {entry.arg_name: entry.description or "" for entry in parse_from_object(cls).params}
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, kind = f"{prefix}{field.name}", kinds[field.name]
+        if isinstance(kind, type) and issubclass(kind, Options):
+            yield from rows(kind, f"{name}.")
+            continue
+        yield name, words(kind), default(field), texts.get(field.name, "")
+        for inner in typing.get_args(kind):
+            if isinstance(inner, type) and issubclass(inner, Options):
+                yield from rows(inner, f"{name}[]." if typing.get_origin(kind) is list else f"{name}.")
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{json.dumps(field.default_factory())}`"
+    return "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
+
+
+def rows_of_argparse(parser: argparse.ArgumentParser) -> Iterator[Row]:
+    for action in parser._actions:
+        if action.dest != "help":
+            kind = {"float": "a finite number"}.get(getattr(action.type, "__name__", ""), "a string")
+            kind = f"one of {', '.join(map(repr, action.choices))}" if action.choices else kind
+            kind = f"a list (each {kind})" if action.nargs in ("*", "+") else kind
+            kind = "no value" if action.nargs == 0 else kind
+            name = ", ".join(action.option_strings).removeprefix("--") or action.dest
+            yield name, kind, f"`{json.dumps(action.default)}`", action.help or ""
+
+
+def table(found: Iterator[Row]) -> Iterator[str]:
+    yield "| option | type | default | meaning |"
+    yield "|---|---|---|---|"
+    for name, *cells in found:
+        name = name if name.startswith("-") else f"`{name}`"
+        yield f"| {' | '.join([name, *(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)])} |"
+
+
+def page() -> str:
+    lines = [TOP]
+    for name, cls in LAUNCHERS.items():
+        lines += [f"## launch/{name}.py", "", cls.__doc__ or "", "", *table(rows(cls)), ""]
+    lines += ["## launch/merge.py", "", (merge.__doc__ or "").splitlines()[0], ""]
+    lines += [*table(rows_of_argparse(merge.parser())), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
