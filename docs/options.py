@@ -72,7 +72,7 @@ def page() -> str:
     for name, cls in LAUNCHERS.items():
         lines += [f"## launch/{name}.py", "", cls.__doc__ or "", "", *table(rows(cls)), ""]
     lines += ["## launch/merge.py", "", (merge.__doc__ or "").splitlines()[0], ""]
-    lines += [*table(rows_of_argparse(merge.parser())), ""]
+    lines += [*table(rows_of_argparse(merge.options())), ""]
     return "\n".join(lines)
 
 

@@ -12,11 +12,11 @@ python launch/merge.py --check exports/model        (prove any exported folder, 
 import argparse
 import sys
 
-from nemo_embed_core.errors import UserError, user_errors
+from nemo_embed_core.errors import user_errors
 from nemo_embed_core.merge.recipes import check_recipe
 
 
-def parse() -> argparse.Namespace:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sources", nargs="*", help="runs, checkpoints or Hugging Face folders; several are averaged")
@@ -29,32 +29,30 @@ def parse() -> argparse.Namespace:
     add("--task", help="instruction of the default query prompt; default: the sources' own")
     add("--document-task", help="the same of documents")
     add("--weights", type=float, nargs="+", metavar="W", help="one per source, sum 1; default: the mean")
-    add("--method", choices=("average", "slerp", "soup"), default="average")
+    methods = "soup: of the sources that --evaluate scores best together; slerp: between two, on the arc"
+    add("--method", choices=("average", "slerp", "soup"), default="average", help=methods)
     add("--t", type=float, help="slerp: 0 is the first source, 1 the second")
     scores = "soup: prints a score on its last line, higher is better; {folder} is filled in"
     add("--evaluate", metavar="COMMAND", help=scores)
-    args = parser.parse_args()
-    if bool(args.check) == bool(args.sources and args.output):
-        parser.error("give sources and -o DIR, or --check DIR")
-    if args.trust_remote_code and not args.check:
-        parser.error("--trust-remote-code goes with --check DIR")
-    try:
-        check_recipe(args.method, args.weights, args.t, args.evaluate)
-    except UserError as error:
-        parser.error(str(error))
-    return args
+    return parser
 
 
 def main() -> None:
-    options = vars(parse())
-    path, trusted = options.pop("check"), options.pop("trust_remote_code")
+    parser = options()
+    given = vars(parser.parse_args())
+    path, trusted = given.pop("check"), given.pop("trust_remote_code")
+    if bool(path) == bool(given["sources"] and given["output"]):
+        parser.error("give sources and -o DIR, or --check DIR")
+    if trusted and not path:
+        parser.error("--trust-remote-code goes with --check DIR")
     with user_errors():
+        check_recipe(given["method"], given["weights"], given["t"], given["evaluate"])
         from nemo_embed_core.merge import merge
 
         if path:
             merge.check(path, trusted)
         else:
-            merge.merge(**options, command=sys.argv)
+            merge.merge(**given, command=sys.argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The text of an option is the string below its field; --help and docs/options.md 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import json
@@ -18,7 +17,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -26,7 +25,6 @@ from nemo_embed_core.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import yaml
-    from jsonargparse import ArgumentParser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,19 +43,15 @@ class Options:
         """Wrong types are refused however the object is made: TrainConfig(data={...}), dataclasses.replace."""
         for name, kind in _kinds(type(self)).items():
             if not _fits(value := getattr(self, name), kind):
-                is_dict = any(isinstance(item, dict) for item in (value if isinstance(value, list) else [value]))
-                hint = "; from_dict takes a dict in its place" if is_dict else ""
+                has_dict = any(isinstance(item, dict) for item in (value if isinstance(value, list) else [value]))
+                takes_options = any(map(_is_options, (kind, *typing.get_args(kind))))
+                hint = "; from_dict takes a dict in its place" if has_dict and takes_options else ""
                 raise UserError(f"{self._prefix}{name}={_short(value)} must be {words(kind)}{hint}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The dict that `to_dict` gives, or a part of it: dicts become sub-configs, everything else is checked."""
-        if not isinstance(values, Mapping):
-            raise UserError(f"{cls.__name__}.from_dict takes a dict, not {_short(values)}")
-        if wrong := [key for key in values if not isinstance(key, str)]:
-            raise UserError(f"{cls.__name__}.from_dict: key {wrong[0]!r} is not the name of an option")
-        parser = _parser(cls)
-        return _build(cls, parser, lambda: parser.parse_object(_plain(values)))
+        return _made(cls, values, "")
 
     @classmethod
     def from_yaml(cls, path: str | Path, **options: Any) -> Self:
@@ -86,9 +80,10 @@ def dump_yaml(config: Any, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
-# ------------------------------------------------------------------------------------------ types
-
 C = TypeVar("C", bound=Options)
+UNIONS = (typing.Union, types.UnionType)
+
+# ------------------------------------------------------------------------------------------ types
 
 
 def _kinds(cls: type[Options]) -> dict[str, Any]:
@@ -98,7 +93,7 @@ def _kinds(cls: type[Options]) -> dict[str, Any]:
 
 def _fits(value: Any, kind: Any) -> bool:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         return any(_fits(value, k) for k in arguments)
     if origin is Literal:
         return isinstance(value, str) and value in arguments
@@ -112,7 +107,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def words(kind: Any) -> str:
     """int | None: an integer or null. As errors and docs/options.md say it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         return " or ".join(map(words, arguments))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
@@ -129,13 +124,47 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _plain(values: Any) -> Any:
-    """A copy without dataclasses."""
-    if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        return _plain(dataclasses.asdict(values))
-    if isinstance(values, Mapping):
-        return {key: _plain(value) for key, value in values.items()}
-    return [_plain(item) for item in values] if isinstance(values, list | tuple) else copy.deepcopy(values)
+def _made(cls: type[C], values: Any, path: str) -> C:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path or cls.__name__}={_short(values)} must be a mapping of the options of {cls.__name__}")
+    prefix, kinds = f"{path}." if path else "", _kinds(cls)
+    for key in values:
+        if key not in kinds:
+            raise UserError(_unknown(cls, f"{key}", prefix))
+    for f in dataclasses.fields(cls):
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{f.name} is missing")
+    return cls(**{key: _converted(kinds[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def _converted(kind: Any, value: Any, path: str) -> Any:
+    """value with sub-configs in place of dicts, for the constructor to check; containers are copied."""
+    if _is_options(kind):
+        return value if isinstance(value, kind) else _made(kind, value, path)
+    if isinstance(value, list) and typing.get_origin(kind) is list:
+        return [_converted(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping | list) and typing.get_origin(kind) in UNIONS:
+        for k in typing.get_args(kind):  # of X | None, the X that takes it
+            if _is_options(k) or typing.get_origin(k) is list:
+                return _converted(k, value, path)
+    return value
+
+
+def _is_options(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Options)
+
+
+def _unknown(cls: type[Options], key: str, prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, dict(_keys(cls)), n=1, cutoff=0.75)
+    return f"{prefix}{key} is not an option{f'; did you mean {prefix}{near[0]}?' if near else ''}"
+
+
+def _keys(cls: type[Options]) -> Iterator[tuple[str, Any]]:
+    """(optim.lr, float) of every option, and (data.datasets.path, str) of the objects that an option takes."""
+    for name, kind in _kinds(cls).items():
+        yield name, kind
+        for inner in filter(_is_options, (kind, *typing.get_args(kind))):
+            yield from ((f"{name}.{key}", k) for key, k in _keys(inner))
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,30 +182,34 @@ def load_config(cls: type[C], argv: Sequence[str] | None = None) -> C:
 
     Unknown keys, wrong types and impossible values raise a UserError of one paragraph that names the option.
     """
-    parser = _parser(cls, reads_files=True)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    _check_files(cls, argv)
-    return _build(cls, parser, lambda: parser.parse_args(_join_lists(cls, argv)))
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-
-def _parser(cls: type[Options], reads_files: bool = False) -> ArgumentParser:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
+    # A value that looks like the path of a class would be imported before it is refused.
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[__package__])
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE] ..."
     parser = ArgumentParser(description=cls.__doc__, usage=usage, exit_on_error=False)
-    if reads_files:
-        parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     parser.add_class_arguments(cls, as_group=False)
     # Of a sub-config the parser takes the default instance, where a value may be derived from others (head_dim from the
     # sizes): it would stick when those are overridden.
     parser.set_defaults(dict(_underived(cls)))
-    return parser
+    argv = sys.argv[1:] if argv is None else list(argv)
+    _check_files(cls, argv)
+    try:
+        values = parser.parse_args(_join_lists(cls, argv))
+    except (ArgumentError, ImportError) as error:  # ImportError: of a section with the key class_path
+        raise UserError(_explain(cls, str(error))) from None
+    values.pop("config", None)
+    for section, kind in _sections(cls):
+        if not isinstance(value := values.get(section), Namespace):
+            raise UserError(f"{section}={_short(value)} must be a mapping of the options of {kind.__name__}")
+    return cls(**vars(parser.instantiate(values)))
 
 
 def _sections(cls: type[Options]) -> Iterator[tuple[str, type[Options]]]:
     for name, kind in _kinds(cls).items():
-        if isinstance(kind, type) and issubclass(kind, Options):
+        if _is_options(kind):
             yield name, kind
             yield from ((f"{name}.{inner}", k) for inner, k in _sections(kind))
 
@@ -187,20 +220,6 @@ def _underived(cls: type[Options]) -> Iterator[tuple[str, Any]]:
         for f in dataclasses.fields(kind):
             if f.default is not dataclasses.MISSING and f.default != getattr(instance, f.name):
                 yield f"{section}.{f.name}", f.default
-
-
-def _build(cls: type[C], parser: ArgumentParser, parse: Callable[[], Any]) -> C:
-    from jsonargparse import ArgumentError, Namespace
-
-    try:
-        values = parse()
-    except ArgumentError as error:
-        raise UserError(_explain(cls, str(error))) from None
-    values.pop("config", None)
-    for section, kind in _sections(cls):
-        if not isinstance(value := values.get(section), Namespace):
-            raise UserError(f"{section}={_short(value)} must be a mapping of the options of {kind.__name__}")
-    return cls(**vars(parser.instantiate(values)))
 
 
 def _check_files(cls: type[Options], argv: Sequence[str]) -> None:
@@ -265,28 +284,19 @@ def _list_fields(cls: type[Options]) -> Iterator[tuple[str, type]]:
                     yield f"--{section}{name}", typing.get_args(k)[0]
 
 
-def _keys(cls: type[Options]) -> Iterator[tuple[str, Any]]:
-    """(optim.lr, float) of every option, and (data.datasets.path, str) of the objects that an option takes."""
-    for name, kind in _kinds(cls).items():
-        yield name, kind
-        for inner in (kind, *typing.get_args(kind)):
-            if isinstance(inner, type) and issubclass(inner, Options):
-                yield from ((f"{name}.{key}", k) for key, k in _keys(inner))
-
-
 def _explain(cls: type[Options], message: str) -> str:
     """The parser's message on one line: the path of the key, and what it takes or which one is nearest."""
     message = " ".join(message.split())
     kinds = dict(_keys(cls))
     path = [*re.findall(r'Parser key "([\w.]+)"', message), *re.findall(r"Group '([\w.]+)' does not", message)]
     if unknown := re.search(r"(?:unrecognized arguments: --?|[Oo]ption ')([\w.]+)", message):
-        key = ".".join([*path, unknown[1]])
-        near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.75)
-        return f"{key} is not an option{f'; did you mean --{near[0]}?' if near else ''}"
+        return _unknown(cls, ".".join([*path, unknown[1]]))
     if missing := re.search(r"arguments are required: ([\w., ]+)", message):
         return f"{'.'.join([*path, missing[1]])} is missing"
-    if unread := re.search(r"Unable to load config [\"']([^\"']*)", message):
-        return f"{path[0]}={unread[1]} is not a readable file of options"
+    if unread := re.search(r"(?:Unable to load config|File does not exist:|Importing) [\"']([^\"']*)", message):
+        key = path[0] if path else "class_path"
+        is_file = key not in kinds or _is_options(kinds[key])
+        return f"{key}={unread[1]} {'is not a readable file of options' if is_file else f'must be {words(kinds[key])}'}"
     values = re.findall(r"(?:Got|Given) value: (.+?)(?= Subclass types| - Expected| Given value type|$)", message)
     if values and (key := ".".join(path)) in kinds:
         return f"{key}={values[0 if len(path) > 1 else -1][:60]} must be {words(kinds[key])}"

@@ -63,7 +63,7 @@ def refuses(result: dict[str, Any], *fragments: str) -> None:
 
 
 OPTIONS: list[tuple[list[str], list[str]]] = [
-    (["--optim.lrr=1"], ["optim.lrr", "did you mean --optim.lr?"]),
+    (["--optim.lrr=1"], ["optim.lrr", "did you mean optim.lr?"]),
     (["--optim.lr=fast"], ["optim.lr=fast must be a finite number"]),
     (["--optim.lr=-1"], ["lr=-1.0 must be positive"]),
     (["--optim.min_lr=-1"], ["optim.min_lr=-1.0 must lie between 0 and lr="]),
@@ -91,7 +91,7 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--device=cuda"], ["device=cuda, but torch sees no CUDA device"]),
     (["--attention=flash"], ["attention=flash needs a CUDA device"]),
     (["--init_from=nowhere"], ["nowhere is not a folder"]),
-    (["--config=nowhere.yaml"], ["config=nowhere.yaml is not a readable file"]),
+    (["--config=nowhere.yaml"], ["config=", "nowhere.yaml is not a readable file of options"]),
 ]
 
 
@@ -127,9 +127,11 @@ def test_wrong_layout_before_any_collective(launch: Launcher, options: list[str]
 
 YAML = [
     ("seed: 1\nseed: 2\n", [":2: key 'seed' stands here and on line 1"]),
-    ("loss:\n  temprature: 0.02\n", ["temprature", "did you mean --loss.temperature?"]),
+    ("loss:\n  temprature: 0.02\n", ["temprature", "did you mean loss.temperature?"]),
     ("seed: [1\n", ["is not valid YAML"]),
-    ("data:\n  datasets:\n  - {path: x, tsk: y}\n", ["tsk"]),
+    ("data:\n  datasets:\n  - {path: x, tsk: y}\n", ["data.datasets.tsk", "did you mean data.datasets.task?"]),
+    ("optim: 3\n", ["optim=3 must be a mapping"]),
+    ("", ["holds no mapping of options"]),
 ]
 
 

@@ -31,7 +31,7 @@ class DataConfig(Options, section="data"):
     """Texts, their lengths, and how they are packed."""
 
     datasets: list[DatasetConfig] = field(default_factory=list)
-    """Datasets to draw from; keys of each: path, task, document_task, split, on_missing."""
+    """Datasets to draw from; --data.datasets.help lists the keys of each."""
     cache_dir: str = "data-cache"
     """Folder of the tokenised stores, one for each digest of data, tokenizer and lengths."""
     query_max_length: int = 512

@@ -45,7 +45,7 @@ class MineConfig(Options):
     document_task: str | None = None
     """Instruction of the documents; "": none; null: the model's own."""
     datasets: list[MineDatasetConfig] = field(default_factory=list)
-    """Several datasets in place of the five options above; keys of each: path, task, document_task, split, on_missing."""
+    """Several datasets in place of `data` and its options; --datasets.help lists the keys of each."""
     output: str = ""
     """JSONL to write, of {"query", "pos", "neg", ...} rows that launch/train.py reads; of several datasets a folder with
     one file for each."""

@@ -1,0 +1,246 @@
+"""Options from the command line, YAML, dicts and constructors: one set of values, errors and texts."""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import train_config
+
+from nemo_embed_core import config as c
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+CLASSES = sorted((k for k in vars(c).values() if isinstance(k, type) and issubclass(k, c.Options)), key=str)
+CLASSES.remove(c.Options)
+NEEDED: dict[type, dict[str, Any]] = {
+    c.TrainConfig: {"output_dir": "runs/x", "steps": 3},
+    c.PrepareConfig: {"tokenizer": "folder"},
+    c.MineConfig: {"model": "m", "data": "d", "output": "o"},
+    c.EvaluateConfig: {"data": "d"},
+    c.DatasetConfig: {"path": "p"},
+    c.MineDatasetConfig: {"path": "p"},
+}
+
+
+def refusal(make: Callable[[], Any]) -> str:
+    with pytest.raises(c.UserError) as error:
+        make()
+    return str(error.value)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return found
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+def test_a_dict_gives_the_config_that_it_came_from_and_stays_as_it_was(tmp_path: Path) -> None:
+    config = train_config(tmp_path, optim={"lr": 3e-4, "warmup_steps": 2}, checkpoint={"allow_changed": ["seed"]})
+    values = json.loads(json.dumps(c.to_dict(config)))
+    before = copy.deepcopy(values)
+    again = c.TrainConfig.from_dict(values)
+    assert again == config and values == before
+    assert isinstance(again.model.rope_scaling, c.RopeScaling) and isinstance(again.data.datasets[0], c.DatasetConfig)
+    parts = {**NEEDED[c.TrainConfig], "data": config.data, "model": {"rope_scaling": config.model.rope_scaling}}
+    mixed = c.TrainConfig.from_dict(parts)
+    assert mixed.data == config.data and mixed.model.rope_scaling == config.model.rope_scaling
+
+
+@pytest.mark.parametrize("cls", NEEDED, ids=lambda cls: cls.__name__)
+def test_of_every_config_a_dict_with_the_needed_options_is_enough(cls: Any) -> None:
+    assert cls.from_dict(NEEDED[cls]) == cls(**NEEDED[cls])
+    for name in (f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING):
+        less = {key: value for key, value in NEEDED[cls].items() if key != name}
+        assert refusal(lambda: cls.from_dict(less)) == f"{name} is missing"  # noqa: B023
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_means_the_same_in_python_and_on_the_command_line(path: Path) -> None:
+    cls: Any = c.LAUNCHERS[path.stem.split("-")[0]]
+    given = {key: value for key, value in NEEDED[cls].items() if f"{key}:" not in path.read_text()}
+    argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    given |= {"model": [given["model"]]} if isinstance(given.get("model"), str) else {}
+    assert cls.from_yaml(path, **given) == c.load_config(cls, ["--config", str(path), *argv])
+
+
+def test_options_beside_a_file_override_only_the_keys_that_they_have(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: a\nsteps: 7\noptim:\n  lr: 1e-3\n  beta2: 0.98\n")
+    config = c.TrainConfig.from_yaml(path, output_dir="b", optim={"lr": 2e-3})
+    assert (config.output_dir, config.steps, config.optim.lr, config.optim.beta2) == ("b", 7, 2e-3, 0.98)
+    (tmp_path / "optim.yaml").write_text("lr: 5e-4\n")
+    argv = ["--output_dir", "b", "--steps", "7", "--optim", str(tmp_path / "optim.yaml"), "--optim.beta2", "0.9"]
+    optim = c.load_config(c.TrainConfig, argv).optim
+    assert (optim.lr, optim.beta2) == (5e-4, 0.9)
+
+
+def test_a_value_that_follows_from_others_is_no_default() -> None:
+    sizes = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    argv = ["--output_dir", "x", "--steps", "1", *(f"--model.{key}={value}" for key, value in sizes.items())]
+    assert c.load_config(c.TrainConfig, argv).model.head_dim == 24
+    assert c.TrainConfig.from_dict({**NEEDED[c.TrainConfig], "model": sizes}).model.head_dim == 24
+
+
+def test_lists_are_words_on_the_command_line() -> None:
+    argv = ["--model", "a", "b", "--sweep", "0.8", "0.9", "--data", "d", "--output", "o", "--exclude=[x]"]
+    config = c.load_config(c.MineConfig, argv)
+    assert (config.model, config.sweep, config.exclude) == (["a", "b"], [0.8, 0.9], ["x"])
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+NAN = float("nan")
+WRONG: list[tuple[dict[str, Any], list[str], str]] = [
+    ({"optim": {"lrr": 1}}, ["--optim.lrr=1"], "optim.lrr is not an option; did you mean optim.lr?"),
+    ({"optim": {"lr": "fast"}}, ["--optim.lr=fast"], "optim.lr=fast must be a finite number"),
+    ({"optim": {"lr": NAN}}, ["--optim.lr=.nan"], "optim.lr=nan must be a finite number"),
+    ({"optim": {"lr": -1}}, ["--optim.lr=-1"], "must be positive"),
+    ({"steps": 1.5}, ["--steps=1.5"], "steps=1.5 must be an integer"),
+    ({"steps": True}, ["--steps=true"], "must be an integer"),
+    ({"loss": {"in_batch": "x"}}, ["--loss.in_batch=x"], "loss.in_batch=x must be one of none, positives, all"),
+    ({"data": {"datasets": [{"path": "x", "tsk": "y"}]}}, ['--data.datasets=[{"path": "x", "tsk": "y"}]'],
+     "data.datasets.tsk is not an option; did you mean data.datasets.task?"),
+    ({"data": {"datasets": [{"path": 3}]}}, ['--data.datasets=[{"path": 3}]'], "data.datasets.path=3 must be a string"),
+    ({"data": {"datasets": [{"task": "y"}]}}, ['--data.datasets=[{"task": "y"}]'], "data.datasets.path is missing"),
+    ({"data": {"datasets": {"path": "x"}}}, ['--data.datasets={"path": "x"}'], "must be a list (each a DatasetConfig)"),
+    ({"model": {"rope_scaling": {"factr": 2}}}, ['--model.rope_scaling={"factr": 2}'],
+     "model.rope_scaling.factr is not an option; did you mean model.rope_scaling.factor?"),
+    ({"model": {"rope_scaling": {"factor": "x"}}}, ['--model.rope_scaling={"factor": "x"}'],
+     "rope_scaling.factor=x must be a "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values, argv, text", WRONG, ids=[" ".join(argv) for _, argv, _ in WRONG])
+def test_a_wrong_value_is_refused_alike_from_dict_yaml_and_command_line(
+    tmp_path: Path, values: dict[str, Any], argv: list[str], text: str
+) -> None:
+    needed = NEEDED[c.TrainConfig]
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps({**needed, **values}).replace("NaN", ".nan"))
+    messages = [
+        refusal(lambda: c.TrainConfig.from_dict({**needed, **values})),
+        refusal(lambda: c.load_config(c.TrainConfig, [*(f"--{k}={v}" for k, v in needed.items()), *argv])),
+        refusal(lambda: c.load_config(c.TrainConfig, ["--config", str(path)])),
+        refusal(lambda: c.TrainConfig.from_yaml(path)).removeprefix(f"{path}: "),
+    ]
+    for message in messages:
+        assert text in message.replace("'", "").replace("[0]", ""), messages
+        assert "\n" not in message and len(message) < 200
+
+
+@pytest.mark.parametrize("name", ["optim", "data.datasets", "model.rope_scaling"])
+@pytest.mark.parametrize("value", ["planted.Class", {"class_path": "planted.Class"}, ["planted.Class"]], ids=str)
+def test_no_value_makes_us_import_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    """The parser knows values that name a class, and would import it to see whether it fits."""
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Class: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    section, _, key = name.partition(".")
+    values = {**NEEDED[c.TrainConfig], section: {key: value} if key else value}
+    (tmp_path / "x.yaml").write_text(json.dumps(values))
+    argv = [f"--{k}={v}" for k, v in NEEDED[c.TrainConfig].items()]
+    for make in (
+        lambda: c.TrainConfig.from_dict(values),
+        lambda: c.load_config(c.TrainConfig, ["--config", str(tmp_path / "x.yaml")]),
+        lambda: c.load_config(
+            c.TrainConfig, [*argv, f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        ),
+    ):
+        assert refusal(make).startswith((name, "class_path=planted.Class"))
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("value", [3, None, [], {3: 4}], ids=str)
+def test_a_sub_config_that_is_no_mapping_is_refused(value: Any) -> None:
+    for values in ({**NEEDED[c.TrainConfig], "optim": value}, value):
+        text = refusal(lambda v=values: c.TrainConfig.from_dict(v))
+        assert re.match(r"(optim|TrainConfig)=.* must be a mapping|(optim\.)?3 is not an option", text), text
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    argv = [f"--{key}={value}" for key, value in NEEDED[c.TrainConfig].items()]
+    for text, message in (
+        ("lr: 1\nlr: 2\n", f"{path}:2: key 'lr' stands here and on line 1"),
+        ("- lr\n", f"{path} holds no mapping of options"),
+        ("# nothing\n", f"{path} holds no mapping of options"),
+        ("lr: [1\n", f"{path} is not valid YAML"),
+    ):
+        path.write_text(text)
+        for option in ("--optim", "--config"):
+            assert refusal(lambda o=option: c.load_config(c.TrainConfig, [*argv, o, str(path)])).startswith(message)
+            assert refusal(lambda o=option: c.load_config(c.TrainConfig, [*argv, f"{o}={path}"])).startswith(message)
+        assert refusal(lambda: c.OptimConfig.from_yaml(path)).startswith(message)
+    path.write_bytes(b"lr: \xff")
+    assert refusal(lambda: c.OptimConfig.from_yaml(path)).startswith(f"{path} cannot be read")
+    assert str(tmp_path / "no") in refusal(lambda: c.OptimConfig.from_yaml(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_constructor_keeps_no_value_of_another_type(cls: Any) -> None:
+    good = cls(**NEEDED.get(cls, {}))
+    for field in dataclasses.fields(cls):
+        wrong: list[Any] = [object(), [object()], {"path": "x"}, [{"path": "x"}], float("inf")]
+        kind = typing.get_type_hints(cls)[field.name]
+        wrong += [] if kind is bool else [True]
+        wrong += [] if str in (kind, *typing.get_args(kind)) else ["1"]
+        for value in wrong:
+            text = refusal(lambda v=value, f=field: dataclasses.replace(good, **{f.name: v}))
+            assert re.search(rf"(^|\.){field.name}=.* must be ", text), text
+
+
+def test_a_dict_in_a_constructor_is_told_the_way() -> None:
+    text = refusal(lambda: c.TrainConfig(output_dir="x", steps=1, data={"datasets": []}))  # type: ignore[arg-type]
+    assert text == "data={'datasets': []} must be a DataConfig; from_dict takes a dict in its place"
+
+
+# ------------------------------------------------------------------------------------------ texts
+
+
+def help_of(cls: type[c.Options], argument: str = "--help") -> dict[str, str]:
+    """{option: text} as printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        c.load_config(cls, [argument])
+    assert end.value.code == 0
+    entries = re.split(r"^  --", printed.getvalue(), flags=re.M)[1:]
+    return {re.split(r"[\s,]", entry)[0]: " ".join(entry.split("\n\n")[0].split()) for entry in entries}
+
+
+@pytest.mark.parametrize("cls", c.LAUNCHERS.values(), ids=c.LAUNCHERS)
+def test_help_has_a_text_for_every_option(cls: Any) -> None:
+    texts = help_of(cls)
+    unexpanded = cls(**NEEDED[cls])
+    assert leaves(c.to_dict(unexpanded)) <= set(texts)
+    for name in leaves(c.to_dict(unexpanded)):
+        assert re.search(r"[a-z]{3}.*[.;] \((required, )?type: ", texts[name]), f"--{name}: {texts[name]}"
+    for name in [name for name in texts if name.endswith(".help")]:
+        for key, text in help_of(cls, f"--{name}").items():
+            assert re.search(r"[a-z]{3}.*[.;] \((required, )?type: ", text), f"{key}: {text}"
+
+
+def test_the_page_of_options_is_current_and_has_no_empty_cell() -> None:
+    command = [sys.executable, "-m", "docs.options"]
+    page = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert page == (ROOT / "docs/options.md").read_text(), "make docs"
+    for name, cls in c.LAUNCHERS.items():
+        section = page.split(f"## launch/{name}.py")[1].split("\n## ")[0]
+        listed = set(re.findall(r"^\| `([\w.\[\]]+)` \|", section, re.M))
+        assert leaves(c.to_dict(cls(**NEEDED[cls]))) <= listed, name
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) > 130 and all(len(row) == 4 and all(cell.strip() for cell in row) for row in rows)
