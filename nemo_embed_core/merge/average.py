@@ -78,12 +78,12 @@ class Combiner:
     ) -> Tensor:
         """[V], valid until the next call. visit(x_NC, out_C) sees both in pieces, while the cache holds them.
 
-        They are fp32 and visit's to write to, also where that is x itself. Of those columns of a mean of bf16
-        or fp16 that are summed again at the end, visit sees the fp32 mean: in the last place it may be
-        another one.
+        visit gets fp32 and may write to it, also where that is x itself. Columns of a mean of bf16 or fp16
+        that fp32 cannot decide are summed again at the end: visit has seen another last place there, maybe.
         """
         N, V = x_NV.shape
-        out_V, reach, again = self.buffer("out", (V,), dtype), 0.0, [np.empty(0, np.int64)]
+        out_V, bound = self.buffer("out", (V,), dtype), 0.0
+        again = [np.empty(0, np.int64)]  # columns
         short = weights is None and x_NV.itemsize == 2 and 1 < N <= 64
         for start in range(0, V, CHUNK_ELEMENTS):
             x_NC, out_C = x_NV[:, start : start + CHUNK_ELEMENTS], out_V[start : start + CHUNK_ELEMENTS]
@@ -91,11 +91,11 @@ class Combiner:
             if x_NC.dtype != torch.float32 and (short or visit):
                 x32_NC = self.buffer("fp32", tuple(x_NC.shape), torch.float32).copy_(x_NC)
             if short:
-                largest, far = self._short_mean(x_NC, x32_NC, out_C)
-                again.append(far + start)
+                largest, doubtful = self._short_mean(x_NC, x32_NC, out_C)
+                again.append(doubtful + start)
             else:
                 largest = self._wide(x_NC, weights, out_C)
-            reach = max(reach, largest)
+            bound = max(bound, largest)
             if visit:
                 visit(x32_NC, out_C.float())
         places = torch.from_numpy(np.concatenate(again))
@@ -103,16 +103,16 @@ class Combiner:
             out_C = torch.empty(len(part), dtype=dtype)
             self._wide(x_NV[:, part], None, out_C)
             out_V[part] = out_C
-        if reach >= torch.finfo(dtype).max / 2 and not bool(out_V.isfinite().all()):
+        if bound >= torch.finfo(dtype).max / 2 and not bool(out_V.isfinite().all()):
             raise NonFinite(None)
         return out_V
 
     def _short_mean(self, x_NC: Tensor, x32_NC: Tensor, out_C: Tensor) -> tuple[float, np.ndarray]:
-        """The mean of bf16 or fp16 by sums in fp32; largest magnitude, and columns where it may be wrong.
+        """round(sum_i x_i / N) of bf16 or fp16 by sums in fp32; returns (max |x|, the columns in doubt).
 
-        It is right where N * largest < 2^22 units in the last place of the column's smallest: the sum is
-        below 2^24 of them, so exact, and its quotient in fp32 is a middle of two neighbours of the target
-        only if the real one is, as in _wide().
+        In no doubt is a column with  N max_i |x_i| < 2^22 u,  u the unit in the last place of its smallest
+        value: every value is a multiple of u, so the sum has at most 24 bits and is exact; its quotient is
+        decided as in _wide().
         """
         N, C = x_NC.shape
         bits_NC = self._bits(x_NC)
@@ -127,20 +127,28 @@ class Combiner:
         precision = PRECISION[x_NC.dtype]
         orders = 22 - precision - (N - 1).bit_length()  # from the smallest to the largest, at most
         high, low = high_C.numpy(), low_C.numpy()
-        far = np.subtract(high, low, out=low) > orders << precision - 1
+        doubtful = np.subtract(high, low, out=low) > orders << precision - 1
         # Sums of bf16 may overflow fp32, and units of bf16 may be its subnormal numbers.
         if x_NC.dtype == torch.bfloat16:
-            far |= (high < _BF16_TINY) | (high > _BF16_HUGE)
-        return largest, np.flatnonzero(far)
+            doubtful |= (high < _BF16_TINY) | (high > _BF16_HUGE)
+        return largest, np.flatnonzero(doubtful)
 
     def _wide(self, x_NC: Tensor, weights: Sequence[float] | None, out_C: Tensor) -> float:
-        """By sums in fp64; returns how large a sum may be."""
+        """round(sum_i c_i x_i) by sums in fp64, c_i = 1 / N without weights; returns a bound of |sum|.
+
+        A rounding can only go wrong near a midpoint of two neighbours of dtype. It is certain
+
+            exactly          where every x_i is a multiple of `quantum` and the sum is below 2^51 quanta:
+                             the sum is exact then, and fl(sum / N) a midpoint only where sum / N is one
+            by an interval   where sum - e and sum + e round to one value (_certified), as
+                             |fl(sum) - sum| <= N 2^-53 sum_i |c_i| max |x|, of which e is more than twice
+        """
         (N, C), dtype = x_NC.shape, out_C.dtype
         largest, quantum = self._magnitudes(x_NC)
-        reach = largest if weights is None else sum(map(abs, weights)) * largest
+        bound = largest if weights is None else sum(map(abs, weights)) * largest
         if N == 1 and weights is None and x_NC.dtype != torch.float64:
             out_C.copy_(x_NC[0])
-            return reach
+            return bound
         factors = torch.tensor([1.0] * N if weights is None else weights, dtype=torch.float64)
         total_C = self.buffer("total", (C,), torch.float64)
         for start in range(0, C, WIDE_ELEMENTS):
@@ -149,15 +157,14 @@ class Combiner:
             torch.mv(wide_NW.T, factors, out=total_C[start : start + WIDE_ELEMENTS])
         if weights is None:
             total_C /= N
-        # Every value is a multiple of `quantum`: sums below 2^53 of them are exact. Then the quotient,
-        # rounded to fp64, is a middle only if the real one is (a factor of 4 is left for the quotient's own
-        # rounding).
+        # 2^53 quanta are exact; a factor of 4 is left for the rounding of the quotient.
         if weights is None and N * largest < 2.0**51 * quantum:
             is_normal = quantum / N >= torch.finfo(torch.float32).tiny
             out_C.copy_(round_once(total_C, dtype, self.buffer("bits", (C,), torch.int64), is_normal))
         else:
-            out_C.copy_(self._certified(x_NC, weights, total_C, 2 * (N + 2) * 2.0**-53 * reach, dtype))
-        return reach
+            error = 2 * (N + 2) * 2.0**-53 * bound
+            out_C.copy_(self._certified(x_NC, weights, total_C, error, dtype))
+        return bound
 
     def _bits(self, x_NC: Tensor) -> Tensor:
         """Magnitudes as integers: without its sign bit a float orders like one, at less cost."""
@@ -185,15 +192,15 @@ class Combiner:
     def _certified(
         self, x_NC: Tensor, weights: Sequence[float] | None, total_C: Tensor, error: float, dtype: torch.dtype
     ) -> Tensor:
-        """`total` +- error rounded; where the two ends differ, the sum is made again without error."""
+        """round(total - error) where that is round(total + error); exact() decides the other columns."""
         end_C = self.buffer("end", total_C.shape, torch.float64)
         bits = self.buffer("bits", total_C.shape, torch.int64)
         out = round_once(torch.sub(total_C, error, out=end_C), dtype, bits)
-        other = round_once(torch.add(total_C, error, out=end_C), dtype, bits)
-        kind = _INTEGER[dtype.itemsize]
-        open_ = (out.view(kind) ^ other.view(kind)).nonzero()[:, 0]
-        if open_.numel():
-            out[open_] = exact(list(x_NC[:, open_]), weights, dtype)
+        upper = round_once(torch.add(total_C, error, out=end_C), dtype, bits)
+        kind = _INTEGER[dtype.itemsize]  # as integers, so that 0 and -0 differ
+        undecided = (out.view(kind) ^ upper.view(kind)).nonzero()[:, 0]
+        if undecided.numel():
+            out[undecided] = exact(list(x_NC[:, undecided]), weights, dtype)
         return out
 
 
