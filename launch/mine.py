@@ -23,24 +23,16 @@ def main() -> None:
                 write_texts(config, say)
             return
         plan = make_plan(config, say if is_first else lambda _: None)
+        from nemo_embed_core.encoders import open_encoder
         from nemo_embed_core.parallel.collectives import gather_objects
         from nemo_embed_core.parallel.mesh import distributed
 
         # Ranks wait for each other only at the ends of encoding and of each block of queries: hours, when one resumes.
         parallel = ParallelConfig(dp_size=world_size_from_env(), timeout_s=24 * 3600)
         with distributed(parallel, config.device) as mesh:
+            how = (config.device, config.precision, config.max_tokens)
             ranks = Ranks(mesh.dp_rank, mesh.dp_size, gather_objects)
-            mine(plan, ranks, mesh.device, functools.partial(load, config, mesh.device), say)
-
-
-def load(config, device, source):
-    """An encoder of the folder: sentence-transformers for its own, our packed one for the rest."""
-    from nemo_embed_core.embedder import Embedder
-    from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder
-
-    if source.kind == "sentence-transformers":
-        return SentenceTransformerEncoder(source.folder, str(device), config.precision)
-    return Embedder.load(str(source.path), config.device, config.precision, config.max_tokens)
+            mine(plan, ranks, mesh.device, lambda source: open_encoder(source, *how), say)
 
 
 if __name__ == "__main__":

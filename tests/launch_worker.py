@@ -37,7 +37,7 @@ def run(argv: list[str], env: dict[str, str]) -> dict:
 
 
 if __name__ == "__main__":
-    import nemo_embed_core.embedder
+    import nemo_embed_core.encoders.embedder
     import nemo_embed_core.train.trainer  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")

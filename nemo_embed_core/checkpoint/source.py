@@ -4,7 +4,7 @@
     "checkpoint"               a checkpoint of ours, or the newest one of a run                  checkpoint/runs.py
     "llama"                    a Hugging Face Llama that we run bidirectionally, our exports     model/hf.py
     "sentence-transformers"    modules.json of another architecture or other modules             sentence-transformers
-    "precomputed"              documents.npy and queries.npy                                     mine/teachers.py
+    "precomputed"              documents.npy and queries.npy                                     encoders/precomputed.py
 
 Prompts, lengths and similarity belong to the run that trained the model: they go from the training options to the manifest,
 from there to the exported folder and its card, and every launcher uses them unless an option says otherwise. Pooling is the
@@ -152,12 +152,14 @@ class Source:
     foreign: str = ""
 
 
-def resolve(path: str | Path) -> Source:
+def resolve(path: str | Path | Source) -> Source:
     """What the folder is and how its texts are encoded, without touching a weight; UserError when it is no model folder.
 
     The gate of every launcher: a folder in which two things contradict is refused by both names, and what is read in another
-    way than its files' names say is said once.
+    way than its files' names say is said once. A Source is what it was when it was asked.
     """
+    if isinstance(path, Source):
+        return path
     path = Path(path)
     folder, notes = find_folder(path)
     _refuse_two_models(folder)

@@ -96,7 +96,7 @@ def tokenizer_folder(path: str) -> Path:
     return resolve(path).folder
 
 
-def open_weights(path: str, hashed: bool = True, base: bool = False) -> Weights:
+def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = False) -> Weights:
     """Names and shapes are checked; of a checkpoint of ours the sha256 of every file with weights too.
 
     hashed=False: nothing but headers is read; who reads the rest compares `Rows.sha256` itself.  base=True: training starts

@@ -36,6 +36,11 @@ def normal_key(text: str) -> bytes:
     return hashlib.blake2b(normal_form(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+def exact_key(text: str) -> bytes:
+    """16 bytes of the text as it is: BLAKE2b-128."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def has_content(text: str) -> bool:
     """Whether anything is left without white space, control and format characters and U+FFFD (a decoder's "unreadable")."""
     if text.isascii():

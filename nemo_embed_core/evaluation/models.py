@@ -1,7 +1,7 @@
 """A model to evaluate: what it is, how its texts are encoded, and that both can be had, before any text is encoded.
 
 subject = Subject.of("exports/model", config)      # options override the folder's own prompts and lengths
-encoder = subject.check(config)                    # an Encoder where the check had to load it, else None
+encoder = subject.check(config)                    # a TextEncoder where the check had to load it, else None
 encoder = encoder or subject.load(config)
 """
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nemo_embed_core.checkpoint.source import Similarity, Source, Usage, resolve
-from nemo_embed_core.checkpoint.weights import open_weights, tokenizer_folder
+from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import EvaluateConfig, UserError
 from nemo_embed_core.data.tokenizer import load_tokenizer
-from nemo_embed_core.embedder import Embedder
-from nemo_embed_core.evaluation.encoders import Encoder, SentenceTransformerEncoder
-from nemo_embed_core.parallel.mesh import pick_device
+from nemo_embed_core.encoders import open_encoder
+from nemo_embed_core.encoders.embedder import Embedder
+from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
 
 DEFAULT_LENGTH = 512  # tokens, where neither the folder nor an option says one
 
@@ -62,15 +63,15 @@ class Subject:
         """Whether our encoder gives its vectors: always of length 1, so not where another similarity than cosine is meant."""
         return self.source.kind != "sentence-transformers" and self.source.usage.similarity == "cosine"
 
-    def check(self, config: EvaluateConfig) -> Encoder | None:
+    def check(self, config: EvaluateConfig) -> TextEncoder | None:
         """UserError when it cannot be loaded or a prompt leaves no room. Of ours nothing but headers is read."""
-        encoder: SentenceTransformerEncoder | None = None
+        encoder = None
         if self.is_ours:
-            tokenizer = load_tokenizer(tokenizer_folder(self.name))
-            tokenizer.check_fits(open_weights(self.name, hashed=False).model.vocab_size)
+            tokenizer = load_tokenizer(self.source.folder)
+            tokenizer.check_fits(open_weights(self.source, hashed=False).model.vocab_size)
             check_prompt = tokenizer.check_prompt
         else:
-            encoder = SentenceTransformerEncoder(self.source.folder, str(pick_device(config.device)), config.precision)
+            encoder = self.load(config)
             check_prompt = encoder.check_prompt
         usage, prompts = self.usage_with(encoder), self.usage.default
         for prompt, length, option in (
@@ -84,12 +85,11 @@ class Subject:
                     raise UserError(f"{self.name}: {error}") from None
         return encoder
 
-    def load(self, config: EvaluateConfig) -> Encoder:
-        if self.is_ours:
-            return Embedder.load(self.name, config.device, config.precision, config.max_tokens)
-        return SentenceTransformerEncoder(self.source.folder, str(pick_device(config.device)), config.precision)
+    def load(self, config: EvaluateConfig) -> Embedder | SentenceTransformerEncoder:
+        how = (config.device, config.precision, config.max_tokens)
+        return open_encoder(self.source, *how, by="ours" if self.is_ours else "sentence-transformers")
 
-    def usage_with(self, encoder: Encoder | None) -> Usage:
+    def usage_with(self, encoder: TextEncoder | None) -> Usage:
         """The usage with the lengths that this encoder cuts at; None where it reads whole texts."""
         query, document = self.usage.query_max_length, self.usage.document_max_length
         if not isinstance(encoder, SentenceTransformerEncoder):

@@ -20,8 +20,9 @@ import numpy as np
 from nemo_embed_core.checkpoint.source import Similarity, Usage
 from nemo_embed_core.config import UserError
 from nemo_embed_core.data.readers import Beir
+from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder, pieces
 from nemo_embed_core.evaluation.bm25 import Bm25
-from nemo_embed_core.evaluation.encoders import Encoder, SentenceTransformerEncoder, pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ MAX_SCORES = 16 << 20  # fp32 query-document scores held at a time, 64 MB
 
 
 def evaluate_retrieval(
-    encoder: Encoder, beir: Beir, usage: Usage | None = None, *, ignore_identical_ids: bool = False
+    encoder: TextEncoder, beir: Beir, usage: Usage | None = None, *, ignore_identical_ids: bool = False
 ) -> dict[str, Any]:
     """{"ndcg_at_10", "recall_at_10", "mrr_at_10"}: means over the queries, and "truncated": {"query", "document"}, shares.
 
@@ -71,7 +72,7 @@ def evaluate_retrieval(
 
 
 def _encode(
-    encoder: Encoder, texts: list[str], prompt: str, max_length: int, side: str
+    encoder: TextEncoder, texts: list[str], prompt: str, max_length: int, side: str
 ) -> tuple[np.ndarray, int | None]:
     """(rows, how many texts lost tokens or None)."""
     cut = None

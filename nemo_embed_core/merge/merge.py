@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_embed_core.checkpoint.files import new_folder, writing
 from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
-from nemo_embed_core.embedder import Embedder
+from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import Card, Format, describe, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
@@ -183,7 +183,7 @@ def check(
 
     def embed(texts: list[str], max_length: int) -> np.ndarray:
         # Our copy of the weights is gone when it returns.
-        return Embedder.load(str(path), device="cpu", precision="fp32").encode(texts, max_length=max_length)
+        return open_encoder(path, "cpu", "fp32", by="ours").encode(texts, max_length=max_length)
 
     report = verify_folder(path, embed, trust_remote_code, ours=ours, say=lambda line: say(f"  {line}"))
     if not ours:

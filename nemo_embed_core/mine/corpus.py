@@ -20,31 +20,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from nemo_embed_core.config import UserError, failpoint
+from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.mine.progress import Progress
 
 FORMAT = 1
 UNIT_TOLERANCE = 1e-3  # of |row| - 1; bf16 activations, normalised in fp32, stay below 1e-6
 BATCH_CHARACTERS = 4 << 20  # of the texts that are in memory at once
-
-
-class Encodes(Protocol):
-    """What mining needs of a model (nemo_embed_core.embedder.Embedder, or anything like it).
-
-    Where it also has `tokenize(texts, prompt, max_length) -> (ids per text, how many lost tokens)`, truncation is counted, and
-    with `encode_tokens(ids)` a text is tokenised once.
-    """
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    digest: str  # of the weights; shards of another digest are refused
-
-    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray: ...
 
 
 def _alone(value: Any) -> list[Any]:
@@ -108,7 +94,7 @@ class Corpus:
 
 def encode_corpus(
     texts: Sequence[str],
-    embedder: Encodes,
+    embedder: TextEncoder,
     folder: Path,
     *,
     prompt: str = "",

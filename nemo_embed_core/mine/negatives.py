@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.mine.corpus import Encodes, Ranks, Truncation, encode_corpus, read_truncation, write_atomically
+from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.mine.corpus import Ranks, Truncation, encode_corpus, read_truncation, write_atomically
 from nemo_embed_core.mine.lists import CandidateLists, TeacherSearch, find
 from nemo_embed_core.mine.pool import Cut, Document, Exclusions, Known, Pool, Row, Rows, exclusions
 from nemo_embed_core.mine.report import build_report, print_report, sweep_entry
@@ -38,7 +39,7 @@ NUM_RANDOM_PAIRS = 2000  # the yardstick of a trivial negative
 
 def mine_negatives(
     rows: Iterable[Row],
-    teachers: Encodes | Teacher | Iterable[Encodes | Teacher],
+    teachers: TextEncoder | Teacher | Iterable[TextEncoder | Teacher],
     output: str | Path,
     *,
     passages: Iterable[str | Document] = (),
@@ -189,7 +190,9 @@ def mine_negatives(
     return report
 
 
-def _each(teachers: Encodes | Teacher | Iterable[Encodes | Teacher], usage: dict[str, Any]) -> Iterator[Teacher]:
+def _each(
+    teachers: TextEncoder | Teacher | Iterable[TextEncoder | Teacher], usage: dict[str, Any]
+) -> Iterator[Teacher]:
     if isinstance(teachers, Teacher):
         yield teachers
     elif isinstance(teachers, Iterable):

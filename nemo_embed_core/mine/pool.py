@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, overload
 import numpy as np
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.data.normal_form import has_content, normal_key
+from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
 from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.mine.search.exclude import Exclude
 
@@ -36,10 +36,6 @@ class Row(Protocol):
 class Document(NamedTuple):
     text: str
     id: str = ""
-
-
-def exact_key(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=KEY).digest()
 
 
 class Known:

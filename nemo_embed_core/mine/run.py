@@ -20,17 +20,18 @@ from typing import Any
 
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig, UserError
-from nemo_embed_core.data.normal_form import normal_key
+from nemo_embed_core.data.normal_form import exact_key, normal_key
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import Findings, read_beir, read_documents, read_rows, source_files
 from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.encoders.precomputed import precomputed_sides
 from nemo_embed_core.mine.corpus import Ranks, write_atomically
 from nemo_embed_core.mine.formats import FORMATS, convert_all
 from nemo_embed_core.mine.negatives import mine_negatives
-from nemo_embed_core.mine.pool import Document, Known, exact_key
+from nemo_embed_core.mine.pool import Document, Known
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.selection import Selection
-from nemo_embed_core.mine.teachers import Teacher, open_precomputed, precomputed_sides
+from nemo_embed_core.mine.teachers import Teacher, open_precomputed
 from nemo_embed_core.model.hf_config import read_json
 
 DEFAULT_MAX_LENGTH = 512  # tokens, of a model that says nothing

@@ -6,7 +6,9 @@ import pytest
 
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import UserError
-from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder, folder_digest
+from nemo_embed_core.encoders import open_encoder
+from nemo_embed_core.encoders.embedder import Embedder
+from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder, folder_digest
 
 
 def edited(folder: Path, target: Path, file: str, **changes) -> Path:
@@ -93,3 +95,17 @@ def test_a_folder_that_does_not_load_is_a_user_error(tmp_path):
     (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]')
     with pytest.raises(UserError, match="does not load in sentence-transformers"):
         SentenceTransformerEncoder(tmp_path, "cpu", "fp32")
+
+
+def test_open_encoder_takes_whom_the_folder_needs(ours, static, tmp_path):
+    text = ["w1 w2"]
+    packed, library = (open_encoder(ours, "cpu", by=by) for by in ("auto", "sentence-transformers"))
+    assert isinstance(packed, Embedder) and isinstance(library, SentenceTransformerEncoder)
+    assert packed.hidden_size == library.hidden_size == 32
+    np.testing.assert_allclose(packed.encode(text), library.encode(text), atol=1e-5)
+    assert isinstance(open_encoder(resolve(static), "cpu"), SentenceTransformerEncoder)
+    with pytest.raises(UserError, match="is a sentence-transformers model with"):
+        open_encoder(static, "cpu", by="ours")
+    np.save(tmp_path / "documents.npy", np.ones((2, 3), np.float32))
+    with pytest.raises(UserError, match="holds embeddings of other texts"):
+        open_encoder(tmp_path, "cpu")

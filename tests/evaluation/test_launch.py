@@ -249,8 +249,8 @@ def nothing_is_encoded(monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise Encoded
 
-    monkeypatch.setattr("nemo_embed_core.embedder.Embedder.encode", refuse)
-    monkeypatch.setattr("nemo_embed_core.evaluation.encoders.SentenceTransformerEncoder.encode", refuse)
+    monkeypatch.setattr("nemo_embed_core.encoders.embedder.Embedder.encode", refuse)
+    monkeypatch.setattr("nemo_embed_core.encoders.sentence_transformer.SentenceTransformerEncoder.encode", refuse)
 
 
 def broken(ours: Path, static: Path, target: Path, what: str) -> Path:

@@ -18,7 +18,7 @@ from tiny import MODEL, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from nemo_embed_core.checkpoint.source import Prompts
-from nemo_embed_core.embedder import Embedder
+from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.export.consumers import NUM_PROMPTED, TEXTS, reload_request, run_reload
 from nemo_embed_core.export.folder import hf_config
 from nemo_embed_core.model.spec import hf_shapes

@@ -14,7 +14,7 @@ from tiny import MODEL, write_rows, write_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 # What a run imports on the way; torch._dynamo at the first call of a custom op.
 WARM = ["jsonargparse", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo"]
-WARM += [f"nemo_embed_core.{name}" for name in ("evaluation.encoders", "mine.formats", "mine.negatives")]
+WARM += [f"nemo_embed_core.{name}" for name in ("encoders.sentence_transformer", "mine.formats", "mine.negatives")]
 
 
 class Miner:

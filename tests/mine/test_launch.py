@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nemo_embed_core.config import MineConfig, MineDatasetConfig
-from nemo_embed_core.embedder import Embedder
+from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.mine.run import named_datasets
 
 SMALL = ("--query_max_length", "48", "--document_max_length", "48", "--method", "fp32", "--dtype", "float32")

@@ -14,11 +14,12 @@ from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, min
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, UserError
 from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.encoders.precomputed import as_rows
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.pool import Pool
 from nemo_embed_core.mine.run import Teachers, make_plan
 from nemo_embed_core.mine.run import mine as run_mine
-from nemo_embed_core.mine.teachers import Teacher, as_rows, open_precomputed, precomputed
+from nemo_embed_core.mine.teachers import Teacher, open_precomputed, precomputed
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def write_bert(folder: Path, prompts: dict[str, str] | None = None) -> Path:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_path):
-    from nemo_embed_core.evaluation.encoders import SentenceTransformerEncoder
+    from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
 
     folder = write_bert(tmp_path / "model", prompts={"query": "query: ", "document": "passage: "})
     assert resolve(folder).kind == "sentence-transformers"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tiny import MODEL, train_config
-from nemo_embed_core.embedder import Embedder
+from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.trainer import Trainer, prepare
 

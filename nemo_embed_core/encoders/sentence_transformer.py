@@ -1,4 +1,4 @@
-"""What can be evaluated, behind one face: our own models, and any sentence-transformers folder beside them."""
+"""Any local sentence-transformers folder as a TextEncoder, run by its own library."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -18,54 +19,45 @@ from nemo_embed_core.data.tokenizer import MIN_ROOM
 BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which takes about 23 bytes of memory for each
 
 
-class Encoder(Protocol):
-    """What evaluation needs of a model; `embedder.Embedder` has it.
-
-    One with `tokenize(texts, prompt, max_length) -> (ids of each text, how many lost tokens)` has its truncated texts counted.
-    """
-
-    @property
-    def digest(self) -> str: ...  # of the weights: two models with other weights never have the same
-
-    def encode(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> np.ndarray: ...
-
-
 class SentenceTransformerEncoder:
     """A local sentence-transformers folder, any architecture, loaded offline.
 
     limit: the most tokens of a text, as the folder says; None for a bag of words, which reads whole texts.
-    precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
+    device: "cpu", "cuda" or "auto".  precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
     """
 
     def __init__(self, path: str | Path, device: str = "auto", precision: str = "auto", batch_size: int = 32):
         # Before the first import of huggingface_hub, which reads it once.
         os.environ["HF_HUB_OFFLINE"] = "1"
         try:
-            import torch
             from sentence_transformers import SentenceTransformer
             from transformers.utils import logging
 
-            from nemo_embed_core.parallel.mesh import DTYPES, pick_precision
+            from nemo_embed_core.parallel.mesh import DTYPES, pick_device, pick_precision
         except ModuleNotFoundError as error:
             raise UserError(f"{path} needs {error.name}: pip install 'nemo_embed_core[eval]'") from None
 
         logging.disable_progress_bar()  # "Loading weights" across the table that a launcher prints
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        precision = pick_precision(precision, torch.device(device))
+        self.device = pick_device(device)
+        precision = pick_precision(precision, self.device)
         try:
-            self._model = SentenceTransformer(str(path), device=device, model_kwargs={"dtype": DTYPES[precision]})
+            self._model = SentenceTransformer(
+                str(path), device=str(self.device), model_kwargs={"dtype": DTYPES[precision]}
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{path} does not load in sentence-transformers: {reason[0]}") from error
         limit = self._model.max_seq_length
         self.limit = None if limit is None or limit == math.inf else int(limit)
-        self.device = torch.device(device)
         self._batch_size = batch_size
         self.digest = f"{folder_digest(Path(path))}-{precision}"
         self._tokenizer = _backend(self._model)
         if self._tokenizer is not None:
             self.tokenize = self._tokenize  # else nobody can say what is cut
+
+    @cached_property
+    def hidden_size(self) -> int:
+        return self.encode(["a"]).shape[1]
 
     def encode(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None

@@ -1,0 +1,113 @@
+"""Texts to unit vectors: what mining, evaluation, export checks and users of the Python API share.
+
+from nemo_embed_core.embedder import Embedder
+embedder = Embedder.load("runs/stage1")                       # or a checkpoint, or a Hugging Face folder
+vectors = embedder.encode(["a text", "another"])              # [2, D] fp32, in the given order
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemo_embed_core.checkpoint.source import Source
+from nemo_embed_core.checkpoint.weights import fill, open_weights
+from nemo_embed_core.config import ModelConfig, to_dict
+from nemo_embed_core.data.packing import pack_texts, shapes_cost_memory
+from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_embed_core.model.attention import Segments, pick_attention
+from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.parallel.mesh import DTYPES, TensorParallel, pick_device, pick_precision
+
+
+class Embedder:
+    """One process, one device, the whole model; packed batches of at most `max_tokens`."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        digest: str,
+        device: torch.device,
+        max_tokens: int,
+    ):
+        self.encoder, self.model, self.tokenizer = encoder, model, tokenizer
+        self.digest = digest  # of weights, shape, tokenizer and precision: caches and reports are keyed by it
+        self.device, self.max_tokens = device, max_tokens
+
+    @classmethod
+    def load(
+        cls, path: str | Path | Source, device: str = "auto", precision: str = "auto", max_tokens: int = 16384
+    ) -> Embedder:
+        """A checkpoint or run of ours (the newest checkpoint, every file verified), or any Hugging Face Llama folder.
+
+        precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
+        """
+        target = pick_device(device)
+        precision = pick_precision(precision, target)
+        dtype = DTYPES[precision]
+        weights = open_weights(path)
+        tokenizer = load_tokenizer(weights.folder)
+        tokenizer.check_fits(weights.model.vocab_size)
+        with torch.device("meta"):
+            encoder = Encoder(weights.model, TensorParallel(), pick_attention("auto", target, dtype))
+        encoder.to(dtype).to_empty(device=target)
+        fill(encoder, weights.reader, weights.model)
+        encoder.requires_grad_(False).eval()
+        shape = to_dict(weights.model)
+        if shape["pooling"] == ModelConfig.pooling:  # vectors from before it was a field are the same
+            del shape["pooling"]
+        known = json.dumps([weights.digest, shape, tokenizer.digest, precision])
+        return cls(encoder, weights.model, tokenizer, hashlib.sha256(known.encode()).hexdigest(), target, max_tokens)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.hidden_size
+
+    @property
+    def num_encoded(self) -> int:
+        """Texts so far; take differences."""
+        return self.tokenizer.num_encoded
+
+    @property
+    def num_truncated(self) -> int:
+        """Of num_encoded, those that were cut to their max_length."""
+        return self.tokenizer.num_truncated
+
+    def check_prompt(self, prompt: str, max_length: int, name: str) -> None:
+        """UserError when the prompt leaves no room for text in max_length tokens, an option called `name`."""
+        self.tokenizer.check_prompt(prompt, max_length, name)
+
+    def encode(
+        self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
+    ) -> np.ndarray:
+        """normalize(pool(hidden states of prompt + text)): [len(texts), D] fp32 unit rows, in the given order.
+
+        side changes nothing: one model encodes both.  Texts longer than max_length tokens (prompt and special tokens included) are cut there; `num_truncated` counts them.
+        UserError when the prompt leaves no room for text: check_prompt asks that before anything is read.
+        """
+        return self.encode_tokens(self.tokenize(texts, prompt, max_length)[0])
+
+    def tokenize(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> tuple[list[np.ndarray], int]:
+        """(ids of prompt + text, cut at max_length, for each text; how many texts lost tokens)."""
+        before = self.num_truncated
+        tokens = self.tokenizer.encode(texts, max_length, prompt)
+        return tokens, self.num_truncated - before
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: list[np.ndarray]) -> np.ndarray:
+        """encode() of texts that `tokenize` has made ids of."""
+        out = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
+        few_shapes = shapes_cost_memory(self.device, next(self.encoder.parameters()).dtype)
+        for indices, batch in pack_texts(tokens, self.max_tokens, few_shapes=few_shapes):
+            batch = batch.to(self.device)
+            segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
+            rows = self.encoder(batch.input_ids, batch.position_ids, segments)[: batch.num_sequences]
+            out[indices] = rows.float().cpu().numpy()
+        return out
