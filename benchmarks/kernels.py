@@ -204,44 +204,39 @@ def document_lengths(num_tokens: int) -> list[int]:
     return lengths
 
 
-def mean_pool_case(dtype: torch.dtype, device: str, T: int, D: int, one_sequence: int, norm: int) -> Case:
-    """norm: with the final RMSNorm and the L2 normalisation; one_sequence: a single sequence instead of short documents."""
+def mean_pool_case(dtype: torch.dtype, device: str, T: int, D: int, one_sequence: int, normalize: int) -> Case:
+    """normalize: with the L2 normalisation; one_sequence: a single sequence instead of short documents."""
     lengths = [T] if one_sequence else document_lengths(T)
     num_sequences, longest = len(lengths), max(lengths)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     lengths_N = cu_seqlens.diff().long()
 
     def inputs() -> Tensors:
-        x = {"x_TD": random(T, D, dtype=dtype, device=device)}
-        return x | ({"norm_weight_D": random(D, dtype=dtype, device=device)} if norm else {})
+        return {"x_TD": random(T, D, dtype=dtype, device=device)}
 
     pooled = num_sequences * D * 4
     case = Case(
         "mean_pool",
-        {"T": T, "D": D, "one_sequence": one_sequence, "norm": norm},
+        {"T": T, "D": D, "one_sequence": one_sequence, "normalize": normalize},
         inputs,
-        ours=lambda **x: mean_pool.mean_pool_kernel(cu_seqlens=cu_seqlens, normalize=bool(norm), eps=1e-5, **x),
-        reference=lambda **x: mean_pool.mean_pool_ref(cu_seqlens=cu_seqlens, normalize=bool(norm), eps=1e-5, **x),
-        bytes=(T * D * dtype.itemsize + pooled, (1 + norm) * T * D * dtype.itemsize + pooled),
-        flops=((1 + 3 * norm) * T * D, (1 + 6 * norm) * T * D),
+        ours=lambda **x: mean_pool.mean_pool_kernel(cu_seqlens=cu_seqlens, normalize=bool(normalize), **x),
+        reference=lambda **x: mean_pool.mean_pool_ref(cu_seqlens=cu_seqlens, normalize=bool(normalize), **x),
+        bytes=(T * D * dtype.itemsize + pooled,) * 2,
+        flops=(T * D,) * 2,
     )
 
-    def final_norm(x: torch.Tensor, weight_D: torch.Tensor | None) -> torch.Tensor:
-        return x if weight_D is None else rms_norm.rms_norm_ref(x.flatten(0, -2), weight_D, 1e-5)[0].view(x.shape)
-
     def finish(mean_ND: torch.Tensor) -> torch.Tensor:
-        return F.normalize(mean_ND, dim=-1) if norm else mean_ND
+        return F.normalize(mean_ND, dim=-1) if normalize else mean_ND
 
-    def segment_reduce(x_TD, norm_weight_D=None):
-        hidden_TD = final_norm(x_TD, norm_weight_D).float()
-        return finish(torch.segment_reduce(hidden_TD, "mean", lengths=lengths_N, axis=0))
+    def segment_reduce(x_TD):
+        return finish(torch.segment_reduce(x_TD.float(), "mean", lengths=lengths_N, axis=0))
 
     case.peers["segment_reduce"] = Variant(segment_reduce)
     if num_sequences > 1:
         mask = (torch.arange(longest, device=device) < lengths_N[:, None])[..., None]
 
-        def padded(x_TD, norm_weight_D=None):  # [N, longest, D], as a padded model's hidden state
-            return finish((final_norm(x_TD, norm_weight_D).float() * mask).sum(1) / lengths_N[:, None])
+        def padded(x_TD):  # [N, longest, D], as a padded model's hidden state
+            return finish((x_TD.float() * mask).sum(1) / lengths_N[:, None])
 
         def padded_inputs(x: Tensors) -> Tensors:
             return x | {"x_TD": random(num_sequences, longest, D, dtype=dtype, device=device)}
@@ -350,11 +345,11 @@ SHAPES: dict[str, list[dict[str, int]]] = {
     "swiglu": [{"T": 16384, "width": 14336, "blocks": 8}, {"T": 16384, "width": 8192, "blocks": 8}],
     "rope": [{"T": 16384, "H": 32, "G": 8, "A": 128}, {"T": 16384, "H": 32, "G": 8, "A": 64}],
     "mean_pool": [
-        {"T": 16384, "D": 4096, "one_sequence": 0, "norm": 1},
-        {"T": 65536, "D": 4096, "one_sequence": 0, "norm": 1},
-        {"T": 16384, "D": 4096, "one_sequence": 0, "norm": 0},
-        {"T": 32768, "D": 4096, "one_sequence": 1, "norm": 1},
-        {"T": 16384, "D": 2048, "one_sequence": 0, "norm": 1},
+        {"T": 16384, "D": 4096, "one_sequence": 0, "normalize": 1},
+        {"T": 65536, "D": 4096, "one_sequence": 0, "normalize": 1},
+        {"T": 16384, "D": 4096, "one_sequence": 0, "normalize": 0},
+        {"T": 32768, "D": 4096, "one_sequence": 1, "normalize": 1},
+        {"T": 16384, "D": 2048, "one_sequence": 0, "normalize": 1},
     ],
     "info_nce_hard": [{"B": 2048, "K": 4, "D": 4096}, {"B": 16384, "K": 4, "D": 4096}, {"B": 128, "K": 4, "D": 4096}],
     "info_nce_in_batch": [
@@ -370,7 +365,7 @@ GATE: dict[str, dict[str, dict[str, int]]] = {
         "rms_norm": {"T": 1025, "D": 4096},
         "swiglu": {"T": 513, "width": 8 * 1792, "blocks": 8},
         "rope": {"T": 1025, "H": 32, "G": 8, "A": 128},
-        "mean_pool": {"T": 2049, "D": 4096, "one_sequence": 0, "norm": 1},
+        "mean_pool": {"T": 2049, "D": 4096, "one_sequence": 0, "normalize": 1},
         "info_nce_hard": {"B": 129, "K": 4, "D": 4096},
         "info_nce_in_batch": {"B": 257, "P": 3001, "D": 4096, "ids": 0},
     },
@@ -378,7 +373,7 @@ GATE: dict[str, dict[str, dict[str, int]]] = {
         "rms_norm": {"T": 9, "D": 100},
         "swiglu": {"T": 9, "width": 3 * 40, "blocks": 3},
         "rope": {"T": 9, "H": 6, "G": 2, "A": 32},
-        "mean_pool": {"T": 129, "D": 100, "one_sequence": 0, "norm": 1},
+        "mean_pool": {"T": 129, "D": 100, "one_sequence": 0, "normalize": 1},
         "info_nce_hard": {"B": 9, "K": 4, "D": 100},
         "info_nce_in_batch": {"B": 17, "P": 129, "D": 100, "ids": 1},
     },

@@ -1,9 +1,8 @@
-"""Mean of every packed sequence, with the final RMSNorm before it and the L2 normalisation after it (each optional).
+"""Mean of every packed sequence, and the L2 normalisation after it where it is asked for.
 
 Contract: x [T, D] holds the tokens of N sequences one after the other, cu_seqlens [N + 1] (int32 or int64) their bounds,
 from 0. Sequences may be empty (mean 0) or of any length; tokens behind the last one are ignored and get zero gradient.
-Sums are in fp32 and in a fixed order: same input, same bits, no atomics. One read of x forward; backward writes dx once,
-and reads x again only if the RMSNorm is fused.
+Sums are in fp32 and in a fixed order: same input, same bits, no atomics. One read of x forward; backward writes dx once.
 
 Two stages, because sequences of 1 and of 32k tokens meet in one launch. First every chunk of CHUNK tokens is summed by one
 program, one partial sum per sequence that it touches; walking through the tokens, each (chunk c, sequence n) pair comes
@@ -35,19 +34,8 @@ def segment_sum_ref(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: 
     return x_TD.new_zeros(num_segments + 1, x_TD.shape[1]).index_add(0, segment_T, x_TD)[:num_segments]
 
 
-def mean_pool_ref(
-    x_TD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    normalize: bool = False,
-    norm_weight_D: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    x_TD = _wide(x_TD)
-    if norm_weight_D is not None:
-        x_TD = x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps)
+def mean_pool_ref(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
     mean_ND = segment_sum_ref(x_TD, cu_seqlens) / cu_seqlens.diff().clamp(min=1)[:, None]
-    if norm_weight_D is not None:
-        mean_ND = mean_ND * norm_weight_D.to(mean_ND.dtype)
     return F.normalize(mean_ND, dim=-1, eps=_MIN_NORM) if normalize else mean_ND
 
 
@@ -55,12 +43,9 @@ _MIN_NORM = 1e-12  # F.normalize's
 
 # A warp takes 256 columns of all rows of a block, 8 neighbours a thread, so that sums over rows stay within threads: every
 # other division was slower by half to four times (docs/log.md).
-# BLOCK_T, BLOCK_D, num_warps, num_stages where columns are independent
+# BLOCK_T, BLOCK_D, num_warps, num_stages
 _COLUMNS_FORWARD = (4, 1024, 4, 3)
 _COLUMNS_BACKWARD = (4, 1024, 4, 1)
-# Where a whole row is needed (RMSNorm): elements of a program, elements of a warp, num_stages
-_ROWS_FORWARD = (4096, 1024, 4)
-_ROWS_BACKWARD = (8192, 512, 3)
 # Tokens of one program of the first stage: enough programs for every SM to have two, and few partial sums, of which there are
 # T / chunk + N rows of fp32.
 _CHUNK, _CHUNK_OF_MANY, _MANY_TOKENS = 64, 128, 32768
@@ -68,21 +53,18 @@ _SCATTER_CHUNK = 16  # tokens of one program of the backward
 _ENDS = 1024  # ends of sequences compared at a time
 _LONG = 2048  # mean length above which the partial sums of one sequence are added by many programs
 _COMBINE_LONG = (64, 64, 4)  # BLOCK_C, BLOCK_D, num_warps of those
-_WEIGHT_WIDTH = 32  # columns of the weight's gradient that one program of the backward sums
 
 
 def _chunk(num_tokens: int) -> int:
     return _CHUNK if num_tokens < _MANY_TOKENS else _CHUNK_OF_MANY
 
 
-def _row_config(hidden_size: int, rows: tuple[int, int, int] = _ROWS_BACKWARD) -> tuple[int, int, int, int]:
-    """BLOCK_T, BLOCK_D, num_warps, num_stages"""
+def _row_block(hidden_size: int) -> int:
+    """BLOCK_D of a program that needs a whole row, for its norm"""
     block_d = max(16, triton.next_power_of_2(hidden_size))
     if block_d > 16384:
-        raise ValueError(f"mean_pool holds rows in registers for its norms: hidden_size={hidden_size} is above 16384")
-    elements, per_warp, num_stages = rows
-    num_stages = num_stages if block_d <= 8192 else 1  # what fits beside the rows
-    return max(1, min(4, elements // block_d)), block_d, max(1, min(16, block_d // per_warp)), num_stages
+        raise ValueError(f"mean_pool holds rows in registers for their norm: hidden_size={hidden_size} is above 16384")
+    return block_d
 
 
 @triton.jit
@@ -101,11 +83,11 @@ def _segment_of(cu_ptr, position, N, ENDS: tl.constexpr):
 
 @triton.jit
 def _chunk_sum_kernel(
-    x_ptr, cu_ptr, partial_ptr, rstd_ptr, T, N, token_offset, eps,
+    x_ptr, cu_ptr, partial_ptr, T, N, token_offset,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    ENDS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
+    ENDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sums of one chunk of rows, for one block of columns (all columns if NORM).
+    """One program: the partial sums of one chunk of rows, for one block of columns.
 
     One loop over the rows, whatever sequences they belong to: their loads stay in flight across the ends of sequences.
     """
@@ -122,11 +104,7 @@ def _chunk_sum_kernel(
         end = tl.minimum(start + BLOCK_T, chunk_end)
         mask = (offs_t < end)[:, None] & mask_d[None, :]
         x = tl.load(x_ptr + offs_t[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NORM:
-            rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-            tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < end)
-            x = x * rstd[:, None]
-        acc += tl.sum(x if BLOCK_T == 1 else tl.where((offs_t < segment_end)[:, None], x, 0.0), 0)
+        acc += tl.sum(tl.where((offs_t < segment_end)[:, None], x, 0.0), 0)
         # A branch around the loop, or triton would take ours for an outer one and not pipeline it.
         if segment_end <= end:
             while (segment < N) & (segment_end <= end):
@@ -142,9 +120,9 @@ def _chunk_sum_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, cu_ptr, weight_ptr, sum_ptr, out_ptr, inverse_ptr, T, token_offset,
+    partial_ptr, cu_ptr, sum_ptr, out_ptr, inverse_ptr, T, token_offset,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    SUM: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr, NORMALIZE: tl.constexpr, MIN_NORM: tl.constexpr,
+    SUM: tl.constexpr, MEAN: tl.constexpr, NORMALIZE: tl.constexpr, MIN_NORM: tl.constexpr,
 ):  # fmt: skip
     """One program: one sequence and one block of columns (all if NORMALIZE); its partial sums in the order of the tokens."""
     segment = tl.program_id(0).to(tl.int64)
@@ -166,8 +144,6 @@ def _combine_kernel(
         tl.store(sum_ptr + segment * D + offs_d, total, mask=mask_d)
     if MEAN:
         mean = total / tl.maximum(end - start, 1).to(tl.float32)
-        if WEIGHT:
-            mean *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         if NORMALIZE:
             inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), MIN_NORM)
             tl.store(inverse_ptr + segment, inverse)
@@ -180,7 +156,7 @@ def _mean_bwd_kernel(
     dout_ptr, out_ptr, inverse_ptr, cu_ptr, dsum_ptr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one sequence; dsum = d(sum over its tokens, before the weight)."""
+    """One program: one sequence; dsum = d(sum over its tokens)."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -205,124 +181,85 @@ def _normalize_kernel(mean_ptr, inverse_ptr, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _dweight(dsum_ptr, sum_ptr, dweight_ptr, program, N, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """(dsum * sum).sum(0) of WIDTH columns."""
-    offs_d = program * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for first in range(0, N, ROWS):
-        offs_n = (first + tl.arange(0, ROWS)).to(tl.int64)
-        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-        offs = offs_n[:, None] * D + offs_d[None, :]
-        total += tl.load(dsum_ptr + offs, mask=mask, other=0.0) * tl.load(sum_ptr + offs, mask=mask, other=0.0)
-    tl.store(dweight_ptr + offs_d, tl.sum(total, 0).to(dweight_ptr.dtype.element_ty), mask=offs_d < D)
-
-
-@triton.jit
 def _scatter_kernel(
-    dsum_ptr, cu_ptr, x_ptr, rstd_ptr, weight_ptr, sum_ptr, dx_ptr, dweight_ptr, T, N, token_offset,
+    dsum_ptr, cu_ptr, dx_ptr, T, N, token_offset,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    ENDS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
-    WEIGHT_PROGRAMS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, WEIGHT_WIDTH: tl.constexpr,
+    ENDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK rows x BLOCK_D columns (all columns if NORM), sequence by sequence; 0 behind the last one. With NORM
-    the first WEIGHT_PROGRAMS programs sum the gradient of the weight, beside the others."""
-    program = tl.program_id(0)
-    if program < WEIGHT_PROGRAMS:
-        _dweight(dsum_ptr, sum_ptr, dweight_ptr, program, N, D, WEIGHT_ROWS, WEIGHT_WIDTH)
-    else:
-        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        row = (program - WEIGHT_PROGRAMS).to(tl.int64) * CHUNK
-        chunk_end = tl.minimum(row + CHUNK, T)
-        segment = _segment_of(cu_ptr, row + token_offset, N, ENDS)
-        while row < chunk_end:
-            inside = segment < N
-            segment_end = tl.load(cu_ptr + segment + 1, mask=inside, other=0).to(tl.int64) - token_offset
-            end = tl.minimum(tl.where(inside, segment_end, chunk_end), chunk_end)
-            width = tl.where(inside, D, 0)
-            dsum = tl.load(dsum_ptr + segment * D + offs_d, mask=offs_d < width, other=0.0)
-            if NORM:
-                dsum *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            for start in tl.range(row, end, BLOCK_T, num_stages=STAGES):
-                offs_t = start + tl.arange(0, BLOCK_T)
-                offs = offs_t[:, None] * D + offs_d[None, :]
-                mask = (offs_t < end)[:, None] & mask_d[None, :]
-                dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + dsum[None, :]
-                if NORM:
-                    live = (offs_t < end)[:, None] & (offs_d < width)[None, :]
-                    normed = tl.load(x_ptr + offs, mask=live, other=0.0).to(tl.float32)
-                    rstd = tl.load(rstd_ptr + offs_t, mask=offs_t < tl.where(inside, end, 0), other=0.0)[:, None]
-                    normed *= rstd
-                    dx = rstd * (dx - normed * (tl.sum(dx * normed, 1) / D)[:, None])
-                tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-            row = end
-            segment += 1
+    """One program: CHUNK rows x BLOCK_D columns, sequence by sequence; 0 behind the last one."""
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    row = tl.program_id(0).to(tl.int64) * CHUNK
+    chunk_end = tl.minimum(row + CHUNK, T)
+    segment = _segment_of(cu_ptr, row + token_offset, N, ENDS)
+    while row < chunk_end:
+        inside = segment < N
+        segment_end = tl.load(cu_ptr + segment + 1, mask=inside, other=0).to(tl.int64) - token_offset
+        end = tl.minimum(tl.where(inside, segment_end, chunk_end), chunk_end)
+        width = tl.where(inside, D, 0)
+        dsum = tl.load(dsum_ptr + segment * D + offs_d, mask=offs_d < width, other=0.0)
+        for start in tl.range(row, end, BLOCK_T, num_stages=STAGES):
+            offs_t = start + tl.arange(0, BLOCK_T)
+            offs = offs_t[:, None] * D + offs_d[None, :]
+            mask = (offs_t < end)[:, None] & mask_d[None, :]
+            dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + dsum[None, :]
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        row = end
+        segment += 1
 
 
-def _reduce(x_TD, cu_seqlens, token_offset, norm_weight_D, eps, want_sum: bool, want_mean: bool, normalize: bool):
-    """-> sum [N, D] (of x, or of x * rstd with a norm weight), mean [N, D] (weighted, of unit length with normalize),
-    rstd [T], 1 / norm [N]; empty if not wanted"""
+def _reduce(x_TD, cu_seqlens, token_offset, want_sum: bool, want_mean: bool, normalize: bool):
+    """-> sum [N, D], mean [N, D] (of unit length with normalize), 1 / norm [N]; empty if not wanted"""
     num_tokens, hidden_size = x_TD.shape
-    num_segments, norm = cu_seqlens.numel() - 1, norm_weight_D is not None
-    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_FORWARD) if norm else _COLUMNS_FORWARD
+    num_segments = cu_seqlens.numel() - 1
+    block_t, block_d, num_warps, num_stages = _COLUMNS_FORWARD
     chunk, long = _chunk(num_tokens), num_tokens > _LONG * num_segments
     num_chunks = triton.cdiv(num_tokens, chunk)
     partial_CD = x_TD.new_empty(num_chunks + num_segments, hidden_size, dtype=torch.float32)
-    rstd_T = x_TD.new_empty(num_tokens if norm else 0, dtype=torch.float32)
     sum_ND = x_TD.new_empty(num_segments if want_sum else 0, hidden_size, dtype=torch.float32)
     mean_ND = x_TD.new_empty(num_segments if want_mean else 0, hidden_size, dtype=torch.float32)
     inverse_N = x_TD.new_empty(num_segments if normalize else 0, dtype=torch.float32)
     if num_tokens:
         _chunk_sum_kernel[(num_chunks, triton.cdiv(hidden_size, block_d))](
-            x_TD, cu_seqlens, partial_CD, rstd_T, num_tokens, num_segments, token_offset, eps,
+            x_TD, cu_seqlens, partial_CD, num_tokens, num_segments, token_offset,
             D=hidden_size, CHUNK=chunk, BLOCK_T=block_t, BLOCK_D=block_d,
-            ENDS=_ENDS, NORM=norm, STAGES=num_stages, num_warps=num_warps,
+            ENDS=_ENDS, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
     if num_segments:
         if long:
             block_c, block_d, num_warps = _COMBINE_LONG
         else:
-            block_d = _row_config(hidden_size)[1] if normalize else min(512, triton.next_power_of_2(hidden_size))
+            block_d = _row_block(hidden_size) if normalize else min(512, triton.next_power_of_2(hidden_size))
             block_c, num_warps = min(4, 16384 // block_d), max(4, min(16, block_d // 512))
         _combine_kernel[(num_segments, triton.cdiv(hidden_size, block_d))](
-            partial_CD, cu_seqlens, norm_weight_D if norm else partial_CD, sum_ND, mean_ND, inverse_N,
+            partial_CD, cu_seqlens, sum_ND, mean_ND, inverse_N,
             num_tokens, token_offset, D=hidden_size, CHUNK=chunk, BLOCK_C=block_c, BLOCK_D=block_d,
-            SUM=want_sum, MEAN=want_mean, WEIGHT=norm, NORMALIZE=normalize and not long, MIN_NORM=_MIN_NORM,
-            num_warps=num_warps,
+            SUM=want_sum, MEAN=want_mean, NORMALIZE=normalize and not long, MIN_NORM=_MIN_NORM, num_warps=num_warps,
         )  # fmt: skip
         if normalize and long:
             _normalize_kernel[(num_segments,)](
-                mean_ND, inverse_N, D=hidden_size, BLOCK_D=_row_config(hidden_size)[1], MIN_NORM=_MIN_NORM, num_warps=8
+                mean_ND, inverse_N, D=hidden_size, BLOCK_D=_row_block(hidden_size), MIN_NORM=_MIN_NORM, num_warps=8
             )
-    return sum_ND, mean_ND, rstd_T, inverse_N
+    return sum_ND, mean_ND, inverse_N
 
 
-def _scatter(
-    dsum_ND, cu_seqlens, token_offset, num_tokens, dtype, x_TD=None, rstd_T=None, norm_weight_D=None, sum_ND=None
-):
-    """-> dx [T, D] from d(sum) [N, D], and dweight [D] (empty without a norm weight)"""
+def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype) -> torch.Tensor:
+    """-> dx [T, D] from d(sum) [N, D]"""
     num_segments, hidden_size = dsum_ND.shape
-    norm = norm_weight_D is not None
-    block_t, block_d, num_warps, num_stages = _row_config(hidden_size, _ROWS_BACKWARD) if norm else _COLUMNS_BACKWARD
+    block_t, block_d, num_warps, num_stages = _COLUMNS_BACKWARD
     dx_TD = dsum_ND.new_empty(num_tokens, hidden_size, dtype=dtype)
-    dweight_D = dsum_ND.new_empty(hidden_size if norm else 0, dtype=norm_weight_D.dtype if norm else torch.float32)
-    weight_programs = triton.cdiv(hidden_size, _WEIGHT_WIDTH) if norm else 0
-    num_programs = weight_programs + triton.cdiv(num_tokens, _SCATTER_CHUNK)
-    if num_programs:
-        _scatter_kernel[(num_programs, triton.cdiv(hidden_size, block_d))](
-            dsum_ND, cu_seqlens, *((x_TD, rstd_T, norm_weight_D, sum_ND) if norm else (dsum_ND,) * 4), dx_TD, dweight_D,
-            num_tokens, num_segments, token_offset,
+    if num_tokens:
+        _scatter_kernel[(triton.cdiv(num_tokens, _SCATTER_CHUNK), triton.cdiv(hidden_size, block_d))](
+            dsum_ND, cu_seqlens, dx_TD, num_tokens, num_segments, token_offset,
             D=hidden_size, CHUNK=_SCATTER_CHUNK, BLOCK_T=block_t, BLOCK_D=block_d,
-            ENDS=_ENDS, NORM=norm, STAGES=num_stages,
-            WEIGHT_PROGRAMS=weight_programs, WEIGHT_ROWS=16 * num_warps, WEIGHT_WIDTH=_WEIGHT_WIDTH,
-            num_warps=num_warps,
+            ENDS=_ENDS, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
-    return dx_TD, dweight_D
+    return dx_TD
 
 
 @torch.library.custom_op("nemo_embed_core::segment_sum_forward", mutates_args=())
 def _segment_sum_fwd(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int) -> torch.Tensor:
-    return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, None, 0.0, True, False, False)[0]
+    return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, True, False, False)[0]
 
 
 @_segment_sum_fwd.register_fake
@@ -334,7 +271,7 @@ def _(x_TD, cu_seqlens, token_offset):
 def _segment_sum_bwd(
     dsum_ND: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int, num_tokens: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    return _scatter(dsum_ND.contiguous(), cu_seqlens.contiguous(), token_offset, num_tokens, dtype)[0]
+    return _scatter(dsum_ND.contiguous(), cu_seqlens.contiguous(), token_offset, num_tokens, dtype)
 
 
 @_segment_sum_bwd.register_fake
@@ -356,26 +293,16 @@ _segment_sum_fwd.register_autograd(_segment_sum_backward, setup_context=_segment
 
 
 @torch.library.custom_op("nemo_embed_core::mean_pool_forward", mutates_args=())
-def _mean_pool_fwd(
-    x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool, norm_weight_D: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> out [N, D], sum of x * rstd [N, D] and rstd [T] (with a norm weight), 1 / norm [N] (with normalize)"""
-    norm_weight_D = None if norm_weight_D is None else norm_weight_D.contiguous()
-    sum_ND, out_ND, rstd_T, inverse_N = _reduce(
-        x_TD.contiguous(), cu_seqlens.contiguous(), 0, norm_weight_D, eps, norm_weight_D is not None, True, normalize
-    )
-    return out_ND, sum_ND, rstd_T, inverse_N
+def _mean_pool_fwd(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [N, D], 1 / norm [N] (with normalize)"""
+    return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), 0, False, True, normalize)[1:]
 
 
 @_mean_pool_fwd.register_fake
-def _(x_TD, cu_seqlens, normalize, norm_weight_D, eps):
-    num_segments, norm = cu_seqlens.shape[0] - 1, norm_weight_D is not None
-    return (
-        x_TD.new_empty(num_segments, x_TD.shape[1], dtype=torch.float32),
-        x_TD.new_empty(num_segments if norm else 0, x_TD.shape[1], dtype=torch.float32),
-        x_TD.new_empty(x_TD.shape[0] if norm else 0, dtype=torch.float32),
-        x_TD.new_empty(num_segments if normalize else 0, dtype=torch.float32),
-    )
+def _(x_TD, cu_seqlens, normalize):
+    num_segments = cu_seqlens.shape[0] - 1
+    out_ND = x_TD.new_empty(num_segments, x_TD.shape[1], dtype=torch.float32)
+    return out_ND, x_TD.new_empty(num_segments if normalize else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("nemo_embed_core::mean_pool_backward", mutates_args=())
@@ -386,50 +313,35 @@ def _mean_pool_bwd(
     cu_seqlens: torch.Tensor,
     num_tokens: int,
     dtype: torch.dtype,
-    x_TD: torch.Tensor | None,
-    sum_ND: torch.Tensor | None,
-    rstd_T: torch.Tensor | None,
-    norm_weight_D: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> dx [T, D], dweight [D] (empty without a norm weight)"""
+) -> torch.Tensor:
+    """-> dx [T, D]"""
     num_segments, hidden_size = dout_ND.shape
     cu_seqlens, dsum_ND = cu_seqlens.contiguous(), dout_ND.new_empty(dout_ND.shape, dtype=torch.float32)
     if num_segments:
-        _, block_d, num_warps, _ = _row_config(hidden_size)
+        block_d = _row_block(hidden_size)
         _mean_bwd_kernel[(num_segments,)](
-            dout_ND.contiguous(), out_ND, inverse_N, cu_seqlens, dsum_ND,
-            D=hidden_size, BLOCK_D=block_d, NORMALIZE=inverse_N.numel() > 0, num_warps=num_warps,
+            dout_ND.contiguous(), out_ND, inverse_N, cu_seqlens, dsum_ND, D=hidden_size, BLOCK_D=block_d,
+            NORMALIZE=inverse_N.numel() > 0, num_warps=max(1, min(16, block_d // 512)),
         )  # fmt: skip
-    if norm_weight_D is None:
-        return _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype)
-    assert x_TD is not None
-    return _scatter(
-        dsum_ND, cu_seqlens, 0, num_tokens, dtype, x_TD.contiguous(), rstd_T, norm_weight_D.contiguous(), sum_ND
-    )
+    return _scatter(dsum_ND, cu_seqlens, 0, num_tokens, dtype)
 
 
 @_mean_pool_bwd.register_fake
-def _(dout_ND, out_ND, inverse_N, cu_seqlens, num_tokens, dtype, x_TD, sum_ND, rstd_T, norm_weight_D):
-    dx_TD = dout_ND.new_empty(num_tokens, dout_ND.shape[1], dtype=dtype)
-    return dx_TD, dout_ND.new_empty(0) if norm_weight_D is None else norm_weight_D.new_empty(norm_weight_D.shape)
+def _(dout_ND, out_ND, inverse_N, cu_seqlens, num_tokens, dtype):
+    return dout_ND.new_empty(num_tokens, dout_ND.shape[1], dtype=dtype)
 
 
 def _mean_pool_setup_context(ctx, inputs, output):
-    x_TD, cu_seqlens, ctx.normalize, norm_weight_D, _ = inputs
-    out_ND, sum_ND, rstd_T, inverse_N = output
-    ctx.norm, ctx.num_tokens, ctx.dtype = norm_weight_D is not None, x_TD.shape[0], x_TD.dtype
+    x_TD, cu_seqlens, _ = inputs
+    ctx.num_tokens, ctx.dtype = x_TD.shape[0], x_TD.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out_ND, inverse_N, cu_seqlens, *((x_TD, sum_ND, rstd_T, norm_weight_D) if ctx.norm else ()))
+    ctx.save_for_backward(*output, cu_seqlens)  # not x: its gradient is a copy of the mean's
 
 
 def _mean_pool_backward(ctx, dout_ND, *_):
     if dout_ND is None:
-        return None, None, None, None, None
-    out_ND, inverse_N, cu_seqlens, *norm = ctx.saved_tensors
-    dx_TD, dweight_D = _mean_pool_bwd(
-        dout_ND, out_ND, inverse_N, cu_seqlens, ctx.num_tokens, ctx.dtype, *(norm or (None, None, None, None))
-    )
-    return dx_TD, None, None, dweight_D if ctx.norm else None, None
+        return None, None, None
+    return _mean_pool_bwd(dout_ND, *ctx.saved_tensors, ctx.num_tokens, ctx.dtype), None, None
 
 
 _mean_pool_fwd.register_autograd(_mean_pool_backward, setup_context=_mean_pool_setup_context)
@@ -439,14 +351,8 @@ def segment_sum_kernel(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offse
     return _segment_sum_fwd(x_TD, cu_seqlens, token_offset)
 
 
-def mean_pool_kernel(
-    x_TD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    normalize: bool = False,
-    norm_weight_D: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    return _mean_pool_fwd(x_TD, cu_seqlens, normalize, norm_weight_D, eps)[0]
+def mean_pool_kernel(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+    return _mean_pool_fwd(x_TD, cu_seqlens, normalize)[0]
 
 
 def _check(x_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -470,23 +376,14 @@ def segment_sum(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int 
     return segment_sum_ref(x_TD, cu_seqlens, token_offset)
 
 
-def mean_pool(
-    x_TD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    normalize: bool = False,
-    norm_weight_D: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    """y = F.rms_norm(x, (D,), norm_weight, eps) if norm_weight is given, else x
-    mean = torch.stack([y[a:b].float().mean(0) for a, b in bounds]); F.normalize(mean) if normalize, else mean
+def mean_pool(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+    """mean = torch.stack([x[a:b].float().mean(0) for a, b in bounds]); F.normalize(mean) if normalize, else mean
 
-    x [T, D]: bf16, fp16, fp32 (fp64: plain torch).  cu_seqlens [N + 1].  norm_weight [D]: the model's final norm, fused.
+    x [T, D]: bf16, fp16, fp32 (fp64: plain torch).  cu_seqlens [N + 1].
     Returns [N, D] fp32 (fp64 for fp64); an empty sequence gives 0.  CUDA: Triton, tensors on the current device,
     D up to 16384.
     """
     _check(x_TD, cu_seqlens)
-    if norm_weight_D is not None and norm_weight_D.shape != x_TD.shape[1:]:
-        raise ValueError(f"mean_pool: norm_weight {list(norm_weight_D.shape)} does not fit x {list(x_TD.shape)}")
     if x_TD.is_cuda and x_TD.dtype != torch.float64:
-        return mean_pool_kernel(x_TD, cu_seqlens, normalize, norm_weight_D, eps)
-    return mean_pool_ref(x_TD, cu_seqlens, normalize, norm_weight_D, eps)
+        return mean_pool_kernel(x_TD, cu_seqlens, normalize)
+    return mean_pool_ref(x_TD, cu_seqlens, normalize)

@@ -184,14 +184,12 @@ def segment_sum(module, lengths, D, shards=(1,), padding=3, dtype="fp32", device
             offset += piece_TD.shape[0]
 
 
-def mean_pool(module, lengths, D, normalize, norm, padding=3, dtype="fp32", device="cpu", cu_dtype="int32"):
+def mean_pool(module, lengths, D, normalize, padding=3, dtype="fp32", device="cpu", cu_dtype="int32"):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, getattr(torch, cu_dtype))
     inputs = {"x_TD": 1 + noise(int(cu_seqlens[-1]) + padding, D, dtype=dtype, device=device)}
-    if norm:
-        inputs["norm_weight_D"] = noise(D, dtype=dtype, device=device)
 
     def run(function):
-        return lambda **x: function(cu_seqlens=cu_seqlens, normalize=normalize, eps=1e-5, **x)
+        return lambda **x: function(cu_seqlens=cu_seqlens, normalize=normalize, **x)
 
     check(run(module.mean_pool_kernel), run(module.mean_pool_ref), inputs, slack=4)
     check_twice(run(module.mean_pool_kernel), inputs)
@@ -573,8 +571,8 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
     elif name == "mean_pool":
         cu_seqlens = torch.tensor([0, 2, 3])
         yield operator_of(module._segment_sum_fwd), (x(3, 16), cu_seqlens, 0)
-        yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, True, None, 1e-5)
-        yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, False, x(16), 1e-5)
+        yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, True)
+        yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, False)
     elif name == "info_nce_own":
         temperature, mask = torch.tensor(0.1, requires_grad=True), torch.ones(3, 2, dtype=torch.bool)
         yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, temperature, 0.0, True, True)
@@ -643,7 +641,7 @@ def benchmark_rehearsal(folder: str) -> None:
     on_cpu = {
         name: lambda dtype, device, case=case, **shape: case(dtype, "cpu", **shape) for name, case in real_cases.items()
     }
-    tiny = {"T": 2, "width": 32, "blocks": 1, "H": 2, "G": 1, "A": 16, "B": 2, "P": 3, "K": 1, "D": 16, "norm": 1}
+    tiny = {"T": 2, "width": 32, "blocks": 1, "H": 2, "G": 1, "A": 16, "B": 2, "P": 3, "K": 1, "D": 16, "normalize": 1}
     shapes = {name: [{k: tiny.get(k, v) for k, v in shape.items()}] for name, shape in kernels.GATE["cpu"].items()}
     shapes["mean_pool"][0]["T"] = 60
     patches = [mock.patch.object(torch.cuda, name, function) for name, function in cuda.items()]

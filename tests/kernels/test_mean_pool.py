@@ -16,37 +16,35 @@ CHUNKS = {"_CHUNK": 16, "_SCATTER_CHUNK": 16}  # tokens: so that few already mak
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_kernel_within_budget(passes, normalize, norm, dtype):
-    passes("mean_pool", lengths=RAGGED, D=100, normalize=normalize, norm=norm, dtype=dtype, constants=CHUNKS)
+def test_kernel_within_budget(passes, normalize, dtype):
+    passes("mean_pool", lengths=RAGGED, D=100, normalize=normalize, dtype=dtype, constants=CHUNKS)
 
 
 @pytest.mark.parametrize(
     ("lengths", "D", "padding"), [([1], 64, 0), ([65], 300, 0), ([2, 3], 4096, 1), ([16, 16], 64, 0), ([1] * 17, 64, 0)]
 )
 def test_kernel_over_awkward_shapes(passes, lengths, D, padding):
-    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, norm=True, constants=CHUNKS)
-    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=False, norm=False, cu_dtype="int64")
+    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, constants=CHUNKS)
+    passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=False, cu_dtype="int64")
 
 
-@pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, True)])
-def test_more_sequences_than_ends_are_compared_at_a_time(passes, normalize, norm):
-    """As beyond 1,024 sequences, 1,024 columns and 16 rows of the weight's gradient, with chunks of the many-token size."""
+@pytest.mark.parametrize("normalize", [False, True])
+def test_more_sequences_than_ends_are_compared_at_a_time(passes, normalize):
+    """As beyond 1,024 sequences and 1,024 columns, with chunks of the many-token size."""
     small = CHUNKS | {"_ENDS": 8, "_MANY_TOKENS": 32, "_CHUNK_OF_MANY": 8, "_SCATTER_CHUNK": 8}
-    if not norm:
-        small |= {"_COLUMNS_FORWARD": [4, 32, 1, 3], "_COLUMNS_BACKWARD": [4, 32, 1, 1]}
+    small |= {"_COLUMNS_FORWARD": [4, 32, 1, 3], "_COLUMNS_BACKWARD": [4, 32, 1, 1]}
     lengths = [1, 3, 0, 5] * 5 + [70]  # 21: three blocks of ends; the last one takes three blocks of partial sums
-    passes("mean_pool", lengths=lengths, D=70, normalize=normalize, norm=norm, constants=small)
+    passes("mean_pool", lengths=lengths, D=70, normalize=normalize, constants=small)
     passes("segment_sum", lengths=lengths, D=70, shards=[3], constants=small)
 
 
-@pytest.mark.parametrize(("normalize", "norm"), [(False, False), (True, True)])
-def test_partial_sums_of_long_sequences_are_added_by_many_programs(passes, normalize, norm):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_partial_sums_of_long_sequences_are_added_by_many_programs(passes, normalize):
     """As above a mean length of 2,048, with more partial sums than one block of the sum takes."""
     small = CHUNKS | {"_LONG": 8, "_COMBINE_LONG": [2, 32, 1]}
-    passes("mean_pool", lengths=[70, 0], D=100, padding=0, normalize=normalize, norm=norm, constants=small)
-    passes("mean_pool", lengths=[90, 40, 1], D=70, normalize=normalize, norm=norm, constants=small)
+    passes("mean_pool", lengths=[70, 0], D=100, padding=0, normalize=normalize, constants=small)
+    passes("mean_pool", lengths=[90, 40, 1], D=70, normalize=normalize, constants=small)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -61,21 +59,18 @@ def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):
 
 def test_reference_gradcheck():
     cu_seqlens = torch.tensor([0, 1, 4, 4, 6])
-    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 3), (3,)))
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: segment_sum_ref(x, cu_seqlens, 1), (x,))
     for normalize in (False, True):
         assert torch.autograd.gradcheck(lambda x: mean_pool_ref(x, cu_seqlens, normalize), (x,))  # noqa: B023
-        assert torch.autograd.gradcheck(lambda x, w: mean_pool_ref(x, cu_seqlens, normalize, w), (x, weight))  # noqa: B023
 
 
 def test_equals_a_loop_over_sequences():
-    x, weight, cu_seqlens = torch.randn(10, 16), torch.randn(16), torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-    y = torch.nn.functional.rms_norm(x, (16,), weight, 1e-5)
-    expected = torch.stack([y[a:b].mean(0) for a, b in ((0, 3), (3, 4), (4, 9))])
-    torch.testing.assert_close(mean_pool(x, cu_seqlens, norm_weight_D=weight, eps=1e-5), expected)
-    torch.testing.assert_close(
-        mean_pool(x, cu_seqlens, True, weight), torch.nn.functional.normalize(expected, dim=-1), rtol=1e-5, atol=1e-6
-    )
+    x, cu_seqlens = torch.randn(10, 16), torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    expected = torch.stack([x[a:b].mean(0) for a, b in ((0, 3), (3, 4), (4, 9))])
+    torch.testing.assert_close(mean_pool(x, cu_seqlens), expected)
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(mean_pool(x, cu_seqlens, True), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_shards_add_up_to_the_whole():
@@ -94,5 +89,3 @@ def test_half_precision_is_summed_in_fp32():
 def test_wrong_shapes_say_what_is_wanted():
     with pytest.raises(ValueError, match="integer cu_seqlens"):
         mean_pool(torch.zeros(3, 8), torch.zeros(2))
-    with pytest.raises(ValueError, match=r"norm_weight \[4\]"):
-        mean_pool(torch.zeros(3, 8), torch.tensor([0, 3]), norm_weight_D=torch.zeros(4))

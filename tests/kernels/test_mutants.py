@@ -76,7 +76,7 @@ MUTANTS = {
     ),
     "pool: max for maximum (the bug that Liger shipped)": (
         "mean_pool",
-        {"lengths": [3, 0, 5], "D": 64, "normalize": False, "norm": False},
+        {"lengths": [3, 0, 5], "D": 64, "normalize": False},
         "tl.maximum(length, 1)",
         "tl.max(length, 0)",
     ),
@@ -86,7 +86,6 @@ MUTANTS = {
             "lengths": [3, 5, 20],
             "D": 64,
             "normalize": False,
-            "norm": False,
             "constants": {"_CHUNK": 16, "_SCATTER_CHUNK": 16},
         },
         "tl.where((offs_t < segment_end)[:, None], x, 0.0), 0)",
@@ -106,7 +105,7 @@ MUTANTS = {
     ),
     "pool: fp16 accumulation": (
         "mean_pool",
-        {"lengths": [3, 40], "D": 64, "normalize": False, "norm": False},
+        {"lengths": [3, 40], "D": 64, "normalize": False},
         "        if segment_end <= end:",
         "        acc = acc.to(tl.float16).to(tl.float32)\n        if segment_end <= end:",
     ),
@@ -337,19 +336,13 @@ MUTANTS = {
     ),
     "pool: ends of sequences past the first block": (
         "mean_pool",
-        {"lengths": [1, 3, 0, 5] * 5, "D": 32, "normalize": False, "norm": False, "constants": {**CHUNKS, "_ENDS": 8}},
+        {"lengths": [1, 3, 0, 5] * 5, "D": 32, "normalize": False, "constants": {**CHUNKS, "_ENDS": 8}},
         "for start in range(0, N, ENDS):",
         "for start in range(0, ENDS, ENDS):",
     ),
-    "pool: the weight's gradient of sequences past the first block": (
-        "mean_pool",
-        {"lengths": [2] * 40, "D": 32, "normalize": True, "norm": True, "constants": CHUNKS},
-        "for first in range(0, N, ROWS):",
-        "for first in range(0, ROWS, ROWS):",
-    ),
     "pool: partial sums of a sequence past the first block": (
         "mean_pool",
-        {"lengths": [3, 120], "D": 32, "normalize": False, "norm": False, "constants": CHUNKS},
+        {"lengths": [3, 120], "D": 32, "normalize": False, "constants": CHUNKS},
         "for chunk in range(first_row // CHUNK, end_chunk, BLOCK_C):",
         "for chunk in range(first_row // CHUNK, first_row // CHUNK + BLOCK_C, BLOCK_C):",
     ),
