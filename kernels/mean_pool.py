@@ -1,14 +1,15 @@
 """Mean of every packed sequence, and the L2 normalisation after it where it is asked for.
 
-Contract: x [T, D] holds the tokens of N sequences one after the other, cu_seqlens [N + 1] (int32 or int64) their bounds,
-from 0. Sequences may be empty (mean 0) or of any length; tokens behind the last one are ignored and get zero gradient.
-Sums are in fp32 and in a fixed order: same input, same bits, no atomics. One read of x forward; backward writes dx once.
+Contract: x [T, D] holds the tokens of N sequences one after the other, cu_seqlens [N + 1] (int32 or int64)
+their bounds, from 0. Sequences may be empty (mean 0) or of any length; tokens behind the last one are ignored
+and get zero gradient. Sums are in fp32 and in a fixed order: same input, same bits, no atomics. One read of x
+forward; backward writes dx once.
 
-Two stages, because sequences of 1 and of 32k tokens meet in one launch. First every chunk of CHUNK tokens is summed by one
-program, one partial sum per sequence that it touches; walking through the tokens, each (chunk c, sequence n) pair comes
-after a step in c or in n, so c + n numbers the partial sums without a gap or a clash, and no prefix sum has to be computed
-or read back by the host. Then one program per sequence (several for sequences of thousands of tokens) adds that sequence's
-partial sums.
+Two stages, because sequences of 1 and of 32k tokens meet in one launch. First every chunk of CHUNK tokens is
+summed by one program, one partial sum per sequence that it touches; walking through the tokens, each (chunk
+c, sequence n) pair comes after a step in c or in n, so c + n numbers the partial sums without a gap or a
+clash, and no prefix sum has to be computed or read back by the host. Then one program per sequence (several
+for sequences of thousands of tokens) adds that sequence's partial sums.
 """
 
 # T packed tokens (of this rank) · N sequences · D hidden_size · C chunks of tokens
@@ -41,13 +42,13 @@ def mean_pool_ref(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool 
 
 _MIN_NORM = 1e-12  # F.normalize's
 
-# A warp takes 256 columns of all rows of a block, 8 neighbours a thread, so that sums over rows stay within threads: every
-# other division was slower by half to four times (docs/log.md).
-# BLOCK_T, BLOCK_D, num_warps, num_stages
+# A warp takes 256 columns of all rows of a block, 8 neighbours a thread, so that sums over rows stay within
+# threads: every other division was slower by half to four times (docs/log.md). BLOCK_T, BLOCK_D, num_warps,
+# num_stages
 _COLUMNS_FORWARD = (4, 1024, 4, 3)
 _COLUMNS_BACKWARD = (4, 1024, 4, 1)
-# Tokens of one program of the first stage: enough programs for every SM to have two, and few partial sums, of which there are
-# T / chunk + N rows of fp32.
+# Tokens of one program of the first stage: enough programs for every SM to have two, and few partial sums, of
+# which there are T / chunk + N rows of fp32.
 _CHUNK, _CHUNK_OF_MANY, _MANY_TOKENS = 64, 128, 32768
 _SCATTER_CHUNK = 16  # tokens of one program of the backward
 _ENDS = 1024  # ends of sequences compared at a time
@@ -89,7 +90,8 @@ def _chunk_sum_kernel(
 ):  # fmt: skip
     """One program: the partial sums of one chunk of rows, for one block of columns.
 
-    One loop over the rows, whatever sequences they belong to: their loads stay in flight across the ends of sequences.
+    One loop over the rows, whatever sequences they belong to: their loads stay in flight across the ends of
+    sequences.
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -124,7 +126,8 @@ def _combine_kernel(
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     SUM: tl.constexpr, MEAN: tl.constexpr, NORMALIZE: tl.constexpr, MIN_NORM: tl.constexpr,
 ):  # fmt: skip
-    """One program: one sequence and one block of columns (all if NORMALIZE); its partial sums in the order of the tokens."""
+    """One program: one sequence and one block of columns (all if NORMALIZE); its partial sums in the order of
+    the tokens."""
     segment = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -366,9 +369,10 @@ def _check(x_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
 def segment_sum(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
     """torch.stack([x[a:b].float().sum(0) for a, b in bounds]): the local share of every sequence's sum.
 
-    x [T_local, D]: tokens token_offset .. token_offset + T_local of the packed batch, bf16, fp16, fp32 (fp64: plain torch).
-    cu_seqlens [N + 1]: bounds in the whole batch.  Returns [N, D] fp32 (fp64 for fp64), zero where this rank has no token.
-    Under sequence parallelism one all-reduce of this completes the sums; divide by cu_seqlens.diff() for the mean.
+    x [T_local, D]: tokens token_offset .. token_offset + T_local of the packed batch, bf16, fp16, fp32 (fp64:
+    plain torch). cu_seqlens [N + 1]: bounds in the whole batch.  Returns [N, D] fp32 (fp64 for fp64), zero
+    where this rank has no token. Under sequence parallelism one all-reduce of this completes the sums; divide
+    by cu_seqlens.diff() for the mean.
     """
     _check(x_TD, cu_seqlens)
     if x_TD.is_cuda and x_TD.dtype != torch.float64:
@@ -377,11 +381,11 @@ def segment_sum(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int 
 
 
 def mean_pool(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-    """mean = torch.stack([x[a:b].float().mean(0) for a, b in bounds]); F.normalize(mean) if normalize, else mean
+    """mean = torch.stack([x[a:b].float().mean(0) for a, b in bounds]); F.normalize(mean) if normalize, else
+    mean
 
-    x [T, D]: bf16, fp16, fp32 (fp64: plain torch).  cu_seqlens [N + 1].
-    Returns [N, D] fp32 (fp64 for fp64); an empty sequence gives 0.  CUDA: Triton, tensors on the current device,
-    D up to 16384.
+    x [T, D]: bf16, fp16, fp32 (fp64: plain torch).  cu_seqlens [N + 1]. Returns [N, D] fp32 (fp64 for fp64);
+    an empty sequence gives 0.  CUDA: Triton, tensors on the current device, D up to 16384.
     """
     _check(x_TD, cu_seqlens)
     if x_TD.is_cuda and x_TD.dtype != torch.float64:

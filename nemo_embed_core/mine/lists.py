@@ -1,4 +1,5 @@
-"""topk_below over blocks of queries, resumable; one teacher's lists under several ceilings; several teachers' lists as one."""
+"""topk_below over blocks of queries, resumable; one teacher's lists under several ceilings; several teachers'
+lists as one."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class TeacherSearch:
     num_again: int = 0  # queries that were searched a second time, for a lower ceiling
 
     def scores(self, pairs: Exclude, rows: np.ndarray | None = None) -> np.ndarray:
-        """The score of every pair (query rows[i], document) of the CSR, by the same function as the negatives' scores."""
+        """The score of every pair (query rows[i], document) of the CSR, by the same function as the
+        negatives' scores."""
         of_query = np.repeat(np.arange(len(pairs.indptr) - 1), np.diff(pairs.indptr))
         of_query = of_query if rows is None else rows[of_query]
         scores = np.empty(len(of_query), np.float32)
@@ -58,7 +60,8 @@ class TeacherSearch:
         return scores
 
     def top(self, ceilings: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """topk_below for these query rows (None: all), each block published when it is done; documents split over ranks."""
+        """topk_below for these query rows (None: all), each block published when it is done; documents split
+        over ranks."""
         rows = np.arange(len(self.queries)) if rows is None else rows
         k = min(k, self.num_searched)
         digest = self._digest(ceilings, k, rows)
@@ -70,7 +73,8 @@ class TeacherSearch:
         starts = range(0, len(rows), size)
         first, last = ranks.span(self.num_searched)
         documents = None
-        # Rank 0 says which blocks are there: a block that appears meanwhile must not be skipped by some ranks only.
+        # Rank 0 says which blocks are there: a block that appears meanwhile must not be skipped by some ranks
+        # only.
         found = [_read_block(folder, s // size, digest) for s in starts] if ranks.rank == 0 else None
         done = ranks.gather(found)[0]
         progress = Progress("searched", "queries", len(rows), self.log, shown=ranks.rank == 0)
@@ -115,7 +119,8 @@ class TeacherSearch:
         method: str,
         stats: SearchStats | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """topk_below for these query rows, as many at a time as have MAX_EXCLUDED documents that they must not be given."""
+        """topk_below for these query rows, as many at a time as have MAX_EXCLUDED documents that they must
+        not be given."""
         parts = []
         group = np.cumsum(self.exclude.counts(rows)) // MAX_EXCLUDED
         for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
@@ -125,7 +130,8 @@ class TeacherSearch:
         return torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
 
     def _digest(self, ceilings: np.ndarray, k: int, rows: np.ndarray) -> str:
-        """Names one search: the embeddings (by their sidecars, which hold their sha256) and every argument that matters."""
+        """Names one search: the embeddings (by their sidecars, which hold their sha256) and every argument
+        that matters."""
         digest = hashlib.sha256(f"{k} {self.num_searched} {self.block_queries}".encode())
         for sidecar in sorted([*self.work.glob("documents/*.json"), *self.work.glob("queries/*.json")]):
             digest.update(sidecar.read_bytes())
@@ -155,11 +161,12 @@ def _read_block(folder: Path, index: int, digest: str) -> tuple[np.ndarray, np.n
 
 
 class CandidateLists:
-    """One teacher's best documents under ever lower ceilings, exactly, from one search that kept more than k of them.
+    """One teacher's best documents under ever lower ceilings, exactly, from one search that kept more than k
+    of them.
 
-    A list has every document between its last score and the ceiling that it was searched under. Cut at a lower ceiling it
-    therefore begins with the right documents. It ends too early only where it was full and fewer than k are left: such a
-    query is searched again under the lower ceiling.
+    A list has every document between its last score and the ceiling that it was searched under. Cut at a
+    lower ceiling it therefore begins with the right documents. It ends too early only where it was full and
+    fewer than k are left: such a query is searched again under the lower ceiling.
     """
 
     def __init__(self, search: TeacherSearch, k: int, width: int):
@@ -198,9 +205,11 @@ class CandidateLists:
 def find(
     lists: list[CandidateLists], lowest: list[np.ndarray], selection: Selection
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scores, ids, below), all [Q, n] with n <= selection.num_searched: what Selection.choose takes negatives from.
+    """(scores, ids, below), all [Q, n] with n <= selection.num_searched: what Selection.choose takes
+    negatives from.
 
-    lists, lowest: per teacher. below: found, and below the ceiling of every teacher. Scores are the first teacher's.
+    lists, lowest: per teacher. below: found, and below the ceiling of every teacher. Scores are the first
+    teacher's.
     """
     ceilings = [selection.ceilings(s) for s in lowest]
     limits = [np.full(len(c), np.inf) if selection.by_rank else c for c in ceilings]
@@ -224,16 +233,18 @@ def combine(
     rows: np.ndarray,
     selection: Selection,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One list per query out of the lists of several teachers: (scores of the first teacher, ids, below), [R, n].
+    """One list per query out of the lists of several teachers: (scores of the first teacher, ids, below), [R,
+    n].
 
-    tops [R, M] per teacher: the ids of its M = combine_depth best passages below its ceiling, best first, -1 in free
-    places. In a list of m passages they have the ranks 0 .. m - 1, and any other passage has rank m.
+    tops [R, M] per teacher: the ids of its M = combine_depth best passages below its ceiling, best first, -1
+    in free places. In a list of m passages they have the ranks 0 .. m - 1, and any other passage has rank m.
 
     intersection: the passages that are in every list, so below the ceiling of every teacher.
     mean_rank: the passages that are in some list, and below the ceiling of every teacher.
 
-    Both in the order (mean of the ranks, id), the first n = selection.num_searched of them. With range_min or range_max
-    the lists hold the best passages whatever they score, n counts those too, and `below` says which may be taken.
+    Both in the order (mean of the ranks, id), the first n = selection.num_searched of them. With range_min or
+    range_max the lists hold the best passages whatever they score, n counts those too, and `below` says which
+    may be taken.
     """
     n, num_rows = selection.num_searched, len(rows)
     ordered = [_by_mean_rank([top[i] for top in tops], selection.combine == "intersection") for i in range(num_rows)]
@@ -246,7 +257,8 @@ def combine(
         open_rows = [i for i in range(num_rows) if filled[i] < n and len(ordered[i]) > looked_at]
         if not open_rows:
             return scores, ids, below
-        # A passage that one list lacks may be above that teacher's ceiling or merely further down: its score tells.
+        # A passage that one list lacks may be above that teacher's ceiling or merely further down: its score
+        # tells.
         pairs = Exclude.from_lists([ordered[i][looked_at : looked_at + n].tolist() for i in open_rows])
         by_teacher = [search.scores(pairs, rows[open_rows]) for search in searches]
         of_row = np.repeat(np.array(open_rows), np.diff(pairs.indptr))

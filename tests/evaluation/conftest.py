@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from toy_evaluation import WORDS, word_tokenizer, write_beir
 
 from nemo_embed_core.checkpoint.source import Usage
-from nemo_embed_core.config import EvaluateConfig, ModelConfig
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.evaluation.run import evaluate
 from nemo_embed_core.export.files import expected_tensors
 from nemo_embed_core.export.folder import write_folder
 
@@ -62,8 +63,10 @@ def launcher():
     spec.loader.exec_module(module)
 
     def run(output: Path, **options: Any) -> dict[str, Any]:
-        module.evaluate(EvaluateConfig(**{"device": "cpu", "output": str(output), **options}))
-        return json.loads(output.read_text())
+        report = evaluate(**{"device": "cpu", "output": str(output), **options})
+        written = json.loads(output.read_text())
+        assert written == json.loads(json.dumps(report))
+        return written
 
     module.run = run
     return module

@@ -15,6 +15,7 @@ from toy_evaluation import copied, write_beir
 
 from nemo_embed_core.config import EvaluateConfig, UserError
 from nemo_embed_core.evaluation.retrieval import METRICS, mteb_imported
+from nemo_embed_core.evaluation.run import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -316,7 +317,7 @@ def test_wrong_options_are_refused_before_the_first_text_is_encoded(
     launcher, ours, beir, nothing_is_encoded, options, message
 ):
     with pytest.raises(UserError, match=message):
-        launcher.evaluate(EvaluateConfig(**{"models": [str(ours)], "data": str(beir), "device": "cpu", **options}))
+        evaluate(**{"models": [str(ours)], "data": str(beir), "device": "cpu", **options})
     with pytest.raises(UserError, match="query_max_length=0 must be at least 1"):
         EvaluateConfig(data=str(beir), query_max_length=0)
 

@@ -14,17 +14,14 @@ DOCUMENTS, CHARACTERS = 240, 200_000  # 48 MB
 LIMIT = 60  # MiB above what the same evaluation of a few short texts takes
 
 CODE = """
-import importlib.util, json, resource, sys
-spec = importlib.util.spec_from_file_location("launch_evaluate", "launch/evaluate.py")
-launcher = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(launcher)
-from nemo_embed_core.config import EvaluateConfig
+import json, resource, sys
 from nemo_embed_core.data import tokenizer
 from nemo_embed_core.evaluation import retrieval
+from nemo_embed_core.evaluation.run import evaluate
 retrieval.PIECE_CHARACTERS, tokenizer.BATCH_CHARACTERS = 1 << 20, 1 << 18  # so that the texts need not be many
 peaks = []
 for data in sys.argv[2:]:
-    launcher.evaluate(EvaluateConfig(data=data, models=[sys.argv[1], "bm25"], device="cpu"))
+    evaluate([sys.argv[1], "bm25"], data, device="cpu")
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 print(json.dumps(peaks))
 """

@@ -20,7 +20,7 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
     from nemo_embed_core.data.packing import load_batch
     from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm, rope, swiglu
     from nemo_embed_core.loss import contrastive
-    from nemo_embed_core.model import encoder, llama
+    from nemo_embed_core.model import llama, pooling
     from nemo_embed_core.parallel import fsdp, layers
     from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
     from nemo_embed_core.parallel.mesh import build_mesh
@@ -55,8 +55,8 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
     layers.rms_norm = counted("rms_norm", rms_norm.rms_norm_kernel)
     llama.split_rope = counted("split_rope", rope.split_rope_kernel)
     llama.swiglu = counted("swiglu", swiglu.swiglu_kernel)
-    encoder.mean_pool = counted("pool", mean_pool.mean_pool_kernel)
-    encoder.segment_sum = counted("pool", mean_pool.segment_sum_kernel)
+    pooling.mean_pool = counted("pool", mean_pool.mean_pool_kernel)
+    pooling.segment_sum = counted("pool", mean_pool.segment_sum_kernel)
     contrastive.info_nce_hard = counted("loss", info_nce.info_nce_hard_kernel)
     contrastive.info_nce_in_batch = counted("loss", info_nce.info_nce_in_batch_kernel)
     return {"reference": reference, "kernels": step(), "calls": calls}

@@ -2,10 +2,10 @@
 
     |q.d - q^.d^| <= |q - q^| |d| + |q^| |d - d^|        (Cauchy-Schwarz; residual norms known exactly per row)
 
-fp32: the rows themselves, no residual; what is left is the rounding of the GEMM.
-bf16: the rows rounded, products accumulated in fp32 on tensor cores.
-int8: rows rotated by a random orthogonal matrix, then one scale per row. Without the rotation a few large channels
-set the scale and the bound is useless (docs/mining.md). The int32 accumulation of int8 products is exact.
+fp32: the rows themselves, no residual; what is left is the rounding of the GEMM. bf16: the rows rounded,
+products accumulated in fp32 on tensor cores. int8: rows rotated by a random orthogonal matrix, then one scale
+per row. Without the rotation a few large channels set the scale and the bound is useless (docs/mining.md).
+The int32 accumulation of int8 products is exact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ UNDERFLOW = 1.2e-19  # numbers below it may count as 0 in a norm: their squares 
 
 @dataclass(frozen=True)
 class Rows:
-    """n rows as values * scale[:, None], with norm >= |row| and residual >= |row - values * scale| (both finite)."""
+    """n rows as values * scale[:, None], with norm >= |row| and residual >= |row - values * scale| (both
+    finite)."""
 
     values: Tensor  # [n, D] fp32, bf16 or int8
     scale: Tensor | None  # [n] fp32; None: 1
@@ -42,15 +43,16 @@ class Rows:
 
 
 class Rounding:
-    """|computed - exact| <= relative |q^| |d^| + ABSOLUTE for the GEMM, its scaling and the final rounding to fp32."""
+    """|computed - exact| <= relative |q^| |d^| + ABSOLUTE for the GEMM, its scaling and the final rounding to
+    fp32."""
 
     ABSOLUTE = 1e-30  # products below the smallest normal fp32, flushed to zero
 
     def __init__(self, method: str, hidden_size: int):
-        # fp32: gamma_D for any order of summation, with or without FMA. bf16: tensor cores truncate where fp32 units
-        # round, so twice that. int8: an exact sum, then a conversion and two products, and as much for a bound that is a
-        # product and a sum (split_bound).
-        # All: adding the bound to the score, and the fp32 rounding of the score itself.
+        # fp32: gamma_D for any order of summation, with or without FMA. bf16: tensor cores truncate where
+        # fp32 units round, so twice that. int8: an exact sum, then a conversion and two products, and as much
+        # for a bound that is a product and a sum (split_bound). All: adding the bound to the score, and the
+        # fp32 rounding of the score itself.
         terms = {"fp32": hidden_size, "bf16": 2 * hidden_size, "int8": 8}[method]
         self.relative = 1.01 * (terms + 8) * UNIT
 
@@ -108,15 +110,16 @@ def pair_bound(q: Rows, block: Rows, rounding: Rounding) -> Tensor:
 
 
 def split_bound(q: Rows, block: Rows, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """(fixed [q], slope [q]): fixed[q] + slope[q] * block.residual[n] is what pair_bound says, for one document rather than
-    for the worst of the block, whose residual is far above that of most."""
+    """(fixed [q], slope [q]): fixed[q] + slope[q] * block.residual[n] is what pair_bound says, for one
+    document rather than for the worst of the block, whose residual is far above that of most."""
     norm, residual = block.norm.max(), block.residual.max()
     slope = q.norm + q.residual
     return q.residual * norm + rounding.relative * slope * (norm + residual) + Rounding.ABSOLUTE, slope
 
 
 def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
-    """q.values @ block.values.T (+ add[:, None]), before the scales: [q, n] fp32, or int32 (and no add) for int8."""
+    """q.values @ block.values.T (+ add[:, None]), before the scales: [q, n] fp32, or int32 (and no add) for
+    int8."""
     a, b = q.values, block.values
     if a.dtype == torch.int8:
         return _int8_mm(a, b)
@@ -130,7 +133,8 @@ def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, limit: float = math.inf) -> Tensor:
-    """(x @ weight.T).clamp(-limit, limit), fp32 on a CPU: by oneDNN, because MKL is half as fast on an AMD CPU."""
+    """(x @ weight.T).clamp(-limit, limit), fp32 on a CPU: by oneDNN, because MKL is half as fast on an AMD
+    CPU."""
     if torch.backends.mkldnn.is_available():
         after = ("none", []) if math.isinf(limit) else ("hardtanh", [-limit, limit])
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, *after, "")
@@ -159,7 +163,8 @@ def check_norms(document_norm: Tensor, query_norm: Tensor) -> None:
 
 
 def root_above(square_n: Tensor, hidden_size: int) -> Tensor:
-    """An upper bound of the norm whose square was summed in fp32; infinite where the squares overflow, which is refused."""
+    """An upper bound of the norm whose square was summed in fp32; infinite where the squares overflow, which
+    is refused."""
     return square_n.sqrt() * (1 + 2 * hidden_size * UNIT)
 
 

@@ -52,7 +52,8 @@ class DeviceExclude:
         return (None if self.indptr is None else self.indptr[rows.start : rows.stop + 1]), self.ids
 
     def positions(self, rows: slice, first_id: int, num_columns: int) -> tuple[Tensor, Tensor] | None:
-        """(row, column) in the tile of these queries and the documents from first_id on; None: nothing is excluded."""
+        """(row, column) in the tile of these queries and the documents from first_id on; None: nothing is
+        excluded."""
         indptr, ids = self.of(rows)
         return None if indptr is None or ids is None else excluded_positions(indptr, ids, first_id, num_columns)
 

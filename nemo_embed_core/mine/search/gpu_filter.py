@@ -1,8 +1,9 @@
-"""Candidates on a GPU: tiles are compared with each query's floor inside the GEMM, and few scores are ever written.
+"""Candidates on a GPU: tiles are compared with each query's floor inside the GEMM, and few scores are ever
+written.
 
-After a first block the best C keys are known. Of later blocks few can enter, and writing a tile of scores to read it back
-takes as long as its products. So the kernel (kernels/filter_scores.py) appends the keys between floor and limit to a
-candidate list per query, and the lists are merged into the best C.
+After a first block the best C keys are known. Of later blocks few can enter, and writing a tile of scores to
+read it back takes as long as its products. So the kernel (kernels/filter_scores.py) appends the keys between
+floor and limit to a candidate list per query, and the lists are merged into the best C.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ LIST = 1024  # places of a query's list beyond C
 
 
 class FilteredCandidates(Candidates):
-    """As Candidates; `overflowed` [Q]: queries that lost candidates to a full list, whose results do not count."""
+    """As Candidates; `overflowed` [Q]: queries that lost candidates to a full list, whose results do not
+    count."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -43,8 +45,8 @@ class FilteredCandidates(Candidates):
         if rescore:  # by bounds alone twice as many survive
             self.rescored_at = 2 * num_seen
         self.raise_floor(by_scores=rescore)
-        # A key below the floor, or below the last candidate, cannot be among the k best. A free place takes any finite
-        # key: the lowest finite number and not -inf.
+        # A key below the floor, or below the last candidate, cannot be among the k best. A free place takes
+        # any finite key: the lowest finite number and not -inf.
         enters = torch.maximum(self.keys[:, -1], self.floor).clamp(min=torch.finfo(torch.float32).min)
         add, slope, spread = bound, None, None
         if self.method == "int8":  # bf16 documents have no residual, others nearly the same

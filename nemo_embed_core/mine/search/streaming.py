@@ -1,4 +1,5 @@
-"""The streaming top-k of csrc/topk.h as two ops: CUDA tensors -> the kernels, CPU tensors -> plain torch, the same bits.
+"""The streaming top-k of csrc/topk.h as two ops: CUDA tensors -> the kernels, CPU tensors -> plain torch, the
+same bits.
 
 q, n rows of a tile of queries and documents · C places of the state · L places of a list
 """
@@ -37,7 +38,8 @@ def streaming_topk_(
     col_scale: Tensor | None = None,
     row_add: Tensor | None = None,
 ) -> None:
-    """keys = scores * col_scale * row_scale[:, None] + row_add[:, None]; state = top C of state and keys, in place.
+    """keys = scores * col_scale * row_scale[:, None] + row_add[:, None]; state = top C of state and keys, in
+    place.
 
     Kept: finite keys < ceilings[:, None] of documents not excluded, by (key descending, id ascending).
     scores [q, n] fp32, bf16 or int32: column j is document first_id + j.  ceilings [q] fp32.
@@ -61,11 +63,11 @@ def merge_lists_(
 ) -> None:
     """state[r] = top C of state[r] and list_keys[r, : counts[r]], in place, whatever the order of the list.
 
-    Kept: finite keys of documents not excluded, by (key descending, id ascending).
-    list_keys [q, L] fp32, list_columns [q, L] int32: entry i of row r is document first_id + list_columns[r, i].
-    counts [q] int32: entries of each list; of one that counts more than L, its L are merged.
-    state_keys, state_ids, exclude_indptr, exclude_ids: as in streaming_topk_. Columns that would give ids above MAX_ID
-    are for the caller to refuse: they are on the device.
+    Kept: finite keys of documents not excluded, by (key descending, id ascending). list_keys [q, L] fp32,
+    list_columns [q, L] int32: entry i of row r is document first_id + list_columns[r, i]. counts [q] int32:
+    entries of each list; of one that counts more than L, its L are merged. state_keys, state_ids,
+    exclude_indptr, exclude_ids: as in streaming_topk_. Columns that would give ids above MAX_ID are for the
+    caller to refuse: they are on the device.
     """
     assert list_keys.shape == list_columns.shape, f"{list_keys.shape=} {list_columns.shape=}"
     assert len(list_keys) == len(counts) == len(state_keys), f"{len(list_keys)=} {len(counts)=} {len(state_keys)=}"
@@ -155,7 +157,8 @@ def _alive(
     if excluded is not None:
         alive[excluded] = False
     if bool(torch.isneginf(state_keys[:, -1]).any()) and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept:
-        # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered by the insertion).
+        # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered by the
+        # insertion).
         cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
         alive &= keys >= cut[:, None]
     rows, columns = alive.nonzero(as_tuple=True)
@@ -163,8 +166,8 @@ def _alive(
 
 
 def _few_not_below(keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(rows, columns) of keys >= floor[:, None] when few are, rows ascending: one pass over the tile for the maxima of FOLD
-    keys, then those only. None when they are many."""
+    """(rows, columns) of keys >= floor[:, None] when few are, rows ascending: one pass over the tile for the
+    maxima of FOLD keys, then those only. None when they are many."""
     num_rows, num_columns = keys.shape
     if num_columns % FOLD or not keys.is_contiguous():
         return None
@@ -178,7 +181,8 @@ def _few_not_below(keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_ids: Tensor) -> None:
-    """state row r = the first C of itself and the (keys[i], ids[i]) with rows[i] == r, best first; rows ascend."""
+    """state row r = the first C of itself and the (keys[i], ids[i]) with rows[i] == r, best first; rows
+    ascend."""
     if len(rows) == 0:
         return
     num_kept = state_keys.shape[1]
@@ -202,7 +206,8 @@ def _(*arguments: Any) -> None:
 
 
 def kernel_is_available() -> bool:
-    """CuPy compiles csrc at first use; without it CUDA tensors take the torch implementation, and the report says so."""
+    """CuPy compiles csrc at first use; without it CUDA tensors take the torch implementation, and the report
+    says so."""
     return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 
 
@@ -260,7 +265,8 @@ def _run(
     state_keys: Tensor,
     state_ids: Tensor,
 ) -> None:
-    """The kernel `name`, one block per row of the state: its own inputs, then the arguments that all kernels end with."""
+    """The kernel `name`, one block per row of the state: its own inputs, then the arguments that all kernels
+    end with."""
     import cupy
 
     num_rows, kept = state_keys.shape

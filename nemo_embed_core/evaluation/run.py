@@ -1,0 +1,166 @@
+"""Models side by side on one held-out BEIR folder, each with its own prompts, lengths and similarity.
+
+report = evaluate(["runs/stage1", "exports/merged", "bm25"], "data/wiki", split="test")
+report["bm25"]["ndcg_at_10"]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.config import EvaluateConfig, UserError
+from nemo_embed_core.data.normal_form import normal_form
+from nemo_embed_core.data.readers import Beir, Findings, read_beir
+from nemo_embed_core.evaluation.models import Subject
+from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
+from nemo_embed_core.parallel.mesh import pick_device, pick_precision
+
+
+def evaluate(models: Iterable[str | Path], data: str | Path, **options: Any) -> dict[str, dict[str, Any]]:
+    """{model: figures and how its texts became vectors}; options: the further fields of EvaluateConfig."""
+    return run(EvaluateConfig(models=[str(model) for model in models], data=str(data), **options))
+
+
+def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """Every model in turn; its line is printed, and the report written, as soon as it is done."""
+    check_names(config)
+    subjects = {name: Subject.of(name, config) for name in config.models if name != "bm25"}
+    encoder = None
+    for subject in reversed(subjects.values()):  # so that what was loaded last is the first that is needed
+        del encoder  # before the next one is loaded
+        encoder = subject.check(config)
+    beir, facts = read_data(config)
+    with mteb_imported():
+        pass  # seconds below are of encoding and search, not of imports
+    options = {"ignore_identical_ids": config.ignore_identical_ids}
+    precision = pick_precision(config.precision, pick_device(config.device))
+    width = max(len(model) for model in (*config.models, "model"))
+    print(f"{'model':{width}}  ndcg@10  recall@10  mrr@10  seconds", flush=True)
+    report: dict[str, dict[str, Any]] = {}
+    for name in config.models:
+        start = time.perf_counter()
+        if name == "bm25":
+            entry: dict[str, Any] = {**evaluate_bm25(beir, **options)}
+            usage = None
+        else:
+            encoder = encoder or subjects[name].load(config)
+            usage = subjects[name].usage_with(encoder)
+            entry = evaluate_retrieval(encoder, beir, usage, **options)
+            entry |= {"digest": encoder.digest, "precision": precision}
+            encoder = None  # before the next one is loaded
+        entry["seconds"] = round(time.perf_counter() - start, 1)
+        ndcg, recall, mrr = (entry[metric] for metric in METRICS)
+        print(f"{name:{width}}  {ndcg:7.4f}  {recall:9.4f}  {mrr:6.4f}  {entry['seconds']:7.1f}", flush=True)
+        if usage is not None:
+            entry |= described(subjects[name], usage)
+            print(f"{'':{width}}  {line_of(entry)}", flush=True)
+        report[name] = {**entry, "data": facts}
+        if config.output:  # after every model: an hour of scores is not lost with the next one
+            write(Path(config.output), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return report
+
+
+def check_names(config: EvaluateConfig) -> None:
+    """What can be wrong without opening a folder."""
+    if not config.models:
+        raise UserError('no models to evaluate: give checkpoints, runs or folders, or "bm25"')
+    if len(set(config.models)) < len(config.models):
+        raise UserError(f"models={config.models} names one twice; the report has one entry per name")
+    if config.output:
+        output = Path(config.output)
+        if output.is_dir():
+            raise UserError(f"output {output} is a folder: give the name of a JSON file")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            probe = output.with_name(f".{output.name}.tmp")
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"output {output} cannot be written: {error.strerror}") from None
+
+
+def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
+    """(the split, or a sample of its queries; what the report says about it)."""
+    findings = Findings(log=print)
+    beir = read_beir(config.data, config.split, config.on_missing, findings)
+    findings.raise_bad()
+    total, sampled = len(beir.queries), ""
+    if 0 < config.max_queries < total:
+        chosen = set(random.Random(config.seed).sample(list(beir.queries), config.max_queries))
+        beir = Beir(beir.corpus, {q: beir.queries[q] for q in beir.queries if q in chosen}, beir.qrels, beir.languages)
+        sampled = f", a sample of {total} (seed {config.seed})"
+    languages = (
+        Counter(beir.languages.get(query) or "unknown" for query in beir.queries) if beir.languages else Counter()
+    )
+    sizes = f"{len(beir.queries)} queries of split {config.split}{sampled}, {len(beir.corpus)} documents"
+    print(f"{sizes} of {config.data}", flush=True)
+    if languages:
+        print("languages of the queries: " + ", ".join(f"{name} {count}" for name, count in languages.most_common()))
+    for line in findings.lines():
+        print(line)
+    # The query is in the corpus under its own id: ArguAna, Quora. In other sets two numberings only meet.
+    identical = [query for query in beir.queries if query in beir.corpus]
+    if identical:
+        same = sum(normal_form(beir.queries[q]) in normal_form(beir.corpus[q]) for q in identical)
+        judged = sum(beir.qrels[q].get(q, 0) > 0 for q in identical)
+        shown = (
+            f"{len(identical)} of {len(beir.queries)} queries have the id of a document, {same} of them are in its text"
+        )
+        shown += f", {judged} judge it relevant"
+        if config.ignore_identical_ids:
+            print(f"{shown}: these documents are not counted as found (ignore_identical_ids)")
+        else:
+            print(
+                f"warning: {shown}; where the query is its own document (mteb: ArguAna, Quora) --ignore_identical_ids true"
+            )
+    elif config.ignore_identical_ids:
+        print("ignore_identical_ids changes nothing: no query has the id of a document")
+    facts = {
+        "path": config.data,
+        "split": config.split,
+        "queries": len(beir.queries),
+        "queries_of_the_split": total,
+        "seed": config.seed if sampled else None,
+        "documents": len(beir.corpus),
+        "languages": dict(languages.most_common()),  # of the queries, where they say it
+        "found": findings.counts,
+        "ignore_identical_ids": config.ignore_identical_ids,
+        "identical_ids": len(identical),
+    }
+    return beir, facts
+
+
+def described(subject: Any, usage: Any) -> dict[str, Any]:
+    return {
+        "prompts": usage.default._asdict(),
+        "query_max_length": usage.query_max_length,
+        "document_max_length": usage.document_max_length,
+        "similarity": usage.similarity,
+        "pooling": usage.pooling if subject.is_ours else "of its modules",
+        "overridden": subject.overridden,
+    }
+
+
+def line_of(entry: dict[str, Any]) -> str:
+    """How the texts became vectors, on one line of the table."""
+    sides = []
+    for side in ("query", "document"):
+        length, share = entry[f"{side}_max_length"], entry["truncated"][side]
+        cut = "an unknown share" if share is None else f"{share:.1%}"
+        cut = "whole texts" if length is None else f"{length} tokens, {cut} truncated"
+        sides.append(f"{side} {json.dumps(entry['prompts'][side], ensure_ascii=False)} {cut}")
+    own = f"; overridden: {', '.join(entry['overridden'])}" if entry["overridden"] else ""
+    return f"{'; '.join(sides)}; {entry['similarity']}, {entry['precision']}, {entry['digest'][:12]}{own}"
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
