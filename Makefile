@@ -86,7 +86,8 @@ compat: $(COMPAT:%=.venv-compat/%/.installed)
 # A failure leaves the page as it was.
 docs: $(INSTALLED)
 	page=$$($(BIN)/python -m benchmarks.report) && echo "$$page" >docs/benchmarks.md
-	page=$$($(BIN)/python docs/architecture.py) && echo "$$page" >docs/architecture.md
+	page=$$($(BIN)/python -m docs.architecture) && echo "$$page" >docs/architecture.md
+	page=$$($(BIN)/python -m docs.options) && echo "$$page" >docs/options.md
 	$(BIN)/python tests/test_examples.py
 
 # To go to newer versions: make test CONSTRAINTS= in a new .venv, then this.

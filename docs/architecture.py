@@ -1,4 +1,4 @@
-"""The rooms of the package and who imports whom, drawn from the code: python docs/architecture.py > docs/architecture.md.
+"""The rooms of the package and who imports whom, drawn from the code: python -m docs.architecture > docs/architecture.md.
 
 An arrow is an import in some file of the room, also inside a function. Arrows that others imply are left out: where a room
 reaches another one through a third, the picture shows the longer way.
