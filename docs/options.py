@@ -11,17 +11,18 @@ from docstring_parser import parse_from_object
 
 from launch import merge
 from nemo_embed_core.config import LAUNCHERS
-from nemo_embed_core.options import Options, words
+from nemo_embed_core.options import Options, classes_in, is_section, types_of, words
 
 TOP = """# Options
 
 Written by `python -m docs.options` from `nemo_embed_core/config/`, whose texts `--help` prints too.
 
-Every option goes on the command line (`--optim.lr 1e-6`), into a YAML file (`--config run.yaml`; options after it
-override it) or into Python (`TrainConfig.from_yaml("run.yaml", optim={"lr": 1e-6})`, `TrainConfig.from_dict({...})`).
-`--print_config` prints the resolved file. Lists: `--models A B`; lists of objects, whose keys stand here after `[]`, in YAML
-or as JSON: `--data.datasets '[{"path": "train.jsonl", "task": "..."}]'`. A wrong name, type or value ends with exit
-code 2 and one paragraph that names the option.
+Every option goes on the command line (`--optim.lr 1e-6`), into a YAML file (`--config run.yaml`; options
+after it override it) or into Python (`TrainConfig.from_yaml("run.yaml", optim={"lr": 1e-6})`, a dict with
+`TrainConfig.from_dict({...})`). `--print_config` prints the resolved file. Lists are `--models A B`; lists of
+objects, whose keys stand here after `[]`, are written in YAML, or as JSON:
+`--data.datasets '[{"path": "train.jsonl", "task": "..."}]'`. A wrong name, type or value ends with exit code
+2 and one paragraph that names the option; in Python it is a `UserError`.
 """
 
 Row = tuple[str, str, str, str]  # option, type, default, meaning
@@ -30,16 +31,15 @@ Row = tuple[str, str, str, str]  # option, type, default, meaning
 def rows(cls: type[Options], prefix: str = "") -> Iterator[Row]:
     """A row of each option, and of the keys of each object that an option takes."""
     texts = {entry.arg_name: entry.description or "" for entry in parse_from_object(cls).params}
-    kinds = typing.get_type_hints(cls)
+    kinds = types_of(cls)
     for field in dataclasses.fields(cls):
         name, kind = f"{prefix}{field.name}", kinds[field.name]
-        if isinstance(kind, type) and issubclass(kind, Options):
+        if is_section(kind):
             yield from rows(kind, f"{name}.")
             continue
         yield name, words(kind), default(field), texts.get(field.name, "")
-        for inner in typing.get_args(kind):
-            if isinstance(inner, type) and issubclass(inner, Options):
-                yield from rows(inner, f"{name}[]." if typing.get_origin(kind) is list else f"{name}.")
+        for inner in classes_in(kind):
+            yield from rows(inner, f"{name}[]." if typing.get_origin(kind) is list else f"{name}.")
 
 
 def default(field: dataclasses.Field[Any]) -> str:
@@ -64,7 +64,8 @@ def table(found: Iterator[Row]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, *cells in found:
         name = name if name.startswith("-") else f"`{name}`"
-        yield f"| {' | '.join([name, *(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)])} |"
+        cells = [" ".join(cell.split()).replace("|", r"\|") for cell in cells]
+        yield f"| {' | '.join([name, *cells])} |"
 
 
 def page() -> str:

@@ -1,4 +1,4 @@
-"""How a process of ours ends: errors that say what to change, exit codes, and the faults that tests inject."""
+"""How a process of ours ends: errors that say what to change, exit codes, and faults that tests inject."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DataError(UserError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with its exit code, 2."""
+    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with code 2."""
     try:
         yield
     except UserError as error:
@@ -38,11 +38,12 @@ def user_errors() -> Iterator[None]:
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """main() of a launcher that makes process groups; the process then ends without finalising the interpreter.
+    """main() of a launcher that makes process groups; the process then ends without finalising Python.
 
-    gloo's threads outlive destroy_process_group while anything (FSDP2, autograd) refers to their group. A thread that wants
-    the interpreter while it is finalised is unwound by force, and the rank dies of SIGABRT ("terminate called without an
-    active exception") after its work was done and saved: seen in one of some fifteen runs, torch 2.13 (docs/log.md).
+    gloo's threads outlive destroy_process_group while anything (FSDP2, autograd) refers to their group. A
+    thread that wants the interpreter while it is finalised is unwound by force, and the rank dies of SIGABRT
+    ("terminate called without an active exception") after its work was done and saved: seen in one of some
+    fifteen runs, torch 2.13 (docs/log.md).
     """
     code = 0
     try:
@@ -62,8 +63,8 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
 def failpoint(name: str, at: object) -> None:
     """Fault injection for the tests; does nothing when NEMO_EMBED_FAIL is unset, as it is outside them.
 
-    NEMO_EMBED_FAIL=name@at[:action][,...], `*` for every `at`. Actions: kill (the default: as a power cut would), stop and
-    term send this process the signal; raise and oom raise; sleep=SECONDS.
+    NEMO_EMBED_FAIL=name@at[:action][,...], `*` for every `at`. Actions: kill (the default: as a power cut
+    would), stop and term send this process the signal; raise and oom raise; sleep=SECONDS.
     """
     for spec in filter(None, os.environ.get("NEMO_EMBED_FAIL", "").split(",")):
         point, _, action = spec.partition(":")
@@ -76,5 +77,5 @@ def failpoint(name: str, at: object) -> None:
         if action.startswith("sleep="):
             time.sleep(float(action.removeprefix("sleep=")))
         else:
-            signals = {"": signal.SIGKILL, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
-            os.kill(os.getpid(), signals[action])
+            names = {"": "SIGKILL", "kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM"}
+            os.kill(os.getpid(), signal.Signals[names[action]])

@@ -19,7 +19,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 @pytest.mark.parametrize(
     "page, command",
-    [("docs/benchmarks.md", ["-m", "benchmarks.report"]), ("docs/architecture.md", ["-m", "docs.architecture"])],
+    [
+        ("docs/benchmarks.md", ["-m", "benchmarks.report"]),
+        ("docs/architecture.md", ["-m", "docs.architecture"]),
+        ("docs/options.md", ["-m", "docs.options"]),
+    ],
 )
 def test_a_page_is_what_its_command_makes(page: str, command: list[str]) -> None:
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)

@@ -1,16 +1,23 @@
-"""Every option of every launcher, a tree of frozen dataclasses: one file by launcher, each option's text below it.
+"""Every option of every launcher, a tree of frozen dataclasses: a file by launcher, texts below the fields.
 
-No torch import here: arguments are parsed and refused in a tenth of a second, before anything heavy is loaded.
+No torch import here: arguments are refused in a tenth of a second, before anything heavy is loaded.
 Modules receive values (`hidden_size=...`), never the tree.
 """
 
+from nemo_embed_core.command_line import load_config
 from nemo_embed_core.config.data import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.config.evaluate import EvaluateConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig
 from nemo_embed_core.config.model import ModelConfig, Pooling, RopeScaling
-from nemo_embed_core.config.train import CheckpointConfig, LossConfig, OptimConfig, ParallelConfig, TrainConfig
+from nemo_embed_core.config.train import (
+    CheckpointConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from nemo_embed_core.errors import DataError, UserError, failpoint, run_rank, user_errors
-from nemo_embed_core.options import Options, dump_yaml, load_config, to_dict
+from nemo_embed_core.options import Options, dump_yaml, to_dict
 from nemo_embed_core.version import code_version
 
 LAUNCHERS: dict[str, type[Options]] = {

@@ -22,8 +22,9 @@ class DatasetConfig(Options, section="data.datasets"):
     split: str = "train"
     """Split of a BEIR folder: qrels/{split}.tsv."""
     on_missing: Literal["error", "allow"] = "error"
-    """In a BEIR folder, a judgement of a text that does not exist, an empty text, a query without a relevant document:
-    "error" refuses it, "allow" leaves it out of training and mining, counted; evaluation keeps what mteb keeps."""
+    """In a BEIR folder, a judgement of a text that does not exist, an empty text, a query without a relevant
+    document: "error" refuses it, "allow" leaves it out of training and mining, counted; evaluation keeps what
+    mteb keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,12 @@ class DataConfig(Options, section="data"):
     max_tokens: int = 8192
     """Packed tokens of one micro-batch."""
     on_long_row: Literal["error", "drop", "truncate"] = "error"
-    """Rows whose query, longest positive and longest num_hard_negatives negatives have more than max_tokens tokens:
-    "error" names them before the first step, "drop" leaves them out, "truncate" shortens their longest documents.
-    Counted either way."""
+    """Rows whose query, longest positive and longest num_hard_negatives negatives have more than max_tokens
+    tokens: "error" names them before the first step, "drop" leaves them out, "truncate" shortens their
+    longest documents. Counted either way."""
     store: str = ""
-    """A store that is there: its digest, or the beginning, in cache_dir, or its folder; `datasets` are then not read."""
+    """A store that is there: its digest, or the beginning, in cache_dir, or its folder; `datasets` are then
+    not read."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +62,7 @@ class DataConfig(Options, section="data"):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Options):
-    """Tokenise datasets once into a memory-mapped store (training does it by itself when the store is missing)."""
+    """Tokenise datasets once into a memory-mapped store (training does it itself when there is none)."""
 
     tokenizer: str
     """Folder with tokenizer.json."""

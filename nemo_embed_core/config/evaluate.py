@@ -20,14 +20,15 @@ class EvaluateConfig(Options):
     split: str = "test"
     """Split of the folder: qrels/{split}.tsv."""
     on_missing: Literal["error", "allow"] = "error"
-    """A judgement of a text that does not exist, an empty text: "error" refuses it, "allow" counts it and keeps what
-    mteb keeps."""
+    """A judgement of a text that does not exist, an empty text: "error" refuses it, "allow" counts it and
+    keeps what mteb keeps."""
     output: str = ""
     """JSON report to write; "": only the printed table."""
     prompt_name: str = ""
     """Prompt of a model with prompts for several tasks; "": its default."""
     task: str | None = None
-    """Instruction of the queries: "Instruct: {task}\\nQuery: {text}"; "": none; null: the model's own prompt."""
+    """Instruction of the queries: "Instruct: {task}\\nQuery: {text}"; "": none; null: the model's own
+    prompt."""
     document_task: str | None = None
     """Instruction of the documents; "": none; null: the model's own prompt."""
     query_max_length: int | None = None
@@ -35,7 +36,8 @@ class EvaluateConfig(Options):
     document_max_length: int | None = None
     """Tokens of a document; null: the model's own."""
     ignore_identical_ids: bool = False
-    """Whether a document with the query's own id counts as not found: mteb sets it for ArguAna, Quora, FiQA and others."""
+    """Whether a document with the query's own id counts as not found: mteb sets it for ArguAna, Quora, FiQA
+    and others."""
     max_queries: int = 0
     """Queries of the split to sample; 0: all."""
     seed: int = 0

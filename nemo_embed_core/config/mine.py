@@ -22,8 +22,8 @@ class MineDatasetConfig(Options, section="datasets"):
     split: str = "train"
     """Split of a BEIR folder: qrels/{split}.tsv."""
     on_missing: Literal["error", "allow"] = "error"
-    """In a BEIR folder, a judgement of a text that does not exist, an empty text: "error" refuses it, "allow" leaves it
-    out, counted."""
+    """In a BEIR folder, a judgement of a text that does not exist, an empty text: "error" refuses it, "allow"
+    leaves it out, counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,15 @@ class MineConfig(Options):
     """Hard negatives: the top documents of each query that score below threshold x its positive."""
 
     model: list[str] | str = field(default_factory=list)
-    """Models whose scores decide, one or several (--model A B): a checkpoint or run of ours, a Hugging Face folder, any
-    sentence-transformers folder, or a folder of precomputed documents.npy and queries.npy."""
+    """Models whose scores decide, one or several (--model A B): a checkpoint or run of ours, a Hugging Face
+    folder, any sentence-transformers folder, or a folder of precomputed documents.npy and queries.npy."""
     data: str = ""
     """Data whose queries are mined: a .jsonl[.gz] file of {"query", "pos", "neg"} rows, or a BEIR folder."""
     split: str = "train"
     """Split of a BEIR folder: qrels/{split}.tsv."""
     on_missing: Literal["error", "allow"] = "error"
-    """In a BEIR folder and in --corpus, a judgement of a text that does not exist, an empty text: "error" refuses it,
-    "allow" leaves it out, counted."""
+    """In a BEIR folder and in --corpus, a judgement of a text that does not exist, an empty text: "error"
+    refuses it, "allow" leaves it out, counted."""
     task: str | None = None
     """Instruction of the queries; "": none; null: the model's own (a checkpoint's: as it was trained)."""
     document_task: str | None = None
@@ -47,22 +47,23 @@ class MineConfig(Options):
     datasets: list[MineDatasetConfig] = field(default_factory=list)
     """Several datasets in place of `data` and its options; --datasets.help lists the keys of each."""
     output: str = ""
-    """JSONL to write, of {"query", "pos", "neg", ...} rows that launch/train.py reads; of several datasets a folder with
-    one file for each."""
+    """JSONL to write, of {"query", "pos", "neg", ...} rows that launch/train.py reads; of several datasets a
+    folder with one file for each."""
     corpus: str = ""
     """JSONL of {"text"} documents to search besides; "": only the documents of the data."""
     pool: Literal["all", "corpus"] = "all"
     """Documents to search: "all", or "corpus" for nothing but --corpus."""
     exclude: list[str] = field(default_factory=list)
-    """Documents that are not searched, as those of an evaluation: JSONL files of {"text"}, and splits of BEIR folders,
-    whose judged documents are meant (--exclude heldout.jsonl data/nq:test)."""
+    """Documents that are not searched, as those of an evaluation: JSONL files of {"text"}, and splits of BEIR
+    folders, whose judged documents are meant (--exclude heldout.jsonl data/nq:test)."""
     keep_negatives: bool = False
     """Whether the negatives that a row has come first, whatever they score (BEIR: judged with score 0)."""
     write_texts: str = ""
-    """Folder to which the texts to embed are written, documents.jsonl and queries.jsonl, and nothing else is done."""
+    """Folder to which the texts to embed are written, documents.jsonl and queries.jsonl, and nothing else is
+    done."""
     threshold: float = 0.95
-    """Negatives score below threshold x the positive's score; in (0, 2) (sentence-transformers: relative_margin =
-    1 - threshold)."""
+    """Negatives score below threshold x the positive's score; in (0, 2) (sentence-transformers:
+    relative_margin = 1 - threshold)."""
     sweep: list[float] = field(default_factory=list)
     """Further thresholds to report on: --sweep 0.8 0.9 0.98."""
     num_negatives: int = 4
@@ -82,7 +83,8 @@ class MineConfig(Options):
     seed: int = 0
     """Seed of sampling=random."""
     combine: Literal["intersection", "mean_rank"] = "intersection"
-    """Of several models' lists: the documents in all of them, or in any, ordered by the mean of their ranks."""
+    """Of several models' lists: the documents in all of them, or in any, ordered by the mean of their
+    ranks."""
     combine_depth: int = 100
     """Documents per query of each model's list."""
     method: Literal["auto", "fp32", "bf16", "int8"] = "auto"
@@ -103,7 +105,8 @@ class MineConfig(Options):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of encoder and search; auto: a GPU when torch sees one."""
     dtype: Literal["float16", "float32"] | None = None
-    """Type of the stored embeddings, whose scores are compared; null: float16, and float32 for dot products."""
+    """Type of the stored embeddings, whose scores are compared; null: float16, and float32 for dot
+    products."""
     shard_size: int = 16384
     """Texts per file of embeddings: a kill costs each rank at most one file."""
     block_queries: int = 8192
@@ -114,8 +117,8 @@ class MineConfig(Options):
         for name, value in (("threshold", self.threshold), *(("sweep", t) for t in self.sweep)):
             if not 0 < value < 2:
                 raise UserError(
-                    f"{name}={value} must be in (0, 2); the paper uses 0.95, sentence-transformers' relative_margin "
-                    "is 1 - threshold, and above 1 documents that beat the positive pass too"
+                    f"{name}={value} must be in (0, 2); the paper uses 0.95, sentence-transformers' "
+                    "relative_margin is 1 - threshold, and above 1 documents that beat the positive pass too"
                 )
         for name in ("num_negatives", "combine_depth", "shard_size", "block_queries"):
             if getattr(self, name) < 1:
@@ -125,8 +128,9 @@ class MineConfig(Options):
                 "give --data PATH [--task ...], or datasets: [{path, task}, ...] in a config file, "
                 f"{'not both' if self.data else 'one of them'}"
             )
-        if self.datasets and (self.task is not None or self.document_task is not None or self.split != "train"):
-            raise UserError("--task, --document_task and --split belong to --data; each of `datasets` has its own")
+        has_task = self.task is not None or self.document_task is not None
+        if self.datasets and (has_task or self.split != "train"):
+            raise UserError("--task, --document_task and --split belong to --data; `datasets` have their own")
         for name in ("query_max_length", "document_max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1 token")

@@ -19,7 +19,8 @@ class RopeScaling(Options, section="rope_scaling"):
     low_freq_factor: float = 1.0
     """The low-frequency bound is original_max_position_embeddings / low_freq_factor, in tokens."""
     high_freq_factor: float = 4.0
-    """Wavelengths below original_max_position_embeddings / high_freq_factor tokens are kept; between, a blend."""
+    """Wavelengths below original_max_position_embeddings / high_freq_factor tokens are kept; between, a
+    blend."""
     original_max_position_embeddings: int = 8192
     """Longest text, in tokens, before the wavelengths were stretched."""
 
@@ -99,13 +100,14 @@ class ModelConfig(Options, section="model"):
 
     @property
     def mlp_blocks(self) -> int:
-        """Blocks of [gate rows | up rows] in the fused weight, as checkpoints store it: a function of the shape alone.
+        """Blocks of [gate rows | up rows] in the fused weight, as checkpoints store it; the shape decides.
 
-        One per KV head where those divide intermediate_size: tensor parallelism, which divides them too, then cuts
-        between blocks. Elsewhere (Llama-2-13B: 13824 and 40) blocks of at most 64 channels, of which every rank takes
-        equally many; the last ranks' may be padding.
+        One per KV head where the heads divide intermediate_size: tensor parallelism, which divides them too,
+        then cuts between blocks. Elsewhere (Llama-2-13B: 13824 and 40) blocks of at most 64 channels, of
+        which every rank takes equally many; the last ranks' may be padding.
         """
-        if self.intermediate_size % self.num_key_value_heads == 0:
-            return self.num_key_value_heads
-        largest = max(1, min(64, self.intermediate_size // self.num_key_value_heads))
-        return self.intermediate_size // next(n for n in range(largest, 0, -1) if self.intermediate_size % n == 0)
+        channels, heads = self.intermediate_size, self.num_key_value_heads
+        if channels % heads == 0:
+            return heads
+        largest = max(1, min(64, channels // heads))
+        return channels // next(n for n in range(largest, 0, -1) if channels % n == 0)

@@ -22,7 +22,8 @@ class ParallelConfig(Options, section="parallel"):
     dp_size: int = 0
     """Data-parallel ranks; 0: world size / tp_size."""
     reshard_after_forward: bool = False
-    """Whether gathered weights are freed after each block (ZeRO-3), which saves memory and gathers them twice."""
+    """Whether gathered weights are freed after each block (ZeRO-3), which saves memory and gathers them
+    twice."""
     timeout_s: int = 600
     """Seconds without progress after which the ranks end the job and name the one that is behind."""
 
@@ -41,8 +42,8 @@ class LossConfig(Options, section="loss"):
     temperature: float = 0.02
     """Divisor of the similarities."""
     in_batch: Literal["none", "positives", "all"] = "none"
-    """Documents that a query is contrasted with besides its own hard negatives, gathered over the global batch: "none"
-    (the paper), "positives" (of other rows), "all" (positives and negatives of other rows)."""
+    """Documents that a query is contrasted with besides its own hard negatives, gathered over the global
+    batch: "none" (the paper), "positives" (of other rows), "all" (positives and negatives of other rows)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,9 +82,8 @@ class OptimConfig(Options, section="optim"):
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"optim.min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
-            raise UserError(
-                f"optim: beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1), eps={self.eps} must be positive"
-            )
+            betas = f"beta1={self.beta1} and beta2={self.beta2}"
+            raise UserError(f"optim: {betas} must lie in [0, 1), eps={self.eps} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,14 @@ class CheckpointConfig(Options, section="checkpoint"):
     keep_every: int = 0
     """Checkpoints of a step that is a multiple of this are kept for ever; 0: none."""
     resume: str = "none"
-    """Checkpoint to continue from: "none", "auto" (newest whole one of output_dir, if any), or a checkpoint folder."""
+    """Checkpoint to continue from: "none", "auto" (newest whole one of output_dir, if any), or a checkpoint
+    folder."""
     async_save: bool = True
     """Whether training goes on while a copy in host memory, on each rank as large as its part, is written."""
     allow_changed: list[str] = field(default_factory=list)
-    """Continue although these differ from the checkpoint's: seed, global_batch_size, data (--checkpoint.allow_changed
-    seed data). The samples of a step are then others, some seen twice, some not at all; the manifest records it."""
+    """Continue although these differ from the checkpoint's: seed, global_batch_size, data
+    (--checkpoint.allow_changed seed data). The samples of a step are then others, some seen twice, some not
+    at all; the manifest records it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,14 +115,14 @@ class CheckpointConfig(Options, section="checkpoint"):
             )
         if unknown := set(self.allow_changed) - {"seed", "global_batch_size", "data"}:
             raise UserError(
-                f"checkpoint.allow_changed has {sorted(unknown)}; it takes seed, global_batch_size and data. Another "
-                "model never continues a run: start one with --init_from"
+                f"checkpoint.allow_changed has {sorted(unknown)}; it takes seed, global_batch_size and data. "
+                "Another model never continues a run: start one with --init_from"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
-    """Contrastive training of a bidirectional Llama: JSONL or BEIR in, sharded checkpoints and metrics out."""
+    """Contrastive training of a bidirectional Llama: JSONL or BEIR in, checkpoints and metrics out."""
 
     output_dir: str
     """Folder of the run: step-XXXXXXXX/ checkpoints, metrics.jsonl, config.yaml."""
@@ -129,7 +131,8 @@ class TrainConfig(Options):
     global_batch_size: int = 128
     """Queries per optimizer step, over all ranks."""
     init_from: str = ""
-    """Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of the shape `model`, which is ignored otherwise."""
+    """Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of the shape `model`,
+    which is ignored otherwise."""
     tokenizer: str = ""
     """Folder with tokenizer.json; "": the one in init_from."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -141,16 +144,18 @@ class TrainConfig(Options):
     seed: int = 0
     """Seed of the sampler and, without init_from, of the weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of activations and GEMMs (weights, moments and the loss are fp32); auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of activations and GEMMs (weights, moments and the loss are fp32); auto: bf16 on a GPU, fp32
+    on a CPU."""
     activation_checkpointing: bool = False
     """Whether each block is computed again in backward, which saves memory."""
     attention: Literal["auto", "flash", "varlen", "sdpa", "reference"] = "auto"
-    """Implementation of attention; auto: the first of flash, varlen, sdpa that runs on the device in the precision."""
+    """Implementation of attention; auto: the first of flash, varlen, sdpa that runs on the device in the
+    precision."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the ranks; auto: a GPU when torch sees one."""
     on_spike: Literal["warn", "skip", "ignore"] = "warn"
-    """A loss of more than spike_zscore standard deviations above the mean of the last 100 steps: "warn" names its rows,
-    "skip" also leaves the weights as they are (the step still counts), "ignore" does not look."""
+    """A loss of more than spike_zscore standard deviations above the mean of the last 100 steps: "warn" names
+    its rows, "skip" also leaves the weights as they are (the step still counts), "ignore" does not look."""
     spike_zscore: float = 6.0
     """Standard deviations from which on a loss is a spike."""
     log_every: int = 1
@@ -165,10 +170,11 @@ class TrainConfig(Options):
                 f"steps={self.steps} must not be negative, global_batch_size={self.global_batch_size} and "
                 f"log_every={self.log_every} must be at least 1"
             )
-        if self.steps and self.optim.warmup_steps is not None and self.optim.warmup_steps >= self.steps:
+        warmup_steps = self.optim.warmup_steps
+        if self.steps and warmup_steps is not None and warmup_steps >= self.steps:
             raise UserError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is not below steps={self.steps}: the rate would never "
-                f"be at optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
+                f"optim.warmup_steps={warmup_steps} is not below steps={self.steps}: the rate would never be at "
+                f"optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
             )
         if not self.spike_zscore > 0:
             raise UserError(
@@ -176,10 +182,11 @@ class TrainConfig(Options):
             )
         if self.data.num_hard_negatives == 0 and self.loss.in_batch == "none":
             raise UserError(
-                "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in the softmax "
-                "and the loss is 0; set loss.in_batch=positives or give hard negatives"
+                "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in "
+                "the softmax and the loss is 0; set loss.in_batch=positives or give hard negatives"
             )
         if self.global_batch_size == 1 and self.data.num_hard_negatives == 0:
             raise UserError(
-                "no negatives: global_batch_size=1 and data.num_hard_negatives=0 leave the positive alone in the softmax"
+                "no negatives: global_batch_size=1 and data.num_hard_negatives=0 leave the positive alone "
+                "in the softmax"
             )
