@@ -62,7 +62,7 @@ CONTRASTIVE, STEP = "nemo_embed_core/loss/contrastive.py", "nemo_embed_core/trai
 OPTIM, TRAINER = "nemo_embed_core/train/optim.py", "nemo_embed_core/train/trainer.py"
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
-LLAMA, ATTENTION, ENCODER = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "encoder"))
+LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
 PACKING, SAMPLER = "nemo_embed_core/data/packing.py", "nemo_embed_core/data/sampler.py"
 SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant("rows without a candidate count as hits", CONTRASTIVE, "(ranked & ~outranked).sum()", "(~outranked).sum()", f"tests/loss {ORACLE}"),
     Mutant("known positives of the batch are negatives", CONTRASTIVE, "known_ids_BJ=known", "known_ids_BJ=None", ORACLE),
     Mutant("known positives among the row's own are negatives", CONTRASTIVE, "self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])", "self.mask_BM[:, 1:]", f"tests/loss {ORACLE}"),
-    Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_])", "pad_to_multiple)", f"tests/data/test_packing.py {ORACLE}"),
+    Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_], room", "pad_to_multiple, None, room", f"tests/data/test_packing.py {ORACLE}"),
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
     Mutant("a temperature that never arrives", STEP, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", LOSS),
     Mutant("in-batch mode that never arrives", STEP, "loss.in_batch, mesh.dp_group", '"none", mesh.dp_group', LOSS),
@@ -133,10 +133,10 @@ MUTANTS = [
     Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("query heads share the wrong KV heads", ATTENTION, "k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)", "k_TGA.repeat(1, r, 1), v_TGA.repeat(1, r, 1)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD), residual_TD", "return self.mlp(x_TD), x_TD", f"{LAYOUT}[tp1-dp1]"),
-    Mutant("sums instead of means under sequence parallelism", ENCODER, "sums_ND / lengths_N[:, None].to(sums_ND.dtype)", "sums_ND", TP2_SP,
+    Mutant("sums instead of means under sequence parallelism", POOLING, "unit(sums_ND / segments.cu_seqlens.diff()[:, None].to(sums_ND.dtype))", "unit(sums_ND)", TP2_SP,
            no_bug="the rows are scaled to unit length next, and their length is no part of the gradient; the division keeps sums in range"),
-    Mutant("pooled rows are gathered and their gradients doubled", ENCODER, "sums_ND = reduce_from_tp(sums_ND, self.tp.group)", "sums_ND = reduce_from_tp(sums_ND, self.tp.group) * 2 - reduce_from_tp(sums_ND, self.tp.group).detach()", TP2_SP),
-    Mutant("pooled under sequence parallelism without the shard's offset", ENCODER, "token_offset=self.tp.rank * hidden_TD.shape[0]", "token_offset=0", TP2_SP),
+    Mutant("pooled rows are gathered and their gradients doubled", POOLING, "return reduce_from_tp(shares_ND, tp.group)", "return reduce_from_tp(shares_ND, tp.group) * 2 - reduce_from_tp(shares_ND, tp.group).detach()", TP2_SP),
+    Mutant("pooled under sequence parallelism without the shard's offset", POOLING, "token_offset=tp.rank * hidden_TD.shape[0]", "token_offset=0", TP2_SP),
     Mutant("pooling in bf16", "kernels/mean_pool.py", "return x if x.dtype == torch.float64 else x.float()", "return x", BF16),
     Mutant("scores in bf16", "kernels/info_nce_own.py", "return x if x.dtype == torch.float64 else x.float()", "return x if x.dtype == torch.float64 else x.bfloat16()", BF16),
     Mutant("RMSNorm in bf16", "kernels/rms_norm.py", "wide_TD = hidden_TD.float() if", "wide_TD = hidden_TD if", "tests/kernels/test_rms_norm.py"),

@@ -115,3 +115,11 @@ def test_nearest_takes_the_even_of_two() -> None:
     assert nearest(Fraction(257, 256), torch.bfloat16).item() == 1.0
     assert nearest(Fraction(259, 256), torch.bfloat16).item() == 1 + 2**-6
     assert nearest(Fraction(257, 256) + Fraction(1, 2**200), torch.bfloat16).item() == 1 + 2**-7
+
+
+def test_a_tie_that_a_sum_in_fp32_would_break_the_wrong_way() -> None:
+    """1 + 2^-8 + 2^-26 is above the middle of two bf16; the 2^-26 is what is left of two small values of other sign."""
+    values = [2.0, 2 + 2**-6, 2**-17 * (1 + 2**-7), -(2.0**-17)]
+    blocks = [torch.tensor([value], dtype=torch.bfloat16) for value in values]
+    assert [block.item() for block in blocks] == values
+    assert combine(blocks, None, torch.bfloat16).item() == 1 + 2**-7

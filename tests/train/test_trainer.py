@@ -26,7 +26,7 @@ from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig, User
 from nemo_embed_core.model.spec import hf_shapes
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import trainer as trainer_module
-from nemo_embed_core.train.metrics import MetricsLog, training_flops
+from nemo_embed_core.train.metrics import LossWindow, MetricsLog, training_flops
 from nemo_embed_core.train.optim import build_optimizer, learning_rate
 from nemo_embed_core.train.trainer import NonFiniteError, Trainer, prepare
 
@@ -255,6 +255,12 @@ def test_flops_of_llama_8b_per_token() -> None:
     model = ModelConfig()
     assert abs(training_flops(model, 1, 0) / 41.87e9 - 1) < 1e-3
     assert training_flops(model, 0, 512 * 512) / 512 == 12 * 32 * 4096 * 512
+
+
+def test_a_spike_enters_the_window_at_its_limit() -> None:
+    window = LossWindow(6.0, [1.0, 1.2] * 10)
+    zscore = window.judge(50.0)
+    assert zscore is not None and abs(zscore - 489) < 1e-6 and abs(window.losses[-1] - 1.7) < 1e-12
 
 
 def test_metrics_have_each_step_once_after_a_resume(tmp_path: Path) -> None:
