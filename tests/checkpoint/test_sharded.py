@@ -689,5 +689,5 @@ def test_tensor_parallelism_1_2_4_1(
 def test_pieces_that_overlap_and_leave_a_hole_of_their_size_are_refused(tmp_path: Path) -> None:
     """As many elements as the tensor has, but one of them twice and one never."""
     pieces = [{"file": "a", "offset": [0, 0], "size": [3, 2]}, {"file": "b", "offset": [2, 0], "size": [1, 2]}]
-    with pytest.raises(sharded.CheckpointError, match="w is stored twice, in a and b"):
+    with pytest.raises(sharded.CheckpointError, match="w is stored twice, in b and a"):
         sharded._check_coverage(tmp_path, "w", [4, 2], pieces)
