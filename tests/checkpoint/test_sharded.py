@@ -22,7 +22,7 @@ from tiny import MODEL, train_config
 
 from nemo_embed_core.checkpoint import files
 from nemo_embed_core.checkpoint import write as write_module
-from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, seal, verify_checkpoint
+from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage, read_manifest, seal, verify_checkpoint
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.weights import open_weights
@@ -689,5 +689,5 @@ def test_tensor_parallelism_1_2_4_1(
 def test_pieces_that_overlap_and_leave_a_hole_of_their_size_are_refused(tmp_path: Path) -> None:
     """As many elements as the tensor has, but one of them twice and one never."""
     pieces = [{"file": "a", "offset": [0, 0], "size": [3, 2]}, {"file": "b", "offset": [2, 0], "size": [1, 2]}]
-    with pytest.raises(sharded.CheckpointError, match="w is stored twice, in b and a"):
-        sharded._check_coverage(tmp_path, "w", [4, 2], pieces)
+    with pytest.raises(CheckpointError, match="w is stored twice, in b and a"):
+        check_coverage(tmp_path, "w", [4, 2], pieces)
