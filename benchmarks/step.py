@@ -4,7 +4,7 @@
     python -m benchmarks.step --shape 8b --layers 4 --only train,profile
     python -m benchmarks.step --shape tiny --device cpu      what a machine without a GPU runs by itself
 
-Ours is the code that trains: FSDP2 in a world of one, packed micro-batches, train/step.py, clipping, AdamW with fp32
+Ours is the code that trains: FSDP2 in a world of one, packed micro-batches, train/engine.py, clipping, AdamW with fp32
 masters. The peers get the same groups (a query, its positive, its hard negatives) and the same loss, as it is commonly
 written: queries and passages as two forwards, padded to the longest of the micro-batch, SDPA, fused AdamW with weights and
 moments in bf16 (fewer bytes than ours: the comparison is against the cheaper optimizer). Before anything is timed, losses,
@@ -43,18 +43,18 @@ import triton
 from torch import Tensor, nn
 
 from benchmarks.ceilings import ResultsFile, matmul_rates
-from nemo_embed_core.config import DataConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, UserError
+from nemo_embed_core.config import DataConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig, UserError
 from nemo_embed_core.data.packing import MicroBatch, load_batch, pack_texts
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.kernels import info_nce_columns, info_nce_own, mean_pool, rms_norm, rope, swiglu
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel import fsdp
-from nemo_embed_core.parallel.grad_norm import clip_grad_norm, local_tensor, sync_replicated_grads
+from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.mesh import Mesh, TensorParallel, distributed, pick_device
+from nemo_embed_core.train.engine import Engine
 from nemo_embed_core.train.metrics import device_peak_flops, training_flops
-from nemo_embed_core.train.optim import build_optimizer, ensure_state
-from nemo_embed_core.train.step import embed, forward_backward
+from nemo_embed_core.train.step import embed
 
 SHAPES = {
     "1b": ModelConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),  # Llama-3.2-1B, head_dim 64
@@ -211,30 +211,23 @@ def fill_random(encoder: nn.Module, seed: int, std: float) -> None:
 
 
 class Ours:
-    """train/trainer.py without files: the model on the mesh, its optimizer, and one step."""
+    """train/engine.py with random weights, and the finite check of the trainer."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, dtype: torch.dtype, seed: int = 0, std: float = 0.02):
-        self.mesh, self.optim, self.loss = mesh, OptimConfig(), LossConfig(temperature=TEMPERATURE)
-        with torch.device("meta"):
-            self.encoder = Encoder(model, mesh.tp, pick_attention("auto", mesh.device, dtype))
-        layers = self.encoder.model.layers
-        fsdp.shard(self.encoder, layers, mesh, dtype=dtype, reshard_after_forward=False, activation_checkpointing=False)
-        self.encoder.to_empty(device=mesh.device)
+        config = TrainConfig(output_dir="", steps=1, loss=LossConfig(temperature=TEMPERATURE))
+        self.mesh, self.engine, self.lr = mesh, Engine(config, model, mesh, dtype), config.optim.lr
+        self.encoder = self.engine.model
         fill_random(self.encoder, seed, std)
-        self.optimizer = build_optimizer(self.encoder, self.optim)
-        ensure_state(self.optimizer)
 
     def backward(self, batch: GlobalBatch) -> Tensor:
         """loss [B] in the order of the micro-batches; gradients are left on the parameters."""
-        return forward_backward(self.encoder, batch.micro_batches, self.mesh, self.loss)[0]
+        return self.engine.forward_backward(batch.micro_batches)[0]
 
     def step(self, batch: GlobalBatch) -> float:
         losses_B = self.backward(batch)
-        sync_replicated_grads(self.encoder.parameters(), self.mesh)
-        norm = clip_grad_norm(self.encoder.parameters(), self.optim.clip_norm, self.mesh)
+        norm = self.engine.clip()
         loss, _ = torch.stack([losses_B.mean(), norm]).tolist()  # before the update, as the trainer's finite check
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.update(self.lr)
         return loss
 
     @torch.no_grad()

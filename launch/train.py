@@ -12,27 +12,11 @@ from dataclasses import replace
 from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_errors
 
 
-def check_early(config: TrainConfig) -> None:
-    """What a config, a config.json and a tokenizer.json already tell, before the seconds that importing torch takes.
-
-    `prepare` checks the same again with everything that needs torch; the shape of a checkpoint of ours is read there.
-    """
-    from nemo_embed_core.data.tokenizer import load_tokenizer
-    from nemo_embed_core.model.hf_folder import find_folder, has_weights, open_folder
-    from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
-
-    model = None if config.init_from else config.model
-    folder = find_folder(config.init_from)[0] if config.init_from else None
-    if folder is not None and (has_weights(folder) or (folder / "config.json").is_file()):
-        model = open_folder(folder).model
-    check_layout(config.parallel, world_size_from_env(), model)
-    if model is not None and (tokenizer := config.tokenizer or folder):
-        load_tokenizer(tokenizer).check_fits(model.vocab_size)
-
-
 def train(config: TrainConfig) -> None:
     from nemo_embed_core.parallel.mesh import distributed
-    from nemo_embed_core.train.trainer import NON_FINITE_EXIT_CODE, NonFiniteError, Trainer, prepare
+    from nemo_embed_core.train.preflight import prepare
+    from nemo_embed_core.train.spikes import NON_FINITE_EXIT_CODE, NonFiniteError
+    from nemo_embed_core.train.trainer import Trainer
 
     prepared = prepare(config)
     with distributed(config.parallel, config.device, prepared.model) as mesh:
@@ -54,13 +38,13 @@ def stop_with_torchrun() -> None:
 def main() -> None:
     stop_with_torchrun()
     with user_errors():
-        config = load_config(
-            TrainConfig
-        )  # before torch is imported: a typo or a wrong layout costs a tenth of a second
+        config = load_config(TrainConfig)  # before torch is imported: a typo costs a tenth of a second
         if config.data.store:
             from nemo_embed_core.data.build import with_store
 
             config = replace(config, data=with_store(config.data))
+        from nemo_embed_core.train.early import check_early
+
         check_early(config)
         train(config)
 

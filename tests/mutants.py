@@ -59,7 +59,7 @@ class Mutant(NamedTuple):
 
 
 CONTRASTIVE, STEP = "nemo_embed_core/loss/contrastive.py", "nemo_embed_core/train/step.py"
-OPTIM, TRAINER = "nemo_embed_core/train/optim.py", "nemo_embed_core/train/trainer.py"
+OPTIM, ENGINE, TRAINER = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "engine", "trainer"))
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
@@ -98,15 +98,15 @@ MUTANTS = [
     Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}, {', '"weight_decay": 0.0}, {', OPTIM_OPTIONS),
     Mutant("the warm-up begins at 0", OPTIM, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIM_OPTIONS),
     Mutant("the rate falls to 0 instead of min_lr", OPTIM, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
-    Mutant("the rate never reaches the optimizer", TRAINER, 'param_group["lr"] = lr', "pass", OPTIM_OPTIONS),
-    Mutant("clip_norm never arrives", TRAINER, "config.optim.clip_norm, mesh)", "1.0, mesh)", OPTIM_OPTIONS),
-    Mutant("the seed never reaches the sampler", TRAINER, "self.sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)", "self.sampler = Sampler(drawn.rows, config.global_batch_size, 0)", REST),
+    Mutant("the rate never reaches the optimizer", ENGINE, 'param_group["lr"] = lr', "pass", OPTIM_OPTIONS),
+    Mutant("clip_norm never arrives", ENGINE, "self.config.optim.clip_norm, self.mesh)", "1.0, self.mesh)", OPTIM_OPTIONS),
+    Mutant("the seed never reaches the sampler", TRAINER, "sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)", "sampler = Sampler(drawn.rows, config.global_batch_size, 0)", REST),
     Mutant("the seed never reaches the choice of documents", TRAINER, "mesh.tp.size, config.seed", "mesh.tp.size, 0", REST),
-    Mutant("gradients of the step before are kept", TRAINER, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIM_OPTIONS),
+    Mutant("gradients of the step before are kept", ENGINE, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIM_OPTIONS),
     Mutant("a resumed run corrects the bias anew", OPTIM, "fill_(float(count))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
-    Mutant("the sums of a step are not divided by tp", TRAINER, "totals = {name: value / self.mesh.tp.size", "totals = {name: value", TP2),
+    Mutant("the sums of a step are not divided by tp", "nemo_embed_core/train/metrics.py", "totals = {name: value / mesh.tp.size", "totals = {name: value", TP2),
     Mutant("a spike is skipped where it should warn", TRAINER, 'mode == "skip"\n', "True\n", "tests/train/test_control.py tests/train/test_trainer.py"),
-    Mutant("a loss window without its limit", "nemo_embed_core/train/metrics.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train/test_trainer.py"),
+    Mutant("a loss window without its limit", "nemo_embed_core/train/spikes.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train/test_trainer.py"),
     Mutant("ranks that were not asked to stop go on", TRAINER, "if self._vote(self._stop)", "if self._stop", "tests/train/test_control.py"),
     # ---- gradients over ranks
     Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIM_OPTIONS),

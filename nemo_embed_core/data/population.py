@@ -27,6 +27,7 @@ class Population:
 
     rows: np.ndarray
     digest: str
+    keeps_lone: bool = False  # of rows without a candidate, as the run began
 
 
 def population(
@@ -89,9 +90,9 @@ def population(
                 f"data.on_long_row=truncate says (first: {where})"
             )
     if len(rows) == len(store) and not shortened:
-        return Population(rows, "")
+        return Population(rows, "", keep_lone)
     content = np.concatenate([rows, np.array(sorted(shortened.items()), np.int64).reshape(-1)])
-    return Population(rows, hashlib.sha256(content.astype("<i8").tobytes()).hexdigest())
+    return Population(rows, hashlib.sha256(content.astype("<i8").tobytes()).hexdigest(), keep_lone)
 
 
 def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:

@@ -56,10 +56,6 @@ class Sampler:
         """int64 [B]: the epoch that each row of this step belongs to."""
         return self._positions(step) // self.num_rows
 
-    def epoch(self, step: int) -> int:
-        """The epoch of the first row of this step."""
-        return step * self.global_batch_size // self.num_rows
-
     def _positions(self, step: int) -> np.ndarray:
         assert step >= 0, step
         return step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)

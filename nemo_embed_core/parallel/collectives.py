@@ -152,7 +152,7 @@ def all_reduce_world_(x: Tensor) -> Tensor:
 
 
 class Vote:
-    """any_rank without waiting: a call starts the exchange of this rank's flag and returns the answer of the call before.
+    """Whether one rank says so, without waiting: a call starts the exchange of this rank's flag and returns the answer of the call before.
 
     All ranks get the same answer at the same call. The exchange runs on threads of a gloo group of its own, behind the
     work between two calls; no device stream is touched.
@@ -180,16 +180,6 @@ class Vote:
         return bool(self._value.item())
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every rank when it is True on one (CPU, gloo)."""
-    if dist.get_world_size() == 1:
-        return flag
-    note_exchange()
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Every rank's small Python value, on every rank. Values come from our own processes only."""
     if dist.get_world_size() == 1:
@@ -204,8 +194,3 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 def background_group(timeout: timedelta) -> Any:
     """A gloo group of all ranks for another thread, whose collectives must not interleave with training's. All ranks call it."""
     return None if dist.get_world_size() == 1 else dist.new_group(backend="gloo", timeout=timeout)
-
-
-def barrier() -> None:
-    if dist.get_world_size() > 1:
-        any_rank(False)

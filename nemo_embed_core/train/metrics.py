@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+import resource
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig, TrainConfig, UserError
+from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.parallel.collectives import all_reduce_world_
+from nemo_embed_core.parallel.mesh import Mesh
 
 # Dense bf16 datasheet peaks, FLOP/s. A device that is not listed reports no MFU rather than a guess.
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -35,33 +40,6 @@ def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: 
     return 6.0 * model.num_hidden_layers * per_layer * num_tokens + (
         12.0 * model.num_hidden_layers * width * sum_of_squared_lengths
     )
-
-
-class LossWindow:
-    """Tells a loss far above those of the last steps: z = (loss - mean) / max(std, 0.01 |mean|).
-
-    Mean and (population) std are over the last 100 steps; below 20 of them there is no z. A spike enters the window as
-    mean + limit x std: it does not hide the next one, and a level that stays becomes the new normal. `losses` is the
-    whole state; checkpoints carry it, so that a resumed run decides as the uninterrupted one.
-    """
-
-    SIZE, FEWEST = 100, 20
-
-    def __init__(self, limit: float, losses: Iterable[float] = ()):
-        self.limit = limit
-        self.losses = [float(loss) for loss in losses][-self.SIZE :]
-
-    def judge(self, loss: float) -> float | None:
-        """z of a finite loss, which then belongs to the window; a spike is z > limit."""
-        z = None
-        if len(self.losses) >= self.FEWEST:
-            mean = math.fsum(self.losses) / len(self.losses)
-            variance = math.fsum((x - mean) ** 2 for x in self.losses) / len(self.losses)
-            std = max(math.sqrt(variance), 0.01 * abs(mean), 1e-12)
-            z = (loss - mean) / std
-            loss = min(loss, mean + self.limit * std)
-        self.losses = [*self.losses, loss][-self.SIZE :]
-        return z
 
 
 class MetricsLog:
@@ -117,3 +95,72 @@ def console_line(m: Mapping[str, Any], steps: int) -> str:
     if m["mfu"] is not None:
         line += f"  MFU {m['mfu']:.1%}"
     return line + f"  mem {m['memory_gb']:.2f} GB" + ("  SKIPPED (loss spike)" if m["skipped"] else "")
+
+
+TOTALS = ("loss", "hits", "positive", "negative", "negatives", "ranked_rows", "rows", "tokens", "squares", "stop", "save_failed")  # fmt: skip
+
+
+def step_totals(
+    losses_B: Tensor,
+    stats: Tensor,
+    norm: Tensor,
+    batches: Sequence[MicroBatch],
+    mesh: Mesh,
+    stop: bool,
+    save_failed: bool,
+) -> dict[str, float]:
+    """Sums over dp ranks, exchanged in one small all-reduce; tp ranks hold the same values."""
+    real = [np.asarray(b.lengths[: b.num_sequences], dtype=np.int64) for b in batches]
+    squares = sum(int(np.square(lengths).sum()) for lengths in real)
+    host = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(stop), int(save_failed)]
+    vector = torch.cat(
+        [losses_B.sum().double()[None], stats, torch.tensor(host, dtype=torch.float64, device=losses_B.device)]
+    )
+    all_reduce_world_(vector)
+    values = torch.cat([vector, norm.double()[None]]).tolist()  # the only host sync of a step
+    totals = {name: value / mesh.tp.size for name, value in zip(TOTALS, values, strict=False)}
+    return {**totals, "grad_norm": values[-1]}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step_values(
+    config: TrainConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    totals: Mapping[str, float],
+    *,
+    step: int,
+    lr: float,
+    num_rows: int,
+    num_micro_batches: int,
+    seconds: float,
+    peak_flops: float | None,
+) -> dict[str, Any]:
+    """What metrics.jsonl says of a step, from its totals. num_rows: of an epoch."""
+    capacity = config.data.max_tokens * num_micro_batches * mesh.dp_size
+    flops = training_flops(model, int(totals["tokens"]), int(totals["squares"]))
+    return {
+        "step": step,
+        "epoch": step * config.global_batch_size / num_rows,
+        "loss": totals["loss"] / totals["rows"],
+        # Of rows that have a candidate; None where no row of the step has one.
+        "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
+        "rows_without_candidates": round(totals["rows"] - totals["ranked_rows"]),
+        "positive_similarity": totals["positive"] / totals["rows"],
+        "negative_similarity": totals["negative"] / max(1.0, totals["negatives"]),
+        "grad_norm": totals["grad_norm"],
+        "lr": lr,
+        "tokens": int(totals["tokens"]),
+        "tokens_per_s": totals["tokens"] / seconds,
+        "packing_density": totals["tokens"] / capacity,
+        "micro_batches": num_micro_batches,
+        "mfu": flops / (seconds * mesh.world_size * peak_flops) if peak_flops else None,
+        "memory_gb": peak_memory(mesh.device) / 1e9,
+        "seconds": seconds,
+    }

@@ -24,7 +24,8 @@ from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.write import Piece
 from nemo_embed_core.config import TrainConfig
 from nemo_embed_core.parallel.mesh import distributed
-from nemo_embed_core.train.trainer import Trainer, prepare
+from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.trainer import Trainer
 
 WRITE_S = 0.05  # a file takes this much longer where a test slows the disk down
 

@@ -30,15 +30,17 @@ from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import CheckpointConfig, TrainConfig, UserError
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.mesh import distributed
-from nemo_embed_core.train import trainer as trainer_module
-from nemo_embed_core.train.trainer import Trainer, prepare
+from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.trainer import Trainer
 
 
-def train(config: TrainConfig, plant: Callable[[Trainer], None] = lambda trainer: None) -> None:
+def train(
+    config: TrainConfig, plant: Callable[[Trainer], None] = lambda trainer: None, dtype: torch.dtype | None = None
+) -> None:
     """What launch/train.py does, in a forked rank."""
     prepared = prepare(config)
     with distributed(config.parallel, config.device, prepared.model) as mesh:
-        trainer = Trainer(config, mesh, prepared)
+        trainer = Trainer(config, mesh, prepared, dtype=dtype)
         plant(trainer)
         trainer.run()
 
@@ -585,23 +587,22 @@ def test_a_run_never_goes_back_behind_its_newest_checkpoint(tmp_path: Path, serv
 def load_then_train(config: TrainConfig, dtype: torch.dtype, step: int, beside: str = "") -> None:
     """Resume; save at once what was loaded, in another folder; train up to `step`. All of it in fp32 or fp64."""
     torch.set_default_dtype(dtype)
-    trainer_module.run_dtype = lambda config, device: dtype
 
     def plant(trainer: Trainer) -> None:
         if beside and trainer.step:
             save_checkpoint(
                 Path(beside),
                 trainer.step,
-                trainer._pieces(),
+                trainer.state.pieces(),
                 rank=trainer.mesh.rank,
                 world_size=trainer.mesh.world_size,
-                meta=trainer._meta(),
+                meta=trainer.state.meta(),
                 extra_files=trainer.tokenizer.files,
                 keep=1,
             )
         stop_at(trainer, step)
 
-    train(config, plant)
+    train(config, plant, dtype)
 
 
 def whole(folder: Path) -> dict[str, torch.Tensor]:

@@ -194,7 +194,8 @@ def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launc
     from nemo_embed_core.config import DatasetConfig
     from nemo_embed_core.merge import merge
     from nemo_embed_core.parallel.mesh import distributed
-    from nemo_embed_core.train.trainer import Trainer, prepare
+    from nemo_embed_core.train.preflight import prepare
+    from nemo_embed_core.train.trainer import Trainer
 
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

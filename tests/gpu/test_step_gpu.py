@@ -77,8 +77,7 @@ def test_bf16_steps_lower_the_loss_as_fp32_steps_do(mesh, head_dim):
     curves = {}
     for dtype in (torch.float32, torch.bfloat16):
         ours = step.Ours(SMALL[head_dim], mesh, dtype)
-        for group in ours.optimizer.param_groups:
-            group["lr"] = 1e-6
+        ours.lr = 1e-6
         curves[dtype] = torch.tensor([ours.step(batch) for _ in range(10)])
     full, half = curves[torch.float32], curves[torch.bfloat16]
     assert full[-1] < 0.7 * full[0] and half[-1] < 0.7 * half[0], curves

@@ -24,8 +24,9 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
     from nemo_embed_core.parallel import fsdp, layers
     from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
     from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.train.preflight import Prepared
     from nemo_embed_core.train.step import forward_backward
-    from nemo_embed_core.train.trainer import Prepared, Trainer
+    from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     loss = {"in_batch": in_batch, "temperature": 0.05}
@@ -36,10 +37,10 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
     batches, _ = load_batch(trainer.store, trainer.sampler, 0, 0, 1, config.data, world_size, config.seed)
 
     def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        losses_B, _ = forward_backward(trainer.model, batches, mesh, config.loss)
-        sync_replicated_grads(trainer.model.parameters(), mesh)
-        grads = {fsdp.plain_name(n): p.grad.full_tensor().clone() for n, p in trainer.model.named_parameters()}
+        trainer.engine.optimizer.zero_grad(set_to_none=True)
+        losses_B, _ = forward_backward(trainer.engine.model, batches, mesh, config.loss)
+        sync_replicated_grads(trainer.engine.model.parameters(), mesh)
+        grads = {fsdp.plain_name(n): p.grad.full_tensor().clone() for n, p in trainer.engine.model.named_parameters()}
         return losses_B, grads
 
     reference = step()

@@ -61,7 +61,8 @@ def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, source
     from nemo_embed_core.checkpoint.weights import read_model_config
     from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.parallel.mesh import build_mesh
-    from nemo_embed_core.train.trainer import Prepared, Trainer
+    from nemo_embed_core.train.preflight import Prepared
+    from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     for source in sources:
@@ -552,7 +553,8 @@ def save_checkpoint(folder: str, data: dict[str, Any] | None = None) -> None:
     config = train_config(Path(folder), **changes)
     from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.parallel.mesh import build_mesh
-    from nemo_embed_core.train.trainer import Prepared, Trainer
+    from nemo_embed_core.train.preflight import Prepared
+    from nemo_embed_core.train.trainer import Trainer
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", init_method=f"file://{init}", rank=0, world_size=1)

@@ -50,8 +50,9 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.train import step as step_module
+    from nemo_embed_core.train.preflight import prepare
     from nemo_embed_core.train.step import forward_backward
-    from nemo_embed_core.train.trainer import Trainer, prepare
+    from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo")
     tp, sp, dp = layout
@@ -66,11 +67,11 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     shapes = parameter_shapes(trainer.model_config)
 
     def gradients(of: list) -> dict[str, torch.Tensor]:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        forward_backward(trainer.model, of, mesh, config.loss)
-        sync_replicated_grads(trainer.model.parameters(), mesh)
+        trainer.engine.optimizer.zero_grad(set_to_none=True)
+        forward_backward(trainer.engine.model, of, mesh, config.loss)
+        sync_replicated_grads(trainer.engine.model.parameters(), mesh)
         found = {}
-        for full_name, p in trainer.model.named_parameters():
+        for full_name, p in trainer.engine.model.named_parameters():
             plain = fsdp.plain_name(full_name)
             assert p.dtype == p.grad.dtype == torch.float32 and p.shape == shapes[plain]
             found.update(to_hf(plain, p.grad.full_tensor().clone(), trainer.model_config))
@@ -95,9 +96,11 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
             output.register_hook(seen["demb"].append)
 
     llama.split_rope, step_module.contrastive_loss = see_tables, see_losses
-    trainer.model.model.register_forward_hook(lambda module, arguments, output: seen["hidden"].append(output.detach()))
-    trainer.model.register_forward_hook(see_embeddings)
-    assert isinstance(trainer.model, encoder.Encoder)
+    trainer.engine.model.model.register_forward_hook(
+        lambda module, arguments, output: seen["hidden"].append(output.detach())
+    )
+    trainer.engine.model.register_forward_hook(see_embeddings)
+    assert isinstance(trainer.engine.model, encoder.Encoder)
     total = gradients(batches)
 
     errors: dict[str, float] = {}

@@ -152,39 +152,39 @@ def train_on_mesh(rank: int, world_size: int, init_file: str, folder: str, layou
     from nemo_embed_core.parallel import fsdp
     from nemo_embed_core.parallel.collectives import gather_objects
     from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor, sync_replicated_grads
-    from nemo_embed_core.train import trainer as trainer_module
     from nemo_embed_core.train.optim import state_of
+    from nemo_embed_core.train.preflight import Prepared
     from nemo_embed_core.train.step import forward_backward
+    from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     results = []
     for tp, sp, dp in layouts:
         for (dtype, in_batch, model), steps in cases.items():
             torch.set_default_dtype(DTYPES[dtype])
-            trainer_module.run_dtype = lambda config, device, dtype=dtype: DTYPES[dtype]
             config = configure(Path(folder), in_batch)
             mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
-            prepared = trainer_module.Prepared(MODELS[model], load_tokenizer(config.tokenizer))
-            trainer = trainer_module.Trainer(config, mesh, prepared, log=lambda message: None)
+            prepared = Prepared(MODELS[model], load_tokenizer(config.tokenizer))
+            trainer = Trainer(config, mesh, prepared, log=lambda message: None, dtype=DTYPES[dtype])
             batches, _ = load_batch(trainer.store, trainer.sampler, 0, mesh.dp_rank, dp, config.data, tp, config.seed)
-            forward_backward(trainer.model, batches, mesh, config.loss)
-            sync_replicated_grads(trainer.model.parameters(), mesh)
+            forward_backward(trainer.engine.model, batches, mesh, config.loss)
+            sync_replicated_grads(trainer.engine.model.parameters(), mesh)
             shapes = parameter_shapes(MODELS[model])
             grads = {}
-            for name, p in trainer.model.named_parameters():
+            for name, p in trainer.engine.model.named_parameters():
                 assert isinstance(p.grad, DTensor)
                 grads[fsdp.plain_name(name)] = without_padding(p.grad.full_tensor(), shapes[fsdp.plain_name(name)])
             records = [trainer.train_step()[0] for _ in range(steps)]
             padded = 0
-            for name, p in trainer.model.named_parameters():  # weights and moments behind the last row stay zero
-                for tensor in (p.detach(), *state_of(trainer.optimizer, p).values()):
+            for name, p in trainer.engine.model.named_parameters():  # weights and moments behind the last row stay zero
+                for tensor in (p.detach(), *state_of(trainer.engine.optimizer, p).values()):
                     whole = tensor.full_tensor()
                     without_padding(whole, shapes[fsdp.plain_name(name)])
                     padded += whole.numel() - torch.Size(shapes[fsdp.plain_name(name)]).numel()
             digests = gather_objects(
                 {
                     n: local_tensor(p.detach()).numpy().tobytes()
-                    for n, p in trainer.model.named_parameters()
+                    for n, p in trainer.engine.model.named_parameters()
                     if is_tp_replicated(p)
                 }
             )

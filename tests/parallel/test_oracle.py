@@ -120,7 +120,8 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
     from nemo_embed_core.parallel import fsdp
     from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
     from nemo_embed_core.parallel.mesh import build_mesh
-    from nemo_embed_core.train import trainer as trainer_module
+    from nemo_embed_core.train.preflight import prepare
+    from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo")
     results = []
@@ -128,14 +129,13 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
     for name, case in cases:
         dtype = DTYPES[case["dtype"]]
         torch.set_default_dtype(dtype)
-        trainer_module.run_dtype = lambda config, device, dtype=dtype: dtype
         config = configure(Path(folder), case, name)
-        trainer = trainer_module.Trainer(config, mesh, trainer_module.prepare(config), log=lambda message: None)
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None, dtype=dtype)
         shapes = parameter_shapes(trainer.model_config)
 
         def whole(what: str, trainer: Any = trainer, shapes: dict = shapes) -> dict[str, torch.Tensor]:
             found = {}
-            for full_name, p in trainer.model.named_parameters():
+            for full_name, p in trainer.engine.model.named_parameters():
                 plain = fsdp.plain_name(full_name)
                 tensor = without_padding(getattr(p, what).full_tensor(), shapes[plain])
                 found.update(to_hf(plain, tensor, trainer.model_config))
@@ -146,15 +146,15 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
         def record(*_: Any, whole: Any = whole, gradients: list = gradients) -> None:
             gradients.append(whole("grad"))
 
-        trainer.optimizer.register_step_pre_hook(record)
+        trainer.engine.optimizer.register_step_pre_hook(record)
         records = [trainer.train_step()[0] for _ in range(config.steps)]
         weights = whole("data")
-        for full_name, p in trainer.model.named_parameters():
+        for full_name, p in trainer.engine.model.named_parameters():
             if is_tp_replicated(p) and mesh.tp.size > 1:
                 copies = [torch.empty_like(local_tensor(p)) for _ in range(mesh.tp.size)]
                 dist.all_gather(copies, local_tensor(p.detach()).contiguous(), group=mesh.tp.group)
                 assert all(torch.equal(copy, copies[0]) for copy in copies), f"{full_name}: tp replicas drifted apart"
-        trainer._unlock()
+        trainer.close()
         results.append({"records": records, "gradients": gradients, "weights": weights})
     torch.set_default_dtype(torch.float32)
     return results if dist.get_rank() == 0 else []

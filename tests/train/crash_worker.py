@@ -42,22 +42,24 @@ def plant(request: dict, rank: int) -> None:
     from torch import nan, ones_like
 
     from nemo_embed_core.parallel.grad_norm import local_tensor
-    from nemo_embed_core.train import trainer
+    from nemo_embed_core.train.engine import Engine
+    from nemo_embed_core.train.spikes import NonFiniteError
+    from nemo_embed_core.train.trainer import Trainer
 
     kind, at = request.get("plant", ""), request.get("plant_step")
     mine = rank in request.get("plant_ranks", [0])
-    real_step, real_forward_backward = trainer.Trainer.train_step, trainer.forward_backward
+    real_step, real_forward_backward = Trainer.train_step, Engine.forward_backward
     current = [0]
 
     def digest(self) -> str:
-        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in self._named_state().values())).hexdigest()
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.state.tensors().values())).hexdigest()
 
     def train_step(self):
         current[0] = self.step
         before = digest(self) if kind.startswith("nan") else ""
         try:
             return real_step(self)
-        except trainer.NonFiniteError:
+        except NonFiniteError:
             print("weights and moments as before:", before == digest(self), file=sys.stderr)
             raise
 
@@ -66,10 +68,11 @@ def plant(request: dict, rank: int) -> None:
         factor[0] = nan
         return embeddings_ND * factor
 
-    def forward_backward(model, batches, mesh, loss, before):
+    def forward_backward(engine, batches, before):
+        model, mesh = engine.model, engine.mesh
         hit = mine and current[0] == at
         hook = model.register_forward_hook(poison) if hit and kind == "nan embedding" else None
-        losses_B, stats = real_forward_backward(model, batches, mesh, loss, before)
+        losses_B, stats = real_forward_backward(engine, batches, before)
         if hook is not None:
             hook.remove()
         if hit and kind == "nan loss":
@@ -85,7 +88,7 @@ def plant(request: dict, rank: int) -> None:
                 file.write(json.dumps([current[0], rows]) + "\n")
         return losses_B, stats
 
-    trainer.Trainer.train_step, trainer.forward_backward = train_step, forward_backward
+    Trainer.train_step, Engine.forward_backward = train_step, forward_backward
 
 
 def main_of_rank(request: dict, rank: int, port: int, stderr: int) -> None:
@@ -194,7 +197,8 @@ def warm_up() -> None:
 
     from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.parallel.mesh import build_mesh
-    from nemo_embed_core.train.trainer import Prepared, Trainer
+    from nemo_embed_core.train.preflight import Prepared
+    from nemo_embed_core.train.trainer import Trainer
 
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)

@@ -24,8 +24,9 @@ def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) ->
     from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.parallel import fsdp
     from nemo_embed_core.parallel.mesh import build_mesh
-    from nemo_embed_core.train import trainer as trainer_module
+    from nemo_embed_core.train.preflight import Prepared
     from nemo_embed_core.train.step import forward_backward
+    from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     mesh, results = build_mesh(torch.device("cpu"), world_size, 1, False), []
@@ -33,8 +34,8 @@ def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) ->
         options: dict[str, Any] = {"precision": precision, "loss": {"in_batch": in_batch}, "data": {"max_tokens": 250}}
         options |= {"global_batch_size": 16, "parallel": {"reshard_after_forward": reshard}}
         config = train_config(Path(folder), **options)
-        prepared = trainer_module.Prepared(MODEL, load_tokenizer(config.tokenizer))
-        trainer = trainer_module.Trainer(config, mesh, prepared, log=lambda message: None)
+        prepared = Prepared(MODEL, load_tokenizer(config.tokenizer))
+        trainer = Trainer(config, mesh, prepared, log=lambda message: None)
         batches, _ = load_batch(trainer.store, trainer.sampler, 0, mesh.dp_rank, world_size, config.data, 1, 0)
         assert len(batches) >= 3, "the places in between are the point"
 
@@ -45,19 +46,19 @@ def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) ->
                 places.append(f"{phase} {i}")
 
             places: list[str] = []
-            t.optimizer.zero_grad(set_to_none=True)
-            forward_backward(t.model, b, mesh, c.loss, before)
-            return places, {n: p.grad.full_tensor().clone() for n, p in t.model.named_parameters()}
+            t.engine.optimizer.zero_grad(set_to_none=True)
+            forward_backward(t.engine.model, b, mesh, c.loss, before)
+            return places, {n: p.grad.full_tensor().clone() for n, p in t.engine.model.named_parameters()}
 
         places, right = gradients()
         for number, place in enumerate(places):
             with pytest.raises(Left):
                 gradients(number)
-            fsdp.drop_step(trainer.model)
+            fsdp.drop_step(trainer.engine.model)
             _, again = gradients()
             wrong = [name for name, grad in right.items() if not torch.equal(again[name], grad)]
             results.append((f"{precision} {in_batch} {reshard=}", place, wrong))
-        trainer._unlock()
+        trainer.close()
     return results
 
 

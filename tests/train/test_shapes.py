@@ -17,7 +17,8 @@ import torch
 from tiny import MODEL, train_config
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.parallel.mesh import distributed
-from nemo_embed_core.train.trainer import Trainer, prepare
+from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -27,15 +28,15 @@ def resident():
 config = train_config(Path(sys.argv[1]), steps=1000, precision="bf16", data={"max_tokens": 2048}, on_spike="ignore")
 with distributed(config.parallel, "cpu", MODEL) as mesh:
     trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
-    shapes, forward = set(), trainer.model.forward
-    trainer.model.forward = lambda ids, *rest: (shapes.add(len(ids)), forward(ids, *rest))[1]
+    shapes, forward = set(), trainer.engine.model.forward
+    trainer.engine.model.forward = lambda ids, *rest: (shapes.add(len(ids)), forward(ids, *rest))[1]
     for step in range(160):
         trainer.train_step()
         if step == 40:
             print(resident(), file=sys.stderr)
     print(resident(), file=sys.stderr)
     trainer.save()
-    trainer._unlock()
+    trainer.close()
 assert len(shapes) < 45, len(shapes)
 embedder = Embedder.load(config.output_dir, "cpu", "bf16", max_tokens=4096)
 rng = np.random.default_rng(0)

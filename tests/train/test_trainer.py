@@ -25,10 +25,12 @@ from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig, UserError
 from nemo_embed_core.model.spec import hf_shapes
 from nemo_embed_core.parallel.mesh import distributed
-from nemo_embed_core.train import trainer as trainer_module
-from nemo_embed_core.train.metrics import LossWindow, MetricsLog, training_flops
+from nemo_embed_core.train import preflight
+from nemo_embed_core.train.metrics import MetricsLog, training_flops
 from nemo_embed_core.train.optim import build_optimizer, learning_rate
-from nemo_embed_core.train.trainer import NonFiniteError, Trainer, prepare
+from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.spikes import LossWindow, NonFiniteError
+from nemo_embed_core.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +71,7 @@ def test_a_run_keeps_its_warm_up_whatever_its_length_becomes(tmp_path: Path) -> 
             config = train_config(tmp_path, steps=steps, checkpoint={"resume": "auto"})
             trainer = Trainer(config, mesh, prepare(config), log=log.append)
             if warmup_steps is not None:
-                trainer.optim = dataclasses.replace(trainer.optim, warmup_steps=warmup_steps)
+                trainer.state.optim = dataclasses.replace(trainer.state.optim, warmup_steps=warmup_steps)
             trainer.run()
             return trainer, log
 
@@ -78,7 +80,7 @@ def test_a_run_keeps_its_warm_up_whatever_its_length_becomes(tmp_path: Path) -> 
         manifest = read_manifest(checkpoints(tmp_path / "run")[0])
         assert manifest["config"]["optim"]["warmup_steps"] == 2
         trainer, log = run(40)
-        assert trainer.optim.warmup_steps == 2 and not any("optim changed" in line for line in log), log
+        assert trainer.state.optim.warmup_steps == 2 and not any("optim changed" in line for line in log), log
         run(45, warmup_steps=100)
         assert run(50)[0].optim.warmup_steps == 100
         with pytest.raises(
@@ -172,15 +174,15 @@ def test_another_pooling_cannot_continue_a_run(tmp_path: Path, monkeypatch) -> N
     config = train_config(tmp_path, steps=1, checkpoint={"resume": "auto"})
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
-        meta = trainer._meta()
+        meta = trainer.state.meta()
         assert meta["model"].pop("pooling") == "mean"  # as a run from before it was recorded
-        trainer._meta = lambda: meta  # type: ignore[method-assign]
+        trainer.state.meta = lambda: meta  # type: ignore[method-assign]
         trainer.save()
         prepare(config)
         meta["model"]["pooling"] = "last"
         shutil.rmtree(checkpoints(tmp_path / "run")[0])
         trainer.save()
-        trainer._unlock()
+        trainer.close()
     with pytest.raises(UserError, match=r"was trained with model\.pooling=last and this run has model\.pooling=mean"):
         prepare(config)
 
@@ -200,9 +202,9 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path: P
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
         for name, value in bad.items():
-            trainer._named_state()[name].view(-1)[7] = value
+            trainer.state.tensors()[name].view(-1)[7] = value
         trainer.save()
-        trainer._unlock()
+        trainer.close()
         resumed = train_config(tmp_path, steps=1, checkpoint={"resume": "auto"})
         with pytest.raises(
             UserError, match=r"step-00000000: NaN or infinite .*exp_avg/model.norm.weight, .*o_proj.weight;"
@@ -228,7 +230,7 @@ def test_a_loss_that_was_never_finite_is_not_blamed_on_the_rate(tmp_path: Path) 
     config = train_config(tmp_path)
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
-        weight = trainer._named_state()["model.embed_tokens.weight"]
+        weight = trainer.state.tensors()["model.embed_tokens.weight"]
         for blamed in (False, True):
             kept = weight.clone()
             weight.fill_(float("nan"))
@@ -244,7 +246,7 @@ def test_weight_decay_spares_the_norms(tmp_path: Path) -> None:
     config = train_config(tmp_path, optim={"weight_decay": 0.3})
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
-        decayed, spared = build_optimizer(trainer.model, config.optim).param_groups
+        decayed, spared = build_optimizer(trainer.engine.model, config.optim).param_groups
         assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
         assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in spared["params"])
         assert len(spared["params"]) == 2 * MODEL.num_hidden_layers + 1
@@ -314,14 +316,14 @@ def test_a_nan_is_refused_and_leaves_the_weights_alone(tmp_path: Path) -> None:
     config = train_config(tmp_path)
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
-        embedding = trainer._named_state()["model.embed_tokens.weight"]
+        embedding = trainer.state.tensors()["model.embed_tokens.weight"]
         row = int(trainer.store.query_tokens(int(trainer.sampler.rows(0)[0]))[-1])
         kept = embedding[row].clone()
         embedding[row] = float("nan")
-        before = {name: t.clone() for name, t in trainer._named_state().items()}
+        before = {name: t.clone() for name, t in trainer.state.tensors().items()}
         with pytest.raises(NonFiniteError, match=r"step 1: .*rows with a non-finite loss: \["):
             trainer.train_step()
-        for name, t in trainer._named_state().items():
+        for name, t in trainer.state.tensors().items():
             assert torch.equal(t.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
         embedding[row] = kept
         trainer.train_step()
@@ -332,7 +334,7 @@ def test_what_a_nan_is_about_is_said_before_the_last_save_is_waited_for(tmp_path
     config, said = train_config(tmp_path), []
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
-        trainer._named_state()["model.embed_tokens.weight"].fill_(float("nan"))
+        trainer.state.tensors()["model.embed_tokens.weight"].fill_(float("nan"))
         close = trainer.saver.close
         monkeypatch.setattr(trainer.saver, "close", lambda: (said.append(capsys.readouterr().err), close()))
         with pytest.raises(NonFiniteError):
@@ -357,7 +359,7 @@ def test_a_restart_of_torchrun_goes_on_from_its_own_checkpoints(tmp_path: Path, 
     assert reached("new", 3, old)[0] == 3
     with pytest.raises(CheckpointError, match="already holds checkpoints"):
         reached("new", 4, old)
-    monkeypatch.setattr(trainer_module, "begun_before", lambda: True)
+    monkeypatch.setattr(preflight, "begun_before", lambda: True)
     for steps, resume in ((4, old), (5, "none")):
         step, log = reached("new", steps, resume)
         assert step == steps and any(f"new/step-{steps - 1:08d} at step {steps - 1}" in line for line in log), log
@@ -370,7 +372,7 @@ def run_losses(folder: Path, **changes: object) -> tuple[list[float], dict[str, 
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
         losses = [trainer.train_step()[0]["loss"] for _ in range(3)]
-        return losses, {name: t.clone() for name, t in trainer._named_state().items()}
+        return losses, {name: t.clone() for name, t in trainer.state.tensors().items()}
 
 
 def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""The model on its mesh, its optimizer and a step of them, without files: what trains, what benchmarks time and tests ask.
+
+engine = Engine(config, model, mesh)
+engine.fill(reader)                                # weights: a box of each parameter on each rank
+losses_B, stats = engine.forward_backward(batches)
+norm = engine.clip()
+engine.update(lr)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_embed_core.checkpoint.weights import BoxReader, fill
+from nemo_embed_core.config import ModelConfig, TrainConfig, UserError
+from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.model.attention import pick_attention
+from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.parallel import fsdp
+from nemo_embed_core.parallel.collectives import gather_objects
+from nemo_embed_core.parallel.grad_norm import clip_grad_norm, sync_replicated_grads
+from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
+from nemo_embed_core.train.metrics import peak_memory
+from nemo_embed_core.train.optim import build_optimizer, ensure_state
+from nemo_embed_core.train.step import forward_backward
+
+
+def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    return DTYPES[pick_precision(config.precision, device)]
+
+
+def raise_first(failure: str | None) -> None:
+    """UserError on all ranks when there is one on any, so that none waits for another; called by all."""
+    if first := next(filter(None, gather_objects(failure)), None):
+        raise UserError(first)
+
+
+class Engine:
+    """Every rank makes one. dtype: of the forward and backward, where it is not that of config.precision."""
+
+    def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh, dtype: torch.dtype | None = None):
+        self.config, self.model_config, self.mesh = config, model, mesh
+        self.dtype = dtype or run_dtype(config, mesh.device)
+        with torch.device("meta"):  # no memory before it is sharded
+            self.model = Encoder(model, mesh.tp, pick_attention(config.attention, mesh.device, self.dtype))
+        fsdp.shard(
+            self.model,
+            self.model.model.layers,
+            mesh,
+            dtype=self.dtype,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        self.model.to_empty(device=mesh.device)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        ensure_state(self.optimizer)
+
+    def fill(self, reader: BoxReader) -> None:
+        """Box by box; UserError on all ranks."""
+        mesh, failure = self.mesh, None
+        try:
+            fill(self.model, reader, self.model_config, (mesh.tp.rank, mesh.tp.size), (mesh.dp_rank, mesh.dp_size))
+        except UserError as error:
+            failure = str(error)
+        raise_first(failure)
+
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], before: Callable[[str, int], None] = lambda phase, i: None
+    ) -> tuple[Tensor, Tensor]:
+        """step.forward_backward, with gradients of these micro-batches alone."""
+        at = 0
+
+        def begin(phase: str, i: int) -> None:
+            nonlocal at
+            at = i
+            before(phase, i)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            return forward_backward(self.model, batches, self.mesh, self.config.loss, begin)
+        except (MemoryError, RuntimeError) as error:
+            if _is_out_of_memory(error):
+                error.add_note(self._memory_note(batches, at))
+            raise
+
+    def _memory_note(self, batches: Sequence[MicroBatch], at: int) -> str:
+        batch, peak = batches[at], peak_memory(self.mesh.device)
+        return (
+            f"rank {self.mesh.rank} was in micro-batch {at + 1} of {len(batches)}: {batch.num_tokens} tokens "
+            f"in {batch.num_sequences} sequences, the longest of {batch.max_seqlen}; peak memory {peak / 1e9:.2f} GB. Lower "
+            f"data.max_tokens={self.config.data.max_tokens}, set activation_checkpointing=true or use more ranks"
+        )
+
+    def clip(self) -> Tensor:
+        """The global gradient norm before clipping; once after each forward_backward."""
+        sync_replicated_grads(self.model.parameters(), self.mesh)
+        return clip_grad_norm(self.model.parameters(), self.config.optim.clip_norm, self.mesh)
+
+    def update(self, lr: float) -> None:
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = lr
+        self.optimizer.step()
+
+    def drop_step(self) -> None:
+        """Forget a forward_backward that was left half-done; weights and moments were not touched by it."""
+        fsdp.drop_step(self.model)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

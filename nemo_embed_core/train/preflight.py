@@ -1,0 +1,193 @@
+"""What is checked before the first step, most of it before any process group exists: a wrong set-up stops by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_embed_core.checkpoint import files
+from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, verify_checkpoint
+from nemo_embed_core.checkpoint.runs import AllDamagedError, checkpoints, find_checkpoint, newest_whole
+from nemo_embed_core.checkpoint.weights import open_weights, read_model_config, tokenizer_folder
+from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig, UserError, to_dict
+from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.sampler import Sampler
+from nemo_embed_core.data.store import Store
+from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_embed_core.data.tokenizer_files import check_servable
+from nemo_embed_core.model.attention import pick_attention
+from nemo_embed_core.model.spec import parameter_shapes
+from nemo_embed_core.parallel.collectives import gather_objects
+from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
+from nemo_embed_core.parallel.liveness import begun_before
+from nemo_embed_core.parallel.mesh import pick_device
+from nemo_embed_core.train.engine import raise_first, run_dtype
+from nemo_embed_core.train.optim import BYTES_PER_PARAMETER
+from nemo_embed_core.train.run_state import changed_samples, population_of, refuse_other_model
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is read and checked before any process group exists; wrong set-ups stop here within seconds."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    store: Path | None = None  # of the first rank: the folder that all open
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Shapes, tokenizer, layout and batch sizes against each other; the first rank also builds the data store."""
+    if not config.init_from and not config.tokenizer:
+        raise UserError("tokenizer is not set: without init_from there is no folder to take tokenizer.json from")
+    try:
+        json.dumps(to_dict(config), allow_nan=False)
+    except ValueError:
+        raise UserError(
+            "an option is infinite or not a number; checkpoints record all options as JSON, which has no such"
+        ) from None
+    device = pick_device(config.device)
+    model = config.model
+    if config.init_from:  # the pooling is the run's: how the folder pools does not matter to its weights
+        model = replace(read_model_config(config.init_from), pooling=model.pooling)
+    dp_size = check_layout(config.parallel, world_size_from_env(), model)
+    if config.global_batch_size % dp_size:
+        raise UserError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of the {dp_size} data-parallel ranks; every "
+            f"rank takes equally many queries: use {max(1, config.global_batch_size // dp_size) * dp_size}"
+        )
+    tokenizer = load_tokenizer(config.tokenizer or tokenizer_folder(config.init_from))
+    tokenizer.check_fits(model.vocab_size)
+    for line in check_servable(tokenizer.files):  # what no export could hand on is not trained with
+        if rank_from_env() == 0:
+            print(f"WARNING: {line}", flush=True)
+    if not config.data.datasets:
+        raise UserError("data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder")
+    pick_attention(config.attention, device, run_dtype(config, device))
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard=true, but it is not installed: pip install tensorboard")
+    if rank_from_env() == 0:
+        _check_output(Path(config.output_dir), model)
+        _warn_of_keep_every(config.checkpoint)
+        checkpoint, is_newest = checkpoint_by_name(config)
+        manifest = _readable_manifest(checkpoint) if checkpoint is not None else None
+        if is_newest and manifest is None:  # a damaged one is skipped
+            for checkpoint in checkpoints(Path(config.output_dir)):
+                if manifest := _readable_manifest(checkpoint):
+                    break
+        if checkpoint is not None and manifest is not None:
+            refuse_other_model(config, checkpoint, manifest, model)
+        if config.init_from and checkpoint is None:
+            open_weights(config.init_from, hashed=False, base=True)
+        store = open_store(config.data, tokenizer)
+        drawn = population_of(config, store, manifest, print)
+        if checkpoint is not None and manifest is not None:
+            changed_samples(config, checkpoint, manifest, store, drawn.digest)
+        Sampler(drawn.rows, config.global_batch_size, config.seed)
+        return Prepared(model, tokenizer, store.folder)
+    return Prepared(model, tokenizer)
+
+
+def _check_output(folder: Path, model: ModelConfig) -> None:
+    """An output that is used by another run, unwritable or too full fails now, not at the first checkpoint.
+
+    A checkpoint needs room beside the one before it: 2.2 x its size in a new folder, 1.1 x where there is one already.
+    """
+    files.probe(folder)
+    files.Lock(folder, print).refuse_if_held(warn=False)  # the one that takes it warns
+    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+    size = BYTES_PER_PARAMETER * parameters
+    factor = 1.1 if checkpoints(folder) else 2.2
+    files.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")
+
+
+def _warn_of_keep_every(config: CheckpointConfig) -> None:
+    both = math.lcm(config.every, config.keep_every)
+    if config.keep_every and both != config.keep_every:
+        print(
+            f"WARNING: checkpoint.keep_every={config.keep_every} is no multiple of checkpoint.every={config.every}: of the steps "
+            f"that are saved only every {both:,}th is kept for ever; make keep_every a multiple of every",
+            flush=True,
+        )
+
+
+def checkpoint_by_name(config: TrainConfig) -> tuple[Path | None, bool]:
+    """(what a run continues, before a byte of it is verified; whether it is the newest of output_dir, whichever that is)."""
+    resume, output = config.checkpoint.resume, Path(config.output_dir)
+    present = checkpoints(output)
+    if resume == "auto" or (present and begun_before()):  # what is in the way is this torchrun's own earlier attempt's
+        return (present[0] if present else None), True
+    found = None if resume == "none" else find_checkpoint(Path(resume))
+    if present and (found is None or found.resolve() != present[0].resolve()):
+        raise CheckpointError(
+            f"{output} already holds checkpoints (newest {present[0].name}), which checkpoint.resume={resume} would leave "
+            "behind; continue with --checkpoint.resume auto or choose another output_dir"
+        )
+    return found, False
+
+
+def _readable_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """None for a damaged one: whether that ends the run is decided when checkpoints are verified."""
+    try:
+        return read_manifest(checkpoint)
+    except UserError:
+        return None
+
+
+def open_same_store(config: TrainConfig, prepared: Prepared) -> Store:
+    """The store that the first rank has built or found, by its folder: the sources are read on one rank alone."""
+    folder = prepared.store
+    if folder is None and rank_from_env() == 0:  # prepare() was not asked
+        folder = open_store(config.data, prepared.tokenizer, log=lambda message: None).folder
+    folder = gather_objects(folder)[0]
+    assert folder is not None
+    raise_first(
+        None
+        if folder.is_dir()
+        else f"the token store {folder} is not on node {socket.gethostname()}: data.cache_dir={config.data.cache_dir} has to be "
+        "a folder that all nodes share"
+    )
+    return Store(folder)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The output folder, locked, and the checkpoint to continue from: verified, the same on every rank."""
+
+    checkpoint: Path | None = None
+    lock: files.Lock | None = None  # of rank 0
+    damaged: set[str] = field(default_factory=set)  # checkpoints that were skipped
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+
+def hold_output(config: TrainConfig, rank: int, log: Callable[[str], None]) -> Held:
+    """Every rank calls it; rank 0 locks, chooses and verifies."""
+    held, failure = Held(), None
+    if rank == 0:
+        found = lock = None
+        output, damaged = Path(config.output_dir), set[str]()
+        try:
+            lock = files.Lock(output, log).acquire()
+            found, is_newest = checkpoint_by_name(config)
+            if is_newest:
+                found = newest_whole(output, log, damaged)
+            elif found is not None:
+                verify_checkpoint(found)
+        except UserError as caught:
+            failure = (str(caught), isinstance(caught, AllDamagedError))
+        held = Held(found, lock, damaged)
+    checkpoint, failure = gather_objects((held.checkpoint, failure))[0]
+    if failure is not None:
+        held.release()
+        raise (AllDamagedError if failure[1] else CheckpointError)(failure[0])
+    return replace(held, checkpoint=checkpoint)

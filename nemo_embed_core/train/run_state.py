@@ -1,0 +1,223 @@
+"""What a checkpoint of a run holds, and which run may go on from it.
+
+State is (weights, optimizer state, step): the data position is the step itself, so a resumed run sees exactly the rows that
+an uninterrupted one would have seen, at any world size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, parameter_of, state_name
+from nemo_embed_core.checkpoint.reader import Reader
+from nemo_embed_core.checkpoint.source import usage_of_training
+from nemo_embed_core.checkpoint.weights import non_finite_weights
+from nemo_embed_core.checkpoint.write import Piece
+from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, to_dict
+from nemo_embed_core.data.population import Population, population
+from nemo_embed_core.data.store import Store
+from nemo_embed_core.data.tokenizer import Tokenizer
+from nemo_embed_core.model.hf import Box, local_box, unpadded
+from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
+from nemo_embed_core.parallel import fsdp
+from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
+from nemo_embed_core.train.engine import Engine, raise_first
+from nemo_embed_core.train.optim import num_warmup_steps, set_num_updates, state_of, with_state
+from nemo_embed_core.train.spikes import LossWindow
+
+
+def refuse_other_model(config: TrainConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
+    """A checkpoint is continued by the model that wrote it, and forward."""
+    if manifest["step"] > config.steps:
+        raise UserError(
+            f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one asked for; "
+            f"set steps above {manifest['step']} to train on, or use it as it is (launch/merge.py, launch/evaluate.py)"
+        )
+    was = model_from_dict(manifest["model"], folder / MANIFEST)
+    if was.pooling != model.pooling:
+        raise UserError(
+            f"{folder} was trained with model.pooling={was.pooling} and this run has model.pooling={model.pooling}, whose vectors "
+            f"are others; continue with {was.pooling}, or start a new run with --init_from and this checkpoint"
+        )
+    if was != model:
+        raise UserError(f"{folder} holds a model of another shape: {to_dict(was)}, not {to_dict(model)}")
+
+
+def changed_samples(
+    config: TrainConfig, folder: Path, manifest: dict[str, Any], store: Store, population: str
+) -> list[str]:
+    """What differs of the options that decide the sequence of samples; UserError where that is not allowed."""
+    old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
+    hard = "num_hard_negatives"
+    # Begun before stores left out negatives: the same samples where none was left out.
+    digest = manifest["data_digest"] if manifest["data_digest"] == store.manifest.get("digest_v1") else store.digest
+    changed = [
+        (option, f"{name} was {was!r}, now {now!r}")
+        for option, name, was, now in (
+            ("seed", "seed", old["seed"], new["seed"]),
+            ("global_batch_size", "global_batch_size", old["global_batch_size"], new["global_batch_size"]),
+            ("data", "data (digest)", manifest["data_digest"], digest),
+            ("data", f"data.{hard}", old["data"][hard], new["data"][hard]),
+            # Rows left out or shortened: other loss.in_batch, on_long_row or max_tokens, or begun before any were.
+            ("data", "rows drawn from (digest, empty for all)", manifest.get("population", ""), population),
+        )
+        if was != now
+    ]
+    refused = {option: text for option, text in changed if option not in config.checkpoint.allow_changed}
+    if refused:
+        raise UserError(
+            f"{folder} cannot be continued: {'; '.join(refused.values())}. With these changed the samples of a step are "
+            "others; restore them, start a new run with --init_from and this checkpoint, or accept that samples are "
+            f"seen twice or left out: --checkpoint.allow_changed {' '.join(refused)}"
+        )
+    return [text for _, text in changed]
+
+
+def draws_lone_rows(manifest: dict[str, Any] | None) -> bool:
+    """Whether a run draws rows without a candidate: begun before they were left out, when no population was recorded."""
+    return manifest is not None and ("population" not in manifest or manifest.get("draws_lone_rows", False))
+
+
+def population_of(
+    config: TrainConfig, store: Store, manifest: dict[str, Any] | None, log: Callable[[str], None]
+) -> Population:
+    """Of a new run, or of the one that continues from this manifest."""
+    keep_lone = draws_lone_rows(manifest)
+    return population(store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone)
+
+
+class RunState:
+    """The engine's tensors by name, and the few facts beside them.
+
+    step, skipped      steps done, and those of them whose update was left out for a loss spike
+    ledger             hash chain over the rows of every step so far, and whether it was skipped
+    losses             what the next loss is judged by
+    optim              options of the optimizer with the number of warm-up steps, once it is known
+    overrides          what checkpoint.allow_changed has let pass, over all resumes
+    export_dtype       of the weights that training began with: what merge writes
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, store: Store, drawn: Population, commit: str, run: str | None
+    ):
+        self.engine, self.tokenizer, self.store = engine, tokenizer, store
+        self.population, self.draws_lone_rows = drawn.digest, drawn.keeps_lone
+        self.commit, self.run = commit, run  # of rank 0, which writes the manifest
+        self.step = self.skipped = 0
+        self.ledger = "0" * 64
+        self.losses = LossWindow(engine.config.spike_zscore)
+        self.optim = engine.config.optim
+        self.overrides: list[dict[str, Any]] = []
+        self.export_dtype = engine.dtype
+        self.shapes = parameter_shapes(engine.model_config)
+
+    def count(self, rows: np.ndarray, skipped: bool) -> None:
+        """A step of these rows is done."""
+        self.step += 1
+        self.skipped += skipped
+        self.ledger = hashlib.sha256(
+            self.ledger.encode() + np.ascontiguousarray(rows, dtype="<i8").tobytes() + (b"skipped" if skipped else b"")
+        ).hexdigest()
+
+    def settle_warm_up(self) -> None:
+        """The number of warm-up steps, where neither an option nor the checkpoint has said it."""
+        self.optim = replace(self.optim, warmup_steps=num_warmup_steps(self.engine.config.steps, self.optim))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Our parameter name and STATE/NAME of what the optimizer keeps of it -> this rank's live shard, unpadded."""
+        named = {}
+        for full_name, p in self.engine.model.named_parameters():
+            name = fsdp.plain_name(full_name)
+            named[name] = local_tensor(p.detach())
+            for state, tensor in state_of(self.engine.optimizer, p).items():
+                named[state_name(state, name)] = local_tensor(tensor)
+        return {name: unpadded(tensor, self._box(name)) for name, tensor in named.items()}
+
+    def _box(self, name: str) -> Box:
+        """Of this rank."""
+        plain, mesh = parameter_of(name), self.engine.mesh
+        return local_box(
+            self.shapes[plain], tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.dp_rank, mesh.dp_size,
+            tp_unit(plain, self.engine.model_config),
+        )  # fmt: skip
+
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank writes: its boxes, and those of replicated parameters on tp rank 0."""
+        pieces = {}
+        replicated = {fsdp.plain_name(n) for n, p in self.engine.model.named_parameters() if is_tp_replicated(p)}
+        for name, tensor in self.tensors().items():
+            plain = parameter_of(name)
+            if tensor.numel() and not (plain in replicated and self.engine.mesh.tp.rank):
+                pieces[name] = Piece(self.shapes[plain], self._box(name), tensor)
+        return pieces
+
+    def meta(self) -> dict[str, Any]:
+        """Of the manifest, beside the tensors."""
+        config, mesh = self.engine.config, self.engine.mesh
+        model, options = to_dict(self.engine.model_config), to_dict(config)
+        rows_per_dataset = [source["rows"] for source in self.store.manifest["sources"]]
+        pooling = self.engine.model_config.pooling
+        return {
+            "layout": {"tp_size": mesh.tp.size, "dp_size": mesh.dp_size},
+            "model": model,
+            "export_dtype": str(self.export_dtype).removeprefix("torch."),
+            "config": {**options, "optim": to_dict(self.optim)},
+            "commit": self.commit,
+            "run": self.run,
+            "overrides": self.overrides,
+            "ledger": self.ledger,
+            "skipped": self.skipped,
+            "recent_losses": self.losses.losses,
+            "usage": usage_of_training(options["data"], pooling, rows_per_dataset).to_json(),
+            "data_digest": self.store.digest,
+            "population": self.population,
+            **({"draws_lone_rows": True} if self.draws_lone_rows else {}),
+            "num_rows": len(self.store),
+            "tokenizer_digest": self.tokenizer.digest,
+        }
+
+    def load(self, folder: Path, log: Callable[[str], None]) -> None:
+        """Of a verified checkpoint, under this layout; UserError when it is of another run or not finite."""
+        reader = Reader(folder)
+        self._check_same_run(folder, reader.manifest, log)
+        reader.check(with_state(self.shapes))
+        bad = []
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if tensor.numel():
+                    tensor.copy_(reader.read_box(name, self._box(name)))
+                    if not all(x.isfinite() for x in tensor.aminmax()):
+                        bad.append(name)
+            raise_first(non_finite_weights(folder, bad) if bad else None)
+            self.step, self.ledger = reader.manifest["step"], reader.manifest["ledger"]
+            self.skipped, self.losses.losses = reader.manifest["skipped"], list(reader.manifest["recent_losses"])
+            self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
+            set_num_updates(self.engine.optimizer, self.step - self.skipped)
+        log(f"resumed from {folder} at step {self.step}")
+
+    def _check_same_run(self, folder: Path, manifest: dict[str, Any], log: Callable[[str], None]) -> None:
+        """What decides the sequence of samples must be the same; other changes are named in the log."""
+        config = self.engine.config
+        refuse_other_model(config, folder, manifest, self.engine.model_config)
+        self.overrides = list(manifest["overrides"])
+        for text in changed_samples(config, folder, manifest, self.store, self.population):
+            self.overrides.append({"step": manifest["step"], "changed": text})
+            log(
+                f"WARNING: {text}, as checkpoint.allow_changed permits: from step {manifest['step'] + 1} on the samples of a "
+                "step are others, and no promise holds any more that each is seen once an epoch; the manifest records it"
+            )
+        old = manifest["config"]
+        if self.optim.warmup_steps is None:  # left out: the run keeps the one that it began with
+            self.optim = replace(self.optim, warmup_steps=old["optim"]["warmup_steps"])
+        new = json.loads(json.dumps({**to_dict(config), "optim": to_dict(self.optim)}))
+        for key in ("steps", "loss", "optim", "precision"):
+            if old.get(key) != new[key]:
+                log(f"WARNING: {key} changed since the checkpoint: {old.get(key)} -> {new[key]}")
