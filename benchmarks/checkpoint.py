@@ -52,7 +52,7 @@ from nemo_embed_core.merge.average import exact_sum, nearest
 from nemo_embed_core.merge.sources import open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.model.spec import hf_shapes, parameter_shapes
-from nemo_embed_core.train.optim import with_state
+from nemo_embed_core.train.run_state import with_state
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

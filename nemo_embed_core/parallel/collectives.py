@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.liveness import note_exchange
 
 _ops = torch.ops._c10d_functional
@@ -189,6 +190,12 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def raise_first(failure: str | None) -> None:
+    """UserError on all ranks when there is one on any, so that none waits for another; called by all."""
+    if first := next(filter(None, gather_objects(failure)), None):
+        raise UserError(first)
 
 
 def background_group(timeout: timedelta) -> Any:

@@ -1,7 +1,7 @@
 """The model on its mesh, its optimizer and a step of them, without files: what trains, what benchmarks time and tests ask.
 
 engine = Engine(config, model, mesh)
-engine.fill(reader)                                # weights: a box of each parameter on each rank
+    ...                    # values into the parameters of engine.model, which hold none yet
 losses_B, stats = engine.forward_backward(batches)
 norm = engine.clip()
 engine.update(lr)
@@ -14,13 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.weights import BoxReader, fill
-from nemo_embed_core.config import ModelConfig, TrainConfig, UserError
+from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel import fsdp
-from nemo_embed_core.parallel.collectives import gather_objects
 from nemo_embed_core.parallel.grad_norm import clip_grad_norm, sync_replicated_grads
 from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
 from nemo_embed_core.train.metrics import peak_memory
@@ -30,12 +28,6 @@ from nemo_embed_core.train.step import forward_backward
 
 def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return DTYPES[pick_precision(config.precision, device)]
-
-
-def raise_first(failure: str | None) -> None:
-    """UserError on all ranks when there is one on any, so that none waits for another; called by all."""
-    if first := next(filter(None, gather_objects(failure)), None):
-        raise UserError(first)
 
 
 class Engine:
@@ -57,15 +49,6 @@ class Engine:
         self.model.to_empty(device=mesh.device)
         self.optimizer = build_optimizer(self.model, config.optim)
         ensure_state(self.optimizer)
-
-    def fill(self, reader: BoxReader) -> None:
-        """Box by box; UserError on all ranks."""
-        mesh, failure = self.mesh, None
-        try:
-            fill(self.model, reader, self.model_config, (mesh.tp.rank, mesh.tp.size), (mesh.dp_rank, mesh.dp_size))
-        except UserError as error:
-            failure = str(error)
-        raise_first(failure)
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], before: Callable[[str, int], None] = lambda phase, i: None

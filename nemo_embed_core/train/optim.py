@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
-from nemo_embed_core.checkpoint.manifest import state_name
 from nemo_embed_core.config import OptimConfig
 
 STATE = ("exp_avg", "exp_avg_sq")  # kept of each parameter, in its shape; checkpoints have these names too
@@ -56,8 +53,3 @@ def set_num_updates(optimizer: torch.optim.AdamW, count: int) -> None:
     """Made so far, which AdamW's bias correction goes by."""
     for state in optimizer.state.values():
         state["step"].fill_(float(count))
-
-
-def with_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what a checkpoint of these parameters holds."""
-    return {**shapes, **{state_name(state, n): shape for n, shape in shapes.items() for state in STATE}}

@@ -25,11 +25,11 @@ from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.spec import parameter_shapes
-from nemo_embed_core.parallel.collectives import gather_objects
+from nemo_embed_core.parallel.collectives import gather_objects, raise_first
 from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
 from nemo_embed_core.parallel.liveness import begun_before
 from nemo_embed_core.parallel.mesh import pick_device
-from nemo_embed_core.train.engine import raise_first, run_dtype
+from nemo_embed_core.train.engine import run_dtype
 from nemo_embed_core.train.optim import BYTES_PER_PARAMETER
 from nemo_embed_core.train.run_state import changed_samples, population_of, refuse_other_model
 

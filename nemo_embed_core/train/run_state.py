@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, parameter_of, state_name
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import usage_of_training
-from nemo_embed_core.checkpoint.weights import non_finite_weights
+from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights
 from nemo_embed_core.checkpoint.write import Piece
 from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, to_dict
 from nemo_embed_core.data.population import Population, population
@@ -28,9 +28,10 @@ from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.model.hf import Box, local_box, unpadded
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel import fsdp
+from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
-from nemo_embed_core.train.engine import Engine, raise_first
-from nemo_embed_core.train.optim import num_warmup_steps, set_num_updates, state_of, with_state
+from nemo_embed_core.train.engine import Engine
+from nemo_embed_core.train.optim import STATE, num_warmup_steps, set_num_updates, state_of
 from nemo_embed_core.train.spikes import LossWindow
 
 
@@ -92,6 +93,21 @@ def population_of(
     """Of a new run, or of the one that continues from this manifest."""
     keep_lone = draws_lone_rows(manifest)
     return population(store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone)
+
+
+def with_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a checkpoint of these parameters holds."""
+    return {**shapes, **{state_name(state, n): shape for n, shape in shapes.items() for state in STATE}}
+
+
+def fill_engine(engine: Engine, reader: BoxReader) -> None:
+    """This rank's box of every parameter; UserError on all ranks."""
+    mesh, failure = engine.mesh, None
+    try:
+        fill(engine.model, reader, engine.model_config, (mesh.tp.rank, mesh.tp.size), (mesh.dp_rank, mesh.dp_size))
+    except UserError as error:
+        failure = str(error)
+    raise_first(failure)
 
 
 class RunState:

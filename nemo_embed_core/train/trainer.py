@@ -36,7 +36,7 @@ from nemo_embed_core.train.metrics import (
 )
 from nemo_embed_core.train.optim import learning_rate
 from nemo_embed_core.train.preflight import Prepared, hold_output, open_same_store
-from nemo_embed_core.train.run_state import RunState, population_of
+from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
 
 
@@ -80,7 +80,7 @@ class Trainer:
         sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)
         weights = open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
         engine = Engine(config, model, mesh, dtype)
-        engine.fill(weights.reader if weights is not None else RandomReader(model, config.seed))
+        fill_engine(engine, weights.reader if weights is not None else RandomReader(model, config.seed))
         commit, lock = code_version() if mesh.rank == 0 else "", self._held.lock
         state = RunState(engine, self.tokenizer, self.store, drawn, commit, lock.run if lock is not None else None)
         if weights is not None:  # their own dtype decides what merge writes: bf16 in, bf16 out

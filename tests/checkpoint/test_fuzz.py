@@ -28,7 +28,8 @@ from nemo_embed_core.checkpoint import reader as reader_module
 from nemo_embed_core.checkpoint import write as write_module
 from nemo_embed_core.config import ModelConfig, UserError, to_dict
 from nemo_embed_core.model import hf, hf_config, hf_folder, spec
-from nemo_embed_core.train.optim import STATE, with_state
+from nemo_embed_core.train.optim import STATE
+from nemo_embed_core.train.run_state import with_state
 
 CASES = 1000
 MODEL = ModelConfig(
