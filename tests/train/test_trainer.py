@@ -82,7 +82,7 @@ def test_a_run_keeps_its_warm_up_whatever_its_length_becomes(tmp_path: Path) -> 
         trainer, log = run(40)
         assert trainer.state.optim.warmup_steps == 2 and not any("optim changed" in line for line in log), log
         run(45, warmup_steps=100)
-        assert run(50)[0].optim.warmup_steps == 100
+        assert run(50)[0].state.optim.warmup_steps == 100
         with pytest.raises(
             UserError, match=r"step-00000050 has done 50 steps already and steps=2 .* set steps above 50"
         ):
