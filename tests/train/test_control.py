@@ -15,7 +15,7 @@ from tiny import DRAWN
 from nemo_embed_core.checkpoint.manifest import read_manifest, verify_checkpoint
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.data.sampler import Sampler
-from nemo_embed_core.train.metrics import LossWindow
+from nemo_embed_core.train.spikes import LossWindow
 
 STEPS = 7
 SMALL: dict[str, Any] = {
