@@ -253,6 +253,10 @@ def test_the_published_style_of_remote_code_is_found_causal(compat, tmp_path, wa
     assert "sdpa, padded on the right" in str(error.value)
     assert "sdpa, alone" not in str(error.value)
     assert "does not remove the mask in transformers" in str(error.value)
+    said: list[str] = []
+    with pytest.raises(UserError, match="causal mask in 6 of 8 cases"):
+        verify_folder(path, trust_remote_code=True, ours=False, say=said.append)
+    assert said[0].startswith("attention: partly causal, bidirectional in 2 of 8 cases (transformers ")
 
 
 def test_foreign_code_runs_only_when_it_is_trusted(compat, tmp_path, no_reload):
