@@ -64,17 +64,25 @@ _PACK = 8  # numbers of a thread that one branch is for
 
 
 def _append_asm(pack: int) -> tuple[str, str]:
-    """(PTX, constraints): of `pack` keys those in [floor, limit) are appended, as the last lines of `_append` do it.
+    """(PTX, constraints) of a predicated append, for `pack` keys of a thread at a time:
 
-    In PTX because a branch of Triton is taken by a whole program: to know whether any key is to be appended, warps have to
-    meet, for every part of a tile, and nearly every part has one. Here a warp goes its own way, and most branch past all of
-    it. The atomics of a pack are in flight together.
+        if key >= floor and key < limit:                 # false for NaN
+            place = atomicAdd(counts + q, 1)
+            if place < L:
+                list_keys[q * L + place] = key
+                list_columns[q * L + place] = n
+
+    In PTX, because a branch in Triton is taken by the whole program: its warps would meet to agree on it, and nearly every
+    tile has a key to append somewhere. Here each warp branches alone, and most skip all of it. The two loops keep the
+    atomics of a pack in flight together: no store waits for its own place before the next key's atomic is issued.
     """
-    # Operands, `pack` registers each: what Triton wants to have returned, keys, floor, limit, q, n, L and three pointers.
-    unused, key, floor, limit, row, column, length, counts, list_keys, list_columns = (
+    # inline_asm_elementwise numbers the registers operand by operand, `pack` of each. The first is the result that it
+    # insists on; scalars (L, pointers) and the row's vectors are repeated for every key.
+    result, key, floor, limit, row, column, length, counts, list_keys, list_columns = (
         [f"${operand * pack + i}" for i in range(pack)] for operand in range(10)
     )
     code = [".reg .pred any, keep<PACK>;", ".reg .b32 place<PACK>;", ".reg .b64 at<PACK>, address;"]
+    # any = a key of this thread reaches its floor; limits are rarely what excludes a key
     code += [f"setp.ge.f32 any, {key[0]}, {floor[0]};"]
     code += [f"setp.ge.or.f32 any, {key[i]}, {floor[i]}, any;" for i in range(1, pack)]
     code += ["@!any bra DONE;"]
@@ -82,12 +90,15 @@ def _append_asm(pack: int) -> tuple[str, str]:
         code += [
             f"setp.ge.f32 keep{i}, {key[i]}, {floor[i]};",
             f"setp.lt.and.f32 keep{i}, {key[i]}, {limit[i]}, keep{i};",
+            # place = counts[row]++
             f"mad.wide.s32 address, {row[i]}, 4, {counts[0]};",
             f"@keep{i} atom.global.gpu.relaxed.add.u32 place{i}, [address], 1;",
         ]
     for i in range(pack):
         code += [
+            # a full list only counts
             f"setp.lt.and.s32 keep{i}, place{i}, {length[0]}, keep{i};",
+            # at = 4 (row L + place), in 64 bits
             f"cvt.s64.s32 at{i}, place{i};",
             f"mad.wide.s32 at{i}, {row[i]}, {length[0]}, at{i};",
             f"shl.b64 at{i}, at{i}, 2;",
@@ -96,7 +107,9 @@ def _append_asm(pack: int) -> tuple[str, str]:
             f"add.s64 address, at{i}, {list_columns[0]};",
             f"@keep{i} st.global.u32 [address], {column[i]};",
         ]
-    text = "\n".join(["{", *code, "DONE:", *(f"mov.b32 {x}, 0;" for x in unused), "}"]).replace("<PACK>", f"<{pack}>")
+    code += ["DONE:", *(f"mov.b32 {register}, 0;" for register in result)]
+    text = "\n".join(["{", *code, "}"]).replace("<PACK>", f"<{pack}>")
+    # "=r": the int32 result; f: key, floor, limit; r: row, column, L; l: the three pointers
     kinds = ["=r"] + ["f"] * 3 + ["r"] * 3 + ["l"] * 3
     return text, ",".join(kind for kind in kinds for _ in range(pack))
 
