@@ -26,6 +26,7 @@ setup(
         "nemo_embed_core.evaluation",
         "nemo_embed_core.export",
         "nemo_embed_core.export.remote",
+        "nemo_embed_core.files",
         "nemo_embed_core.kernels",
         "nemo_embed_core.launch",
         "nemo_embed_core.loss",

@@ -41,13 +41,14 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.ceilings import commit
-from nemo_embed_core.checkpoint.files import SafetensorsWriter, new_folder, read_safetensors_header
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.weights import Rows, open_weights
 from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import ModelConfig, to_dict
 from nemo_embed_core.export.folder import hf_config
+from nemo_embed_core.files.durable import fsync, new_folder
+from nemo_embed_core.files.safetensors import SafetensorsWriter, find_tensors
 from nemo_embed_core.merge.average import exact_sum, nearest
 from nemo_embed_core.merge.sources import open_sources
 from nemo_embed_core.merge.stream import write_weights
@@ -100,7 +101,7 @@ def forget(paths: Sequence[Path]) -> None:
     """Out of the page cache, so that the next read comes from the disk."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
+        fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
 
@@ -117,7 +118,7 @@ def copy(paths: Sequence[Path], folder: Path) -> None:
         target = folder / str(i)
         shutil.copyfile(path, target)
         fd = os.open(target, os.O_RDONLY)
-        os.fsync(fd)
+        fsync(fd)
         os.close(fd)
 
 
@@ -136,7 +137,7 @@ def read_and_write(paths: Sequence[Path], target: Path, size: int) -> None:
     with target.open("xb", buffering=0) as file:
         for start in range(0, size, PIECE):
             file.write(piece[: size - start])
-        os.fsync(file.fileno())
+        fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------ save and read
@@ -260,7 +261,7 @@ def run_mergekit(python: str, output: Path, sources: Sequence[Path], dtype: torc
 def wrongly_rounded(output: Path, sources: Sequence[Path], dtype: torch.dtype, sample: int) -> float:
     """The share of `sample` weights of the output that are not the value of dtype nearest to the mean, exactly computed."""
     files = sorted(output.glob("*.safetensors"))
-    where = {name.removeprefix("model."): (f, v) for f in files for name, v in read_safetensors_header(f).items()}
+    where = {name.removeprefix("model."): (f, v) for f in files for name, v in find_tensors(f).items()}
     opened = [open_weights(str(path), hashed=False) for path in sources]
     shapes, rng, wrong = hf_shapes(opened[0].model), random.Random(0), 0
     names = list(shapes)

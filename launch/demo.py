@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from nemo_embed_core.files.strict_json import read_object
+
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "Find the rest of the docstring"
 
@@ -80,7 +82,7 @@ def plot(output: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
     axes.legend()
     figure.savefig(output / "loss.png", dpi=120, bbox_inches="tight")
-    plot_report(json.loads((output / "mined.jsonl.report.json").read_text()), str(output / "mined-scores.png"))
+    plot_report(read_object(output / "mined.jsonl.report.json"), str(output / "mined-scores.png"))
 
 
 def main() -> None:
@@ -118,7 +120,7 @@ def main() -> None:
         ]
     )
 
-    scores = json.loads((output / "evaluation.json").read_text())
+    scores = read_object(output / "evaluation.json")
     report = {Path(name).name: values for name, values in scores.items()}
     plot(output)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")

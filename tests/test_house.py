@@ -86,6 +86,63 @@ def test_the_package_neither_reads_pickles_nor_runs_text() -> None:
     assert not found, "\n".join(map(": ".join, found))
 
 
+# ------------------------------------------------------------------------------------------ one owner of files
+
+# Durability, locks, digests of files and the reading of JSON have one home each: nemo_embed_core/files.
+FILE_CALLS = {
+    "os.fsync",
+    "os.fdatasync",
+    "os.replace",
+    "hashlib.file_digest",
+    "fcntl.flock",
+    "fcntl.lockf",
+    "json.load",
+}
+JSON_HOOKS = {"object_hook", "object_pairs_hook", "parse_constant", "parse_float", "parse_int"}
+
+
+def _homemade_file_work(source: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, n) for a in node.names if (n := f"{node.module}.{a.name}") in FILE_CALLS)
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in FILE_CALLS:
+            yield node.lineno, name
+        if hooks := JSON_HOOKS & {keyword.arg for keyword in node.keywords}:
+            yield node.lineno, f"{name}({hooks.pop()}=...)"
+        if name == "json.loads" and re.search(r"\.read(_text|_bytes)?\(", ast.unparse(node.args[0])):
+            yield node.lineno, "json.loads of a file"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "os.fsync(file.fileno())",
+        "from os import fsync",
+        "os.replace(temporary, path)",
+        "hashlib.file_digest(file, 'sha256')",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX)",
+        "json.load(file)",
+        "json.loads(path.read_text(encoding='utf-8'))",
+        "json.JSONDecoder(object_pairs_hook=pairs)",
+    ],
+)
+def test_a_planted_second_owner_of_files_is_found(source: str) -> None:
+    assert list(_homemade_file_work(source))
+
+
+def test_files_are_made_durable_hashed_locked_and_read_as_json_in_one_place() -> None:
+    assert not list(_homemade_file_work("json.loads(line)\nfsync(path)\nhashlib.sha256(text.encode())"))
+    # Imports nothing of ours: it runs where other versions of the libraries are installed.
+    alone = ROOT / "nemo_embed_core/export/reload.py"
+    home = ROOT / "nemo_embed_core/files"
+    ours = [p for p in SOURCES if "benchmarks" not in p.parts and home not in p.parents and p != alone]
+    found = [f"{p.relative_to(ROOT)}:{line}: {what}" for p in ours for line, what in _homemade_file_work(p.read_text())]
+    assert not found, "\n".join(found)
+
+
 # ------------------------------------------------------------------------------------------ what stands where
 
 TOP_LEVEL = {

@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nemo_embed_core.checkpoint.files import DTYPES, sha256_file
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+from nemo_embed_core.files.durable import sha256_file
+from nemo_embed_core.files.safetensors import DTYPES
+from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf import Box
-from nemo_embed_core.model.hf_config import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -107,10 +106,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def model_from_dict(values: dict[str, Any], path: Path | str = MANIFEST) -> ModelConfig:
     """ModelConfig from the manifest."""
     scaling = values.get("rope_scaling")
@@ -129,7 +124,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"{path} is not a regular file")
-    manifest = read_json(path)
+    manifest = read_object(path)
     if manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {_short(manifest.get('format'))}, this version reads {FORMAT_VERSION}; "
@@ -146,7 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name in manifest["files"]:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
             raise CheckpointError(f"{path}: {_short(name)} is not a plain file name")
-    if manifest["export_dtype"] not in map(dtype_name, DTYPES):
+    if manifest["export_dtype"] not in DTYPES:
         raise CheckpointError(f"{path}: export_dtype {_short(manifest['export_dtype'])} is not a floating type")
     if manifest["pieces"].keys() != manifest["tensors"].keys():
         name = next(iter(manifest["pieces"].keys() ^ manifest["tensors"].keys()))

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.files import DTYPES
 from nemo_embed_core.checkpoint.manifest import MANIFEST, CheckpointError, model_from_dict, overlap, read_manifest
+from nemo_embed_core.files.safetensors import DTYPES, dtype_name
 from nemo_embed_core.model.hf import Box, Stored
 from nemo_embed_core.model.spec import hf_rows, parameter_shapes
 
@@ -71,9 +71,9 @@ class Reader:
                     self._open[file] = safe_open(path, framework="pt")
                 stored = self._open[file].get_slice(name)
                 have = (stored.get_dtype(), stored.get_shape())
-                if have != (DTYPES[dtype], piece["size"]):  # a smaller one would be broadcast
+                if have != (DTYPES[dtype_name(dtype)], piece["size"]):  # a smaller one would be broadcast
                     raise CheckpointError(
-                        f"{path}: {name} is {have[0]} {have[1]}, the manifest says {DTYPES[dtype]} {piece['size']}"
+                        f"{path}: {name} is {have[0]} {have[1]}, the manifest says {DTYPES[dtype_name(dtype)]} {piece['size']}"
                     )
                 out[tuple(target)] = stored[tuple(source)]
             except (SafetensorError, OSError) as error:

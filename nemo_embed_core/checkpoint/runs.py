@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_embed_core.checkpoint.files import fsync_dir
 from nemo_embed_core.checkpoint.manifest import MANIFEST, CheckpointError, step_of, verify_checkpoint
 from nemo_embed_core.config import UserError
+from nemo_embed_core.files.durable import fsync
 
 
 class AllDamagedError(CheckpointError):
@@ -77,7 +77,7 @@ def prune(root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str
             gone.append(root / f".tmp-old-{old.name}")
             os.rename(old, gone[-1])
         if gone:
-            fsync_dir(root)
+            fsync(root)
         for folder in gone:
             shutil.rmtree(folder)
     except OSError as error:  # the new checkpoint is safe: the run need not end, the next save tries again

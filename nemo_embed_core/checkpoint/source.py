@@ -23,7 +23,7 @@ from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, read_
 from nemo_embed_core.checkpoint.runs import checkpoints, find_checkpoint, is_checkpoint
 from nemo_embed_core.config import ModelConfig, Pooling, UserError
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.files.strict_json import read, read_object
 from nemo_embed_core.model.hf_folder import INDEX, SINGLE, find_folder, has_weights, open_folder, weight_files
 from nemo_embed_core.model.spec import ARCHITECTURES, is_ours, mode_of_config, modes_of, pooling_of_modes
 from nemo_embed_core.parallel.layout import rank_from_env
@@ -203,8 +203,8 @@ def _is_checkpoint(folder: Path) -> bool:
     if checkpoints(folder) or not has_weights(folder):
         return True
     try:
-        return "pieces" in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "pieces" in read_object(folder / MANIFEST)
+    except UserError:
         return True  # one of ours that is damaged, for all we know
 
 
@@ -263,7 +263,7 @@ def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:
 def usage_of_folder(folder: Path) -> Usage:
     """From the sentence-transformers files of a folder: ours say it all, others have prompts, one length and a similarity."""
     pooling = _pooling(_modules(folder), folder)
-    settings = read_json(file) if (file := folder / "config_sentence_transformers.json").is_file() else {}
+    settings = read_object(file) if (file := folder / "config_sentence_transformers.json").is_file() else {}
     if USAGE_KEY in settings:
         try:
             usage = Usage.from_json(settings[USAGE_KEY], pooling)
@@ -282,12 +282,12 @@ def usage_of_folder(folder: Path) -> Usage:
     )
     limit = None
     if (length_file := folder / "sentence_bert_config.json").is_file():
-        limit = read_json(length_file).get("max_seq_length")
+        limit = read_object(length_file).get("max_seq_length")
         if limit is not None and (type(limit) is not int or limit < 1):
             raise UserError(f"{length_file}: max_seq_length is {json.dumps(limit)} and must be a number of tokens")
         if limit is None:  # as sentence-transformers finds it
             places = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
-            values = [read_json(folder / file).get(key) for file, key in places if (folder / file).is_file()]
+            values = [read_object(folder / file).get(key) for file, key in places if (folder / file).is_file()]
             limit = min((value for value in values if type(value) is int and 0 < value < 1 << 30), default=None)
     return Usage(
         prompts=prompts,
@@ -328,16 +328,16 @@ def _modules(folder: Path) -> Modules | None:
     file = folder / "modules.json"
     if not file.is_file():
         return None
+    modules = read(file)
     try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
         kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
         places = [str(module["path"]) for module in modules if str(module["type"]).endswith(".Pooling")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{file} is no list of modules with type and path: {error!r}") from None
     if not places:
         return Modules(kinds, set())
     pooling = folder / places[0] / "config.json"
-    modes = modes_of(pooling, read_json(pooling) if pooling.is_file() else {})
+    modes = modes_of(pooling, read_object(pooling) if pooling.is_file() else {})
     word = _config(folder).get("pooling")
     if (mode := mode_of_config(word)) is not None and modes != {mode}:
         raise UserError(
@@ -348,7 +348,7 @@ def _modules(folder: Path) -> Modules | None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json(file) if (file := folder / "config.json").is_file() else {}
+    return read_object(file) if (file := folder / "config.json").is_file() else {}
 
 
 def _pooling(modules: Modules | None, folder: Path) -> str:

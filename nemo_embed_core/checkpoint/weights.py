@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemo_embed_core.checkpoint.files import read_safetensors_header
 from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, state_name, verify_checkpoint
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.files.safetensors import find_tensors
 from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded
 from nemo_embed_core.model.hf_folder import open_folder
 from nemo_embed_core.model.llama import initial_weight
@@ -167,7 +167,7 @@ class Rows:
                     self._passing.add(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 with safe_open(path, framework="pt"):  # checks the header and the size of the file
-                    self._headers[path] = read_safetensors_header(path)
+                    self._headers[path] = find_tensors(path)
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch, of too many open files
                 raise CheckpointError(f"{path}: {error}") from None
         dtype, have, offset = self._headers[path].get(stored.name, (None, None, 0))

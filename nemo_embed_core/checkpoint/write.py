@@ -20,10 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.files import SafetensorsWriter, check_free_space, free_bytes, publish, write_bytes
-from nemo_embed_core.checkpoint.manifest import FORMAT_VERSION, MANIFEST, CheckpointError, dtype_name, is_state, seal
+from nemo_embed_core.checkpoint.manifest import FORMAT_VERSION, MANIFEST, CheckpointError, is_state, seal
 from nemo_embed_core.checkpoint.runs import prune
 from nemo_embed_core.config import UserError, failpoint
+from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
+from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name
 from nemo_embed_core.model.hf import Box
 from nemo_embed_core.parallel.collectives import gather_objects
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError, failpoint
-from nemo_embed_core.data.building import Log, building, publish, read_state, write_json
+from nemo_embed_core.data.building import Log, building, publish, read_state
 from nemo_embed_core.data.judge import EMPTY_KEY, judge
 from nemo_embed_core.data.normal_form import has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
@@ -35,9 +35,10 @@ from nemo_embed_core.data.store import (
     damaged,
     read_manifest,
     report,
-    sha256_file,
 )
 from nemo_embed_core.data.tokenizer import Tokenizer
+from nemo_embed_core.files.durable import fsync, make_folder, sha256_file, write_atomically
+from nemo_embed_core.files.strict_json import read_object
 
 COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
 PENDING = 2 << 20  # characters that wait for the tokenizer
@@ -176,8 +177,8 @@ def _stores_of(config: DataConfig) -> str:
     wanted = [str(dataset.path) for dataset in config.datasets]
     found = []
     for path in sorted(Path(config.cache_dir).glob("[0-9a-f]*/manifest.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(UserError, KeyError, TypeError, AttributeError):
+            manifest = read_object(path)
             if [source.get("path") for source in manifest["sources"]] == wanted:
                 found.append(path.parent.name)
     return f". A store was built of it: --data.store {found[-1]} opens that without the sources" if found else ""
@@ -196,8 +197,8 @@ def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
     """sha256 of each file; one that is as cache_dir/sources.json knows it (size, times, inode) is not read again."""
     record = cache_dir / "sources.json"
     known: dict[str, list[Any]] = {}
-    with suppress(OSError, ValueError, AttributeError):
-        known = dict(json.loads(record.read_text(encoding="utf-8")).items())
+    with suppress(UserError):
+        known = read_object(record)
     hashes, new = {}, False
     for file in files:
         stat, name = file.stat(), str(file.resolve())
@@ -213,8 +214,8 @@ def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
             known[name], new = [*stamp, hashes[file]], True
     if new:
         with suppress(OSError):  # a cache_dir that cannot be written to serves the stores that it has
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            write_json(record, known)
+            make_folder(cache_dir)
+            write_atomically(record, json.dumps(known).encode(), shared=True)
     return hashes
 
 
@@ -248,9 +249,9 @@ class _Files:
         sizes = {}
         for name, file in self._files.items():
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
             sizes[name] = os.fstat(file.fileno()).st_size
-        write_json(self._folder / "state.json", {**state, "sizes": sizes})
+        write_atomically(self._folder / "state.json", json.dumps({**state, "sizes": sizes}).encode())
 
     def close(self) -> None:
         for file in self._files.values():

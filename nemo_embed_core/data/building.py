@@ -7,9 +7,6 @@ folder/state.json is the last commit: how many rows are done and how many bytes 
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
 import shutil
 import time
@@ -20,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.files import durable
+from nemo_embed_core.files.lock import hold
+from nemo_embed_core.files.strict_json import parse
 
 STALE_S = 24 * 3600  # a killed build of other data is kept this long, so that two builds may take turns
 
@@ -32,13 +32,13 @@ def building(folder: Path, log: Log) -> Iterator[Path]:
 
     Left by a killed process, by Ctrl-C or by a full disk, it stays; after bad data it goes.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder.parent)
     prefix = f".building-{folder.name[:16]}-"
     temporary, lock = _sweep(folder.parent, prefix, log)
     if temporary is None:
         temporary = folder.with_name(f"{prefix}{uuid.uuid4().hex[:8]}")
         temporary.mkdir()
-        lock = _lock(temporary)
+        lock = hold(temporary)
         if lock is None:
             log(f"WARNING: {folder.parent} is on a file system without locks; a killed build there starts anew")
     try:
@@ -51,23 +51,6 @@ def building(folder: Path, log: Log) -> Iterator[Path]:
             os.close(lock)
 
 
-def _lock(temporary: Path) -> int | None:
-    """A descriptor that holds temporary/lock until this process ends, however it does; None where that cannot be had."""
-    try:
-        descriptor = os.open(temporary / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_nlink and (temporary / "lock").exists():  # else its owner has just ended
-            return descriptor
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-            raise
-    os.close(descriptor)
-    return None
-
-
 def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None]:
     """Takes the leftover of a killed build with this prefix that has come furthest; removes the others, or names them."""
     mine: list[tuple[int, Path, int]] = []
@@ -78,7 +61,7 @@ def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None
                 log(f"removing {leftover}, left by an older version")
                 shutil.rmtree(leftover, ignore_errors=True)
             continue
-        lock = _lock(leftover)
+        lock = hold(leftover)
         if lock is None:
             continue  # somebody builds there
         rows = (read_state(leftover) or {"rows": 0})["rows"]
@@ -104,39 +87,15 @@ def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None
 
 def read_state(folder: Path) -> dict[str, Any] | None:
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = parse((folder / "state.json").read_bytes())
         whole = all((folder / name).stat().st_size >= size for name, size in state["sizes"].items())
         return state if whole and isinstance(state["rows"], int) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def publish(temporary: Path, folder: Path) -> None:
     """Renames a built store into place, durably; losing the race to another builder of the same digest is fine."""
-    for file in temporary.iterdir():
-        _fsync(file)
-    _fsync(temporary)
-    try:
-        os.rename(temporary, folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-        return
+    durable.fsync_files(temporary)
+    durable.publish(temporary, folder, first_wins=True)
     (folder / "lock").unlink(missing_ok=True)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)

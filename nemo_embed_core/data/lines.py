@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_embed_core.config import DataError, UserError
 from nemo_embed_core.data.normal_form import has_content
+from nemo_embed_core.files.strict_json import parse
 
 MAX_LINE = 16 << 20  # bytes; longer is a broken file, not a row
 MAX_NAMED = 20  # bad lines that an error names; it counts the others
@@ -139,7 +140,7 @@ def json_lines(path: Path, findings: Findings, wanted: str) -> Iterator[tuple[in
             text = decode(raw)
             if not text.strip():
                 raise ValueError("blank line: remove it")
-            row = _DECODER.decode(text)
+            row = parse(text)
             if not isinstance(row, dict):
                 raise ValueError(f'the row must be an object like {{"...": ...}}, got {type_name(row)}')
         except RecursionError:
@@ -218,21 +219,6 @@ def decode(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         hint = "convert it, if it is Latin-1 with iconv -f ISO-8859-1 -t UTF-8"
         raise ValueError(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}; {hint}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {short(next(key for key in keys if keys.count(key) > 1))}: keep one")
-    return row
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 # ------------------------------------------------------------------------------------------ fields

@@ -9,14 +9,14 @@ for the loss when their texts have one normal form, or when they have the same t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.files.durable import sha256_file
+from nemo_embed_core.files.strict_json import parse
 
 FORMAT_VERSION = 2  # changes when the same sources would give other files
 
@@ -165,7 +165,7 @@ NOISE_SHARE = 0.01  # from which on the report says WARNING
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse((folder / "manifest.json").read_bytes())
         if manifest["version"] != FORMAT_VERSION:
             raise UserError(f"{folder} has store format {manifest['version']}, this code reads {FORMAT_VERSION}")
         counts = ("rows", "documents", "groups", "max_token_id")
@@ -197,8 +197,3 @@ def _map_array(path: Path) -> np.ndarray:
     values = np.asarray(values)
     values.flags.writeable = False
     return values
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

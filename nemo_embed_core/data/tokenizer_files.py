@@ -16,6 +16,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from nemo_embed_core.config import UserError
+from nemo_embed_core.files.strict_json import parse
 
 # Load tokenizer.json as it is: the first in transformers 4 and 5; the second in 5 alone, which 4 refuses.
 FAITHFUL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -194,7 +195,7 @@ def _short(value: Any) -> str:
 
 def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        config = parse(files.get("tokenizer_config.json", b"{}"))
     except ValueError as error:
         raise UserError(f"tokenizer_config.json is not valid JSON: {error}") from None
     if not isinstance(config, dict):

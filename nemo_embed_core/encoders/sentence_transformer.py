@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ import tokenizers
 
 from nemo_embed_core.config import UserError
 from nemo_embed_core.data.tokenizer import MIN_ROOM
+from nemo_embed_core.files.durable import sha256_folder
 
 BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which takes about 23 bytes of memory for each
 
@@ -50,7 +50,7 @@ class SentenceTransformerEncoder:
         limit = self._model.max_seq_length
         self.limit = None if limit is None or limit == math.inf else int(limit)
         self._batch_size = batch_size
-        self.digest = f"{folder_digest(Path(path))}-{precision}"
+        self.digest = f"{sha256_folder(Path(path))}-{precision}"
         self._tokenizer = _backend(self._model)
         if self._tokenizer is not None:
             self.tokenize = self._tokenize  # else nobody can say what is cut
@@ -128,14 +128,3 @@ def _backend(model: Any) -> tokenizers.Tokenizer | None:
     copy.no_padding()
     copy.no_truncation()
     return copy
-
-
-def folder_digest(path: Path) -> str:
-    """sha256 over the names and contents of all files of a folder, hex."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(path).as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()

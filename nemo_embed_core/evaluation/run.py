@@ -7,7 +7,6 @@ report["bm25"]["ndcg_at_10"]
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Beir, Findings, read_beir
 from nemo_embed_core.evaluation.models import Subject
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
+from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.parallel.mesh import pick_device, pick_precision
 
 
@@ -63,7 +63,8 @@ def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
             print(f"{'':{width}}  {line_of(entry)}", flush=True)
         report[name] = {**entry, "data": facts}
         if config.output:  # after every model: an hour of scores is not lost with the next one
-            write(Path(config.output), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+            write_atomically(Path(config.output), text.encode())
     return report
 
 
@@ -158,9 +159,3 @@ def line_of(entry: dict[str, Any]) -> str:
         sides.append(f"{side} {json.dumps(entry['prompts'][side], ensure_ascii=False)} {cut}")
     own = f"; overridden: {', '.join(entry['overridden'])}" if entry["overridden"] else ""
     return f"{'; '.join(sides)}; {entry['similarity']}, {entry['precision']}, {entry['digest'][:12]}{own}"
-
-
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -14,7 +14,7 @@ from nemo_embed_core.checkpoint.runs import find_checkpoint, is_checkpoint
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig, UserError, code_version
-from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.files.strict_json import read_object
 
 Format = Literal["native", "compat"]
 # Copied into compat folders as it is; never imported by this package.
@@ -141,7 +141,7 @@ def _datasets(manifests: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for manifest in manifests:
         data = manifest["config"]["data"]
         store = Path(data.get("cache_dir", "")) / manifest["data_digest"][:32] / "manifest.json"
-        compiled = read_json(store) if store.is_file() else {}
+        compiled = read_object(store) if store.is_file() else {}
         sources = compiled.get("sources", []) if compiled.get("digest") == manifest["data_digest"] else []
         for i, dataset in enumerate(data["datasets"]):
             row = {"name": Path(dataset.get("path", "")).name, "task": dataset.get("task", "")}

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from nemo_embed_core.checkpoint.files import writing
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.files import read_object
+from nemo_embed_core.files.durable import writing
+from nemo_embed_core.files.strict_json import read_object
 
 # One word, scripts of one to four bytes a character, a prompt, look-alikes of special tokens, white space at
 # the ends and doubled, next to nothing, both Unicode normal forms, and at the end a text that needs cutting.

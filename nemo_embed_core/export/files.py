@@ -12,22 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.folder import ARCHITECTURES, AUTO_MAP, DTYPES, REMOTE_CODE
-
-
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} has no {file.name}; an exported folder needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, IsADirectoryError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); export the folder again") from None
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a JSON {type(value).__name__} and must hold an object")
-    return value
+from nemo_embed_core.files.strict_json import read, read_object
 
 
 def _require(file: Path, found: Any, wanted: Any, what: str) -> None:
@@ -41,7 +26,7 @@ def check_code(path: Path, config: dict[str, Any], trusted: bool) -> bool:
     for file in sorted(path.rglob("*.json")):
         # The key by which transformers imports a class out of the folder, or out of another folder or
         # repository.
-        auto_map = value.get("auto_map") if isinstance(value := read_json(file), dict) else None
+        auto_map = value.get("auto_map") if isinstance(value := read(file), dict) else None
         if auto_map is not None:
             has_code = True
             if file != path / "config.json" or auto_map != AUTO_MAP:
@@ -130,7 +115,7 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def check_sentence_transformers_files(path: Path, config: dict[str, Any]) -> int:
     """max_seq_length, after checking that the modules are Transformer, mean pooling, Normalize."""
     file = path / "modules.json"
-    modules = read_json(file)
+    modules = read(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise UserError(f"{file} must hold a list of objects with type and path")
     wanted = [["Transformer", ""], ["Pooling", "1_Pooling"], ["Normalize", "2_Normalize"]]
@@ -164,7 +149,7 @@ def check_sentence_transformers_files(path: Path, config: dict[str, Any]) -> int
 def modules_of(path: Path) -> list[dict[str, Any]] | None:
     if not (path / "modules.json").is_file():
         return None
-    modules = read_json(path / "modules.json")
+    modules = read(path / "modules.json")
     if not isinstance(modules, list) or not all(
         isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules
     ):

@@ -40,9 +40,9 @@ from nemo_embed_core.export.files import (
     expected_tensors,
     modules_of,
     other_pooling,
-    read_object,
 )
 from nemo_embed_core.export.folder import ARCHITECTURES
+from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf_folder import has_weights, open_folder, weight_files
 
 # Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference

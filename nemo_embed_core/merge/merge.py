@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from nemo_embed_core.checkpoint.files import new_folder, writing
 from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
 from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import Card, Format, describe, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
 from nemo_embed_core.export.proof import verify_folder
+from nemo_embed_core.files.durable import new_folder, writing
 from nemo_embed_core.merge.output import weight_bytes
 from nemo_embed_core.merge.recipes import (
     Method,

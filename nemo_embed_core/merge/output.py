@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.files import safetensors_header, start_writing_back, write_bytes, writing
+from nemo_embed_core.files.durable import fsync, write_bytes, writing
+from nemo_embed_core.files.safetensors import header_of, start_writing_back
 
 SHARD_BYTES = 5_000_000_000
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,7 +42,7 @@ class Output:
         for i, names in enumerate(shards, 1):
             part = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
             file = f"model{part}.safetensors"
-            header, _ = safetensors_header({n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
+            header, _ = header_of({n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = self._files[file] = os.open(folder / file, flags, 0o644)
             self._put(fd, memoryview(header), 0)
@@ -69,7 +70,7 @@ class Output:
     def finish(self) -> None:
         assert self._left == 0, f"{self.folder}: {self._left} bytes were not written"
         for fd in self._files.values():
-            os.fsync(fd)
+            fsync(fd)
         if len(self._files) > 1:
             index = {"metadata": {"total_size": self.total}, "weight_map": self._weight_map}
             write_bytes(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.files import write_bytes
 from nemo_embed_core.checkpoint.weights import Weights
+from nemo_embed_core.files.durable import write_bytes
 from nemo_embed_core.model.spec import hf_shapes
 
 REPORT = "merge-report.json"

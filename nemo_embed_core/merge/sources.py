@@ -13,7 +13,7 @@ from nemo_embed_core.config import to_dict
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable, difference
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.files.strict_json import read_object
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -46,7 +46,7 @@ def _other_settings(a: Path, b: Path) -> str:
     """Differences of two folders' config.json that ModelConfig does not hold, such as is_causal."""
     if not all((folder / "config.json").is_file() for folder in (a, b)):
         return ""
-    ours, theirs = read_json(a / "config.json"), read_json(b / "config.json")
+    ours, theirs = read_object(a / "config.json"), read_object(b / "config.json")
     keys = [k for k in sorted(ours.keys() | theirs.keys()) if not k.startswith(_NOT_SETTINGS)]
     differ = [k for k in keys if ours.get(k) != theirs.get(k)]
     return "; ".join(f"{k}: {ours.get(k)!r} and {theirs.get(k)!r}" for k in differ)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.files import check_free_space
 from nemo_embed_core.checkpoint.manifest import check_digest
 from nemo_embed_core.checkpoint.weights import Rows, Weights
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.durable import check_free_space
 from nemo_embed_core.merge.average import CHUNK_ELEMENTS, Combiner, NonFinite, widest
 from nemo_embed_core.merge.output import Output, weight_bytes
 from nemo_embed_core.merge.recipes import check_weights, slerp_weights

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ import numpy as np
 
 from nemo_embed_core.config import UserError, failpoint
 from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.files.durable import sha256_file, write_atomically
+from nemo_embed_core.files.strict_json import parse
 from nemo_embed_core.mine.progress import Progress
 
 FORMAT = 1
@@ -287,28 +288,11 @@ def _publish_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
     write_atomically(path.with_suffix(".json"), text.encode())
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """The whole file under its name or nothing; data may come in pieces, which are never all in memory."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        for piece in (data,) if isinstance(data, bytes) else data:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    failpoint("rename", f"{path.parent.name}/{path.name}")
-    os.replace(temporary, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The JSON object beside a published file; None when there is none or it is damaged."""
     try:
-        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        sidecar = parse(path.with_suffix(".json").read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return sidecar if isinstance(sidecar, dict) else None
 
@@ -329,12 +313,7 @@ def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str]
                 f"{path} was encoded {what}. Shards of another model or data are never reused: delete the folder "
                 f"{folder} to encode again, or choose another output"
             )
-    if path.exists() and sha256_of(path) == have.get("sha256"):
+    if path.exists() and sha256_file(path) == have.get("sha256"):
         return True
     log(f"{path} is damaged or missing (its sha256 is not that of {index:05d}.json): it is encoded again")
     return False
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import UserError
-from nemo_embed_core.mine.corpus import write_atomically
+from nemo_embed_core.files.durable import replacing, sha256_file, write_atomically
+from nemo_embed_core.files.strict_json import parse
 
 SUFFIXES = {"flagembedding": ".jsonl", "tevatron": ".jsonl", "sentence-transformers": ".parquet", "automodel": ".json"}
 FORMATS = tuple(SUFFIXES)
@@ -72,16 +72,14 @@ def convert(
             f"{max(counts, default=0)}: mine with a higher threshold or a smaller num_negatives"
         )
     whole = (_prompted(row, prompt, document_prompt) for row in _read(Path(mined)) if len(row["neg"]) >= least)
-    with open(mined, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    writers[form](whole, Path(output), num_negatives, digest)
+    writers[form](whole, Path(output), num_negatives, sha256_file(Path(mined)))
     return {"rows": num_whole, "left_out": len(counts) - num_whole}
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as lines:
         for line in lines:
-            yield json.loads(line)
+            yield parse(line)
 
 
 def _prompted(row: dict[str, Any], prompt: str, document_prompt: str) -> dict[str, Any]:
@@ -193,20 +191,20 @@ def _parquet(rows: Iterable[dict[str, Any]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    temporary, writer = path.with_name(f".{path.name}.tmp"), None
+    writer = None
     group: list[dict[str, Any]] = []
     size = 0
+    with replacing(path) as temporary:
 
-    def flush() -> None:
-        nonlocal writer, size
-        table = pyarrow.Table.from_pylist(group)
-        if writer is None:
-            writer = pyarrow.parquet.ParquetWriter(temporary, table.schema)
-        writer.write_table(table)
-        group.clear()
-        size = 0
+        def flush() -> None:
+            nonlocal writer, size
+            table = pyarrow.Table.from_pylist(group)
+            if writer is None:
+                writer = pyarrow.parquet.ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+            group.clear()
+            size = 0
 
-    try:
         for row in rows:
             group.append(row)
             size += sum(len(value) for value in row.values())
@@ -216,6 +214,3 @@ def _parquet(rows: Iterable[dict[str, Any]], path: Path) -> None:
             flush()
         assert writer is not None, "convert refuses files without rows"
         writer.close()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from nemo_embed_core.config import failpoint
+from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.kernels.pair_scores import pair_scores
-from nemo_embed_core.mine.corpus import Corpus, Ranks, publish, read_sidecar, sha256_of
+from nemo_embed_core.mine.corpus import Corpus, Ranks, publish, read_sidecar
 from nemo_embed_core.mine.pool import Exclusions
 from nemo_embed_core.mine.progress import Progress
 from nemo_embed_core.mine.search.blocks import fp32_rows, resident
@@ -151,7 +152,7 @@ def _read_block(folder: Path, index: int, digest: str) -> tuple[np.ndarray, np.n
     sidecar = read_sidecar(path)
     if sidecar is None or sidecar.get("search") != digest:
         return None
-    if not path.exists() or sha256_of(path) != sidecar.get("sha256"):
+    if not path.exists() or sha256_file(path) != sidecar.get("sha256"):
         return None  # damaged: searched again
     with np.load(path, allow_pickle=False) as block:
         return block["scores"], block["ids"], block["counts"]

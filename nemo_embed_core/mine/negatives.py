@@ -24,7 +24,8 @@ import torch
 
 from nemo_embed_core.config import UserError
 from nemo_embed_core.encoders.protocol import TextEncoder
-from nemo_embed_core.mine.corpus import Ranks, Truncation, encode_corpus, read_truncation, write_atomically
+from nemo_embed_core.files.durable import write_atomically
+from nemo_embed_core.mine.corpus import Ranks, Truncation, encode_corpus, read_truncation
 from nemo_embed_core.mine.lists import CandidateLists, TeacherSearch, find
 from nemo_embed_core.mine.pool import Cut, Document, Exclusions, Known, Pool, Row, Rows, exclusions
 from nemo_embed_core.mine.report import build_report, print_report, sweep_entry

@@ -25,14 +25,15 @@ from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import Findings, read_beir, read_documents, read_rows, source_files
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.encoders.precomputed import precomputed_sides
-from nemo_embed_core.mine.corpus import Ranks, write_atomically
+from nemo_embed_core.files.durable import write_atomically
+from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.formats import FORMATS, convert_all
 from nemo_embed_core.mine.negatives import mine_negatives
 from nemo_embed_core.mine.pool import Document, Known
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.selection import Selection
 from nemo_embed_core.mine.teachers import Teacher, open_precomputed
-from nemo_embed_core.model.hf_config import read_json
 
 DEFAULT_MAX_LENGTH = 512  # tokens, of a model that says nothing
 NEEDS_PYARROW = {"sentence-transformers", "automodel"}
@@ -309,7 +310,7 @@ def _hidden_size(source: Source) -> int:
         return int(precomputed_sides(source.folder, None, texts=False)[0][0].shape[1])
     if source.model is not None:
         return source.model.hidden_size
-    config = read_json(file) if (file := source.folder / "config.json").is_file() else {}
+    config = read_object(file) if (file := source.folder / "config.json").is_file() else {}
     return int(config.get("hidden_size") or 0)
 
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, UserError
-from nemo_embed_core.model.hf_config import read_json
+from nemo_embed_core.files.durable import sha256_file
+from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf_folder import inside, tensors
 from nemo_embed_core.model.spec import hf_rows, hf_shapes
 from nemo_embed_core.parallel.layout import tp_chunk
@@ -94,7 +95,7 @@ class HFReader:
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
         if where is None:
-            where, _ = tensors(folder, read_json(file) if (file := folder / "config.json").is_file() else {})
+            where, _ = tensors(folder, read_object(file) if (file := folder / "config.json").is_file() else {})
         self._where = where  # name without prefix -> (name in the file, file)
         if config.num_hidden_layers > len(where):
             raise UserError(
@@ -113,8 +114,7 @@ class HFReader:
         """sha256 over the bytes of the weight files."""
         total = hashlib.sha256()
         for file in sorted({file for _, file in self._where.values()}):
-            with (self.folder / file).open("rb") as handle:
-                total.update(hashlib.file_digest(handle, "sha256").digest())
+            total.update(bytes.fromhex(sha256_file(self.folder / file)))
         return total.hexdigest()
 
     def stored(self) -> Iterator[tuple[str, Stored]]:

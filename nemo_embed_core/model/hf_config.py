@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import ARCHITECTURES, LLAMA3_FIELDS, ROPE_TYPES, config_words
-
-LFS_POINTER = b"version https://git-lfs"  # how the small file begins that git-lfs puts in place of a large one
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file, read strictly: no key twice, no NaN or Infinity."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(items)
-        if len(value) != len(items):
-            names = [name for name, _ in items]
-            raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return value
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON number")
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        if path.read_bytes().startswith(LFS_POINTER):
-            raise UserError(
-                f"{path} is a git-lfs pointer, not the file itself; run git lfs pull in {path.parent}"
-            ) from None
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig from the config.json of any Hugging Face Llama; what we would compute differently is refused."""
-    return model_config(folder / "config.json", read_json(folder / "config.json"))[0]
+    return model_config(folder / "config.json", read_object(folder / "config.json"))[0]
 
 
 # The values of a field that compute what our Llama computes, the default first.

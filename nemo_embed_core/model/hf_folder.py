@@ -6,7 +6,6 @@ reads one without a word and other programs the other; here both are named and r
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import ModelConfig, UserError
-from nemo_embed_core.model.hf_config import LFS_POINTER, model_config, read_json
+from nemo_embed_core.files.safetensors import read_header
+from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.model.hf_config import model_config
 from nemo_embed_core.model.spec import EMBEDDING, FIRST_NORM, HEADS, ROPE_BUFFER
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 # What torch.compile, DDP, FSDP and activation checkpointing put into names.
 _WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_MAX_HEADER = 100 << 20  # bytes; the safetensors library's own limit
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class HFFolder:
 
 def open_folder(folder: Path) -> HFFolder:
     """The shape, and where each tensor is; nothing but JSON and headers is read."""
-    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    raw = read_object(folder / "config.json") if (folder / "config.json").is_file() else None
     if raw is None:
         raise UserError(f"{folder} has no config.json{_hint(folder)}")
     model, notes = model_config(folder / "config.json", raw)
@@ -129,7 +129,7 @@ def _hint(folder: Path) -> str:
 
 
 def _adapter_base(folder: Path) -> str:
-    return str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name")
+    return str(read_object(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name")
 
 
 # ------------------------------------------------------------------------------------------ the weights' files
@@ -181,7 +181,7 @@ def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, 
     files, index = weight_files(folder, raw)
     stored: dict[str, str] = {}
     for file in files:
-        for name in _tensor_names(folder, file):
+        for name in read_header(inside(folder, folder / file))[0]:
             if name in stored:
                 raise UserError(
                     f"{folder} holds {name} twice, in {stored[name]} and in {file}; {INDEX} is of other shards"
@@ -199,7 +199,7 @@ def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, 
 
 def _index(folder: Path) -> dict[str, str]:
     index = folder / INDEX
-    where = read_json(inside(folder, index)).get("weight_map")
+    where = read_object(inside(folder, index)).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f'{index}: no "weight_map" object')
     for file in {str(file): file for file in where.values()}.values():
@@ -207,37 +207,6 @@ def _index(folder: Path) -> dict[str, str]:
         if not plain or not (folder / file).is_file():
             raise UserError(f"{index}: weight_map names {str(file)[:80]!r}, which is not a file of {folder}")
     return where
-
-
-def _tensor_names(folder: Path, file: str) -> list[str]:
-    """Of a safetensors file, whose length is what its header says."""
-    path = inside(folder, folder / file)
-
-    def broken(why: object) -> UserError:
-        return UserError(f"{path} is not a readable safetensors file: {why}; get it again")
-
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            head = handle.read(len(LFS_POINTER))
-            if head == LFS_POINTER:
-                raise UserError(f"{path} is a git-lfs pointer, not the file itself; run git lfs pull in {folder}")
-            handle.seek(0)
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
-                raise broken(f"{size:,} bytes cannot hold a header of {length:,}")
-            header = json.loads(handle.read(length))
-        names = [name for name in header if name != "__metadata__"]
-        end = max((int(header[name]["data_offsets"][1]) for name in names), default=0)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise broken(f"its header is damaged ({type(error).__name__}: {str(error)[:80]})") from None
-    if 8 + length + end != size:
-        raise broken(f"it has {size:,} bytes, its header says {8 + length + end:,}: cut short or changed")
-    return names
 
 
 def _plain_names(folder: Path, stored: Mapping[str, str], tied: bool) -> tuple[dict[str, tuple[str, str]], list[str]]:

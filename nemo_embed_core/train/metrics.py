@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, TrainConfig, UserError
 from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh
 
@@ -56,9 +56,7 @@ class MetricsLog:
                         kept.append(line + "\n")
                 except (ValueError, KeyError):
                     break  # the half line that a killed run left
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(kept))
-        os.replace(rewritten, path)
+        write_atomically(path, "".join(kept).encode())
         self._file = path.open("a")
         self._board: Any = None
         if tensorboard:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from nemo_embed_core.checkpoint import files
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, verify_checkpoint
 from nemo_embed_core.checkpoint.runs import AllDamagedError, checkpoints, find_checkpoint, newest_whole
 from nemo_embed_core.checkpoint.weights import open_weights, read_model_config, tokenizer_folder
@@ -23,6 +22,8 @@ from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
+from nemo_embed_core.files import durable
+from nemo_embed_core.files.lock import Lock
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.collectives import gather_objects, raise_first
@@ -100,12 +101,12 @@ def _check_output(folder: Path, model: ModelConfig) -> None:
 
     A checkpoint needs room beside the one before it: 2.2 x its size in a new folder, 1.1 x where there is one already.
     """
-    files.probe(folder)
-    files.Lock(folder, print).refuse_if_held(warn=False)  # the one that takes it warns
+    durable.probe(folder)
+    Lock(folder, print).refuse_if_held(warn=False)  # the one that takes it warns
     parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
     size = BYTES_PER_PARAMETER * parameters
     factor = 1.1 if checkpoints(folder) else 2.2
-    files.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")
+    durable.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")
 
 
 def _warn_of_keep_every(config: CheckpointConfig) -> None:
@@ -162,7 +163,7 @@ class Held:
     """The output folder, locked, and the checkpoint to continue from: verified, the same on every rank."""
 
     checkpoint: Path | None = None
-    lock: files.Lock | None = None  # of rank 0
+    lock: Lock | None = None  # of rank 0
     damaged: set[str] = field(default_factory=set)  # checkpoints that were skipped
 
     def release(self) -> None:
@@ -177,7 +178,7 @@ def hold_output(config: TrainConfig, rank: int, log: Callable[[str], None]) -> H
         found = lock = None
         output, damaged = Path(config.output_dir), set[str]()
         try:
-            lock = files.Lock(output, log).acquire()
+            lock = Lock(output, log).acquire()
             found, is_newest = checkpoint_by_name(config)
             if is_newest:
                 found = newest_whole(output, log, damaged)

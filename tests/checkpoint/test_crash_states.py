@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_embed_core.checkpoint import files
 from nemo_embed_core.checkpoint import manifest as manifest_module
 from nemo_embed_core.checkpoint import write as write_module
 from nemo_embed_core.checkpoint.manifest import CheckpointError, verify_checkpoint
@@ -27,6 +26,7 @@ from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import UserError
+from nemo_embed_core.files import durable
 
 STEPS = 4
 SAMPLES = 40  # disks per state of the root, where there are more
@@ -257,28 +257,33 @@ def test_no_power_cut_costs_a_reported_checkpoint(tmp_path: Path, monkeypatch: p
 def test_new_folders_on_the_way_are_as_durable_as_what_is_saved_in_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    durable: list[str] = []
-    monkeypatch.setattr(files, "fsync_dir", lambda path: durable.append(str(path.relative_to(tmp_path))))
-    files.probe(tmp_path / "runs/a")
-    assert set(durable) == {".", "runs", "runs/a"}  # where runs, a and the probed file were entered
-    durable.clear()
-    with files.new_folder(tmp_path / "out/merged") as folder:
+    synced: list[str] = []
+
+    def fsync(file: int | Path) -> None:
+        if isinstance(file, Path) and file.is_dir():
+            synced.append(str(file.relative_to(tmp_path)))
+
+    monkeypatch.setattr(durable, "fsync", fsync)
+    durable.probe(tmp_path / "runs/a")
+    assert set(synced) == {".", "runs", "runs/a"}  # where runs, a and the probed file were entered
+    synced.clear()
+    with durable.new_folder(tmp_path / "out/merged") as folder:
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling/config.json").write_text("{}")
-    assert durable == [".", f"out/{folder.name}/1_Pooling", f"out/{folder.name}", "out"]
+    assert synced == [".", f"out/{folder.name}/1_Pooling", f"out/{folder.name}", "out"]
 
 
 def prune_first(tmp: Path, final: Path) -> None:
     for old in final.parent.glob("step-*"):
         shutil.rmtree(old)
-    files.publish(tmp, final)
+    durable.publish(tmp, final)
 
 
 def write_in_place(tmp: Path, final: Path) -> None:
     """The name first, durability later."""
     os.rename(tmp, final)
-    files.fsync_dir(final)
-    files.fsync_dir(final.parent)
+    durable.fsync(final)
+    durable.fsync(final.parent)
 
 
 def delete_at_once(

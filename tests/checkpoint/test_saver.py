@@ -16,13 +16,13 @@ import torch
 from forked import Server
 from tiny import MODEL, train_config
 
-from nemo_embed_core.checkpoint import files
 from nemo_embed_core.checkpoint import write as write_module
 from nemo_embed_core.checkpoint.manifest import CheckpointError, verify_checkpoint
 from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.write import Piece
 from nemo_embed_core.config import TrainConfig
+from nemo_embed_core.files.safetensors import SafetensorsWriter
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.preflight import prepare
 from nemo_embed_core.train.trainer import Trainer
@@ -54,13 +54,13 @@ def digests(run: Path) -> dict[str, dict[str, str]]:
 
 
 def slow_disk() -> None:
-    close = files.SafetensorsWriter.close
+    close = SafetensorsWriter.close
 
-    def slow(writer: files.SafetensorsWriter) -> dict[str, Any]:
+    def slow(writer: SafetensorsWriter) -> dict[str, Any]:
         time.sleep(WRITE_S)
         return close(writer)
 
-    files.SafetensorsWriter.close = slow  # type: ignore[method-assign]
+    SafetensorsWriter.close = slow  # type: ignore[method-assign]
 
 
 # ------------------------------------------------------------------------------------------ the Saver alone
@@ -160,7 +160,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_goes_on_meanwhile_and_no_bit_differs(
     tmp_path: Path, no_launcher: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files.SafetensorsWriter, "close", files.SafetensorsWriter.close)  # put back afterwards
+    monkeypatch.setattr(SafetensorsWriter, "close", SafetensorsWriter.close)  # put back afterwards
     slow_disk()
     ahead, reported = [], []
     for name in ("async", "sync"):
@@ -201,14 +201,14 @@ def test_training_goes_on_meanwhile_and_no_bit_differs(
 
 def plant_full_disk(trainer: Trainer) -> None:
     """At step 80 rank 1 cannot write a moment."""
-    write = files.SafetensorsWriter.write
+    write = SafetensorsWriter.write
 
-    def fail(writer: files.SafetensorsWriter, tensor: torch.Tensor) -> None:
+    def fail(writer: SafetensorsWriter, tensor: torch.Tensor) -> None:
         if trainer.mesh.rank == 1 and "step-00000080" in str(writer.path) and "optim" in writer.path.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(writer, tensor)
 
-    files.SafetensorsWriter.write = fail  # type: ignore[method-assign]
+    SafetensorsWriter.write = fail  # type: ignore[method-assign]
 
 
 def train_until_the_disk_is_full(config: TrainConfig) -> None:

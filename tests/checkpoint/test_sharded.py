@@ -20,7 +20,6 @@ import torch
 from forked import Outcome, Server
 from tiny import MODEL, train_config
 
-from nemo_embed_core.checkpoint import files
 from nemo_embed_core.checkpoint import write as write_module
 from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage, read_manifest, seal, verify_checkpoint
 from nemo_embed_core.checkpoint.reader import Reader
@@ -28,6 +27,9 @@ from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
 from nemo_embed_core.config import CheckpointConfig, TrainConfig, UserError
+from nemo_embed_core.files import durable
+from nemo_embed_core.files.durable import start_time
+from nemo_embed_core.files.lock import Lock
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.preflight import prepare
@@ -269,7 +271,7 @@ def test_too_little_room_is_refused_at_the_start(
     size = 12 * sum(torch.Size(s).numel() for s in parameter_shapes(MODEL).values())
     config = config_for(tmp_path, "run")
     free = {"bytes": int(2.2 * size) - 1}
-    monkeypatch.setattr(files, "free_bytes", lambda path: free["bytes"])
+    monkeypatch.setattr(durable, "free_bytes", lambda path: free["bytes"])
     with pytest.raises(UserError) as caught:
         prepare(config)
     text = str(caught.value)
@@ -295,14 +297,14 @@ def test_an_unwritable_output_is_refused_at_the_start() -> None:
             os.seteuid(65534)  # root may write anywhere
         try:
             with pytest.raises(UserError, match=rf"output_dir {folder} is not writable: .*Permission denied"):
-                files.probe(Path(folder))
+                durable.probe(Path(folder))
             with pytest.raises(UserError, match="is not writable"):
-                files.probe(Path(folder) / "run")
+                durable.probe(Path(folder) / "run")
         finally:
             if root:
                 os.seteuid(0)
         os.chmod(folder, 0o755)
-        files.probe(Path(folder) / "run")
+        durable.probe(Path(folder) / "run")
         assert not list(Path(folder, "run").iterdir())
 
 
@@ -389,8 +391,8 @@ def test_masters_of_a_bf16_run_resume_bit_exactly_and_are_never_done_without(tmp
 # ------------------------------------------------------------------------------------------ one run per folder
 
 
-def write_lock(folder: Path, age_s: float = 0.0, **changes: Any) -> files.Lock:
-    lock = files.Lock(folder, lambda message: None)
+def write_lock(folder: Path, age_s: float = 0.0, **changes: Any) -> Lock:
+    lock = Lock(folder, lambda message: None)
     (folder / ".lock").write_text(json.dumps({**lock._owner, "run": "another", **changes}))
     os.utime(folder / ".lock", (time.time() - age_s, time.time() - age_s))
     return lock
@@ -407,8 +409,8 @@ def sleeper() -> Iterator[subprocess.Popen]:
 @pytest.mark.fault(20)
 def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path, sleeper: subprocess.Popen) -> None:
     log: list[str] = []
-    held = files.Lock(tmp_path, log.append)
-    start = files._start_time(sleeper.pid)
+    held = Lock(tmp_path, log.append)
+    start = start_time(sleeper.pid)
     assert start is not None
     write_lock(tmp_path, pid=sleeper.pid, start=start, age_s=3600)  # alive, so its heartbeat does not matter
     with pytest.raises(
@@ -421,9 +423,9 @@ def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path, slee
     assert "WARNING" in log[0] and f"process {sleeper.pid}" in log[0] and "taking it over" in log[0]
     write_lock(tmp_path, pid=sleeper.pid, start=start)
     sleeper.kill()
-    while files._start_time(sleeper.pid) is not None:  # a zombie from now on: dead
+    while start_time(sleeper.pid) is not None:  # a zombie from now on: dead
         time.sleep(0.01)
-    held = files.Lock(tmp_path, log.append).acquire()
+    held = Lock(tmp_path, log.append).acquire()
     assert len(log) == 2 and json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     held.release()
     assert not list(tmp_path.iterdir())
@@ -434,26 +436,26 @@ def test_on_another_host_the_heartbeat_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
 ) -> None:
     """Older than five minutes: taken over. Younger: waited for, until it moves (refused) or is five minutes old."""
-    monkeypatch.setattr(files.Lock, "POLL_S", 0.01)
+    monkeypatch.setattr(Lock, "POLL_S", 0.01)
     log: list[str] = []
     write_lock(tmp_path, age_s=310, **where)
-    files.Lock(tmp_path, log.append).acquire().release()
+    Lock(tmp_path, log.append).acquire().release()
     assert len(log) == 1 and "taking it over" in log[0]
     start = time.monotonic()
     write_lock(tmp_path, age_s=299.5, **where)
-    files.Lock(tmp_path, log.append).acquire().release()
+    Lock(tmp_path, log.append).acquire().release()
     assert len(log) == 3 and "waiting until its heartbeat moves or is 5 minutes old" in log[1]
     assert 0.3 < time.monotonic() - start < 5
     write_lock(tmp_path, age_s=150, **where)
     threading.Timer(0.2, os.utime, [tmp_path / ".lock"]).start()
     with pytest.raises(UserError, match="in use by process"):
-        files.Lock(tmp_path, log.append).acquire()
+        Lock(tmp_path, log.append).acquire()
     assert len(log) == 4
 
 
 def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.Lock, "BEAT_S", 0.01)
-    lock = files.Lock(tmp_path, lambda message: None).acquire()
+    monkeypatch.setattr(Lock, "BEAT_S", 0.01)
+    lock = Lock(tmp_path, lambda message: None).acquire()
     os.utime(tmp_path / ".lock", (1, 1))
     deadline = time.monotonic() + 10
     while (tmp_path / ".lock").stat().st_mtime == 1:
@@ -465,19 +467,19 @@ def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path: Path, monkeypatc
 def test_of_two_that_start_together_one_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All see that there is no lock before one of them makes it."""
     got, refused, barrier = [], [], threading.Barrier(8)
-    look = files.Lock.refuse_if_held
+    look = Lock.refuse_if_held
 
-    def look_together(lock: files.Lock) -> bool:
+    def look_together(lock: Lock) -> bool:
         held = look(lock)
         if not held and not barrier.broken:
             barrier.wait(10)
         return held
 
-    monkeypatch.setattr(files.Lock, "refuse_if_held", look_together)
+    monkeypatch.setattr(Lock, "refuse_if_held", look_together)
 
     def start() -> None:
-        lock = files.Lock(tmp_path, lambda message: None)
-        lock._owner["pid"], lock._owner["start"] = 1, files._start_time(1)  # threads stand for processes
+        lock = Lock(tmp_path, lambda message: None)
+        lock._owner["pid"], lock._owner["start"] = 1, start_time(1)  # threads stand for processes
         try:
             got.append(lock.acquire())
         except UserError as error:
@@ -494,7 +496,7 @@ def test_of_two_that_start_together_one_gets_the_folder(tmp_path: Path, monkeypa
 
 
 def test_who_has_lost_the_lock_writes_nothing(tmp_path: Path) -> None:
-    lock = files.Lock(tmp_path, lambda message: None).acquire()
+    lock = Lock(tmp_path, lambda message: None).acquire()
     save(tmp_path, 1, check=lock.check)
     write_lock(tmp_path)
     with pytest.raises(CheckpointError, match="was taken by another run"):
@@ -514,7 +516,7 @@ def test_a_second_run_in_the_same_folder(tmp_path: Path, server: Server, sleeper
     """Refused while the first one lives, with nothing touched; after kill -9 the lock is taken over with a warning."""
     config = config_for(tmp_path, "run")
     (tmp_path / "run").mkdir()
-    write_lock(tmp_path / "run", pid=sleeper.pid, start=files._start_time(sleeper.pid))
+    write_lock(tmp_path / "run", pid=sleeper.pid, start=start_time(sleeper.pid))
     (outcome,) = server.run(train, 1, config)
     assert outcome.code == 2 and f"in use by process {sleeper.pid}" in outcome.output
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]

@@ -15,6 +15,7 @@ from nemo_embed_core.config import DataConfig, DatasetConfig, UserError
 from nemo_embed_core.data import build as build_module
 from nemo_embed_core.data import building
 from nemo_embed_core.data.build import open_store, with_store
+from nemo_embed_core.files.lock import hold
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,7 +106,7 @@ def test_leftovers_are_named_and_removed_when_their_owner_is_gone(config, tokeni
     (empty := of_other.with_name(".building-0123456789abcdef-1")).mkdir()
     (empty / "lock").touch()
     (held := of_other.with_name(".building-0123456789abcdef-2")).mkdir()
-    descriptor = building._lock(held)
+    descriptor = hold(held)
     lines: list[str] = []
     open_store(config, tokenizer, log=lines.append)
     text = "\n".join(lines)

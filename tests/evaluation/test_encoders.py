@@ -8,7 +8,8 @@ from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import UserError
 from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.encoders.embedder import Embedder
-from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder, folder_digest
+from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
+from nemo_embed_core.files.durable import sha256_folder
 
 
 def edited(folder: Path, target: Path, file: str, **changes) -> Path:
@@ -45,7 +46,7 @@ def test_folder_digest_depends_on_names_and_contents(tmp_path):
         for file in tmp_path.iterdir():
             file.unlink()
         (tmp_path / name).write_text(content)
-        digests.append(folder_digest(tmp_path))
+        digests.append(sha256_folder(tmp_path))
     assert len(set(digests)) == 3
 
 
