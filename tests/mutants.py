@@ -177,6 +177,8 @@ MUTANTS = [
     Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/merge/test_average.py"),
     Mutant("the manifest's own digest is not asked for", MANIFEST, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
     # ---- exports and evaluation
+    Mutant("tp ranks of a sequence-parallel model pool their own tokens alone", "nemo_embed_core/model/pooling.py", "sums_ND = whole(sums_ND, tp)", "sums_ND = sums_ND", TP2_SP),
+    Mutant("exports say another pooling than the model's", "nemo_embed_core/model/spec.py", "flag: mode == POOLINGS[pooling].mode", 'flag: mode == "cls"', "tests/model/test_pooling.py tests/export/test_folder.py"),
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
     Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": max_length(usage)', '"max_seq_length": 512', "tests/export/test_folder.py tests/merge/test_merge.py"),
     Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/merge/test_merge.py"),

@@ -105,3 +105,25 @@ def train_config(folder: Path, **changes: Any) -> TrainConfig:
     )  # fmt: skip
     nested = {k: dataclasses.replace(getattr(base, k), **v) for k, v in changes.items() if isinstance(v, dict)}
     return dataclasses.replace(base, **{**changes, **nested})
+
+
+def llama_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of transformers' LlamaModel with this config.json, spelled apart from the package's table."""
+    hidden_size, intermediate_size = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
+    q_rows, kv_rows = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
+    tensors: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config["vocab_size"], hidden_size)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"layers.{i}"
+        tensors |= {
+            f"{layer}.self_attn.q_proj.weight": (q_rows, hidden_size),
+            f"{layer}.self_attn.k_proj.weight": (kv_rows, hidden_size),
+            f"{layer}.self_attn.v_proj.weight": (kv_rows, hidden_size),
+            f"{layer}.self_attn.o_proj.weight": (hidden_size, q_rows),
+            f"{layer}.mlp.gate_proj.weight": (intermediate_size, hidden_size),
+            f"{layer}.mlp.up_proj.weight": (intermediate_size, hidden_size),
+            f"{layer}.mlp.down_proj.weight": (hidden_size, intermediate_size),
+            f"{layer}.input_layernorm.weight": (hidden_size,),
+            f"{layer}.post_attention_layernorm.weight": (hidden_size,),
+        }
+    return tensors | {"norm.weight": (hidden_size,)}

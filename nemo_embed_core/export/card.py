@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -15,6 +16,7 @@ from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig, UserError, code_version
 from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.model.spec import POOLINGS
 
 Format = Literal["native", "compat"]
 # Copied into compat folders as it is; never imported by this package.
@@ -212,6 +214,8 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     method = card.get("method", "Average") if len(parents) > 1 else "Weights"
     says_llama = _why_llama(card)
     trained_here = " Trained with nemo_embed_core." if card.get("runs") else ""
+    pooling = POOLINGS[model.pooling]
+    computes = f"Text embeddings from a Llama without its causal mask: {pooling.words}"
     trust = ", trust_remote_code=True" if format == "compat" else ""
     lines = [
         "---",
@@ -220,8 +224,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         f"# {title}",
         "",
         *(["**Built with Llama.**", ""] if says_llama else []),
-        "Text embeddings from a Llama without its causal mask: mean of the last hidden states over all tokens (special",
-        f"tokens and prompt included), then L2 normalisation.{trained_here}",
+        *textwrap.wrap(f"{computes}, then L2 normalisation.{trained_here}", 112),
         "",
         f"- Shape: {shape}",
         *(f"- {line[0].upper()}{line[1:]}" for line in usage.lines(mark="`")),
@@ -258,7 +261,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "with torch.no_grad():",
         "    hidden = model(**batch).last_hidden_state.float()",
         'mask = batch["attention_mask"][..., None]',
-        "embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)",
+        f"embeddings = torch.nn.functional.normalize({pooling.torch}, dim=-1)",
         "```",
     ]
     for heading, rows in (("Training runs", card.get("runs")), ("Training data", card.get("datasets"))):

@@ -19,9 +19,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from nemo_embed_core.checkpoint.source import Usage
-from nemo_embed_core.errors import UserError
+from nemo_embed_core.config import ModelConfig, Pooling, UserError
 from nemo_embed_core.files.durable import writing
 from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.model.spec import pooling_of_config
 
 # One word, scripts of one to four bytes a character, a prompt, look-alikes of special tokens, white space at
 # the ends and doubled, next to nothing, both Unicode normal forms, and at the end a text that needs cutting.
@@ -84,12 +85,15 @@ def reload_request(
     trusted: bool,
     sets_length: bool = False,
     with_theirs: bool = True,
+    *,
+    pooling: Pooling = ModelConfig.pooling,
 ) -> dict[str, Any]:
     """reload.py's REQUEST.json."""
     return {
         **{"texts": list(texts), "num_prompted": NUM_PROMPTED, "probe": PROBE},
         **{"max_seq_length": max_seq_length, "sets_length": sets_length},
         **{"trust_remote_code": trusted, "sentence_transformers": with_theirs},
+        "pooling": pooling,
     }
 
 
@@ -103,9 +107,11 @@ def reload_folder(path: Path, *request: Any, partly: bool = False) -> dict[str, 
     if importlib.util.find_spec("sentence_transformers") is None:
         install = "pip install 'nemo_embed_core[eval]'"
         raise UserError(f"verifying an export needs sentence-transformers: {install}")
+    # Of anybody's folder that we do not compute: not compared.
+    pooling = pooling_of_config(read_object(path / "config.json").get("pooling")) or ModelConfig.pooling
     with tempfile.TemporaryDirectory() as scratch, writing(Path(scratch), 100 << 20, "the proof"):
         output = Path(scratch) / "vectors.npz"
-        child = run_reload(sys.executable, path, output, reload_request(*request))
+        child = run_reload(sys.executable, path, output, reload_request(*request, pooling=pooling))
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
             if partly and output.is_file():

@@ -10,9 +10,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.folder import ARCHITECTURES, AUTO_MAP, DTYPES, REMOTE_CODE
+from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.export.folder import AUTO_MAP, DTYPES, REMOTE_CODE
 from nemo_embed_core.files.strict_json import read, read_object
+from nemo_embed_core.model.spec import (
+    ARCHITECTURES,
+    MODULES,
+    POOLING_MODES,
+    POOLINGS,
+    hf_shapes,
+    is_ours,
+    modes_of,
+    pooling_of_config,
+    pooling_of_modes,
+)
 
 
 def _require(file: Path, found: Any, wanted: Any, what: str) -> None:
@@ -88,47 +99,35 @@ def _check_settings(path: Path, config: dict[str, Any]) -> None:
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a headless Llama with this config.json, no more and no less."""
-    hidden_size, intermediate_size = config["hidden_size"], config["intermediate_size"]
-    head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
-    q_rows = config["num_attention_heads"] * head_dim
-    kv_rows = config["num_key_value_heads"] * head_dim
-    tensors: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config["vocab_size"], hidden_size)}
-    for i in range(config["num_hidden_layers"]):
-        layer = f"layers.{i}"
-        tensors |= {
-            f"{layer}.self_attn.q_proj.weight": (q_rows, hidden_size),
-            f"{layer}.self_attn.k_proj.weight": (kv_rows, hidden_size),
-            f"{layer}.self_attn.v_proj.weight": (kv_rows, hidden_size),
-            f"{layer}.self_attn.o_proj.weight": (hidden_size, q_rows),
-            f"{layer}.mlp.gate_proj.weight": (intermediate_size, hidden_size),
-            f"{layer}.mlp.up_proj.weight": (intermediate_size, hidden_size),
-            f"{layer}.mlp.down_proj.weight": (hidden_size, intermediate_size),
-            f"{layer}.input_layernorm.weight": (hidden_size,),
-            f"{layer}.post_attention_layernorm.weight": (hidden_size,),
-        }
-    return tensors | {"norm.weight": (hidden_size,)}
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    values = {key: config[key] for key in (*sizes, "num_key_value_heads")}
+    return hf_shapes(ModelConfig(**values, head_dim=config.get("head_dim") or 0))
 
 
 # ---------------------------------------------------------------------------------- sentence-transformers
 
 
 def check_sentence_transformers_files(path: Path, config: dict[str, Any]) -> int:
-    """max_seq_length, after checking that the modules are Transformer, mean pooling, Normalize."""
+    """max_seq_length, after checking that the modules are Transformer, config.json's pooling, Normalize."""
     file = path / "modules.json"
     modules = read(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise UserError(f"{file} must hold a list of objects with type and path")
-    wanted = [["Transformer", ""], ["Pooling", "1_Pooling"], ["Normalize", "2_Normalize"]]
-    wanted = [[f"sentence_transformers.models.{name}", folder] for name, folder in wanted]
+    wanted = [[f"sentence_transformers.models.{name}", folder] for name, folder in MODULES]
     found = [[module.get("type"), module.get("path")] for module in modules]
     _require(file, found, wanted, "the list of types and paths")
 
     file = path / "1_Pooling" / "config.json"
-    pooling = read_object(file)
+    pooling, name = read_object(file), pooling_of_config(config.get("pooling"))
+    if name is None:
+        raise UserError(
+            f"{path / 'config.json'}: pooling is {json.dumps(config['pooling'])}, which is not computed here"
+        )
+    flag, _ = POOLING_MODES[POOLINGS[name].mode]
     for key, value in pooling.items():
         if key.startswith("pooling_mode_"):
-            _require(file, value, key == "pooling_mode_mean_tokens", key)
-    _require(file, pooling.get("pooling_mode_mean_tokens"), True, "pooling_mode_mean_tokens")
+            _require(file, value, key == flag, key)
+    _require(file, pooling.get(flag), True, flag)
     _require(file, pooling.get("include_prompt", True), True, "include_prompt")
     _require(file, pooling.get("word_embedding_dimension"), config["hidden_size"], "word_embedding_dimension")
 
@@ -158,17 +157,15 @@ def modules_of(path: Path) -> list[dict[str, Any]] | None:
 
 
 def other_pooling(path: Path, modules: list[dict[str, Any]]) -> str:
-    """ "" for Transformer, mean pooling and at most Normalize, in any spelling; else what it is instead."""
+    """ "" for Transformer, a pooling of ours and at most Normalize, in any spelling; else what it is instead."""
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    if not is_ours(kinds):
         return f"its modules are {', '.join(kinds)}"
-    pooling = read_object(path / str(modules[1].get("path", "1_Pooling")) / "config.json")
-    flags = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
-    modes = [flag.removeprefix("pooling_mode_") for flag in flags]
-    named = pooling.get("pooling_mode") or []
-    modes = modes or ([named] if isinstance(named, str) else list(named))
-    if modes not in (["mean"], ["mean_tokens"]):
-        return f"its pooling is {', '.join(modes) or 'not stated'}"
+    file = path / str(modules[1].get("path", "1_Pooling")) / "config.json"
+    pooling = read_object(file)
+    modes = modes_of(file, pooling)
+    if pooling_of_modes(modes) is None:
+        return f"its pooling is {', '.join(sorted(modes)) or 'not stated'}"
     return "" if pooling.get("include_prompt", True) is True else "its pooling leaves the prompt out"
 
 

@@ -26,10 +26,10 @@ from nemo_embed_core.checkpoint.source import USAGE_KEY, Source, Usage
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
 from nemo_embed_core.export.card import REMOTE_CODE, Card, Format, model_card
+from nemo_embed_core.model.spec import ARCHITECTURES, MODULES, POOLINGS, flags_of
 
 DTYPES = ("float32", "bfloat16", "float16")  # as transformers and torch name them
 
-ARCHITECTURES = {"llama": "LlamaModel", "llama_bidirec": "LlamaBidirectionalModel"}  # by model_type
 AUTO_MAP = {
     "AutoConfig": "modeling_llama_bidirec.LlamaBidirectionalConfig",
     "AutoModel": "modeling_llama_bidirec.LlamaBidirectionalModel",
@@ -72,7 +72,7 @@ def write_folder(
     for name, content in files.items():
         (output / name).write_bytes(content)
     _write_json(output / "config.json", hf_config(model, dtype, special_ids, format))
-    for name, value in sentence_transformers_files(model.hidden_size, usage).items():
+    for name, value in sentence_transformers_files(model, usage).items():
         _write_json(output / name, value)
     # Normalize has no settings; the folder exists because modules.json names it.
     (output / "2_Normalize").mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def hf_config(
         **({"auto_map": AUTO_MAP} if format == "compat" else {}),
         "is_causal": False,
         "use_bidirectional_attention": True,
-        "pooling": "avg",
+        "pooling": POOLINGS[model.pooling].config_word,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -139,22 +139,16 @@ def max_length(usage: Usage) -> int:
     return max(usage.query_max_length or 0, usage.document_max_length or 0)
 
 
-def sentence_transformers_files(hidden_size: int, usage: Usage) -> dict[str, Any]:
-    """{file: JSON} for Transformer -> mean pooling -> Normalize, prompt tokens pooled too (`include_prompt`)."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+def sentence_transformers_files(model: ModelConfig, usage: Usage) -> dict[str, Any]:
+    """{file: JSON} for Transformer -> the model's pooling -> Normalize, prompt tokens pooled too (`include_prompt`)."""
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for i, (path, name) in enumerate(modules)
+            for i, (name, path) in enumerate(MODULES)
         ],
         "1_Pooling/config.json": {
-            "word_embedding_dimension": hidden_size,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": True,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "pooling_mode_weightedmean_tokens": False,
-            "pooling_mode_lasttoken": False,
+            "word_embedding_dimension": model.hidden_size,
+            **flags_of(model.pooling),
             "include_prompt": True,
         },
         "sentence_bert_config.json": {"max_seq_length": max_length(usage), "do_lower_case": False},

@@ -41,9 +41,9 @@ from nemo_embed_core.export.files import (
     modules_of,
     other_pooling,
 )
-from nemo_embed_core.export.folder import ARCHITECTURES
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf_folder import has_weights, open_folder, weight_files
+from nemo_embed_core.model.spec import ARCHITECTURES, hf_shapes
 
 # Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference
 # of one coordinate, and distance. The distance is what binds for wide models: at 4096 channels a coordinate
@@ -148,7 +148,7 @@ def _verify_anybodys(path: Path, config: Config, embed: Embed | None, has_code: 
 
     def weights() -> None:
         opened = open_folder(path)
-        shapes.update(expected_tensors({"num_key_value_heads": config["num_attention_heads"], **config}))
+        shapes.update(hf_shapes(opened.model))
         for name, (stored, file) in opened.where.items():
             if name in shapes:
                 with safe_open(path / file, framework="pt") as tensors:

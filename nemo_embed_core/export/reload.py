@@ -3,8 +3,8 @@
     python reload.py FOLDER REQUEST.json OUTPUT.npz
 
 Imports nothing of this package, so that it sees the folder as any user does, and runs under transformers 4.51 to 5.x.
-REQUEST.json: {"texts", "num_prompted", "max_seq_length", "sets_length", "probe", "trust_remote_code", "sentence_transformers"};
-the last text is the long one; sets_length: the folder states no limit, so max_seq_length is set for it.
+REQUEST.json: {"texts", "num_prompted", "max_seq_length", "sets_length", "probe", "trust_remote_code", "sentence_transformers",
+"pooling"}; the last text is the long one; sets_length: the folder states no limit, so max_seq_length is set for it.
 
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
@@ -31,6 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+# As the model card shows them (model/spec.py), of hidden [N, L, D] and mask [N, L, 1], padded on either side.
+POOLINGS = {"mean": lambda hidden, mask: (hidden * mask).sum(1) / mask.sum(1)}
 
 
 def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, float]:
@@ -60,14 +63,15 @@ def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, fl
     return changes
 
 
-def embeddings(model, tokenizer, texts: list[str], max_seq_length: int, padding_side: str) -> np.ndarray:
+def embeddings(model, tokenizer, texts: list[str], request: dict[str, Any], padding_side: str) -> np.ndarray:
     tokenizer.padding_side = padding_side
     if tokenizer.pad_token is None:  # anybody's folder; which token it is does not matter, it is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_seq_length, return_tensors="pt")
+    how = {"padding": True, "truncation": True, "max_length": request["max_seq_length"], "return_tensors": "pt"}
+    batch = tokenizer(texts, **how)
     hidden_NLD = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    mask_NL1 = batch["attention_mask"][..., None]
-    return torch.nn.functional.normalize((hidden_NLD * mask_NL1).sum(1) / mask_NL1.sum(1), dim=-1).numpy()
+    pooled_ND = POOLINGS[request["pooling"]](hidden_NLD, batch["attention_mask"][..., None])
+    return torch.nn.functional.normalize(pooled_ND, dim=-1).numpy()
 
 
 def flat(prefix: str, rows: list[list[int]]) -> dict[str, np.ndarray]:
@@ -143,9 +147,9 @@ def main(folder: str, request_file: str, output: str) -> None:
         found |= flat("", token_ids)
         found["num_repeats"] = np.array(num_repeats)
         found["default_length"] = np.array(len(tokenizer(long_text, truncation=True)["input_ids"]))
-        left_ND = embeddings(model, tokenizer, texts[:-1], max_seq_length, "left")
+        left_ND = embeddings(model, tokenizer, texts[:-1], request, "left")
         # The long one apart, so that the others need not be as long; sentence-transformers pads some of them so far.
-        parts = [embeddings(model, tokenizer, part, max_seq_length, "right") for part in (texts[:-1], texts[-1:])]
+        parts = [embeddings(model, tokenizer, part, request, "right") for part in (texts[:-1], texts[-1:])]
         found |= {"transformers_ND": np.concatenate(parts), "left_padded_ND": left_ND}
     del model  # one copy of the weights at a time
     np.savez(output, **found)  # what stands, should the folder not load in the next one

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.spec import ARCHITECTURES, LLAMA3_FIELDS, ROPE_TYPES, config_words
+from nemo_embed_core.model.spec import ARCHITECTURES, LLAMA3_FIELDS, POOLINGS, ROPE_TYPES, pooling_of_config
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -21,7 +21,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "hidden_act": ("silu", "swish"),
-    "pooling": tuple(config_words()),
 }
 
 
@@ -33,6 +32,10 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
     for key, values in _SUPPORTED.items():
         if raw.get(key, values[0]) not in values:
             raise UserError(f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={values[0]!r}")
+    pooling = pooling_of_config(raw.get("pooling"))
+    if pooling is None:
+        known = " or ".join(repr(spec.config_word) for spec in POOLINGS.values())
+        raise UserError(f"{path}: pooling={raw['pooling']!r} is not supported; this Llama has pooling={known}")
     if raw.get("quantization_config") is not None:
         kind = raw["quantization_config"]
         kind = kind.get("quant_method", "?") if isinstance(kind, dict) else kind
@@ -68,7 +71,7 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
             rope_scaling=scaling,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             initializer_range=raw.get("initializer_range", 0.02),
-            pooling=config_words()[raw.get("pooling", _SUPPORTED["pooling"][0])],
+            pooling=pooling,
         )
     except KeyError as error:
         raise UserError(f"{path}: field {error} is missing") from None

@@ -118,7 +118,7 @@ class PoolingSpec:
 POOLINGS: Mapping[Pooling, PoolingSpec] = {
     "mean": PoolingSpec(
         mode="mean",
-        words="mean of the last hidden states over all tokens (special\ntokens and prompt included)",
+        words="mean of the last hidden states over all tokens (special tokens and prompt included)",
         torch="(hidden * mask).sum(1) / mask.sum(1)",
     ),
 }
@@ -138,14 +138,14 @@ POOLING_MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 
 
-def config_words() -> dict[str, Pooling]:
-    """{word of config.json: our name}; the first is what a config.json without the field means."""
-    return {word: name for name, spec in POOLINGS.items() for word in POOLING_MODES[spec.mode][1]}
-
-
 def mode_of_config(word: Any) -> str | None:
     """sentence-transformers' word for the one of config.json; None where it is nothing known."""
     return next((mode for mode, (_, words) in POOLING_MODES.items() if word in words), None)
+
+
+def pooling_of_config(word: Any) -> Pooling | None:
+    """Our name for the word of config.json, None being a config.json without one; None for what we do not compute."""
+    return next(iter(POOLINGS)) if word is None else pooling_of_modes({mode_of_config(word) or ""})
 
 
 def pooling_of_modes(modes: set[str]) -> Pooling | None:
@@ -163,6 +163,11 @@ def modes_of(file: object, pooling: Mapping[str, Any]) -> set[str]:
             f"{file} has pooling_mode={given!r} and the flags of {', '.join(sorted(flags))}; delete one spelling"
         )
     return flags or {str(word) for word in words}
+
+
+def flags_of(pooling: Pooling) -> dict[str, bool]:
+    """The spelling of sentence-transformers before 5.4, which every reader knows."""
+    return {flag: mode == POOLINGS[pooling].mode for mode, (flag, _) in POOLING_MODES.items()}
 
 
 def is_ours(modules: list[str]) -> bool:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import llama_tensors
 from toy_evaluation import WORDS, word_tokenizer, write_beir
 
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.evaluation.run import evaluate
-from nemo_embed_core.export.files import expected_tensors
 from nemo_embed_core.export.folder import write_folder
 
 
@@ -34,7 +34,7 @@ def ours(tmp_path_factory) -> Path:
     (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64, "do_lower_case": False}))
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_tensors(json.loads((folder / "config.json").read_text()))
+    shapes = llama_tensors(json.loads((folder / "config.json").read_text()))
     weights = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

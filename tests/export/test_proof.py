@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import llama_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nemo_embed_core.checkpoint.source import Prompts, Usage
@@ -65,7 +66,7 @@ def tokenizer_files() -> dict[str, bytes]:
 
 def random_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_tensors(hf_config(MODEL, "float32", {}))
+    shapes = llama_tensors(hf_config(MODEL, "float32", {}))
     scaled = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
     return {name: (1 + 0.1 * w if w.dim() == 1 else w).to(dtype) for name, w in scaled.items()}
 
@@ -156,7 +157,8 @@ def test_transformers_has_exactly_the_expected_tensors():
     config = hf_config(MODEL, "float32", {})
     with torch.device("meta"):
         theirs = LlamaModel(LlamaConfig(**config)).state_dict()
-    assert {name: tuple(weight.shape) for name, weight in theirs.items()} == expected_tensors(config)
+    found = {name: tuple(weight.shape) for name, weight in theirs.items()}
+    assert found == expected_tensors(config) == llama_tensors(config)
 
 
 def embed(folder):
@@ -345,7 +347,7 @@ def test_both_formats_out_of_the_launcher_have_the_same_tensors_and_texts(good, 
     assert compat.keys() - native.keys() == {REMOTE_CODE.name}
     differ = {name for name, content in native.items() if compat[name] != content}
     assert differ == {"config.json", "README.md"}
-    assert set(load_file(tmp_path / "compat" / "model.safetensors")) == set(expected_tensors(MODEL_JSON))
+    assert set(load_file(tmp_path / "compat" / "model.safetensors")) == set(llama_tensors(MODEL_JSON))
 
 
 MODEL_JSON = hf_config(MODEL, "float32", {})
@@ -486,7 +488,7 @@ def test_the_tolerance_is_about_twice_what_rounding_measures_and_far_below_a_cau
 
     generator = torch.Generator().manual_seed(0)
     shape = {**hf_config(MODEL, "float32", {}), "num_hidden_layers": 32, "hidden_size": 64}
-    weights = {name: torch.randn(size, generator=generator) for name, size in expected_tensors(shape).items()}
+    weights = {name: torch.randn(size, generator=generator) for name, size in llama_tensors(shape).items()}
     weights = {n: 1 + 0.1 * w if w.dim() == 1 else scale * w / w.shape[-1] ** 0.5 for n, w in weights.items()}
     weights = {name: w.bfloat16().float() for name, w in weights.items()}
     rows = [torch.randint(3, 300, (1, length), generator=generator) for length in (2, 9, 40)]
