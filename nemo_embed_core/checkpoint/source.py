@@ -182,14 +182,14 @@ def resolve(path: str | Path | Source) -> Source:
             model = replace(opened.model, pooling=cast(Pooling, usage.pooling))  # which modules.json may say alone
             source = Source(path, folder, "llama", usage, model, opened.where)
     for note in notes:
-        _say(note)
+        say_note(note)
     return source
 
 
 _said: set[str] = set()
 
 
-def _say(note: str) -> None:
+def say_note(note: str) -> None:
     """Once per process, on the first rank."""
     if note not in _said and rank_from_env() == 0:
         print(f"note: {note}", flush=True)

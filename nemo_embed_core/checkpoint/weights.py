@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, state_name, verify_checkpoint
 from nemo_embed_core.checkpoint.reader import Reader
-from nemo_embed_core.checkpoint.source import Source, resolve
+from nemo_embed_core.checkpoint.source import Source, resolve, say_note
 from nemo_embed_core.config import ModelConfig, UserError
 from nemo_embed_core.files.safetensors import find_tensors
+from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded
 from nemo_embed_core.model.hf_folder import open_folder
 from nemo_embed_core.model.llama import initial_weight
@@ -92,6 +93,14 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
     return opened.model, opened.where
 
 
+def _is_causal(folder: Path) -> bool:
+    """Whether transformers and servers mask what comes later: a plain Llama, unless its config.json says otherwise."""
+    raw = read_object(folder / "config.json")
+    return raw["model_type"] == "llama" and not (
+        raw.get("is_causal") is False or raw.get("use_bidirectional_attention") is True
+    )
+
+
 def tokenizer_folder(path: str) -> Path:
     return resolve(path).folder
 
@@ -114,6 +123,11 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
         dtype = getattr(torch, manifest["export_dtype"])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
         return Weights(config, reader, folder, dtype, digest)
+    if not base and _is_causal(folder):
+        say_note(
+            f"{folder}: config.json does not say is_causal: false, so transformers runs it causally; here it is run as a "
+            "bidirectional Llama"
+        )
     hf = HFReader(folder, config, where)
     return Weights(config, hf, folder, hf.dtype, hf.digest() if hashed else "")
 

@@ -520,3 +520,15 @@ def test_weights_of_another_pooling_start_a_training_and_are_not_published(folde
     assert resolve(folder).kind == "sentence-transformers"
     with pytest.raises(UserError, match="pooling by lasttoken"):
         open_weights(str(folder))
+
+
+def test_a_causal_folder_that_is_run_as_bidirectional_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not when a training starts from it, nor where config.json says that it is bidirectional."""
+    open_weights(str(folder), base=True)
+    for changes in ({"is_causal": False}, {"use_bidirectional_attention": True}):
+        edit(folder, "is_causal", "use_bidirectional_attention", **changes)
+        open_weights(str(folder))
+    assert "causal" not in capsys.readouterr().out
+    edit(folder, "use_bidirectional_attention", is_causal=True)
+    open_weights(str(folder))
+    assert f"note: {folder}: config.json does not say is_causal: false" in capsys.readouterr().out
