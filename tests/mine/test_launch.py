@@ -67,7 +67,7 @@ def test_wrong_options_are_refused_before_anything_is_read(miner, tmp_path):
         ((*data, *model), "--output is missing"),
         ((*model, *out), "--data PATH"),
         ((*data, *datasets, *model, *out), "not both"),
-        ((*datasets, *model, *out, "--task", "x"), "belong to --data; `datasets` have their own"),
+        ((*datasets, *model, *out, "--task", "x"), "each of `datasets` has its own"),
         ((*data, *model, *out, "--threshold", "2"), "threshold=2.0 must be in (0, 2)"),
         ((*data, *model, *out, "--sweep", "0.9", "0"), "sweep=0.0 must be in (0, 2)"),
         ((*data, *model, *out, "--sweep", "0.9", "high"), "sweep"),
