@@ -103,13 +103,13 @@ class Usage:
         """Prompts as sentence-transformers names them: query and document, and where there are several tasks each one's.
 
         "query" and "document" are the default's; NAME is a task's prompt before queries, NAME-document the one before its
-        documents, where it has one.
+        documents, also "" where it has none and the default has one: who asks for NAME-document must not get "document".
         """
         named = {"query": self.default.query, "document": self.default.document}
         if len(self.prompts) > 1:
             for name, prompts in self.prompts.items():
                 named[name] = prompts.query
-                if prompts.document:
+                if prompts.document or self.default.document:
                     named[f"{name}-document"] = prompts.document
         return named
 

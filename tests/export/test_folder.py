@@ -159,7 +159,7 @@ def test_sentence_transformers_files_have_the_verbose_spelling(tmp_path):
     assert pooling.keys().isdisjoint({"pooling_mode", "embedding_dimension"})  # older versions raise on these
     assert read["sentence_bert_config.json"] == {"max_seq_length": 300, "do_lower_case": False}
     settings = read["config_sentence_transformers.json"]
-    prompts = {"query": "q: ", "document": "d: ", "nq": "q: ", "nq-document": "d: ", "sts": "s: "}
+    prompts = {"query": "q: ", "document": "d: ", "nq": "q: ", "nq-document": "d: ", "sts": "s: ", "sts-document": ""}
     assert settings["prompts"] == prompts and settings["similarity_fn_name"] == "cosine"
     assert settings[USAGE_KEY]["document_max_length"] == 40
     assert usage_of_folder(tmp_path) == usage

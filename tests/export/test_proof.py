@@ -749,7 +749,7 @@ def test_an_export_whose_prompts_were_edited_does_not_pass_its_check(folder, war
 
 def test_sentence_transformers_must_have_the_prompts_of_the_folder(good):
     named = USAGE.named_prompts()
-    assert set(named) == {"query", "document", "qa", "qa-document", "sts"}
+    assert set(named) == {"query", "document", "qa", "qa-document", "sts", "sts-document"}
 
     def as_read(prompts, similarity="cosine"):
         return {"prompts": np.array(json.dumps(prompts)), "similarity": np.array(similarity)}

@@ -481,7 +481,8 @@ def test_the_prompts_of_folders_are_kept_united_and_chosen(
     assert "the sources have 2 default prompts" in (tmp_path / "both/README.md").read_text()
     prompts, text = merged(a, b, "--task", "x", "--document-task", "y", name="chosen")
     new = {"query": "Instruct: x\nQuery: ", "document": "Instruct: y\nQuery: "}
-    assert prompts == {**new, "default": new["query"], "default-document": new["document"], "m0": "m0: ", "m1": "m1: "}
+    own = {"m0": "m0: ", "m0-document": "", "m1": "m1: ", "m1-document": ""}  # not the default's
+    assert prompts == {**new, "default": new["query"], "default-document": new["document"], **own}
     assert "WARNING" not in text and "as --task 'x' and --document-task 'y' say" in text
     prompts, _ = merged(tmp_path / "chosen", "--task", "", name="none")
     assert prompts["query"] == "" and prompts["document"] == new["document"]
