@@ -88,7 +88,9 @@ def test_a_run_keeps_its_warm_up_whatever_its_length_becomes(tmp_path: Path) -> 
         ):
             prepare(train_config(tmp_path, steps=2, checkpoint={"resume": "auto"}))
         _, log = run(50)
-        assert "step 50 of steps=50 is done: nothing is left to train" in log and not any("51" in line for line in log)
+        assert "step 50 of steps=50 is done: nothing is left to train" in log and not any(
+            "step 51" in line for line in log
+        )
 
 
 def test_wrong_resumes_are_refused_before_any_process_group(tmp_path: Path) -> None:
