@@ -1,4 +1,5 @@
-"""Package metadata. kernels/, csrc/ and launch/ reach the wheel through the symlinks in nemo_embed_core/ (docs/design.md)."""
+"""Package metadata. kernels/, csrc/ and launch/ reach the wheel through the symlinks in nemo_embed_core/
+(docs/design.md)."""
 
 import re
 from pathlib import Path
@@ -67,6 +68,7 @@ setup(
             "import-linter>=2.16,<3",
             "types-PyYAML",
         ],
-        # NVIDIA's apex is not on PyPI: the package of that name there is unrelated, so it is never a dependency.
+        # NVIDIA's apex is not on PyPI: the package of that name there is unrelated, so it is never a
+        # dependency.
     },
 )

@@ -1,8 +1,10 @@
-"""constraints.txt from the environment that runs this: the exact versions of what setup.py asks for, directly and indirectly.
+"""constraints.txt from the environment that runs this: the exact versions of what setup.py asks for, directly
+and indirectly.
 
     make constraints
 
-torch is left out with all that only torch asks for (triton, CUDA): its build depends on the machine, and the Makefile names it.
+torch is left out with all that only torch asks for (triton, CUDA): its build depends on the machine, and the
+Makefile names it.
 """
 
 import sys

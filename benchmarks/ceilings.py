@@ -1,9 +1,11 @@
-"""What this card can do at most: bytes copied per second, and bf16, fp8 and int8 products at the models' layer shapes.
+"""What this card can do at most: bytes copied per second, and bf16, fp8 and int8 products at the models'
+layer shapes.
 
     python -m benchmarks.ceilings [--tokens 8192 16384] [--models 1b 8b]
 
-Every other benchmark states its figures as a share of these, measured on the same card. Prints a table and appends one JSON
-line per figure to benchmarks/results/. Also holds the stopwatch and the results file of the other benchmarks.
+Every other benchmark states its figures as a share of these, measured on the same card. Prints a table and
+appends one JSON line per figure to benchmarks/results/. Also holds the stopwatch and the results file of the
+other benchmarks.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def commit() -> str:
         return given
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True
+        ).stdout.strip()
 
     if shutil.which("git") is None or not git("rev-parse", "HEAD"):
         return "unknown"
@@ -67,17 +71,20 @@ class ResultsFile:
             file.write(json.dumps(self.run | figures) + "\n")
 
 
-_LONGEST_SLEEP_MS = 20.0  # no host needs longer for a launch: a call that is late behind it waits for the GPU itself
+# No host needs longer for a launch: a call that is late behind it waits for the GPU itself.
+_LONGEST_SLEEP_MS = 20.0
 
 
 def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """GPU milliseconds of every call, in rounds: one of each, `repeats` times, so that clocks and neighbours are shared.
+    """GPU milliseconds of every call, in rounds: one of each, `repeats` times, so that clocks and neighbours
+    are shared.
 
-    Before each call the GPU is put to sleep for longer than the host needs to launch the call, so that launch overhead is
-    not measured (a kernel of 5 us behind a launch of 50 us). A host that was slower than that is found out, as the GPU has
-    then passed the start of the call before all of it was launched: the call is timed again behind a longer sleep. (Of a call
-    that waits for the GPU itself, the launches are part.) What a call returns is kept alive until its time is taken, so that
-    its outputs cannot be written into a buffer that is still in the cache.
+    Before each call the GPU is put to sleep for longer than the host needs to launch the call, so that launch
+    overhead is not measured (a kernel of 5 us behind a launch of 50 us). A host that was slower than that is
+    found out, as the GPU has then passed the start of the call before all of it was launched: the call is
+    timed again behind a longer sleep. (Of a call that waits for the GPU itself, the launches are part.) What
+    a call returns is kept alive until its time is taken, so that its outputs cannot be written into a buffer
+    that is still in the cache.
     """
     sleep_ms = {}
     for name, call in calls.items():
@@ -109,11 +116,11 @@ def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -
 
 
 def kernel_times(call: Callable[[], object], calls: int = 1) -> dict[str, float]:
-    """{kernel, without its template arguments: GPU microseconds of all its launches by one of the `calls` that call() makes},
-    longest first.
+    """{kernel, without its template arguments: GPU microseconds of all its launches by one of the `calls`
+    that call() makes}, longest first.
 
-    From the card's own record of activity (CUPTI), so without what lies between launches: where the sum is far below what
-    interleaved_times says, the time is lost there.
+    From the card's own record of activity (CUPTI), so without what lies between launches: where the sum is
+    far below what interleaved_times says, the time is lost there.
     """
     call()
     torch.cuda.synchronize()
@@ -144,7 +151,8 @@ def copy_bandwidth(gib: float = 2.0, repeats: int = 30) -> float:
 
 
 def matmul_call(kind: str, rows: int, inner: int, columns: int) -> Callable[[], torch.Tensor]:
-    """[rows, inner] @ [inner, columns] of random numbers; the second factor as a weight [columns, inner], transposed."""
+    """[rows, inner] @ [inner, columns] of random numbers; the second factor as a weight [columns, inner],
+    transposed."""
     if kind == "bf16":
         a = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(columns, inner, device="cuda", dtype=torch.bfloat16)
@@ -161,7 +169,9 @@ def matmul_call(kind: str, rows: int, inner: int, columns: int) -> Callable[[], 
     return lambda: torch._int_mm(a, b.t())
 
 
-def matmul_rates(rows: int, inner: int, columns: int, kinds: list[str], repeats: int = 20) -> dict[str, float | str]:
+def matmul_rates(
+    rows: int, inner: int, columns: int, kinds: list[str], repeats: int = 20
+) -> dict[str, float | str]:
     """TFLOP/s (TOP/s for int8) of each kind, or why this torch or card cannot do it."""
     calls: dict[str, Callable[[], torch.Tensor]] = {}
     rates: dict[str, float | str] = {}
@@ -179,9 +189,13 @@ def matmul_rates(rows: int, inner: int, columns: int, kinds: list[str], repeats:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="rows of the products (default 16384)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[16384], help="rows of the products (default 16384)"
+    )
     parser.add_argument("--models", nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS))
-    parser.add_argument("--kinds", nargs="+", choices=["bf16", "fp8", "int8"], default=["bf16", "fp8", "int8"])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["bf16", "fp8", "int8"], default=["bf16", "fp8", "int8"]
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("ceilings: no CUDA device on this machine, nothing to measure")
@@ -194,10 +208,16 @@ def main() -> None:
     for model in options.models:
         for layer, (inner, columns) in LAYERS[model].items():
             shapes += [(f"{model} {layer}", tokens, inner, columns) for tokens in options.tokens]
-    print(f"{'GEMM':12s} {'shape':>22s}" + "".join(f"{kind:>10s}" for kind in options.kinds) + "   TFLOP/s, TOP/s")
+    print(
+        f"{'GEMM':12s} {'shape':>22s}"
+        + "".join(f"{kind:>10s}" for kind in options.kinds)
+        + "   TFLOP/s, TOP/s"
+    )
     for name, rows, inner, columns in shapes:
         rates = matmul_rates(rows, inner, columns, options.kinds)
-        cells = "".join(f"{rate:10.0f}" if isinstance(rate, float) else f"{'-':>10s}" for rate in rates.values())
+        cells = "".join(
+            f"{rate:10.0f}" if isinstance(rate, float) else f"{'-':>10s}" for rate in rates.values()
+        )
         print(f"{name:12s} {f'{rows} x {inner} x {columns}':>22s}{cells}", flush=True)
         for reason in {rate for rate in rates.values() if isinstance(rate, str)}:
             print(f"{'':12s} {reason}")

@@ -4,16 +4,18 @@
     python -m benchmarks.checkpoint --only merge --mergekit /path/to/its/environment/bin/python
 
 save    `Saver` of fp32 weights and both moments, one rank: how long it keeps training (beside copying the same tensors
-        in memory), and bytes per second until the checkpoint is durable, sha256 included, beside shutil.copyfile + fsync of
-        the files that it wrote
+        in memory), and bytes per second until the checkpoint is durable, sha256 included, beside
+        shutil.copyfile + fsync of the files that it wrote
 read    those files verified (sha256) and every weight read into memory, beside reading the same bytes and doing nothing
 merge   the mean of N Hugging Face folders in a process of its own: seconds, bytes per second of what it reads, its share of
-        the rate of two plain copies, peak memory, and how many weights are not the nearest to the real mean: the share of a
-        sample in rational arithmetic, and the number of all in fp64. The copies: "all" writes every source's bytes again (shutil.copyfile, fsync),
-        "least" reads every source and writes as many bytes as the merge does, which no merge can do without.
+        the rate of two plain copies, peak memory, and how many weights are not the nearest to the real mean:
+        the share of a sample in rational arithmetic, and the number of all in fp64. The copies: "all" writes
+        every source's bytes again (shutil.copyfile, fsync), "least" reads every source and writes as many
+        bytes as the merge does, which no merge can do without.
 
-Before every timed read the files are dropped from the page cache (posix_fadvise DONTNEED; a file system that ignores it
-makes all columns equally faster). Rounds are interleaved; medians. Needs about (2 N + 2) times the bytes of one model.
+Before every timed read the files are dropped from the page cache (posix_fadvise DONTNEED; a file system that
+ignores it makes all columns equally faster). Rounds are interleaved; medians. Needs about (2 N + 2) times the
+bytes of one model.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def model_of(parameters: float) -> ModelConfig:
 
 
 def write_source(folder: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> Path:
-    """A Hugging Face folder whose weights differ from another seed's by about 5 %, as those of sister runs do."""
+    """A Hugging Face folder whose weights differ from another seed's by about 5 %, as those of sister runs
+    do."""
     folder.mkdir(parents=True)
     shapes = hf_shapes(config)
     common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + seed)
@@ -83,7 +86,9 @@ def write_source(folder: Path, config: ModelConfig, dtype: torch.dtype, seed: in
     base = torch.randn(pool, generator=common) * 0.02
     noise = torch.randn(pool, generator=own) * 0.001
     turn = 0
-    with SafetensorsWriter(folder / "model.safetensors", {n: (dtype, s) for n, s in shapes.items()}, {}) as writer:
+    with SafetensorsWriter(
+        folder / "model.safetensors", {n: (dtype, s) for n, s in shapes.items()}, {}
+    ) as writer:
         for shape in shapes.values():
             left = torch.Size(shape).numel()
             while left:
@@ -127,7 +132,8 @@ def read(paths: Sequence[Path]) -> None:
     for path in paths:
         with path.open("rb", buffering=0) as file:
             while n := file.readinto(piece):
-                # Pages of one file for the next: taking new ones from a virtual machine's host costs more than the disk.
+                # Pages of one file for the next: taking new ones from a virtual machine's host costs more
+                # than the disk.
                 os.posix_fadvise(file.fileno(), 0, file.tell() - n, os.POSIX_FADV_DONTNEED)
 
 
@@ -150,12 +156,23 @@ def bench_save(folder: Path, config: ModelConfig, repeats: int) -> dict[str, Any
     twins = {name: torch.empty_like(value) for name, value in values.items()}
     model = to_dict(config)
     training = {"seed": 0, "global_batch_size": 1, "init_from": "", "data": {}}
-    training["data"] = {"num_hard_negatives": 0, "query_max_length": 1, "document_max_length": 1, "datasets": []}
+    training["data"] = {
+        "num_hard_negatives": 0,
+        "query_max_length": 1,
+        "document_max_length": 1,
+        "datasets": [],
+    }
     meta = {"model": model, "config": training, "export_dtype": "float32", "ledger": "", "data_digest": ""}
     root = folder / "run"
     root.mkdir()
     write = partial(
-        save_checkpoint, root, rank=0, world_size=1, keep=1, gather=lambda value: [value], log=lambda message: None
+        save_checkpoint,
+        root,
+        rank=0,
+        world_size=1,
+        keep=1,
+        gather=lambda value: [value],
+        log=lambda message: None,
     )
     saver = Saver(write, log=lambda message: None)
     size = sum(value.nbytes for value in values.values())
@@ -184,7 +201,9 @@ def bench_save(folder: Path, config: ModelConfig, repeats: int) -> dict[str, Any
         add("read_s", seconds(lambda: read_all(root)))
         forget(weights)
         add("plain_read_s", seconds(lambda: read(weights)))
-    figures = {name: statistics.median(times[1:] if len(times) > repeats else times) for name, times in rows.items()}
+    figures = {
+        name: statistics.median(times[1:] if len(times) > repeats else times) for name, times in rows.items()
+    }
     return {
         "bytes": size,
         **figures,
@@ -259,7 +278,8 @@ def run_mergekit(python: str, output: Path, sources: Sequence[Path], dtype: torc
 
 
 def wrongly_rounded(output: Path, sources: Sequence[Path], dtype: torch.dtype, sample: int) -> float:
-    """The share of `sample` weights of the output that are not the value of dtype nearest to the mean, exactly computed."""
+    """The share of `sample` weights of the output that are not the value of dtype nearest to the mean,
+    exactly computed."""
     files = sorted(output.glob("*.safetensors"))
     where = {name.removeprefix("model."): (f, v) for f in files for name, v in find_tensors(f).items()}
     opened = [open_weights(str(path), hashed=False) for path in sources]
@@ -294,7 +314,9 @@ def wrongly_rounded_of_all(output: Path, sources: Sequence[Path], dtype: torch.d
     opened = [safe_open(path / "model.safetensors", "pt") for path in (output, *sources)]
     wrong = 0
     for name in opened[0].keys():  # noqa: SIM118 (not a dict)
-        for got, *values in zip(*(file.get_tensor(name).view(-1).split(PIECE) for file in opened), strict=True):
+        for got, *values in zip(
+            *(file.get_tensor(name).view(-1).split(PIECE) for file in opened), strict=True
+        ):
             total = sum(x.double() for x in values)
             is_odd = (got.view(torch.int16 if dtype.itemsize == 2 else torch.int32) & 1).bool()
             distance = (got.double() * len(values) - total).abs()
@@ -360,17 +382,23 @@ def bench_merge(folder: Path, config: ModelConfig, kind: str, options: argparse.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parameters", type=float, default=2e8)
     parser.add_argument("--sources", type=int, default=6)
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["bf16", "fp32"], help="of the sources")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=sorted(DTYPES), default=["bf16", "fp32"], help="of the sources"
+    )
     parser.add_argument("--only", choices=("save", "merge"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sample", type=int, default=20_000, help="weights checked in rational arithmetic")
     parser.add_argument(
         "--folder", type=Path, help="on the disk to measure; default: a temporary one; emptied afterwards"
     )
-    parser.add_argument("--mergekit", metavar="PYTHON", help="of an environment with mergekit, to compare with")
+    parser.add_argument(
+        "--mergekit", metavar="PYTHON", help="of an environment with mergekit, to compare with"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--merge-here", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -384,7 +412,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "benchmark": "checkpoint",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": ["python", "-m", "benchmarks.checkpoint", *(arguments if arguments is not None else sys.argv[1:])],
+        "command": [
+            "python",
+            "-m",
+            "benchmarks.checkpoint",
+            *(arguments if arguments is not None else sys.argv[1:]),
+        ],
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg(),
@@ -402,7 +435,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shutil.rmtree(folder / "run")
             gb = s["bytes"] / 1e9
             print(f"save   {gb:.2f} GB of fp32 weights and moments")
-            print(f"       training waits {s['stall_s']:.3f} s, {s['stall_x_copy']:.2f} x copying them in memory")
+            print(
+                f"       training waits {s['stall_s']:.3f} s, {s['stall_x_copy']:.2f} x copying them in memory"
+            )
             print(
                 f"       durable after {s['save_s']:.2f} s, {gb / s['save_s']:.2f} GB/s, {s['save_x_copy']:.2f} x the rate of a copy"
             )

@@ -1,15 +1,18 @@
-"""Our Triton kernels beside eager torch, torch.compile and the installed peers, as shares of what the card can do.
+"""Our Triton kernels beside eager torch, torch.compile and the installed peers, as shares of what the card
+can do.
 
-    python -m benchmarks.kernels [--kernel rms_norm swiglu ...] [--shapes T=4096,D=4096 ...] [--minutes 30 --tune-compile]
+    python -m benchmarks.kernels [--kernel rms_norm swiglu ...] [--shapes T=4096,D=4096 ...] [--minutes 30
+    --tune-compile]
 
-For every kernel and shape: first the correctness gate (ours against float64, outputs and all gradients, no worse than twice
-plain torch in the same dtype), and no timing of a kernel that fails it; then ours and the peers in turn in one process, over
-buffers that exceed the L2 cache, median of 20 and more; "a copy of it" moves as many bytes by torch.copy_, which takes longer
-than the bytes of a large copy would where they are few. Peers (Liger, flash-attn, apex, cut-cross-entropy, Inf-CL) take part
-when they can be imported. GB/s count the bytes that the operation cannot avoid, not those that an implementation moves, and
-are given as a share of a copy measured in this run; TFLOP/s likewise, of a bf16 GEMM.
-Without a CUDA device only the gate runs, through Triton's interpreter, on small shapes.
-Needs torch, triton and numpy; draws a roofline if matplotlib can be imported.
+For every kernel and shape: first the correctness gate (ours against float64, outputs and all gradients, no
+worse than twice plain torch in the same dtype), and no timing of a kernel that fails it; then ours and the
+peers in turn in one process, over buffers that exceed the L2 cache, median of 20 and more; "a copy of it"
+moves as many bytes by torch.copy_, which takes longer than the bytes of a large copy would where they are
+few. Peers (Liger, flash-attn, apex, cut-cross-entropy, Inf-CL) take part when they can be imported. GB/s
+count the bytes that the operation cannot avoid, not those that an implementation moves, and are given as a
+share of a copy measured in this run; TFLOP/s likewise, of a bf16 GEMM. Without a CUDA device only the gate
+runs, through Triton's interpreter, on small shapes. Needs torch, triton and numpy; draws a roofline if
+matplotlib can be imported.
 """
 
 from __future__ import annotations
@@ -77,7 +80,8 @@ class Case:
     bytes: tuple[float, float]  # that have to be read and written, forward and backward
     flops: tuple[float, float]
     compute_bound: bool = False
-    truncated: float = 0.0  # what tensor cores may lose of output 0, beyond plain torch in fp32 units, in the gate
+    # What tensor cores may lose of output 0, beyond plain torch in fp32 units, in the gate.
+    truncated: float = 0.0
     eager: Callable[..., object] | None = None  # what users write, where that is not the reference
     peers: dict[str, Variant] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # peer -> why it does not take part
@@ -117,7 +121,9 @@ def rms_norm_case(dtype: torch.dtype, device: str, T: int, D: int) -> Case:
 
     def liger(module):
         apply = module.LigerFusedAddRMSNormFunction.apply
-        return lambda x_TD, residual_TD, weight_D: apply(x_TD, residual_TD, weight_D, 1e-5, 0.0, "llama", False)
+        return lambda x_TD, residual_TD, weight_D: apply(
+            x_TD, residual_TD, weight_D, 1e-5, 0.0, "llama", False
+        )
 
     def flash_attn(module):
         norm = module.rms_norm_fn
@@ -181,7 +187,8 @@ def rope_case(dtype: torch.dtype, device: str, T: int, H: int, G: int, A: int) -
 
         def run(qkv_TE):
             q, k, v = qkv_TE.view(T, G, H // G + 2, A).split([H // G, 1, 1], 2)
-            q, k = (x.reshape(1, T, -1, A).transpose(1, 2) for x in (q, k))  # the copies that its layout needs
+            # The copies that its layout needs.
+            q, k = (x.reshape(1, T, -1, A).transpose(1, 2) for x in (q, k))
             q, k = apply(q, k, cos, sin)
             return *(x.transpose(1, 2).reshape(T, -1, A) for x in (q, k)), v.squeeze(2).contiguous()
 
@@ -192,7 +199,8 @@ def rope_case(dtype: torch.dtype, device: str, T: int, H: int, G: int, A: int) -
 
 
 def document_lengths(num_tokens: int) -> list[int]:
-    """Lengths of a corpus of short documents: lognormal, median 81, mean about 105; a query of about 14 to every five."""
+    """Lengths of a corpus of short documents: lognormal, median 81, mean about 105; a query of about 14 to
+    every five."""
     generator = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < num_tokens:
@@ -204,7 +212,9 @@ def document_lengths(num_tokens: int) -> list[int]:
     return lengths
 
 
-def mean_pool_case(dtype: torch.dtype, device: str, T: int, D: int, one_sequence: int, normalize: int) -> Case:
+def mean_pool_case(
+    dtype: torch.dtype, device: str, T: int, D: int, one_sequence: int, normalize: int
+) -> Case:
     """normalize: with the L2 normalisation; one_sequence: a single sequence instead of short documents."""
     lengths = [T] if one_sequence else document_lengths(T)
     num_sequences, longest = len(lengths), max(lengths)
@@ -281,7 +291,8 @@ def info_nce_in_batch_case(dtype: torch.dtype, device: str, B: int, P: int, D: i
 
     def inputs() -> Tensors:
         docs_PD = random(P, D, dtype=dtype, device=device, unit=True)
-        # A cosine of 0.2 to the positive: losses near 1, not of 1e-12 where every library's fp32 is only rounding.
+        # A cosine of 0.2 to the positive: losses near 1, not of 1e-12 where every library's fp32 is only
+        # rounding.
         near_BD = docs_PD[labels_B].float() + 5 * random(B, D, dtype=torch.float32, device=device, unit=True)
         return {"q_BD": F.normalize(near_BD, dim=-1).to(dtype), "docs_PD": docs_PD}
 
@@ -307,8 +318,8 @@ def info_nce_in_batch_case(dtype: torch.dtype, device: str, B: int, P: int, D: i
             6 * B * P * D,
         ),  # with the scores computed again in the backward: nothing of [B, P] is kept
         compute_bound=True,
-        # Hopper's tensor cores truncate a sum after every 16 columns: half an ulp of a cosine below 0.5 on average, in the
-        # logsumexp and in the positive's score.
+        # Hopper's tensor cores truncate a sum after every 16 columns: half an ulp of a cosine below 0.5 on
+        # average, in the logsumexp and in the positive's score.
         truncated=2 * D / 16 * 2.0**-26 / TEMPERATURE if device == "cuda" and dtype != torch.float32 else 0.0,
     )
 
@@ -339,7 +350,8 @@ KERNELS: dict[str, Callable[..., Case]] = {
     "rope": rope_case,
     "swiglu": swiglu_case,
 }
-# The 8B and 1B models at 16k packed tokens; the losses at the sizes of their goals. The first one of each is the goal's.
+# The 8B and 1B models at 16k packed tokens; the losses at the sizes of their goals. The first one of each is
+# the goal's.
 SHAPES: dict[str, list[dict[str, int]]] = {
     "rms_norm": [{"T": 16384, "D": 4096}, {"T": 16384, "D": 2048}, {"T": 2048, "D": 4096}],
     "swiglu": [{"T": 16384, "width": 14336, "blocks": 8}, {"T": 16384, "width": 8192, "blocks": 8}],
@@ -351,7 +363,11 @@ SHAPES: dict[str, list[dict[str, int]]] = {
         {"T": 32768, "D": 4096, "one_sequence": 1, "normalize": 1},
         {"T": 16384, "D": 2048, "one_sequence": 0, "normalize": 1},
     ],
-    "info_nce_hard": [{"B": 2048, "K": 4, "D": 4096}, {"B": 16384, "K": 4, "D": 4096}, {"B": 128, "K": 4, "D": 4096}],
+    "info_nce_hard": [
+        {"B": 2048, "K": 4, "D": 4096},
+        {"B": 16384, "K": 4, "D": 4096},
+        {"B": 128, "K": 4, "D": 4096},
+    ],
     "info_nce_in_batch": [
         {"B": 8192, "P": 40960, "D": 4096, "ids": 0},
         {"B": 8192, "P": 40960, "D": 4096, "ids": 1},
@@ -388,7 +404,9 @@ def run_once(function: Callable[..., object], inputs: Tensors) -> dict[str, torc
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     outputs = as_list(function(**leaves))
     generator = torch.Generator().manual_seed(1)
-    noise = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]
+    noise = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in outputs
+    ]
     torch.autograd.backward(outputs, noise)
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     for name, x in leaves.items():
@@ -492,17 +510,22 @@ def peak_memory(calls: Calls) -> float:
 
 
 def copy_milliseconds(size: float, num_sets: int, repeats: int) -> float:
-    """A copy of so many bytes: what is left of a large copy's bandwidth where a launch and its ramp are part of the time."""
-    pairs = [[torch.empty(int(size), dtype=torch.uint8, device="cuda") for _ in range(2)] for _ in range(num_sets)]
+    """A copy of so many bytes: what is left of a large copy's bandwidth where a launch and its ramp are part
+    of the time."""
+    pairs = [
+        [torch.empty(int(size), dtype=torch.uint8, device="cuda") for _ in range(2)] for _ in range(num_sets)
+    ]
     for source, _ in pairs:
         source.random_()
-    times = interleaved_times({"copy": lambda: [target.copy_(source) for source, target in pairs]}, repeats)["copy"]
+    times = interleaved_times({"copy": lambda: [target.copy_(source) for source, target in pairs]}, repeats)[
+        "copy"
+    ]
     return statistics.median(times) / num_sets
 
 
 def measure(case: Case, repeats: int, compile_mode: str | None) -> dict[str, dict[str, Any]]:
-    """-> variant -> median milliseconds of forward and backward, peak memory of one of each; or why there are none.
-    Of ours also the microseconds of every kernel."""
+    """-> variant -> median milliseconds of forward and backward, peak memory of one of each; or why there are
+    none. Of ours also the microseconds of every kernel."""
     torch.manual_seed(0)
     sets = [case.inputs()]
     num_sets = max(1, min(16, math.ceil(3 * L2_BYTES / sum(x.nbytes for x in sets[0].values()))))
@@ -512,16 +535,22 @@ def measure(case: Case, repeats: int, compile_mode: str | None) -> dict[str, dic
     for name, variant in variants(case, compile_mode).items():
         try:
             prepared = [variant.inputs(inputs) for inputs in sets]
-            calls = Calls(variant.run, [{k: x.detach().requires_grad_() for k, x in xs.items()} for xs in prepared])
+            calls = Calls(
+                variant.run, [{k: x.detach().requires_grad_() for k, x in xs.items()} for xs in prepared]
+            )
             figures[name] = {"peak_mib": peak_memory(calls)}
             all_calls[name] = calls
-        except Exception as error:  # out of memory, or a peer that does not take this shape: said in the table
+        except (
+            Exception
+        ) as error:  # out of memory, or a peer that does not take this shape: said in the table
             if name == "ours":
                 raise
             figures[name] = {"error": first_line(error)}
             torch.cuda.empty_cache()
     if not case.compute_bound:
-        figures["ours"]["copy_ms"] = [copy_milliseconds(amount / 2, num_sets, repeats) for amount in case.bytes]
+        figures["ours"]["copy_ms"] = [
+            copy_milliseconds(amount / 2, num_sets, repeats) for amount in case.bytes
+        ]
     # In turn as far as all their graphs fit side by side, else one after the other.
     needed = num_sets * 2**20 * sum(figures[name]["peak_mib"] for name in all_calls)
     together = needed < 0.5 * torch.cuda.mem_get_info()[0]
@@ -533,17 +562,23 @@ def measure(case: Case, repeats: int, compile_mode: str | None) -> dict[str, dic
             figures[name]["backward_ms"] = statistics.median(backward[name]) / num_sets
             if name == "ours":
                 passes = {"forward": all_calls[name].forward, "backward": all_calls[name].backward}
-                figures[name]["kernels_us"] = {way: kernel_times(call, num_sets) for way, call in passes.items()}
+                figures[name]["kernels_us"] = {
+                    way: kernel_times(call, num_sets) for way, call in passes.items()
+                }
             del all_calls[name]
         gc.collect()
         torch.cuda.empty_cache()
     return figures
 
 
-def report(case: Case, figures: dict[str, dict[str, Any]], ceilings: dict[str, float], results: ResultsFile) -> None:
+def report(
+    case: Case, figures: dict[str, dict[str, Any]], ceilings: dict[str, float], results: ResultsFile
+) -> None:
     shape = " ".join(f"{name}={value}" for name, value in case.shape.items())
     unit, ceiling = ("TFLOP/s", ceilings["tflops"]) if case.compute_bound else ("GB/s", ceilings["gb_per_s"])
-    work = [x / (1e9 if case.compute_bound else 1e6) for x in (case.flops if case.compute_bound else case.bytes)]
+    work = [
+        x / (1e9 if case.compute_bound else 1e6) for x in (case.flops if case.compute_bound else case.bytes)
+    ]
     print(f"\n{case.kernel}  {shape}  bf16  (ceiling {ceiling:.0f} {unit})")
     print(
         f"  {'':14s} {'forward ms':>15s} {'backward ms':>17s} {unit:>8s} {'share':>6s} {'ours is faster':>15s} {'peak MiB':>9s}"
@@ -564,12 +599,20 @@ def report(case: Case, figures: dict[str, dict[str, Any]], ceilings: dict[str, f
                 f"{figure['rate']:8.0f} {figure['share']:6.1%} {figure['ours_is_faster_by']:14.2f}x {figure['peak_mib']:9.0f}"
             )
         results.append(
-            kernel=case.kernel, shape=case.shape, dtype="bf16", variant=name, unit=unit, ceiling=ceiling, **figure
+            kernel=case.kernel,
+            shape=case.shape,
+            dtype="bf16",
+            variant=name,
+            unit=unit,
+            ceiling=ceiling,
+            **figure,
         )
     if not case.compute_bound:
         forward, backward = copies = figures["ours"]["copy_ms"]
         of_copy = sum(copies) / (figures["ours"]["forward_ms"] + figures["ours"]["backward_ms"])
-        print(f"  {'a copy of it':14s} {forward:8.3f} {backward:17.3f}         ours has {of_copy:.1%} of its speed")
+        print(
+            f"  {'a copy of it':14s} {forward:8.3f} {backward:17.3f}         ours has {of_copy:.1%} of its speed"
+        )
     for way, times in figures["ours"]["kernels_us"].items():
         print(f"  ours, {way}: {kernel_lines(times)}")
     for name, reason in case.missing.items():
@@ -633,7 +676,9 @@ def parse_shape(text: str) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", nargs="+", choices=list(KERNELS), default=list(KERNELS), help="default: all")
+    parser.add_argument(
+        "--kernel", nargs="+", choices=list(KERNELS), default=list(KERNELS), help="default: all"
+    )
     parser.add_argument(
         "--shapes", nargs="+", type=parse_shape, help="for one --kernel, instead of its own: T=4096,D=4096"
     )
@@ -642,7 +687,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tune-compile", action="store_true", help="max-autotune torch.compile: a minute for every case"
     )
-    parser.add_argument("--minutes", type=float, default=3.0, help="start no further case after this long (default 3)")
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, help="start no further case after this long (default 3)"
+    )
     options = parser.parse_args(arguments)
     if options.shapes:
         if len(options.kernel) != 1:
@@ -650,15 +697,20 @@ def main(arguments: list[str] | None = None) -> None:
         wanted = list(SHAPES[options.kernel[0]][0])
         for shape in options.shapes:
             if list(shape) != wanted:
-                parser.error(f"--shapes of {options.kernel[0]} are {','.join(f'{name}=...' for name in wanted)}")
+                parser.error(
+                    f"--shapes of {options.kernel[0]} are {','.join(f'{name}=...' for name in wanted)}"
+                )
     if options.repeats < 20:
         parser.error("--repeats below 20 gives a median that is not worth writing down")
     compile_mode = "max-autotune-no-cudagraphs" if options.tune_compile else "default"
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        print("no CUDA device on this machine: the correctness gate only, in Triton's interpreter (fp16, fp32)")
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # numpy's, of lanes that are masked
+        print(
+            "no CUDA device on this machine: the correctness gate only, in Triton's interpreter (fp16, fp32)"
+        )
+        # Numpy's, of lanes that are masked.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     faults = run_gates(options.kernel, device)
     failed = [kernel for kernel, found in faults.items() if found]
     if device == "cuda":
@@ -671,7 +723,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"{results.run['gpu']}: copy {ceilings['gb_per_s']:.0f} GB/s, bf16 GEMM {square:.0f} TFLOP/s; to {results.path}"
         )
         goals, points = [], []
-        shapes = {kernel: options.shapes or SHAPES[kernel] for kernel in options.kernel if kernel not in failed}
+        shapes = {
+            kernel: options.shapes or SHAPES[kernel] for kernel in options.kernel if kernel not in failed
+        }
         # The first shape of every kernel, on which the goals are, before the second of any.
         cases = sorted(
             ((index, kernel) for kernel in shapes for index in range(len(shapes[kernel]))), key=lambda x: x[0]

@@ -1,10 +1,12 @@
 """Peak memory of prepare, mine and evaluate on long documents, beside the same command on eight short ones.
 
-    python -m benchmarks.memory [--documents 20000] [--bytes 100000] [--max_length 64] [--only mine] [--folder DIR]
+    python -m benchmarks.memory [--documents 20000] [--bytes 100000] [--max_length 64] [--only mine] [--folder
+    DIR]
 
-Every document is another text, and every one has a query that judges it. "above" is the peak resident memory of the launcher's
-process less that of the run on eight documents, so less what Python and the imports take; all of a model of 0.1 M parameters is in both. Needs about
-twice documents x bytes of disk, in --folder and in TMPDIR.
+Every document is another text, and every one has a query that judges it. "above" is the peak resident memory
+of the launcher's process less that of the run on eight documents, so less what Python and the imports take;
+all of a model of 0.1 M parameters is in both. Needs about twice documents x bytes of disk, in --folder and in
+TMPDIR.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ VERBS = ("prepare", "mine", "evaluate")
 
 
 def write_beir(folder: Path, num_documents: int, num_bytes: int) -> None:
-    """corpus.jsonl of num_documents texts of num_bytes each, a query for each, judged in the splits train and test."""
+    """corpus.jsonl of num_documents texts of num_bytes each, a query for each, judged in the splits train and
+    test."""
     rng = random.Random(0)
     words = ["".join(rng.choices("aeioumnrstlkdpbg", k=rng.randint(2, 9))) for _ in range(3000)]
     pool = " ".join(rng.choices(words, k=2 * num_bytes // 5 + 1000))
@@ -36,7 +39,8 @@ def write_beir(folder: Path, num_documents: int, num_bytes: int) -> None:
             start = rng.randrange(max(1, len(pool) - num_bytes))
             name = f"document {i} {rng.choice(words)} {rng.choice(words)} "
             corpus.write(
-                json.dumps({"_id": f"d{i}", "text": name + pool[start : start + num_bytes - len(name)]}) + "\n"
+                json.dumps({"_id": f"d{i}", "text": name + pool[start : start + num_bytes - len(name)]})
+                + "\n"
             )
             queries.write(json.dumps({"_id": f"q{i}", "text": name}) + "\n")
     lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(num_documents))]
@@ -54,13 +58,22 @@ def peak_bytes(command: list[str], folder: Path) -> tuple[int, float]:
         )
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(command)} ended with {status}:\n{(folder / 'output.txt').read_text()[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {status}:\n{(folder / 'output.txt').read_text()[-3000:]}"
+        )
     return usage.ru_maxrss * 1024, time.perf_counter() - begin
 
 
 def commands(data: Path, folder: Path, max_length: int) -> dict[str, list[str]]:
     launch, model = ROOT / "launch", str(folder / "model")
-    lengths = ["--query_max_length", str(max_length), "--document_max_length", str(max_length), "--device", "cpu"]
+    lengths = [
+        "--query_max_length",
+        str(max_length),
+        "--document_max_length",
+        str(max_length),
+        "--device",
+        "cpu",
+    ]
     return {
         "prepare": [
             str(launch / "prepare.py"), "--tokenizer", str(folder / "tokenizer"), "--data.datasets",
@@ -111,7 +124,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--bytes", type=int, default=100_000, help="of each document")
     parser.add_argument("--max_length", type=int, default=64, help="tokens kept of each text")
@@ -119,7 +134,9 @@ def main() -> None:
     parser.add_argument("--folder", help="for the texts; a new temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(Path(folder), options.documents, options.bytes, options.max_length, tuple(options.only or VERBS))
+        measure(
+            Path(folder), options.documents, options.bytes, options.max_length, tuple(options.only or VERBS)
+        )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python -m benchmarks.mining --Q 8192 --N 100000 --D 1024 --k 40           what it takes on a CPU
     python -m benchmarks.mining --Q 16384 --N 2000000 --D 4096 --k 40         what it takes on a GPU
 
-Two tables. Top-k: every document, the k best. Mining: the 4 best below 0.95 x the score of the query's positive, which is
-never returned. Peers take part where they are installed. Ids are compared before any time is printed; all take turns, and
-the median of each is kept. Ours includes everything it does to the raw rows (norms, rotation, quantisation, scoring of
-candidates); faiss is charged for its search only, not for `index.add`. mine_hard_negatives is given a model that looks the
-embeddings up, so its time is that of its search and bookkeeping. "prepare rows" is the part of ours before the GEMM.
+Two tables. Top-k: every document, the k best. Mining: the 4 best below 0.95 x the score of the query's
+positive, which is never returned. Peers take part where they are installed. Ids are compared before any time
+is printed; all take turns, and the median of each is kept. Ours includes everything it does to the raw rows
+(norms, rotation, quantisation, scoring of candidates); faiss is charged for its search only, not for
+`index.add`. mine_hard_negatives is given a model that looks the embeddings up, so its time is that of its
+search and bookkeeping. "prepare rows" is the part of ours before the GEMM.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from nemo_embed_core.mine.selection import ceiling
 NUM_NEGATIVES, THRESHOLD = 4, 0.95
 
 
-def make_data(num_queries: int, num_documents: int, hidden_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def make_data(
+    num_queries: int, num_documents: int, hidden_size: int, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """(queries, documents, the id of each query's positive): clustered unit rows with a decaying spectrum.
 
     A query is its positive with noise: scores like those of text.
@@ -64,7 +67,9 @@ def make_data(num_queries: int, num_documents: int, hidden_size: int, device: st
 
 def torch_topk(queries: Tensor, documents: Tensor, k: int) -> Tensor:
     """What one writes by hand: fp32 (bf16 on a GPU) matmul of 256 queries with everything, topk."""
-    return torch.cat([(q.to(documents.dtype) @ documents.T).topk(k, dim=1).indices for q in queries.split(256)])
+    return torch.cat(
+        [(q.to(documents.dtype) @ documents.T).topk(k, dim=1).indices for q in queries.split(256)]
+    )
 
 
 def torch_mine(queries: Tensor, documents: Tensor, ceilings: Tensor, positives: Tensor) -> Tensor:
@@ -72,13 +77,16 @@ def torch_mine(queries: Tensor, documents: Tensor, ceilings: Tensor, positives: 
     found = []
     for q, c, p in zip(queries.split(256), ceilings.split(256), positives.split(256), strict=True):
         scores = q.to(documents.dtype) @ documents.T
-        scores.masked_fill_(scores >= c[:, None].to(scores.dtype), -torch.inf).scatter_(1, p[:, None], -torch.inf)
+        scores.masked_fill_(scores >= c[:, None].to(scores.dtype), -torch.inf).scatter_(
+            1, p[:, None], -torch.inf
+        )
         found.append(scores.topk(NUM_NEGATIVES, dim=1).indices)
     return torch.cat(found)
 
 
 def matmul_alone(queries: Tensor, documents: Tensor) -> None:
-    """The scores and nothing else, in tiles of the shape that was fastest: an H200 is not faster for any smaller one."""
+    """The scores and nothing else, in tiles of the shape that was fastest: an H200 is not faster for any
+    smaller one."""
     rows, num_documents = queries.to(documents.dtype), 32768 if documents.is_cuda else 2048
     tile = documents.new_empty(min(len(rows), 16384), num_documents)
     for q in rows.split(16384):
@@ -103,8 +111,11 @@ class Lookup:
         return self.documents[[int(t[1:]) for t in texts]]
 
 
-def sentence_transformers_mine(queries: Tensor, documents: Tensor, positives: Tensor) -> Callable[[], np.ndarray]:
-    """util.mine_hard_negatives on the looked-up embeddings -> ids [Q, NUM_NEGATIVES]; -1 where a query has too few."""
+def sentence_transformers_mine(
+    queries: Tensor, documents: Tensor, positives: Tensor
+) -> Callable[[], np.ndarray]:
+    """util.mine_hard_negatives on the looked-up embeddings -> ids [Q, NUM_NEGATIVES]; -1 where a query has
+    too few."""
     from datasets import Dataset, disable_progress_bars
     from sentence_transformers.util import mine_hard_negatives
 
@@ -127,7 +138,9 @@ def sentence_transformers_mine(queries: Tensor, documents: Tensor, positives: Te
     return run
 
 
-def compare(runs: dict[str, Callable[[], Any]], ours: str, repeats: int, device: str) -> dict[str, dict[str, Any]]:
+def compare(
+    runs: dict[str, Callable[[], Any]], ours: str, repeats: int, device: str
+) -> dict[str, dict[str, Any]]:
     """Ids first, then times in turns: {name: {"seconds", "ids_in_common"}}."""
     answers = {name: run() for name, run in runs.items()}
     table: dict[str, dict[str, Any]] = {name: {"times": []} for name in runs}
@@ -137,7 +150,9 @@ def compare(runs: dict[str, Callable[[], Any]], ours: str, repeats: int, device:
             # As sets: peers break ties, and differences below the rounding of their GEMM, as they come.
             got = answer.cpu().numpy() if isinstance(answer, Tensor) else np.asarray(answer)
             pairs = [(set(a) - {-1}, set(b) - {-1}) for a, b in zip(want.tolist(), got.tolist(), strict=True)]
-            table[name]["ids_in_common"] = sum(len(a & b) for a, b in pairs) / max(1, sum(len(a) for a, _ in pairs))
+            table[name]["ids_in_common"] = sum(len(a & b) for a, b in pairs) / max(
+                1, sum(len(a) for a, _ in pairs)
+            )
             assert not name.startswith("ours") or np.array_equal(got, want), f"{name} and {ours} differ"
     for _ in range(repeats):
         for name, run in runs.items():
@@ -161,7 +176,9 @@ def show(title: str, table: dict[str, dict[str, Any]], ours: str, operations: fl
         if not name.startswith("prepare"):
             row["gflops"] = operations / row["seconds"] / 1e9
             rate = f"{row['gflops']:.1f}"
-        print(f"{name:42}{row['seconds']:9.3f}{rate:>10}{row['seconds'] / table[ours]['seconds']:14.2f}  {common}")
+        print(
+            f"{name:42}{row['seconds']:9.3f}{rate:>10}{row['seconds'] / table[ours]['seconds']:14.2f}  {common}"
+        )
 
 
 def break_down(runs: dict[str, Callable[[], Any]], table: dict[str, dict[str, Any]]) -> None:
@@ -173,7 +190,9 @@ def break_down(runs: dict[str, Callable[[], Any]], table: dict[str, dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--Q", type=int, help="queries")
     parser.add_argument("--N", type=int, help="documents")
     parser.add_argument("--D", type=int, help="columns")
@@ -183,14 +202,18 @@ def main() -> None:
     parser.add_argument("--tile_queries", type=int, default=0, help="0: topk_below's own")
     parser.add_argument("--block_documents", type=int, default=0, help="0: topk_below's own")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", default="", help="JSON file (a GPU's figures also go to benchmarks/results/)")
+    parser.add_argument(
+        "--output", default="", help="JSON file (a GPU's figures also go to benchmarks/results/)"
+    )
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = args.device == "cpu"
     args.Q, args.N, args.D = (
         given or usual
         for given, usual in zip(
-            (args.Q, args.N, args.D), (8192, 100_000, 1024) if on_cpu else (16_384, 2_000_000, 4096), strict=True
+            (args.Q, args.N, args.D),
+            (8192, 100_000, 1024) if on_cpu else (16_384, 2_000_000, 4096),
+            strict=True,
         )
     )
     if on_cpu:
@@ -203,7 +226,9 @@ def main() -> None:
         flush=True,
     )
 
-    def search(method: str, k: int, ceilings: np.ndarray, exclude: Exclude | None = None) -> Callable[[], Tensor]:
+    def search(
+        method: str, k: int, ceilings: np.ndarray, exclude: Exclude | None = None
+    ) -> Callable[[], Tensor]:
         stats[method] = SearchStats()
         return lambda: topk_below(
             queries, documents, ceilings, k, exclude, method=method, device=args.device, stats=stats[method],
@@ -244,7 +269,9 @@ def main() -> None:
     operations = 2 * args.Q * args.N * args.D
     topk = compare(runs, ours, args.repeats, args.device)
     for method in methods:
-        topk[f"ours {method}"]["certified_share"] = stats[method].num_certified / (args.Q * (args.repeats + 1))
+        topk[f"ours {method}"]["certified_share"] = stats[method].num_certified / (
+            args.Q * (args.repeats + 1)
+        )
         topk[f"ours {method}"]["exhaustive"] = stats[method].num_exhaustive
     show("top-k", topk, ours, operations)
     if not on_cpu:
@@ -257,7 +284,9 @@ def main() -> None:
     on_device = torch.from_numpy(limits).to(args.device)
     runs["torch matmul + mask + topk"] = lambda: torch_mine(queries, documents, on_device, positives)
     if has_st and importlib.util.find_spec("datasets"):
-        runs["sentence-transformers mine_hard_negatives"] = sentence_transformers_mine(queries, documents, positives)
+        runs["sentence-transformers mine_hard_negatives"] = sentence_transformers_mine(
+            queries, documents, positives
+        )
     mined = compare(runs, ours, args.repeats, args.device)
     show(f"{NUM_NEGATIVES} negatives below {THRESHOLD} x positive", mined, ours, operations)
 
@@ -289,7 +318,8 @@ def on_a_cpu() -> list[str]:
 
 
 def blas_kernel(library: str) -> str:
-    """ "OpenBLAS 0.3.15 SkylakeX": the kernel that the OpenBLAS in a package's files takes on this CPU, for good or bad."""
+    """ "OpenBLAS 0.3.15 SkylakeX": the kernel that the OpenBLAS in a package's files takes on this CPU, for
+    good or bad."""
     if importlib.util.find_spec("threadpoolctl") is None:
         return "BLAS not known without threadpoolctl"
     import threadpoolctl

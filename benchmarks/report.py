@@ -1,4 +1,5 @@
-"""The newest results of every benchmark as one page: python -m benchmarks.report > docs/benchmarks.md (make docs).
+"""The newest results of every benchmark as one page: python -m benchmarks.report > docs/benchmarks.md (make
+docs).
 
 Reads benchmarks/results/*.jsonl and nothing else; tests/test_docs.py holds the committed page to its output.
 """
@@ -68,7 +69,11 @@ def kernels(rows: list[Row]) -> list[str]:
         ours = variants.pop("ours")
         total = ours["forward_ms"] + ours["backward_ms"]
         of_copy = sum(ours["copy_ms"]) / total if ours.get("copy_ms") else None
-        peers = [f"{name} {number(row['ours_is_faster_by'])}" for name, row in variants.items() if "error" not in row]
+        peers = [
+            f"{name} {number(row['ours_is_faster_by'])}"
+            for name, row in variants.items()
+            if "error" not in row
+        ]
         times = f"{number(ours['forward_ms'])}, {number(ours['backward_ms'])}"
         cells.append([kernel, shape, times, percent(ours["share"]), percent(of_copy), "; ".join(peers)])
     lines = [
@@ -95,14 +100,22 @@ def step(rows: list[Row]) -> list[str]:
         factor = "" if row is best else number(best["tokens_per_s"] / row["tokens_per_s"])
         work = f"{row['what']} {row['shape']}, {row['layers']} layers"
         memory = number(row["peak_gb"])
-        cells.append([work, row["variant"], f"{row['tokens_per_s']:,.0f}", percent(row["mfu"]), memory, factor])
+        cells.append(
+            [work, row["variant"], f"{row['tokens_per_s']:,.0f}", percent(row["mfu"]), memory, factor]
+        )
     lines += table(["", "variant", "tokens/s", "MFU", "peak GB", "ours is faster"], cells)
     parts = [row for row in rows if row["what"] == "profile"]
     shapes = list(dict.fromkeys(row["shape"] for row in parts))
     shares = {(row["part"], row["shape"]): row["share"] for row in parts}
     names = list(dict.fromkeys(row["part"] for row in parts))
     cells = [[name, *(f"{shares[name, shape]:.1%}" for shape in shapes)] for name in names]
-    return [*lines, "", "Where a training step of ours spends its time:", "", *table(["part", *shapes], cells)]
+    return [
+        *lines,
+        "",
+        "Where a training step of ours spends its time:",
+        "",
+        *table(["part", *shapes], cells),
+    ]
 
 
 def mining(rows: list[Row]) -> list[str]:

@@ -4,18 +4,20 @@
     python -m benchmarks.step --shape 8b --layers 4 --only train,profile
     python -m benchmarks.step --shape tiny --device cpu      what a machine without a GPU runs by itself
 
-Ours is the code that trains: FSDP2 in a world of one, packed micro-batches, train/engine.py, clipping, AdamW with fp32
-masters. The peers get the same groups (a query, its positive, its hard negatives) and the same loss, as it is commonly
-written: queries and passages as two forwards, padded to the longest of the micro-batch, SDPA, fused AdamW with weights and
-moments in bf16 (fewer bytes than ours: the comparison is against the cheaper optimizer). Before anything is timed, losses,
-embeddings and gradients of both are compared.
+Ours is the code that trains: FSDP2 in a world of one, packed micro-batches, train/engine.py, clipping, AdamW
+with fp32 masters. The peers get the same groups (a query, its positive, its hard negatives) and the same
+loss, as it is commonly written: queries and passages as two forwards, padded to the longest of the
+micro-batch, SDPA, fused AdamW with weights and moments in bf16 (fewer bytes than ours: the comparison is
+against the cheaper optimizer). Before anything is timed, losses, embeddings and gradients of both are
+compared.
 
-Only *useful* tokens count, never padding. MFU is train/metrics.py: training_flops of the useful tokens (6 P T + full
-attention, no embedding, no recomputation) over the datasheet's dense bf16 peak; encoding counts a third of it.
-Needs torch, triton and numpy; the Hugging Face peer is used when transformers is importable, else the same model below.
+Only *useful* tokens count, never padding. MFU is train/metrics.py: training_flops of the useful tokens (6 P T
++ full attention, no embedding, no recomputation) over the datasheet's dense bf16 peak; encoding counts a
+third of it. Needs torch, triton and numpy; the Hugging Face peer is used when transformers is importable,
+else the same model below.
 
-    T packed tokens · N padded sequences · L longest of them · B queries · M = 1 + K passages of a query · D hidden_size
-    H query heads · G KV heads · A head_dim
+    T packed tokens · N padded sequences · L longest of them · B queries · M = 1 + K passages of a query · D
+    hidden_size H query heads · G KV heads · A head_dim
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ from nemo_embed_core.train.metrics import device_peak_flops, training_flops
 from nemo_embed_core.train.step import embed
 
 SHAPES = {
-    "1b": ModelConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),  # Llama-3.2-1B, head_dim 64
+    # Llama-3.2-1B, head_dim 64.
+    "1b": ModelConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
     "8b": ModelConfig(),  # Llama-3.1-8B
     # 28 M parameters, 9 M of them in GEMMs, as small encoders divide them: what a CPU can step through.
     "tiny": ModelConfig(
@@ -65,17 +68,18 @@ SHAPES = {
         num_attention_heads=6, num_key_value_heads=2,
     ),
 }  # fmt: skip
-# Layers of the training step by default. All 32 of the 8B need 135 GB for weights, moments and fp32 gradients alone.
+# Layers of the training step by default. All 32 of the 8B need 135 GB for weights, moments and fp32 gradients
+# alone.
 TRAIN_LAYERS = {"8b": 8}
 # Queries per micro-batch of the peers. 1 is the published recipe's; it is too slow to repeat for every shape.
 PEER_BATCHES = {"1b": [4, 16], "8b": [1, 4, 16], "tiny": [1, 4]}
 
-# Lengths in tokens: (mean, 95th percentile) of a lognormal, cut at MAX_LENGTH. Package descriptions in the Llama-3.1
-# tokenizer (mean 105, median 81, p95 249, p99 418) and titles as queries.
+# Lengths in tokens: (mean, 95th percentile) of a lognormal, cut at MAX_LENGTH. Package descriptions in the
+# Llama-3.1 tokenizer (mean 105, median 81, p95 249, p99 418) and titles as queries.
 PASSAGES, QUERIES, MAX_LENGTH = (105.0, 249.0), (14.0, 26.0), 512
 
-# What ours should reach: factor over the best peer of the run, and (8b, bf16, one H200) a rate. The MFU of the step is that of
-# 15,500 useful tokens/s with all 32 layers.
+# What ours should reach: factor over the best peer of the run, and (8b, bf16, one H200) a rate. The MFU of
+# the step is that of 15,500 useful tokens/s with all 32 layers.
 GOALS: dict[tuple[str, str], dict[str, float]] = {
     ("train", "8b"): {"ratio_to_best_peer": 3.0, "mfu": 0.66},
     ("train", "1b"): {"ratio_to_best_peer": 3.0},
@@ -99,12 +103,16 @@ def draw_lengths(rng: np.random.Generator, n: int, mean: float, p95: float, long
 
 
 class Groups:
-    """What data/packing.py and data/sampler.py read of a Store: rows of a query, a positive and K hard negatives.
+    """What data/packing.py and data/sampler.py read of a Store: rows of a query, a positive and K hard
+    negatives.
 
-    Token ids fall off steeply with their rank, as words do: the backward of the embedding depends on repeated ids.
+    Token ids fall off steeply with their rank, as words do: the backward of the embedding depends on repeated
+    ids.
     """
 
-    def __init__(self, num_rows: int, num_hard_negatives: int, vocab_size: int, seed: int, longest: int = MAX_LENGTH):
+    def __init__(
+        self, num_rows: int, num_hard_negatives: int, vocab_size: int, seed: int, longest: int = MAX_LENGTH
+    ):
         rng, M = np.random.default_rng(seed), 1 + num_hard_negatives
         self.query_lengths = draw_lengths(rng, num_rows, *QUERIES, longest)
         self.document_lengths = draw_lengths(rng, num_rows * M, *PASSAGES, longest)
@@ -135,7 +143,10 @@ class Groups:
 def pad(sequences: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """ids [N, L] int64 and mask [N, L] bool: right-padded to the longest, in multiples of 8 (tensor cores)."""
     longest = -(-max(len(s) for s in sequences) // 8) * 8
-    ids, mask = torch.zeros(len(sequences), longest, dtype=torch.int64), torch.zeros(len(sequences), longest).bool()
+    ids, mask = (
+        torch.zeros(len(sequences), longest, dtype=torch.int64),
+        torch.zeros(len(sequences), longest).bool(),
+    )
     for i, s in enumerate(sequences):
         ids[i, : len(s)], mask[i, : len(s)] = torch.from_numpy(s.astype(np.int64)), True
     return ids, mask
@@ -179,7 +190,9 @@ class GlobalBatch:
         return out
 
 
-def global_batches(groups: Groups, model: ModelConfig, num_queries: int, max_tokens: int) -> list[GlobalBatch]:
+def global_batches(
+    groups: Groups, model: ModelConfig, num_queries: int, max_tokens: int
+) -> list[GlobalBatch]:
     """Steps 0, 1, ... of a run over `groups`, made by the training code's own sampler and packing."""
     K = len(groups.negative_ids) // len(groups)
     config = DataConfig(num_hard_negatives=K, max_tokens=max_tokens)
@@ -200,7 +213,8 @@ def global_batches(groups: Groups, model: ModelConfig, num_queries: int, max_tok
 
 @torch.no_grad()
 def fill_random(encoder: nn.Module, seed: int, std: float) -> None:
-    """On the device, in place: matrices normal(0, std), norms uniform in [0.5, 1.5] so that an ignored one shows."""
+    """On the device, in place: matrices normal(0, std), norms uniform in [0.5, 1.5] so that an ignored one
+    shows."""
     weights = [local_tensor(p.detach()) for p in encoder.parameters()]
     generator = torch.Generator(weights[0].device).manual_seed(seed)
     for w in weights:
@@ -226,7 +240,8 @@ class Ours:
     def step(self, batch: GlobalBatch) -> float:
         losses_B = self.backward(batch)
         norm = self.engine.clip()
-        loss, _ = torch.stack([losses_B.mean(), norm]).tolist()  # before the update, as the trainer's finite check
+        # Before the update, as the trainer's finite check.
+        loss, _ = torch.stack([losses_B.mean(), norm]).tolist()
         self.engine.update(self.lr)
         return loss
 
@@ -253,7 +268,11 @@ def peer_weights(
         name, w = fsdp.plain_name(full_name).removeprefix("model."), local_tensor(value(p))
         if name.endswith("qkv_proj.weight"):
             blocks = w.view(G, R + 2, A, D)
-            for part, rows in (("q_proj", blocks[:, :R]), ("k_proj", blocks[:, R]), ("v_proj", blocks[:, R + 1])):
+            for part, rows in (
+                ("q_proj", blocks[:, :R]),
+                ("k_proj", blocks[:, R]),
+                ("v_proj", blocks[:, R + 1]),
+            ):
                 yield name.replace("qkv_proj", part), rows.reshape(-1, D)
         elif name.endswith("gate_up_proj.weight"):
             blocks = w.view(model.mlp_blocks, 2, -1, D)
@@ -286,10 +305,12 @@ class PaddedLayer(nn.Module):
     def forward(self, x_NLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         h, attn, mlp = self.input_layernorm(x_NLD), self.self_attn, self.mlp
         q, k, v = (
-            attn[n](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj")
+            attn[n](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for n in ("q_proj", "k_proj", "v_proj")
         )
         q, k = (
-            x * cos + torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) * sin for x in (q, k)
+            x * cos + torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) * sin
+            for x in (q, k)
         )
         # Not enable_gqa: with a mask it excludes the fused kernels.
         k, v = (x.repeat_interleave(self.repeats, 1) for x in (k, v))
@@ -300,14 +321,17 @@ class PaddedLayer(nn.Module):
 
 
 class PaddedLlama(nn.Module):
-    """Hugging Face's LlamaModel with is_causal=False, for machines without transformers; the same parameter names."""
+    """Hugging Face's LlamaModel with is_causal=False, for machines without transformers; the same parameter
+    names."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(PaddedLayer(model) for _ in range(model.num_hidden_layers))
         self.norm = nn.RMSNorm(model.hidden_size, model.rms_norm_eps)
-        self.inv_freq = model.rope_theta ** (-torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim)
+        self.inv_freq = model.rope_theta ** (
+            -torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x_NLD = self.embed_tokens(input_ids)
@@ -326,7 +350,11 @@ def hf_llama(model: ModelConfig) -> nn.Module:
     rope_parameters = {"rope_type": "default", "rope_theta": model.rope_theta}
     return LlamaModel(
         LlamaConfig(
-            **sizes, rope_parameters=rope_parameters, is_causal=False, use_cache=False, attn_implementation="sdpa"
+            **sizes,
+            rope_parameters=rope_parameters,
+            is_causal=False,
+            use_cache=False,
+            attn_implementation="sdpa",
         )
     )
 
@@ -340,11 +368,14 @@ PEERS: dict[str, tuple[str, Callable[[ModelConfig], nn.Module]]] = {
 class Peer:
     """Two padded forwards, mean over the mask, F.cross_entropy, clip_grad_norm_, fused AdamW, all in `dtype`."""
 
-    def __init__(self, kind: str, model: ModelConfig, device: torch.device, dtype: torch.dtype, train: bool = True):
+    def __init__(
+        self, kind: str, model: ModelConfig, device: torch.device, dtype: torch.dtype, train: bool = True
+    ):
         self.name, build = PEERS[kind]
         self.device, before = device, torch.get_default_dtype()
         self.compiled_forwards: list[Callable[..., Any]] = []
-        torch.set_default_dtype(dtype)  # not .to(dtype) afterwards: that would round Hugging Face's inv_freq buffer
+        # Not .to(dtype) afterwards: that would round Hugging Face's inv_freq buffer.
+        torch.set_default_dtype(dtype)
         try:
             with device:
                 self.model = build(model)
@@ -352,7 +383,9 @@ class Peer:
             torch.set_default_dtype(before)
         self.model.requires_grad_(train)
         self.optimizer = (
-            torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=True) if train else None
+            torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+            if train
+            else None
         )
 
     @torch.no_grad()
@@ -392,7 +425,9 @@ class Peer:
         for batch in batches:
             q_BD, d_BMD = self.groups(batch)
             logits = torch.einsum("bd,bmd->bm", q_BD, d_BMD) / TEMPERATURE
-            losses_B = F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long), reduction="none")
+            losses_B = F.cross_entropy(
+                logits, logits.new_zeros(len(logits), dtype=torch.long), reduction="none"
+            )
             (losses_B.sum() / rows).backward()
             losses.append(losses_B.detach())
         return torch.cat(losses)
@@ -416,10 +451,11 @@ GATE_SHAPE = ModelConfig(
 
 
 def gate(kind: str, mesh: Mesh) -> dict[str, float]:
-    """Ours against the peer with the same weights on the same groups; AssertionError when they are not the same model.
+    """Ours against the peer with the same weights on the same groups; AssertionError when they are not the
+    same model.
 
-    fp32: losses and embeddings to 1e-4, all gradients to 1e-3 of their norm. bf16, for which a GPU has other attention
-    kernels: our embeddings may be at most twice as far from the fp32 ones as the peer's.
+    fp32: losses and embeddings to 1e-4, all gradients to 1e-3 of their norm. bf16, for which a GPU has other
+    attention kernels: our embeddings may be at most twice as far from the fp32 ones as the peer's.
     """
     groups = Groups(6, 4, GATE_SHAPE.vocab_size, seed=1, longest=70)
     (batch,) = global_batches(groups, GATE_SHAPE, num_queries=6, max_tokens=800)
@@ -430,7 +466,10 @@ def gate(kind: str, mesh: Mesh) -> dict[str, float]:
         with torch.no_grad():
             return torch.cat([torch.cat([q[:, None], d], 1) for q, d in map(peer.groups, padded)])
 
-    ours, peer = Ours(GATE_SHAPE, mesh, torch.float32, std=0.1), Peer(kind, GATE_SHAPE, mesh.device, torch.float32)
+    ours, peer = (
+        Ours(GATE_SHAPE, mesh, torch.float32, std=0.1),
+        Peer(kind, GATE_SHAPE, mesh.device, torch.float32),
+    )
     peer.copy_from(ours.encoder, GATE_SHAPE)
     mine, rows = ours.groups(batch)
     order = torch.from_numpy(np.argsort(rows)).to(mesh.device)
@@ -452,7 +491,9 @@ def gate(kind: str, mesh: Mesh) -> dict[str, float]:
     )
     half_peer.copy_from(ours.encoder, GATE_SHAPE)
     errors["bf16"] = (half.groups(batch)[0][order] - truth).norm().item() / len(truth) ** 0.5
-    errors["bf16 of the peer"] = (peer_embeddings(half_peer)[peer_order] - truth).norm().item() / len(truth) ** 0.5
+    errors["bf16 of the peer"] = (peer_embeddings(half_peer)[peer_order] - truth).norm().item() / len(
+        truth
+    ) ** 0.5
     assert errors["bf16"] < 2 * errors["bf16 of the peer"], errors
     return errors
 
@@ -488,9 +529,14 @@ def release(device: torch.device) -> None:
 
 
 def warm_up(
-    variant: Variant, device: torch.device, runs: int, resident: int, on_error: Callable[[], None] | None = None
+    variant: Variant,
+    device: torch.device,
+    runs: int,
+    resident: int,
+    on_error: Callable[[], None] | None = None,
 ) -> None:
-    """Compiles, fills caches and finds the peak memory above `resident`; what does not run says why in `error`."""
+    """Compiles, fills caches and finds the peak memory above `resident`; what does not run says why in
+    `error`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -514,7 +560,8 @@ def warm_up(
 def interleave(
     variants: Sequence[Variant], device: torch.device, seconds: float, rounds: tuple[int, int]
 ) -> dict[str, list[float]]:
-    """Seconds per run of each variant, taken in turn; a variant stops at its share of `seconds` after rounds[0] runs."""
+    """Seconds per run of each variant, taken in turn; a variant stops at its share of `seconds` after
+    rounds[0] runs."""
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     share = seconds / max(1, len(variants))
     for i in range(rounds[1]):
@@ -543,15 +590,21 @@ OWN_PARTS = {
     for kernel in vars(module).values()
     if isinstance(kernel, triton.runtime.KernelInterface)
 }
-# Others by a part of the name, the first line that has it: attention kernels are built with cutlass, as GEMMs are; FSDP's
-# copies and the gradient norm are multi_tensor_apply kernels, as Adam is.
+# Others by a part of the name, the first line that has it: attention kernels are built with cutlass, as GEMMs
+# are; FSDP's copies and the gradient norm are multi_tensor_apply kernels, as Adam is.
 OTHER_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("optimizer", ("FusedAdam",)),
     ("GEMM", ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitKreduce")),
-    ("copies (FSDP, casts, host)", ("chunk_cat", "split_with_sizes", "nccl", "copy", "Copy", "Memcpy", "CatArray")),
+    (
+        "copies (FSDP, casts, host)",
+        ("chunk_cat", "split_with_sizes", "nccl", "copy", "Copy", "Memcpy", "CatArray"),
+    ),
     ("clipping", ("multi_tensor_apply", "lpnorm", "LpNorm")),
-    ("embedding", ("embedding", "index", "gather", "cub::", "compute_grad_weight", "segment", "sum_and_scatter")),
+    (
+        "embedding",
+        ("embedding", "index", "gather", "cub::", "compute_grad_weight", "segment", "sum_and_scatter"),
+    ),
 )
 PARTS = [*dict.fromkeys(OWN_PARTS.values()), *(part for part, _ in OTHER_PARTS), "other"]
 
@@ -606,7 +659,12 @@ class CpuResults(ResultsFile):
 
     def __init__(self, path: Path | None):
         cpu = next(
-            (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ":"
+            (
+                line
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            ":",
         )
         self.run = {
             "benchmark": "step",
@@ -630,7 +688,8 @@ def report_variants(
     flops: Callable[[int], float],
     ceilings: dict[str, float],
 ) -> None:
-    """Medians over the runs of each variant; `ceilings` has the FLOP/s of the datasheet and of a GEMM of this run, if known."""
+    """Medians over the runs of each variant; `ceilings` has the FLOP/s of the datasheet and of a GEMM of this
+    run, if known."""
     figures: dict[str, dict[str, Any]] = {}
     for variant in variants:
         row: dict[str, Any] = {"useful": round(variant.useful, 4), **variant.details}
@@ -650,12 +709,16 @@ def report_variants(
     shown = [name for name in columns if name in ours]
     print(f"\n{title}")
     heads = "".join(f"{columns[name]:>9}" for name in shown)
-    print(f"{'':54}{'seconds':>9}{'tok/s':>9}{'TF/s':>8}{heads}{'useful':>8}{'peak GB':>9}{'ours is':>9}{'runs':>6}")
+    print(
+        f"{'':54}{'seconds':>9}{'tok/s':>9}{'TF/s':>8}{heads}{'useful':>8}{'peak GB':>9}{'ours is':>9}{'runs':>6}"
+    )
     for name, row in figures.items():
         if "error" in row:
             print(f"{name:54}  {row['error']}")
         else:
-            line = f"{name:54}{row['seconds']:9.3f}{row['tokens_per_s']:9,.0f}{row['flops_per_s'] / 1e12:8.3g}"
+            line = (
+                f"{name:54}{row['seconds']:9.3f}{row['tokens_per_s']:9,.0f}{row['flops_per_s'] / 1e12:8.3g}"
+            )
             line += "".join(f"{row[column]:9.1%}" for column in shown) + f"{row['useful']:8.3f}"
             line += f"{'-':>9}" if row["peak_gb"] is None else f"{row['peak_gb']:9.1f}"
             print(f"{line}{ours['tokens_per_s'] / row['tokens_per_s']:8.2f}x{len(row['all_seconds']):6}")
@@ -673,13 +736,18 @@ def describe(shape: str, model: ModelConfig, parameters: int) -> tuple[str, dict
     gemm = training_flops(model, 1, 0) / 6
     label = f"{shape}: {model.num_hidden_layers} layers"
     if model.num_hidden_layers != full.num_hidden_layers:
-        label += f" of {full.num_hidden_layers} and {model.vocab_size:,} of {full.vocab_size:,} embedding rows"
-    label += f", hidden {model.hidden_size}, {parameters / 1e6:,.0f} M parameters ({gemm / 1e6:,.0f} M in GEMMs)"
+        label += (
+            f" of {full.num_hidden_layers} and {model.vocab_size:,} of {full.vocab_size:,} embedding rows"
+        )
+    label += (
+        f", hidden {model.hidden_size}, {parameters / 1e6:,.0f} M parameters ({gemm / 1e6:,.0f} M in GEMMs)"
+    )
     return label, {"shape": shape, "layers": model.num_hidden_layers, "vocab_size": model.vocab_size}
 
 
 def with_layers(shape: str, layers: int) -> ModelConfig:
-    """The shape with fewer layers and as small a share of its vocabulary: GEMMs and optimizer keep their ratio."""
+    """The shape with fewer layers and as small a share of its vocabulary: GEMMs and optimizer keep their
+    ratio."""
     full = SHAPES[shape]
     if not layers or layers == full.num_hidden_layers:
         return full
@@ -705,8 +773,8 @@ def run_training(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
         1.0,
         {"max_tokens": args.tokens, "packing_density": round(density, 4)},
     )
-    # All batches: Triton compiles anew for token counts that are multiples of 16 and for those that are not. A CPU compiles
-    # nothing, and the gate has warmed it up.
+    # All batches: Triton compiles anew for token counts that are multiples of 16 and for those that are not.
+    # A CPU compiles nothing, and the gate has warmed it up.
     warm_up(packed, device, len(batches) if device.type == "cuda" else 0, start)
     if packed.error:
         raise UserError(f"training, {label}: {packed.error}; lower --layers or --tokens={args.tokens}")
@@ -782,7 +850,12 @@ def peer_variant(
 
 
 def run_profile(
-    packed: Variant, batch: GlobalBatch, model: ModelConfig, label: str, common: dict[str, Any], results: ResultsFile
+    packed: Variant,
+    batch: GlobalBatch,
+    model: ModelConfig,
+    label: str,
+    common: dict[str, Any],
+    results: ResultsFile,
 ) -> None:
     """One step under the profiler, beside its time without."""
     again = replace(packed, run=lambda i: packed.run(0))
@@ -794,7 +867,13 @@ def run_profile(
         rate = {"GEMM": gemm, "attention": batch.flops - gemm}.get(part, 0.0) / max(seconds, 1e-9) / 1e12
         note = f"   {rate:6.0f} TF/s" if rate else ""
         print(f"    {part:28}{seconds * 1e3:9.2f} ms{seconds / wall:8.1%}{note}")
-        row = {"what": "profile", "part": part, "seconds": seconds, "share": seconds / wall, "tflops": rate or None}
+        row = {
+            "what": "profile",
+            "part": part,
+            "seconds": seconds,
+            "share": seconds / wall,
+            "tflops": rate or None,
+        }
         results.append(**row, **common)
     idle = max(0.0, wall - parts.busy)
     print(f"    {'no kernel running':28}{idle * 1e3:9.2f} ms{idle / wall:8.1%}   (host too slow, or waiting)")
@@ -850,12 +929,16 @@ def run_encoding(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
                     out[what][chunk] = peer.embed(ids, mask).cpu().numpy()
 
             useful = int(lengths.sum()) / sum(ids.numel() for ids, _ in padded)
-            variants.append(Variant(f"{peer.name}, {size} texts, {what}", run_peer, useful, {"batch_size": size}))
+            variants.append(
+                Variant(f"{peer.name}, {size} texts, {what}", run_peer, useful, {"batch_size": size})
+            )
             warm_up(variants[-1], device, 1, resident)
     for what in [name for name in out if name != "ours"]:
         # The same weights in the same precision, at the shape that is timed; rows are unit vectors.
         cosine = float((out["ours"] * out[what]).sum(1).min())
-        assert cosine > (0.98 if dtype == torch.bfloat16 else 0.9999), f"ours and {what}: cosine {cosine} at {label}"
+        assert cosine > (0.98 if dtype == torch.bfloat16 else 0.9999), (
+            f"ours and {what}: cosine {cosine} at {label}"
+        )
     times = interleave([v for v in variants if not v.error], device, args.seconds, args.rounds)
     flops = training_flops(model, int(lengths.sum()), int(np.square(lengths).sum())) / 3
     report_variants(
@@ -871,18 +954,26 @@ def run_encoding(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--shape", default="", help="of 1b, 8b, tiny, with commas; default: 8b,1b on a GPU, tiny on a CPU"
     )
-    parser.add_argument("--only", default="", help="of train, encode, profile; default: all on a GPU, train on a CPU")
+    parser.add_argument(
+        "--only", default="", help="of train, encode, profile; default: all on a GPU, train on a CPU"
+    )
     parser.add_argument("--layers", type=int, default=0, help="default: all, and 8 of the 8b when training")
     parser.add_argument("--queries", type=int, default=0, help="per optimizer step; default: 28, 4 on a CPU")
     parser.add_argument("--tokens", type=int, default=0, help="of our micro-batch; encoding packs twice as many; "
                         "default: 16384, 8192 on a CPU")  # fmt: skip
     parser.add_argument("--encode-tokens", type=int, default=0, help="default: 65536, 4096 on a CPU")
-    parser.add_argument("--peer", default="auto", choices=["auto", *PEERS, "none"], help="auto: hf when importable")
-    parser.add_argument("--peer-batches", type=_numbers, default=[], help="queries per micro-batch, as 1,4,16")
+    parser.add_argument(
+        "--peer", default="auto", choices=["auto", *PEERS, "none"], help="auto: hf when importable"
+    )
+    parser.add_argument(
+        "--peer-batches", type=_numbers, default=[], help="queries per micro-batch, as 1,4,16"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip the compiled peer")
     parser.add_argument("--seconds", type=float, default=0, help="per comparison; default: 8, 20 on a CPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
@@ -894,7 +985,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cuda = pick_device(args.device).type == "cuda"
     args.shape = (args.shape or ("8b,1b" if cuda else "tiny")).split(",")
     args.only = (args.only or ("train,profile,encode" if cuda else "train")).split(",")
-    for given, known, name in ((args.shape, SHAPES, "--shape"), (args.only, ("train", "encode", "profile"), "--only")):
+    for given, known, name in (
+        (args.shape, SHAPES, "--shape"),
+        (args.only, ("train", "encode", "profile"), "--only"),
+    ):
         if unknown := set(given) - set(known):
             parser.error(f"{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     args.tokens = args.tokens or (16384 if cuda else 8192)
@@ -944,7 +1038,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.ceilings["of_gemm"] = gemm * 1e12
             if peak := device_peak_flops(device):
                 args.ceilings["mfu"] = peak
-        print(f"{results.run['gpu']}: bf16 GEMM of 8192^3 at {gemm:.0f} TFLOP/s; to {results.path}", flush=True)
+        print(
+            f"{results.run['gpu']}: bf16 GEMM of 8192^3 at {gemm:.0f} TFLOP/s; to {results.path}", flush=True
+        )
     else:
         results = CpuResults(Path(args.output) if args.output else None)
         threads, load, cpu = (results.run[key] for key in ("threads", "load", "cpu"))

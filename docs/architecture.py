@@ -1,7 +1,8 @@
-"""The rooms of the package and who imports whom, drawn from the code: python -m docs.architecture > docs/architecture.md.
+"""The rooms of the package and who imports whom, drawn from the code: python -m docs.architecture >
+docs/architecture.md.
 
-An arrow is an import in some file of the room, also inside a function. Arrows that others imply are left out: where a room
-reaches another one through a third, the picture shows the longer way.
+An arrow is an import in some file of the room, also inside a function. Arrows that others imply are left out:
+where a room reaches another one through a third, the picture shows the longer way.
 """
 
 import ast
@@ -26,7 +27,9 @@ def files(room: str) -> list[Path]:
 def imported(room: str) -> set[str]:
     """Rooms that its files import."""
     found = set()
-    for node in (node for path in files(room) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+    for node in (
+        node for path in files(room) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ):
         if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -1,12 +1,15 @@
-"""The few scores of a product of two matrices that lie between a floor and a limit of their row, without the matrix.
+"""The few scores of a product of two matrices that lie between a floor and a limit of their row, without the
+matrix.
 
-Contract: key[q, n] = (queries[q] . documents[n]) * document_scale[n] * query_scale[q] + slope[q] * spread[n] + add[q] in fp32,
-where a product may be fused with the sum after it (int8: the sum of products is exact in int32); of every row those with
-floor[q] <= key < limit[q] are appended to its list, in any order, with their columns. NaN is in no list. counts says how many
-there were: more than the list's length L are counted, not stored.
+Contract: key[q, n] = (queries[q] . documents[n]) * document_scale[n] * query_scale[q] + slope[q] * spread[n]
++ add[q] in fp32, where a product may be fused with the sum after it (int8: the sum of products is exact in
+int32); of every row those with floor[q] <= key < limit[q] are appended to its list, in any order, with their
+columns. NaN is in no list. counts says how many there were: more than the list's length L are counted, not
+stored.
 
-The GEMM of a search for the best documents: once a row has its C best of the documents so far, few of the next can enter, and
-storing [Q, N] scores to read them back costs as much memory traffic as the GEMM allows in its whole time.
+The GEMM of a search for the best documents: once a row has its C best of the documents so far, few of the
+next can enter, and storing [Q, N] scores to read them back costs as much memory traffic as the GEMM allows in
+its whole time.
 """
 
 # Q queries · N documents · D columns · L places of a list
@@ -56,8 +59,9 @@ def filter_scores_ref(
     return list_keys_QL, list_columns_QL, counts_Q
 
 
-# element size -> BLOCK_Q, BLOCK_N, BLOCK_D, num_warps, num_stages, and how many blocks of queries run side by side, as in
-# info_nce_columns.py: the fastest on an H200 (docs/log.md). int8: two programs per SM, so that one multiplies while the other appends.
+# element size -> BLOCK_Q, BLOCK_N, BLOCK_D, num_warps, num_stages, and how many blocks of queries run side by
+# side, as in info_nce_columns.py: the fastest on an H200 (docs/log.md). int8: two programs per SM, so that
+# one multiplies while the other appends.
 _TILE = {1: (128, 128, 128, 8, 3, 32), 2: (128, 256, 64, 8, 3, 8)}
 _PART = 32  # columns of a tile that are compared and appended at a time
 _PACK = 8  # numbers of a thread that one branch is for
@@ -72,12 +76,13 @@ def _append_asm(pack: int) -> tuple[str, str]:
                 list_keys[q * L + place] = key
                 list_columns[q * L + place] = n
 
-    In PTX, because a branch in Triton is taken by the whole program: its warps would meet to agree on it, and nearly every
-    tile has a key to append somewhere. Here each warp branches alone, and most skip all of it. The two loops keep the
-    atomics of a pack in flight together: no store waits for its own place before the next key's atomic is issued.
+    In PTX, because a branch in Triton is taken by the whole program: its warps would meet to agree on it, and
+    nearly every tile has a key to append somewhere. Here each warp branches alone, and most skip all of it.
+    The two loops keep the atomics of a pack in flight together: no store waits for its own place before the
+    next key's atomic is issued.
     """
-    # inline_asm_elementwise numbers the registers operand by operand, `pack` of each. The first is the result that it
-    # insists on; scalars (L, pointers) and the row's vectors are repeated for every key.
+    # inline_asm_elementwise numbers the registers operand by operand, `pack` of each. The first is the result
+    # that it insists on; scalars (L, pointers) and the row's vectors are repeated for every key.
     result, key, floor, limit, row, column, length, counts, list_keys, list_columns = (
         [f"${operand * pack + i}" for i in range(pack)] for operand in range(10)
     )
@@ -123,8 +128,8 @@ def _append(
 ):  # fmt: skip
     """Scales the products of rows q and some columns and appends what lies between floor and limit.
 
-    Wider blocks than PART columns are halved first, a register apart from its neighbours: a whole tile's places and
-    addresses do not fit beside its products.
+    Wider blocks than PART columns are halved first, a register apart from its neighbours: a whole tile's
+    places and addresses do not fit beside its products.
     """
     WIDTH: tl.constexpr = products.shape[1]
     if WIDTH > PART:
@@ -159,7 +164,9 @@ def _append(
             )  # fmt: skip
         else:
             keep = (keys >= floor[:, None]) & (keys < limit[:, None])
-            place = tl.atomic_add(counts_ptr + q[:, None] + tl.zeros_like(n)[None, :], 1, mask=keep, sem="relaxed")
+            place = tl.atomic_add(
+                counts_ptr + q[:, None] + tl.zeros_like(n)[None, :], 1, mask=keep, sem="relaxed"
+            )
             stored = keep & (place < L)
             offs = q.to(tl.int64)[:, None] * L + place
             tl.store(list_keys_ptr + offs, keys, mask=stored)
@@ -187,7 +194,8 @@ def _filter_scores_kernel(
         acc = tl.dot(rows, documents.load([first_column, d_start]).T, acc, out_dtype=acc.dtype)
     q = first_row + tl.arange(0, BLOCK_Q)
     floor = tl.load(floor_ptr + q, mask=q < Q, other=float("inf"))
-    limit = tl.load(limit_ptr + q, mask=q < Q, other=-float("inf"))  # nothing is below it in rows past the end
+    # Nothing is below it in rows past the end.
+    limit = tl.load(limit_ptr + q, mask=q < Q, other=-float("inf"))
     query_scale = tl.load(query_scale_ptr + q, mask=q < Q, other=0.0) if SCALED else floor
     add = tl.load(add_ptr + q, mask=q < Q, other=0.0) if ADDED else tl.zeros_like(floor)
     slope = tl.load(slope_ptr + q, mask=q < Q, other=0.0) if SPREAD else floor
@@ -217,7 +225,8 @@ def _filter_scores(
     list_columns_QL = torch.empty_like(list_keys_QL, dtype=torch.int32)
     counts_Q = torch.zeros(num_queries, dtype=torch.int32, device=floor_Q.device)
     block_q, block_n, block_d, num_warps, num_stages, group = _TILE[queries_QD.element_size()]
-    pack = 0 if triton.knobs.runtime.interpret else _PACK  # the interpreter has no PTX: the lines that it stands for
+    # The interpreter has no PTX: the lines that it stands for.
+    pack = 0 if triton.knobs.runtime.interpret else _PACK
     code, constraints = _append_asm(pack) if pack else ("", "")
     if num_queries and num_documents:
         _filter_scores_kernel[(triton.cdiv(num_queries, block_q) * triton.cdiv(num_documents, block_n),)](
@@ -239,7 +248,18 @@ def _filter_scores(
 
 
 @_filter_scores.register_fake
-def _(queries_QD, documents_ND, floor_Q, limit_Q, length, query_scale_Q, document_scale_N, add_Q, slope_Q, spread_N):
+def _(
+    queries_QD,
+    documents_ND,
+    floor_Q,
+    limit_Q,
+    length,
+    query_scale_Q,
+    document_scale_N,
+    add_Q,
+    slope_Q,
+    spread_N,
+):
     list_keys_QL = floor_Q.new_empty(queries_QD.shape[0], length)
     counts_Q = floor_Q.new_empty(queries_QD.shape[0], dtype=torch.int32)
     return list_keys_QL, torch.empty_like(list_keys_QL, dtype=torch.int32), counts_Q
@@ -258,7 +278,16 @@ def filter_scores_kernel(
     spread_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _filter_scores(
-        queries_QD, documents_ND, floor_Q, limit_Q, length, query_scale_Q, document_scale_N, add_Q, slope_Q, spread_N
+        queries_QD,
+        documents_ND,
+        floor_Q,
+        limit_Q,
+        length,
+        query_scale_Q,
+        document_scale_N,
+        add_Q,
+        slope_Q,
+        spread_N,
     )
 
 
@@ -274,8 +303,8 @@ def filter_scores(
     slope_Q: torch.Tensor | None = None,
     spread_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """keys = (queries @ documents.T) * document_scale * query_scale[:, None] + slope[:, None] * spread + add[:, None];
-    rows, columns = ((keys >= floor[:, None]) & (keys < limit[:, None])).nonzero(), by row
+    """keys = (queries @ documents.T) * document_scale * query_scale[:, None] + slope[:, None] * spread +
+    add[:, None]; rows, columns = ((keys >= floor[:, None]) & (keys < limit[:, None])).nonzero(), by row
 
     queries [Q, D], documents [N, D]: both int8 (with both scales), bf16 or fp16; rows of a multiple of 16 bytes.
     floor, limit, scales, add [Q], slope [Q] with spread [N]: fp32 vectors; all but floor and limit optional.
@@ -289,8 +318,19 @@ def filter_scores(
             f"{queries_QD.dtype} and {list(documents_ND.shape)} {documents_ND.dtype}"
         )
     if queries_QD.shape[1] * queries_QD.element_size() % 16:
-        raise ValueError(f"filter_scores wants rows of a multiple of 16 bytes, not {queries_QD.shape[1]} columns")
+        raise ValueError(
+            f"filter_scores wants rows of a multiple of 16 bytes, not {queries_QD.shape[1]} columns"
+        )
     run = filter_scores_kernel if queries_QD.is_cuda else filter_scores_ref
     return run(
-        queries_QD, documents_ND, floor_Q, limit_Q, length, query_scale_Q, document_scale_N, add_Q, slope_Q, spread_N
+        queries_QD,
+        documents_ND,
+        floor_Q,
+        limit_Q,
+        length,
+        query_scale_Q,
+        document_scale_N,
+        add_Q,
+        slope_Q,
+        spread_N,
     )

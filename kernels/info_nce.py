@@ -34,7 +34,9 @@ from nemo_embed_core.kernels.info_nce_own import (
 )
 
 
-def _column_scores_ref(q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None):
+def _column_scores_ref(
+    q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None
+):
     """-> scores [B, P], and which of them count"""
     keep_BP = torch.ones(q_BD.shape[0], docs_PD.shape[0], dtype=torch.bool, device=q_BD.device)
     if row_ids_B is not None:
@@ -89,7 +91,9 @@ def _columns_kernel(
     q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups = _groups(row_ids_B, doc_ids_P, valid_P, q_BD.shape[0], known_ids_BJ)
-    lse_B, positive_B, _ = columns_fwd(q_BD, docs_PD, *temperature_argument(temperature, q_BD), labels_B, *groups)
+    lse_B, positive_B, _ = columns_fwd(
+        q_BD, docs_PD, *temperature_argument(temperature, q_BD), labels_B, *groups
+    )
     return lse_B, positive_B
 
 
@@ -112,7 +116,9 @@ def _in_batch(
     label_B = labels_B.clamp(min=0)  # safe as an index
     has_positive_B = labels_B >= 0 if valid_P is None else (labels_B >= 0) & valid_P[label_B]
     row_ids_B = None if doc_ids_P is None else doc_ids_P[label_B]
-    lse_B, positive_B = columns(q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ)
+    lse_B, positive_B = columns(
+        q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ
+    )
     terms = [lse_B, extra_lse_B]
     if own_docs_BKD is not None:
         if own_mask_BK is None:
@@ -177,7 +183,9 @@ def info_nce_hard(
             f"{list(docs_BMD.shape)} and {list(mask_BM.shape)}"
         )
     if docs_BMD.shape[1] == 0 or mask_BM.dtype != torch.bool:
-        raise ValueError(f"info_nce_hard wants M >= 1 and a bool mask, not M={docs_BMD.shape[1]} and {mask_BM.dtype}")
+        raise ValueError(
+            f"info_nce_hard wants M >= 1 and a bool mask, not M={docs_BMD.shape[1]} and {mask_BM.dtype}"
+        )
     run = info_nce_hard_kernel if _use_kernel(q_BD) else info_nce_hard_ref
     return run(q_BD, docs_BMD, mask_BM, temperature, normalize)
 
@@ -201,7 +209,9 @@ def in_batch_logsumexp(
     """
     _check("in_batch_logsumexp", rows_BD, docs_PD)
     if (row_ids_B is None) != (doc_ids_P is None):
-        raise ValueError("in_batch_logsumexp: row_ids and doc_ids exclude columns together; give both or neither")
+        raise ValueError(
+            "in_batch_logsumexp: row_ids and doc_ids exclude columns together; give both or neither"
+        )
     run = in_batch_logsumexp_kernel if _use_kernel(rows_BD) else in_batch_logsumexp_ref
     return run(rows_BD, docs_PD, temperature, row_ids_B, doc_ids_P, valid_P)
 
@@ -252,5 +262,14 @@ def info_nce_in_batch(
         )
     run = info_nce_in_batch_kernel if _use_kernel(q_BD) else info_nce_in_batch_ref
     return run(
-        q_BD, docs_PD, labels_B, temperature, doc_ids_P, valid_P, own_docs_BKD, own_mask_BK, extra_lse_B, known_ids_BJ
+        q_BD,
+        docs_PD,
+        labels_B,
+        temperature,
+        doc_ids_P,
+        valid_P,
+        own_docs_BKD,
+        own_mask_BK,
+        extra_lse_B,
+        known_ids_BJ,
     )

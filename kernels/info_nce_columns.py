@@ -17,10 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_embed_core.kernels.info_nce_own import (
-    learned_or,
-    without_empty_rows,
-)
+from nemo_embed_core.kernels.info_nce_own import learned_or, without_empty_rows
 
 # element size -> [(largest B, BLOCK_B, BLOCK_P, BLOCK_D, num_warps, num_stages)]. Timed on an H200: the bf16
 # tile of many rows; the others by registers and shared memory (no spills, wgmma).
@@ -162,7 +159,9 @@ def _columns_fwd_kernel(
     positive = tl.zeros((BLOCK_B,), tl.float32)
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(P, BLOCK_P))
     for tile in range(split * tiles_per_split, last_tile):
-        products = _score_tile(q, docs, first_row, tile * BLOCK_P, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION)
+        products = _score_tile(
+            q, docs, first_row, tile * BLOCK_P, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
+        )
         running_max, total, weighted, positive = _accumulate(
             products, running_max, total, weighted, positive, inverse_temperature, label, row_group,
             groups_ptr, known_ptr,
@@ -307,13 +306,17 @@ def columns_fwd(
     num_rows, hidden_size = q_BD.shape
     num_columns = docs_PD.shape[0]
     has_known = known_groups_BJ is not None
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size(), has_known)
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
+        num_rows, q_BD.element_size(), has_known
+    )
     row_blocks, tiles = triton.cdiv(num_rows, block_b), triton.cdiv(num_columns, block_p)
     # Few rows: more splits, to fill the GPU. Many rows: at least 11, so that a group of row blocks shares
     # columns.
     tiles_per_split = max(1, tiles // max(11, triton.cdiv(_PROGRAMS, max(1, row_blocks))))
     num_splits = triton.cdiv(tiles, tiles_per_split)
-    lse_SB, mean_SB, positive_SB = (q_BD.new_empty(num_splits, num_rows, dtype=torch.float32) for _ in range(3))
+    lse_SB, mean_SB, positive_SB = (
+        q_BD.new_empty(num_splits, num_rows, dtype=torch.float32) for _ in range(3)
+    )
     lse_B, mean_B, positive_B = (q_BD.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
     if num_rows:
         if num_columns:
@@ -330,7 +333,16 @@ def columns_fwd(
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(num_rows, 128),)](
-            lse_SB, mean_SB, positive_SB, lse_B, mean_B, positive_B, num_rows, num_splits, BLOCK_B=128, num_warps=4
+            lse_SB,
+            mean_SB,
+            positive_SB,
+            lse_B,
+            mean_B,
+            positive_B,
+            num_rows,
+            num_splits,
+            BLOCK_B=128,
+            num_warps=4,
         )
     return lse_B, positive_B, mean_B
 
@@ -373,7 +385,9 @@ def _columns_bwd(
     if not num_rows or not num_columns:
         return torch.zeros_like(q_BD), torch.zeros_like(docs_PD)
     has_known = known_groups_BJ is not None
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(num_rows, q_BD.element_size(), has_known)
+    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
+        num_rows, q_BD.element_size(), has_known
+    )
     q_BD, docs_PD = q_BD.contiguous(), docs_PD.contiguous()
     q, docs, tma = _operands(q_BD, docs_PD, block_b, block_p, block_d)
     optional = _or_unread(lse_B, labels_B, row_groups_B, groups_P, known_groups_BJ)
@@ -406,7 +420,17 @@ def _columns_bwd(
 
 @_columns_bwd.register_fake
 def _(
-    dlse_B, dpositive_B, q_BD, docs_PD, temperature, constant, lse_B, labels_B, row_groups_B, groups_P, known_groups_BJ
+    dlse_B,
+    dpositive_B,
+    q_BD,
+    docs_PD,
+    temperature,
+    constant,
+    lse_B,
+    labels_B,
+    row_groups_B,
+    groups_P,
+    known_groups_BJ,
 ):
     return q_BD.new_empty(q_BD.shape), docs_PD.new_empty(docs_PD.shape)
 
@@ -418,10 +442,14 @@ def _columns_setup_context(ctx, inputs, output):
 
 def _columns_backward(ctx, dlse_B, dpositive_B, _):
     q_BD, docs_PD, temperature, lse_B, positive_B, mean_B, *optional = ctx.saved_tensors
-    dq_BD, ddocs_PD = _columns_bwd(dlse_B, dpositive_B, q_BD, docs_PD, temperature, ctx.constant, lse_B, *optional)
+    dq_BD, ddocs_PD = _columns_bwd(
+        dlse_B, dpositive_B, q_BD, docs_PD, temperature, ctx.constant, lse_B, *optional
+    )
     dtemperature = None
     if ctx.needs_input_grad[2]:
-        dtemperature = -(without_empty_rows(dlse_B, lse_B) * mean_B + dpositive_B * positive_B).sum() / temperature
+        dtemperature = (
+            -(without_empty_rows(dlse_B, lse_B) * mean_B + dpositive_B * positive_B).sum() / temperature
+        )
     return dq_BD, ddocs_PD, dtemperature, None, None, None, None, None
 
 

@@ -19,7 +19,9 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _own_scores_ref(q_BD: torch.Tensor, docs_BMD: torch.Tensor, mask_BM: torch.Tensor, normalize: bool) -> torch.Tensor:
+def _own_scores_ref(
+    q_BD: torch.Tensor, docs_BMD: torch.Tensor, mask_BM: torch.Tensor, normalize: bool
+) -> torch.Tensor:
     q_BD, docs_BMD = wide(q_BD), wide(docs_BMD).masked_fill(~mask_BM[..., None], 0.0)
     if normalize:
         q_BD, docs_BMD = F.normalize(q_BD, dim=-1), F.normalize(docs_BMD, dim=-1)
@@ -29,7 +31,11 @@ def _own_scores_ref(q_BD: torch.Tensor, docs_BMD: torch.Tensor, mask_BM: torch.T
 def masked_logsumexp_ref(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """logsumexp over the kept columns, -inf where none is kept; plain logsumexp has a NaN gradient there."""
     any_kept = keep.any(1)
-    return scores.masked_fill(~keep & any_kept[:, None], -math.inf).logsumexp(1).masked_fill(~any_kept, -math.inf)
+    return (
+        scores.masked_fill(~keep & any_kept[:, None], -math.inf)
+        .logsumexp(1)
+        .masked_fill(~any_kept, -math.inf)
+    )
 
 
 def info_nce_hard_ref(
@@ -43,7 +49,11 @@ def info_nce_hard_ref(
     # Relative to the positive before the logsumexp: a loss of 1e-6 is then not the difference of two numbers
     # near 50.
     scores_BM = (scores_BM - scores_BM[:, :1]) / temperature
-    return scores_BM.masked_fill(~mask_BM & mask_BM[:, :1], -math.inf).logsumexp(1).masked_fill(~mask_BM[:, 0], 0.0)
+    return (
+        scores_BM.masked_fill(~mask_BM & mask_BM[:, :1], -math.inf)
+        .logsumexp(1)
+        .masked_fill(~mask_BM[:, 0], 0.0)
+    )
 
 
 def own_logsumexp_ref(q_BD, docs_BMD, mask_BM, temperature) -> torch.Tensor:
@@ -89,7 +99,9 @@ def _own_fwd_kernel(
             mask_d = offs_d < D
             q = tl.load(q_ptr + b * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
             docs = tl.load(
-                docs_ptr + (b * M + m)[:, None] * D + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0
+                docs_ptr + (b * M + m)[:, None] * D + offs_d[None, :],
+                mask=mask_m[:, None] & mask_d[None, :],
+                other=0.0,
             ).to(tl.float32)
             products += docs * q[None, :]
             if NORMALIZE:
@@ -206,7 +218,11 @@ def _own_bwd_kernel(
             if NORMALIZE:
                 ddocs -= radial_doc[:, None] * docs
             dq += tl.sum(c[:, None] * docs, 0)
-            tl.store(ddocs_ptr + offs, ddocs.to(ddocs_ptr.dtype.element_ty), mask=(m < M)[:, None] & mask_d[None, :])
+            tl.store(
+                ddocs_ptr + offs,
+                ddocs.to(ddocs_ptr.dtype.element_ty),
+                mask=(m < M)[:, None] & mask_d[None, :],
+            )
         tl.store(dq_ptr + b * D + offs_d, dq.to(dq_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -219,7 +235,9 @@ def _own_config(config: tuple[int, int, int], num_documents: int, hidden_size: i
     )
 
 
-def temperature_argument(temperature: float | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+def temperature_argument(
+    temperature: float | torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor | None, float]:
     """-> a tensor, or None and a number"""
     if isinstance(temperature, torch.Tensor):
         return temperature.to(like.device, torch.float32).reshape(()), 0.0
@@ -302,7 +320,19 @@ def _own_bwd(
 
 
 @_own_bwd.register_fake
-def _(dlse_B, q_BD, docs_BMD, mask_BM, temperature, constant, lse_B, scores_BM, q_inverse_B, docs_inverse_BM, relative):
+def _(
+    dlse_B,
+    q_BD,
+    docs_BMD,
+    mask_BM,
+    temperature,
+    constant,
+    lse_B,
+    scores_BM,
+    q_inverse_B,
+    docs_inverse_BM,
+    relative,
+):
     return q_BD.new_empty(q_BD.shape), docs_BMD.new_empty(docs_BMD.shape)
 
 
@@ -323,7 +353,9 @@ def _own_backward(ctx, dlse_B, *_):
     if dlse_B is None:
         return (None,) * 7
     q_BD, docs_BMD, mask_BM, temperature, lse_B, mean_B, *rest = ctx.saved_tensors
-    dq_BD, ddocs_BMD = _own_bwd(dlse_B, q_BD, docs_BMD, mask_BM, temperature, ctx.constant, lse_B, *rest, ctx.relative)
+    dq_BD, ddocs_BMD = _own_bwd(
+        dlse_B, q_BD, docs_BMD, mask_BM, temperature, ctx.constant, lse_B, *rest, ctx.relative
+    )
     dtemperature = None
     if ctx.needs_input_grad[3]:
         dtemperature = -(without_empty_rows(dlse_B, lse_B) * mean_B).sum() / temperature

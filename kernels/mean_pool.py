@@ -28,7 +28,9 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def segment_sum_ref(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
     num_segments = cu_seqlens.numel() - 1
-    position_T = torch.arange(token_offset, token_offset + x_TD.shape[0], device=x_TD.device, dtype=cu_seqlens.dtype)
+    position_T = torch.arange(
+        token_offset, token_offset + x_TD.shape[0], device=x_TD.device, dtype=cu_seqlens.dtype
+    )
     # Tokens behind the last sequence fall into a row of their own, which is dropped.
     segment_T = torch.searchsorted(cu_seqlens[1:].contiguous(), position_T, right=True)
     x_TD = _wide(x_TD)
@@ -64,7 +66,9 @@ def _row_block(hidden_size: int) -> int:
     """BLOCK_D of a program that needs a whole row, for its norm"""
     block_d = max(16, triton.next_power_of_2(hidden_size))
     if block_d > 16384:
-        raise ValueError(f"mean_pool holds rows in registers for their norm: hidden_size={hidden_size} is above 16384")
+        raise ValueError(
+            f"mean_pool holds rows in registers for their norm: hidden_size={hidden_size} is above 16384"
+        )
     return block_d
 
 
@@ -113,7 +117,9 @@ def _chunk_sum_kernel(
                 tl.store(partial_ptr + (chunk + segment) * D + offs_d, acc, mask=mask_d)
                 begin = segment_end
                 segment += 1
-                segment_end = tl.load(cu_ptr + segment + 1, mask=segment < N, other=0).to(tl.int64) - token_offset
+                segment_end = (
+                    tl.load(cu_ptr + segment + 1, mask=segment < N, other=0).to(tl.int64) - token_offset
+                )
                 inside = (offs_t >= begin) & (offs_t < segment_end)
                 acc = tl.sum(tl.where(inside[:, None], x, 0.0), 0)
     if (row < chunk_end) & (segment < N):
@@ -241,7 +247,12 @@ def _reduce(x_TD, cu_seqlens, token_offset, want_sum: bool, want_mean: bool, nor
         )  # fmt: skip
         if normalize and long:
             _normalize_kernel[(num_segments,)](
-                mean_ND, inverse_N, D=hidden_size, BLOCK_D=_row_block(hidden_size), MIN_NORM=_MIN_NORM, num_warps=8
+                mean_ND,
+                inverse_N,
+                D=hidden_size,
+                BLOCK_D=_row_block(hidden_size),
+                MIN_NORM=_MIN_NORM,
+                num_warps=8,
             )
     return sum_ND, mean_ND, inverse_N
 
@@ -289,14 +300,20 @@ def _segment_sum_setup_context(ctx, inputs, output):
 
 
 def _segment_sum_backward(ctx, dsum_ND):
-    return _segment_sum_bwd(dsum_ND, *ctx.saved_tensors, ctx.token_offset, ctx.num_tokens, ctx.dtype), None, None
+    return (
+        _segment_sum_bwd(dsum_ND, *ctx.saved_tensors, ctx.token_offset, ctx.num_tokens, ctx.dtype),
+        None,
+        None,
+    )
 
 
 _segment_sum_fwd.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup_context)
 
 
 @torch.library.custom_op("nemo_embed_core::mean_pool_forward", mutates_args=())
-def _mean_pool_fwd(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_pool_fwd(
+    x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [N, D], 1 / norm [N] (with normalize)"""
     return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), 0, False, True, normalize)[1:]
 

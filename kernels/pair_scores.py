@@ -1,8 +1,9 @@
 """Dot products of chosen pairs of rows, in fp64 and one order of summation that D alone fixes.
 
-Contract: a product of two fp32 is exact in fp64, and the sum is a tree of halves, x[:h] + x[h:] with h = 2^(n-1), ..., 2, 1 for
-D <= 2^n; a zero is +0. So a score is a function of its two rows: the same bits on a CPU, on a GPU and in numpy, in any batch. Documents are
-read once per pair, queries once per two pairs of the same query; nothing is gathered.
+Contract: a product of two fp32 is exact in fp64, and the sum is a tree of halves, x[:h] + x[h:] with h =
+2^(n-1), ..., 2, 1 for D <= 2^n; a zero is +0. So a score is a function of its two rows: the same bits on a
+CPU, on a GPU and in numpy, in any batch. Documents are read once per pair, queries once per two pairs of the
+same query; nothing is gathered.
 """
 
 # M pairs · Q and N rows on the two sides · D columns
@@ -13,10 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-_CHUNK = 1 << 19  # fp64 numbers of the reference at a time, twice: 8 MiB; fewer cost more in calls than a cache gains
+# Fp64 numbers of the reference at a time, twice: 8 MiB; fewer cost more in calls than a cache gains.
+_CHUNK = 1 << 19
 
 
-def pair_scores_ref(q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor) -> torch.Tensor:
+def pair_scores_ref(
+    q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor
+) -> torch.Tensor:
     num_columns = q_QD.shape[1]
     scores = torch.full((len(rows_M),), torch.nan, device=q_QD.device)
     there = (ids_M >= 0).nonzero()[:, 0]
@@ -38,7 +42,8 @@ def pair_scores_ref(q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor
     return scores
 
 
-# (columns of a chunk, chunks of a row in straight-line code): of seven the fastest on an H200 at D = 4096 (docs/log.md).
+# (columns of a chunk, chunks of a row in straight-line code): of seven the fastest on an H200 at D = 4096
+# (docs/log.md).
 _CONFIG = (64, 16)
 
 
@@ -47,7 +52,8 @@ def _sums_of_chunks(
     q0_ptr, q1_ptr, d0_ptr, d1_ptr, offs_d,
     COUNT: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, SHARED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Products of COUNT chunks, STEP columns apart, summed as a tree of halves, depth first: few sums are alive."""
+    """Products of COUNT chunks, STEP columns apart, summed as a tree of halves, depth first: few sums are
+    alive."""
     HALF: tl.constexpr = COUNT // 2
     if COUNT > UNROLL:
         x0 = tl.full(offs_d.shape, -0.0, tl.float64)  # the number whose addition changes nothing
@@ -58,7 +64,9 @@ def _sums_of_chunks(
             x0, x1 = x0 + y0, x1 + y1
     elif COUNT > 1:
         x0, x1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, offs_d, HALF, 2 * STEP, D, SHARED, UNROLL)
-        y0, y1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, offs_d + STEP, HALF, 2 * STEP, D, SHARED, UNROLL)
+        y0, y1 = _sums_of_chunks(
+            q0_ptr, q1_ptr, d0_ptr, d1_ptr, offs_d + STEP, HALF, 2 * STEP, D, SHARED, UNROLL
+        )
         x0, x1 = x0 + y0, x1 + y1
     else:
         mask = None if D & (D - 1) == 0 else offs_d < D
@@ -95,7 +103,8 @@ def _pair_scores_kernel(
     d0_ptr, d1_ptr = d_ptr + tl.maximum(id0, 0) * D, d_ptr + tl.maximum(id1, 0) * D
     C: tl.constexpr = 1 << LEVELS
     offs_d = tl.arange(0, C)
-    if row0 == row1:  # the rule where pairs are sorted; fewer conversions to fp64, which are slower than its products
+    # The rule where pairs are sorted; fewer conversions to fp64, which are slower than its products.
+    if row0 == row1:
         x0, x1 = _sums_of_chunks(q0_ptr, q0_ptr, d0_ptr, d1_ptr, offs_d, CHUNKS, C, D, True, UNROLL)
     else:
         x0, x1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, offs_d, CHUNKS, C, D, False, UNROLL)
@@ -104,7 +113,9 @@ def _pair_scores_kernel(
 
 
 @torch.library.custom_op("nemo_embed_core::pair_scores", mutates_args=())
-def _pair_scores(q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor) -> torch.Tensor:
+def _pair_scores(
+    q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor
+) -> torch.Tensor:
     q_QD, d_ND = q_QD.contiguous(), d_ND.contiguous()
     num_columns = q_QD.shape[1]
     scores = torch.full((len(rows_M),), torch.nan, dtype=torch.float32, device=q_QD.device)
@@ -130,8 +141,11 @@ def pair_scores_kernel(
     return _pair_scores(q_QD, rows_M, d_ND, ids_M)
 
 
-def pair_scores(q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor) -> torch.Tensor:
-    """(q.double()[rows] * d.double()[ids]).sum(1).float(), summed as a tree of halves; NaN where the id is negative
+def pair_scores(
+    q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor
+) -> torch.Tensor:
+    """(q.double()[rows] * d.double()[ids]).sum(1).float(), summed as a tree of halves; NaN where the id is
+    negative
 
     q [Q, D], d [N, D]: fp32, bf16 or fp16 each.  rows, ids [M] int64.  Returns [M] fp32.
     CUDA: Triton, D <= 16384, tensors on the current device.

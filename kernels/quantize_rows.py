@@ -1,7 +1,9 @@
-"""Rows as int8 with one scale each, or as bf16, with the norms that bound what the rounding can do to a dot product.
+"""Rows as int8 with one scale each, or as bf16, with the norms that bound what the rounding can do to a dot
+product.
 
-Contract: one read of the rows and one write of the values. The squares are sums over the row of what was stored, in fp32
-and in any order: a caller that needs an upper bound adds the rounding of D additions (mine/search/bounds.py).
+Contract: one read of the rows and one write of the values. The squares are sums over the row of what was
+stored, in fp32 and in any order: a caller that needs an upper bound adds the rounding of D additions
+(mine/search/bounds.py).
 """
 
 # N rows · D columns
@@ -131,7 +133,9 @@ def quantize_rows(
         )
     if x_ND.is_cuda:
         if x_ND.shape[1] > 16384:
-            raise ValueError(f"quantize_rows holds whole rows in registers: D={x_ND.shape[1]} is more than 16384")
+            raise ValueError(
+                f"quantize_rows holds whole rows in registers: D={x_ND.shape[1]} is more than 16384"
+            )
         return quantize_rows_kernel(x_ND, dtype)
     return quantize_rows_ref(x_ND, dtype)
 

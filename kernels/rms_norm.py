@@ -1,8 +1,9 @@
 """RMSNorm of the residual stream, with the residual addition in the same pass.
 
-Contract: hidden = x + residual, rounded to x.dtype (the value that later layers see); y = norm(hidden) * weight.
-Half types are normalised in fp32, cast back, then multiplied by the weight: LlamaRMSNorm's order, so y equals Hugging
-Face's. One read of x and residual, one write of y and hidden; backward reads dy, dhidden and hidden once and writes dx once.
+Contract: hidden = x + residual, rounded to x.dtype (the value that later layers see); y = norm(hidden) *
+weight. Half types are normalised in fp32, cast back, then multiplied by the weight: LlamaRMSNorm's order, so
+y equals Hugging Face's. One read of x and residual, one write of y and hidden; backward reads dy, dhidden and
+hidden once and writes dx once.
 """
 
 # T packed tokens · D hidden_size · P programs of the backward, each with its own partial sum of dweight
@@ -23,12 +24,13 @@ def rms_norm_ref(
     return (weight_D * normed_TD.to(hidden_TD.dtype)).to(hidden_TD.dtype), hidden_TD
 
 
-# (largest BLOCK_D, num_warps): by registers per thread (no spills; at 16384 the backward would spill), and at D = 4096 by
-# time on an H200, where 4, 8 and 16 warps differ by 1 % (docs/log.md).
+# (largest BLOCK_D, num_warps): by registers per thread (no spills; at 16384 the backward would spill), and at
+# D = 4096 by time on an H200, where 4, 8 and 16 warps differ by 1 % (docs/log.md).
 _CONFIGS = [(512, 1), (1024, 2), (2048, 4), (4096, 8), (8192, 16)]
 
-# Programs of the backward: two per SM of an H100/H200 with rows in flight; more programs were slower. A constant, not the
-# device's SM count: the order in which dweight is summed, and so its bits, must not depend on the GPU.
+# Programs of the backward: two per SM of an H100/H200 with rows in flight; more programs were slower. A
+# constant, not the device's SM count: the order in which dweight is summed, and so its bits, must not depend
+# on the GPU.
 _BACKWARD_PROGRAMS = 264
 _SUM_ROWS = (128, 16, 8)  # rows and columns at a time, num_warps: 256 programs at D = 4096
 
@@ -39,7 +41,9 @@ def _config(hidden_size: int) -> tuple[int, int]:
     for largest, num_warps in _CONFIGS:
         if block_d <= largest:
             return block_d, num_warps
-    raise ValueError(f"rms_norm holds a row in registers: hidden_size={hidden_size} is above {_CONFIGS[-1][0]}")
+    raise ValueError(
+        f"rms_norm holds a row in registers: hidden_size={hidden_size} is above {_CONFIGS[-1][0]}"
+    )
 
 
 @triton.jit
@@ -69,7 +73,8 @@ def _rms_norm_bwd_kernel(
     dy_ptr, dhidden_ptr, hidden_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DHIDDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: rows pid, pid + P, pid + 2 P, ...; their share of dweight stays in registers until the end."""
+    """One program: rows pid, pid + P, pid + 2 P, ...; their share of dweight stays in registers until the
+    end."""
     pid = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -163,7 +168,8 @@ def _rms_norm_bwd(
         _rms_norm_bwd_kernel[(num_programs,)](
             dy_TD, dhidden_TD if dhidden_TD is not None else dy_TD, hidden_TD, weight_D, rstd_T, dx_TD, dweight_PD,
             num_tokens, D=hidden_size, BLOCK_D=block_d, HAS_DHIDDEN=dhidden_TD is not None,
-            STAGES=4 if block_d <= 2048 else 3, num_warps=num_warps,  # rows in flight that fit in shared memory in fp32 too
+            # Rows in flight that fit in shared memory in fp32 too.
+            STAGES=4 if block_d <= 2048 else 3, num_warps=num_warps,
         )  # fmt: skip
     return dx_TD, _sum_rows(dweight_PD, weight_D.dtype)
 
@@ -212,7 +218,9 @@ def rms_norm(
     CUDA: Triton, tensors on the current device, D up to 8192; dweight is summed in a fixed order, without atomics.
     """
     if x_TD.dim() != 2 or weight_D.shape != x_TD.shape[1:]:
-        raise ValueError(f"rms_norm wants x [T, D] and weight [D], not {list(x_TD.shape)} and {list(weight_D.shape)}")
+        raise ValueError(
+            f"rms_norm wants x [T, D] and weight [D], not {list(x_TD.shape)} and {list(weight_D.shape)}"
+        )
     if residual_TD is not None and (residual_TD.shape != x_TD.shape or residual_TD.dtype != x_TD.dtype):
         raise ValueError(
             f"rms_norm: residual {list(residual_TD.shape)} {residual_TD.dtype} is not like x "

@@ -1,8 +1,9 @@
 """RoPE on the fused qkv output, taken apart into q, k and v in the same pass.
 
-Contract: the qkv columns are one block per KV group g, [q heads of g | k_g | v_g], each head head_dim wide. Attention wants
-q, k and v dense, so the blocks must be copied apart anyway: the rotation rides on that copy for free (one read, one write),
-where an in-place RoPE would be a second read and write. Rotate-half convention (Hugging Face Llama), math in fp32.
+Contract: the qkv columns are one block per KV group g, [q heads of g | k_g | v_g], each head head_dim wide.
+Attention wants q, k and v dense, so the blocks must be copied apart anyway: the rotation rides on that copy
+for free (one read, one write), where an in-place RoPE would be a second read and write. Rotate-half
+convention (Hugging Face Llama), math in fp32.
 """
 
 # T packed tokens · E = (H + 2 G) A qkv columns · H query heads · G KV heads · A head_dim · R = A / 2
@@ -15,7 +16,12 @@ import triton.language as tl
 
 
 def split_rope_ref(
-    qkv_TE: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    qkv_TE: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_tokens, per_group = qkv_TE.shape[0], num_heads // num_kv_heads
     blocks = qkv_TE.view(num_tokens, num_kv_heads, per_group + 2, head_dim)
@@ -33,12 +39,14 @@ def split_rope_ref(
     )
 
 
-_TOKENS = 8  # of a program; with a warp for every 16 pairs of a head, the fastest on an H200 for heads of 64 and 128
+# Of a program; with a warp for every 16 pairs of a head, the fastest on an H200 for heads of 64 and 128.
+_TOKENS = 8
 
 
 @triton.jit
 def _move_head(src_ptrs, dst_ptrs, cos, sin, mask, R: tl.constexpr, ROTATE: tl.constexpr):
-    """One head, 2 R elements of every token, from src to dst; the pointers are of the first halves, [BLOCK_T, BLOCK_R]."""
+    """One head, 2 R elements of every token, from src to dst; the pointers are of the first halves, [BLOCK_T,
+    BLOCK_R]."""
     first = tl.load(src_ptrs, mask=mask, other=0.0)
     second = tl.load(src_ptrs + R, mask=mask, other=0.0)
     if ROTATE:
@@ -55,11 +63,13 @@ def _split_rope_kernel(
     G: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T tokens of one KV group (HEADS query heads, one k, one v), whose tables it reads once.
+    """One program: BLOCK_T tokens of one KV group (HEADS query heads, one k, one v), whose tables it reads
+    once.
 
     BACKWARD moves the other way, q/k/v gradients into the qkv gradient, rotating by the opposite angle.
     """
-    # Groups first: programs that run at one time cover whole rows, which DRAM gives faster than strips of them.
+    # Groups first: programs that run at one time cover whole rows, which DRAM gives faster than strips of
+    # them.
     group = tl.program_id(0) % G
     t = (tl.program_id(0) // G * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     offs_r = tl.arange(0, BLOCK_R)[None, :]
@@ -100,12 +110,19 @@ def _launch(qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, backward: bool) -> None
 
 @torch.library.custom_op("nemo_embed_core::split_rope_forward", mutates_args=())
 def _split_rope_fwd(
-    qkv_TE: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    qkv_TE: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q_THA = qkv_TE.new_empty(qkv_TE.shape[0], num_heads, head_dim)
     k_TGA = qkv_TE.new_empty(qkv_TE.shape[0], num_kv_heads, head_dim)
     v_TGA = torch.empty_like(k_TGA)
-    _launch(qkv_TE.contiguous(), q_THA, k_TGA, v_TGA, cos_TR.contiguous(), sin_TR.contiguous(), backward=False)
+    _launch(
+        qkv_TE.contiguous(), q_THA, k_TGA, v_TGA, cos_TR.contiguous(), sin_TR.contiguous(), backward=False
+    )
     return q_THA, k_TGA, v_TGA
 
 
@@ -118,7 +135,11 @@ def _(qkv_TE, cos_TR, sin_TR, num_heads, num_kv_heads, head_dim):
 
 @torch.library.custom_op("nemo_embed_core::split_rope_backward", mutates_args=())
 def _split_rope_bwd(
-    dq_THA: torch.Tensor, dk_TGA: torch.Tensor, dv_TGA: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
+    dq_THA: torch.Tensor,
+    dk_TGA: torch.Tensor,
+    dv_TGA: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
 ) -> torch.Tensor:
     num_tokens, num_heads, head_dim = dq_THA.shape
     dqkv_TE = dq_THA.new_empty(num_tokens, (num_heads + 2 * dk_TGA.shape[1]) * head_dim)
@@ -145,15 +166,26 @@ _split_rope_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def split_rope_kernel(
-    qkv_TE: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    qkv_TE: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _split_rope_fwd(qkv_TE, cos_TR, sin_TR, num_heads, num_kv_heads, head_dim)
 
 
 def split_rope(
-    qkv_TE: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    qkv_TE: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v = qkv.view(T, G, H // G + 2, A).split([H // G, 1, 1], 2), then x * cos + rotate_half(x) * sin on q and k.
+    """q, k, v = qkv.view(T, G, H // G + 2, A).split([H // G, 1, 1], 2), then x * cos + rotate_half(x) * sin
+    on q and k.
 
     qkv [T, (H + 2 G) A]: bf16, fp16, fp32 (fp64: plain torch).  cos, sin [T, A / 2] fp32, constants (no gradient).
     Returns q [T, H, A], k [T, G, A], v [T, G, A]: dense, in qkv's dtype; query head h belongs to KV head h // (H / G).
@@ -165,7 +197,9 @@ def split_rope(
             f"split_rope: num_kv_heads={num_kv_heads} must divide num_heads={num_heads} and head_dim={head_dim} be even"
         )
     if qkv_TE.dim() != 2 or qkv_TE.shape[1] != columns:
-        raise ValueError(f"split_rope wants qkv [T, {columns}] for these head counts, not {list(qkv_TE.shape)}")
+        raise ValueError(
+            f"split_rope wants qkv [T, {columns}] for these head counts, not {list(qkv_TE.shape)}"
+        )
     if cos_TR.shape != (qkv_TE.shape[0], head_dim // 2) or sin_TR.shape != cos_TR.shape:
         raise ValueError(
             f"split_rope wants cos and sin [{qkv_TE.shape[0]}, {head_dim // 2}], one row per token, "

@@ -1,8 +1,10 @@
-"""Rows times one random orthogonal matrix, as int8 with one scale each: a Hadamard transform and quantize_rows in one pass.
+"""Rows times one random orthogonal matrix, as int8 with one scale each: a Hadamard transform and
+quantize_rows in one pass.
 
-Contract: one read of the rows and one write of the values. With H the matrix of +-1 that Sylvester's construction gives,
-y = H (signs x) / (256 sqrt(D)) is what is quantised, and the squares are sums of y. `rotation_error` bounds the distance of
-the computed y from the exact one, relative to its norm; the squares round besides (kernels/quantize_rows.py).
+Contract: one read of the rows and one write of the values. With H the matrix of +-1 that Sylvester's
+construction gives, y = H (signs x) / (256 sqrt(D)) is what is quantised, and the squares are sums of y.
+`rotation_error` bounds the distance of the computed y from the exact one, relative to its norm; the squares
+round besides (kernels/quantize_rows.py).
 """
 
 # N rows · D = R C columns, powers of two · C at a time by a tensor core, R by additions
@@ -15,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-SHRINK = 256.0  # an entry of a rotated row is at most |x| <= sqrt(D) max|x|: after this no finite row becomes infinite
+# An entry of a rotated row is at most |x| <= sqrt(D) max|x|: after this no finite row becomes infinite.
+SHRINK = 256.0
 UNDERFLOW = 2.0**-126  # times D: what flushed squares (and, far less, flushed numbers) can lack in `error`
 
 
@@ -41,8 +44,17 @@ def is_rotatable(hidden_size: int, dtype: torch.dtype) -> bool:
     return 256 <= hidden_size <= largest and hidden_size & (hidden_size - 1) == 0
 
 
-# D: (C, num_warps) of 16-bit rows, whose accumulators are [C, R]. At 4096 the fastest of three on an H200; the others by registers.
-_CONFIGS = {256: (16, 1), 512: (32, 1), 1024: (64, 4), 2048: (64, 4), 4096: (64, 4), 8192: (128, 8), 16384: (128, 8)}
+# D: (C, num_warps) of 16-bit rows, whose accumulators are [C, R]. At 4096 the fastest of three on an H200;
+# the others by registers.
+_CONFIGS = {
+    256: (16, 1),
+    512: (32, 1),
+    1024: (64, 4),
+    2048: (64, 4),
+    4096: (64, 4),
+    8192: (128, 8),
+    16384: (128, 8),
+}
 _ROWS = 16  # of a program, which sets up the matrix and the signs once
 
 
@@ -67,7 +79,8 @@ def rotation_error(hidden_size: int, dtype: torch.dtype) -> float:
 def _hadamard(x, LEVELS: tl.constexpr, FIRST_FAR: tl.constexpr, END_FAR: tl.constexpr):
     """The 2^LEVELS columns of each row of x, transformed: (x0 + x1, x0 - x1) for every bit of the column.
 
-    Bits FIRST_FAR to END_FAR lie across lanes (and warps): there the difference is had from the sum, one exchange for both.
+    Bits FIRST_FAR to END_FAR lie across lanes (and warps): there the difference is had from the sum, one
+    exchange for both.
     """
     ROWS: tl.constexpr = x.shape[0]
     COLUMNS: tl.constexpr = x.shape[1]
@@ -113,7 +126,8 @@ def _rotate_quantize_kernel(
             x = _hadamard(loaded * (signs * factor), LEVELS, FIRST_FAR, END_FAR)
         x = tl.where(broken, 0.0, x)
         scale = tl.max(tl.reshape(tl.abs(x), (R * C,)), 0) / 127
-        scale = tl.where(scale > 1e-30, scale, 1.0)  # its inverse is finite; what is lost is counted as any other error
+        # Its inverse is finite; what is lost is counted as any other error.
+        scale = tl.where(scale > 1e-30, scale, 1.0)
         shifted = x * (1 / scale) + 12582912.0  # 1.5 * 2^23: the rounded number is in the last bits
         error = x - (shifted - 12582912.0) * scale
         square, error = tl.sum(tl.reshape(x * x, (R * C,)), 0), tl.sum(tl.reshape(error * error, (R * C,)), 0)
@@ -133,8 +147,8 @@ def _rotate_quantize(
     x_ND, signs_D = x_ND.contiguous(), signs_D.to(x_ND.dtype)
     values = torch.empty_like(x_ND, dtype=torch.int8)
     scale, square, error = (x_ND.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
-    # Where bits lie, which decides about speed only: accumulators have pairs of columns in registers and four such pairs
-    # across lanes; a row as it is read has 16 numbers in registers, then come lanes, then warps.
+    # Where bits lie, which decides about speed only: accumulators have pairs of columns in registers and four
+    # such pairs across lanes; a row as it is read has 16 numbers in registers, then come lanes, then warps.
     is_dot = x_ND.dtype != torch.float32
     if is_dot:
         (c, num_warps), first_far, end_far = _CONFIGS[columns], 1, 3
@@ -160,7 +174,8 @@ def _(x_ND, signs_D):
 def rotate_quantize(
     x_ND: torch.Tensor, signs_D: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """quantize_rows(y, torch.int8) of y = scipy.linalg.hadamard(D) @ (signs * x) / (256 sqrt(D)) for every row x
+    """quantize_rows(y, torch.int8) of y = scipy.linalg.hadamard(D) @ (signs * x) / (256 sqrt(D)) for every
+    row x
 
     x [N, D]: bf16, fp16, fp32, D a power of two from 256 to 16384 (fp32: 8192).  signs [D]: 1 or -1.
     Returns values [N, D] int8, scale [N], square [N] and error [N] in fp32, as quantize_rows does, ties to even. A row with NaN

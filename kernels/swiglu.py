@@ -1,7 +1,8 @@
 """silu(gate) * up on the fused output of the gate_up projection.
 
-Contract: the columns are num_blocks blocks of [gate block | up block] (ModelConfig.mlp_blocks, so that a plain row shard of
-the weight holds whole blocks); the output columns are in block order. One read and one write each way; math in fp32.
+Contract: the columns are num_blocks blocks of [gate block | up block] (ModelConfig.mlp_blocks, so that a
+plain row shard of the weight holds whole blocks); the output columns are in block order. One read and one
+write each way; math in fp32.
 """
 
 # T packed tokens · F intermediate_size (of this rank) · E = 2 F gate_up columns
@@ -20,17 +21,20 @@ def swiglu_ref(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
     return (F.silu(gate) * up).reshape(num_tokens, columns // 2)
 
 
-# (BLOCK_T, BLOCK_F, num_warps). 256 divides the blocks of the 1B (1024) and 8B (1792) models, so no lane idles there; other
-# shapes differed by less than 1 % on an H200.
+# (BLOCK_T, BLOCK_F, num_warps). 256 divides the blocks of the 1B (1024) and 8B (1792) models, so no lane
+# idles there; other shapes differed by less than 1 % on an H200.
 _CONFIG = (8, 256, 4)
 
 
 @triton.jit
 def _tile(NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
-    """-> block, rows and columns in it of this program; columns first, so that what runs at one time covers whole rows"""
+    """-> block, rows and columns in it of this program; columns first, so that what runs at one time covers
+    whole rows"""
     tiles_per_block = tl.cdiv(WIDTH, BLOCK_F)
     tile = tl.program_id(0) % (NUM_BLOCKS * tiles_per_block)
-    offs_t = (tl.program_id(0) // (NUM_BLOCKS * tiles_per_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    offs_t = (tl.program_id(0) // (NUM_BLOCKS * tiles_per_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(
+        tl.int64
+    )
     return tile // tiles_per_block, offs_t, (tile % tiles_per_block) * BLOCK_F + tl.arange(0, BLOCK_F)
 
 
@@ -42,7 +46,9 @@ def _swiglu_fwd_kernel(
     """One program: BLOCK_T rows x BLOCK_F columns of one block of WIDTH columns."""
     block, offs_t, offs_f = _tile(NUM_BLOCKS, WIDTH, BLOCK_T, BLOCK_F)
     mask = (offs_t < T)[:, None] & (offs_f < WIDTH)[None, :]
-    gate_ptrs = gate_up_ptr + offs_t[:, None] * (2 * NUM_BLOCKS * WIDTH) + (2 * block * WIDTH + offs_f)[None, :]
+    gate_ptrs = (
+        gate_up_ptr + offs_t[:, None] * (2 * NUM_BLOCKS * WIDTH) + (2 * block * WIDTH + offs_f)[None, :]
+    )
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + WIDTH, mask=mask, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up

@@ -1,9 +1,11 @@
-"""The whole path on data that is on every machine: train, mine, retrain, merge, evaluate. `make demo` runs it.
+"""The whole path on data that is on every machine: train, mine, retrain, merge, evaluate. `make demo` runs
+it.
 
     python launch/demo.py --output runs/demo
 
-Texts: docstrings of the installed Python packages (query: the summary line, passage: the rest), split by module. Every
-stage is one of the public launchers, printed as the command that it is, so each can be run again by itself.
+Texts: docstrings of the installed Python packages (query: the summary line, passage: the rest), split by
+module. Every stage is one of the public launchers, printed as the command that it is, so each can be run
+again by itself.
 """
 
 import argparse
@@ -39,7 +41,8 @@ def run(command: list[str], env: dict[str, str] | None = None) -> None:
 
 
 def train(config: str, output: Path, *options: str) -> None:
-    """torchrun with tp=2 and sequence parallelism: on two GPUs, or on a CPU whose cores both ranks share; one GPU: tp=1."""
+    """torchrun with tp=2 and sequence parallelism: on two GPUs, or on a CPU whose cores both ranks share; one
+    GPU: tp=1."""
     import torch
 
     ranks = "1" if torch.cuda.device_count() == 1 else "2"
@@ -55,7 +58,8 @@ def prepare_data(folder: Path) -> None:
     from nemo_embed_core.data.tokenizer import train_sentencepiece
 
     counts = write_demo_data(folder)
-    # Stage 2 gets rows that stage 1 has not seen, as in the paper: on rows seen before it lost on dev (docs/log.md).
+    # Stage 2 gets rows that stage 1 has not seen, as in the paper: on rows seen before it lost on dev
+    # (docs/log.md).
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(lines)
     cut = len(lines) * 7 // 10
@@ -86,7 +90,9 @@ def plot(output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="replaced if it exists")
     args = parser.parse_args()
     output, start = args.output.resolve(), time.monotonic()
@@ -102,7 +108,16 @@ def main() -> None:
     train("configs/train-demo-stage1.yaml", output / "stage1", *common, *pairs)
     run(
         [
-            *(python, "launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK),
+            *(
+                python,
+                "launch/mine.py",
+                "--config",
+                "configs/mine-demo.yaml",
+                "--threshold",
+                "0.95",
+                "--task",
+                TASK,
+            ),
             *("--model", str(output / "stage1"), "--data", str(data / "stage2.jsonl")),
             *("--output", str(output / "mined.jsonl")),
         ]
@@ -115,7 +130,14 @@ def main() -> None:
     models = [str(output / name) for name in ("untrained", "stage1", "stage2", "stage2-seed2", "merged")]
     run(
         [
-            *(python, "launch/evaluate.py", "--config", "configs/evaluate-demo.yaml", "--data", str(data / "test")),
+            *(
+                python,
+                "launch/evaluate.py",
+                "--config",
+                "configs/evaluate-demo.yaml",
+                "--data",
+                str(data / "test"),
+            ),
             *("--output", str(output / "evaluation.json"), "--models", *models, "bm25"),
         ]
     )

@@ -1,6 +1,8 @@
-"""Retrieval quality of models side by side on one held-out BEIR folder, each with its own prompts, lengths and similarity.
+"""Retrieval quality of models side by side on one held-out BEIR folder, each with its own prompts, lengths
+and similarity.
 
-python launch/evaluate.py --models runs/stage1 exports/merged bm25 --data data/wiki --split test --output report.json
+python launch/evaluate.py --models runs/stage1 exports/merged bm25 --data data/wiki --split test --output
+report.json
 """
 
 from nemo_embed_core.config import EvaluateConfig, load_config, user_errors

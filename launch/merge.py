@@ -17,7 +17,9 @@ from nemo_embed_core.merge.recipes import check_recipe
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("sources", nargs="*", help="runs, checkpoints or Hugging Face folders; several are averaged")
     add("-o", "--output", help="folder to make; must not exist or be empty")
@@ -25,7 +27,9 @@ def options() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own")
     formats = "native: transformers >= 5.2; compat: >= 4.51"
     add("--format", choices=("native", "compat"), default="native", help=formats)
-    add("--trust-remote-code", action="store_true", help="with --check: run code in DIR that we did not write")
+    add(
+        "--trust-remote-code", action="store_true", help="with --check: run code in DIR that we did not write"
+    )
     add("--task", help="instruction of the default query prompt; default: the sources' own")
     add("--document-task", help="the same of documents")
     add("--weights", type=float, nargs="+", metavar="W", help="one per source, sum 1; default: the mean")

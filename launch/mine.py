@@ -27,7 +27,8 @@ def main() -> None:
         from nemo_embed_core.parallel.collectives import gather_objects
         from nemo_embed_core.parallel.mesh import distributed
 
-        # Ranks wait for each other only at the ends of encoding and of each block of queries: hours, when one resumes.
+        # Ranks wait for each other only at the ends of encoding and of each block of queries: hours, when one
+        # resumes.
         parallel = ParallelConfig(dp_size=world_size_from_env(), timeout_s=24 * 3600)
         with distributed(parallel, config.device) as mesh:
             how = (config.device, config.precision, config.max_tokens)

@@ -1,11 +1,12 @@
 """Tokenise datasets once into the memory-mapped store that training opens.
 
-    python launch/prepare.py --tokenizer DIR --data.datasets '[{path: train.jsonl, task: "Given a question, ..."}]'
-    python launch/prepare.py --config configs/prepare.yaml
+    python launch/prepare.py --tokenizer DIR --data.datasets '[{path: train.jsonl, task: "Given a question,
+    ..."}]' python launch/prepare.py --config configs/prepare.yaml
 
-Training does this by itself when the store is missing; run it beforehand on a cheap machine to check the data and to
-keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`, exit code 2. A build that
-was killed goes on where it was. With --data.store DIGEST it checks a store that is there, without its sources.
+Training does this by itself when the store is missing; run it beforehand on a cheap machine to check the data
+and to keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`,
+exit code 2. A build that was killed goes on where it was. With --data.store DIGEST it checks a store that is
+there, without its sources.
 """
 
 import time

@@ -29,7 +29,8 @@ def train(config: TrainConfig) -> None:
 
 
 def stop_with_torchrun() -> None:
-    """SIGTERM, which saves and ends, when torchrun's agent dies: ranks without it would train on as nobody's children."""
+    """SIGTERM, which saves and ends, when torchrun's agent dies: ranks without it would train on as nobody's
+    children."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -8,7 +8,9 @@ import runpy
 import sys
 
 VERBS = ("prepare", "train", "mine", "merge", "evaluate")
-USAGE = f"usage: nemo-embed {{{','.join(VERBS)}}} [options]\n\nnemo-embed VERB --help lists the options of each."
+USAGE = (
+    f"usage: nemo-embed {{{','.join(VERBS)}}} [options]\n\nnemo-embed VERB --help lists the options of each."
+)
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""What every test gets: fixed seeds, one thread, no network, and a reason printed for what this machine cannot check."""
+"""What every test gets: fixed seeds, one thread, no network, and a reason printed for what this machine
+cannot check."""
 
 import os
 import random
 from collections.abc import Iterator
 
-# Before torch and transformers are imported: child processes inherit these too. One thread, because pytest workers and
-# gloo ranks already fill the cores.
+# Before torch and transformers are imported: child processes inherit these too. One thread, because pytest
+# workers and gloo ranks already fill the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

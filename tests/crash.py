@@ -1,4 +1,5 @@
-"""Runs of tests/train/crash_worker.py: train toys in forked ranks, kill, stop or signal them, and compare what they leave.
+"""Runs of tests/train/crash_worker.py: train toys in forked ranks, kill, stop or signal them, and compare
+what they leave.
 
 answer = worker.train(config_for(tmp_path, "run"), 2, signals=[{"signal": 15, "ranks": [0], "at_step": 3}])
 """
@@ -34,7 +35,9 @@ class Worker:
         script = Path(__file__).with_name("train") / "crash_worker.py"
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, str(script)], stdin=pipe, stdout=pipe, text=True, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=pipe, stdout=pipe, text=True, env=env
+        )
 
     def train(self, config: Any, world_size: int = 1, **request: Any) -> Answer:
         values = {"config": dataclasses.asdict(config), "world_size": world_size, **request}
@@ -65,11 +68,16 @@ def config_for(folder: Path, name: str, **changes: Any) -> Any:
 
 
 def ledger_of(
-    steps: int, skipped: set[int] | frozenset[int] = frozenset(), batch: int = 8, rows: int | np.ndarray = DRAWN
+    steps: int,
+    skipped: set[int] | frozenset[int] = frozenset(),
+    batch: int = 8,
+    rows: int | np.ndarray = DRAWN,
 ) -> str:
     """The hash chain that a manifest carries, from the sampler alone."""
     ledger, sampler = "0" * 64, Sampler(rows, batch, 0)
     for step in range(steps):
         of_step = np.ascontiguousarray(sampler.rows(step), dtype="<i8").tobytes()
-        ledger = hashlib.sha256(ledger.encode() + of_step + (b"skipped" if step in skipped else b"")).hexdigest()
+        ledger = hashlib.sha256(
+            ledger.encode() + of_step + (b"skipped" if step in skipped else b"")
+        ).hexdigest()
     return ledger

@@ -1,10 +1,12 @@
-"""run(): a function of a test module on forked ranks, from a server that has imported torch and the trainer once.
+"""run(): a function of a test module on forked ranks, from a server that has imported torch and the trainer
+once.
 
     outcomes = server.run(train, 2, config)     # [Outcome(code, result, output)], one per rank
 
 def train(config): ...                          # top level; may return what torch.save takes
 
-A UserError ends a rank as it ends a launcher: a paragraph in its output and the error's exit code. A killed rank has -9.
+A UserError ends a rank as it ends a launcher: a paragraph in its output and the error's exit code. A killed
+rank has -9.
 """
 
 import importlib.util
@@ -35,15 +37,24 @@ class Server:
     def __init__(self) -> None:
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=env
+        )
 
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any) -> list[Outcome]:
         import torch
 
-        assert "." not in fn.__qualname__, f"{fn.__qualname__} must be a function at the top level of its module"
+        assert "." not in fn.__qualname__, (
+            f"{fn.__qualname__} must be a function at the top level of its module"
+        )
         with tempfile.TemporaryDirectory() as folder:
             torch.save(args, Path(folder, "args"))
-            request = {"path": inspect.getsourcefile(fn), "name": fn.__name__, "folder": folder, "n": world_size}
+            request = {
+                "path": inspect.getsourcefile(fn),
+                "name": fn.__name__,
+                "folder": folder,
+                "n": world_size,
+            }
             assert self.process.stdin is not None and self.process.stdout is not None
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -51,7 +62,8 @@ class Server:
             outcomes = []
             for rank, code in enumerate(codes):
                 result, output = Path(folder, f"result-{rank}"), Path(folder, f"log-{rank}").read_text()
-                print(f"--- rank {rank} of {world_size}, exit code {code}\n{output}")  # shown when the test fails
+                # Shown when the test fails.
+                print(f"--- rank {rank} of {world_size}, exit code {code}\n{output}")
                 outcomes.append(
                     Outcome(code, torch.load(result, weights_only=False) if result.exists() else None, output)
                 )

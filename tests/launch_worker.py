@@ -1,6 +1,7 @@
 """Runs launchers in forked processes on request: thirty command lines for the price of one `import torch`.
 
-Reads one JSON object per line: {"argv": ["launch/train.py", ...], "env": {...}}; answers {"code", "stderr", "cpu_s"}.
+Reads one JSON object per line: {"argv": ["launch/train.py", ...], "env": {...}}; answers {"code", "stderr",
+"cpu_s"}.
 """
 
 import json

@@ -1,9 +1,11 @@
-"""`make mutants`: does a test notice? One-line bugs, planted one at a time in a copy of the tree, and the tests that should fail.
+"""`make mutants`: does a test notice? One-line bugs, planted one at a time in a copy of the tree, and the
+tests that should fail.
 
     python tests/mutants.py [--jobs 2] [WORD ...]          # only mutants whose name or file has one of the words
 
-A mutant whose text is no longer in its file is an error of this list, as is one that survives without an explanation. Kernel
-mutants that the interpreter judges without pytest are in tests/kernels/test_mutants.py, which runs here too, and in the suite.
+A mutant whose text is no longer in its file is an error of this list, as is one that survives without an
+explanation. Kernel mutants that the interpreter judges without pytest are in tests/kernels/test_mutants.py,
+which runs here too, and in the suite.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ MUTANTS = [
     Mutant("AdamW ignores beta1 and beta2", OPTIM, "betas=(config.beta1, config.beta2), ", "", OPTIM_OPTIONS),
     Mutant("AdamW ignores eps", OPTIM, ", eps=config.eps", "", OPTIM_OPTIONS),
     Mutant("norms decay too", OPTIM, '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', OPTIM_OPTIONS),
-    Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}, {', '"weight_decay": 0.0}, {', OPTIM_OPTIONS),
+    Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}', '"weight_decay": 0.0}', OPTIM_OPTIONS),
     Mutant("the warm-up begins at 0", OPTIM, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIM_OPTIONS),
     Mutant("the rate falls to 0 instead of min_lr", OPTIM, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
     Mutant("the rate never reaches the optimizer", ENGINE, 'param_group["lr"] = lr', "pass", OPTIM_OPTIONS),
@@ -116,7 +118,7 @@ MUTANTS = [
     Mutant("the norm is this tp rank's", GRAD_NORM, "        all_reduce_(total, mesh.tp.group)\n", "        pass\n", TP2),
     Mutant("norm gradients are not summed over tp", GRAD_NORM, "if not mesh.tp.sequence_parallel:", "if True:", TP2_SP),
     Mutant("bf16 gradient reduction", FSDP, "reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16", BF16),
-    Mutant("rotary tables cast to bf16 by FSDP2", FSDP, "reduce_dtype=torch.float32, cast_forward_inputs=False", "reduce_dtype=torch.float32, cast_forward_inputs=True", BF16),
+    Mutant("rotary tables cast to bf16 by FSDP2", FSDP, "reduce_dtype=torch.float32,\n        cast_forward_inputs=False", "reduce_dtype=torch.float32,\n        cast_forward_inputs=True", BF16),
     Mutant("half-done gradients outlive a dropped step", FSDP, "parameter.unsharded_accumulated_grad = None", "pass", "tests/train/test_dropped_step.py"),
     Mutant("f is the identity both ways", COLLECTIVES, "return all_reduce_sum(grads[0], ctx.group), None", "return grads[0], None", TP2),
     Mutant("g sums both ways", COLLECTIVES, "        return grads[0], None\n\n\nclass _GatherTokens", "        return all_reduce_sum(grads[0], group=dist.group.WORLD), None\n\n\nclass _GatherTokens", TP2),
@@ -204,7 +206,8 @@ def copy_tree(folder: Path) -> Path:
 def pytest_in(tree: Path, tests: list[str], *options: str) -> tuple[int, str]:
     """(exit code, output); a test that hangs has noticed."""
     env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    # A folder of its own: the numbered ones of pytest are removed by whoever comes later, also while another one is at work.
+    # A folder of its own: the numbered ones of pytest are removed by whoever comes later, also while another
+    # one is at work.
     command = [
         sys.executable,
         "-m",
@@ -217,7 +220,9 @@ def pytest_in(tree: Path, tests: list[str], *options: str) -> tuple[int, str]:
         "addopts=--import-mode=importlib",
     ]
     command += [f"--basetemp={tree.parent / 'pytest'}", *options, *tests]
-    process = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         output, _ = process.communicate(timeout=TIMEOUT_S)
         return process.returncode, output
@@ -228,7 +233,8 @@ def pytest_in(tree: Path, tests: list[str], *options: str) -> tuple[int, str]:
 
 
 def plant(mutant: Mutant, trees: SimpleQueue[Path], passes: dict[str, bool]) -> Outcome:
-    """passes: of tests that have noticed something, whether they pass in a healthy tree; a failure says nothing otherwise."""
+    """passes: of tests that have noticed something, whether they pass in a healthy tree; a failure says
+    nothing otherwise."""
     tree = trees.get()
     started, file = time.monotonic(), tree / mutant.file
     healthy = file.read_text(encoding="utf-8")
@@ -243,7 +249,9 @@ def plant(mutant: Mutant, trees: SimpleQueue[Path], passes: dict[str, bool]) -> 
         noticed = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.M)
         seconds = time.monotonic() - started
         if code == 0:
-            return Outcome("explained" if mutant.no_bug else "UNCAUGHT", mutant.no_bug or mutant.tests, seconds)
+            return Outcome(
+                "explained" if mutant.no_bug else "UNCAUGHT", mutant.no_bug or mutant.tests, seconds
+            )
         if (
             code != 1 or not noticed
         ):  # no test ran, or a module cannot be imported: that is no bug that a test has to find
@@ -251,7 +259,11 @@ def plant(mutant: Mutant, trees: SimpleQueue[Path], passes: dict[str, bool]) -> 
         test = noticed[1]
         if test not in passes:
             passes[test] = pytest_in(tree, [test])[0] == 0
-        return Outcome("caught", test, seconds) if passes[test] else Outcome("ERROR", f"{test} fails anyway", seconds)
+        return (
+            Outcome("caught", test, seconds)
+            if passes[test]
+            else Outcome("ERROR", f"{test} fails anyway", seconds)
+        )
     finally:
         file.write_text(healthy, encoding="utf-8")
         trees.put(tree)

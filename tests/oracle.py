@@ -1,4 +1,5 @@
-"""Training steps that share no line with the product: Hugging Face's Llama, and loss, clipping, schedule and AdamW as formulas.
+"""Training steps that share no line with the product: Hugging Face's Llama, and loss, clipping, schedule and
+AdamW as formulas.
 
     oracle = Oracle(folder, torch.float64)                  # of a folder that write_model made
     step = oracle.step(batch, options, number)              # Step(losses, hits, norm, gradients), weights updated
@@ -44,7 +45,8 @@ def write_model(
 
 @dataclass(frozen=True)
 class Batch:
-    """A global batch: token ids of B queries and of the documents that they bring, document 0 of a row its positive."""
+    """A global batch: token ids of B queries and of the documents that they bring, document 0 of a row its
+    positive."""
 
     queries: list[list[int]]
     documents: list[list[int]]  # [B][1 + K] ids; -1: this row has fewer negatives
@@ -84,7 +86,9 @@ class Oracle:
             frequency = rope["rope_theta"] ** (-i / A)
             if rope["rope_type"] == "llama3":
                 turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-                share = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+                share = (turns - rope["low_freq_factor"]) / (
+                    rope["high_freq_factor"] - rope["low_freq_factor"]
+                )
                 share = min(1.0, max(0.0, share))
                 frequency *= share + (1 - share) / rope["factor"]
             frequencies.append(frequency)
@@ -107,22 +111,30 @@ class Oracle:
         return mean / mean.norm(dim=1, keepdim=True)
 
     def losses(self, batch: Batch, in_batch: str, temperature: float) -> tuple[Tensor, list[Tensor]]:
-        """(cross-entropy of each row's positive among its candidates [B], the candidates' cosines); one row at a time."""
+        """(cross-entropy of each row's positive among its candidates [B], the candidates' cosines); one row
+        at a time."""
         ids = sorted(batch.tokens)
         rows = self.embed(batch.queries + [batch.tokens[i] for i in ids])
         q, documents = rows[: len(batch.queries)], dict(zip(ids, rows[len(batch.queries) :], strict=True))
         losses, scores = [], []
         for b, own in enumerate(batch.documents):
-            others = [theirs for other, theirs in enumerate(batch.documents) if other != b and in_batch != "none"]
+            others = [
+                theirs for other, theirs in enumerate(batch.documents) if other != b and in_batch != "none"
+            ]
             found = own[1:] + [d for theirs in others for d in (theirs if in_batch == "all" else theirs[:1])]
             right = batch.known[b] | {tuple(batch.tokens[own[0]])}
             candidates = [own[0], *(d for d in found if d >= 0 and tuple(batch.tokens[d]) not in right)]
             scores.append(torch.stack([q[b] @ documents[d] for d in candidates]))
-            losses.append(torch.nn.functional.cross_entropy(scores[-1][None] / temperature, torch.tensor([0])))
+            losses.append(
+                torch.nn.functional.cross_entropy(scores[-1][None] / temperature, torch.tensor([0]))
+            )
         return torch.stack(losses), [s.detach() for s in scores]
 
-    def step(self, batch: Batch, number: int, steps: int, loss: dict[str, Any], optim: dict[str, Any]) -> Step:
-        """Step `number` of 0, 1, ..., steps - 1, with the options under their names in a training configuration."""
+    def step(
+        self, batch: Batch, number: int, steps: int, loss: dict[str, Any], optim: dict[str, Any]
+    ) -> Step:
+        """Step `number` of 0, 1, ..., steps - 1, with the options under their names in a training
+        configuration."""
         self.model.zero_grad()
         losses, scores = self.losses(batch, **loss)
         losses.mean().backward()
@@ -136,7 +148,8 @@ class Oracle:
 
     @staticmethod
     def _rate(number: int, steps: int, optim: dict[str, Any]) -> float:
-        """Linear up to lr, which the last step of the warm-up has, then linear down to min_lr one step after the last."""
+        """Linear up to lr, which the last step of the warm-up has, then linear down to min_lr one step after
+        the last."""
         lr, low, warmup = optim["lr"], optim["min_lr"], optim["warmup_steps"]
         if number < warmup:
             return lr * (number + 1) / warmup

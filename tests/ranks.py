@@ -32,11 +32,12 @@ GRACE_S = 2.0  # after the first rank failed: time for the others to say why the
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
-    """fn(rank, world_size, init_file, *args) in `world_size` new processes of one thread each; what each returned.
+    """fn(rank, world_size, init_file, *args) in `world_size` new processes of one thread each; what each
+    returned.
 
-    init_file is a path for init_method="file://...". The processes load fn's module by its path, so that it need not
-    be importable by name. AssertionError with the tracebacks when a rank fails; when ranks hang for timeout_s they
-    are ended, and the error shows where each stood.
+    init_file is a path for init_method="file://...". The processes load fn's module by its path, so that it
+    need not be importable by name. AssertionError with the tracebacks when a rank fails; when ranks hang for
+    timeout_s they are ended, and the error shows where each stood.
     """
     assert "." not in fn.__qualname__, f"{fn.__qualname__} must be a function at the top level of its module"
     path = inspect.getsourcefile(fn)
@@ -50,8 +51,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
                 env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 logs.append(open(Path(folder, f"log-{rank}"), "w+"))  # noqa: SIM115
                 command = [sys.executable, __file__, path, fn.__name__, folder, str(timeout_s)]
-                processes.append(subprocess.Popen(command, env=env, stdout=logs[-1], stderr=subprocess.STDOUT))
-            _wait(processes, timeout_s + 30)  # the ranks end themselves at timeout_s; this is for one that cannot
+                processes.append(
+                    subprocess.Popen(command, env=env, stdout=logs[-1], stderr=subprocess.STDOUT)
+                )
+            # The ranks end themselves at timeout_s; this is for one that cannot.
+            _wait(processes, timeout_s + 30)
         finally:
             for process in processes:
                 process.kill()
@@ -63,7 +67,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
             log.close()
             sys.stdout.write(text)  # pytest shows it when the test fails
             if process.returncode:
-                failures.append(f"rank {rank} of {world_size}, exit code {process.returncode}:\n{text[-8000:]}")
+                failures.append(
+                    f"rank {rank} of {world_size}, exit code {process.returncode}:\n{text[-8000:]}"
+                )
         assert not failures, "\n".join(failures)
         return [torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(world_size)]
 

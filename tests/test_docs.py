@@ -1,4 +1,5 @@
-"""What the texts say is so: pages that a command makes are its output, links lead somewhere, commands are accepted."""
+"""What the texts say is so: pages that a command makes are its output, links lead somewhere, commands are
+accepted."""
 
 import ast
 import re
@@ -34,7 +35,9 @@ def test_a_page_is_what_its_command_makes(page: str, command: list[str]) -> None
 
 def test_relative_links_lead_to_files() -> None:
     links = [
-        (page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        (page, link)
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     ]
     places = [(page, link.split("#")[0]) for page, link in links if "://" not in link]
     assert len(places) > 30
@@ -65,10 +68,13 @@ def test_the_readme_is_short_and_in_order() -> None:
 
 
 def _commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """(launcher, its arguments) of every line of a page that starts one; a line that ends in a backslash goes on."""
+    """(launcher, its arguments) of every line of a page that starts one; a line that ends in a backslash goes
+    on."""
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
     for line in text.splitlines():
-        if (match := re.match(r"\s*(?:python|torchrun)\s.*?launch/(\w+)\.py\b(.*)", line)) and match[1] != "demo":
+        if (match := re.match(r"\s*(?:python|torchrun)\s.*?launch/(\w+)\.py\b(.*)", line)) and match[
+            1
+        ] != "demo":
             yield match[1], shlex.split(match[2], comments=True)
 
 
@@ -96,7 +102,9 @@ def test_commands_of_merge_have_its_options() -> None:
     )
     known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.stdout.split("options:")[-1]))
     assert "--weights" in known and "-o" in known
-    unknown = [(page, word) for page, of, argv in COMMANDS if of == "merge" for word in argv if word.startswith("-")]
+    unknown = [
+        (page, word) for page, of, argv in COMMANDS if of == "merge" for word in argv if word.startswith("-")
+    ]
     assert not [(page, word) for page, word in unknown if word not in known]
 
 
@@ -126,8 +134,12 @@ def test_a_recipe_names_at_most_three_files_besides_tests() -> None:
 def test_every_package_that_setup_asks_for_is_pinned_in_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    (call,) = [node.value for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Expr)][1:]
-    asked = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg in _ASKED}  # type: ignore[attr-defined]
+    (call,) = [
+        node.value for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Expr)
+    ][1:]
+    asked = {
+        keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg in _ASKED
+    }  # type: ignore[attr-defined]
     extras = [item for name in ("eval", "demo", "log", "dev") for item in asked["extras_require"][name]]
     requirements = [Requirement(text) for text in (*asked["install_requires"], *extras)]
     for requirement in requirements:

@@ -54,7 +54,9 @@ def write(path: Path) -> None:
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for count, (cell, text) in enumerate(zip(cells, printed, strict=True), 1):
         cell["execution_count"] = count
-        cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": text.splitlines(keepends=True)}]
+        cell["outputs"] = [
+            {"name": "stdout", "output_type": "stream", "text": text.splitlines(keepends=True)}
+        ]
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-"""Rules of the house that no tool checks: what the package may not call, what stands where, and that commands exist."""
+"""Rules of the house that no tool checks: what the package may not call, what stands where, and that commands
+exist."""
 
 import ast
 import dataclasses
@@ -18,7 +19,9 @@ from nemo_embed_core import config
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
-    p for folder in ("nemo_embed_core", "kernels", "launch", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+    p
+    for folder in ("nemo_embed_core", "kernels", "launch", "benchmarks")
+    for p in (ROOT / folder).rglob("*.py")
 )
 LAUNCHERS = sorted((ROOT / "launch").glob("*.py"))
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -30,7 +33,14 @@ PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "mar
 FORBIDDEN_MODULES = PICKLES | {"torch.distributed.checkpoint"}
 FORBIDDEN_CALLS = {
     *("eval", "exec", "os.system", "os.popen", "torch.load", "torch.save", "torch.serialization.load"),
-    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "pd.read_pickle", "pandas.read_pickle"),
+    *(
+        "yaml.load",
+        "yaml.load_all",
+        "yaml.full_load",
+        "yaml.unsafe_load",
+        "pd.read_pickle",
+        "pandas.read_pickle",
+    ),
 }
 
 
@@ -78,8 +88,11 @@ def test_a_planted_danger_is_found(source: str) -> None:
 
 def test_the_package_neither_reads_pickles_nor_runs_text() -> None:
     assert not list(_forbidden("model.eval()\nnp.load(path, allow_pickle=False)\nyaml.safe_load(text)"))
-    found = [(f"{p.relative_to(ROOT)}:{line}", what) for p in SOURCES for line, what in _forbidden(p.read_text())]
-    # The process that proves an export loads it as its users will: our own remote code, or what --trust-remote-code names.
+    found = [
+        (f"{p.relative_to(ROOT)}:{line}", what) for p in SOURCES for line, what in _forbidden(p.read_text())
+    ]
+    # The process that proves an export loads it as its users will: our own remote code, or what
+    # --trust-remote-code names.
     trusted = "nemo_embed_core/export/reload.py:"
     assert [what for where, what in found if where.startswith(trusted)] == ["trust_remote_code=trusted"] * 3
     found = [item for item in found if not item[0].startswith(trusted)]
@@ -104,7 +117,9 @@ JSON_HOOKS = {"object_hook", "object_pairs_hook", "parse_constant", "parse_float
 def _homemade_file_work(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            yield from ((node.lineno, n) for a in node.names if (n := f"{node.module}.{a.name}") in FILE_CALLS)
+            yield from (
+                (node.lineno, n) for a in node.names if (n := f"{node.module}.{a.name}") in FILE_CALLS
+            )
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
@@ -139,7 +154,11 @@ def test_files_are_made_durable_hashed_locked_and_read_as_json_in_one_place() ->
     alone = ROOT / "nemo_embed_core/export/reload.py"
     home = ROOT / "nemo_embed_core/files"
     ours = [p for p in SOURCES if "benchmarks" not in p.parts and home not in p.parents and p != alone]
-    found = [f"{p.relative_to(ROOT)}:{line}: {what}" for p in ours for line, what in _homemade_file_work(p.read_text())]
+    found = [
+        f"{p.relative_to(ROOT)}:{line}: {what}"
+        for p in ours
+        for line, what in _homemade_file_work(p.read_text())
+    ]
     assert not found, "\n".join(found)
 
 
@@ -204,7 +223,9 @@ def test_errors_are_not_swallowed_and_ignores_have_a_code() -> None:
 
 
 # A file of the repository as texts name it: launch/train.py, configs/train-8b.yaml, docs/design.md.
-_FILE = re.compile(r"(?<![\w/.-])((?:benchmarks|configs|csrc|docs|kernels|launch|nemo_embed_core|tests)/[\w./-]*\.\w+)")
+_FILE = re.compile(
+    r"(?<![\w/.-])((?:benchmarks|configs|csrc|docs|kernels|launch|nemo_embed_core|tests)/[\w./-]*\.\w+)"
+)
 _MODULE = re.compile(r"-m (benchmarks\.\w+)")
 
 
@@ -214,7 +235,9 @@ def test_files_named_in_texts_and_recipes_exist() -> None:
     for path in (p for p in texts if p.is_file()):
         text = path.read_text()
         names = _FILE.findall(text) + [m.replace(".", "/") + ".py" for m in _MODULE.findall(text)]
-        missing += [f"{path.relative_to(ROOT)}: {name}" for name in names if not (ROOT / name.rstrip(".")).exists()]
+        missing += [
+            f"{path.relative_to(ROOT)}: {name}" for name in names if not (ROOT / name.rstrip(".")).exists()
+        ]
     assert not missing, "\n".join(missing)
 
 
@@ -266,7 +289,8 @@ def test_help_is_instant_and_imports_no_torch(path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of CPU: the machine may be busy
+    # Of CPU: the machine may be busy.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 3, f"{seconds:.1f} s"
 
 
@@ -293,7 +317,9 @@ def test_slurm_job_passes_sigterm_to_the_ranks_waits_for_the_save_and_queues_aga
     assert job.returncode == 143
     events = ["SIGTERM", "scancel --signal=TERM 7.0", "saved", "scontrol requeue 7"]
     assert [output.find(event) for event in events] == sorted(output.find(event) for event in events), output
-    assert all(event in output for event in (*events, "--nnodes 8 --nproc-per-node 8", "--output_dir runs/x y")), output
+    assert all(
+        event in output for event in (*events, "--nnodes 8 --nproc-per-node 8", "--output_dir runs/x y")
+    ), output
 
 
 # ------------------------------------------------------------------------------------------ the import layers

@@ -1,7 +1,8 @@
-"""The kernels/ arrangement (docs/design.md): our folder never stands in for the PyPI package `kernels`, and is in the wheel.
+"""The kernels/ arrangement (docs/design.md): our folder never stands in for the PyPI package `kernels`, and
+is in the wheel.
 
-transformers probes find_spec("kernels") and imports from what it finds. Ours has no __init__.py and is imported as
-nemo_embed_core.kernels through a symlink; each test guards one way of losing that.
+transformers probes find_spec("kernels") and imports from what it finds. Ours has no __init__.py and is
+imported as nemo_embed_core.kernels through a symlink; each test guards one way of losing that.
 """
 
 import ast
@@ -31,10 +32,14 @@ def _python(code: str, cwd: Path, *path: Path) -> str:
 @pytest.mark.parametrize("name", ["kernels", "csrc", "launch"])
 def test_folder_is_reached_through_a_committed_symlink(name: str) -> None:
     link = PACKAGE / name
-    assert link.is_symlink(), f"{link} must be a symlink to ../{name}; on Windows: git config core.symlinks true"
+    assert link.is_symlink(), (
+        f"{link} must be a symlink to ../{name}; on Windows: git config core.symlinks true"
+    )
     assert os.readlink(link) == f"../{name}"
     assert link.resolve() == ROOT / name
-    assert not (ROOT / name / "__init__.py").exists(), "with an __init__.py it shadows the PyPI package of that name"
+    assert not (ROOT / name / "__init__.py").exists(), (
+        "with an __init__.py it shadows the PyPI package of that name"
+    )
 
 
 def test_our_folder_is_no_module_in_the_repository_root() -> None:
@@ -103,7 +108,9 @@ def _cli(*argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_runs_the_launchers_under_its_own_name() -> None:
     result = _cli("evaluate", "--help")
-    assert result.returncode == 0 and "usage: nemo-embed evaluate " in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "usage: nemo-embed evaluate " in result.stdout, (
+        result.stdout + result.stderr
+    )
     assert "--ignore_identical_ids" in result.stdout
     result = _cli("mine", "--threshold", "3")  # its exit code and its one paragraph
     assert result.returncode == 2 and "threshold=3" in result.stderr and "Traceback" not in result.stderr

@@ -1,4 +1,5 @@
-"""Wrong input and wrong set-up, through the launchers: exit code 2 and one paragraph that says what to change."""
+"""Wrong input and wrong set-up, through the launchers: exit code 2 and one paragraph that says what to
+change."""
 
 import json
 import subprocess
@@ -34,7 +35,15 @@ class Launcher:
 
     def train(self, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
         shape = [f"--model.{k}={v}" for k, v in SHAPE.items()]
-        base = ["launch/train.py", "--output_dir", str(self.folder / "run"), "--steps", "2", "--device", "cpu"]
+        base = [
+            "launch/train.py",
+            "--output_dir",
+            str(self.folder / "run"),
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+        ]
         base += ["--tokenizer", str(self.folder / "tok"), "--global_batch_size", "8"]
         base += ["--data.cache_dir", str(self.folder / "cache"), "--data.num_hard_negatives", "2"]
         rows = json.dumps([{"path": str(self.folder / "train.jsonl")}])
@@ -105,14 +114,22 @@ def test_wrong_option(launch: Launcher, options: list[str], fragments: list[str]
 ENV = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 LAYOUTS: list[tuple[list[str], dict[str, str], str]] = [
     (["--parallel.tp_size=2"], {}, "world size 1 is not a multiple of parallel.tp_size=2"),
-    (["--parallel.tp_size=4"], {**ENV, "WORLD_SIZE": "6"}, "world size 6 is not a multiple of parallel.tp_size=4"),
+    (
+        ["--parallel.tp_size=4"],
+        {**ENV, "WORLD_SIZE": "6"},
+        "world size 6 is not a multiple of parallel.tp_size=4",
+    ),
     (["--parallel.tp_size=8"], {**ENV, "WORLD_SIZE": "8"}, "tp_size=8 does not divide num_key_value_heads=4"),
     (
         ["--parallel.tp_size=4", "--model.num_key_value_heads=2"],
         {**ENV, "WORLD_SIZE": "4"},
         "does not divide num_key_value_heads=2",
     ),
-    (["--parallel.dp_size=3"], {**ENV, "WORLD_SIZE": "4"}, "dp_size=3 x parallel.tp_size=1 = 3 processes, but 4"),
+    (
+        ["--parallel.dp_size=3"],
+        {**ENV, "WORLD_SIZE": "4"},
+        "dp_size=3 x parallel.tp_size=1 = 3 processes, but 4",
+    ),
     (["--global_batch_size=9"], {**ENV, "WORLD_SIZE": "2"}, "global_batch_size=9 is not a multiple of the 2"),
     ([], {"RANK": "0"}, "RANK=0 is set but WORLD_SIZE is not"),
     ([], {"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not"),
@@ -120,7 +137,9 @@ LAYOUTS: list[tuple[list[str], dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize("options, env, fragment", LAYOUTS, ids=[fragment for _, _, fragment in LAYOUTS])
-def test_wrong_layout_before_any_collective(launch: Launcher, options: list[str], env: dict, fragment: str) -> None:
+def test_wrong_layout_before_any_collective(
+    launch: Launcher, options: list[str], env: dict, fragment: str
+) -> None:
     """MASTER_PORT is closed: whoever tried to connect would hang, not answer."""
     refuses(launch.train(*options, env=env), fragment)
 
@@ -129,7 +148,10 @@ YAML = [
     ("seed: 1\nseed: 2\n", [":2: key 'seed' stands here and on line 1"]),
     ("loss:\n  temprature: 0.02\n", ["temprature", "did you mean loss.temperature?"]),
     ("seed: [1\n", ["is not valid YAML"]),
-    ("data:\n  datasets:\n  - {path: x, tsk: y}\n", ["data.datasets.tsk", "did you mean data.datasets.task?"]),
+    (
+        "data:\n  datasets:\n  - {path: x, tsk: y}\n",
+        ["data.datasets.tsk", "did you mean data.datasets.task?"],
+    ),
     ("optim: 3\n", ["optim=3 must be a mapping"]),
     ("", ["holds no mapping of options"]),
 ]
@@ -149,7 +171,10 @@ ROWS = [
     ('{"query": "a", "pos": [], "neg": []}\n', ":1:"),
     ('{"query": "a", "pos": ["c"], "neg": ["c"]}\n', ":1:"),
     ('{"query": "a", "pos": ["c"], "negs": []}\n', ":1:"),
-    ("".join(json.dumps({"query": f"q {i}", "pos": [f"p {i}"], "neg": []}) + "\n" for i in range(9)), "no negatives"),
+    (
+        "".join(json.dumps({"query": f"q {i}", "pos": [f"p {i}"], "neg": []}) + "\n" for i in range(9)),
+        "no negatives",
+    ),
 ]
 
 
@@ -202,10 +227,20 @@ def test_a_run_is_never_overwritten(launch: Launcher) -> None:
 
 def test_wrong_mining_merging_and_evaluation(launch: Launcher) -> None:
     data = str(launch.folder / "train.jsonl")
-    mine = ["launch/mine.py", "--model", "nowhere", "--data", data, "--output", str(launch.folder / "m.jsonl")]
+    mine = [
+        "launch/mine.py",
+        "--model",
+        "nowhere",
+        "--data",
+        data,
+        "--output",
+        str(launch.folder / "m.jsonl"),
+    ]
     refuses(launch([*mine, "--threshold", "2.5"]), "threshold=2.5")
     refuses(launch(mine), "nowhere is not a folder")
-    refuses(launch(["launch/merge.py", "nowhere", "-o", str(launch.folder / "out")]), "nowhere is not a folder")
+    refuses(
+        launch(["launch/merge.py", "nowhere", "-o", str(launch.folder / "out")]), "nowhere is not a folder"
+    )
     evaluate = ["launch/evaluate.py", "--data", str(launch.folder), "--models"]
     refuses(launch([*evaluate, "nowhere"]), "nowhere is not a folder")
     refuses(launch([*evaluate, "bm25"]), str(launch.folder))
@@ -220,7 +255,11 @@ def test_two_sources_of_truth_in_a_folder_are_refused_by_every_launcher(launch: 
     save_file({"norm.weight": torch.zeros(64)}, folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"norm.weight": "model-00001-of-00001.safetensors"}}
     for files, config, both in (
-        ({"model.safetensors.index.json": index}, {}, ("model.safetensors, which", "model.safetensors.index.json")),
+        (
+            {"model.safetensors.index.json": index},
+            {},
+            ("model.safetensors, which", "model.safetensors.index.json"),
+        ),
         (
             {},
             {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}},

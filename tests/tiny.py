@@ -58,9 +58,16 @@ def write_tokenizer(folder: Path) -> Path:
     )
     tokenizer.train_from_iterator([" ".join(WORDS), "find nothing number Instruct Query"] * 5, trainer)
     bos = [("<|begin_of_text|>", 0)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=bos)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=bos
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[1], "model_max_length": 512}
+    settings = {
+        "bos_token": special[0],
+        "eos_token": special[1],
+        "pad_token": special[1],
+        "model_max_length": 512,
+    }
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
@@ -75,7 +82,9 @@ def write_rows(path: Path, num_rows: int = 61, seed: int = 0) -> Path:
         positive = f"{b} and {a} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
         if rows and i % 7 == 0:
             positive = rows[-1]["pos"][0]
-        negatives = [f"nothing {j} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for j in range(i % 4)]
+        negatives = [
+            f"nothing {j} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for j in range(i % 4)
+        ]
         rows.append({"query": f"find {a} {b} {i}", "pos": [positive], "neg": negatives})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -103,12 +112,15 @@ def train_config(folder: Path, **changes: Any) -> TrainConfig:
         output_dir=str(folder / "run"), steps=10, global_batch_size=8, tokenizer=str(folder / "tokenizer"), model=MODEL,
         data=data, device="cpu", precision="fp32",
     )  # fmt: skip
-    nested = {k: dataclasses.replace(getattr(base, k), **v) for k, v in changes.items() if isinstance(v, dict)}
+    nested = {
+        k: dataclasses.replace(getattr(base, k), **v) for k, v in changes.items() if isinstance(v, dict)
+    }
     return dataclasses.replace(base, **{**changes, **nested})
 
 
 def llama_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of transformers' LlamaModel with this config.json, spelled apart from the package's table."""
+    """{name: shape} of transformers' LlamaModel with this config.json, spelled apart from the package's
+    table."""
     hidden_size, intermediate_size = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
     q_rows, kv_rows = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))

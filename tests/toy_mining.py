@@ -1,4 +1,5 @@
-"""What tests of mining share: an embedder whose vectors are known, rows with traps in them, ranks that are threads."""
+"""What tests of mining share: an embedder whose vectors are known, rows with traps in them, ranks that are
+threads."""
 
 from __future__ import annotations
 
@@ -79,7 +80,13 @@ def lines_of(path):
 def mine(rows, output, embedder=None, **options):
     fields = {f.name for f in dataclasses.fields(Selection)}
     selection = Selection(**{name: options.pop(name) for name in fields & options.keys()})
-    options = {"log": lambda _: None, "shard_size": 16, "block_queries": 10, "selection": selection, **options}
+    options = {
+        "log": lambda _: None,
+        "shard_size": 16,
+        "block_queries": 10,
+        "selection": selection,
+        **options,
+    }
     return mine_negatives(rows, embedder or FakeEmbedder(), output, **options)
 
 

@@ -1,1 +1,2 @@
-"""Sharded checkpoints that are published whole or not at all, and the merger that turns them into Hugging Face weights."""
+"""Sharded checkpoints that are published whole or not at all, and the merger that turns them into Hugging
+Face weights."""

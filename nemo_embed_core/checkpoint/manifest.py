@@ -1,7 +1,8 @@
 """manifest.json of a checkpoint: what it must hold, its digest, and whether its files are what it says.
 
-Names of tensors are our parameters', and STATE/PARAMETER for what an optimizer keeps of each (train/optim.py).
-A *box* is one contiguous block of a tensor's global shape as (offset, size); a *piece* is a box in a file of one rank.
+Names of tensors are our parameters', and STATE/PARAMETER for what an optimizer keeps of each
+(train/optim.py). A *box* is one contiguous block of a tensor's global shape as (offset, size); a *piece* is a
+box in a file of one rank.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class CheckpointError(UserError):
 
 _COUNT = (int, "a whole number >= 0")
 _BLOCK = {"file": str, "offset": [_COUNT], "size": [_COUNT]}
-# What a reader relies on, so that it may index without looking: a type, {field: ...}, {str: ...} for any name, [...].
+# What a reader relies on, so that it may index without looking: a type, {field: ...}, {str: ...} for any
+# name, [...].
 _MANIFEST: dict[str, Any] = {
     "step": _COUNT,
     "model": dict,
@@ -54,7 +56,12 @@ _MANIFEST: dict[str, Any] = {
         "seed": int,
         "global_batch_size": int,
         "init_from": str,
-        "data": {"num_hard_negatives": int, "query_max_length": int, "document_max_length": int, "datasets": [dict]},
+        "data": {
+            "num_hard_negatives": int,
+            "query_max_length": int,
+            "document_max_length": int,
+            "datasets": [dict],
+        },
     },
     "export_dtype": str,
     "ledger": str,
@@ -86,7 +93,9 @@ def _conform(value: Any, schema: Any, where: str) -> None:
         return
     kind: type = schema if isinstance(schema, type) else type(schema)
     if type(value) is not kind:
-        raise CheckpointError(f"{where} is {_short(value)}, not of type {kind.__name__}; the checkpoint is damaged")
+        raise CheckpointError(
+            f"{where} is {_short(value)}, not of type {kind.__name__}; the checkpoint is damaged"
+        )
     fields: Any = value
     if isinstance(schema, list):
         for i, item in enumerate(fields):
@@ -120,7 +129,8 @@ def step_of(folder: Path) -> int:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json, checked so far that no reader leaves the folder or meets a missing field or another type."""
+    """manifest.json, checked so far that no reader leaves the folder or meets a missing field or another
+    type."""
     path = folder / MANIFEST
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"{path} is not a regular file")
@@ -131,7 +141,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "merge it with the version that wrote it"
         )
     if manifest.get("digest") != _digest(manifest):
-        raise CheckpointError(f"{path}: its digest differs from what it holds; the file was changed or damaged")
+        raise CheckpointError(
+            f"{path}: its digest differs from what it holds; the file was changed or damaged"
+        )
     _conform(manifest, _MANIFEST, str(path))
     _conform(manifest.setdefault("overrides", []), [dict], f"{path}: overrides")
     if re.fullmatch(r"step-\d{8}", folder.name) and step_of(folder) != manifest["step"]:
@@ -142,16 +154,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
             raise CheckpointError(f"{path}: {_short(name)} is not a plain file name")
     if manifest["export_dtype"] not in DTYPES:
-        raise CheckpointError(f"{path}: export_dtype {_short(manifest['export_dtype'])} is not a floating type")
+        raise CheckpointError(
+            f"{path}: export_dtype {_short(manifest['export_dtype'])} is not a floating type"
+        )
     if manifest["pieces"].keys() != manifest["tensors"].keys():
         name = next(iter(manifest["pieces"].keys() ^ manifest["tensors"].keys()))
         raise CheckpointError(f"{path}: {_short(name)} is among the tensors or the pieces, but not both")
     model = model_from_dict(manifest["model"], path)
     if model.num_hidden_layers > len(manifest["tensors"]):
-        raise CheckpointError(f"{path}: {model.num_hidden_layers} layers in {len(manifest['tensors'])} tensors")
+        raise CheckpointError(
+            f"{path}: {model.num_hidden_layers} layers in {len(manifest['tensors'])} tensors"
+        )
     for name, tensor in manifest["tensors"].items():
         if tensor["dtype"] not in ("float32", "float64"):
-            raise CheckpointError(f"{path}: {name} has dtype {tensor['dtype']!r}; weights and moments are float32")
+            raise CheckpointError(
+                f"{path}: {name} has dtype {tensor['dtype']!r}; weights and moments are float32"
+            )
         pieces = manifest["pieces"][name]
         if len({piece["file"] for piece in pieces}) != len(pieces):
             raise CheckpointError(f"{path}: two pieces of {name} are in the same file")
@@ -167,7 +185,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(folder: Path, weights_only: bool = False, hashed: bool = True) -> dict[str, Any]:
-    """The manifest, when every file is there with its size and sha256 and every tensor is covered exactly once.
+    """The manifest, when every file is there with its size and sha256 and every tensor is covered exactly
+    once.
 
     weights_only: files that hold nothing but moments are not looked at; they may be missing.  hashed=False: the caller
     compares the sha256 of files with weights itself (`check_digest`).
@@ -175,14 +194,18 @@ def verify_checkpoint(folder: Path, weights_only: bool = False, hashed: bool = T
     manifest = read_manifest(folder)
     tensors = {n: t for n, t in manifest["tensors"].items() if not (weights_only and is_state(n))}
     wanted = {piece["file"] for name in tensors for piece in manifest["pieces"][name]}
-    unwanted = {p["file"] for n in manifest["tensors"].keys() - tensors for p in manifest["pieces"][n]} - wanted
+    unwanted = {
+        p["file"] for n in manifest["tensors"].keys() - tensors for p in manifest["pieces"][n]
+    } - wanted
 
     def check(name: str) -> None:
         path, expected = folder / name, manifest["files"][name]
         if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["size"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {expected['size']}")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {expected['size']}"
+            )
         if hashed or not name.startswith(("model-", "optim-")):  # a tokenizer is small
             check_digest(path, expected["sha256"])
 
@@ -209,11 +232,15 @@ def check_coverage(folder: Path, name: str, shape: list[int], pieces: list[dict[
         box = (piece["offset"], piece["size"])
         covered += math.prod(piece["size"])
         if any(o < 0 or o + s > full for o, s, full in zip(*box, shape, strict=True)):
-            raise CheckpointError(f"{folder}: a piece of {name} in {piece['file']} lies outside its shape {shape}")
+            raise CheckpointError(
+                f"{folder}: a piece of {name} in {piece['file']} lies outside its shape {shape}"
+            )
         before = [b for b in before if not shape or b["offset"][0] + b["size"][0] > piece["offset"][0]]
         for other in before:
             if overlap(box, (other["offset"], other["size"])) is not None:
-                raise CheckpointError(f"{folder}: {name} is stored twice, in {piece['file']} and {other['file']}")
+                raise CheckpointError(
+                    f"{folder}: {name} is stored twice, in {piece['file']} and {other['file']}"
+                )
         before.append(piece)
     if covered != math.prod(shape):
         raise CheckpointError(f"{folder}: {name} has {covered} of {math.prod(shape)} elements")

@@ -10,7 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.manifest import MANIFEST, CheckpointError, model_from_dict, overlap, read_manifest
+from nemo_embed_core.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    model_from_dict,
+    overlap,
+    read_manifest,
+)
 from nemo_embed_core.files.safetensors import DTYPES, dtype_name
 from nemo_embed_core.model.hf import Box, Stored
 from nemo_embed_core.model.spec import hf_rows, parameter_shapes
@@ -36,7 +42,9 @@ class Reader:
         ]
         if problems:
             more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-            raise CheckpointError(f"{self.folder} does not fit this model: " + "; ".join(problems[:10]) + more)
+            raise CheckpointError(
+                f"{self.folder} does not fit this model: " + "; ".join(problems[:10]) + more
+            )
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
         """(Hugging Face name, where rows of it stand), in the order of our parameters."""
@@ -50,7 +58,10 @@ class Reader:
                     if low < high:
                         at = (start + low - row, low - offset, columns[0] if columns else 0)
                         digest = self.manifest["files"][piece["file"]]["sha256"]
-                        yield name, Stored(self.folder / piece["file"], parameter, size, high - low, *at, digest)
+                        yield (
+                            name,
+                            Stored(self.folder / piece["file"], parameter, size, high - low, *at, digest),
+                        )
                 row += count
 
     def read_box(self, name: str, box: Box) -> Tensor:
@@ -80,5 +91,7 @@ class Reader:
                 raise CheckpointError(f"{path}: {name}: {error}") from None
             filled += torch.Size(common[1]).numel()
         if filled != out.numel():
-            raise CheckpointError(f"{self.folder}: {name} has {filled} of the {out.numel()} elements asked for")
+            raise CheckpointError(
+                f"{self.folder}: {name} has {filled} of the {out.numel()} elements asked for"
+            )
         return out

@@ -27,10 +27,11 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | None = None) -> Path | None:
-    """The newest checkpoint that verifies; a damaged one is named and skipped, never deleted. None: there is none.
+    """The newest checkpoint that verifies; a damaged one is named and skipped, never deleted. None: there is
+    none.
 
-    If there are checkpoints and all are damaged, that is an error: a run never starts over silently. The names of the
-    damaged ones are added to `damaged`.
+    If there are checkpoints and all are damaged, that is an error: a run never starts over silently. The
+    names of the damaged ones are added to `damaged`.
     """
     reasons = []
     for folder in checkpoints(root):
@@ -58,7 +59,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = checkpoints(path)
     if not found:
-        raise UserError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with step-* checkpoints")
+        raise UserError(
+            f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with step-* checkpoints"
+        )
     return found[0]
 
 
@@ -66,8 +69,11 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file() or bool(checkpoints(path))
 
 
-def prune(root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]) -> None:
-    """A folder loses its name durably before its files go: neither a kill nor a power cut leaves half a checkpoint."""
+def prune(
+    root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]
+) -> None:
+    """A folder loses its name durably before its files go: neither a kill nor a power cut leaves half a
+    checkpoint."""
     try:
         whole = [p for p in checkpoints(root) if p.name not in damaged]
         gone = []

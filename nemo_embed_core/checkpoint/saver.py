@@ -15,19 +15,22 @@ from nemo_embed_core.checkpoint.write import Piece
 
 
 class Saver:
-    """save_checkpoint() behind training's back: the caller's thread copies to host memory, another thread writes and publishes.
+    """save_checkpoint() behind training's back: the caller's thread copies to host memory, another thread
+    writes and publishes.
 
         saver = Saver(partial(save_checkpoint, root, rank=..., ...), log)
         saver.save(step, pieces, meta=..., extra_files=...)   # returns when the values are copied; weights may change
         saver.failed                                          # looked at every step: the background has met an error
         saver.wait()                                          # until it is published; raises that error
 
-    One save is in flight: the next one waits for it. The host buffers (pinned beside a GPU) are made once, as large as
-    what this rank writes. `background=False` writes straight from the tensors and returns when they are durable.
-    `stall_s` is how long the last save kept its caller; take_stall() reads it once.
+    One save is in flight: the next one waits for it. The host buffers (pinned beside a GPU) are made once, as
+    large as what this rank writes. `background=False` writes straight from the tensors and returns when they
+    are durable. `stall_s` is how long the last save kept its caller; take_stall() reads it once.
     """
 
-    def __init__(self, write: Callable[..., Path], log: Callable[[str], None] = print, background: bool = True):
+    def __init__(
+        self, write: Callable[..., Path], log: Callable[[str], None] = print, background: bool = True
+    ):
         self._write, self._log, self._background = write, log, background
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -53,7 +56,10 @@ class Saver:
         snapshot = self.snapshot(pieces)
         self.stall_s = time.perf_counter() - start
         self._thread = threading.Thread(
-            target=self._publish, args=(step, snapshot, rest, start, self.stall_s), name="checkpoint", daemon=True
+            target=self._publish,
+            args=(step, snapshot, rest, start, self.stall_s),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
 
@@ -63,7 +69,9 @@ class Saver:
         for name, piece in pieces.items():
             cuda = piece.tensor.is_cuda
             if name not in self._buffers:
-                self._buffers[name] = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=cuda)
+                self._buffers[name] = torch.empty(
+                    piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=cuda
+                )
             self._buffers[name].copy_(piece.tensor.detach(), non_blocking=cuda)
             copies[name] = Piece(piece.shape, piece.box, self._buffers[name])
         if any(piece.tensor.is_cuda for piece in pieces.values()):
@@ -75,7 +83,9 @@ class Saver:
     ) -> None:
         try:
             path = self._write(step, pieces, **rest)
-            self._log(f"saved {path}: copied in {copied:.2f} s, published after {time.perf_counter() - start:.2f} s")
+            self._log(
+                f"saved {path}: copied in {copied:.2f} s, published after {time.perf_counter() - start:.2f} s"
+            )
         except BaseException as error:  # raised by wait() on the caller's thread
             self._error = error
 

@@ -6,9 +6,9 @@
     "sentence-transformers"    modules.json of another architecture or other modules             sentence-transformers
     "precomputed"              documents.npy and queries.npy                                     encoders/precomputed.py
 
-Prompts, lengths and similarity belong to the run that trained the model: they go from the training options to the manifest,
-from there to the exported folder and its card, and every launcher uses them unless an option says otherwise. Pooling is the
-model's own (ModelConfig.pooling), shown beside them.
+Prompts, lengths and similarity belong to the run that trained the model: they go from the training options to
+the manifest, from there to the exported folder and its card, and every launcher uses them unless an option
+says otherwise. Pooling is the model's own (ModelConfig.pooling), shown beside them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from nemo_embed_core.parallel.layout import rank_from_env
 Kind = Literal["checkpoint", "llama", "sentence-transformers", "precomputed"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 
-# Of config_sentence_transformers.json, beside its own keys, which have one length for both sides: ours are kept there.
+# Of config_sentence_transformers.json, beside its own keys, which have one length for both sides: ours are
+# kept there.
 USAGE_KEY = "nemo_embed_core"
 PRECOMPUTED = ("documents.npy", "queries.npy")
 # Names of prompts for documents, in the order in which sentence-transformers looks for them.
@@ -73,7 +74,8 @@ class Usage:
         query_max_length: int | None = None,
         document_max_length: int | None = None,
     ) -> tuple[Usage, dict[str, Any]]:
-        """(what options make of it, with one pair of prompts; {option: value} of those that differ from the model's own).
+        """(what options make of it, with one pair of prompts; {option: value} of those that differ from the
+        model's own).
 
         None is the model's own, "" no instruction. UserError for a prompt_name that it does not have.
         """
@@ -89,21 +91,27 @@ class Usage:
             "task": task if prompts.query != own.query else None,
             "document_task": document_task if prompts.document != own.document else None,
             "query_max_length": query_max_length if query_max_length != self.query_max_length else None,
-            "document_max_length": document_max_length if document_max_length != self.document_max_length else None,
+            "document_max_length": document_max_length
+            if document_max_length != self.document_max_length
+            else None,
         }
         usage = replace(
             self,
             prompts={prompt_name or next(iter(self.prompts), "query"): prompts},
             query_max_length=query_max_length if query_max_length is not None else self.query_max_length,
-            document_max_length=document_max_length if document_max_length is not None else self.document_max_length,
+            document_max_length=document_max_length
+            if document_max_length is not None
+            else self.document_max_length,
         )
         return usage, {option: value for option, value in given.items() if value is not None}
 
     def named_prompts(self) -> dict[str, str]:
-        """Prompts as sentence-transformers names them: query and document, and where there are several tasks each one's.
+        """Prompts as sentence-transformers names them: query and document, and where there are several tasks
+        each one's.
 
-        "query" and "document" are the default's; NAME is a task's prompt before queries, NAME-document the one before its
-        documents, also "" where it has none and the default has one: who asks for NAME-document must not get "document".
+        "query" and "document" are the default's; NAME is a task's prompt before queries, NAME-document the
+        one before its documents, also "" where it has none and the default has one: who asks for
+        NAME-document must not get "document".
         """
         named = {"query": self.default.query, "document": self.default.document}
         if len(self.prompts) > 1:
@@ -114,30 +122,44 @@ class Usage:
         return named
 
     def lines(self, mark: str = "") -> list[str]:
-        """For people: prompts of both sides, the default's and of each task, lengths, pooling and similarity; mark: around prompts."""
+        """For people: prompts of both sides, the default's and of each task, lengths, pooling and similarity;
+        mark: around prompts."""
         rows = [("", self.default)]
-        rows += [(f" of {name}", prompts) for name, prompts in self.prompts.items()] if len(self.prompts) > 1 else []
+        rows += (
+            [(f" of {name}", prompts) for name, prompts in self.prompts.items()]
+            if len(self.prompts) > 1
+            else []
+        )
         lines = []
         for of, prompts in rows:
-            query, document = (f"{mark}{json.dumps(t, ensure_ascii=False)}{mark}" if t else "none" for t in prompts)
+            query, document = (
+                f"{mark}{json.dumps(t, ensure_ascii=False)}{mark}" if t else "none" for t in prompts
+            )
             lines.append(f"prompt{of} before queries: {query}; before documents: {document}")
-        lengths = [f"{n} tokens" if n else "not known" for n in (self.query_max_length, self.document_max_length)]
+        lengths = [
+            f"{n} tokens" if n else "not known" for n in (self.query_max_length, self.document_max_length)
+        ]
         lines.append(f"longest query: {lengths[0]}; longest document: {lengths[1]}; longer ones are cut")
         return [*lines, f"pooling: {self.pooling}; similarity: {self.similarity}"]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "prompts": {name: prompts._asdict() for name, prompts in self.prompts.items()}}
+        return {
+            **asdict(self),
+            "prompts": {name: prompts._asdict() for name, prompts in self.prompts.items()},
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], pooling: str) -> Usage:
-        """Of what to_json gave, with the model's own pooling; ValueError, KeyError or TypeError for anything else."""
+        """Of what to_json gave, with the model's own pooling; ValueError, KeyError or TypeError for anything
+        else."""
         prompts = {name: Prompts(str(p["query"]), str(p["document"])) for name, p in value["prompts"].items()}
         return cls(**{**value, "prompts": prompts, "pooling": pooling})
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder: `folder` is the checkpoint itself where `path` was a run, the snapshot where it was the hub's cache.
+    """A model folder: `folder` is the checkpoint itself where `path` was a run, the snapshot where it was the
+    hub's cache.
 
     model: its shape, of a checkpoint or a Llama.  where: the tensors of a Llama folder (hf_folder.py).  foreign: what a
     sentence-transformers folder asks for beyond a bidirectional Llama with mean pooling.
@@ -153,10 +175,11 @@ class Source:
 
 
 def resolve(path: str | Path | Source) -> Source:
-    """What the folder is and how its texts are encoded, without touching a weight; UserError when it is no model folder.
+    """What the folder is and how its texts are encoded, without touching a weight; UserError when it is no
+    model folder.
 
-    The gate of every launcher: a folder in which two things contradict is refused by both names, and what is read in another
-    way than its files' names say is said once. A Source is what it was when it was asked.
+    The gate of every launcher: a folder in which two things contradict is refused by both names, and what is
+    read in another way than its files' names say is said once. A Source is what it was when it was asked.
     """
     if isinstance(path, Source):
         return path
@@ -179,7 +202,8 @@ def resolve(path: str | Path | Source) -> Source:
         else:
             opened = open_folder(folder)
             notes += opened.notes
-            model = replace(opened.model, pooling=cast(Pooling, usage.pooling))  # which modules.json may say alone
+            # Which modules.json may say alone.
+            model = replace(opened.model, pooling=cast(Pooling, usage.pooling))
             source = Source(path, folder, "llama", usage, model, opened.where)
     for note in notes:
         say_note(note)
@@ -232,7 +256,9 @@ def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | N
         order.sort(key=lambda item: -rows[item[0]])  # stable: of equals the first
     prompts: dict[str, Prompts] = {}
     for _, dataset in order:
-        entry = Prompts(query_prompt(dataset.get("task") or ""), query_prompt(dataset.get("document_task") or ""))
+        entry = Prompts(
+            query_prompt(dataset.get("task") or ""), query_prompt(dataset.get("document_task") or "")
+        )
         if entry in prompts.values():
             continue
         stem = Path(dataset.get("path", "")).name.removesuffix(".gz").removesuffix(".jsonl") or "query"
@@ -261,7 +287,8 @@ def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:
 
 
 def usage_of_folder(folder: Path) -> Usage:
-    """From the sentence-transformers files of a folder: ours say it all, others have prompts, one length and a similarity."""
+    """From the sentence-transformers files of a folder: ours say it all, others have prompts, one length and
+    a similarity."""
     pooling = _pooling(_modules(folder), folder)
     settings = read_object(file) if (file := folder / "config_sentence_transformers.json").is_file() else {}
     if USAGE_KEY in settings:
@@ -275,20 +302,32 @@ def usage_of_folder(folder: Path) -> Usage:
     if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
         raise UserError(f"{file}: prompts is {json.dumps(own)} and must be strings under names")
     document = next((own[name] for name in DOCUMENT_NAMES if own.get(name)), "")
-    sides = {"query", *DOCUMENT_NAMES, *(f"{name}-document" for name in own)}  # NAME-document: as named_prompts writes
+    # NAME-document: as named_prompts writes.
+    sides = {"query", *DOCUMENT_NAMES, *(f"{name}-document" for name in own)}
     others = {n: Prompts(own[n], own.get(f"{n}-document", document)) for n in own if n not in sides}
     prompts = (
-        {"query": Prompts(own.get("query", ""), document), **others} if own.get("query") or document or others else {}
+        {"query": Prompts(own.get("query", ""), document), **others}
+        if own.get("query") or document or others
+        else {}
     )
     limit = None
     if (length_file := folder / "sentence_bert_config.json").is_file():
         limit = read_object(length_file).get("max_seq_length")
         if limit is not None and (type(limit) is not int or limit < 1):
-            raise UserError(f"{length_file}: max_seq_length is {json.dumps(limit)} and must be a number of tokens")
+            raise UserError(
+                f"{length_file}: max_seq_length is {json.dumps(limit)} and must be a number of tokens"
+            )
         if limit is None:  # as sentence-transformers finds it
-            places = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
-            values = [read_object(folder / file).get(key) for file, key in places if (folder / file).is_file()]
-            limit = min((value for value in values if type(value) is int and 0 < value < 1 << 30), default=None)
+            places = (
+                ("tokenizer_config.json", "model_max_length"),
+                ("config.json", "max_position_embeddings"),
+            )
+            values = [
+                read_object(folder / file).get(key) for file, key in places if (folder / file).is_file()
+            ]
+            limit = min(
+                (value for value in values if type(value) is int and 0 < value < 1 << 30), default=None
+            )
     return Usage(
         prompts=prompts,
         query_max_length=limit,
@@ -299,7 +338,8 @@ def usage_of_folder(folder: Path) -> Usage:
 
 
 def check_prompts(file: Path, settings: Mapping[str, Any], usage: Usage) -> None:
-    """UserError where the keys that sentence-transformers reads say something else than ours beside them: one was edited."""
+    """UserError where the keys that sentence-transformers reads say something else than ours beside them: one
+    was edited."""
     theirs, ours = settings.get("prompts"), usage.named_prompts()
     if theirs != ours:
         theirs = theirs if isinstance(theirs, dict) else {}
@@ -317,7 +357,8 @@ def check_prompts(file: Path, settings: Mapping[str, Any], usage: Usage) -> None
 
 
 class Modules(NamedTuple):
-    """modules.json: the kind of each, and how they pool in sentence-transformers' words, empty without a Pooling."""
+    """modules.json: the kind of each, and how they pool in sentence-transformers' words, empty without a
+    Pooling."""
 
     kinds: list[str]
     pooling_modes: set[str]
@@ -353,15 +394,24 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _pooling(modules: Modules | None, folder: Path) -> str:
     """Our name for how a folder pools, else the words of who computes it."""
-    modes = modules.pooling_modes if modules is not None else {mode_of_config(_config(folder).get("pooling")) or ""}
-    return pooling_of_modes(modes) or ", ".join(sorted(modes)) or (ModelConfig.pooling if modules is None else "none")
+    modes = (
+        modules.pooling_modes
+        if modules is not None
+        else {mode_of_config(_config(folder).get("pooling")) or ""}
+    )
+    return (
+        pooling_of_modes(modes)
+        or ", ".join(sorted(modes))
+        or (ModelConfig.pooling if modules is None else "none")
+    )
 
 
 def _foreign(folder: Path) -> str:
-    """Why a model folder needs sentence-transformers: it has modules.json and they are not ours; "" when they are.
+    """Why a model folder needs sentence-transformers: it has modules.json and they are not ours; "" when they
+    are.
 
-    Ours are a Llama that is not causal, a pooling of ours, and at most a normalisation; so a bare Llama folder and our own
-    exports are not foreign, whatever they are called.
+    Ours are a Llama that is not causal, a pooling of ours, and at most a normalisation; so a bare Llama
+    folder and our own exports are not foreign, whatever they are called.
     """
     modules = _modules(folder)
     if modules is None:

@@ -1,4 +1,5 @@
-"""Where weights come from: a Hugging Face folder, one of our checkpoints or runs, or a seed. One way to fill a model."""
+"""Where weights come from: a Hugging Face folder, one of our checkpoints or runs, or a seed. One way to fill
+a model."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class FileReader(BoxReader, Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """The shape of a model, boxes of its parameters, the folder with its tokenizer and what identifies the values."""
+    """The shape of a model, boxes of its parameters, the folder with its tokenizer and what identifies the
+    values."""
 
     model: ModelConfig
     reader: FileReader
@@ -94,7 +96,8 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
 
 
 def _is_causal(folder: Path) -> bool:
-    """Whether transformers and servers mask what comes later: a plain Llama, unless its config.json says otherwise."""
+    """Whether transformers and servers mask what comes later: a plain Llama, unless its config.json says
+    otherwise."""
     raw = read_object(folder / "config.json")
     return raw["model_type"] == "llama" and not (
         raw.get("is_causal") is False or raw.get("use_bidirectional_attention") is True
@@ -117,8 +120,11 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
         manifest = verify_checkpoint(folder, weights_only=True, hashed=hashed)
         reader = Reader(folder)
         expected = parameter_shapes(config)
-        states = sorted({n.rsplit("/", 1)[0] for n in manifest["tensors"] if is_state(n)})  # whichever optimizer's
-        reader.check({**expected, **{state_name(s, n): shape for n, shape in expected.items() for s in states}})
+        # Whichever optimizer's.
+        states = sorted({n.rsplit("/", 1)[0] for n in manifest["tensors"] if is_state(n)})
+        reader.check(
+            {**expected, **{state_name(s, n): shape for n, shape in expected.items() for s in states}}
+        )
         digests = sorted(f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-"))
         dtype = getattr(torch, manifest["export_dtype"])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
@@ -145,14 +151,16 @@ class _Segment:
 
 
 class Rows:
-    """Rows of Hugging Face tensors from plain reads into the caller's memory, whatever the source; for many threads.
+    """Rows of Hugging Face tensors from plain reads into the caller's memory, whatever the source; for many
+    threads.
 
-    Nothing is mapped: pages of a mapped file count as this process's memory. `sha256` has what the files should hash to,
-    where the source says it (checkpoints of ours); who compares reads the same files.
+    Nothing is mapped: pages of a mapped file count as this process's memory. `sha256` has what the files
+    should hash to, where the source says it (checkpoints of ours); who compares reads the same files.
 
-    behind: rows are read about in the order of the file and not again, so what lies this many bytes behind leaves the page
-    cache, 0 for nothing. What comes takes its place there; on a virtual machine new pages for every byte cost a cold read
-    more time than the disk. Files that were in the page cache before stay there, as do those that are hashed beside.
+    behind: rows are read about in the order of the file and not again, so what lies this many bytes behind
+    leaves the page cache, 0 for nothing. What comes takes its place there; on a virtual machine new pages for
+    every byte cost a cold read more time than the disk. Files that were in the page cache before stay there,
+    as do those that are hashed beside.
     """
 
     def __init__(self, weights: Weights, behind: int = 0):
@@ -182,7 +190,11 @@ class Rows:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 with safe_open(path, framework="pt"):  # checks the header and the size of the file
                     self._headers[path] = find_tensors(path)
-            except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch, of too many open files
+            except (
+                SafetensorError,
+                OSError,
+                RuntimeError,
+            ) as error:  # RuntimeError: torch, of too many open files
                 raise CheckpointError(f"{path}: {error}") from None
         dtype, have, offset = self._headers[path].get(stored.name, (None, None, 0))
         if dtype is None or have != shape or self.dtypes.setdefault(name, dtype) != dtype:
@@ -237,7 +249,8 @@ class Rows:
 
 
 def _is_cached(fd: int) -> bool:
-    """Whether the end of the file, which reading its header does not bring there, is in the page cache; afterwards it may be."""
+    """Whether the end of the file, which reading its header does not bring there, is in the page cache;
+    afterwards it may be."""
     try:
         return os.preadv(fd, [bytearray(1)], os.fstat(fd).st_size - 1, os.RWF_NOWAIT) == 1
     except OSError:  # it would have to wait, or the file system cannot say
@@ -245,7 +258,11 @@ def _is_cached(fd: int) -> bool:
 
 
 def fill(
-    model: nn.Module, reader: BoxReader, config: ModelConfig, tp: tuple[int, int] = (0, 1), dp: tuple[int, int] = (0, 1)
+    model: nn.Module,
+    reader: BoxReader,
+    config: ModelConfig,
+    tp: tuple[int, int] = (0, 1),
+    dp: tuple[int, int] = (0, 1),
 ) -> None:
     """Read this rank's box of every parameter into it, zeros into its padding; tp and dp are (rank, size).
 

@@ -6,8 +6,8 @@
       tokenizer.json, tokenizer_config.json
       manifest.json                        shapes, boxes, sha256 of every file, config, step, data digest
 
-A box is one contiguous block of a tensor's global shape, so any tp x dp layout loads any other. No pickle: safetensors
-and JSON only. Nodes share the file system.
+A box is one contiguous block of a tensor's global shape, so any tp x dp layout loads any other. No pickle:
+safetensors and JSON only. Nodes share the file system.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from nemo_embed_core.parallel.collectives import gather_objects
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one tensor that this rank writes; of boxes that several ranks hold (tp replicas) one writes."""
+    """The part of one tensor that this rank writes; of boxes that several ranks hold (tp replicas) one
+    writes."""
 
     shape: tuple[int, ...]
     box: Box
@@ -57,10 +58,10 @@ def save_checkpoint(
     """Write and publish root/step-XXXXXXXX; every rank calls it. Returns only when the checkpoint is durable.
 
     `pieces` are what this rank writes (an owner per box); an optimizer's state goes to the optim file. A
-    failure on any rank is raised on all of them, and leaves nothing. Then the oldest beyond the `keep` newest are
-    deleted, but none of a step that `keep_every` divides and none that was found `damaged`; those do not count. A damaged one
-    whose step is saved again gets another name.
-    `check` runs on rank 0 before anything is written (the lock is still ours); `gather` exchanges small objects.
+    failure on any rank is raised on all of them, and leaves nothing. Then the oldest beyond the `keep` newest
+    are deleted, but none of a step that `keep_every` divides and none that was found `damaged`; those do not
+    count. A damaged one whose step is saved again gets another name. `check` runs on rank 0 before anything
+    is written (the lock is still ours); `gather` exchanges small objects.
     """
     final, tmp = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
     failpoint("save.begin", step)
@@ -135,7 +136,8 @@ def save_checkpoint(
 def _on_all_ranks(
     work: Callable[[], Any] | None, what: str, path: Path, needed: int, gather: Callable[[Any], list[Any]]
 ) -> list[Any]:
-    """Run `work` on the ranks that have it; an error anywhere becomes a CheckpointError everywhere (no rank hangs)."""
+    """Run `work` on the ranks that have it; an error anywhere becomes a CheckpointError everywhere (no rank
+    hangs)."""
     result, error = None, None
     caught: Exception | None = None
     try:

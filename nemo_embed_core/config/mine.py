@@ -130,7 +130,9 @@ class MineConfig(Options):
             )
         has_task = self.task is not None or self.document_task is not None
         if self.datasets and (has_task or self.split != "train"):
-            raise UserError("--task, --document_task and --split belong to --data; each of `datasets` has its own")
+            raise UserError(
+                "--task, --document_task and --split belong to --data; each of `datasets` has its own"
+            )
         for name in ("query_max_length", "document_max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1 token")

@@ -1,9 +1,11 @@
-"""Builds the token store: every source checked, then tokenised with progress, then judged as a whole, then published.
+"""Builds the token store: every source checked, then tokenised with progress, then judged as a whole, then
+published.
 
     open_store(config, tokenizer)      opened when cache_dir has it, else built
 
-While it is built a store is a folder cache_dir/.building-*, which its process holds with a file lock. What stood there at the last
-commit survives a kill: the next build of the same store goes on from it and ends with the same bytes.
+While it is built a store is a folder cache_dir/.building-*, which its process holds with a file lock. What
+stood there at the last commit survives a kill: the next build of the same store goes on from it and ends with
+the same bytes.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ PENDING = 2 << 20  # characters that wait for the tokenizer
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> Store:
-    """The store of these datasets, tokenizer and lengths: opened when cache_dir has it, else built, verified, published.
+    """The store of these datasets, tokenizer and lengths: opened when cache_dir has it, else built, verified,
+    published.
 
-    With config.store it is opened by its digest or folder and the sources are not looked at. Several processes may call this
-    at once: each builds its own copy and one rename wins, so to save work let one rank build first. Raises DataError for
-    bad rows (the first 20 of all sources, and how many) and UserError for a damaged store or a too short max_length.
+    With config.store it is opened by its digest or folder and the sources are not looked at. Several
+    processes may call this at once: each builds its own copy and one rename wins, so to save work let one
+    rank build first. Raises DataError for bad rows (the first 20 of all sources, and how many) and UserError
+    for a damaged store or a too short max_length.
     """
     if config.store:
         store = Store(store_folder(config))
@@ -99,11 +103,15 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
             with building(folder, log) as temporary:
                 _build(temporary, config, tokenizer, header, log)
                 if _stamps(config) != stamps:
-                    raise UserError("a data file changed while it was being tokenised; start again when it is complete")
+                    raise UserError(
+                        "a data file changed while it was being tokenised; start again when it is complete"
+                    )
                 Store(temporary).verify()
                 publish(temporary, folder)
         except OSError as error:
-            raise UserError(f"the store cannot be written to {folder}: {error.strerror} (data.cache_dir)") from error
+            raise UserError(
+                f"the store cannot be written to {folder}: {error.strerror} (data.cache_dir)"
+            ) from error
     store = Store(folder)
     if store.digest != digest:
         raise damaged(folder, f"its manifest has digest {store.digest[:12]} instead of {digest[:12]}")
@@ -143,7 +151,8 @@ def store_folder(config: DataConfig) -> Path:
 
 
 def with_store(config: DataConfig) -> DataConfig:
-    """config with the datasets of its store where it names none: instructions belong to the run and travel with the model."""
+    """config with the datasets of its store where it names none: instructions belong to the run and travel
+    with the model."""
     if not config.store or config.datasets:
         return config
     sources = read_manifest(store_folder(config))["sources"]
@@ -169,7 +178,9 @@ def _check_same_made(store: Store, config: DataConfig, tokenizer: Tokenizer) -> 
         ),
     ):  # fmt: skip
         if was != now:
-            raise UserError(f"data.store={config.store} was built with other options: {name} was {was!r}, now {now!r}")
+            raise UserError(
+                f"data.store={config.store} was built with other options: {name} was {was!r}, now {now!r}"
+            )
 
 
 def _stores_of(config: DataConfig) -> str:
@@ -181,7 +192,9 @@ def _stores_of(config: DataConfig) -> str:
             manifest = read_object(path)
             if [source.get("path") for source in manifest["sources"]] == wanted:
                 found.append(path.parent.name)
-    return f". A store was built of it: --data.store {found[-1]} opens that without the sources" if found else ""
+    return (
+        f". A store was built of it: --data.store {found[-1]} opens that without the sources" if found else ""
+    )
 
 
 # ------------------------------------------------------------------------------------------ sources
@@ -194,7 +207,8 @@ def _stamps(config: DataConfig) -> list[tuple[str, int, int]]:
 
 
 def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
-    """sha256 of each file; one that is as cache_dir/sources.json knows it (size, times, inode) is not read again."""
+    """sha256 of each file; one that is as cache_dir/sources.json knows it (size, times, inode) is not read
+    again."""
     record = cache_dir / "sources.json"
     known: dict[str, list[Any]] = {}
     with suppress(UserError):
@@ -261,7 +275,9 @@ class _Files:
 class _Texts:
     """Texts of one side on their way into the token file: lengths, and a hash of the tokens, beside it."""
 
-    def __init__(self, files: _Files, side: str, tokenizer: Tokenizer, max_length: int, state: dict[str, Any]):
+    def __init__(
+        self, files: _Files, side: str, tokenizer: Tokenizer, max_length: int, state: dict[str, Any]
+    ):
         self._files, self._side, self._tokenizer, self._max_length = files, side, tokenizer, max_length
         self._pending: list[str] = []
         self._origins: list[tuple[str, int]] = []
@@ -306,12 +322,19 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[
     """Writes all files of the store into the folder, the manifest last, going on from what stands there."""
     state = read_state(folder) or {}
     if state:
-        log(f"going on with {folder}: {state['rows']:,} of {state['total']:,} rows were done when its process ended")
+        log(
+            f"going on with {folder}: {state['rows']:,} of {state['total']:,} rows were done when its process ended"
+        )
     else:
         findings = check_sources(config.datasets, log)
         for line in findings.lines():
             log(line)
-        state = {"rows": 0, "total": findings.num_rows, "source_rows": [0] * len(config.datasets), "merged": 0}
+        state = {
+            "rows": 0,
+            "total": findings.num_rows,
+            "source_rows": [0] * len(config.datasets),
+            "merged": 0,
+        }
     files = _Files(folder, state.get("sizes", {}))
     try:
         _tokenise(folder, files, config, tokenizer, state, log)

@@ -3,8 +3,8 @@
 query:   the summary line of a docstring (its first paragraph on one line, 20 to 250 characters)
 passage: the rest of it (at least 80 characters, cut at 2,000)
 
-Sources are parsed with `ast`; nothing is imported or run. Thousands of real English texts, with the near-duplicates
-(overloads, copied methods, families of functions) that make natural false negatives.
+Sources are parsed with `ast`; nothing is imported or run. Thousands of real English texts, with the
+near-duplicates (overloads, copied methods, families of functions) that make natural false negatives.
 """
 
 from __future__ import annotations
@@ -30,11 +30,30 @@ from nemo_embed_core.config import UserError
 MIN_QUERY_CHARS, MAX_QUERY_CHARS = 20, 250
 MIN_PASSAGE_CHARS, MAX_PASSAGE_CHARS = 80, 2000
 
-# Chosen for prose per megabyte of source, so that parsing takes half a minute on one core. What is not installed is left
-# out: the corpus then is smaller, and the split of what remains is the same.
+# Chosen for prose per megabyte of source, so that parsing takes half a minute on one core. What is not
+# installed is left out: the corpus then is smaller, and the split of what remains is the same.
 PACKAGES = (
-    *("datasets", "fsspec", "huggingface_hub", "hypothesis", "joblib", "jsonargparse", "matplotlib", "narwhals"),
-    *("networkx", "numpy", "pandas", "polars", "pyarrow", "pydantic", "scipy", "sentence_transformers", "setuptools"),
+    *(
+        "datasets",
+        "fsspec",
+        "huggingface_hub",
+        "hypothesis",
+        "joblib",
+        "jsonargparse",
+        "matplotlib",
+        "narwhals",
+    ),
+    *(
+        "networkx",
+        "numpy",
+        "pandas",
+        "polars",
+        "pyarrow",
+        "pydantic",
+        "scipy",
+        "sentence_transformers",
+        "setuptools",
+    ),
     *(
         "sklearn",
         "sympy",
@@ -48,16 +67,18 @@ PACKAGES = (
         "werkzeug",
     ),
 )
-# Copies of other packages and tests; then the sources that cost most to parse for what they give: transformers/models is
-# fifty megabytes in which each docstring stands dozens of times with another model's name, torch/_* its private compiler.
+# Copies of other packages and tests; then the sources that cost most to parse for what they give:
+# transformers/models is fifty megabytes in which each docstring stands dozens of times with another model's
+# name, torch/_* its private compiler.
 SKIPPED_FOLDERS = {
     *("test", "tests", "_vendor", "vendored", "site-packages", "dist-packages", "__pycache__"),
     *("distutils", "_distutils", "encodings", "f2py", "idlelib", "lib2to3"),
 }
 SKIPPED_PATHS = ("transformers/models/", "torch/_", "torch/testing/_internal/", "torch/fx/", "torch/onnx/")
 
-# Shares of the groups in 1/100, by hash; the rest is for training. Groups differ much in size (pandas/core has 1,800
-# rows): with this salt none is over a tenth of test. Chosen for that alone; no model was evaluated to choose it.
+# Shares of the groups in 1/100, by hash; the rest is for training. Groups differ much in size (pandas/core
+# has 1,800 rows): with this salt none is over a tenth of test. Chosen for that alone; no model was evaluated
+# to choose it.
 SPLIT_SALT = "15"
 TEST_SHARE, DEV_SHARE = 18, 10
 TEST_CORPUS_SIZE, DEV_CORPUS_SIZE = 4000, 2000  # passages searched, the queries' own included
@@ -79,7 +100,9 @@ class Doc:
 def default_roots() -> list[Path]:
     """The standard library's modules and the installed folders of PACKAGES."""
     paths = sysconfig.get_paths()
-    stdlib = [p for p in Path(paths["stdlib"]).iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
+    stdlib = [
+        p for p in Path(paths["stdlib"]).iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
+    ]
     site = {Path(paths["purelib"]), Path(paths["platlib"])}
     installed = [folder / name for folder in site for name in PACKAGES if (folder / name).is_dir()]
     return sorted(p for p in stdlib if p.name not in SKIPPED_FOLDERS) + sorted(installed)
@@ -102,7 +125,8 @@ _MAY_HAVE_DOCSTRINGS = re.compile(rb':[^\n]*\n(?:[ \t]*#[^\n]*\n|[ \t]*\n)*[ \t]
 
 
 def _docstrings(source: bytes) -> Iterator[tuple[str, str]]:
-    """("line:qualified name", docstring) of the classes and functions of a source, in its order; not of nested functions.
+    """("line:qualified name", docstring) of the classes and functions of a source, in its order; not of
+    nested functions.
 
     By hand because ast.walk visits every expression, which takes longer than the parsing.
     """
@@ -123,7 +147,9 @@ def _docstrings(source: bytes) -> Iterator[tuple[str, str]]:
         elif not isinstance(node, ast.Module | ast.If | ast.Try | ast.ExceptHandler):
             continue  # `if TYPE_CHECKING:` and `try: import ... except: def ...` hold definitions too
         stack += [
-            (prefix, child) for child in reversed(list(ast.iter_child_nodes(node))) if not isinstance(child, ast.expr)
+            (prefix, child)
+            for child in reversed(list(ast.iter_child_nodes(node)))
+            if not isinstance(child, ast.expr)
         ]
 
 
@@ -135,7 +161,8 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
         return None
     text = query + passage
     if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
-        return None  # examples of broken text in docstrings about encodings: a lone surrogate has no UTF-8 form
+        # Examples of broken text in docstrings about encodings: a lone surrogate has no UTF-8 form.
+        return None
     if re.search(r"[=~^`-]{4}", query):
         return None  # a section heading ("Parameters ----------") instead of a summary
     return query, passage[:MAX_PASSAGE_CHARS].rstrip()
@@ -144,8 +171,8 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 def extract(roots: Iterable[Path]) -> list[Doc]:
     """The rows of all sources under `roots`, in the order of roots and paths; an exact pair is kept once.
 
-    A root is a package folder or a module file. Sources that this Python cannot parse (templates, other versions'
-    syntax) are left out; they are a handful of files.
+    A root is a package folder or a module file. Sources that this Python cannot parse (templates, other
+    versions' syntax) are left out; they are a handful of files.
     """
     docs: list[Doc] = []
     seen: set[tuple[str, str]] = set()
@@ -174,7 +201,8 @@ def _rows(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
 
 @contextmanager
 def _many_small_objects() -> Iterator[None]:
-    """No garbage collection: looking for cycles among millions of AST nodes, which have none, takes a third of the time."""
+    """No garbage collection: looking for cycles among millions of AST nodes, which have none, takes a third
+    of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -187,12 +215,15 @@ def _many_small_objects() -> Iterator[None]:
 def split(docs: Sequence[Doc]) -> dict[str, list[Doc]]:
     """{"train", "dev", "test", "dropped"}: whole groups by hash, so a file is in one split on every machine.
 
-    No text is in two splits: a row whose query or passage also stands in train, or (for test) in dev, is "dropped".
+    No text is in two splits: a row whose query or passage also stands in train, or (for test) in dev, is
+    "dropped".
     """
     splits: dict[str, list[Doc]] = {"train": [], "dev": [], "test": [], "dropped": []}
     for doc in docs:
         bucket = hashlib.sha256((SPLIT_SALT + doc.group).encode()).digest()[0] * 100 // 256
-        splits["test" if bucket < TEST_SHARE else "dev" if bucket < TEST_SHARE + DEV_SHARE else "train"].append(doc)
+        splits[
+            "test" if bucket < TEST_SHARE else "dev" if bucket < TEST_SHARE + DEV_SHARE else "train"
+        ].append(doc)
     taken = {text for doc in splits["train"] for text in (doc.query, doc.passage)}
     for name in ("dev", "test"):
         rows, splits[name] = splits[name], []
@@ -203,27 +234,36 @@ def split(docs: Sequence[Doc]) -> dict[str, list[Doc]]:
 
 
 def write_demo_data(
-    folder: Path, num_test_queries: int = 1000, num_dev_queries: int = 500, seed: int = 0, docs: list[Doc] | None = None
+    folder: Path,
+    num_test_queries: int = 1000,
+    num_dev_queries: int = 500,
+    seed: int = 0,
+    docs: list[Doc] | None = None,
 ) -> dict[str, int]:
     """folder/train.jsonl ({"query", "pos", "neg"} rows) and the BEIR folders folder/dev and folder/test.
 
-    A query that stands over several passages is one row with all of them as positives. The corpus of dev and test is
-    the queries' own passages and, as distractors, other passages of the same split drawn at random, up to
-    2,000 and 4,000. docs: what `extract` gave; by default that of `default_roots()`.
+    A query that stands over several passages is one row with all of them as positives. The corpus of dev and
+    test is the queries' own passages and, as distractors, other passages of the same split drawn at random,
+    up to 2,000 and 4,000. docs: what `extract` gave; by default that of `default_roots()`.
 
-    Returns the counts, for the log; `dropped_rows` are those left out so that no text is in two splits. UserError if the installed packages have too few docstrings.
+    Returns the counts, for the log; `dropped_rows` are those left out so that no text is in two splits.
+    UserError if the installed packages have too few docstrings.
     """
     docs = extract(default_roots()) if docs is None else docs
     splits = split(docs)
     folder.mkdir(parents=True, exist_ok=True)
     passages_of = _passages_by_query(splits["train"])
     _write_jsonl(folder / "train.jsonl", [{"query": q, "pos": p, "neg": []} for q, p in passages_of.items()])
-    counts = {f"{name}_rows": len(rows) for name, rows in splits.items()} | {"train_queries": len(passages_of)}
+    counts = {f"{name}_rows": len(rows) for name, rows in splits.items()} | {
+        "train_queries": len(passages_of)
+    }
     for name, num_queries, corpus_size in (
         ("dev", num_dev_queries, DEV_CORPUS_SIZE),
         ("test", num_test_queries, TEST_CORPUS_SIZE),
     ):
-        corpus, queries = _write_beir(folder / name, splits[name], num_queries, corpus_size, random.Random(seed))
+        corpus, queries = _write_beir(
+            folder / name, splits[name], num_queries, corpus_size, random.Random(seed)
+        )
         counts |= {f"{name}_corpus": corpus, f"{name}_queries": queries}
     return counts
 
@@ -248,7 +288,9 @@ def _write_beir(
     queries = sorted(rng.sample(sorted(passages_of), num_queries))
     chosen = set(queries)
     relevant = {passage for query in queries for passage in passages_of[query]}
-    others = sorted({passage for query, ps in passages_of.items() if query not in chosen for passage in ps} - relevant)
+    others = sorted(
+        {passage for query, ps in passages_of.items() if query not in chosen for passage in ps} - relevant
+    )
     distractors = rng.sample(others, min(len(others), max(0, corpus_size - len(relevant))))
     id_of: dict[str, str] = {}  # one id per distinct text: its first place in the sources
     for doc in docs:
@@ -256,7 +298,9 @@ def _write_beir(
     corpus = sorted([*relevant, *distractors], key=id_of.__getitem__)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     _write_jsonl(folder / "corpus.jsonl", [{"_id": id_of[p], "title": "", "text": p} for p in corpus])
-    _write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": query} for i, query in enumerate(queries)])
+    _write_jsonl(
+        folder / "queries.jsonl", [{"_id": f"q{i}", "text": query} for i, query in enumerate(queries)]
+    )
     lines = ["query-id\tcorpus-id\tscore"]
     lines += [f"q{i}\t{id_of[p]}\t1" for i, query in enumerate(queries) for p in passages_of[query]]
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")

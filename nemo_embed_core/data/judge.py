@@ -1,9 +1,10 @@
-"""A tokenised data set judged as a whole: which documents are the same, what is no negative of a row, which rows teach nothing.
+"""A tokenised data set judged as a whole: which documents are the same, what is no negative of a row, which
+rows teach nothing.
 
-Two documents are the same when their texts have one normal form (data/normal_form.py) or when their tokens are equal after
-truncation, and so are two that are the same as a third. A negative that is the same as a positive of its row, as a positive of
-another row with the same query, or as the query itself would be pushed away although it is right: it is left out. All other
-kinds are counted and stay.
+Two documents are the same when their texts have one normal form (data/normal_form.py) or when their tokens
+are equal after truncation, and so are two that are the same as a third. A negative that is the same as a
+positive of its row, as a positive of another row with the same query, or as the query itself would be pushed
+away although it is right: it is left out. All other kinds are counted and stay.
 
 # R rows · D documents · P, N positives and negatives of all rows, end to end
 """
@@ -25,7 +26,8 @@ NAMED = 3  # rows of each kind that the report names
 def judge(
     folder: Path, row_files: list[str], source_rows: list[int]
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    """(arrays of the store by file name, kind -> {"count", "of", "first": [path:line]}) from the .part files of a build."""
+    """(arrays of the store by file name, kind -> {"count", "of", "first": [path:line]}) from the .part files
+    of a build."""
 
     def ints(part: str) -> np.ndarray:
         return np.fromfile(folder / f"{part}.part", dtype="<i8").astype(np.int64, copy=False)
@@ -49,7 +51,11 @@ def judge(
 
     # What is never a negative: pairs (group, document) as one number.
     known = [group_R[row_P] * D + same_D[positives_P]]
-    known += [group_R[is_one] * D + same_D[by_R[is_one]] for by_R in (by_text_R, by_token_R) for is_one in [by_R >= 0]]
+    known += [
+        group_R[is_one] * D + same_D[by_R[is_one]]
+        for by_R in (by_text_R, by_token_R)
+        for is_one in [by_R >= 0]
+    ]
     known_pairs = np.unique(np.concatenate(known))
     num_groups = int(group_R.max()) + 1
     known_offsets = np.searchsorted(known_pairs, np.arange(num_groups + 1) * D)
@@ -75,13 +81,24 @@ def judge(
             if len(rows) < 1000
             else np.unique(rows)[:NAMED].tolist()
         )
-        names = [f"{row_files[int(np.searchsorted(source_ends, row, side='right'))]}:{lines_R[row]}" for row in first]
+        names = [
+            f"{row_files[int(np.searchsorted(source_ends, row, side='right'))]}:{lines_R[row]}"
+            for row in first
+        ]
         noise[kind] = {"count": len(rows), "of": of, "first": names}
 
     N = len(negatives_N)
     count("left out", row_N[is_known_N], N)
-    count("negatives left out, equal to a positive of the row up to case, spaces and spelling", row_N[is_own_text_N], N)
-    count("negatives left out, equal to a positive of the row after truncation", row_N[is_own_N & ~is_own_text_N], N)
+    count(
+        "negatives left out, equal to a positive of the row up to case, spaces and spelling",
+        row_N[is_own_text_N],
+        N,
+    )
+    count(
+        "negatives left out, equal to a positive of the row after truncation",
+        row_N[is_own_N & ~is_own_text_N],
+        N,
+    )
     count("negatives left out, equal to the query", row_N[is_query_N & ~is_own_N], N)
     is_sibling_N = is_known_N & ~is_own_N & ~is_query_N
     count("negatives left out, a positive of another row with the same query", row_N[is_sibling_N], N)

@@ -1,4 +1,5 @@
-"""Lines, JSON objects, texts and ids of the files that people write, read strictly; what was met is kept in Findings."""
+"""Lines, JSON objects, texts and ids of the files that people write, read strictly; what was met is kept in
+Findings."""
 
 from __future__ import annotations
 
@@ -30,10 +31,12 @@ class BadLines(DataError):
 
 
 class Findings:
-    """What reading met: bad lines, and what is read but has to be said (`lines()`). One serves all sources of a run.
+    """What reading met: bad lines, and what is read but has to be said (`lines()`). One serves all sources of
+    a run.
 
-    strict: the first bad line raises DataError. Otherwise reading goes on with the next line, the first 20 bad ones are
-    named, all are counted, and `raise_bad()` raises them together. log: gets a line of progress every ten seconds.
+    strict: the first bad line raises DataError. Otherwise reading goes on with the next line, the first 20
+    bad ones are named, all are counted, and `raise_bad()` raises them together. log: gets a line of progress
+    every ten seconds.
     """
 
     def __init__(self, strict: bool = False, log: Callable[[str], None] | None = None):
@@ -94,9 +97,15 @@ def check_file(path: Path) -> None:
     if path.is_file():
         return
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise UserError(f"{path} is an address; only files and folders of this machine are read: download it first")
+        raise UserError(
+            f"{path} is an address; only files and folders of this machine are read: download it first"
+        )
     near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
-    where = f"{path.parent} holds: {', '.join(near) or 'nothing'}" if path.parent.is_dir() else "nor does its folder"
+    where = (
+        f"{path.parent} holds: {', '.join(near) or 'nothing'}"
+        if path.parent.is_dir()
+        else "nor does its folder"
+    )
     if re.fullmatch(r"[\w.-]+/[\w-]+(\.\d[\w.-]*)?", str(path)) and not near:
         where += (
             f'. A data set of the Hugging Face hub has to be downloaded ("hf download {path} --repo-type dataset '
@@ -190,7 +199,9 @@ def binary_format(raw: bytes) -> str | None:
     if raw[257:262] == b"ustar":
         return "a tar archive"
     head = raw[:64]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (head.count(0) > len(head) // 3 and b"\0\0" not in head):
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (
+        head.count(0) > len(head) // 3 and b"\0\0" not in head
+    ):
         return "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"
     return None
 
@@ -207,7 +218,10 @@ def _other_format(raw: bytes) -> str | None:
     if re.search(r"\}\r+\{", text):
         return "text whose lines end in \\r alone: convert it with tr '\\r' '\\n'"
     if not text.startswith(("{", "#", "/")):
-        for separator, what in (("\t", "tab-separated columns (TSV)"), (",", "comma-separated columns (CSV)")):
+        for separator, what in (
+            ("\t", "tab-separated columns (TSV)"),
+            (",", "comma-separated columns (CSV)"),
+        ):
             if separator in text:
                 return f"{what}: convert them"
     return None
@@ -218,7 +232,9 @@ def decode(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         hint = "convert it, if it is Latin-1 with iconv -f ISO-8859-1 -t UTF-8"
-        raise ValueError(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}; {hint}") from None
+        raise ValueError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}; {hint}"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------ fields
@@ -235,7 +251,8 @@ def check_text(value: Any, field: str) -> str:
 
 
 def is_noise(text: str) -> bool:
-    """Not empty, and yet nothing to read: zero-width, control or replacement characters only. Read, counted and said."""
+    """Not empty, and yet nothing to read: zero-width, control or replacement characters only. Read, counted
+    and said."""
     return not (has_content(text[:64]) or has_content(text))  # the beginning of a long text mostly settles it
 
 
@@ -263,7 +280,9 @@ def check_id(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{field} must be a string or an integer, got {type_name(value)}")
     if not value or _BAD_ID.search(value):
-        raise ValueError(f"{field} {short(value)} is empty or has spaces around it or a tab or newline inside")
+        raise ValueError(
+            f"{field} {short(value)} is empty or has spaces around it or a tab or newline inside"
+        )
     check_unicode(value, field)
     return value
 

@@ -1,10 +1,11 @@
 """When are two texts the same text? One rule for the store, mining, reports and overlap.
 
     normal_form(text)  NFKC, case folded, format characters (zero-width, soft hyphen, byte order mark) removed, curly quotes and
-                       dashes as in ASCII, runs of white space as one space, and no space, closing punctuation, quote or
-                       bracket at either end
+                       dashes as in ASCII, runs of white space as one space, and no space, closing
+                       punctuation, quote or bracket at either end
 
-Inner punctuation stays ("1.5" is not "15"), and so do symbols ("C++" is not "C"). A text that is nothing but punctuation keeps it.
+Inner punctuation stays ("1.5" is not "15"), and so do symbols ("C++" is not "C"). A text that is nothing but
+punctuation keeps it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import hashlib
 import re
 import unicodedata
 
-_SPELLINGS = {0xFFFD: None} | dict.fromkeys(map(ord, "‘’‚‛′ʼ`´"), "'") | dict.fromkeys(map(ord, "“”„‟″«»"), '"')
+_SPELLINGS = (
+    {0xFFFD: None} | dict.fromkeys(map(ord, "‘’‚‛′ʼ`´"), "'") | dict.fromkeys(map(ord, "“”„‟″«»"), '"')
+)
 _SPELLINGS |= dict.fromkeys(map(ord, "‐‑‒–—―−"), "-") | {ord("…"): "..."}
 _ENDS = " .,;:!?'\"()[]{}<>" + "。、，．：；！？؟،؛।॥·¿¡「」『』【】〈〉《》"
 _FORMAT = re.compile(
@@ -42,7 +45,8 @@ def exact_key(text: str) -> bytes:
 
 
 def has_content(text: str) -> bool:
-    """Whether anything is left without white space, control and format characters and U+FFFD (a decoder's "unreadable")."""
+    """Whether anything is left without white space, control and format characters and U+FFFD (a decoder's
+    "unreadable")."""
     if text.isascii():
         return any(character > " " and character != "\x7f" for character in text)
     return any(

@@ -1,10 +1,11 @@
-"""Rows into micro-batches: split over ranks by tokens, packed whole groups at a time, queries and passages together.
+"""Rows into micro-batches: split over ranks by tokens, packed whole groups at a time, queries and passages
+together.
 
-A group is a query with its positive and hard negatives. Every rank computes the plan of all ranks from the lengths
-alone, so all agree on the number of micro-batches without talking.
+A group is a query with its positive and hard negatives. Every rank computes the plan of all ranks from the
+lengths alone, so all agree on the number of micro-batches without talking.
 
-# T packed tokens · N sequences · B queries of the global batch · b queries of a micro-batch · K hard negatives
-# J documents that a row knows to be right and that others bring
+# T packed tokens · N sequences · B queries of the global batch · b queries of a micro-batch · K hard
+negatives # J documents that a row knows to be right and that others bring
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class MicroBatch(PackedBatch):
     query_index: torch.Tensor  # [b] int64
     document_index: torch.Tensor  # [b, 1 + K] int64; column 0 the positive; 0 where missing
     document_mask: torch.Tensor  # [b, 1 + K] bool; False: the row has fewer negatives
-    document_ids: torch.Tensor  # [b, 1 + K] int64; the same text has the same id (Store.same_as); -1 where missing
+    # [b, 1 + K] int64; the same text has the same id (Store.same_as); -1 where missing.
+    document_ids: torch.Tensor
     known_ids: (
         torch.Tensor
     )  # [b, J] int64; ids within the global batch that are no negatives of the row; -2 in empty places
@@ -70,9 +72,11 @@ class MicroBatch(PackedBatch):
 
 
 def split_over_ranks(tokens_B: np.ndarray, dp_size: int) -> list[np.ndarray]:
-    """Positions in the global batch per dp rank: B / dp_size each, tokens as even as longest-first assignment makes them.
+    """Positions in the global batch per dp rank: B / dp_size each, tokens as even as longest-first assignment
+    makes them.
 
-    The next longest group goes to the rank with the fewest tokens that still has room; ties to the lower rank.
+    The next longest group goes to the rank with the fewest tokens that still has room; ties to the lower
+    rank.
     """
     B = len(tokens_B)
     if B % dp_size:
@@ -91,20 +95,26 @@ def split_over_ranks(tokens_B: np.ndarray, dp_size: int) -> list[np.ndarray]:
 
 
 def plan(tokens_per_group_per_rank: list[np.ndarray], max_tokens: int) -> list[list[np.ndarray]]:
-    """[rank][micro-batch] -> group indices of that rank: at most max_tokens each, as many micro-batches on every rank.
+    """[rank][micro-batch] -> group indices of that rank: at most max_tokens each, as many micro-batches on
+    every rank.
 
-    Best-fit decreasing on every rank; ranks that need fewer bins split their fullest ones. All ranks must have the
-    same number of groups (that makes the equal count always possible). Bins are ordered fullest first, so that ranks
-    working on the same index have about the same work. Raises UserError when one group alone exceeds max_tokens.
+    Best-fit decreasing on every rank; ranks that need fewer bins split their fullest ones. All ranks must
+    have the same number of groups (that makes the equal count always possible). Bins are ordered fullest
+    first, so that ranks working on the same index have about the same work. Raises UserError when one group
+    alone exceeds max_tokens.
     """
-    assert len({len(tokens) for tokens in tokens_per_group_per_rank}) == 1, "ranks have different numbers of groups"
+    assert len({len(tokens) for tokens in tokens_per_group_per_rank}) == 1, (
+        "ranks have different numbers of groups"
+    )
     bins = [_best_fit_decreasing(tokens, max_tokens) for tokens in tokens_per_group_per_rank]
     count = max(len(rank_bins) for rank_bins in bins)
     out = []
     for tokens, rank_bins in zip(tokens_per_group_per_rank, bins, strict=True):
         loads = [int(tokens[bin_].sum()) for bin_ in rank_bins]
         while len(rank_bins) < count:
-            fullest = max((i for i in range(len(rank_bins)) if len(rank_bins[i]) > 1), key=lambda i: (loads[i], -i))
+            fullest = max(
+                (i for i in range(len(rank_bins)) if len(rank_bins[i]) > 1), key=lambda i: (loads[i], -i)
+            )
             halves = _halve(tokens, rank_bins[fullest])
             rank_bins[fullest : fullest + 1] = halves
             loads[fullest : fullest + 1] = [int(tokens[half].sum()) for half in halves]
@@ -123,7 +133,8 @@ def _best_fit_decreasing(tokens: np.ndarray, max_tokens: int) -> list[list[int]]
         )
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # free tokens -> bins with exactly that much room
-    rooms = 0  # bit r is set when by_room[r] has a bin: the best fit is the lowest set bit at or above the length
+    # Bit r is set when by_room[r] has a bin: the best fit is the lowest set bit at or above the length.
+    rooms = 0
     order = np.argsort(-tokens.astype(np.int64), kind="stable")
     for group, length in zip(order.tolist(), tokens[order].tolist(), strict=True):
         fitting = rooms >> length
@@ -158,10 +169,11 @@ def _halve(tokens: np.ndarray, groups: list[int]) -> list[list[int]]:
 
 
 def shapes_cost_memory(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether every new T costs memory for good: oneDNN keeps some 2 MB for each GEMM in bf16 with another number of rows.
+    """Whether every new T costs memory for good: oneDNN keeps some 2 MB for each GEMM in bf16 with another
+    number of rows.
 
-    Nothing else does by the shape: fp32 on a CPU keeps nothing, Triton specialises its kernels on whether an integer is 1 or
-    a multiple of 16, and CUDA's caching allocator hands freed blocks out again.
+    Nothing else does by the shape: fp32 on a CPU keeps nothing, Triton specialises its kernels on whether an
+    integer is 1 or a multiple of 16, and CUDA's caching allocator hands freed blocks out again.
     """
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
@@ -169,7 +181,8 @@ def shapes_cost_memory(device: torch.device, dtype: torch.dtype) -> bool:
 def padded(num_tokens: int, pad_to_multiple: int, room: int, few_shapes: bool) -> int:
     """T >= num_tokens, a multiple of pad_to_multiple, at most `room` (which is one).
 
-    few_shapes: one of at most 32 equal steps up to `room`, below the fourth of them of two an octave: some 40 values of T.
+    few_shapes: one of at most 32 equal steps up to `room`, below the fourth of them of two an octave: some 40
+    values of T.
     """
     step = pad_to_multiple
     if few_shapes:
@@ -184,9 +197,12 @@ def _pack(
     """The fields of a PackedBatch from sequences in their final order; room: pad to one of few T up to it."""
     num_tokens = int(lengths.sum())
     parts = list(sequences)
-    # A multiple of tp_size: reduce-scatter over tokens needs equal slices on every rank. One extra real sequence
-    # (not padding inside the last one) keeps the pooled rows of the others untouched.
-    pad = padded(num_tokens, pad_to_multiple, room or num_tokens + pad_to_multiple, room is not None) - num_tokens
+    # A multiple of tp_size: reduce-scatter over tokens needs equal slices on every rank. One extra real
+    # sequence (not padding inside the last one) keeps the pooled rows of the others untouched.
+    pad = (
+        padded(num_tokens, pad_to_multiple, room or num_tokens + pad_to_multiple, room is not None)
+        - num_tokens
+    )
     if pad:
         parts.append(np.zeros(pad, np.int32))
         lengths = np.append(lengths, pad)
@@ -214,8 +230,9 @@ def _same_ids(store: Store, doc_ids: np.ndarray) -> np.ndarray:
 
 
 def known_in_batch(store: Store, rows_B: np.ndarray, ids_BM: np.ndarray) -> np.ndarray:
-    """[B, J]: of what each row knows to be right (Store.known_positives) the ids that stand in ids_BM, but for the row's own
-    positive ids_BM[:, 0]; -2 in empty places. J is the most that any row has, most often 0."""
+    """[B, J]: of what each row knows to be right (Store.known_positives) the ids that stand in ids_BM, but
+    for the row's own positive ids_BM[:, 0]; -2 in empty places. J is the most that any row has, most often 0.
+    """
     present = np.unique(ids_BM[ids_BM >= 0])
     groups, group_B = np.unique(store.row_groups[rows_B], return_inverse=True)
     starts = store.known_offsets[groups]
@@ -245,9 +262,9 @@ def build_micro_batch(
 
     room: the most tokens that there may be, where T is to be one of few values.  known_ids [b, J]: of the global batch that this is a part of; without it this is all there is.
 
-    A document that several groups bring is encoded once: the same text has the same embedding, and its gradient is
-    the sum, as autograd's index_select makes it. Sequences stand shortest first, queries and documents mixed, so that
-    equal lengths are neighbours.
+    A document that several groups bring is encoded once: the same text has the same embedding, and its
+    gradient is the sum, as autograd's index_select makes it. Sequences stand shortest first, queries and
+    documents mixed, so that equal lengths are neighbours.
     """
     assert doc_ids.ndim == 2 and doc_ids.shape[0] == len(rows_b), f"{doc_ids.shape=} {rows_b.shape=}"
     b = len(rows_b)
@@ -278,10 +295,11 @@ def build_micro_batch(
 def pack_texts(
     token_arrays: Sequence[np.ndarray], max_tokens: int, pad_to_multiple: int = 1, few_shapes: bool = False
 ) -> Iterator[tuple[np.ndarray, PackedBatch]]:
-    """(indices [n], batch): pooled row i of the batch belongs to token_arrays[indices[i]]; at most max_tokens each.
+    """(indices [n], batch): pooled row i of the batch belongs to token_arrays[indices[i]]; at most max_tokens
+    each.
 
-    Texts of similar length travel together, longest batches first (running out of memory shows at once). few_shapes: T is
-    one of some 40 values (shapes_cost_memory).
+    Texts of similar length travel together, longest batches first (running out of memory shows at once).
+    few_shapes: T is one of some 40 values (shapes_cost_memory).
     """
     lengths = np.fromiter((len(tokens) for tokens in token_arrays), np.int64, len(token_arrays))
     room = _room(max_tokens, pad_to_multiple)
@@ -298,7 +316,10 @@ def pack_texts(
         start = int(np.searchsorted(cumulated, cumulated[end] - room, side="left"))
         indices = order[start:end]
         packed = _pack(
-            [token_arrays[i] for i in indices.tolist()], lengths[indices], pad_to_multiple, room if few_shapes else None
+            [token_arrays[i] for i in indices.tolist()],
+            lengths[indices],
+            pad_to_multiple,
+            room if few_shapes else None,
         )
         yield indices, PackedBatch(**packed)
         end = start
@@ -307,7 +328,9 @@ def pack_texts(
 def _room(max_tokens: int, pad_to_multiple: int) -> int:
     """The largest number of real tokens whose padded length is still at most max_tokens."""
     if max_tokens < pad_to_multiple:
-        raise UserError(f"max_tokens={max_tokens} is less than the {pad_to_multiple} tensor-parallel slices of a batch")
+        raise UserError(
+            f"max_tokens={max_tokens} is less than the {pad_to_multiple} tensor-parallel slices of a batch"
+        )
     return max_tokens // pad_to_multiple * pad_to_multiple
 
 
@@ -325,10 +348,12 @@ def load_batch(
     seed: int = 0,
     few_shapes: bool = False,
 ) -> tuple[list[MicroBatch], int]:
-    """(micro-batches of this dp rank, real tokens of the global batch); a pure function, the same on all tp ranks.
+    """(micro-batches of this dp rank, real tokens of the global batch); a pure function, the same on all tp
+    ranks.
 
-    Every rank gets the same number of queries and of micro-batches. The token count is that of the sequences really
-    encoded on all ranks, without dummies and with a document repeated within a micro-batch counted once.
+    Every rank gets the same number of queries and of micro-batches. The token count is that of the sequences
+    really encoded on all ranks, without dummies and with a document repeated within a micro-batch counted
+    once.
     """
     rows_B = sampler.rows(step)
     doc_ids = choose_documents(store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed)

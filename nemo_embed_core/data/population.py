@@ -1,9 +1,11 @@
-"""Which rows of a store a run draws from, and how long their documents are: decided once, before the first step.
+"""Which rows of a store a run draws from, and how long their documents are: decided once, before the first
+step.
 
-population(store, config, in_batch) -> rows [n], and the store's document_lengths shortened where config.on_long_row says so
+population(store, config, in_batch) -> rows [n], and the store's document_lengths shortened where
+config.on_long_row says so
 
-The longest draw of a row is its query, its longest positive and its num_hard_negatives longest negatives: where that fits into
-max_tokens every draw of every epoch does.
+The longest draw of a row is its query, its longest positive and its num_hard_negatives longest negatives:
+where that fits into max_tokens every draw of every epoch does.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def population(
     if len(long):
         what = f"{len(long):,} of {len(rows):,} rows can have more than data.max_tokens={config.max_tokens} tokens"
         if config.on_long_row == "error":
-            names = "".join(f"\n  {store.where(row)}: {tokens_R[row]} tokens" for row in long[:NAMED].tolist())
+            names = "".join(
+                f"\n  {store.where(row)}: {tokens_R[row]} tokens" for row in long[:NAMED].tolist()
+            )
             raise UserError(
                 f"{what}, the query with its longest positive and {config.num_hard_negatives} longest negatives:{names}"
                 f"{f'{chr(10)}  and {len(long) - NAMED:,} more' if len(long) > NAMED else ''}\n"
@@ -106,14 +110,16 @@ def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:
     if counts_R.max() > num_hard_negatives:
         row_N = np.repeat(np.arange(len(store)), counts_R)
         order = np.lexsort((-lengths_N, row_N))
-        place_N = np.arange(len(order)) - store.negative_offsets[row_N]  # within the row: rows keep their places
+        # Within the row: rows keep their places.
+        place_N = np.arange(len(order)) - store.negative_offsets[row_N]
         lengths_N = np.where(place_N < num_hard_negatives, lengths_N[order], 0)
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
     return tokens_R + sums[store.negative_offsets[1:]] - sums[store.negative_offsets[:-1]]
 
 
 def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int) -> dict[int, int]:
-    """Caps the documents of each long row at the largest length with which its longest draw fits: {document: tokens}.
+    """Caps the documents of each long row at the largest length with which its longest draw fits: {document:
+    tokens}.
 
     A document has one length in all rows and epochs, so that it is encoded once and a run can be resumed.
     """

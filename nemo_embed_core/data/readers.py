@@ -1,11 +1,13 @@
-"""Training and evaluation data as written by people, read strictly: a bad row stops with `path:line: what and why`.
+"""Training and evaluation data as written by people, read strictly: a bad row stops with `path:line: what and
+why`.
 
 Two formats, plain or .gz:
 - JSONL rows {"query": str, "pos": [str, ...], "neg": [str, ...]} (formats/ours.py);
 - a BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (formats/beir.py).
 
-Nothing is skipped, repaired or cast in silence (docs/data-formats.md has the list). What is read but has to be said, as a
-null title, is noted in a Findings; with Findings() reading also goes on after a bad line and the caller raises all of them:
+Nothing is skipped, repaired or cast in silence (docs/data-formats.md has the list). What is read but has to
+be said, as a null title, is noted in a Findings; with Findings() reading also goes on after a bad line and
+the caller raises all of them:
 
     for line in check_sources(config.datasets).lines(): log(line)      # before anything else is done
 """
@@ -35,10 +37,12 @@ __all__ = [
 
 
 def read_rows(config: DatasetConfig, findings: Findings | None = None) -> Iterator[Row]:
-    """The rows of a JSONL file or of a BEIR split (one row per judged query: score > 0 is pos, the others are neg).
+    """The rows of a JSONL file or of a BEIR split (one row per judged query: score > 0 is pos, the others are
+    neg).
 
-    DataError at the first bad line of a JSONL file; a BEIR split is read whole before its first row, so at all of them.
-    findings: the caller's; with one that is not strict the good rows are given and nothing is raised.
+    DataError at the first bad line of a JSONL file; a BEIR split is read whole before its first row, so at
+    all of them. findings: the caller's; with one that is not strict the good rows are given and nothing is
+    raised.
     """
     path = Path(config.path)
     if not path.is_dir():
@@ -64,7 +68,8 @@ def source_files(config: DatasetConfig) -> list[Path]:
 
 
 def reading(config: DatasetConfig) -> list[str]:
-    """What decides the rows besides the bytes of source_files, for digests of what is made of them: mostly nothing."""
+    """What decides the rows besides the bytes of source_files, for digests of what is made of them: mostly
+    nothing."""
     path, how = Path(config.path), []
     if path.is_dir():
         if config.on_missing != "error":
@@ -89,11 +94,15 @@ def check_sources(datasets: Iterable[DatasetConfig], log: Callable[[str], None] 
     return findings
 
 
-def read_beir(path: str | Path, split: str, on_missing: OnMissing = "error", findings: Findings | None = None) -> Beir:
-    """A whole split: every corpus text, the queries that the split judges, qrels[query id][document id] = score.
+def read_beir(
+    path: str | Path, split: str, on_missing: OnMissing = "error", findings: Findings | None = None
+) -> Beir:
+    """A whole split: every corpus text, the queries that the split judges, qrels[query id][document id] =
+    score.
 
-    on_missing: see DatasetConfig; allowed empty texts are "", and judgements of documents that do not exist stay in the
-    qrels, as they do in mteb. DataError with the first 20 bad lines, unless the caller's `findings` collects them.
+    on_missing: see DatasetConfig; allowed empty texts are "", and judgements of documents that do not exist
+    stay in the qrels, as they do in mteb. DataError with the first 20 bad lines, unless the caller's
+    `findings` collects them.
     """
     own = findings if findings is not None else Findings()
     beir = beir_split(Path(path), split, on_missing, own)
@@ -105,7 +114,8 @@ def read_beir(path: str | Path, split: str, on_missing: OnMissing = "error", fin
 def read_documents(
     path: str | Path, on_missing: OnMissing = "error", findings: Findings | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(id or "", text) of a candidate pool: JSONL lines {"text": str, "title"?: str, "_id"?: str, ...}, one document a line."""
+    """(id or "", text) of a candidate pool: JSONL lines {"text": str, "title"?: str, "_id"?: str, ...}, one
+    document a line."""
     yield from pool_texts(Path(path), on_missing, findings if findings is not None else Findings(strict=True))
 
 

@@ -1,7 +1,9 @@
-"""Which rows make the global batch of a step, and which documents each row brings: pure functions of (seed, step).
+"""Which rows make the global batch of a step, and which documents each row brings: pure functions of (seed,
+step).
 
 Nothing here knows ranks or has state: any world size draws the same rows, and resuming needs the step alone.
-Randomness is Philox's raw stream and a 64-bit hash, not numpy's `Generator`, whose draws may change between versions.
+Randomness is Philox's raw stream and a 64-bit hash, not numpy's `Generator`, whose draws may change between
+versions.
 
 # B global batch (queries) · K hard negatives
 """
@@ -19,7 +21,8 @@ if TYPE_CHECKING:  # the tokenizers package is not needed to sample
 
 
 class Sampler:
-    """Epoch after epoch, each a permutation of all rows, cut into global batches; a batch may span an epoch's end.
+    """Epoch after epoch, each a permutation of all rows, cut into global batches; a batch may span an epoch's
+    end.
 
     permutation(e) = argsort(Philox(key=[seed, e]).random_raw(num_rows)); position p of the run is row
     rows[permutation(p // num_rows)[p % num_rows]]; step s takes positions [s * B, (s + 1) * B).
@@ -72,10 +75,11 @@ class Sampler:
 def choose_documents(
     store: Store, rows_B: np.ndarray, epochs_B: np.ndarray, num_hard_negatives: int, seed: int
 ) -> np.ndarray:
-    """int64 [B, 1 + K] document ids: one positive of each row, then K of its negatives, -1 where it has fewer.
+    """int64 [B, 1 + K] document ids: one positive of each row, then K of its negatives, -1 where it has
+    fewer.
 
-    A uniform draw without replacement keyed by (seed, epoch, row): the candidates with the smallest hashes, so a row
-    gets the same documents in any batch and at any world size, and others in the next epoch.
+    A uniform draw without replacement keyed by (seed, epoch, row): the candidates with the smallest hashes,
+    so a row gets the same documents in any batch and at any world size, and others in the next epoch.
     """
     assert rows_B.shape == epochs_B.shape, f"{rows_B.shape=} {epochs_B.shape=}"
     key_B = splitmix64(
@@ -87,7 +91,9 @@ def choose_documents(
     return np.concatenate([positive_B1, negative_BK], axis=1)
 
 
-def _draw(offsets: np.ndarray, ids: np.ndarray, rows_B: np.ndarray, key_B: np.ndarray, count: int) -> np.ndarray:
+def _draw(
+    offsets: np.ndarray, ids: np.ndarray, rows_B: np.ndarray, key_B: np.ndarray, count: int
+) -> np.ndarray:
     """[B, count] of each row's ids in the order of their hashes, -1 where a row has fewer."""
     starts, ends = offsets[rows_B], offsets[rows_B + 1]
     sizes = ends - starts

@@ -1,10 +1,12 @@
-"""Training data tokenised once: flat files of token ids, memory-mapped, named by a digest of all that made them.
+"""Training data tokenised once: flat files of token ids, memory-mapped, named by a digest of all that made
+them.
 
     store = open_store(config, tokenizer)      # builds cache_dir/<digest>/ when it is missing (data/build.py)
     store.query_tokens(row), store.positives(row), store.negatives(row), store.document_tokens(doc_id)
 
-A document id stands for one text (with its instruction): the same text is stored and encoded once. Two documents are the same
-for the loss when their texts have one normal form, or when they have the same tokens after truncation: store.same_as.
+A document id stands for one text (with its instruction): the same text is stored and encoded once. Two
+documents are the same for the loss when their texts have one normal form, or when they have the same tokens
+after truncation: store.same_as.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ ARRAY_FILES = (
 
 
 class Store:
-    """A built store, opened read-only. Every length and count is checked on opening; verify() also reads the bytes."""
+    """A built store, opened read-only. Every length and count is checked on opening; verify() also reads the
+    bytes."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -49,11 +52,16 @@ class Store:
         self.digest: str = self.manifest["digest"]
         self.max_token_id: int = self.manifest["max_token_id"]  # the model's vocabulary must be larger
         try:
-            self._query_tokens, self._document_tokens = (_map_tokens(self.folder / name) for name in TOKEN_FILES)
+            self._query_tokens, self._document_tokens = (
+                _map_tokens(self.folder / name) for name in TOKEN_FILES
+            )
             arrays = {name: _map_array(self.folder / name) for name in ARRAY_FILES}
         except (OSError, ValueError) as error:
             raise damaged(self.folder, str(error)) from None
-        self.query_offsets, self.document_offsets = arrays["query_offsets.npy"], arrays["document_offsets.npy"]
+        self.query_offsets, self.document_offsets = (
+            arrays["query_offsets.npy"],
+            arrays["document_offsets.npy"],
+        )
         self.positive_offsets, self.positive_ids = arrays["positive_offsets.npy"], arrays["positives.npy"]
         self.negative_offsets, self.negative_ids = arrays["negative_offsets.npy"], arrays["negatives.npy"]
         self.row_lines, self.same_as, self.row_groups = (
@@ -96,7 +104,8 @@ class Store:
         return self._query_tokens[self.query_offsets[row] : self.query_offsets[row + 1]]
 
     def document_tokens(self, doc_id: int) -> np.ndarray:
-        """The first document_lengths[doc_id] tokens, and where that is not all, the special ones at its end instead."""
+        """The first document_lengths[doc_id] tokens, and where that is not all, the special ones at its end
+        instead."""
         start = self.document_offsets[doc_id]
         tokens = self._document_tokens[start : start + self.document_lengths[doc_id]]
         end = self.manifest["end_tokens"]
@@ -112,8 +121,8 @@ class Store:
         return self.negative_ids[self.negative_offsets[row] : self.negative_offsets[row + 1]]
 
     def known_positives(self, row: int) -> np.ndarray:
-        """same_as of every document that is no negative of the row, ascending: the positives of all rows with the same query
-        (one instruction, one normal form), and documents that are the query itself."""
+        """same_as of every document that is no negative of the row, ascending: the positives of all rows with
+        the same query (one instruction, one normal form), and documents that are the query itself."""
         group = self.row_groups[row]
         return self.known_ids[self.known_offsets[group] : self.known_offsets[group + 1]]
 
@@ -122,7 +131,8 @@ class Store:
         return f"{self._row_files[int(np.searchsorted(self._source_ends, row, side='right'))]}:{self.row_lines[row]}"
 
     def verify(self) -> None:
-        """UserError naming the file when the content is not what was built: sha256 of every file, ids within range."""
+        """UserError naming the file when the content is not what was built: sha256 of every file, ids within
+        range."""
         for name, entry in self.manifest["files"].items():
             if sha256_file(self.folder / name) != entry["sha256"]:
                 raise damaged(self.folder, f"the sha256 of {name} differs from the manifest's")
@@ -167,9 +177,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = parse((folder / "manifest.json").read_bytes())
         if manifest["version"] != FORMAT_VERSION:
-            raise UserError(f"{folder} has store format {manifest['version']}, this code reads {FORMAT_VERSION}")
+            raise UserError(
+                f"{folder} has store format {manifest['version']}, this code reads {FORMAT_VERSION}"
+            )
         counts = ("rows", "documents", "groups", "max_token_id")
-        if not all(isinstance(manifest[key], int) for key in counts) or not isinstance(manifest["digest"], str):
+        if not all(isinstance(manifest[key], int) for key in counts) or not isinstance(
+            manifest["digest"], str
+        ):
             raise ValueError("wrong types in manifest.json")
         if set(manifest["files"]) != {*TOKEN_FILES, *ARRAY_FILES}:
             raise ValueError("manifest.json does not list the files of a store")

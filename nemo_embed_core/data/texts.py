@@ -1,4 +1,5 @@
-"""list[str] and dict[str, str] whose texts stand on disk: a corpus costs 8 bytes of memory a text, and its ids.
+"""list[str] and dict[str, str] whose texts stand on disk: a corpus costs 8 bytes of memory a text, and its
+ids.
 
 texts = Texts()            # in the folder for temporary files (TMPDIR), gone with the process
 index = texts.append("a document")
@@ -22,7 +23,8 @@ BLOCK = 1 << 20  # bytes that are written, and read by an iteration, at a time
 
 
 class Texts(Sequence[str]):
-    """list[str] over an unlinked temporary file of UTF-8 in `folder`; append and read in any order, also after a fork.
+    """list[str] over an unlinked temporary file of UTF-8 in `folder`; append and read in any order, also
+    after a fork.
 
     Only valid Unicode is taken: a lone surrogate is a UnicodeEncodeError. UserError when the disk is full.
     """
@@ -88,7 +90,9 @@ class Texts(Sequence[str]):
         while len(data) < stop - start:  # one call reads at most 2 GiB
             more = os.pread(self._file.fileno(), stop - start - len(data), start + len(data))
             if not more:
-                raise UserError(f"a temporary file in {self._folder} was cut short by another program; start again")
+                raise UserError(
+                    f"a temporary file in {self._folder} was cut short by another program; start again"
+                )
             data += more
         return data
 

@@ -1,7 +1,8 @@
-"""Texts to token ids with the `tokenizers` library alone: tokenizer.json as it is, sentencepiece models converted.
+"""Texts to token ids with the `tokenizers` library alone: tokenizer.json as it is, sentencepiece models
+converted.
 
-A special token's string inside a text (`<|end_of_text|>` in a web page) stays ordinary text: only the post-processor
-of the tokenizer adds special ids (BOS for Llama).
+A special token's string inside a text (`<|end_of_text|>` in a web page) stays ordinary text: only the
+post-processor of the tokenizer adds special ids (BOS for Llama).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ CHARACTERS_PER_TOKEN = 8  # the first guess at the prefix of a text that has eno
 
 
 class Tokenizer:
-    """`tokenizers.Tokenizer` with our rules: no padding, truncation to max_length, text never becomes a special id.
+    """`tokenizers.Tokenizer` with our rules: no padding, truncation to max_length, text never becomes a
+    special id.
 
     vocab_size: largest id + 1, added tokens included.  digest: sha256 of tokenizer.json (hex).
     files: tokenizer.json and tokenizer_config.json as bytes, to be written beside exported weights.
@@ -59,11 +61,12 @@ class Tokenizer:
     def encode(
         self, texts: Iterable[str], max_length: int, prompt: str = "", name: str = "max_length"
     ) -> list[np.ndarray]:
-        """ids of prompt + text, one int32 array per text: special tokens added, at most max_length ids, never empty.
+        """ids of prompt + text, one int32 array per text: special tokens added, at most max_length ids, never
+        empty.
 
-        Texts are taken one batch after another, so they may come from a disk; memory and time do not grow with what is cut
-        off, where a text can be cut before it is tokenised (data/cuts.py).
-        Raises UserError for a prompt that leaves no room (named `name`), for a text that gives no token at all (no BOS and
+        Texts are taken one batch after another, so they may come from a disk; memory and time do not grow
+        with what is cut off, where a text can be cut before it is tokenised (data/cuts.py). Raises UserError
+        for a prompt that leaves no room (named `name`), for a text that gives no token at all (no BOS and
         nothing the vocabulary knows) and for a text that is not Unicode (lone surrogates).
         """
         if max_length <= self._num_special:
@@ -78,7 +81,8 @@ class Tokenizer:
         return out
 
     def _encode_batch(self, texts: list[str], first: int, max_length: int, prompt: str) -> list[np.ndarray]:
-        """encode() of texts that messages call text `first` and so on: prefixes, longer ones until max_length is filled."""
+        """encode() of texts that messages call text `first` and so on: prefixes, longer ones until max_length
+        is filled."""
         out: list[np.ndarray] = [_NOTHING] * len(texts)
         todo, num_characters, truncated = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length, 0
         while todo:
@@ -106,13 +110,16 @@ class Tokenizer:
         return out
 
     def _cut(self, text: str, num_characters: int) -> int:
-        """The first place after num_characters where cutting leaves the ids before it as they are; else the end."""
+        """The first place after num_characters where cutting leaves the ids before it as they are; else the
+        end."""
         if self._boundary is None or len(text) <= num_characters:
             return len(text)
         found = self._boundary.search(text, num_characters)
         return found.start() if found else len(text)
 
-    def _encode(self, texts: list[str], names: Sequence[int], max_length: int) -> Iterator[tuple[np.ndarray, bool]]:
+    def _encode(
+        self, texts: list[str], names: Sequence[int], max_length: int
+    ) -> Iterator[tuple[np.ndarray, bool]]:
         """(ids, whether there were more than max_length) of each text; names: what a message calls them."""
         if max_length != self._max_length:
             self._backend.enable_truncation(max_length)
@@ -129,7 +136,8 @@ class Tokenizer:
                 yield ids, len(ids) == max_length and bool(encoding.overflowing)
 
     def check_fits(self, vocab_size: int) -> None:
-        """Every id has a row of the embedding table: on a GPU a missing one is a device-side assert, hours in."""
+        """Every id has a row of the embedding table: on a GPU a missing one is a device-side assert, hours
+        in."""
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"the tokenizer makes ids up to {self.vocab_size - 1}, but model.vocab_size={vocab_size}; "
@@ -137,7 +145,8 @@ class Tokenizer:
             )
 
     def check_prompt(self, prompt: str, max_length: int, name: str) -> None:
-        """UserError when the prompt leaves fewer than MIN_ROOM of max_length: every text would be cut to the same tokens.
+        """UserError when the prompt leaves fewer than MIN_ROOM of max_length: every text would be cut to the
+        same tokens.
 
         encode() asks this of every prompt; callers ask it before they read or embed anything.
         """
@@ -195,8 +204,8 @@ def _check_unicode(text: str, i: int) -> None:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder (tokenizer.json, else a sentencepiece *.model) or of one such file.
 
-    A tokenizer_config.json beside it is kept for export; where there is none a minimal one is made, with which
-    `transformers.AutoTokenizer` gives the same ids.
+    A tokenizer_config.json beside it is kept for export; where there is none a minimal one is made, with
+    which `transformers.AutoTokenizer` gives the same ids.
     """
     path = Path(path)
     if path.is_dir():
@@ -208,7 +217,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif path.is_file():
         file = path
     else:
-        raise UserError(f"tokenizer {path} does not exist; give a folder with tokenizer.json or tokenizer.model")
+        raise UserError(
+            f"tokenizer {path} does not exist; give a folder with tokenizer.json or tokenizer.model"
+        )
 
     if file.suffix == ".model":
         backend = from_sentencepiece(file)
@@ -225,7 +236,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _tokenizer_config(backend: tokenizers.Tokenizer, model_max_length: int = 131072) -> bytes:
-    """tokenizer_config.json for AutoTokenizer: the backend as it is, with a pad token when the vocabulary has one."""
+    """tokenizer_config.json for AutoTokenizer: the backend as it is, with a pad token when the vocabulary has
+    one."""
     vocab = backend.get_vocab(with_added_tokens=True)
     names = {
         "bos_token": ("<s>", "<|begin_of_text|>", "[CLS]"),
@@ -233,12 +245,15 @@ def _tokenizer_config(backend: tokenizers.Tokenizer, model_max_length: int = 131
         "unk_token": ("<unk>", "[UNK]"),
         "pad_token": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "</s>", "<|end_of_text|>", "<unk>"),
     }
-    config: dict[str, Any] = {key: next((t for t in tokens if t in vocab), None) for key, tokens in names.items()}
+    config: dict[str, Any] = {
+        key: next((t for t in tokens if t in vocab), None) for key, tokens in names.items()
+    }
     config = {key: token for key, token in config.items() if token is not None}
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["clean_up_tokenization_spaces"] = False
     config["model_max_length"] = model_max_length
-    # This class name loads tokenizer.json unchanged in transformers 4 and 5; "LlamaTokenizer" would rebuild it.
+    # This class name loads tokenizer.json unchanged in transformers 4 and 5; "LlamaTokenizer" would rebuild
+    # it.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
@@ -247,10 +262,11 @@ def _tokenizer_config(backend: tokenizers.Tokenizer, model_max_length: int = 131
 
 
 def from_sentencepiece(model_file: str | Path) -> tokenizers.Tokenizer:
-    """A sentencepiece BPE model (Llama-2's kind) as a `tokenizers.Tokenizer` with the same ids and BOS in front.
+    """A sentencepiece BPE model (Llama-2's kind) as a `tokenizers.Tokenizer` with the same ids and BOS in
+    front.
 
-    The same normalisation (charsmap, extra spaces, dummy prefix), pieces, merge order and byte fallback. Refused,
-    because tokenizers has no exact counterpart: other model types, user-defined and unused pieces.
+    The same normalisation (charsmap, extra spaces, dummy prefix), pieces, merge order and byte fallback.
+    Refused, because tokenizers has no exact counterpart: other model types, user-defined and unused pieces.
     """
     path = Path(model_file)
     try:
@@ -261,9 +277,13 @@ def from_sentencepiece(model_file: str | Path) -> tokenizers.Tokenizer:
     if model_type != 2:
         # tokenizers' Unigram also matches control and byte pieces ("<s>", "<0x0A>") in ordinary text.
         name = {1: "unigram", 3: "word", 4: "char"}.get(model_type, str(model_type))
-        raise DataError(path, None, f"a {name} model: only BPE models convert exactly; give a tokenizer.json instead")
+        raise DataError(
+            path, None, f"a {name} model: only BPE models convert exactly; give a tokenizer.json instead"
+        )
     if suffix:
-        raise DataError(path, None, "treat_whitespace_as_suffix is not supported; train with whitespace as prefix")
+        raise DataError(
+            path, None, "treat_whitespace_as_suffix is not supported; train with whitespace as prefix"
+        )
     for i, (piece, _, kind) in enumerate(pieces):
         if kind in (USER_DEFINED, UNUSED):
             raise DataError(
@@ -317,8 +337,8 @@ def from_sentencepiece(model_file: str | Path) -> tokenizers.Tokenizer:
 def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     """The merge list of a BPE model: every split of every piece into two pieces, best score first.
 
-    sentencepiece merges the adjacent pair whose joined piece scores highest; tokenizers wants the pairs ranked.
-    Only normal pieces: a control piece is never made from text.
+    sentencepiece merges the adjacent pair whose joined piece scores highest; tokenizers wants the pairs
+    ranked. Only normal pieces: a control piece is never made from text.
     """
     rank = {piece: i for i, (piece, _, kind) in enumerate(pieces) if kind == NORMAL}
     merges = []
@@ -334,8 +354,8 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
 def _parse_model(proto: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any], bool]:
     """(pieces, model_type, normaliser, treat_whitespace_as_suffix) of a serialised sentencepiece ModelProto.
 
-    Field numbers from sentencepiece_model.proto. Read by hand (tag, varint, bytes): the generated protobuf module
-    breaks with the protobuf version of the day.
+    Field numbers from sentencepiece_model.proto. Read by hand (tag, varint, bytes): the generated protobuf
+    module breaks with the protobuf version of the day.
     """
     pieces: list[tuple[str, float, int]] = []
     model_type, suffix = 1, False
@@ -399,12 +419,16 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"wire type {wire} of field {number}")
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Path, max_length: int = 512) -> Tokenizer:
-    """Trains a BPE model with byte fallback and writes tokenizer.model, tokenizer.json and tokenizer_config.json.
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, folder: str | Path, max_length: int = 512
+) -> Tokenizer:
+    """Trains a BPE model with byte fallback and writes tokenizer.model, tokenizer.json and
+    tokenizer_config.json.
 
-    Ids: 0 <unk>, 1 <s> (BOS, added to every text), 2 </s>, 3 <pad>, 4..259 the bytes, then pieces. Text is taken as it
-    is (no Unicode normalisation, spaces kept), digits one by one, as Llama's own. max_length: model_max_length written
-    for transformers. The folder loads with `transformers.AutoTokenizer` to the same ids as ours.
+    Ids: 0 <unk>, 1 <s> (BOS, added to every text), 2 </s>, 3 <pad>, 4..259 the bytes, then pieces. Text is
+    taken as it is (no Unicode normalisation, spaces kept), digits one by one, as Llama's own. max_length:
+    model_max_length written for transformers. The folder loads with `transformers.AutoTokenizer` to the same
+    ids as ours.
     """
     import io
 

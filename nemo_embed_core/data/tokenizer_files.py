@@ -1,9 +1,10 @@
-"""tokenizer.json is the only truth about a tokenizer: the files of an export that say so to every reader, and when two agree.
+"""tokenizer.json is the only truth about a tokenizer: the files of an export that say so to every reader, and
+when two agree.
 
-What a reader could take from elsewhere is not written or says the same: a tokenizer_class that rebuilds the pipeline by its
-own rules (LlamaTokenizer), add_bos_token and add_eos_token (transformers 4 appends the token, 5 does not), legacy,
-added_tokens_decoder, other special tokens, sides of truncation and padding, both also inside tokenizer.json, a chat
-template, and a tokenizer.model beside it.
+What a reader could take from elsewhere is not written or says the same: a tokenizer_class that rebuilds the
+pipeline by its own rules (LlamaTokenizer), add_bos_token and add_eos_token (transformers 4 appends the token,
+5 does not), legacy, added_tokens_decoder, other special tokens, sides of truncation and padding, both also
+inside tokenizer.json, a chat template, and a tokenizer.model beside it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ FAITHFUL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def check_servable(files: Mapping[str, bytes]) -> list[str]:
-    """UserError for a tokenizer that no export could hand on; else what its tokenizer_config.json asks for in vain, to be said.
+    """UserError for a tokenizer that no export could hand on; else what its tokenizer_config.json asks for in
+    vain, to be said.
 
-    files: tokenizer.json and tokenizer_config.json. For the start of a run: later it would be found when the model is merged.
+    files: tokenizer.json and tokenizer_config.json. For the start of a run: later it would be found when the
+    model is merged.
     """
     export_files(files, max_length=512)
     config = _config(files)
@@ -38,7 +41,9 @@ def check_servable(files: Mapping[str, bytes]) -> list[str]:
         "truncation_side": "right",
         "do_lower_case": False,
     }
-    vain = [f"{key}: {json.dumps(config[key])}" for key, value in does.items() if config.get(key, value) != value]
+    vain = [
+        f"{key}: {json.dumps(config[key])}" for key, value in does.items() if config.get(key, value) != value
+    ]
     given = config.get("tokenizer_class") or FAITHFUL_CLASSES[0]
     if given not in FAITHFUL_CLASSES:
         vain.append(f"tokenizer_class: {json.dumps(given)}")
@@ -47,7 +52,11 @@ def check_servable(files: Mapping[str, bytes]) -> list[str]:
         tokens = config.get(key) or []
         extra += [_content(t) for t in (tokens.values() if isinstance(tokens, dict) else tokens)]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    vain += [f"special token {json.dumps(t)}" for t in dict.fromkeys(extra) if t is not None and t not in vocabulary]
+    vain += [
+        f"special token {json.dumps(t)}"
+        for t in dict.fromkeys(extra)
+        if t is not None and t not in vocabulary
+    ]
     if not vain:
         return []
     return [
@@ -59,13 +68,17 @@ def check_servable(files: Mapping[str, bytes]) -> list[str]:
 def export_files(
     given: Mapping[str, bytes], *, max_length: int, format: Literal["native", "compat"] = "native"
 ) -> tuple[dict[str, bytes], dict[str, int | None]]:
-    """(tokenizer.json and tokenizer_config.json to write, {"bos_token_id", "eos_token_id", "pad_token_id"} of config.json).
+    """(tokenizer.json and tokenizer_config.json to write, {"bos_token_id", "eos_token_id", "pad_token_id"} of
+    config.json).
 
-    tokenizer.json is written byte for byte, unless it truncates or pads, which nobody should. max_length: tokens at which
-    texts are cut. UserError when there is no token to pad with, a named one is missing, or encoding is random.
+    tokenizer.json is written byte for byte, unless it truncates or pads, which nobody should. max_length:
+    tokens at which texts are cut. UserError when there is no token to pad with, a named one is missing, or
+    encoding is random.
     """
     if "tokenizer.json" not in given:
-        raise UserError(f"an export needs tokenizer.json; the tokenizer has only {sorted(given) or 'no files'}")
+        raise UserError(
+            f"an export needs tokenizer.json; the tokenizer has only {sorted(given) or 'no files'}"
+        )
     content = given["tokenizer.json"]
     raw = json.loads(content)
     padding = raw.get("padding") or {}
@@ -78,11 +91,20 @@ def export_files(
         content = json_bytes(raw)
     tokenizer = Tokenizer.from_buffer(content)
     given_config = _config(given)
-    names = {key: _content(given_config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    names = {
+        key: _content(given_config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
     if names["pad_token"] is None:
-        # Padding is masked in attention and pooling, so any token serves; sentence-transformers cannot batch without one.
+        # Padding is masked in attention and pooling, so any token serves; sentence-transformers cannot batch
+        # without one.
         special = [t.content for _, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special]
-        choices = [padding.get("pad_token"), names["eos_token"], names["bos_token"], names["unk_token"], *special]
+        choices = [
+            padding.get("pad_token"),
+            names["eos_token"],
+            names["bos_token"],
+            names["unk_token"],
+            *special,
+        ]
         names["pad_token"] = next((t for t in choices if t and tokenizer.token_to_id(t) is not None), None)
         if names["pad_token"] is None:
             raise UserError(
@@ -95,8 +117,11 @@ def export_files(
             )
     is_new = given_config.get("tokenizer_class") in (None, "", "TokenizersBackend")
     config: dict[str, Any] = {
-        # Transformers 4 refuses TokenizersBackend, which is right for native: it would run the model causally.
-        "tokenizer_class": "TokenizersBackend" if is_new and format == "native" else "PreTrainedTokenizerFast",
+        # Transformers 4 refuses TokenizersBackend, which is right for native: it would run the model
+        # causally.
+        "tokenizer_class": "TokenizersBackend"
+        if is_new and format == "native"
+        else "PreTrainedTokenizerFast",
         **{key: token for key, token in names.items() if token is not None},
         "model_max_length": max_length,
         # The library's default has token_type_ids, which LlamaModel.forward does not take.
@@ -111,7 +136,11 @@ def export_files(
     if "add_prefix_space" in pre_tokenizer:
         # Transformers 4 sets the pre-tokeniser to what this says, and to false where it says nothing.
         config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
-    ids = {f"{k}_id": None if t is None else tokenizer.token_to_id(t) for k, t in names.items() if k != "unk_token"}
+    ids = {
+        f"{k}_id": None if t is None else tokenizer.token_to_id(t)
+        for k, t in names.items()
+        if k != "unk_token"
+    }
     return {"tokenizer.json": content, "tokenizer_config.json": json_bytes(config)}, ids
 
 
@@ -130,15 +159,19 @@ def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     encoding = tokenizer.encode(text, add_special_tokens=True)
     is_added = encoding.special_tokens_mask
     before = list(itertools.takewhile(lambda i: is_added[i], range(len(is_added))))
-    after = list(itertools.takewhile(lambda i: is_added[i], reversed(range(len(before), len(is_added)))))[::-1]
+    after = list(itertools.takewhile(lambda i: is_added[i], reversed(range(len(before), len(is_added)))))[
+        ::-1
+    ]
     return [encoding.ids[i] for i in before], [encoding.ids[i] for i in after]
 
 
 def difference(a: bytes, b: bytes) -> str | None:
-    """The first thing in which two tokenizer.json give other ids for a text, with its entries; None where they never do.
+    """The first thing in which two tokenizer.json give other ids for a text, with its entries; None where
+    they never do.
 
-    Compared: normaliser, pre-tokeniser, model with vocabulary and merges, added tokens, the ids that the post-processor adds.
-    Not compared, as no id depends on it: layout and order of the JSON, decoder, truncation, padding, offsets, pairs of texts.
+    Compared: normaliser, pre-tokeniser, model with vocabulary and merges, added tokens, the ids that the
+    post-processor adds. Not compared, as no id depends on it: layout and order of the JSON, decoder,
+    truncation, padding, offsets, pairs of texts.
     """
     for ours, theirs in zip(_parts(a), _parts(b), strict=True):
         name, x, y = ours[0], ours[1], theirs[1]
@@ -163,7 +196,11 @@ def _parts(content: bytes) -> Iterator[tuple[str, Any]]:
     tokens = {}
     for token in raw["added_tokens"]:
         # A special one is never found in a text, so how it would be found is nothing.
-        how = {} if token["special"] else {k: v for k, v in token.items() if k not in ("id", "content", "special")}
+        how = (
+            {}
+            if token["special"]
+            else {k: v for k, v in token.items() if k not in ("id", "content", "special")}
+        )
         tokens[token["content"]] = {"id": token["id"], "special": token["special"], **how}
     yield "added tokens", tokens
     yield "normalizer", _steps(raw["normalizer"], "normalizers")

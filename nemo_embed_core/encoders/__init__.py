@@ -1,4 +1,5 @@
-"""Whatever makes vectors of texts: `open_encoder(path)` for models; embeddings that lie in files, encoders/precomputed.py.
+"""Whatever makes vectors of texts: `open_encoder(path)` for models; embeddings that lie in files,
+encoders/precomputed.py.
 
 encoder = open_encoder("runs/stage1")      # or a checkpoint, an export, a sentence-transformers folder
 vectors = encoder.encode(["a text"])       # [1, D] fp32

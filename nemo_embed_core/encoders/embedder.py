@@ -45,7 +45,8 @@ class Embedder:
     def load(
         cls, path: str | Path | Source, device: str = "auto", precision: str = "auto", max_tokens: int = 16384
     ) -> Embedder:
-        """A checkpoint or run of ours (the newest checkpoint, every file verified), or any Hugging Face Llama folder.
+        """A checkpoint or run of ours (the newest checkpoint, every file verified), or any Hugging Face Llama
+        folder.
 
         precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
         """
@@ -64,7 +65,9 @@ class Embedder:
         if shape["pooling"] == ModelConfig.pooling:  # vectors from before it was a field are the same
             del shape["pooling"]
         known = json.dumps([weights.digest, shape, tokenizer.digest, precision])
-        return cls(encoder, weights.model, tokenizer, hashlib.sha256(known.encode()).hexdigest(), target, max_tokens)
+        return cls(
+            encoder, weights.model, tokenizer, hashlib.sha256(known.encode()).hexdigest(), target, max_tokens
+        )
 
     @property
     def hidden_size(self) -> int:
@@ -87,14 +90,17 @@ class Embedder:
     def encode(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
     ) -> np.ndarray:
-        """normalize(pool(hidden states of prompt + text)): [len(texts), D] fp32 unit rows, in the given order.
+        """normalize(pool(hidden states of prompt + text)): [len(texts), D] fp32 unit rows, in the given
+        order.
 
         side changes nothing: one model encodes both.  Texts longer than max_length tokens (prompt and special tokens included) are cut there; `num_truncated` counts them.
         UserError when the prompt leaves no room for text: check_prompt asks that before anything is read.
         """
         return self.encode_tokens(self.tokenize(texts, prompt, max_length)[0])
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> tuple[list[np.ndarray], int]:
+    def tokenize(
+        self, texts: Sequence[str], prompt: str = "", max_length: int = 512
+    ) -> tuple[list[np.ndarray], int]:
         """(ids of prompt + text, cut at max_length, for each text; how many texts lost tokens)."""
         before = self.num_truncated
         tokens = self.tokenizer.encode(texts, max_length, prompt)

@@ -30,7 +30,8 @@ def scaled(rows: np.ndarray, similarity: Similarity) -> np.ndarray:
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """rows / |rows| in fp32, a function of each row alone; NaN for a zero row, which encode_corpus refuses by its text."""
+    """rows / |rows| in fp32, a function of each row alone; NaN for a zero row, which encode_corpus refuses by
+    its text."""
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (rows / norms[:, None]).astype(np.float32)
@@ -46,7 +47,9 @@ def precomputed_sides(
     sides: list[tuple[np.ndarray, Iterable[str]]] = []
     for side, beir in (("documents", 0), ("queries", 1)):
         rows = _open_npy(folder / f"{side}.npy")
-        found = next((f for f in (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz") if f.is_file()), None)
+        found = next(
+            (f for f in (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz") if f.is_file()), None
+        )
         if found is None and dataset is not None and Path(dataset.path).is_dir():
             found = source_files(dataset)[beir]
         if found is None:
@@ -69,7 +72,9 @@ def _open_npy(path: Path) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a readable .npy file of numbers: {error}") from None
     if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32, np.float64):
-        raise UserError(f"{path} holds {rows.dtype} {list(rows.shape)}: save [N, D] as float16, float32 or float64")
+        raise UserError(
+            f"{path} holds {rows.dtype} {list(rows.shape)}: save [N, D] as float16, float32 or float64"
+        )
     return rows
 
 
@@ -121,15 +126,20 @@ class Lookup:
                 "needs"
             )
         index = np.array(places, np.int64)
-        rows = self.rows[torch.from_numpy(index).to(self.rows.device) if isinstance(self.rows, Tensor) else index]
+        rows = self.rows[
+            torch.from_numpy(index).to(self.rows.device) if isinstance(self.rows, Tensor) else index
+        ]
         return scaled(_numpy(rows), self.similarity)
 
 
 def as_rows(array: Any, name: str = "embeddings") -> np.ndarray | Tensor:
-    """A 2-D array of floats as numpy (memory maps stay on disk) or torch, without a copy: numpy, torch, or DLPack."""
+    """A 2-D array of floats as numpy (memory maps stay on disk) or torch, without a copy: numpy, torch, or
+    DLPack."""
     if not isinstance(array, np.ndarray | Tensor):
         if not hasattr(array, "__dlpack__"):
-            raise UserError(f"{name} are a {type(array).__name__}: give a numpy, torch or DLPack (CuPy, JAX) array")
+            raise UserError(
+                f"{name} are a {type(array).__name__}: give a numpy, torch or DLPack (CuPy, JAX) array"
+            )
         array = torch.from_dlpack(array)
     is_float = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
     if array.ndim != 2 or not is_float or 0 in array.shape:

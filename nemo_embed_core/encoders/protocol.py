@@ -26,6 +26,7 @@ class TextEncoder(Protocol):
     ) -> np.ndarray:
         """[len(texts), hidden_size] fp32 rows of prompt + text, cut at max_length tokens, in the given order.
 
-        side: "query" or "document", for models that have other modules for each; the rest give the same for both.
+        side: "query" or "document", for models that have other modules for each; the rest give the same for
+        both.
         """
         ...

@@ -62,19 +62,27 @@ class SentenceTransformerEncoder:
     def encode(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
     ) -> np.ndarray:
-        """[n, D] float32 in the given order, cut at max_length tokens or at the folder's own limit, whichever is less.
+        """[n, D] float32 in the given order, cut at max_length tokens or at the folder's own limit, whichever
+        is less.
 
-        side: "query" or "document", for folders that have a path of modules for each (Router); others give the same for both.
+        side: "query" or "document", for folders that have a path of modules for each (Router); others give
+        the same for both.
         """
         if self.limit is not None:
             self._model.max_seq_length = min(self.limit, max_length)
-        options: dict[str, Any] = {"prompt": prompt, "batch_size": self._batch_size, "show_progress_bar": False}
+        options: dict[str, Any] = {
+            "prompt": prompt,
+            "batch_size": self._batch_size,
+            "show_progress_bar": False,
+        }
         encode = {"query": self._model.encode_query, "document": self._model.encode_document}.get(
             side or "", self._model.encode
         )
         return encode(list(texts), convert_to_numpy=True, **options).astype(np.float32)
 
-    def _tokenize(self, texts: Sequence[str], prompt: str = "", max_length: int = 512) -> tuple[list[np.ndarray], int]:
+    def _tokenize(
+        self, texts: Sequence[str], prompt: str = "", max_length: int = 512
+    ) -> tuple[list[np.ndarray], int]:
         """(ids of prompt + text, cut as `encode` cuts, for each text; how many texts lost tokens)."""
         assert self._tokenizer is not None
         if self.limit is None:
@@ -96,7 +104,9 @@ class SentenceTransformerEncoder:
         length, limit = len(self._tokenizer.encode(prompt).ids), min(self.limit, max_length)
         if limit - length < MIN_ROOM:
             fix = (
-                f"raise it to at least {length + MIN_ROOM}" if limit < self.limit else "the folder takes no more tokens"
+                f"raise it to at least {length + MIN_ROOM}"
+                if limit < self.limit
+                else "the folder takes no more tokens"
             )
             raise UserError(
                 f"{name}={limit} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has {length}; {fix}, or "

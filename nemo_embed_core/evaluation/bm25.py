@@ -3,8 +3,9 @@
 score(q, d) = sum over words w of q (as often as they occur in q) of  idf(w) * tf(w, d) / (tf(w, d) + k1 * (1 - b + b * |d| / mean |d|))
 idf(w) = ln(1 + (N - df(w) + 0.5) / (df(w) + 0.5))
 
-k1 = 1.2 and b = 0.75 are Lucene's and Elasticsearch's defaults, never tuned on the data at hand. Words are lower-cased runs
-of letters, digits and underscores (Unicode); no stemming and no stop words, which in English are worth a few points more.
+k1 = 1.2 and b = 0.75 are Lucene's and Elasticsearch's defaults, never tuned on the data at hand. Words are
+lower-cased runs of letters, digits and underscores (Unicode); no stemming and no stop words, which in English
+are worth a few points more.
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ class Bm25:
     queries: where they are known, only their words are kept.
     """
 
-    def __init__(self, texts: Iterable[str], k1: float = 1.2, b: float = 0.75, queries: Iterable[str] | None = None):
+    def __init__(
+        self, texts: Iterable[str], k1: float = 1.2, b: float = 0.75, queries: Iterable[str] | None = None
+    ):
         # Of each word the documents that have it, in order, and how often.
-        self.postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("i")))
+        self.postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(
+            lambda: (array("i"), array("i"))
+        )
         asked = None if queries is None else {word for query in queries for word in words_of(query)}
         lengths = array("q")
         for document, text in enumerate(texts):
@@ -56,7 +61,8 @@ class Bm25:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(document numbers, scores) of each query, best first; only documents that share a word with it.
 
-        Of equal scores the document with the lower first[number] comes first, without `first` the lower number.
+        Of equal scores the document with the lower first[number] comes first, without `first` the lower
+        number.
         """
         for query in queries:
             scores_N = self.scores(query)

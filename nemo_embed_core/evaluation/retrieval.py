@@ -1,10 +1,11 @@
 """nDCG@10, recall@10 and MRR@10 of an exact search, through mteb's own retrieval task and evaluator, offline.
 
-The search is ours and mteb sees ids and scores alone, so texts stay on disk. Of equal scores the greater id comes first, as
-in trec_eval, which mteb's figures come from.
+The search is ours and mteb sees ids and scores alone, so texts stay on disk. Of equal scores the greater id
+comes first, as in trec_eval, which mteb's figures come from.
 
-mteb takes 4 seconds to import, so it is imported inside. The task is run directly instead of through `mteb.evaluate`:
-that one keeps results by model name and revision, and serves two local checkpoints one another's scores.
+mteb takes 4 seconds to import, so it is imported inside. The task is run directly instead of through
+`mteb.evaluate`: that one keeps results by model name and revision, and serves two local checkpoints one
+another's scores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
-DEPTH = 11  # documents of a query that mteb gets: ten, and one in place of the query itself (ignore_identical_ids)
+# Documents of a query that mteb gets: ten, and one in place of the query itself (ignore_identical_ids).
+DEPTH = 11
 
 PIECE_CHARACTERS = 8 << 20  # of the texts that are in memory and encoded at a time
 MAX_SCORES = 16 << 20  # fp32 query-document scores held at a time, 64 MB
@@ -37,10 +39,12 @@ MAX_SCORES = 16 << 20  # fp32 query-document scores held at a time, 64 MB
 def evaluate_retrieval(
     encoder: TextEncoder, beir: Beir, usage: Usage | None = None, *, ignore_identical_ids: bool = False
 ) -> dict[str, Any]:
-    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"}: means over the queries, and "truncated": {"query", "document"}, shares.
+    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"}: means over the queries, and "truncated": {"query",
+    "document"}, shares.
 
-    usage: the default prompts, the lengths and the similarity of it. A share is None where the encoder cannot say it.
-    ignore_identical_ids: a document with the query's own id is not counted as found, mteb's flag of that name (ArguAna).
+    usage: the default prompts, the lengths and the similarity of it. A share is None where the encoder cannot
+    say it. ignore_identical_ids: a document with the query's own id is not counted as found, mteb's flag of
+    that name (ArguAna).
     """
     import torch
 
@@ -160,7 +164,8 @@ def rank_of_ids(ids: Sequence[str]) -> np.ndarray:
 def evaluate_bm25(
     beir: Beir, k1: float = 1.2, b: float = 0.75, *, ignore_identical_ids: bool = False
 ) -> dict[str, float]:
-    """The same figures, from the same evaluator, for words instead of vectors. Documents without a word of it are not found."""
+    """The same figures, from the same evaluator, for words instead of vectors. Documents without a word of it
+    are not found."""
     _check(beir)
     bm25 = Bm25(beir.corpus.values(), k1, b, queries=beir.queries.values())
     ids = list(beir.corpus)
@@ -237,7 +242,9 @@ def _figures(
 
             def task_specific_scores(self, scores: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
                 # A query that is not scored would leave the means instead of counting as a failure.
-                assert scores.keys() == beir.queries.keys(), f"{len(scores)} of {len(beir.queries)} queries scored"
+                assert scores.keys() == beir.queries.keys(), (
+                    f"{len(scores)} of {len(beir.queries)} queries scored"
+                )
                 return {}
 
         task = LocalRetrieval()
@@ -247,7 +254,8 @@ def _figures(
 
 
 def _model_meta(digest: str, kind: str) -> Any:
-    """mteb's description of a model. The digest as revision tells two checkpoints apart wherever mteb writes results."""
+    """mteb's description of a model. The digest as revision tells two checkpoints apart wherever mteb writes
+    results."""
     from mteb.models import ModelMeta
 
     return ModelMeta(
@@ -274,7 +282,8 @@ def _model_meta(digest: str, kind: str) -> Any:
 
 @contextmanager
 def mteb_imported() -> Iterator[None]:
-    """mteb without its side effects: it asks the hub, seeds every global generator (at import too), draws bars."""
+    """mteb without its side effects: it asks the hub, seeds every global generator (at import too), draws
+    bars."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub, which reads it once
     import torch
 

@@ -95,15 +95,22 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     total, sampled = len(beir.queries), ""
     if 0 < config.max_queries < total:
         chosen = set(random.Random(config.seed).sample(list(beir.queries), config.max_queries))
-        beir = Beir(beir.corpus, {q: beir.queries[q] for q in beir.queries if q in chosen}, beir.qrels, beir.languages)
+        beir = Beir(
+            beir.corpus, {q: beir.queries[q] for q in beir.queries if q in chosen}, beir.qrels, beir.languages
+        )
         sampled = f", a sample of {total} (seed {config.seed})"
     languages = (
-        Counter(beir.languages.get(query) or "unknown" for query in beir.queries) if beir.languages else Counter()
+        Counter(beir.languages.get(query) or "unknown" for query in beir.queries)
+        if beir.languages
+        else Counter()
     )
     sizes = f"{len(beir.queries)} queries of split {config.split}{sampled}, {len(beir.corpus)} documents"
     print(f"{sizes} of {config.data}", flush=True)
     if languages:
-        print("languages of the queries: " + ", ".join(f"{name} {count}" for name, count in languages.most_common()))
+        print(
+            "languages of the queries: "
+            + ", ".join(f"{name} {count}" for name, count in languages.most_common())
+        )
     for line in findings.lines():
         print(line)
     # The query is in the corpus under its own id: ArguAna, Quora. In other sets two numberings only meet.
@@ -111,9 +118,7 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     if identical:
         same = sum(normal_form(beir.queries[q]) in normal_form(beir.corpus[q]) for q in identical)
         judged = sum(beir.qrels[q].get(q, 0) > 0 for q in identical)
-        shown = (
-            f"{len(identical)} of {len(beir.queries)} queries have the id of a document, {same} of them are in its text"
-        )
+        shown = f"{len(identical)} of {len(beir.queries)} queries have the id of a document, {same} of them are in its text"
         shown += f", {judged} judge it relevant"
         if config.ignore_identical_ids:
             print(f"{shown}: these documents are not counted as found (ignore_identical_ids)")

@@ -1,1 +1,2 @@
-"""What leaves the house: the Hugging Face folder around the weights, and the proof that it gives our embeddings."""
+"""What leaves the house: the Hugging Face folder around the weights, and the proof that it gives our
+embeddings."""

@@ -1,4 +1,5 @@
-"""README.md of an export. Facts come from the sources' own files; nothing is invented: what is not known is not written."""
+"""README.md of an export. Facts come from the sources' own files; nothing is invented: what is not known is
+not written."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Card(TypedDict, total=False):
     ancestors: list[str]  # runs of ours between the base model and the parents, the youngest first
     parents: list[str]  # the run that these weights are from, or the runs and folders that were averaged
     method: str  # how several parents became one
-    choices: list[str]  # sentences: what was chosen about prompts, lengths and the tokenizer, as the merge said it
+    # Sentences: what was chosen about prompts, lengths and the tokenizer, as the merge said it.
+    choices: list[str]
     license: str  # an identifier of the Hugging Face hub, e.g. "apache-2.0"
     license_files: dict[str, bytes]  # of the base model, copied beside the weights
     runs: list[dict[str, Any]]  # one row of facts per run, e.g. {"run", "step", "rows", "data digest"}
@@ -67,7 +69,8 @@ def describe(sources: Sequence[Weights], report: Mapping[str, Any] | None = None
     if len(bases) == 1 and (base := bases.pop()) is not None:
         card |= _base(base)
         if not manifests and card["base_model"] == base.absolute().name:
-            del card["base_model"]  # a Hugging Face folder is a parent; what it was trained from, it has not said
+            # A Hugging Face folder is a parent; what it was trained from, it has not said.
+            del card["base_model"]
     if manifests:
         card["runs"] = [_run(name, manifest) for name, manifest in manifests.items()]
         card["datasets"] = _datasets(manifests.values())
@@ -79,7 +82,8 @@ def describe(sources: Sequence[Weights], report: Mapping[str, Any] | None = None
 
 
 def _origin(source: Weights) -> tuple[list[str], Path | None]:
-    """(runs of ours before this one, the folder that the first of them started from; None: random weights or not known)."""
+    """(runs of ours before this one, the folder that the first of them started from; None: random weights or
+    not known)."""
     manifest = source.reader.manifest
     if manifest is None:
         return [], source.folder
@@ -89,7 +93,8 @@ def _origin(source: Weights) -> tuple[list[str], Path | None]:
         try:
             manifest = read_manifest(find_checkpoint(folder))
         except UserError:
-            return names, None  # an ancestor that is damaged or too old tells nothing, and is no reason not to export
+            # An ancestor that is damaged or too old tells nothing, and is no reason not to export.
+            return names, None
         names.append(folder.name)
         init_from = manifest["config"]["init_from"]
     return names, Path(init_from) if init_from else None
@@ -100,13 +105,19 @@ def _base(folder: Path) -> Card:
     cached = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", folder.parent.parent.name)
     front = _front_matter(folder / "README.md")
     card: Card = {"base_model": f"{cached[1]}/{cached[2]}" if cached else folder.absolute().name}
-    if isinstance(front.get("base_model"), str):  # an export of ours, or another derivative, knows where it is from
+    # An export of ours, or another derivative, knows where it is from.
+    if isinstance(front.get("base_model"), str):
         card["base_model"] = front["base_model"]
-    if str(front.get("license")).startswith("llama"):  # the weights stay under it; any other choice is the publisher's
+    # The weights stay under it; any other choice is the publisher's.
+    if str(front.get("license")).startswith("llama"):
         card["license"] = str(front["license"])
     if folder.is_dir():
         names = re.compile(r"(licen[cs]e|notice|use_policy)[\w-]*(\.txt|\.md|\.pdf)?", re.IGNORECASE)
-        files = {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.is_file() and names.fullmatch(f.name)}
+        files = {
+            f.name: f.read_bytes()
+            for f in sorted(folder.iterdir())
+            if f.is_file() and names.fullmatch(f.name)
+        }
         if files:
             card["license_files"] = files
     return card
@@ -166,7 +177,9 @@ def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     recipe = {}
     for key in dict.fromkeys(key for options in flat for key in options):
         values = [options.get(key, "") for options in flat]
-        recipe[key] = values[0] if all(value == values[0] for value in values) else " / ".join(map(str, values))
+        recipe[key] = (
+            values[0] if all(value == values[0] for value in values) else " / ".join(map(str, values))
+        )
     return recipe
 
 
@@ -196,7 +209,9 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
 
     base = card.get("base_model", "")
     title = card.get("title") or "Bidirectional Llama text embedding model"
-    parents = [Path(parent).name if Path(parent).is_absolute() else parent for parent in card.get("parents", [])]
+    parents = [
+        Path(parent).name if Path(parent).is_absolute() else parent for parent in card.get("parents", [])
+    ]
     is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
     front: dict[str, Any] = {
         "library_name": "sentence-transformers",
@@ -267,11 +282,25 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     for heading, rows in (("Training runs", card.get("runs")), ("Training data", card.get("datasets"))):
         if rows:
             columns = list(dict.fromkeys(key for row in rows for key in row))
-            lines += ["", f"## {heading}", "", *_table(columns, [[row.get(c, "") for c in columns] for row in rows])]
+            lines += [
+                "",
+                f"## {heading}",
+                "",
+                *_table(columns, [[row.get(c, "") for c in columns] for row in rows]),
+            ]
     if card.get("recipe"):
-        lines += ["", "## Recipe", "", *_table(["option", "value"], [[k, v] for k, v in _flat(card["recipe"])])]
+        lines += [
+            "",
+            "## Recipe",
+            "",
+            *_table(["option", "value"], [[k, v] for k, v in _flat(card["recipe"])]),
+        ]
     if card.get("metrics"):
-        cells = [[name, metric, value] for name, values in card["metrics"].items() for metric, value in values.items()]
+        cells = [
+            [name, metric, value]
+            for name, values in card["metrics"].items()
+            for metric, value in values.items()
+        ]
         lines += ["", "## Results", "", *_table(["evaluation", "metric", "value"], cells)]
     facts = {
         "trained with commit": card.get("commit"),
@@ -292,27 +321,31 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
             'prominently, and to begin the name of the derived model with "Llama".',
             "",
             f"- Copy of the licence: {copies}",
-            f"- Name of this model: {title}" + ("" if title.startswith("Llama") else ' (does not begin with "Llama")'),
+            f"- Name of this model: {title}"
+            + ("" if title.startswith("Llama") else ' (does not begin with "Llama")'),
         ]
     return "\n".join(lines) + "\n"
 
 
 def _one_limit(usage: Usage) -> list[str]:
     limits = {usage.query_max_length, usage.document_max_length}
-    return [f"- sentence-transformers has one limit for both and cuts at {max(n or 0 for n in limits)} tokens"] * (
-        len(limits) > 1
-    )
+    return [
+        f"- sentence-transformers has one limit for both and cuts at {max(n or 0 for n in limits)} tokens"
+    ] * (len(limits) > 1)
 
 
 def _why_llama(card: Card) -> str:
-    """The fact that makes these weights a derivative of Meta's Llama; "": none is known. Our architecture alone is none."""
+    """The fact that makes these weights a derivative of Meta's Llama; "": none is known. Our architecture
+    alone is none."""
     names = [name.rsplit("/", 1)[-1] for name in (card.get("base_model", ""), *card.get("parents", []))]
     name = names[0]
     if card.get("license", "").startswith("llama"):
         return f"The base model{f', {name},' if name else ''} is published under the licence `{card['license']}`."
     for file, content in card.get("license_files", {}).items():
         if re.search(rb"llama[\w. -]*community license", content, re.IGNORECASE):
-            return f"The base model{f', {name},' if name else ''} came with a Llama community licence ({file})."
+            return (
+                f"The base model{f', {name},' if name else ''} came with a Llama community licence ({file})."
+            )
     name = next((name for name in names if "llama" in name.lower()), "")
     return f"The base model, {name}, says Llama in its name." if name else ""
 

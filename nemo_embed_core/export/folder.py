@@ -1,7 +1,9 @@
-"""Everything around the weights of a Hugging Face folder: config, tokenizer, sentence-transformers files, model card.
+"""Everything around the weights of a Hugging Face folder: config, tokenizer, sentence-transformers files,
+model card.
 
-The weights themselves (model.safetensors or shards of it, names without `model.`) are streamed by merge/stream.py;
-export/proof.py re-opens the whole folder and proves it. Spellings are chosen for their readers:
+The weights themselves (model.safetensors or shards of it, names without `model.`) are streamed by
+merge/stream.py; export/proof.py re-opens the whole folder and proves it. Spellings are chosen for their
+readers:
 
 - `is_causal: false` makes transformers >= 5.2 run LlamaModel bidirectionally; older ones ignore it and are silently causal.
 - `use_bidirectional_attention` and `pooling` are what text-embeddings-inference and vLLM look at.
@@ -9,8 +11,9 @@ export/proof.py re-opens the whole folder and proves it. Spellings are chosen fo
 - sentence-transformers files in the verbose spelling of its versions before 5.4: what 5.4 and later save themselves is not
   understood by TEI, llama.cpp's converter and older vLLM (which then pools the last token without a word).
 
-Two formats with the same tensors: "native" is a plain LlamaModel and needs no code; "compat" is a `llama_bidirec` with
-remote/modeling_llama_bidirec.py beside the weights, for transformers that do not know `is_causal` in config.json.
+Two formats with the same tensors: "native" is a plain LlamaModel and needs no code; "compat" is a
+`llama_bidirec` with remote/modeling_llama_bidirec.py beside the weights, for transformers that do not know
+`is_causal` in config.json.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ def write_folder(
     usage: Usage,
     card: Card,
 ) -> None:
-    """Write config.json, the tokenizer, the sentence-transformers files and README.md into `output` (made if missing).
+    """Write config.json, the tokenizer, the sentence-transformers files and README.md into `output` (made if
+    missing).
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  format: "native" for transformers >= 5.2, "compat" adds the
     code that 4.51 and later need.  usage: prompts, lengths and similarity, all known.  UserError when the tokenizer does not
@@ -81,7 +85,8 @@ def write_folder(
 
 
 def check_mergeable(source: Source) -> None:
-    """UserError for a folder of vectors of any length that are compared by anything but cosines: an export normalises."""
+    """UserError for a folder of vectors of any length that are compared by anything but cosines: an export
+    normalises."""
     modules = source.folder / "modules.json"
     if (
         source.usage.similarity != "cosine"
@@ -135,12 +140,14 @@ def hf_config(
 
 
 def max_length(usage: Usage) -> int:
-    """sentence-transformers has one limit for both sides: the larger, so that it cuts nothing that training did not cut."""
+    """sentence-transformers has one limit for both sides: the larger, so that it cuts nothing that training
+    did not cut."""
     return max(usage.query_max_length or 0, usage.document_max_length or 0)
 
 
 def sentence_transformers_files(model: ModelConfig, usage: Usage) -> dict[str, Any]:
-    """{file: JSON} for Transformer -> the model's pooling -> Normalize, prompt tokens pooled too (`include_prompt`)."""
+    """{file: JSON} for Transformer -> the model's pooling -> Normalize, prompt tokens pooled too
+    (`include_prompt`)."""
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}

@@ -1,10 +1,12 @@
-"""Run in a fresh process by consumers.py: what transformers and sentence-transformers make of a folder, on the CPU.
+"""Run in a fresh process by consumers.py: what transformers and sentence-transformers make of a folder, on
+the CPU.
 
     python reload.py FOLDER REQUEST.json OUTPUT.npz
 
-Imports nothing of this package, so that it sees the folder as any user does, and runs under transformers 4.51 to 5.x.
-REQUEST.json: {"texts", "num_prompted", "max_seq_length", "sets_length", "probe", "trust_remote_code", "sentence_transformers",
-"pooling"}; the last text is the long one; sets_length: the folder states no limit, so max_seq_length is set for it.
+Imports nothing of this package, so that it sees the folder as any user does, and runs under transformers 4.51
+to 5.x. REQUEST.json: {"texts", "num_prompted", "max_seq_length", "sets_length", "probe", "trust_remote_code",
+"sentence_transformers", "pooling"}; the last text is the long one; sets_length: the folder states no limit,
+so max_seq_length is set for it.
 
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
@@ -39,9 +41,9 @@ POOLINGS = {"mean": lambda hidden, mask: (hidden * mask).sum(1) / mask.sum(1)}
 def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, float]:
     """{case: largest change of the first token's state when the last of `ids` becomes `replacement`}.
 
-    Where the mask is causal it is exactly 0 at any precision: both forwards do the same arithmetic for that token. Each
-    case goes another way through transformers: without padding it may leave the mask out, and sdpa then takes its causal
-    one; a mask that was overridden for one of them is causal in the others.
+    Where the mask is causal it is exactly 0 at any precision: both forwards do the same arithmetic for that
+    token. Each case goes another way through transformers: without padding it may leave the mask out, and
+    sdpa then takes its causal one; a mask that was overridden for one of them is causal in the others.
     """
     before, after = torch.tensor([ids]), torch.tensor([[*ids[:-1], replacement]])
     changes = {}
@@ -50,7 +52,11 @@ def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, fl
             model.set_attn_implementation(attention)
         else:  # transformers 4.51
             model.config._attn_implementation = attention
-        for case, left, right in (("alone", 0, 0), ("padded on the left", 3, 0), ("padded on the right", 0, 3)):
+        for case, left, right in (
+            ("alone", 0, 0),
+            ("padded on the left", 3, 0),
+            ("padded on the right", 0, 3),
+        ):
             states = []
             for row in (before, after):
                 padded = torch.nn.functional.pad(row, (left, right), value=ids[0])
@@ -67,7 +73,12 @@ def embeddings(model, tokenizer, texts: list[str], request: dict[str, Any], padd
     tokenizer.padding_side = padding_side
     if tokenizer.pad_token is None:  # anybody's folder; which token it is does not matter, it is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    how = {"padding": True, "truncation": True, "max_length": request["max_seq_length"], "return_tensors": "pt"}
+    how = {
+        "padding": True,
+        "truncation": True,
+        "max_length": request["max_seq_length"],
+        "return_tensors": "pt",
+    }
     batch = tokenizer(texts, **how)
     hidden_NLD = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     pooled_ND = POOLINGS[request["pooling"]](hidden_NLD, batch["attention_mask"][..., None])
@@ -76,7 +87,10 @@ def embeddings(model, tokenizer, texts: list[str], request: dict[str, Any], padd
 
 def flat(prefix: str, rows: list[list[int]]) -> dict[str, np.ndarray]:
     ids = np.array([i for row in rows for i in row], dtype=np.int64)
-    return {f"{prefix}token_ids": ids, f"{prefix}token_counts": np.array([len(row) for row in rows], dtype=np.int64)}
+    return {
+        f"{prefix}token_ids": ids,
+        f"{prefix}token_counts": np.array([len(row) for row in rows], dtype=np.int64),
+    }
 
 
 def sentence_transformers(folder: str, request: dict[str, Any], long_text: str) -> dict[str, Any]:
@@ -126,8 +140,11 @@ def main(folder: str, request_file: str, output: str) -> None:
 
     token_ids = [list(range(12))]
     if tokenizer is not None:
-        token_ids = [tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"] for text in texts]
-    # A short text, so that even a wide model's attention gives the last token a weight that shows; ids that surely exist.
+        token_ids = [
+            tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"] for text in texts
+        ]
+    # A short text, so that even a wide model's attention gives the last token a weight that shows; ids that
+    # surely exist.
     probe = token_ids[request["probe"] if tokenizer is not None else 0]
     replacement = next(i for row in token_ids for i in row if i != probe[-1])
     with torch.no_grad():
@@ -148,7 +165,8 @@ def main(folder: str, request_file: str, output: str) -> None:
         found["num_repeats"] = np.array(num_repeats)
         found["default_length"] = np.array(len(tokenizer(long_text, truncation=True)["input_ids"]))
         left_ND = embeddings(model, tokenizer, texts[:-1], request, "left")
-        # The long one apart, so that the others need not be as long; sentence-transformers pads some of them so far.
+        # The long one apart, so that the others need not be as long; sentence-transformers pads some of them
+        # so far.
         parts = [embeddings(model, tokenizer, part, request, "right") for part in (texts[:-1], texts[-1:])]
         found |= {"transformers_ND": np.concatenate(parts), "left_padded_ND": left_ND}
     del model  # one copy of the weights at a time

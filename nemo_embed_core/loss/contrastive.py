@@ -7,10 +7,12 @@ in_batch   candidates of row b
 "positives"  + the positives of all other rows of the global batch
 "all"        + the positives and the hard negatives of all other rows
 
-A document that is right for the row is no candidate, wherever it comes from: the same text as its positive, another positive of
-the row, a positive of a row with the same query (Groups.known_BJ). Exactly these: no row excludes what another one knows.
+A document that is right for the row is no candidate, wherever it comes from: the same text as its positive,
+another positive of the row, a positive of a row with the same query (Groups.known_BJ). Exactly these: no row
+excludes what another one knows.
 
-b, B queries (of this rank) · K hard negatives · M = 1 + K documents per query · D hidden_size · P columns of the batch
+b, B queries (of this rank) · K hard negatives · M = 1 + K documents per query · D hidden_size · P columns of
+the batch
 """
 
 from __future__ import annotations
@@ -50,12 +52,15 @@ class Groups:
         return self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])
 
 
-def contrastive_loss(groups: Groups, temperature: float, in_batch: InBatch, dp_group: Any, dp_rank: int) -> Tensor:
+def contrastive_loss(
+    groups: Groups, temperature: float, in_batch: InBatch, dp_group: Any, dp_rank: int
+) -> Tensor:
     """loss [B] in fp32, one value per query of this rank.
 
-    With in_batch every dp rank must call this with equally many rows: documents are gathered over dp with gradient. The
-    gather's backward sums over ranks and FSDP averages over dp: with the mean over this rank's rows that is exactly the
-    gradient of the mean over the global batch. A row without any candidate has loss 0.
+    With in_batch every dp rank must call this with equally many rows: documents are gathered over dp with
+    gradient. The gather's backward sums over ranks and FSDP averages over dp: with the mean over this rank's
+    rows that is exactly the gradient of the mean over the global batch. A row without any candidate has loss
+    0.
     """
     negative_BK = groups.negative_BK
     if in_batch == "none":
@@ -76,24 +81,36 @@ def contrastive_loss(groups: Groups, temperature: float, in_batch: InBatch, dp_g
     labels_B = dp_rank * local.shape[0] + rows * (local.shape[0] // B)
     known = groups.known_BJ
     return info_nce_in_batch(
-        groups.q_BD, columns_PD, labels_B, temperature, doc_ids_P=ids, valid_P=valid, known_ids_BJ=known, **own
+        groups.q_BD,
+        columns_PD,
+        labels_B,
+        temperature,
+        doc_ids_P=ids,
+        valid_P=valid,
+        known_ids_BJ=known,
+        **own,
     )
 
 
 @torch.no_grad()
 def retrieval_stats(groups: Groups, in_batch: InBatch) -> Tensor:
-    """[5] fp64 sums to be added over micro-batches and ranks: rows whose positive outranks every candidate at hand, sum of
-    positive similarities, sum of negative similarities, number of negatives, rows with a candidate.
+    """[5] fp64 sums to be added over micro-batches and ranks: rows whose positive outranks every candidate at
+    hand, sum of positive similarities, sum of negative similarities, number of negatives, rows with a
+    candidate.
 
-    Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same micro-batch, but for
-    documents that are right for the row. A row without one is neither a hit nor a miss.
+    Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same
+    micro-batch, but for documents that are right for the row. A row without one is neither a hit nor a miss.
     """
     own_BM = torch.einsum("bd,bmd->bm", groups.q_BD.float(), groups.docs_BMD.float())
     scores, exists = own_BM[:, 1:], groups.negative_BK
     if in_batch != "none":
         scores = torch.cat([scores, groups.q_BD.float() @ groups.docs_BMD[:, 0].float().T], 1)
-        exists = torch.cat([exists, groups.mask_BM[None, :, 0] & ~groups.is_right(groups.ids_BM[None, :, 0])], 1)
+        exists = torch.cat(
+            [exists, groups.mask_BM[None, :, 0] & ~groups.is_right(groups.ids_BM[None, :, 0])], 1
+        )
     positive, ranked = own_BM[:, 0], exists.any(1)
     outranked = (exists & (scores >= positive[:, None])).any(1)
     negatives = scores.masked_fill(~exists, 0.0).sum()
-    return torch.stack([(ranked & ~outranked).sum(), positive.sum(), negatives, exists.sum(), ranked.sum()]).double()
+    return torch.stack(
+        [(ranked & ~outranked).sum(), positive.sum(), negatives, exists.sum(), ranked.sum()]
+    ).double()

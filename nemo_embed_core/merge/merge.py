@@ -165,11 +165,7 @@ def _soup(
 
 
 def check(
-    folder: str | Path,
-    trust_remote_code: bool = False,
-    *,
-    ours: bool = False,
-    say: Say = _print,
+    folder: str | Path, trust_remote_code: bool = False, *, ours: bool = False, say: Say = _print
 ) -> Report:
     """transformers.encode(x) = sentence_transformers.encode(x) = Embedder.encode(x), and no mask is causal.
 

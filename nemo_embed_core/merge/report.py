@@ -51,9 +51,7 @@ def _compare(aa: float, bb: float, dd: float) -> dict[str, float | None]:
 
 
 def make_report(
-    sources: Sequence[Weights],
-    dtype: torch.dtype,
-    sums: Mapping[str, Sequence[float]],
+    sources: Sequence[Weights], dtype: torch.dtype, sums: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
     """The report, of one source without distances.  sums: {tensor: sum over its blocks of squares()}."""
     n, pairs = len(sources), source_pairs(len(sources))

@@ -60,7 +60,7 @@ def dtype_of(name: str, sources: Sequence[Weights]) -> torch.dtype:
     if len(kinds) > 1 or torch.float64 in kinds:
         named = ", ".join(f"{s.folder}: {str(s.dtype).removeprefix('torch.')}" for s in sources)
         raise UserError(
-            f"the sources' dtypes do not say which one to write ({named}); choose one with --dtype",
+            f"the sources' dtypes do not say which one to write ({named}); choose one with --dtype"
         )
     return sources[0].dtype
 

@@ -6,9 +6,9 @@
 
 Texts are read a few megabytes at a time, so a shard of long ones need not fit in memory.
 
-Both are written beside, synced and renamed, the sidecar last: a shard without a sidecar does not exist. A shard whose
-sidecar says what this run would write, and whose bytes have the sha256 it gives, is not encoded again; one that says
-something else is refused by name, never reused.
+Both are written beside, synced and renamed, the sidecar last: a shard without a sidecar does not exist. A
+shard whose sidecar says what this run would write, and whose bytes have the sha256 it gives, is not encoded
+again; one that says something else is refused by name, never reused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _alone(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share the work. gather(value) -> every rank's value, in rank order; called by all ranks."""
+    """The processes that share the work. gather(value) -> every rank's value, in rank order; called by all
+    ranks."""
 
     rank: int = 0
     size: int = 1
@@ -52,7 +53,8 @@ class Ranks:
 
 
 class Corpus:
-    """np.concatenate(arrays) without the copy: .shape, [a:b] and [ids], read from memory maps as they are touched."""
+    """np.concatenate(arrays) without the copy: .shape, [a:b] and [ids], read from memory maps as they are
+    touched."""
 
     def __init__(self, arrays: list[np.ndarray], start: int = 0, stop: int | None = None):
         self.arrays = arrays
@@ -107,10 +109,12 @@ def encode_corpus(
     name: str = "texts",
     log: Callable[[str], None] = print,
 ) -> Corpus:
-    """np.concatenate([embedder.encode(texts[i : i + shard_size], prompt, max_length).astype(dtype) ...]), resumable.
+    """np.concatenate([embedder.encode(texts[i : i + shard_size], prompt, max_length).astype(dtype) ...]),
+    resumable.
 
     unit: rows of another length than 1 are refused; else only rows that are zero, or not finite in dtype.
-    With several ranks, rank r encodes shards r, r + size, ... of one folder that all of them see; all return the whole.
+    With several ranks, rank r encodes shards r, r + size, ... of one folder that all of them see; all return
+    the whole.
     """
     if not len(texts):
         raise UserError(f"{folder}: there are no {name} to encode")
@@ -138,7 +142,8 @@ def encode_corpus(
             reused += 1
             progress.skip(size)
             have = read_sidecar(path) or {}
-            if hasattr(embedder, "tokenize") and "truncated" not in have:  # of a run from before it was counted
+            # Of a run from before it was counted.
+            if hasattr(embedder, "tokenize") and "truncated" not in have:
                 late = _Cuts(embedder, prompt, max_length)
                 for part in _batches(texts, first, size):
                     late.add(part)
@@ -165,12 +170,15 @@ def encode_corpus(
 
 
 def open_corpus(folder: Path, num_shards: int) -> Corpus:
-    return Corpus([np.load(folder / f"{i:05d}.npy", mmap_mode="r", allow_pickle=False) for i in range(num_shards)])
+    return Corpus(
+        [np.load(folder / f"{i:05d}.npy", mmap_mode="r", allow_pickle=False) for i in range(num_shards)]
+    )
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """Of the texts of a corpus: how many lost tokens (None: the model does not say), and which fill the length with what."""
+    """Of the texts of a corpus: how many lost tokens (None: the model does not say), and which fill the
+    length with what."""
 
     num_truncated: int | None
     numbers: list[int]
@@ -216,7 +224,8 @@ def _batches(texts: Sequence[str], first: int, count: int) -> Iterator[list[str]
 
 
 class _Cuts:
-    """What truncation did to the texts of a shard, as its sidecar has it: texts with the same key are the same to the model."""
+    """What truncation did to the texts of a shard, as its sidecar has it: texts with the same key are the
+    same to the model."""
 
     def __init__(self, embedder: Any, prompt: str, max_length: int):
         self.embedder, self.prompt, self.max_length = embedder, prompt, max_length
@@ -306,9 +315,10 @@ def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str]
         return False
     for key, value in want.items():
         if have.get(key) != value:
-            what = {"texts": "of other texts (or other options that choose them)", "format": "in another format"}.get(
-                key, f"with {key} {have.get(key)!r}, and this run has {value!r}"
-            )
+            what = {
+                "texts": "of other texts (or other options that choose them)",
+                "format": "in another format",
+            }.get(key, f"with {key} {have.get(key)!r}, and this run has {value!r}")
             raise UserError(
                 f"{path} was encoded {what}. Shards of another model or data are never reused: delete the folder "
                 f"{folder} to encode again, or choose another output"

@@ -3,14 +3,16 @@
 flagembedding          JSONL {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt": ""}
 tevatron               JSONL {"query_id", "query", "positive_passages": [{"docid", "text", "score"}], "negative_passages"}
 sentence-transformers  parquet, columns query, positive, negative_1 .. negative_n, scores (of positive and negatives), as
-                       its own mine_hard_negatives writes them: losses of texts leave `scores` alone, others learn from it
+                       its own mine_hard_negatives writes them: losses of texts leave `scores` alone, others
+                       learn from it
 automodel              JSON {"corpus", "data"} of {"id", "score"}, beside a folder with the texts (train.parquet,
                        merlin_metadata.json)
 
-The prompts stand in the texts: each peer has fields for them and ignores those under some of its options. A document's id is
-the row's where it has one, else (Automodel: always, it masks equal ids over all its files) made of the text. None of the
-four trains on a row without negatives, and sentence-transformers on none with fewer than n: such rows are left out and
-counted in what `convert` returns. Rows pass through one by one: of the texts only a key is kept.
+The prompts stand in the texts: each peer has fields for them and ignores those under some of its options. A
+document's id is the row's where it has one, else (Automodel: always, it masks equal ids over all its files)
+made of the text. None of the four trains on a row without negatives, and sentence-transformers on none with
+fewer than n: such rows are left out and counted in what `convert` returns. Rows pass through one by one: of
+the texts only a key is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ from nemo_embed_core.config import UserError
 from nemo_embed_core.files.durable import replacing, sha256_file, write_atomically
 from nemo_embed_core.files.strict_json import parse
 
-SUFFIXES = {"flagembedding": ".jsonl", "tevatron": ".jsonl", "sentence-transformers": ".parquet", "automodel": ".json"}
+SUFFIXES = {
+    "flagembedding": ".jsonl",
+    "tevatron": ".jsonl",
+    "sentence-transformers": ".parquet",
+    "automodel": ".json",
+}
 FORMATS = tuple(SUFFIXES)
 ROWS_PER_GROUP, CHARACTERS_PER_GROUP = 4096, 32 << 20  # of a parquet file, at most: what is in memory at once
 
@@ -33,7 +40,8 @@ ROWS_PER_GROUP, CHARACTERS_PER_GROUP = 4096, 32 << 20  # of a parquet file, at m
 def convert_all(
     mined: str | Path, forms: Sequence[str], log: Callable[[str], None] = print, **options: Any
 ) -> dict[str, str]:
-    """convert(mined, f"{mined}.{form}{suffix}", form, **options) for every form; {path: why} of those that failed."""
+    """convert(mined, f"{mined}.{form}{suffix}", form, **options) for every form; {path: why} of those that
+    failed."""
     failed = {}
     for form in forms:
         path = f"{mined}.{form}{SUFFIXES[form]}"
@@ -56,7 +64,8 @@ def convert(
     prompt: str = "",
     document_prompt: str = "",
 ) -> dict[str, int]:
-    """Write `mined` (a JSONL of launch/mine.py) at `output` in another format: {"rows": written, "left_out": not}.
+    """Write `mined` (a JSONL of launch/mine.py) at `output` in another format: {"rows": written, "left_out":
+    not}.
 
     prompt, document_prompt: put before every query and every document.
     """
@@ -71,7 +80,9 @@ def convert(
             f"{mined}: none of {len(counts)} rows has the {least} negatives that {form} needs; the most is "
             f"{max(counts, default=0)}: mine with a higher threshold or a smaller num_negatives"
         )
-    whole = (_prompted(row, prompt, document_prompt) for row in _read(Path(mined)) if len(row["neg"]) >= least)
+    whole = (
+        _prompted(row, prompt, document_prompt) for row in _read(Path(mined)) if len(row["neg"]) >= least
+    )
     writers[form](whole, Path(output), num_negatives, sha256_file(Path(mined)))
     return {"rows": num_whole, "left_out": len(counts) - num_whole}
 
@@ -117,7 +128,9 @@ def _tevatron(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, di
     _jsonl(lines(), path)
 
 
-def _sentence_transformers(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, digest: str) -> None:
+def _sentence_transformers(
+    rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, digest: str
+) -> None:
     def tuples() -> Iterator[dict[str, Any]]:
         for row in rows:
             for positive, score in zip(row["pos"], row["pos_scores"], strict=True):
@@ -152,7 +165,8 @@ def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, d
     data = path.with_name(f".{path.name}.data.tmp")
 
     def texts() -> Iterator[dict[str, str]]:
-        # One pass over the rows: their ids go to a file of their own while the texts they introduce go to the corpus.
+        # One pass over the rows: their ids go to a file of their own while the texts they introduce go to the
+        # corpus.
         with open(data, "w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
                 question = {
@@ -181,7 +195,9 @@ def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, d
     }
     try:
         _parquet(texts(), corpus / "train.parquet")
-        write_atomically(corpus / "merlin_metadata.json", json.dumps(metadata, indent=1, ensure_ascii=False).encode())
+        write_atomically(
+            corpus / "merlin_metadata.json", json.dumps(metadata, indent=1, ensure_ascii=False).encode()
+        )
         write_atomically(path, whole())
     finally:
         data.unlink(missing_ok=True)

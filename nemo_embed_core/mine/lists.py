@@ -60,7 +60,9 @@ class TeacherSearch:
             scores[part] = pair_scores(q, at, d, at).cpu().numpy()
         return scores
 
-    def top(self, ceilings: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def top(
+        self, ceilings: np.ndarray, k: int, rows: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """topk_below for these query rows (None: all), each block published when it is done; documents split
         over ranks."""
         rows = np.arange(len(self.queries)) if rows is None else rows
@@ -89,7 +91,10 @@ class TeacherSearch:
                 top = self.below(documents, rows[part], ceilings[part], k, first, self.method, local)
                 gathered = ranks.gather((top[0].numpy(), top[1].numpy(), local))
                 merged = merge_topk([(torch.from_numpy(s), torch.from_numpy(i)) for s, i, _ in gathered], k)
-                counts = [min(s.num_certified for *_, s in gathered), max(s.num_exhaustive for *_, s in gathered)]
+                counts = [
+                    min(s.num_certified for *_, s in gathered),
+                    max(s.num_exhaustive for *_, s in gathered),
+                ]
                 block = (merged[0].numpy(), merged[1].numpy(), np.array(counts))
                 failpoint("searched", start // size)
                 if ranks.rank == 0:
@@ -126,8 +131,15 @@ class TeacherSearch:
         group = np.cumsum(self.exclude.counts(rows)) // MAX_EXCLUDED
         for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
             exclude = self.exclude.take(rows[part])
-            options: dict[str, Any] = {"first_id": first, "method": method, "device": self.device, "stats": stats}
-            parts.append(topk_below(self.queries[rows[part]], documents, ceilings[part], k, exclude, **options))
+            options: dict[str, Any] = {
+                "first_id": first,
+                "method": method,
+                "device": self.device,
+                "stats": stats,
+            }
+            parts.append(
+                topk_below(self.queries[rows[part]], documents, ceilings[part], k, exclude, **options)
+            )
         return torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
 
     def _digest(self, ceilings: np.ndarray, k: int, rows: np.ndarray) -> str:
@@ -141,7 +153,9 @@ class TeacherSearch:
         return digest.hexdigest()
 
 
-def _publish_block(folder: Path, index: int, digest: str, block: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def _publish_block(
+    folder: Path, index: int, digest: str, block: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
     data = io.BytesIO()
     np.savez(data, scores=block[0], ids=block[1], counts=block[2])
     publish(folder / f"{index:05d}.npz", data.getvalue(), {"search": digest})
@@ -248,7 +262,9 @@ def combine(
     may be taken.
     """
     n, num_rows = selection.num_searched, len(rows)
-    ordered = [_by_mean_rank([top[i] for top in tops], selection.combine == "intersection") for i in range(num_rows)]
+    ordered = [
+        _by_mean_rank([top[i] for top in tops], selection.combine == "intersection") for i in range(num_rows)
+    ]
     scores = np.full((num_rows, n), -np.inf, np.float32)
     ids = np.full((num_rows, n), -1, np.int64)
     below = np.zeros((num_rows, n), bool)

@@ -5,10 +5,11 @@ A document may be a negative of a query when its score is below `ceiling(positiv
     threshold * s              for s >= 0    ("percentage to positive"; 0.95 in the paper)
     s - (1 - threshold) * |s|  in general    (threshold * s would lie ABOVE a negative s and let everything through)
 
-With several positives the lowest-scoring one gives the ceiling: nothing returned beats any positive by the margin.
-Never returned: a document that any data of the run judges relevant for the query; the query itself; a document of the query's
-group; one that is the same as a positive once both are cut at the model's length; and what equals one of them in normal form
-(data/normal_form.py). Of texts equal in that sense only the first is searched.
+With several positives the lowest-scoring one gives the ceiling: nothing returned beats any positive by the
+margin. Never returned: a document that any data of the run judges relevant for the query; the query itself; a
+document of the query's group; one that is the same as a positive once both are cut at the model's length; and
+what equals one of them in normal form (data/normal_form.py). Of texts equal in that sense only the first is
+searched.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from nemo_embed_core.mine.search.streaming import kernel_is_available
 from nemo_embed_core.mine.selection import Selection, check_threshold
 from nemo_embed_core.mine.teachers import Teacher
 
-NUM_SAMPLED, NUM_SUSPECTS = 1000, 50  # rows looked at without the ceiling, and how many of them are kept for reading
+# Rows looked at without the ceiling, and how many of them are kept for reading.
+NUM_SAMPLED, NUM_SUSPECTS = 1000, 50
 NUM_RANDOM_PAIRS = 2000  # the yardstick of a trivial negative
 
 
@@ -63,18 +65,19 @@ def mine_negatives(
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The rows again, in order, with neg = the best-scoring documents below the ceiling, into `output`; the report.
+    """The rows again, in order, with neg = the best-scoring documents below the ceiling, into `output`; the
+    report.
 
-    teachers: one model or several (`selection.combine`), an iterable of them being loaded one after the other; prompts and
-    lengths are those of models that are no Teacher, which has its own. sweep: further thresholds to report on.
-    Searched are `passages` and (rows_are_searched) all documents, pos and neg, of the rows.
-    known: what else is relevant for a query; None: what the rows say. excluded: normal keys of documents not to search.
-    keep_negatives: those that a row has come first, whatever they score. negatives_are_judged: they are known to be
-    irrelevant (score 0 in qrels), so no suspects.
-    dtype of the stored embeddings: None for float16, and float32 where rows are not of unit length.
-    Work in progress lies in `<output>.work` (one file per shard and per block of queries): a run that was killed continues
-    when it is started again. Output lines: {"query", "pos", "neg", "pos_scores", "neg_scores"}, and "id", "lang", "group",
-    "pos_ids" and "neg_ids" where the data has them; every row kept, also with 0 negatives.
+    teachers: one model or several (`selection.combine`), an iterable of them being loaded one after the
+    other; prompts and lengths are those of models that are no Teacher, which has its own. sweep: further
+    thresholds to report on. Searched are `passages` and (rows_are_searched) all documents, pos and neg, of
+    the rows. known: what else is relevant for a query; None: what the rows say. excluded: normal keys of
+    documents not to search. keep_negatives: those that a row has come first, whatever they score.
+    negatives_are_judged: they are known to be irrelevant (score 0 in qrels), so no suspects. dtype of the
+    stored embeddings: None for float16, and float32 where rows are not of unit length. Work in progress lies
+    in `<output>.work` (one file per shard and per block of queries): a run that was killed continues when it
+    is started again. Output lines: {"query", "pos", "neg", "pos_scores", "neg_scores"}, and "id", "lang",
+    "group", "pos_ids" and "neg_ids" where the data has them; every row kept, also with 0 negatives.
     """
     output, ranks, selection = Path(output), ranks or Ranks(), selection or Selection()
     say = log if ranks.rank == 0 else (lambda _: None)
@@ -96,9 +99,13 @@ def mine_negatives(
         search_too(passages)
     pool.close()
     aside = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in sorted(pool.counts.items()))
-    say(f"{len(table):,} queries, {pool.num_searched:,} documents to search{f'; set aside: {aside}' if aside else ''}")
+    say(
+        f"{len(table):,} queries, {pool.num_searched:,} documents to search{f'; set aside: {aside}' if aside else ''}"
+    )
     if not pool.num_searched:
-        raise UserError(f"there are no documents to search: all of {len(pool.texts):,} are set aside ({aside})")
+        raise UserError(
+            f"there are no documents to search: all of {len(pool.texts):,} are set aside ({aside})"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(output.name + ".work")
     positives, given = table.pos, table.neg
@@ -146,12 +153,16 @@ def mine_negatives(
     for search in searches:
         search.exclude = exclude
 
-    depth = selection.num_searched if len(searches) == 1 else max(selection.num_searched, selection.combine_depth)
+    depth = (
+        selection.num_searched if len(searches) == 1 else max(selection.num_searched, selection.combine_depth)
+    )
     width = min(8 * depth, depth + 256) if sweep else depth
     lists = [CandidateLists(search, depth, width) for search in searches]
     # From the highest ceiling down: what was found below one of them serves the next.
     swept = []
-    for limit in sorted({*sweep, selection.threshold}, key=lambda t: np.inf if t is None else t, reverse=True):
+    for limit in sorted(
+        {*sweep, selection.threshold}, key=lambda t: np.inf if t is None else t, reverse=True
+    ):
         at = replace(selection, threshold=limit)
         found_scores, found_ids, below = find(lists, lowest, at)
         chosen = at.choose(found_scores, found_ids, below)
@@ -205,7 +216,8 @@ def _each(
 
 
 def _described(teacher: Teacher, dtype: str, truncation: dict[str, Truncation], cut: Cut) -> dict[str, Any]:
-    """A teacher in the report: what it is, how texts became vectors, and what of them was cut off (None: not known)."""
+    """A teacher in the report: what it is, how texts became vectors, and what of them was cut off (None: not
+    known)."""
     digest = {"documents": teacher.documents.digest, "queries": teacher.queries.digest}
     return {
         "model": digest["queries"] if len(set(digest.values())) == 1 else digest,
@@ -233,19 +245,29 @@ def _same_when_cut(rows: Rows, cuts: list[Cut]) -> dict[str, int]:
             same |= {n for n in given.of(i).tolist() if cut.of_document.get(n) in classes}
         num_rows += bool(same)
         num_negatives += len(same)
-    return {"negative_equals_positive_when_cut": num_rows, "negatives_equal_to_a_positive_when_cut": num_negatives}
+    return {
+        "negative_equals_positive_when_cut": num_rows,
+        "negatives_equal_to_a_positive_when_cut": num_negatives,
+    }
 
 
 def _storage(
-    model: dict[str, Any], search: TeacherSearch, selection: Selection, ceilings: np.ndarray, scores: np.ndarray
+    model: dict[str, Any],
+    search: TeacherSearch,
+    selection: Selection,
+    ceilings: np.ndarray,
+    scores: np.ndarray,
 ) -> dict[str, Any]:
-    """Scores, and so ceilings, are of the stored rows; score_error: how far the scores of the model's own can be from them.
+    """Scores, and so ceilings, are of the stored rows; score_error: how far the scores of the model's own can
+    be from them.
 
     float16: |x - x^| <= 2^-11 |x| + 2^-25 sqrt(D) on either side, for rows of unit length. None: not known.
     """
     error: float | None = 0.0
     if model["dtype"] == "float16":
-        error = 2.0**-10 + 2.0**-24 * search.queries.shape[1] ** 0.5 if model["similarity"] == "cosine" else None
+        error = (
+            2.0**-10 + 2.0**-24 * search.queries.shape[1] ** 0.5 if model["similarity"] == "cosine" else None
+        )
     count = None
     if error is not None:
         slope = 1 + max(
@@ -258,7 +280,8 @@ def _storage(
 
 @dataclass(frozen=True)
 class Given:
-    """The negatives that the rows brought: scores, and which may be kept (none that is known to be relevant, none twice)."""
+    """The negatives that the rows brought: scores, and which may be kept (none that is known to be relevant,
+    none twice)."""
 
     documents: Exclude
     scores: np.ndarray
@@ -294,7 +317,8 @@ class Given:
         return cls(given, scores, may_be_kept, counts)
 
     def before(self, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, ids), [Q, n], of those that may be kept, then of the mined ones, up to as many as were mined for."""
+        """(scores, ids), [Q, n], of those that may be kept, then of the mined ones, up to as many as were
+        mined for."""
         k = ids.shape[1]
         kept = [self.documents.of(i)[self._kept(i)] for i in range(len(ids))]
         width = max(k, *map(len, kept))
@@ -329,7 +353,10 @@ def _lines(
             "neg_scores": [_short(s) for s in scores[i][found]],
         }
         more: dict[str, Any] = {"lang": rows.langs[i], "id": rows.ids[i], "group": rows.groups[i]}
-        more |= {"pos_ids": rows.pool.document_ids(positives.of(i)), "neg_ids": rows.pool.document_ids(ids[i][found])}
+        more |= {
+            "pos_ids": rows.pool.document_ids(positives.of(i)),
+            "neg_ids": rows.pool.document_ids(ids[i][found]),
+        }
         line |= {name: value for name, value in more.items() if value}
         yield (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
@@ -340,7 +367,8 @@ def _short(score: np.float32) -> float:
 
 
 def random_scores(search: TeacherSearch) -> np.ndarray:
-    """Scores of queries with documents drawn without looking: what a document scores that has nothing to do with it."""
+    """Scores of queries with documents drawn without looking: what a document scores that has nothing to do
+    with it."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, len(search.queries), NUM_RANDOM_PAIRS)
     ids = rng.integers(0, search.num_searched, NUM_RANDOM_PAIRS)
@@ -350,7 +378,8 @@ def random_scores(search: TeacherSearch) -> np.ndarray:
 def suspects(
     rows: Rows, search: TeacherSearch, lowest: np.ndarray, ceilings: np.ndarray, judged: Exclude | None
 ) -> dict[str, Any]:
-    """What the first model's ceiling keeps out of a sample of rows: of how many, and some to read. Unlabelled positives?
+    """What the first model's ceiling keeps out of a sample of rows: of how many, and some to read. Unlabelled
+    positives?
 
     judged: per row documents that are known to be irrelevant, so none.
     """
@@ -358,7 +387,9 @@ def suspects(
     spare = 0 if judged is None else int(np.diff(judged.indptr)[sample].max())
     k = 3 + min(spare, 1000)  # a search on a GPU has places for 3,072
     documents = search.documents.part(0, search.num_searched)
-    scores, ids = (x.numpy() for x in search.below(documents, sample, np.full(len(sample), np.inf), k, 0, "fp32"))
+    scores, ids = (
+        x.numpy() for x in search.below(documents, sample, np.full(len(sample), np.inf), k, 0, "fp32")
+    )
     above = (ids >= 0) & (scores.astype(np.float64) >= ceilings[sample][:, None])
     if judged is not None:
         for j, i in enumerate(sample):
@@ -371,7 +402,10 @@ def suspects(
         for d, s in list(zip(ids[j][above[j]].tolist(), scores[j][above[j]].tolist(), strict=True))[:3]:
             name = {"id": one[0]} if (one := rows.pool.document_ids([d])) else {}
             kept_out.append({**name, "text": rows.pool.texts[d], "score": s})
-        positive = {"pos": [rows.pool.texts[n] for n in rows.pos.of(i)], "lowest_positive_score": float(lowest[i])}
+        positive = {
+            "pos": [rows.pool.texts[n] for n in rows.pos.of(i)],
+            "lowest_positive_score": float(lowest[i]),
+        }
         name = {"id": rows.ids[i]} if rows.ids[i] else {}
         found.append({**name, "query": rows.queries[i], **positive, "above_ceiling": kept_out})
     share = {"sampled_queries": len(sample), "with_a_passage_above_the_ceiling": len(having)}

@@ -1,6 +1,8 @@
-"""The documents that are searched: every text once; the rows they are mined for; and what a query must never be given.
+"""The documents that are searched: every text once; the rows they are mined for; and what a query must never
+be given.
 
-All texts are on disk (data/texts.py), all comparisons are of 16-byte keys, and "the same text" is data/normal_form.py.
+All texts are on disk (data/texts.py), all comparisons are of 16-byte keys, and "the same text" is
+data/normal_form.py.
 """
 
 from __future__ import annotations
@@ -57,9 +59,9 @@ class Known:
 class Pool:
     """Every text that can be a document, numbered: first those that are searched, then those set aside.
 
-    Set aside are spelling variants (of texts equal in normal form only the first is searched: twice among the negatives of a
-    query it counts twice in the softmax), texts of `excluded` keys, and texts without content. They keep embeddings of their
-    own, since they may be positives whose scores are needed.
+    Set aside are spelling variants (of texts equal in normal form only the first is searched: twice among the
+    negatives of a query it counts twice in the softmax), texts of `excluded` keys, and texts without content.
+    They keep embeddings of their own, since they may be positives whose scores are needed.
     """
 
     def __init__(self, excluded: Set[bytes] = frozenset()):
@@ -85,7 +87,8 @@ class Pool:
         return pool.close()
 
     def add(self, text: str, document_id: str = "", is_of_a_row: bool = True) -> int:
-        """The place of the text, the same for the same text: `number` has its number once all texts are there.
+        """The place of the text, the same for the same text: `number` has its number once all texts are
+        there.
 
         Of no row and not searched: it is counted, and not kept (-1).
         """
@@ -120,7 +123,8 @@ class Pool:
         self._is_open = False
 
     def close(self) -> Pool:
-        """All texts are there: those that are searched get the first numbers, in the order in which they were met."""
+        """All texts are there: those that are searched get the first numbers, in the order in which they were
+        met."""
         aside = np.frombuffer(self._aside, np.uint8).astype(bool)
         order = np.concatenate([np.flatnonzero(~aside), np.flatnonzero(aside)])
         self._number = np.empty(len(order), np.int64)
@@ -148,7 +152,8 @@ class Pool:
         return None if place is None or self._aside[place] else int(self._number[place])
 
     def searched(self, numbers: np.ndarray) -> np.ndarray:
-        """Of documents the searched ones that are the same text; those of which none is searched are left out."""
+        """Of documents the searched ones that are the same text; those of which none is searched are left
+        out."""
         assert isinstance(self.texts, _Ordered)
         found = self._number[np.frombuffer(self._stands, np.int64)[self.texts.order[numbers]]]
         return found[found < self.num_searched]
@@ -186,7 +191,8 @@ class Rows:
     """
 
     def __init__(self, rows: Iterable[Row], pool: Pool, known: Known | None = None):
-        """known: of the whole run; None: of these rows. Texts are added to the pool, which is closed by the caller."""
+        """known: of the whole run; None: of these rows. Texts are added to the pool, which is closed by the
+        caller."""
         self.pool = pool
         self.queries = Texts()
         self.keys = bytearray()  # of the queries, 16 bytes each
@@ -205,7 +211,9 @@ class Rows:
         seen_queries: set[bytes] = set()
         for i, row in enumerate(rows):
             if not row.pos:
-                raise UserError(f"row {i} ({row.query[:60]!r}) has no positive: without one there is no ceiling")
+                raise UserError(
+                    f"row {i} ({row.query[:60]!r}) has no positive: without one there is no ceiling"
+                )
             if known is None:
                 self.known.add(row.query, row.pos)
             for side, texts in (("pos", row.pos), ("neg", row.neg)):
@@ -222,7 +230,9 @@ class Rows:
         """The key of its query, after `noise` has taken note of the row."""
         query = normal_key(row.query)
         pos, neg = [normal_key(text) for text in row.pos], [normal_key(text) for text in row.neg]
-        whole = hashlib.blake2b(b"|".join([query, *sorted(pos), b"-", *sorted(neg)]), digest_size=KEY).digest()
+        whole = hashlib.blake2b(
+            b"|".join([query, *sorted(pos), b"-", *sorted(neg)]), digest_size=KEY
+        ).digest()
         self.num_excluded += not self.pool.excluded.isdisjoint(pos)
         found = {
             "duplicate_rows": whole in seen,
@@ -259,7 +269,8 @@ class Rows:
 
 
 class Exclusions:
-    """Per row the documents that it must not be given, as classes that rows share: 8 bytes a row and member, not a pair.
+    """Per row the documents that it must not be given, as classes that rows share: 8 bytes a row and member,
+    not a pair.
 
     of_row: CSR, the classes of each row; members: CSR, the documents of each class.
     """
@@ -283,8 +294,9 @@ class Exclusions:
 
 
 def exclusions(rows: Rows, cuts: Iterable[Cut] = ()) -> Exclusions:
-    """What no row is given: documents equal in normal form to its query or to a document known to be relevant for it, documents
-    of its group, and documents that are equal to one of its positives after truncation (`cuts`, one per teacher)."""
+    """What no row is given: documents equal in normal form to its query or to a document known to be relevant
+    for it, documents of its group, and documents that are equal to one of its positives after truncation
+    (`cuts`, one per teacher)."""
     pool, positives = rows.pool, rows.pos
     of_key: dict[bytes, int] = {}
     members: list[list[int]] = []

@@ -9,17 +9,21 @@ from typing import Any
 
 
 class Progress:
-    """`encoded 32,768 of 120,000 documents, 1,234 documents/s, 00:01:11 left`, or tqdm's bar when stderr is a terminal."""
+    """`encoded 32,768 of 120,000 documents, 1,234 documents/s, 00:01:11 left`, or tqdm's bar when stderr is a
+    terminal."""
 
     def __init__(self, verb: str, unit: str, total: int, log: Callable[[str], None], *, shown: bool = True):
         self.verb, self.unit, self.total, self.log, self.shown = verb, unit, total, log, shown
-        self.done = self.worked = 0  # worked: without what was already there, which says nothing about the speed
+        # Worked: without what was already there, which says nothing about the speed.
+        self.done = self.worked = 0
         self.began = time.monotonic()
         self.bar: Any = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc=f"{verb} {unit}", unit=f" {unit}", unit_scale=True, file=sys.stderr)
+            self.bar = tqdm(
+                total=total, desc=f"{verb} {unit}", unit=f" {unit}", unit_scale=True, file=sys.stderr
+            )
 
     def skip(self, count: int) -> None:
         """These were done in an earlier run."""

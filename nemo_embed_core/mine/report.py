@@ -29,7 +29,8 @@ def build_report(
     sweep: list[dict[str, Any]],
     num_searched_again: int,
 ) -> dict[str, Any]:
-    """positive_scores: all pairs; lowest [Q]: each query's lowest; scores [Q, >= k]: of the negatives, -inf where there is none."""
+    """positive_scores: all pairs; lowest [Q]: each query's lowest; scores [Q, >= k]: of the negatives, -inf
+    where there is none."""
     found = np.isfinite(scores)
     counts = found.sum(1)
     k = settings["num_negatives"]
@@ -42,13 +43,15 @@ def build_report(
         **settings,
         **_shares(counts, k),
         "negatives": int(counts.sum()),
-        # No harder than half of the passages drawn without looking at the query: nothing is learnt from these.
+        # No harder than half of the passages drawn without looking at the query: nothing is learnt from
+        # these.
         "trivial_negatives": int((negatives <= np.median(random_scores)).sum()),
         "positive_score_quantiles": _quantiles(positive_scores),
         "negative_score_quantiles": _quantiles(negatives),
         "random_pair_score_quantiles": _quantiles(random_scores),
         "hardest_negative_to_positive": _quantiles(_hardest_to_positive(scores, lowest)),
-        "negative_positive_scores": int((lowest < 0).sum()),  # queries for which threshold * s would have been wrong
+        # Queries for which threshold * s would have been wrong.
+        "negative_positive_scores": int((lowest < 0).sum()),
         # As the data says, "" where it does not; empty when it never does. No language is guessed.
         "by_language": by_group(languages, counts, k) if any(languages) else {},
         "by_script": by_group([script(text) for text in query_texts], counts, k),
@@ -68,7 +71,8 @@ def build_report(
 
 
 def sweep_entry(threshold: float, scores: np.ndarray, lowest: np.ndarray) -> dict[str, Any]:
-    """What a run at this threshold finds. margin: lowest positive's score - hardest negative's, of queries with one."""
+    """What a run at this threshold finds. margin: lowest positive's score - hardest negative's, of queries
+    with one."""
     found = np.isfinite(scores)
     some = found[:, 0]
     margin = lowest[some].astype(np.float64) - scores[some, 0]
@@ -99,7 +103,8 @@ def by_group(labels: Sequence[str], counts: np.ndarray, k: int) -> dict[str, dic
 
 
 def script(text: str) -> str:
-    """The script that most letters of a text are written in: "Latin", "Han", "Cyrillic", ...; not its language."""
+    """The script that most letters of a text are written in: "Latin", "Han", "Cyrillic", ...; not its
+    language."""
     scripts: Counter[str] = Counter()
     for character, count in Counter(text).items():
         name = _script_of(character)
@@ -127,7 +132,9 @@ def _hardest_to_positive(scores: np.ndarray, lowest: np.ndarray) -> np.ndarray:
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
-    return {f"{q:g}": round(float(v), 6) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
+    return {
+        f"{q:g}": round(float(v), 6) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
+    }
 
 
 # ------------------------------------------------------------------------------------------ to read
@@ -191,13 +198,19 @@ NOISE_SHARE, CUT_SHARE = 0.01, 0.05  # of rows, and of texts: above these it is 
 
 
 def _cautions(report: dict[str, Any]) -> list[str]:
-    """What the data or the lengths do to the result: truncation, rows that teach nothing, given negatives, rounding."""
+    """What the data or the lengths do to the result: truncation, rows that teach nothing, given negatives,
+    rounding."""
     lines = []
     for model in report["models"]:
         for side, option in (("queries", "query_max_length"), ("documents", "document_max_length")):
-            count, total = model[f"{side}_truncated"], report["queries" if side == "queries" else "documents_encoded"]
+            count, total = (
+                model[f"{side}_truncated"],
+                report["queries" if side == "queries" else "documents_encoded"],
+            )
             if count is None:
-                lines.append(f"how many {side} were cut is not known: {model['name'] or 'the model'} does not say")
+                lines.append(
+                    f"how many {side} were cut is not known: {model['name'] or 'the model'} does not say"
+                )
             elif count:
                 warning = "warning: " if count > CUT_SHARE * total else ""
                 lines.append(
@@ -231,7 +244,9 @@ def _cautions(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def print_groups(title: str, groups: dict[str, dict[str, Any]], k: int, log: Callable[[str], None] = print) -> None:
+def print_groups(
+    title: str, groups: dict[str, dict[str, Any]], k: int, log: Callable[[str], None] = print
+) -> None:
     """A line for each: queries, and the shares with no, fewer than k and k negatives."""
     _header(title, k, log)
     for name, group in groups.items():
@@ -250,7 +265,8 @@ def _share_line(name: str, group: dict[str, Any], log: Callable[[str], None], mo
 
 
 def plot_report(report: dict[str, Any], path: str) -> None:
-    """The score histograms, and beside them the shares per threshold (sweep) and per language or script, as a PNG.
+    """The score histograms, and beside them the shares per threshold (sweep) and per language or script, as a
+    PNG.
 
     Needs matplotlib.
     """
@@ -269,7 +285,9 @@ def plot_report(report: dict[str, Any], path: str) -> None:
     histogram, axes = report["histogram"], panels[0][0]
     for key in ("positives", "negatives"):
         count = max(1, sum(histogram[key]))
-        axes.stairs([100 * c / count for c in histogram[key]], histogram["edges"], label=key, fill=True, alpha=0.5)
+        axes.stairs(
+            [100 * c / count for c in histogram[key]], histogram["edges"], label=key, fill=True, alpha=0.5
+        )
     axes.set(xlabel="score", ylabel="% of pairs")
     title = f"{total:,} queries, {report['documents']:,} documents, threshold {report['threshold']}"
     axes.set_title(f"{title}: {report['with_no_negatives'] / total:.1%} without a negative", fontsize=10)

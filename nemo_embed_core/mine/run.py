@@ -3,7 +3,8 @@
     plan = make_plan(config)         # reads every file once; UserError with all that is wrong
     mine(plan, ranks, device, load)  # load(source) -> an encoder
 
-Prompts, lengths and similarity are the model's own (checkpoint/source.py: Usage) unless an option says otherwise.
+Prompts, lengths and similarity are the model's own (checkpoint/source.py: Usage) unless an option says
+otherwise.
 """
 
 from __future__ import annotations
@@ -52,16 +53,20 @@ class Plan:
     excluded: set[bytes] = field(default_factory=set)
 
     def output(self, name: str) -> Path:
-        return Path(self.config.output) / f"{name}.jsonl" if len(self.datasets) > 1 else Path(self.config.output)
+        return (
+            Path(self.config.output) / f"{name}.jsonl" if len(self.datasets) > 1 else Path(self.config.output)
+        )
 
 
 def make_plan(config: MineConfig, log: Log = print) -> Plan:
-    """Everything that will be read, checked: options, models, prompts, outputs, every row of every file, free disk."""
+    """Everything that will be read, checked: options, models, prompts, outputs, every row of every file, free
+    disk."""
     _check_options(config)
     datasets = named_datasets(config)
     sources = [resolve(model) for model in config.models]
     usage = {
-        name: [using(source, name, dataset, config, log) for source in sources] for name, dataset in datasets.items()
+        name: [using(source, name, dataset, config, log) for source in sources]
+        for name, dataset in datasets.items()
     }
     for source in sources:
         _check_source(source, datasets, [of[sources.index(source)] for of in usage.values()])
@@ -81,7 +86,11 @@ def _check_options(config: MineConfig) -> None:
         )
     single = len(config.datasets) <= 1
     if config.output and Path(config.output).exists() and Path(config.output).is_dir() == single:
-        what = "a folder, and one dataset is written to a file" if single else "a file, and several need a folder"
+        what = (
+            "a folder, and one dataset is written to a file"
+            if single
+            else "a file, and several need a folder"
+        )
         raise UserError(f"output {config.output} is {what}: choose another name")
     if config.output:
         folder = next(p for p in Path(config.output).absolute().parents if p.exists())
@@ -91,7 +100,9 @@ def _check_options(config: MineConfig) -> None:
 
 def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
     """The name of each dataset's file or folder, with a number where two have the same."""
-    base = {f.name: getattr(config, f.name) for f in dataclasses.fields(MineDatasetConfig) if f.name != "path"}
+    base = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(MineDatasetConfig) if f.name != "path"
+    }
     named: dict[str, MineDatasetConfig] = {}
     for dataset in config.datasets or [MineDatasetConfig(path=config.data, **base)]:
         stem = Path(dataset.path).name.removesuffix(".gz").removesuffix(".jsonl")
@@ -105,7 +116,9 @@ def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
 # ------------------------------------------------------------------------------------------ how a model encodes
 
 
-def using(source: Source, name: str, dataset: MineDatasetConfig, config: MineConfig, log: Log) -> dict[str, Any]:
+def using(
+    source: Source, name: str, dataset: MineDatasetConfig, config: MineConfig, log: Log
+) -> dict[str, Any]:
     """What a Teacher of this model gets for this data set, and says where each of it comes from."""
     own, model = source.usage, str(source.path)
     similarity = config.similarity or own.similarity
@@ -133,12 +146,20 @@ def using(source: Source, name: str, dataset: MineDatasetConfig, config: MineCon
     where = "the model's" if own.prompts else "none known"
     if len(own.prompts) > 1:
         where = (
-            f"of {name}" if name in own.prompts else f"of {next(iter(own.prompts))}, {name} is no task of the model's"
+            f"of {name}"
+            if name in own.prompts
+            else f"of {next(iter(own.prompts))}, {name} is no task of the model's"
         )
     sides: dict[str, Any] = {}
     for side, task, prompt, length, limit in (
         ("query", dataset.task, prompts.query, config.query_max_length, own.query_max_length),
-        ("document", dataset.document_task, prompts.document, config.document_max_length, own.document_max_length),
+        (
+            "document",
+            dataset.document_task,
+            prompts.document,
+            config.document_max_length,
+            own.document_max_length,
+        ),
     ):
         option, whose = "task" if side == "query" else "document_task", where
         if task is not None:
@@ -149,7 +170,9 @@ def using(source: Source, name: str, dataset: MineDatasetConfig, config: MineCon
         if source.kind == "sentence-transformers" and limit and tokens > limit:
             tokens, origin = limit, f"the folder's limit, below {side}_max_length={length}"
         sides |= {"prompt" if side == "query" else "document_prompt": prompt, f"{side}_max_length": tokens}
-        log(f"model {model}, {name}: {side} prompt {prompt!r} ({whose}), {tokens} tokens ({origin}), {similarity}")
+        log(
+            f"model {model}, {name}: {side} prompt {prompt!r} ({whose}), {tokens} tokens ({origin}), {similarity}"
+        )
     return {**sides, "similarity": similarity, "name": model}
 
 
@@ -158,7 +181,9 @@ def _normalizes(folder: Path) -> bool:
     return not file.is_file() or "Normalize" in file.read_text(encoding="utf-8")
 
 
-def _check_source(source: Source, datasets: dict[str, MineDatasetConfig], usages: list[dict[str, Any]]) -> None:
+def _check_source(
+    source: Source, datasets: dict[str, MineDatasetConfig], usages: list[dict[str, Any]]
+) -> None:
     """Tokenizer, prompts that leave room for text, libraries, embeddings: without loading a weight."""
     if source.kind == "precomputed":
         for dataset in datasets.values():
@@ -219,7 +244,8 @@ def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Doc
 def _read_all(
     config: MineConfig, datasets: dict[str, MineDatasetConfig], log: Log
 ) -> tuple[Known, set[bytes], dict[str, tuple[int, int]]]:
-    """(known relevance over all data sets and all splits of their folders, keys of --exclude, (documents, queries) by name).
+    """(known relevance over all data sets and all splits of their folders, keys of --exclude, (documents,
+    queries) by name).
 
     DataError with the first 20 bad lines of all files and the number of them all.
     """
@@ -227,7 +253,9 @@ def _read_all(
     counts: dict[str, tuple[int, int]] = {}
     for dataset in datasets.values():
         source_files(_plain(dataset))  # a missing file is said before the first one is read
-    num_corpus = sum(1 for _ in read_documents(config.corpus, config.on_missing, findings)) if config.corpus else 0
+    num_corpus = (
+        sum(1 for _ in read_documents(config.corpus, config.on_missing, findings)) if config.corpus else 0
+    )
     for path in config.exclude:
         excluded.update(_excluded(path, findings))
     for name, dataset in datasets.items():
@@ -238,7 +266,9 @@ def _read_all(
             num_rows += 1
         num_documents = len(documents)
         if Path(dataset.path).is_dir():
-            num_documents = len(read_beir(dataset.path, dataset.split, dataset.on_missing, Findings(log=log)).corpus)
+            num_documents = len(
+                read_beir(dataset.path, dataset.split, dataset.on_missing, Findings(log=log)).corpus
+            )
         counts[name] = (num_documents + num_corpus, num_rows)
     findings.raise_bad()
     for line in findings.lines():
@@ -251,20 +281,26 @@ def _read_all(
 
 
 def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
-    """Normal keys of the documents of `file.jsonl[.gz]` ({"text"} lines), or those that a split judges: `beir/folder:split`."""
+    """Normal keys of the documents of `file.jsonl[.gz]` ({"text"} lines), or those that a split judges:
+    `beir/folder:split`."""
     folder, _, split = path.rpartition(":")
     if folder and Path(folder).is_dir():
         beir = read_beir(folder, split, "allow", findings)
         judged = dict.fromkeys(doc for scores in beir.qrels.values() for doc in scores)
         yield from (normal_key(beir.corpus[doc]) for doc in judged if doc in beir.corpus)
     elif Path(path).is_dir():
-        raise UserError(f"exclude {path} is a folder: add the split whose documents are meant, as {path}:test")
+        raise UserError(
+            f"exclude {path} is a folder: add the split whose documents are meant, as {path}:test"
+        )
     else:
         yield from (normal_key(text) for _, text in read_documents(path, "allow", findings))
 
 
-def _read_other_splits(config: MineConfig, name: str, dataset: MineDatasetConfig, known: Known, log: Log) -> None:
-    """What another split of the same BEIR folder judges relevant is known too; how much of the corpus only others judge."""
+def _read_other_splits(
+    config: MineConfig, name: str, dataset: MineDatasetConfig, known: Known, log: Log
+) -> None:
+    """What another split of the same BEIR folder judges relevant is known too; how much of the corpus only
+    others judge."""
     files = sorted((Path(dataset.path) / "qrels").glob("*.tsv*"))
     splits = sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in files} - {dataset.split})
     if not splits:
@@ -280,7 +316,11 @@ def _read_other_splits(config: MineConfig, name: str, dataset: MineDatasetConfig
                 "relevant is not all known")  # fmt: skip
         option = f"{dataset.path}:{split}"
         if only := len(judged - own):
-            what = "not searched" if option in config.exclude else f"searched too; --exclude {option} leaves them out"
+            what = (
+                "not searched"
+                if option in config.exclude
+                else f"searched too; --exclude {option} leaves them out"
+            )
             log(f"{name}: {only:,} documents are relevant in split {split} only: {what}")
 
 
@@ -318,7 +358,8 @@ def _hidden_size(source: Source) -> int:
 
 
 def write_texts(config: MineConfig, log: Log = print) -> None:
-    """What a run embeds, once each, for those who embed elsewhere; then --model takes the folder with the two .npy."""
+    """What a run embeds, once each, for those who embed elsewhere; then --model takes the folder with the two
+    .npy."""
     _check_options(config)
     folder = Path(config.write_texts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -346,8 +387,11 @@ def write_texts(config: MineConfig, log: Log = print) -> None:
         log(f"wrote {folder / side}.jsonl: {len(seen):,} texts; put {side}.npy beside it, row i for line i")
 
 
-def mine(plan: Plan, ranks: Ranks, device: Any, load: Callable[[Source], Any], log: Log = print) -> dict[str, Any]:
-    """Every data set of the plan into its file; the reports by name. load: Source -> encoder, for what is not precomputed."""
+def mine(
+    plan: Plan, ranks: Ranks, device: Any, load: Callable[[Source], Any], log: Log = print
+) -> dict[str, Any]:
+    """Every data set of the plan into its file; the reports by name. load: Source -> encoder, for what is not
+    precomputed."""
     config, single = plan.config, len(plan.datasets) == 1
     can_plot = importlib.util.find_spec("matplotlib") is not None
     say = log if ranks.rank == 0 else (lambda _: None)
@@ -398,9 +442,13 @@ def mine(plan: Plan, ranks: Ranks, device: Any, load: Callable[[Source], Any], l
 
 
 def _convert(plan: Plan, name: str, output: Path, say: Log) -> dict[str, str]:
-    """The files of other trainers, with the instructions of the data set: given ones, else those of a model of ours."""
+    """The files of other trainers, with the instructions of the data set: given ones, else those of a model
+    of ours."""
     dataset, config = plan.datasets[name], plan.config
-    prompts = {"prompt": query_prompt(dataset.task or ""), "document_prompt": query_prompt(dataset.document_task or "")}
+    prompts = {
+        "prompt": query_prompt(dataset.task or ""),
+        "document_prompt": query_prompt(dataset.document_task or ""),
+    }
     if plan.sources[0].kind in ("checkpoint", "llama"):
         prompts = {key: plan.usage[name][0][key] for key in prompts}
     return convert_all(output, config.formats, say, num_negatives=config.num_negatives, **prompts)

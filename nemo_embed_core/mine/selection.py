@@ -33,7 +33,8 @@ class Selection:
     """
 
     num_negatives: int = 4  # per query
-    threshold: float | None = 0.95  # score < threshold x positive's (as `ceiling` has it); None: no such limit
+    # Score < threshold x positive's (as `ceiling` has it); None: no such limit.
+    threshold: float | None = 0.95
     absolute_margin: float | None = None  # score < positive's - absolute_margin
     max_score: float | None = None  # score < max_score
     min_score: float | None = None  # score >= min_score (of the first model): leaves out what is trivial
@@ -50,7 +51,9 @@ class Selection:
         if self.threshold is not None:
             check_threshold(self.threshold)
         if self.range_min < 0 or (self.range_max is not None and self.range_max <= self.range_min):
-            raise UserError(f"range_min={self.range_min} must be at least 0 and below range_max={self.range_max}")
+            raise UserError(
+                f"range_min={self.range_min} must be at least 0 and below range_max={self.range_max}"
+            )
         if self.min_score is not None and self.max_score is not None and self.min_score >= self.max_score:
             raise UserError(f"min_score={self.min_score} must be below max_score={self.max_score}")
         if self.combine not in ("intersection", "mean_rank"):
@@ -68,7 +71,8 @@ class Selection:
         """How many passages per query the search has to return."""
         if self.range_max is not None:
             return self.range_max
-        spare = 3 if self.sampling == "random" or self.by_rank else 1  # as many times as sentence-transformers looks at
+        # As many times as sentence-transformers looks at.
+        spare = 3 if self.sampling == "random" or self.by_rank else 1
         return self.range_min + spare * self.num_negatives
 
     def ceilings(self, lowest: np.ndarray) -> np.ndarray:
@@ -83,7 +87,8 @@ class Selection:
         return limits
 
     def choose(self, scores: np.ndarray, ids: np.ndarray, below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([Q, num_negatives] scores, ids) of what was found, in its order; -inf and -1 where there are too few.
+        """([Q, num_negatives] scores, ids) of what was found, in its order; -inf and -1 where there are too
+        few.
 
         below [Q, num_searched] bool: found, and below every ceiling.
         """
@@ -96,7 +101,8 @@ class Selection:
         for i in range(len(scores)):
             left = np.flatnonzero(keep[i])
             if self.sampling == "random" and len(left) > self.num_negatives:
-                # Keyed by the row: the sample of a row does not depend on the other rows or on the number of ranks.
+                # Keyed by the row: the sample of a row does not depend on the other rows or on the number of
+                # ranks.
                 generator = np.random.Generator(np.random.Philox(key=[self.seed, i]))
                 left = np.sort(generator.choice(left, self.num_negatives, replace=False))
             left = left[: self.num_negatives]

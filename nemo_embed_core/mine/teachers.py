@@ -5,7 +5,8 @@
     precomputed(documents, document_texts, queries, query_texts)          # arrays: numpy, memory maps, torch, CuPy
     open_precomputed("embeddings/", dataset)                  # documents.npy and queries.npy
 
-A score is a dot product: of rows brought to unit length (similarity "cosine"), or of the rows as they are ("dot").
+A score is a dot product: of rows brought to unit length (similarity "cosine"), or of the rows as they are
+("dot").
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def precomputed(
 ) -> Teacher:
     """A teacher from arrays [N, D] and [Q, D] whose rows belong to these texts, in this order.
 
-    Arrays: numpy, a memory map, a torch tensor, or anything with __dlpack__ (CuPy, JAX); float16, bfloat16 (torch),
-    float32 or float64. A text is found by the text itself, so there may be more rows than the run needs, in any
-    order; where a text stands twice its first row counts. Never loaded whole.
+    Arrays: numpy, a memory map, a torch tensor, or anything with __dlpack__ (CuPy, JAX); float16, bfloat16
+    (torch), float32 or float64. A text is found by the text itself, so there may be more rows than the run
+    needs, in any order; where a text stands twice its first row counts. Never loaded whole.
     """
     by_query = Lookup(queries, query_texts, f"{name}: queries", similarity)
     by_document = Lookup(documents, document_texts, f"{name}: documents", similarity)
@@ -91,7 +92,8 @@ def precomputed(
 def open_precomputed(
     folder: str | Path, dataset: DatasetConfig | None = None, similarity: Similarity = "cosine"
 ) -> Teacher:
-    """documents.npy and queries.npy of a folder, memory-mapped; which text a row belongs to is said by, first of these:
+    """documents.npy and queries.npy of a folder, memory-mapped; which text a row belongs to is said by, first
+    of these:
 
     - documents.jsonl and queries.jsonl (or .jsonl.gz) in that folder, lines {"text": ...}: row i is line i
       (`launch/mine.py --write_texts FOLDER` writes them);

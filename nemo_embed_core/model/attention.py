@@ -24,7 +24,8 @@ from nemo_embed_core.config import UserError
 
 @dataclass(frozen=True)
 class Segments:
-    """Where sequences begin and end. `lengths` is the host's copy: reading cu_seqlens would synchronise the stream."""
+    """Where sequences begin and end. `lengths` is the host's copy: reading cu_seqlens would synchronise the
+    stream."""
 
     cu_seqlens: Tensor  # [N+1] int32, on the tokens' device
     lengths: Sequence[int]  # [N]
@@ -46,8 +47,9 @@ def reference_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: S
 def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
     """One F.scaled_dot_product_attention call per run of equally long neighbours: no padding and no mask.
 
-    Packing sorts a micro-batch by length, so there are at most as many calls as distinct lengths; any order is right. On a CPU
-    bf16 is computed in fp32: its kernel keeps some 4 MB for every length for good, and below 256 tokens it is slower.
+    Packing sorts a micro-batch by length, so there are at most as many calls as distinct lengths; any order
+    is right. On a CPU bf16 is computed in fp32: its kernel keeps some 4 MB for every length for good, and
+    below 256 tokens it is slower.
     """
     if q_THA.device.type == "cpu" and q_THA.dtype in (torch.bfloat16, torch.float16):
         return sdpa_attention(q_THA.float(), k_TGA.float(), v_TGA.float(), segments).to(q_THA.dtype)
@@ -55,12 +57,15 @@ def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segmen
     if r > 1:  # enable_gqa takes the slow path on CPU
         k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
     runs = [(n, len(list(run))) for n, run in groupby(segments.lengths)]
-    # split, not slices: its backward is one cat, while every slice's backward fills a zeroed copy of the whole tensor.
+    # split, not slices: its backward is one cat, while every slice's backward fills a zeroed copy of the
+    # whole tensor.
     parts = zip(*(x.split([n * count for n, count in runs]) for x in (q_THA, k_TGA, v_TGA)), strict=True)
     out = []
     for (n, count), qkv in zip(runs, parts, strict=True):
         q, k, v = (x.view(count, n, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * n, *q_THA.shape[1:]))
+        out.append(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * n, *q_THA.shape[1:])
+        )
     return torch.cat(out)
 
 
@@ -68,7 +73,8 @@ def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segm
     """torch.nn.attention.varlen (FlashAttention-2 inside torch >= 2.11, CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 has no such argument and hands the heads as they are to FlashAttention, which divides them into groups.
+    # torch 2.11 has no such argument and hands the heads as they are to FlashAttention, which divides them
+    # into groups.
     gqa: dict[str, Any] = {}
     if q_THA.shape[1] != k_TGA.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         gqa = {"enable_gqa": True}
@@ -105,7 +111,8 @@ _BACKENDS: dict[str, Attention] = {
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend called `name`; "auto" is the first of flash, varlen, sdpa that runs on this device in this dtype."""
+    """The backend called `name`; "auto" is the first of flash, varlen, sdpa that runs on this device in this
+    dtype."""
     fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     flash = any(importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn"))
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None

@@ -29,8 +29,8 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """Unit rows [N, D] in fp32 (fp64 for fp64 weights); all tp ranks get the same rows.
 
-        T must be a multiple of tp_size: packing appends one dummy sequence whose row is not used. `return_hidden`
-        gives the hidden states instead ([T/tp, D] under sequence parallelism).
+        T must be a multiple of tp_size: packing appends one dummy sequence whose row is not used.
+        `return_hidden` gives the hidden states instead ([T/tp, D] under sequence parallelism).
         """
         hidden_TD = self.model(input_ids_T, position_ids_T, segments)
         if return_hidden:

@@ -53,11 +53,19 @@ def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str,
 
 
 def local_box(
-    shape: tuple[int, ...], dim: int | None, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int, unit: int = 1
+    shape: tuple[int, ...],
+    dim: int | None,
+    tp_rank: int,
+    tp_size: int,
+    dp_rank: int,
+    dp_size: int,
+    unit: int = 1,
 ) -> Box:
-    """What (tp_rank, dp_rank) holds: the tp chunk, then FSDP2's torch.chunk of its dim 0. Always one contiguous box.
+    """What (tp_rank, dp_rank) holds: the tp chunk, then FSDP2's torch.chunk of its dim 0. Always one
+    contiguous box.
 
-    What the rank holds beyond `shape` (tp_chunk) is no part of it: `unpadded` takes the box out of the rank's tensor.
+    What the rank holds beyond `shape` (tp_chunk) is no part of it: `unpadded` takes the box out of the rank's
+    tensor.
     """
     offset, size = [0] * len(shape), list(shape)
     if dim is not None:
@@ -84,8 +92,8 @@ def unpadded(tensor: Tensor, box: Box) -> Tensor:
 class HFReader:
     """The weights of a Hugging Face Llama folder: checked by name and shape, then read box by box.
 
-    Which files and names count is hf_folder.py's to say. `bytes_read` counts what was read: a tp rank reads only its own
-    slices.
+    Which files and names count is hf_folder.py's to say. `bytes_read` counts what was read: a tp rank reads
+    only its own slices.
     """
 
     manifest = None  # a checkpoint of ours has one
@@ -95,7 +103,9 @@ class HFReader:
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
         if where is None:
-            where, _ = tensors(folder, read_object(file) if (file := folder / "config.json").is_file() else {})
+            where, _ = tensors(
+                folder, read_object(file) if (file := folder / "config.json").is_file() else {}
+            )
         self._where = where  # name without prefix -> (name in the file, file)
         if config.num_hidden_layers > len(where):
             raise UserError(
@@ -141,14 +151,18 @@ class HFReader:
                     problems.append(f"{name} has dtype {have.get_dtype()}, which is not a floating type")
         if problems:
             more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-            raise UserError(f"{self.folder} does not match its config.json: " + "; ".join(problems[:10]) + more)
+            raise UserError(
+                f"{self.folder} does not match its config.json: " + "; ".join(problems[:10]) + more
+            )
 
     def _slice(self, hf_name: str) -> Any:
         name, file = self._where[hf_name]
         try:
             return self._file(file).get_slice(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.folder / file} is not a readable safetensors file: {name}: {error}") from None
+            raise UserError(
+                f"{self.folder / file} is not a readable safetensors file: {name}: {error}"
+            ) from None
 
     def read_box(self, name: str, box: Box) -> Tensor:
         """The box of our parameter, reading only its bytes; keeps the file's dtype."""

@@ -1,4 +1,5 @@
-"""config.json of a Hugging Face Llama. No torch import: a model that does not fit is refused before anything heavy is loaded."""
+"""config.json of a Hugging Face Llama. No torch import: a model that does not fit is refused before anything
+heavy is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from nemo_embed_core.model.spec import ARCHITECTURES, LLAMA3_FIELDS, POOLINGS, R
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """ModelConfig from the config.json of any Hugging Face Llama; what we would compute differently is refused."""
+    """ModelConfig from the config.json of any Hugging Face Llama; what we would compute differently is
+    refused."""
     return model_config(folder / "config.json", read_object(folder / "config.json"))[0]
 
 
@@ -31,11 +33,15 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only {types} are read")
     for key, values in _SUPPORTED.items():
         if raw.get(key, values[0]) not in values:
-            raise UserError(f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={values[0]!r}")
+            raise UserError(
+                f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={values[0]!r}"
+            )
     pooling = pooling_of_config(raw.get("pooling"))
     if pooling is None:
         known = " or ".join(repr(spec.config_word) for spec in POOLINGS.values())
-        raise UserError(f"{path}: pooling={raw['pooling']!r} is not supported; this Llama has pooling={known}")
+        raise UserError(
+            f"{path}: pooling={raw['pooling']!r} is not supported; this Llama has pooling={known}"
+        )
     if raw.get("quantization_config") is not None:
         kind = raw["quantization_config"]
         kind = kind.get("quant_method", "?") if isinstance(kind, dict) else kind
@@ -45,7 +51,9 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
         )
     for key in ("text_config", "llm_config"):
         if raw.get(key) is not None:
-            raise UserError(f"{path}: {key} describes a second model beside the sizes around it; keep one of them")
+            raise UserError(
+                f"{path}: {key} describes a second model beside the sizes around it; keep one of them"
+            )
     causal, bidirectional = raw.get("is_causal"), raw.get("use_bidirectional_attention")
     if causal is not None and causal == bidirectional:
         raise UserError(
@@ -82,8 +90,8 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
 
 # ------------------------------------------------------------------------------------------ rotary spellings
 
-# transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling. 5 takes rope_scaling where both stand there, and a
-# theta inside either before rope_theta; 4 has never heard of rope_parameters.
+# transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling. 5 takes rope_scaling where both
+# stand there, and a theta inside either before rope_theta; 4 has never heard of rope_parameters.
 
 
 def _rotary(path: Path, raw: Mapping[str, Any], notes: list[str]) -> tuple[float, RopeScaling | None]:
@@ -141,9 +149,13 @@ def _spelling(
             raise UserError(
                 f"{path}: partial_rotary_factor={partial!r} is not supported; this Llama rotates all channels"
             )
-        notes.append(f"{path}: partial_rotary_factor={partial!r} is ignored, as transformers 5 does for a Llama")
+        notes.append(
+            f"{path}: partial_rotary_factor={partial!r} is ignored, as transformers 5 does for a Llama"
+        )
     if not kinds and (unused := [name for name in LLAMA3_FIELDS if name in rope]):
-        notes.append(f"{path}: {key} has {unused[0]} but no rope_type: positions are not scaled, as in transformers")
+        notes.append(
+            f"{path}: {key} has {unused[0]} but no rope_type: positions are not scaled, as in transformers"
+        )
     theta = rope.get("rope_theta")
     theta = raw.get("rope_theta") if theta is None else theta
     theta = 10000.0 if theta is None else theta
@@ -171,5 +183,7 @@ def _spelling(
 def _shown(reading: tuple[float, RopeScaling | None]) -> str:
     theta, scaling = reading
     return f"theta {theta:g}, " + (
-        "not scaled" if scaling is None else ", ".join(f"{name} {getattr(scaling, name):g}" for name in LLAMA3_FIELDS)
+        "not scaled"
+        if scaling is None
+        else ", ".join(f"{name} {getattr(scaling, name):g}" for name in LLAMA3_FIELDS)
     )

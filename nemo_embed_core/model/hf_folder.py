@@ -1,7 +1,8 @@
 """A Hugging Face folder before a weight is read: which of its files count. No torch import.
 
-`open_folder(path)` is the gate of training, mining, merging, embedding and checking. Of two files that contradict, transformers
-reads one without a word and other programs the other; here both are named and refused. What is the same twice is read.
+`open_folder(path)` is the gate of training, mining, merging, embedding and checking. Of two files that
+contradict, transformers reads one without a word and other programs the other; here both are named and
+refused. What is the same twice is read.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def open_folder(folder: Path) -> HFFolder:
 
 
 def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder and what to say about it; of the hub's cache (models--ORG--NAME) the snapshot that refs/main names."""
+    """The folder and what to say about it; of the hub's cache (models--ORG--NAME) the snapshot that refs/main
+    names."""
     folder = Path(path)
     if folder.is_file():
         what = {
@@ -70,7 +72,10 @@ def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
     elif len(snapshots) == 1:
         chosen, why = snapshots[0], "there is no other"
     else:
-        known = ", ".join(str(folder / "snapshots" / name) for name in snapshots) or "it has none: the download failed"
+        known = (
+            ", ".join(str(folder / "snapshots" / name) for name in snapshots)
+            or "it has none: the download failed"
+        )
         raise UserError(
             f"{folder} is the outer folder of a download and refs/main names no snapshot of it; give one: {known}"
         )
@@ -82,7 +87,9 @@ def _hub_id(path: str) -> str:
     """How to get a model of the hub, for what looks like its id."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         return ""
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "hub"))
+    cache = Path(
+        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "hub")
+    )
     cached = cache.expanduser() / f"models--{path.replace('/', '--')}"
     if cached.is_dir():
         return f". The hub's {path} is in this machine's cache: give {cached}"
@@ -94,7 +101,8 @@ def _hint(folder: Path) -> str:
     """What the folder is instead, when it is something known; starts with a semicolon."""
     names = sorted(p.name for p in folder.iterdir())
     found = {
-        suffix: [n for n in names if n.endswith(suffix)] for suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt")
+        suffix: [n for n in names if n.endswith(suffix)]
+        for suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt")
     }
     shards = [n for n in found[".safetensors"] if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
     inner = [n for n in names if (folder / n / "config.json").is_file() and has_weights(folder / n)]
@@ -109,9 +117,7 @@ def _hint(folder: Path) -> str:
     if found[".safetensors"]:
         return f"; transformers does not read {', '.join(found['.safetensors'][:3])} by itself either: rename what you mean to {SINGLE}"
     if found[".gguf"]:
-        return (
-            f"; {found['.gguf'][0]} is a GGUF file and is not read: get the Hugging Face folder that it was made from"
-        )
+        return f"; {found['.gguf'][0]} is a GGUF file and is not read: get the Hugging Face folder that it was made from"
     if any(n.startswith("consolidated.") for n in found[".pth"]):
         return (
             f"; {found['.pth'][0]} is Meta's own format, a pickle: convert it with transformers' "
@@ -125,11 +131,17 @@ def _hint(folder: Path) -> str:
         )
     if inner:
         return f"; there are models inside: give {' or '.join(str(folder / n) for n in inner[:4])}"
-    return f" (it holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"
+    return (
+        f" (it holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+        if names
+        else " (it is empty)"
+    )
 
 
 def _adapter_base(folder: Path) -> str:
-    return str(read_object(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name")
+    return str(
+        read_object(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
+    )
 
 
 # ------------------------------------------------------------------------------------------ the weights' files
@@ -138,7 +150,9 @@ def _adapter_base(folder: Path) -> str:
 def inside(folder: Path, path: Path) -> Path:
     """The path, unless it is a link out of the folder. Hugging Face's cache links snapshots/*/NAME to blobs/."""
     target, resolved = path.resolve(), folder.resolve()
-    allowed = [resolved, resolved.parent.parent / "blobs"] if resolved.parent.name == "snapshots" else [resolved]
+    allowed = (
+        [resolved, resolved.parent.parent / "blobs"] if resolved.parent.name == "snapshots" else [resolved]
+    )
     if target.parent not in allowed:
         raise UserError(f"{path} is a link to {target}, outside of {folder}; put the file itself there")
     return path
@@ -177,7 +191,8 @@ def weight_files(folder: Path, raw: Mapping[str, Any]) -> tuple[list[str], dict[
 
 
 def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, str]], tuple[str, ...]]:
-    """{name without prefix: (name in the file, file)} of all weights, and notes; UserError where two files contradict."""
+    """{name without prefix: (name in the file, file)} of all weights, and notes; UserError where two files
+    contradict."""
     files, index = weight_files(folder, raw)
     stored: dict[str, str] = {}
     for file in files:
@@ -209,12 +224,16 @@ def _index(folder: Path) -> dict[str, str]:
     return where
 
 
-def _plain_names(folder: Path, stored: Mapping[str, str], tied: bool) -> tuple[dict[str, tuple[str, str]], list[str]]:
+def _plain_names(
+    folder: Path, stored: Mapping[str, str], tied: bool
+) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Without what wrappers and outer modules put before a name; the head of a tied model is its embedding."""
     notes: list[str] = []
     plain: dict[str, tuple[str, str]] = {}
     if lora := next((name for name in stored if ".lora_" in name or ".base_layer." in name), None):
-        raise UserError(f"{folder} holds {lora}: an adapter that is not merged; peft's merge_and_unload() does that")
+        raise UserError(
+            f"{folder} holds {lora}: an adapter that is not merged; peft's merge_and_unload() does that"
+        )
     for name, file in stored.items():
         short = _WRAPPERS.sub("", name)
         if short in plain:
@@ -262,7 +281,8 @@ def _plain_names(folder: Path, stored: Mapping[str, str], tied: bool) -> tuple[d
     heads = [name for name in HEADS if where.pop(name, None) is not None and name != head]
     if heads:
         notes.append(f"{folder}: {heads[0]} is the head of another task and is not read")
-    # Old exports carry the RoPE buffer of each layer; it is a function of config.json, and transformers reads it there.
+    # Old exports carry the RoPE buffer of each layer; it is a function of config.json, and transformers reads
+    # it there.
     return {name: at for name, at in where.items() if not name.endswith(ROPE_BUFFER)}, notes
 
 
@@ -280,5 +300,7 @@ def _ignored(folder: Path, files: Iterable[str]) -> list[str]:
     newest = max((folder / file).stat().st_mtime for file in read)
     pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin") if p.stat().st_mtime > newest + 60)
     if pickles:
-        notes.append(f"{folder}: {pickles[0]} is newer than {min(read)} and is not read, here as in transformers")
+        notes.append(
+            f"{folder}: {pickles[0]} is newer than {min(read)} and is not read, here as in transformers"
+        )
     return notes

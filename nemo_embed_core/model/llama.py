@@ -1,11 +1,12 @@
 """A bidirectional Llama on flat packed tokens, written for tensor and sequence parallelism.
 
-Reads top to bottom: RoPE table, attention, MLP, block, model, initialisation. Equal to Hugging Face's LlamaModel with
-`config.is_causal = False` (tests/model/test_hf.py).
+Reads top to bottom: RoPE table, attention, MLP, block, model, initialisation. Equal to Hugging Face's
+LlamaModel with `config.is_causal = False` (tests/model/test_hf.py).
 
-    T packed tokens (T / tp_size in norms and residuals under sequence parallelism) · D hidden_size
-    H query heads · G KV heads · R = H / G · A head_dim · F intermediate_size · M MLP blocks (config.mlp_blocks)
-    a tp rank holds H/tp, G/tp, M/tp; where tp does not divide M or the vocabulary, zeros stand behind the last ones
+    T packed tokens (T / tp_size in norms and residuals under sequence parallelism) · D hidden_size H query
+    heads · G KV heads · R = H / G · A head_dim · F intermediate_size · M MLP blocks (config.mlp_blocks) a tp
+    rank holds H/tp, G/tp, M/tp; where tp does not divide M or the vocabulary, zeros stand behind the last
+    ones
 
 Global row order of the fused weights, so that a plain Shard(0) gives whole groups to every tp rank:
     qkv_proj      per KV group g: [R query heads of g | k_g | v_g]
@@ -25,13 +26,19 @@ from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.kernels.rope import split_rope
 from nemo_embed_core.kernels.swiglu import swiglu
 from nemo_embed_core.model.attention import Attention, Segments
-from nemo_embed_core.parallel.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from nemo_embed_core.parallel.layers import (
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from nemo_embed_core.parallel.layout import tp_chunk
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 
 def rope_inv_freq(config: ModelConfig) -> Tensor:
-    """[A/2] fp64 rotation per position; with rope_scaling the long wavelengths are divided by `factor` (Llama 3.1)."""
+    """[A/2] fp64 rotation per position; with rope_scaling the long wavelengths are divided by `factor` (Llama
+    3.1)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
     inv_freq = config.rope_theta**-exponents
     scaling = config.rope_scaling
@@ -104,7 +111,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.layers = nn.ModuleList(LlamaBlock(config, tp, attention) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            LlamaBlock(config, tp, attention) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         self.inv_freq: Tensor | None = None  # made on first use: built on the meta device it would stay there
 
@@ -121,7 +130,8 @@ class Llama(nn.Module):
 
 
 def initial_weight(name: str, shape: torch.Size | tuple[int, ...], seed: int, std: float) -> Tensor:
-    """The whole fp32 tensor of random weights: a function of (seed, name) only, so every layout starts from the same.
+    """The whole fp32 tensor of random weights: a function of (seed, name) only, so every layout starts from
+    the same.
 
     Norms are ones, matrices normal(0, std) as in Hugging Face's Llama.
     """

@@ -33,7 +33,8 @@ def mean(hidden_TD: Tensor, segments: Segments, tp: TensorParallel) -> Tensor:
 def whole(shares_ND: Tensor, tp: TensorParallel) -> Tensor:
     """The sum of what each tp rank has of every row: N x D floats over tp.
 
-    An all-gather of T x D instead would also double the encoder's gradients while the loss curve stays perfect.
+    An all-gather of T x D instead would also double the encoder's gradients while the loss curve stays
+    perfect.
     """
     return reduce_from_tp(shares_ND, tp.group)
 

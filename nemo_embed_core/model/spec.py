@@ -1,12 +1,13 @@
-"""Facts of the Llama family, each said once: names of tensors, fused rows, rotary kinds, and what every consumer calls them.
+"""Facts of the Llama family, each said once: names of tensors, fused rows, rotary kinds, and what every
+consumer calls them.
 
     parameter_shapes, tp_dim, tp_unit    our parameters and how tensor parallelism cuts them
     hf_rows, hf_shapes                   Hugging Face's tensors, and whose rows ours are
     ARCHITECTURES, ROPE_TYPES            words of config.json
     POOLINGS                             hidden states to one vector: words of config.json and sentence-transformers, text for people
 
-Import, export, checkpoints, merging and proofs read these. No torch import: a model that does not fit is refused before anything
-heavy is loaded. The arithmetic of pooling is model/pooling.py's.
+Import, export, checkpoints, merging and proofs read these. No torch import: a model that does not fit is
+refused before anything heavy is loaded. The arithmetic of pooling is model/pooling.py's.
 """
 
 from __future__ import annotations
@@ -60,7 +61,13 @@ def tp_dim(name: str) -> int | None:
 def tp_unit(name: str, config: ModelConfig) -> int:
     """Rows or columns of the tp dim that stay together: a rank holds whole units."""
     width = config.intermediate_size // config.mlp_blocks
-    return 2 * width if name.endswith("gate_up_proj.weight") else width if name.endswith("down_proj.weight") else 1
+    return (
+        2 * width
+        if name.endswith("gate_up_proj.weight")
+        else width
+        if name.endswith("down_proj.weight")
+        else 1
+    )
 
 
 def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
@@ -79,11 +86,17 @@ def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
             )
         ]
     if plain.endswith("mlp.gate_up_proj.weight"):
-        prefix, rows = plain.removesuffix("gate_up_proj.weight"), config.intermediate_size // config.mlp_blocks
+        prefix, rows = (
+            plain.removesuffix("gate_up_proj.weight"),
+            config.intermediate_size // config.mlp_blocks,
+        )
         return [
             source
             for m in range(config.mlp_blocks)
-            for source in ((prefix + "gate_proj.weight", m * rows, rows), (prefix + "up_proj.weight", m * rows, rows))
+            for source in (
+                (prefix + "gate_proj.weight", m * rows, rows),
+                (prefix + "up_proj.weight", m * rows, rows),
+            )
         ]
     return [(plain, 0, parameter_shapes(config)[name][0])]
 
@@ -120,11 +133,11 @@ POOLINGS: Mapping[Pooling, PoolingSpec] = {
         mode="mean",
         words="mean of the last hidden states over all tokens (special tokens and prompt included)",
         torch="(hidden * mask).sum(1) / mask.sum(1)",
-    ),
+    )
 }
 
-# All that sentence-transformers can: its word since version 5.4 -> (its flag before, words of config.json, as text-embeddings-
-# inference and vLLM read them).
+# All that sentence-transformers can: its word since version 5.4 -> (its flag before, words of config.json, as
+# text-embeddings- inference and vLLM read them).
 POOLING_MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "cls": ("pooling_mode_cls_token", ("cls",)),
     "mean": ("pooling_mode_mean_tokens", ("avg", "mean")),
@@ -134,7 +147,8 @@ POOLING_MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "lasttoken": ("pooling_mode_lasttoken", ("last", "lasttoken")),
 }
 
-# Modules of sentence-transformers that are computed here, with or without the last; the folder of each in an export.
+# Modules of sentence-transformers that are computed here, with or without the last; the folder of each in an
+# export.
 MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 
 
@@ -144,7 +158,8 @@ def mode_of_config(word: Any) -> str | None:
 
 
 def pooling_of_config(word: Any) -> Pooling | None:
-    """Our name for the word of config.json, None being a config.json without one; None for what we do not compute."""
+    """Our name for the word of config.json, None being a config.json without one; None for what we do not
+    compute."""
     return next(iter(POOLINGS)) if word is None else pooling_of_modes({mode_of_config(word) or ""})
 
 
@@ -154,7 +169,8 @@ def pooling_of_modes(modes: set[str]) -> Pooling | None:
 
 
 def modes_of(file: object, pooling: Mapping[str, Any]) -> set[str]:
-    """How the config.json of sentence-transformers' Pooling says to pool, in its words since 5.4; UserError where it says two."""
+    """How the config.json of sentence-transformers' Pooling says to pool, in its words since 5.4; UserError
+    where it says two."""
     flags = {mode for mode, (flag, _) in POOLING_MODES.items() if pooling.get(flag) is True}
     given = pooling.get("pooling_mode")
     words = set(given) if isinstance(given, list) else {given} if given is not None else set()

@@ -1,16 +1,16 @@
 """Every collective of the project; the differentiable ones come in conjugate pairs.
 
-Named by what happens to the activation: forward / backward. A value replicated over a group carries the same full
-gradient on every rank, never a partial one.
+Named by what happens to the activation: forward / backward. A value replicated over a group carries the same
+full gradient on every rank, never a partial one.
 
     copy_to_tp            identity        / all-reduce        f of Megatron-LM (arXiv:1909.08053)
     reduce_from_tp        all-reduce      / identity          g of Megatron-LM
     gather_tokens         all-gather      / reduce-scatter    the consumer is sharded (arXiv:2205.05198)
     reduce_scatter_tokens reduce-scatter  / all-gather        its conjugate
 
-They go through torch.ops._c10d_functional: with torch 2.11, torch.compile differentiates an autograd.Function whose
-forward fills an output buffer (dist.all_gather_into_tensor) as if the collective were not there, and the gradient is
-silently zero (docs/log.md).
+They go through torch.ops._c10d_functional: with torch 2.11, torch.compile differentiates an autograd.Function
+whose forward fills an output buffer (dist.all_gather_into_tensor) as if the collective were not there, and
+the gradient is silently zero (docs/log.md).
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def reduce_from_tp(x: Tensor, group: Any) -> Tensor:
 
 
 def gather_tokens(x: Tensor, group: Any) -> Tensor:
-    """Over dp with the embeddings of each rank: backward SUMS every rank's gradient; with FSDP's mean over dp that is
-    exactly the gradient of the global mean, no factor of world_size anywhere."""
+    """Over dp with the embeddings of each rank: backward SUMS every rank's gradient; with FSDP's mean over dp
+    that is exactly the gradient of the global mean, no factor of world_size anywhere."""
     return x if group.size() == 1 else _GatherTokens.apply(x, group)
 
 
@@ -153,10 +153,11 @@ def all_reduce_world_(x: Tensor) -> Tensor:
 
 
 class Vote:
-    """Whether one rank says so, without waiting: a call starts the exchange of this rank's flag and returns the answer of the call before.
+    """Whether one rank says so, without waiting: a call starts the exchange of this rank's flag and returns
+    the answer of the call before.
 
-    All ranks get the same answer at the same call. The exchange runs on threads of a gloo group of its own, behind the
-    work between two calls; no device stream is touched.
+    All ranks get the same answer at the same call. The exchange runs on threads of a gloo group of its own,
+    behind the work between two calls; no device stream is touched.
     """
 
     def __init__(self) -> None:
@@ -199,5 +200,6 @@ def raise_first(failure: str | None) -> None:
 
 
 def background_group(timeout: timedelta) -> Any:
-    """A gloo group of all ranks for another thread, whose collectives must not interleave with training's. All ranks call it."""
+    """A gloo group of all ranks for another thread, whose collectives must not interleave with training's.
+    All ranks call it."""
     return None if dist.get_world_size() == 1 else dist.new_group(backend="gloo", timeout=timeout)

@@ -21,12 +21,16 @@ def shard(
     reshard_after_forward: bool,
     activation_checkpointing: bool,
 ) -> None:
-    """Wrap in place: (activation checkpointing) -> each block -> root. Weights stay fp32; `dtype` is what runs.
+    """Wrap in place: (activation checkpointing) -> each block -> root. Weights stay fp32; `dtype` is what
+    runs.
 
-    cast_forward_inputs is off: it would turn the fp32 RoPE table into bf16. Inputs are ids, so nothing needs a cast.
+    cast_forward_inputs is off: it would turn the fp32 RoPE table into bf16. Inputs are ids, so nothing needs
+    a cast.
     """
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     if dtype == torch.float64:  # tests: keep fp64 end to end
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -40,9 +44,10 @@ def shard(
 def drop_step(model: nn.Module) -> None:
     """Forget a half-done step: gathered weights and gradients of all kinds; the shards keep their values.
 
-    Between micro-batches without a reduce-scatter FSDP2 keeps whole gradients beside the parameters, where zero_grad does
-    not reach and whence they would be added to the next step's: in the dtype of the gathered weights on those, else in fp32
-    as unsharded_accumulated_grad. No public call forgets them (torch 2.11 to 2.13).
+    Between micro-batches without a reduce-scatter FSDP2 keeps whole gradients beside the parameters, where
+    zero_grad does not reach and whence they would be added to the next step's: in the dtype of the gathered
+    weights on those, else in fp32 as unsharded_accumulated_grad. No public call forgets them (torch 2.11 to
+    2.13).
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,5 @@
-"""Gradient synchronisation over tp and the global norm, right when some parameters are sharded and others replicated."""
+"""Gradient synchronisation over tp and the global norm, right when some parameters are sharded and others
+replicated."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ def is_tp_replicated(p: Tensor) -> bool:
 
 @torch.no_grad()
 def sync_replicated_grads(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
-    """Under sequence parallelism a norm's gradient covers only this rank's tokens: sum over tp, once per step.
+    """Under sequence parallelism a norm's gradient covers only this rank's tokens: sum over tp, once per
+    step.
 
-    ONE flat all-reduce after FSDP's reduce-scatter (both are linear, so the order is free) and before clipping.
-    Post-accumulate hooks would sum again what was summed when gradients accumulate.
+    ONE flat all-reduce after FSDP's reduce-scatter (both are linear, so the order is free) and before
+    clipping. Post-accumulate hooks would sum again what was summed when gradients accumulate.
     """
     if not mesh.tp.sequence_parallel:
         return
@@ -39,7 +41,8 @@ def sync_replicated_grads(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Non
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ over all shards: returns the norm before clipping; max_norm 0 only measures.
+    """torch.nn.utils.clip_grad_norm_ over all shards: returns the norm before clipping; max_norm 0 only
+    measures.
 
     sum over dp and tp of |sharded|^2 + |replicated|^2 / tp_size: every tp rank holds the replicated ones.
     """
@@ -55,7 +58,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     norm = total.sqrt()
     grads = sharded + replicated
     if max_norm > 0 and grads:
-        # The clamp keeps the step free of a host sync; a non-finite norm is refused by the trainer before the step.
+        # The clamp keeps the step free of a host sync; a non-finite norm is refused by the trainer before the
+        # step.
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
     return norm
 

@@ -1,12 +1,13 @@
 """Column-, row- and vocabulary-parallel layers; each parameter knows its own sharding.
 
-Every parameter is this rank's shard wrapped as a DTensor on the 1-D tp mesh before FSDP2 sees it, so that global shape
-and placement are always known (checkpoints, norms, resharding). The forward takes the local tensor. Without a mesh the
-parameters are plain tensors.
+Every parameter is this rank's shard wrapped as a DTensor on the 1-D tp mesh before FSDP2 sees it, so that
+global shape and placement are always known (checkpoints, norms, resharding). The forward takes the local
+tensor. Without a mesh the parameters are plain tensors.
 
     T packed tokens · D hidden_size · O output features (global; a tp rank holds O / tp_size)
 
-Ranks hold equally much: where tp_size does not divide a dim, the last ranks' parameters reach beyond it (`tp_chunk`).
+Ranks hold equally much: where tp_size does not divide a dim, the last ranks' parameters reach beyond it
+(`tp_chunk`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nemo_embed_core.kernels.rms_norm import rms_norm
-from nemo_embed_core.parallel.collectives import column_linear, copy_to_tp, reduce_from_tp, reduce_scatter_tokens
+from nemo_embed_core.parallel.collectives import (
+    column_linear,
+    copy_to_tp,
+    reduce_from_tp,
+    reduce_scatter_tokens,
+)
 from nemo_embed_core.parallel.layout import tp_chunk
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 
-def tp_parameter(tp: TensorParallel, shape: tuple[int, ...], tp_dim: int | None, unit: int = 1) -> nn.Parameter:
-    """An uninitialised parameter of global `shape`: Shard(tp_dim) over tp in whole units, or replicated for None."""
+def tp_parameter(
+    tp: TensorParallel, shape: tuple[int, ...], tp_dim: int | None, unit: int = 1
+) -> nn.Parameter:
+    """An uninitialised parameter of global `shape`: Shard(tp_dim) over tp in whole units, or replicated for
+    None."""
     local = list(shape)
     if tp_dim is not None:
         local[tp_dim] = tp_chunk(shape[tp_dim], tp.size, unit)
@@ -59,7 +68,8 @@ def local(w: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x**2) + eps) * weight after adding a residual; under sequence parallelism on [T/tp, D]."""
+    """y = x / sqrt(mean(x**2) + eps) * weight after adding a residual; under sequence parallelism on [T/tp,
+    D]."""
 
     def __init__(self, hidden_size: int, eps: float, tp: TensorParallel):
         super().__init__()
@@ -72,7 +82,8 @@ class RMSNorm(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is all-gathered."""
+    """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is
+    all-gathered."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
@@ -105,7 +116,8 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """F.embedding with rows over tp: a rank looks up the ids that it owns, zeros elsewhere, then the ranks are summed."""
+    """F.embedding with rows over tp: a rank looks up the ids that it owns, zeros elsewhere, then the ranks
+    are summed."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel):
         super().__init__()

@@ -1,6 +1,8 @@
-"""tp_size x dp_size against the processes that were started and the model. The only reader of RANK and WORLD_SIZE.
+"""tp_size x dp_size against the processes that were started and the model. The only reader of RANK and
+WORLD_SIZE.
 
-No torch import: a wrong set-up is refused before anything heavy is loaded and before any process group exists.
+No torch import: a wrong set-up is refused before anything heavy is loaded and before any process group
+exists.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig |
             f"leave dp_size at 0 to use {world_size // tp}"
         )
     if model is not None:
-        size = model.num_key_value_heads  # and so the query heads; what else a rank holds is padded (tp_chunk)
+        # And so the query heads; what else a rank holds is padded (tp_chunk).
+        size = model.num_key_value_heads
         if size % tp:
             raise UserError(
                 f"parallel.tp_size={tp} does not divide num_key_value_heads={size}; use a divisor of {size}"
@@ -34,10 +37,12 @@ def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig |
 
 
 def tp_chunk(size: int, tp_size: int, unit: int = 1) -> int:
-    """What each tp rank holds of `size` rows or columns, in whole units; the last ranks' may reach beyond it, into padding.
+    """What each tp rank holds of `size` rows or columns, in whole units; the last ranks' may reach beyond it,
+    into padding.
 
-    Padding is zeros and stays zero: no id looks up its embedding, and a channel whose gate, up and down weights are zero has
-    zero gradients. It is no part of a tensor's global shape: never saved, never exported.
+    Padding is zeros and stays zero: no id looks up its embedding, and a channel whose gate, up and down
+    weights are zero has zero gradients. It is no part of a tensor's global shape: never saved, never
+    exported.
     """
     assert size % unit == 0, f"{size=} {unit=}"
     return -(-size // unit // tp_size) * unit
@@ -46,11 +51,15 @@ def tp_chunk(size: int, tp_size: int, unit: int = 1) -> int:
 def world_size_from_env() -> int:
     """WORLD_SIZE under torchrun, 1 without a launcher."""
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(f"RANK={os.environ['RANK']} is set but WORLD_SIZE is not; start with torchrun, or unset RANK")
+        raise UserError(
+            f"RANK={os.environ['RANK']} is set but WORLD_SIZE is not; start with torchrun, or unset RANK"
+        )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but {name} is not; start with torchrun")
+                raise UserError(
+                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but {name} is not; start with torchrun"
+                )
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

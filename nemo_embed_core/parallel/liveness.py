@@ -1,9 +1,10 @@
 """What ranks know of each other besides their collectives: who joined, who is behind, who failed first.
 
-A collective that waits for a rank which is stopped, stuck or dead says nothing about it. So every rank notes what it is
-about to do (`note`, a host variable), and a thread of its own passes that on to the ranks' store once a second. A rank that
-makes no progress for parallel.timeout_s reads the others' notes and ends the job with the name of the one that is behind;
-a rank that fails leaves its error there, and the others end with that line instead of a "connection reset" of their own.
+A collective that waits for a rank which is stopped, stuck or dead says nothing about it. So every rank notes
+what it is about to do (`note`, a host variable), and a thread of its own passes that on to the ranks' store
+once a second. A rank that makes no progress for parallel.timeout_s reads the others' notes and ends the job
+with the name of the one that is behind; a rank that fails leaves its error there, and the others end with
+that line instead of a "connection reset" of their own.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from nemo_embed_core.config import UserError
 # Of a rank that was ended because of another one, or of a set-up in which a rank is missing.
 OTHER_RANK_EXIT_CODE = 5
 INTERVAL_S = 1.0  # between a rank's reports to the store
-# From another rank's error until this rank is ended by force: time to end by itself, for example of the same error.
+# From another rank's error until this rank is ended by force: time to end by itself, for example of the same
+# error.
 GRACE_S = 3.0
 
-_progress = (0, 0, "start", time.monotonic())  # (notes so far, step, phase, since); replaced whole, so no lock
+# (notes so far, step, phase, since); replaced whole, so no lock.
+_progress = (0, 0, "start", time.monotonic())
 
 
 def note(phase: str, step: int | None = None) -> None:
-    """This rank is about to do `phase` of `step`. All ranks note the same sequence: their counts tell who is behind."""
+    """This rank is about to do `phase` of `step`. All ranks note the same sequence: their counts tell who is
+    behind."""
     global _progress
     count, last_step, _, _ = _progress
     _progress = (count + 1, last_step if step is None else step, phase, time.monotonic())
@@ -66,7 +70,9 @@ def _main_thread() -> tuple[str, bool]:
         if not text and "/torch/" not in path:
             text = f" in {os.path.basename(path)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
-    return text, any("/torch/distributed/" in path or path.endswith("parallel/collectives.py") for path in files)
+    return text, any(
+        "/torch/distributed/" in path or path.endswith("parallel/collectives.py") for path in files
+    )
 
 
 # ------------------------------------------------------------------------------------------ joining
@@ -95,7 +101,8 @@ def _report(beat: int) -> str:
 
 
 def join(rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """The ranks' store at MASTER_ADDR:MASTER_PORT once all ranks are there; SystemExit names those that are missing.
+    """The ranks' store at MASTER_ADDR:MASTER_PORT once all ranks are there; SystemExit names those that are
+    missing.
 
     As init_process_group("env://") makes it: served by torchrun's agent, or by rank 0 without one.
     """
@@ -104,7 +111,10 @@ def join(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     try:
         server_store = _connect(world_size, timeout_s, serve=rank == 0 and not _agent_has_store())
     except RuntimeError as error:  # all of torch.distributed's errors are
-        _end(rank, f"no connection to {server} at {address} within {timeout_s:g} s: {str(error).splitlines()[0]}")
+        _end(
+            rank,
+            f"no connection to {server} at {address} within {timeout_s:g} s: {str(error).splitlines()[0]}",
+        )
     store = dist.PrefixStore(_attempt(), server_store)
     note("start")
     store.set(f"at/{rank}", _report(0))
@@ -114,7 +124,10 @@ def join(rank: int, world_size: int, timeout_s: float) -> dist.Store:
         try:
             missing = [r for r in range(world_size) if not store.check([f"at/{r}"])]
         except RuntimeError:
-            _end(rank, f"{server} at {address} went away while ranks were joining: {str(error).splitlines()[0]}")
+            _end(
+                rank,
+                f"{server} at {address} went away while ranks were joining: {str(error).splitlines()[0]}",
+            )
         _end(
             rank,
             f"rank {', '.join(map(str, missing))} of {world_size} did not join at {address} within {timeout_s:g} s. It did "
@@ -132,11 +145,13 @@ def _end(rank: int, message: str) -> NoReturn:
 
 
 def _begun() -> str:
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/training_begun"  # in the agent's store, which outlives the workers
+    # In the agent's store, which outlives the workers.
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/training_begun"
 
 
 def mark_begun() -> None:
-    """Called by rank 0 once its output folder is accepted: what stands there from now on is this torchrun's own."""
+    """Called by rank 0 once its output folder is accepted: what stands there from now on is this torchrun's
+    own."""
     if _agent_has_store():
         _connect(1, 60).set(_begun(), "1")
 
@@ -180,7 +195,11 @@ class Watch:
         self._answered = self._awake = time.monotonic()  # last answer of the store; start, or end of a pause
         self._lost = False  # the connection to the store
         self._beat = 0
-        self._stopped, self._wake, self._exchanged = threading.Event(), threading.Event(), threading.Condition()
+        self._stopped, self._wake, self._exchanged = (
+            threading.Event(),
+            threading.Event(),
+            threading.Condition(),
+        )
         # A connection of its own: a blocked call of the process group must not silence this rank.
         self._store = dist.PrefixStore(_attempt(), _connect(world_size, timeout_s))
         self._talker = threading.Thread(target=self._talk, name="liveness: store", daemon=True)
@@ -241,7 +260,8 @@ class Watch:
         while not self._stopped.wait(self.interval):
             now = time.monotonic()
             if now - last > 5 * self.interval + 2:
-                self._awake = now  # this process was stopped itself (a suspended job): nobody is to blame for that time
+                # This process was stopped itself (a suspended job): nobody is to blame for that time.
+                self._awake = now
             last = now
             if self._first is not None and self._claim is None:
                 seen = seen or now
@@ -267,7 +287,11 @@ class Watch:
                 text = f"torchrun on {os.environ['MASTER_ADDR']}, which holds the ranks' store, has been {silence}, at {here}"
                 return [Suspect(None, text, gone=True)]
             return [
-                Suspect(0, f"rank 0 did not reach {here} (it holds the ranks' store and has been {silence})", gone=True)
+                Suspect(
+                    0,
+                    f"rank 0 did not reach {here} (it holds the ranks' store and has been {silence})",
+                    gone=True,
+                )
             ]
         gone, behind = [], []
         for rank, report in self._others.items():
@@ -284,7 +308,10 @@ class Watch:
                 )
             elif report["count"] == count and not report["waiting"] and _main_thread()[1]:
                 behind.append(
-                    (count, Suspect(rank, f"rank {rank} keeps the others waiting in {here} ({seen})", gone=False))
+                    (
+                        count,
+                        Suspect(rank, f"rank {rank} keeps the others waiting in {here} ({seen})", gone=False),
+                    )
                 )
         # Of those that run, the farthest behind: the others wait for it too.
         return gone or [suspect for n, suspect in behind if n == min(behind, key=lambda b: b[0])[0]]
@@ -294,7 +321,8 @@ class Watch:
         return f"rank {self._first['rank']} ended the job first: {self._first['message']}"
 
     def _make_claim(self, message: str, accused: list[int | None]) -> None:
-        """Tell the others, unless one of them was first; waits a moment for the store, which may be what is broken."""
+        """Tell the others, unless one of them was first; waits a moment for the store, which may be what is
+        broken."""
         self._claim = {"rank": self.rank, "message": message, "accused": accused}
         if self._lost:
             return
@@ -374,7 +402,8 @@ def _is_lost_connection(error: BaseException) -> bool:
 
 @contextmanager
 def watched(rank: int, world_size: int, timeout_s: float) -> Iterator[None]:
-    """Around the work of a rank that has joined: nobody waits longer than timeout_s for one that makes no progress."""
+    """Around the work of a rank that has joined: nobody waits longer than timeout_s for one that makes no
+    progress."""
     watch = Watch(rank, world_size, timeout_s)
     try:
         yield

@@ -14,14 +14,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
 from nemo_embed_core.parallel import liveness
-from nemo_embed_core.parallel.layout import check_layout, local_rank_from_env, rank_from_env, world_size_from_env
+from nemo_embed_core.parallel.layout import (
+    check_layout,
+    local_rank_from_env,
+    rank_from_env,
+    world_size_from_env,
+)
 
 COLLECTIVE_MARGIN_S = 30
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """What a layer needs to know about its tensor-parallel axis; the default is a single process without torch.distributed."""
+    """What a layer needs to know about its tensor-parallel axis; the default is a single process without
+    torch.distributed."""
 
     mesh: DeviceMesh | None = None  # 1-D
     size: int = 1
@@ -84,11 +90,14 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig, device: str = "auto", model: ModelConfig | None = None) -> Iterator[Mesh]:
+def distributed(
+    parallel: ParallelConfig, device: str = "auto", model: ModelConfig | None = None
+) -> Iterator[Mesh]:
     """NCCL on GPUs, gloo on CPUs; one process without torchrun is a world of one.
 
-    A group of size 1 is made as well: FSDP2 carries the mixed-precision policy, so there is one code path. Ranks that
-    wait for a stuck, dead or failed one end with SystemExit(OTHER_RANK_EXIT_CODE) and its name (liveness.py).
+    A group of size 1 is made as well: FSDP2 carries the mixed-precision policy, so there is one code path.
+    Ranks that wait for a stuck, dead or failed one end with SystemExit(OTHER_RANK_EXIT_CODE) and its name
+    (liveness.py).
     """
     world_size, rank = world_size_from_env(), rank_from_env()
     dp_size = check_layout(parallel, world_size, model)
@@ -107,7 +116,8 @@ def distributed(parallel: ParallelConfig, device: str = "auto", model: ModelConf
     store = liveness.join(rank, world_size, parallel.timeout_s)
     with liveness.watched(rank, world_size, parallel.timeout_s):
         liveness.note("process group")
-        # Later than ours, which says who is behind; it is what remains when all ranks are alive and equally far.
+        # Later than ours, which says who is behind; it is what remains when all ranks are alive and equally
+        # far.
         timeout = timedelta(seconds=parallel.timeout_s + COLLECTIVE_MARGIN_S)
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout

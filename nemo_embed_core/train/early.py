@@ -11,7 +11,8 @@ from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
 def check_early(config: TrainConfig) -> None:
     """What a config, a config.json and a tokenizer.json already tell, that is wrong; UserError.
 
-    `prepare` checks the same again with everything that needs torch; the shape of a checkpoint of ours is read there.
+    `prepare` checks the same again with everything that needs torch; the shape of a checkpoint of ours is
+    read there.
     """
     model = None if config.init_from else config.model
     folder = find_folder(config.init_from)[0] if config.init_from else None

@@ -1,4 +1,5 @@
-"""The model on its mesh, its optimizer and a step of them, without files: what trains, what benchmarks time and tests ask.
+"""The model on its mesh, its optimizer and a step of them, without files: what trains, what benchmarks time
+and tests ask.
 
 engine = Engine(config, model, mesh)
     ...                    # values into the parameters of engine.model, which hold none yet

@@ -1,4 +1,5 @@
-"""What a step reports: one JSON line in metrics.jsonl (the record of truth), one printed line, TensorBoard on request."""
+"""What a step reports: one JSON line in metrics.jsonl (the record of truth), one printed line, TensorBoard on
+request."""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ def device_peak_flops(device: torch.device) -> float | None:
 
 
 def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: int) -> float:
-    """6 P T for the GEMMs + 12 L (H A) sum(n^2) for full (non-causal) attention; embedding lookup and norms not counted.
+    """6 P T for the GEMMs + 12 L (H A) sum(n^2) for full (non-causal) attention; embedding lookup and norms
+    not counted.
 
-    P: matmul parameters. Forward 2 P T, backward twice that; recomputation by activation checkpointing is not counted.
+    P: matmul parameters. Forward 2 P T, backward twice that; recomputation by activation checkpointing is not
+    counted.
     """
     width = model.num_attention_heads * model.head_dim
     kv = model.num_key_value_heads * model.head_dim
@@ -63,7 +66,9 @@ class MetricsLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("tensorboard=true, but it is not installed: pip install tensorboard") from None
+                raise UserError(
+                    "tensorboard=true, but it is not installed: pip install tensorboard"
+                ) from None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -112,7 +117,11 @@ def step_totals(
     squares = sum(int(np.square(lengths).sum()) for lengths in real)
     host = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(stop), int(save_failed)]
     vector = torch.cat(
-        [losses_B.sum().double()[None], stats, torch.tensor(host, dtype=torch.float64, device=losses_B.device)]
+        [
+            losses_B.sum().double()[None],
+            stats,
+            torch.tensor(host, dtype=torch.float64, device=losses_B.device),
+        ]
     )
     all_reduce_world_(vector)
     values = torch.cat([vector, norm.double()[None]]).tolist()  # the only host sync of a step

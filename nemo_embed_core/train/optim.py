@@ -12,11 +12,17 @@ BYTES_PER_PARAMETER = 4 * (1 + len(STATE))  # the master and its state, fp32
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Parameters are fp32 shards and run as bf16 copies that FSDP2 makes: at lr 2e-6 a bf16 update would vanish."""
+    """Parameters are fp32 shards and run as bf16 copies that FSDP2 makes: at lr 2e-6 a bf16 update would
+    vanish."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
 
 
 def num_warmup_steps(steps: int, config: OptimConfig) -> int:
@@ -25,7 +31,8 @@ def num_warmup_steps(steps: int, config: OptimConfig) -> int:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Of step 0, 1, ..., steps - 1: linear from lr / warmup_steps up to lr, then linear down to min_lr after the last."""
+    """Of step 0, 1, ..., steps - 1: linear from lr / warmup_steps up to lr, then linear down to min_lr after
+    the last."""
     warmup_steps = num_warmup_steps(steps, config)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps

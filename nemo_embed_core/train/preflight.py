@@ -1,4 +1,5 @@
-"""What is checked before the first step, most of it before any process group exists: a wrong set-up stops by name."""
+"""What is checked before the first step, most of it before any process group exists: a wrong set-up stops by
+name."""
 
 from __future__ import annotations
 
@@ -45,9 +46,12 @@ class Prepared:
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Shapes, tokenizer, layout and batch sizes against each other; the first rank also builds the data store."""
+    """Shapes, tokenizer, layout and batch sizes against each other; the first rank also builds the data
+    store."""
     if not config.init_from and not config.tokenizer:
-        raise UserError("tokenizer is not set: without init_from there is no folder to take tokenizer.json from")
+        raise UserError(
+            "tokenizer is not set: without init_from there is no folder to take tokenizer.json from"
+        )
     try:
         json.dumps(to_dict(config), allow_nan=False)
     except ValueError:
@@ -70,7 +74,9 @@ def prepare(config: TrainConfig) -> Prepared:
         if rank_from_env() == 0:
             print(f"WARNING: {line}", flush=True)
     if not config.data.datasets:
-        raise UserError("data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder")
+        raise UserError(
+            "data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder"
+        )
     pick_attention(config.attention, device, run_dtype(config, device))
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard=true, but it is not installed: pip install tensorboard")
@@ -99,7 +105,8 @@ def prepare(config: TrainConfig) -> Prepared:
 def _check_output(folder: Path, model: ModelConfig) -> None:
     """An output that is used by another run, unwritable or too full fails now, not at the first checkpoint.
 
-    A checkpoint needs room beside the one before it: 2.2 x its size in a new folder, 1.1 x where there is one already.
+    A checkpoint needs room beside the one before it: 2.2 x its size in a new folder, 1.1 x where there is one
+    already.
     """
     durable.probe(folder)
     Lock(folder, print).refuse_if_held(warn=False)  # the one that takes it warns
@@ -120,10 +127,12 @@ def _warn_of_keep_every(config: CheckpointConfig) -> None:
 
 
 def checkpoint_by_name(config: TrainConfig) -> tuple[Path | None, bool]:
-    """(what a run continues, before a byte of it is verified; whether it is the newest of output_dir, whichever that is)."""
+    """(what a run continues, before a byte of it is verified; whether it is the newest of output_dir,
+    whichever that is)."""
     resume, output = config.checkpoint.resume, Path(config.output_dir)
     present = checkpoints(output)
-    if resume == "auto" or (present and begun_before()):  # what is in the way is this torchrun's own earlier attempt's
+    # What is in the way is this torchrun's own earlier attempt's.
+    if resume == "auto" or (present and begun_before()):
         return (present[0] if present else None), True
     found = None if resume == "none" else find_checkpoint(Path(resume))
     if present and (found is None or found.resolve() != present[0].resolve()):
@@ -143,7 +152,8 @@ def _readable_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def open_same_store(config: TrainConfig, prepared: Prepared) -> Store:
-    """The store that the first rank has built or found, by its folder: the sources are read on one rank alone."""
+    """The store that the first rank has built or found, by its folder: the sources are read on one rank
+    alone."""
     folder = prepared.store
     if folder is None and rank_from_env() == 0:  # prepare() was not asked
         folder = open_store(config.data, prepared.tokenizer, log=lambda message: None).folder

@@ -1,7 +1,7 @@
 """What a checkpoint of a run holds, and which run may go on from it.
 
-State is (weights, optimizer state, step): the data position is the step itself, so a resumed run sees exactly the rows that
-an uninterrupted one would have seen, at any world size.
+State is (weights, optimizer state, step): the data position is the step itself, so a resumed run sees exactly
+the rows that an uninterrupted one would have seen, at any world size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from nemo_embed_core.train.optim import STATE, num_warmup_steps, set_num_updates
 from nemo_embed_core.train.spikes import LossWindow
 
 
-def refuse_other_model(config: TrainConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
+def refuse_other_model(
+    config: TrainConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig
+) -> None:
     """A checkpoint is continued by the model that wrote it, and forward."""
     if manifest["step"] > config.steps:
         raise UserError(
@@ -59,7 +61,11 @@ def changed_samples(
     old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
     hard = "num_hard_negatives"
     # Begun before stores left out negatives: the same samples where none was left out.
-    digest = manifest["data_digest"] if manifest["data_digest"] == store.manifest.get("digest_v1") else store.digest
+    digest = (
+        manifest["data_digest"]
+        if manifest["data_digest"] == store.manifest.get("digest_v1")
+        else store.digest
+    )
     changed = [
         (option, f"{name} was {was!r}, now {now!r}")
         for option, name, was, now in (
@@ -67,7 +73,8 @@ def changed_samples(
             ("global_batch_size", "global_batch_size", old["global_batch_size"], new["global_batch_size"]),
             ("data", "data (digest)", manifest["data_digest"], digest),
             ("data", f"data.{hard}", old["data"][hard], new["data"][hard]),
-            # Rows left out or shortened: other loss.in_batch, on_long_row or max_tokens, or begun before any were.
+            # Rows left out or shortened: other loss.in_batch, on_long_row or max_tokens, or begun before any
+            # were.
             ("data", "rows drawn from (digest, empty for all)", manifest.get("population", ""), population),
         )
         if was != now
@@ -83,7 +90,8 @@ def changed_samples(
 
 
 def draws_lone_rows(manifest: dict[str, Any] | None) -> bool:
-    """Whether a run draws rows without a candidate: begun before they were left out, when no population was recorded."""
+    """Whether a run draws rows without a candidate: begun before they were left out, when no population was
+    recorded."""
     return manifest is not None and ("population" not in manifest or manifest.get("draws_lone_rows", False))
 
 
@@ -104,7 +112,13 @@ def fill_engine(engine: Engine, reader: BoxReader) -> None:
     """This rank's box of every parameter; UserError on all ranks."""
     mesh, failure = engine.mesh, None
     try:
-        fill(engine.model, reader, engine.model_config, (mesh.tp.rank, mesh.tp.size), (mesh.dp_rank, mesh.dp_size))
+        fill(
+            engine.model,
+            reader,
+            engine.model_config,
+            (mesh.tp.rank, mesh.tp.size),
+            (mesh.dp_rank, mesh.dp_size),
+        )
     except UserError as error:
         failure = str(error)
     raise_first(failure)
@@ -122,7 +136,13 @@ class RunState:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, store: Store, drawn: Population, commit: str, run: str | None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        store: Store,
+        drawn: Population,
+        commit: str,
+        run: str | None,
     ):
         self.engine, self.tokenizer, self.store = engine, tokenizer, store
         self.population, self.draws_lone_rows = drawn.digest, drawn.keeps_lone
@@ -140,7 +160,9 @@ class RunState:
         self.step += 1
         self.skipped += skipped
         self.ledger = hashlib.sha256(
-            self.ledger.encode() + np.ascontiguousarray(rows, dtype="<i8").tobytes() + (b"skipped" if skipped else b"")
+            self.ledger.encode()
+            + np.ascontiguousarray(rows, dtype="<i8").tobytes()
+            + (b"skipped" if skipped else b"")
         ).hexdigest()
 
     def settle_warm_up(self) -> None:
@@ -148,7 +170,8 @@ class RunState:
         self.optim = replace(self.optim, warmup_steps=num_warmup_steps(self.engine.config.steps, self.optim))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Our parameter name and STATE/NAME of what the optimizer keeps of it -> this rank's live shard, unpadded."""
+        """Our parameter name and STATE/NAME of what the optimizer keeps of it -> this rank's live shard,
+        unpadded."""
         named = {}
         for full_name, p in self.engine.model.named_parameters():
             name = fsdp.plain_name(full_name)
@@ -168,7 +191,9 @@ class RunState:
     def pieces(self) -> dict[str, Piece]:
         """What this rank writes: its boxes, and those of replicated parameters on tp rank 0."""
         pieces = {}
-        replicated = {fsdp.plain_name(n) for n, p in self.engine.model.named_parameters() if is_tp_replicated(p)}
+        replicated = {
+            fsdp.plain_name(n) for n, p in self.engine.model.named_parameters() if is_tp_replicated(p)
+        }
         for name, tensor in self.tensors().items():
             plain = parameter_of(name)
             if tensor.numel() and not (plain in replicated and self.engine.mesh.tp.rank):
@@ -214,7 +239,10 @@ class RunState:
                         bad.append(name)
             raise_first(non_finite_weights(folder, bad) if bad else None)
             self.step, self.ledger = reader.manifest["step"], reader.manifest["ledger"]
-            self.skipped, self.losses.losses = reader.manifest["skipped"], list(reader.manifest["recent_losses"])
+            self.skipped, self.losses.losses = (
+                reader.manifest["skipped"],
+                list(reader.manifest["recent_losses"]),
+            )
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
             set_num_updates(self.engine.optimizer, self.step - self.skipped)
         log(f"resumed from {folder} at step {self.step}")

@@ -15,7 +15,8 @@ NON_FINITE_EXIT_CODE = 4
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite: the step was refused on all ranks and the weights are as before it."""
+    """A loss or gradient is NaN or infinite: the step was refused on all ranks and the weights are as before
+    it."""
 
 
 def refuse_non_finite(
@@ -26,14 +27,17 @@ def refuse_non_finite(
     rows: np.ndarray,
     batches: Sequence[MicroBatch],
 ) -> None:
-    """Before the optimizer touches a weight; the sums are the same on all ranks, so all ranks refuse together.
+    """Before the optimizer touches a weight; the sums are the same on all ranks, so all ranks refuse
+    together.
 
     step: those done, `updates` of which were made.
     """
     if np.isfinite(totals["loss"]) and np.isfinite(totals["grad_norm"]):
         return
     mine = np.concatenate([b.rows for b in batches])
-    bad = sorted({row for part in gather_objects(mine[~losses_B.isfinite().cpu().numpy()].tolist()) for row in part})
+    bad = sorted(
+        {row for part in gather_objects(mine[~losses_B.isfinite().cpu().numpy()].tolist()) for row in part}
+    )
     where = f"rows with a non-finite loss: {shown(bad)}" if bad else "every loss is finite, a gradient is not"
     advice = "Lower optim.lr, or look at these rows."
     if not updates:  # of every step so far the update was left out, or there was none
@@ -55,9 +59,10 @@ def shown(rows: Sequence[int] | np.ndarray) -> str:
 class LossWindow:
     """Tells a loss far above those of the last steps: z = (loss - mean) / max(std, 0.01 |mean|).
 
-    Mean and (population) std are over the last 100 steps; below 20 of them there is no z. A spike enters the window as
-    mean + limit x std: it does not hide the next one, and a level that stays becomes the new normal. `losses` is the
-    whole state; checkpoints carry it, so that a resumed run decides as the uninterrupted one.
+    Mean and (population) std are over the last 100 steps; below 20 of them there is no z. A spike enters the
+    window as mean + limit x std: it does not hide the next one, and a level that stays becomes the new
+    normal. `losses` is the whole state; checkpoints carry it, so that a resumed run decides as the
+    uninterrupted one.
     """
 
     SIZE, FEWEST = 100, 20

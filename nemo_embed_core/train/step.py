@@ -1,8 +1,9 @@
 """Forward and backward of one global batch, in micro-batches, with exactly the gradient of the whole batch.
 
-Own hard negatives: a row's loss needs no other row, so micro-batches simply accumulate. In-batch negatives couple the
-rows: with several micro-batches the embeddings are made first without a graph, the loss of the whole global batch gives
-their gradients, and a second forward per micro-batch carries those into the weights (GradCache, arXiv:2101.06983).
+Own hard negatives: a row's loss needs no other row, so micro-batches simply accumulate. In-batch negatives
+couple the rows: with several micro-batches the embeddings are made first without a graph, the loss of the
+whole global batch gives their gradients, and a second forward per micro-batch carries those into the weights
+(GradCache, arXiv:2101.06983).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from nemo_embed_core.parallel.mesh import Mesh
 
 
 def embed(model: Encoder, batch: MicroBatch) -> Tensor:
-    """[N, D] unit rows of a micro-batch; the padding sequence, if any, is the last row and nobody points at it."""
+    """[N, D] unit rows of a micro-batch; the padding sequence, if any, is the last row and nobody points at
+    it."""
     segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
     return model(batch.input_ids, batch.position_ids, segments)
 
@@ -53,13 +55,14 @@ def forward_backward(
     loss: LossConfig,
     before: Callable[[str, int], None] = lambda phase, i: None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each of this rank's queries [B], sums of retrieval_stats [5]); gradients are left on the parameters.
+    """(loss of each of this rank's queries [B], sums of retrieval_stats [5]); gradients are left on the
+    parameters.
 
-    `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally often on
-    every rank; what it raises ends the step there.
+    `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally
+    often on every rank; what it raises ends the step there.
 
-    Every dp rank has equally many queries and equally many micro-batches, so the mean over ranks that FSDP2 takes is the
-    mean over the global batch.
+    Every dp rank has equally many queries and equally many micro-batches, so the mean over ranks that FSDP2
+    takes is the mean over the global batch.
     """
     rows = sum(len(batch.query_index) for batch in batches)
     batches = [batch.to(mesh.device) for batch in batches]

@@ -1,4 +1,5 @@
-"""The training loop: sampler -> packing -> forward and backward -> finite check -> clip -> AdamW -> metrics -> checkpoint."""
+"""The training loop: sampler -> packing -> forward and backward -> finite check -> clip -> AdamW -> metrics
+-> checkpoint."""
 
 from __future__ import annotations
 
@@ -78,11 +79,15 @@ class Trainer:
         manifest = read_manifest(checkpoint) if checkpoint is not None else None
         drawn = population_of(config, self.store, manifest, log=lambda message: None)  # prepare() has said it
         sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)
-        weights = open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
+        weights = (
+            open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
+        )
         engine = Engine(config, model, mesh, dtype)
         fill_engine(engine, weights.reader if weights is not None else RandomReader(model, config.seed))
         commit, lock = code_version() if mesh.rank == 0 else "", self._held.lock
-        state = RunState(engine, self.tokenizer, self.store, drawn, commit, lock.run if lock is not None else None)
+        state = RunState(
+            engine, self.tokenizer, self.store, drawn, commit, lock.run if lock is not None else None
+        )
         if weights is not None:  # their own dtype decides what merge writes: bf16 in, bf16 out
             state.export_dtype = weights.dtype
         if checkpoint is not None:
@@ -118,7 +123,9 @@ class Trainer:
                 try:
                     values, stop = self.train_step()
                 except _Stopped as place:
-                    self.log(f"asked to stop: left step {self.step + 1} before {place}, it runs again after the resume")
+                    self.log(
+                        f"asked to stop: left step {self.step + 1} before {place}, it runs again after the resume"
+                    )
                     self.engine.drop_step()
                     stop = True
                 else:
@@ -138,9 +145,12 @@ class Trainer:
                 self.save()
             self.saver.wait()
             if stop and self.step < config.steps:
-                self.log(f"stopped by a signal after step {self.step}; saved, resume with --checkpoint.resume auto")
+                self.log(
+                    f"stopped by a signal after step {self.step}; saved, resume with --checkpoint.resume auto"
+                )
         except NonFiniteError as error:
-            if self.mesh.rank == 0:  # now: the others leave at once, and this rank has its save to finish first
+            # Now: the others leave at once, and this rank has its save to finish first.
+            if self.mesh.rank == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise
         finally:
@@ -161,10 +171,11 @@ class Trainer:
         self._stop = True
 
     def _before(self, phase: str, i: int) -> None:
-        """Before each forward and backward of a step: ask all ranks whether one is to stop, hear what they said last time.
+        """Before each forward and backward of a step: ask all ranks whether one is to stop, hear what they
+        said last time.
 
-        So the answer is never waited for, and the ranks leave before the same forward or backward, at most one
-        micro-batch after the signal.
+        So the answer is never waited for, and the ranks leave before the same forward or backward, at most
+        one micro-batch after the signal.
         """
         phase = f"{phase} {i + 1}/{self._num_micro_batches}"
         note(phase, self.step + 1)
@@ -190,7 +201,9 @@ class Trainer:
 
         note("totals")
         totals = step_totals(losses_B, stats, norm, batches, mesh, self._stop, self.saver.failed)
-        assert totals["tokens"] == num_tokens, f"{totals['tokens']} tokens were run, the plan said {num_tokens}"
+        assert totals["tokens"] == num_tokens, (
+            f"{totals['tokens']} tokens were run, the plan said {num_tokens}"
+        )
         if totals["save_failed"]:
             self.saver.wait()
             raise CheckpointError("the save in the background failed on another rank, which says why")
@@ -240,7 +253,8 @@ class Trainer:
 
     def _saver(self) -> Saver:
         config, mesh, lock = self.config.checkpoint, self.mesh, self._held.lock
-        # Ranks of a slow file system may finish a save long after one another; training's own timeout finds dead ranks.
+        # Ranks of a slow file system may finish a save long after one another; training's own timeout finds
+        # dead ranks.
         group = background_group(timedelta(seconds=max(1800, self.config.parallel.timeout_s)))
         write = partial(
             save_checkpoint,
@@ -257,7 +271,10 @@ class Trainer:
         return Saver(write, self.log, config.async_save)
 
     def save(self, wait: bool = True) -> None:
-        """Publish output_dir/step-XXXXXXXX; on return it is durable, or with wait=False its values are copied."""
-        self.saver.save(self.step, self.state.pieces(), meta=self.state.meta(), extra_files=self.tokenizer.files)
+        """Publish output_dir/step-XXXXXXXX; on return it is durable, or with wait=False its values are
+        copied."""
+        self.saver.save(
+            self.step, self.state.pieces(), meta=self.state.meta(), extra_files=self.tokenizer.files
+        )
         if wait:
             self.saver.wait()

@@ -17,7 +17,9 @@ from nemo_embed_core.model.spec import parameter_shapes  # noqa: E402
 
 def test_the_model_has_the_parameters_asked_for() -> None:
     for wanted in (2e5, 2e8, 8e9):
-        sizes = [torch.Size(shape).numel() for shape in parameter_shapes(checkpoint.model_of(wanted)).values()]
+        sizes = [
+            torch.Size(shape).numel() for shape in parameter_shapes(checkpoint.model_of(wanted)).values()
+        ]
         assert wanted <= sum(sizes) <= 1.35 * wanted and sizes[0] < 0.7 * wanted
 
 
@@ -25,10 +27,22 @@ def test_every_figure_is_there_and_the_disk_is_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def here(output: Path, sources: list[Path]) -> dict[str, float]:
-        return checkpoint.merge_here(output, [str(path) for path in sources])  # no process of its own: 5 s of imports
+        # No process of its own: 5 s of imports.
+        return checkpoint.merge_here(output, [str(path) for path in sources])
 
     monkeypatch.setattr(checkpoint, "run_merge", here)
-    options = ["--parameters", "1e5", "--sources", "3", "--repeats", "1", "--sample", "50", "--folder", str(tmp_path)]
+    options = [
+        "--parameters",
+        "1e5",
+        "--sources",
+        "3",
+        "--repeats",
+        "1",
+        "--sample",
+        "50",
+        "--folder",
+        str(tmp_path),
+    ]
     assert checkpoint.main([*options, "--output", str(tmp_path / "report.json")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     report = json.loads((tmp_path / "report.json").read_text())

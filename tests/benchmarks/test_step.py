@@ -76,7 +76,9 @@ def test_the_gate_passes_and_refuses_a_peer_that_is_another_model(monkeypatch: p
             return attention(q, k, v, attn_mask=attn_mask & past)
 
         shared = step.F
-        monkeypatch.setattr(step, "F", type("F", (), {**vars(shared), "scaled_dot_product_attention": causal}))
+        monkeypatch.setattr(
+            step, "F", type("F", (), {**vars(shared), "scaled_dot_product_attention": causal})
+        )
         with pytest.raises(AssertionError, match="embeddings"):
             step.gate("plain", mesh)
 
@@ -105,7 +107,10 @@ def test_training_and_encoding_run_and_write_a_line_per_figure(
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     train, encode = ([line for line in lines if line["what"] == what] for what in ("train", "encode"))
     assert len(train) == 3 and len(encode) == 3 and all(line["tokens_per_s"] > 0 for line in train + encode)
-    assert train[0]["useful"] == 1 > train[1]["useful"] > train[2]["useful"] and train[0]["ratio_to_best_peer"] > 0
+    assert (
+        train[0]["useful"] == 1 > train[1]["useful"] > train[2]["useful"]
+        and train[0]["ratio_to_best_peer"] > 0
+    )
     assert "goal: ratio_to_best_peer" in capsys.readouterr().out
 
 
@@ -124,7 +129,10 @@ def test_nothing_is_timed_when_the_gate_fails(monkeypatch: pytest.MonkeyPatch) -
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "GEMM"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas", "GEMM"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x64>(Params)", "GEMM"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>", "attention"),
+        (
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>",
+            "attention",
+        ),
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(AttentionKernel)", "attention"),
         ("_rms_norm_bwd_kernel", "norms, RoPE, SwiGLU"),
         ("_own_fwd_kernel", "pooling and loss"),
@@ -155,13 +163,13 @@ def test_time_beside_each_other_is_busy_once_and_annotations_do_not_count() -> N
     }
     parts = step.composition(trace)
     assert parts.busy == pytest.approx(90e-6) and parts.other == [("mystery", pytest.approx(10e-6))]
-    assert parts.seconds["GEMM"] == pytest.approx(50e-6) and sum(parts.seconds.values()) == pytest.approx(120e-6)
+    assert parts.seconds["GEMM"] == pytest.approx(50e-6) and sum(parts.seconds.values()) == pytest.approx(
+        120e-6
+    )
 
 
 def test_needs_no_package_that_a_gpu_machine_may_lack() -> None:
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED}, None)); import benchmarks.step as s; s.parse([])"
-    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED}, None)); import benchmarks.step as s; s.parse([])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

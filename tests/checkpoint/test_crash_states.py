@@ -1,10 +1,12 @@
-"""What a power cut may leave behind, after every operation of a save: kill -9 cannot show it, the page cache survives that.
+"""What a power cut may leave behind, after every operation of a save: kill -9 cannot show it, the page cache
+survives that.
 
-The real save_checkpoint runs on a real folder while every fsync, rename, unlink and rmdir is recorded (new entries and bytes
-are found by looking). For each prefix of that record all disks are built that POSIX allows:
+The real save_checkpoint runs on a real folder while every fsync, rename, unlink and rmdir is recorded (new
+entries and bytes are found by looking). For each prefix of that record all disks are built that POSIX allows:
   data that was not fsynced is whole, half, empty or half with zeros behind;
   of a folder's changes since its last fsync a prefix is there.
-On each of them the real reader must find the checkpoint whose save() had returned, or a newer one, and nothing else.
+On each of them the real reader must find the checkpoint whose save() had returned, or a newer one, and
+nothing else.
 """
 
 import itertools
@@ -46,8 +48,8 @@ META = {
 
 
 class Recorder:
-    """ops: ("link"|"unlink", folder, name, id), ("rename", folder, old, new), ("data", id, bytes), ("fsync", id),
-    ("returned", None, step)."""
+    """ops: ("link"|"unlink", folder, name, id), ("rename", folder, old, new), ("data", id, bytes), ("fsync",
+    id), ("returned", None, step)."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, skip_fsync: Callable[[str], bool]):
         self.root, self.ops = root, []
@@ -74,7 +76,11 @@ class Recorder:
 
         def remove(kind: str) -> Callable[..., None]:
             def call(name: Any, *, dir_fd: int | None = None) -> None:
-                path = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), name) if dir_fd is not None else str(name)
+                path = (
+                    os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), name)
+                    if dir_fd is not None
+                    else str(name)
+                )
                 self.look()
                 real[kind](name, dir_fd=dir_fd)
                 self.ops.append(("unlink", self.ids[os.path.dirname(path)], os.path.basename(path), None))
@@ -112,7 +118,8 @@ Tree = dict[str, bytes | None]  # path below the root -> bytes of a file, None f
 
 
 def disks(ops: list[tuple], rng: random.Random) -> Iterator[Tree]:
-    """Every disk that a power cut after these operations may leave; of one state of the root SAMPLES where there are more."""
+    """Every disk that a power cut after these operations may leave; of one state of the root SAMPLES where
+    there are more."""
     changes: dict[int, list[tuple]] = {0: []}
     synced: dict[int, int] = {}
     data: dict[int, list[bytes]] = {}
@@ -151,7 +158,9 @@ def disks(ops: list[tuple], rng: random.Random) -> Iterator[Tree]:
         if total > SAMPLES:
             picks = ([rng.choice(options) for options in choices] for _ in range(SAMPLES))
         for pick in picks:
-            paths = [(f"{a}/{b}", f) for a, entries in zip(root, pick, strict=True) for b, f in entries.items()]
+            paths = [
+                (f"{a}/{b}", f) for a, entries in zip(root, pick, strict=True) for b, f in entries.items()
+            ]
             contents: Any = itertools.product(*(data[f] for _, f in paths))
             if total > SAMPLES:
                 contents = [[rng.choice(data[f]) for _, f in paths]]
@@ -172,7 +181,9 @@ def values(step: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(SHAPE, generator=generator) + 1 for name in names}
 
 
-def record(root: Path, monkeypatch: pytest.MonkeyPatch, skip_fsync: Callable[[str], bool], keep: int) -> list[tuple]:
+def record(
+    root: Path, monkeypatch: pytest.MonkeyPatch, skip_fsync: Callable[[str], bool], keep: int
+) -> list[tuple]:
     root.mkdir()
     with monkeypatch.context() as patch:
         recorder = Recorder(root, patch, skip_fsync)
@@ -190,7 +201,8 @@ def record(root: Path, monkeypatch: pytest.MonkeyPatch, skip_fsync: Callable[[st
 
 
 def judge(ops: list[tuple], folder: Path, until: str = "") -> dict[str, int]:
-    """How many of the disks lose a promised checkpoint, hand out wrong values, or show a broken one under its name.
+    """How many of the disks lose a promised checkpoint, hand out wrong values, or show a broken one under its
+    name.
 
     `until`: stop at the first disk that does this.
     """
@@ -246,7 +258,8 @@ def read_back(tree: Tree, folder: Path) -> tuple[int, bool, int]:
 def test_no_power_cut_costs_a_reported_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for keep in (1, 2):
         ops = record(tmp_path / f"run-{keep}", monkeypatch, lambda path: False, keep)
-        fsyncs = STEPS * 6 + STEPS - keep  # 4 files, the folder and its parent; the parent again where one is deleted
+        # 4 files, the folder and its parent; the parent again where one is deleted.
+        fsyncs = STEPS * 6 + STEPS - keep
         assert sum(op[0] == "fsync" for op in ops) == fsyncs
         counts = judge(ops, tmp_path / "disk")
         assert counts["disks"] > 300

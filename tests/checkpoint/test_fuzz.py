@@ -1,8 +1,9 @@
-"""A valid folder with ONE thing wrong, a thousand times: a clear error of one paragraph, or exactly the right tensors.
+"""A valid folder with ONE thing wrong, a thousand times: a clear error of one paragraph, or exactly the right
+tensors.
 
-Random bytes never get past the first check, so every case starts from a folder that loads. Where a digest would stop a
-change at the door, half of the cases renew the digests, as an attacker would: the checks behind it must hold as well.
-Bugs planted in the readers show that the cases have teeth.
+Random bytes never get past the first check, so every case starts from a folder that loads. Where a digest
+would stop a change at the door, half of the cases renew the digests, as an attacker would: the checks behind
+it must hold as well. Bugs planted in the readers show that the cases have teeth.
 """
 
 import json
@@ -35,7 +36,12 @@ from nemo_embed_core.train.run_state import with_state
 
 CASES = 1000
 MODEL = ModelConfig(
-    vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
 )
 SHAPES = spec.parameter_shapes(MODEL)
 PREFIXES = tuple(f"{state}/" for state in STATE)
@@ -45,7 +51,12 @@ META = {
         "seed": 0,
         "global_batch_size": 8,
         "init_from": "",
-        "data": {"num_hard_negatives": 0, "query_max_length": 8, "document_max_length": 8, "datasets": [{"path": "x"}]},
+        "data": {
+            "num_hard_negatives": 0,
+            "query_max_length": 8,
+            "document_max_length": 8,
+            "datasets": [{"path": "x"}],
+        },
     },
     "export_dtype": "float32",
     "ledger": "0" * 64,
@@ -134,7 +145,8 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def spoil_value(value: Any, rng: random.Random, outside: Path) -> Any:
-    """The JSON value with one place changed. Places of every depth are equally likely, though the deep ones are many."""
+    """The JSON value with one place changed. Places of every depth are equally likely, though the deep ones
+    are many."""
     value = json.loads(json.dumps(value))
     found = list(places(value))
     depth = rng.choice(sorted({len(path) for path in found}))
@@ -155,7 +167,9 @@ def spoil_value(value: Any, rng: random.Random, outside: Path) -> Any:
     if likely.get(last) and rng.random() < 0.7:
         holder[last] = rng.choice(likely[last])
     elif how == "other":
-        holder[last] = rng.choice([None, True, 0, 1, -1, 1.5, 10**30, 2**63, "x", "", [], {}, [[[]]], {"a": 1}, 1e999])
+        holder[last] = rng.choice(
+            [None, True, 0, 1, -1, 1.5, 10**30, 2**63, "x", "", [], {}, [[[]]], {"a": 1}, 1e999]
+        )
     elif how == "near" and isinstance(old, int):
         holder[last] = rng.choice([old + 1, old - 1, -old, old * 2, float(old), str(old), old + 2**32])
     elif how == "near" and isinstance(old, str) and old:
@@ -182,7 +196,10 @@ def spoil_value(value: Any, rng: random.Random, outside: Path) -> Any:
 
 def spoil_bytes(data: bytes, rng: random.Random) -> bytes:
     """JSON text with one thing wrong that a JSON value cannot say."""
-    how, i = rng.choice(["flip", "flip", "cut", "twice", "nan", "deep", "digits", "latin", "bom", "nothing"]), 0
+    how, i = (
+        rng.choice(["flip", "flip", "cut", "twice", "nan", "deep", "digits", "latin", "bom", "nothing"]),
+        0,
+    )
     if how == "flip":
         i = rng.randrange(len(data))
         return data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :]
@@ -195,10 +212,17 @@ def spoil_bytes(data: bytes, rng: random.Random) -> bytes:
     if how == "latin":
         return data.replace(b'"', b'"\xe9', 1)
     if how == "twice":  # the first entry of some object again, before all others
-        i = rng.choice([j for j in range(len(data)) if data[j : j + 1] == b"{" and data[j + 1 :].lstrip()[:1] == b'"'])
+        i = rng.choice(
+            [j for j in range(len(data)) if data[j : j + 1] == b"{" and data[j + 1 :].lstrip()[:1] == b'"']
+        )
         entry = data[i + 1 :].lstrip().split(b":")[0]
         return (
-            data[: i + 1] + entry + b": " + rng.choice([b"0", b'"../secret.safetensors"', b"{}"]) + b"," + data[i + 1 :]
+            data[: i + 1]
+            + entry
+            + b": "
+            + rng.choice([b"0", b'"../secret.safetensors"', b"{}"])
+            + b","
+            + data[i + 1 :]
         )
     colon = rng.choice([j for j in range(len(data)) if data[j : j + 1] == b":"])
     literal = {"nan": rng.choice([b"NaN", b"-Infinity"]), "deep": b"[" * 100_000, "digits": b"9" * 5000}[how]
@@ -273,7 +297,9 @@ def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     reader = reader_module.Reader(folder, manifest)
     shapes = spec.parameter_shapes(model)
     reader.check(with_state(shapes))
-    return {p + n: reader.read_box(p + n, ((0,) * len(s), s)) for n, s in shapes.items() for p in ("", *PREFIXES)}
+    return {
+        p + n: reader.read_box(p + n, ((0,) * len(s), s)) for n, s in shapes.items() for p in ("", *PREFIXES)
+    }
 
 
 def load_hf(folder: Path) -> dict[str, torch.Tensor]:
@@ -342,7 +368,9 @@ class Target:
     def spoil(self, seed: int) -> None:
         rng = random.Random(f"{self.kind} {seed}")
         shards = sorted(n for n in self.files if n.endswith(".safetensors"))
-        main = {"manifest": "manifest.json", "index": "model.safetensors.index.json"}.get(self.kind, rng.choice(shards))
+        main = {"manifest": "manifest.json", "index": "model.safetensors.index.json"}.get(
+            self.kind, rng.choice(shards)
+        )
         path, data = self.folder / main, self.files[main]
         if rng.random() < 0.08:
             spoil_entry(self.folder / rng.choice(sorted(self.files)), rng, self.outside)
@@ -452,7 +480,8 @@ FIRST = [114, 0, 949, 67, 10, 63, 18, 251, 55, 483, 5, 3, 14, 36, 0, 0, 0, 11, 2
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, old: str, new: str) -> None:
-    """Run the module's source with `old` replaced, and let everybody who imported from it have what comes out."""
+    """Run the module's source with `old` replaced, and let everybody who imported from it have what comes
+    out."""
     source = Path(str(module.__file__)).read_text()
     assert source.count(old) == 1, f"{source.count(old)} x {old!r} in {module.__file__}"
     broken = types.ModuleType(module.__name__)
@@ -473,7 +502,13 @@ def plant(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, old: str, n
     ids=[f"{k}: {old.strip()[:50]}" for k, _, old, _ in PLANTED],
 )
 def test_planted_bugs_are_found(
-    base: Path, monkeypatch: pytest.MonkeyPatch, i: int, kind: str, module: types.ModuleType, old: str, new: str
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    i: int,
+    kind: str,
+    module: types.ModuleType,
+    old: str,
+    new: str,
 ) -> None:
     target = Target(base, kind)
     plant(monkeypatch, module, old, new)
@@ -482,7 +517,8 @@ def test_planted_bugs_are_found(
 
 
 def test_what_the_cases_cannot_show(base: Path) -> None:
-    """A key that stands twice with one meaning; a pipe in place of a file, on which a careless reader waits for ever."""
+    """A key that stands twice with one meaning; a pipe in place of a file, on which a careless reader waits
+    for ever."""
     for kind, main in (("manifest", "manifest.json"), ("index", "model.safetensors.index.json")):
         target = Target(base / kind, kind)
         path = target.folder / main

@@ -1,4 +1,5 @@
-"""Saving behind training's back: what is written is what was there, one at a time, and an error stops all ranks."""
+"""Saving behind training's back: what is written is what was there, one at a time, and an error stops all
+ranks."""
 
 import errno
 import json
@@ -101,7 +102,9 @@ def test_what_is_written_is_what_was_there_when_save_returned() -> None:
     saver.save(2, pieces_of(weights))
     saver.wait()
     assert torch.equal(disk.written[1][1], torch.arange(6.0) + 100)
-    assert {name: buffer.data_ptr() for name, buffer in saver._buffers.items()} == first, "host memory is taken once"
+    assert {name: buffer.data_ptr() for name, buffer in saver._buffers.items()} == first, (
+        "host memory is taken once"
+    )
 
 
 def test_without_the_copy_the_test_above_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +225,12 @@ def test_one_rank_that_cannot_write_stops_all_at_the_next_step(
 ) -> None:
     rising = {"optim": {"warmup_steps": 45}}  # up to step 40 the rate does not depend on the number of steps
     config = config_for(
-        tmp_path, "run", steps=2000, log_every=2000, checkpoint={"async_save": async_save, "every": 40}, **rising
+        tmp_path,
+        "run",
+        steps=2000,
+        log_every=2000,
+        checkpoint={"async_save": async_save, "every": 40},
+        **rising,
     )
     outcomes = server.run(train_until_the_disk_is_full, 2, config)
     assert [o.code for o in outcomes] == [2, 2]

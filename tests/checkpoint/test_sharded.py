@@ -1,4 +1,5 @@
-"""Faults around checkpoints: full and vanished disks, damage, locks, other layouts, and what may not be continued."""
+"""Faults around checkpoints: full and vanished disks, damage, locks, other layouts, and what may not be
+continued."""
 
 import dataclasses
 import json
@@ -21,7 +22,13 @@ from forked import Outcome, Server
 from tiny import MODEL, train_config
 
 from nemo_embed_core.checkpoint import write as write_module
-from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage, read_manifest, seal, verify_checkpoint
+from nemo_embed_core.checkpoint.manifest import (
+    CheckpointError,
+    check_coverage,
+    read_manifest,
+    seal,
+    verify_checkpoint,
+)
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.weights import open_weights
@@ -37,7 +44,9 @@ from nemo_embed_core.train.trainer import Trainer
 
 
 def train(
-    config: TrainConfig, plant: Callable[[Trainer], None] = lambda trainer: None, dtype: torch.dtype | None = None
+    config: TrainConfig,
+    plant: Callable[[Trainer], None] = lambda trainer: None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """What launch/train.py does, in a forked rank."""
     prepared = prepare(config)
@@ -98,7 +107,10 @@ META = {
 def save(root: Path, step: int, numel: int = 8, **options: Any) -> Path:
     """A checkpoint of one vector and as many others as the model has parameters, from one rank."""
     names = [*parameter_shapes(MODEL), "exp_avg/model.norm.weight"]
-    pieces = {n: Piece((numel,), ((0,), (numel,)), torch.full((numel,), float(step + i))) for i, n in enumerate(names)}
+    pieces = {
+        n: Piece((numel,), ((0,), (numel,)), torch.full((numel,), float(step + i)))
+        for i, n in enumerate(names)
+    }
     fixed: dict[str, Any] = {"rank": 0, "world_size": 1, "meta": META, "extra_files": {}, "keep": 2}
     return save_checkpoint(root, step, pieces, **{**fixed, "gather": lambda value: [value], **options})
 
@@ -119,7 +131,9 @@ def test_the_newest_and_every_mth_are_kept(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [14]
 
 
-def test_nothing_is_deleted_before_the_new_one_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_deleted_before_the_new_one_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1, keep=1)
 
     def full(tmp: Path, final: Path) -> None:
@@ -181,7 +195,9 @@ def test_a_leftover_that_cannot_be_deleted_does_not_end_the_run(tmp_path: Path) 
     assert len(log) == 1 and log[0].startswith("WARNING: ") and ".tmp-old-step-00000000" in log[0]
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log: list[str] = []
     save(tmp_path, 1, keep=1)
 
@@ -236,7 +252,9 @@ def test_a_full_disk_costs_no_checkpoint_and_the_resume_is_bit_exact(tmp_path: P
 def one_megabyte(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here; RLIMIT_FSIZE above stands for it")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -244,7 +262,8 @@ def one_megabyte(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.fault(18)
 def test_a_really_full_disk(one_megabyte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """400 kB a checkpoint: the third does not fit beside two, which is seen before it is begun; and if not, while it is."""
+    """400 kB a checkpoint: the third does not fit beside two, which is seen before it is begun; and if not,
+    while it is."""
     numel = 400_000 // (4 * (len(parameter_shapes(MODEL)) + 1))
     for step in (1, 2):
         save(one_megabyte, step, numel)
@@ -254,7 +273,9 @@ def test_a_really_full_disk(one_megabyte: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(write_module, "check_free_space", lambda *args: None)
     with pytest.raises(CheckpointError) as late:
         save(one_megabyte, 3, numel)
-    assert re.search(r"\[Errno 28\] No space left on device; the checkpoint needs [\d,]+ bytes", str(late.value))
+    assert re.search(
+        r"\[Errno 28\] No space left on device; the checkpoint needs [\d,]+ bytes", str(late.value)
+    )
     assert sorted(p.name for p in one_megabyte.iterdir()) == ["step-00000001", "step-00000002"]
     assert verify_checkpoint(one_megabyte / "step-00000002")
     shutil.rmtree(one_megabyte / "step-00000001")
@@ -276,7 +297,9 @@ def test_too_little_room_is_refused_at_the_start(
         prepare(config)
     text = str(caught.value)
     assert (
-        str(tmp_path / "run") in text and f"{int(2.2 * size):,} bytes" in text and f"{free['bytes']:,} are free" in text
+        str(tmp_path / "run") in text
+        and f"{int(2.2 * size):,} bytes" in text
+        and f"{free['bytes']:,} are free" in text
     )
     free["bytes"] += 1
     prepare(config)
@@ -325,7 +348,9 @@ def train_in_a_folder_that_vanishes(config: TrainConfig) -> None:
 @pytest.mark.fault(19)
 @pytest.mark.dist
 def test_an_output_that_vanishes_ends_all_ranks(tmp_path: Path, server: Server) -> None:
-    outcomes = server.run(train_in_a_folder_that_vanishes, 2, config_for(tmp_path, "run", checkpoint={"every": 6}))
+    outcomes = server.run(
+        train_in_a_folder_that_vanishes, 2, config_for(tmp_path, "run", checkpoint={"every": 6})
+    )
     assert codes(outcomes) == [2, 2]
     for outcome in outcomes:
         assert f"the lock {tmp_path / 'run' / '.lock'} of this run is gone" in outcome.output
@@ -369,7 +394,9 @@ def test_a_stale_shard_beside_the_others_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(11)
-def test_masters_of_a_bf16_run_resume_bit_exactly_and_are_never_done_without(tmp_path: Path, server: Server) -> None:
+def test_masters_of_a_bf16_run_resume_bit_exactly_and_are_never_done_without(
+    tmp_path: Path, server: Server
+) -> None:
     calm, halted = (config_for(tmp_path, name, precision="bf16") for name in ("calm", "halted"))
     assert codes(server.run(train, 1, calm)) == [0]
     assert codes(server.run(train_until, 1, halted, 5)) == [0]
@@ -407,7 +434,9 @@ def sleeper() -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.fault(20)
-def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path, sleeper: subprocess.Popen) -> None:
+def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(
+    tmp_path: Path, sleeper: subprocess.Popen
+) -> None:
     log: list[str] = []
     held = Lock(tmp_path, log.append)
     start = start_time(sleeper.pid)
@@ -435,7 +464,8 @@ def test_a_live_run_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path, slee
 def test_on_another_host_the_heartbeat_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
 ) -> None:
-    """Older than five minutes: taken over. Younger: waited for, until it moves (refused) or is five minutes old."""
+    """Older than five minutes: taken over. Younger: waited for, until it moves (refused) or is five minutes
+    old."""
     monkeypatch.setattr(Lock, "POLL_S", 0.01)
     log: list[str] = []
     write_lock(tmp_path, age_s=310, **where)
@@ -453,7 +483,9 @@ def test_on_another_host_the_heartbeat_decides(
     assert len(log) == 4
 
 
-def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heartbeat_goes_on_while_the_lock_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Lock, "BEAT_S", 0.01)
     lock = Lock(tmp_path, lambda message: None).acquire()
     os.utime(tmp_path / ".lock", (1, 1))
@@ -464,7 +496,9 @@ def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path: Path, monkeypatc
     lock.release()
 
 
-def test_of_two_that_start_together_one_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_start_together_one_gets_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All see that there is no lock before one of them makes it."""
     got, refused, barrier = [], [], threading.Barrier(8)
     look = Lock.refuse_if_held
@@ -513,7 +547,8 @@ def train_and_be_killed(config: TrainConfig) -> None:
 
 @pytest.mark.fault(20)
 def test_a_second_run_in_the_same_folder(tmp_path: Path, server: Server, sleeper: subprocess.Popen) -> None:
-    """Refused while the first one lives, with nothing touched; after kill -9 the lock is taken over with a warning."""
+    """Refused while the first one lives, with nothing touched; after kill -9 the lock is taken over with a
+    warning."""
     config = config_for(tmp_path, "run")
     (tmp_path / "run").mkdir()
     write_lock(tmp_path / "run", pid=sleeper.pid, start=start_time(sleeper.pid))
@@ -525,7 +560,9 @@ def test_a_second_run_in_the_same_folder(tmp_path: Path, server: Server, sleeper
     left = json.loads((tmp_path / "run" / ".lock").read_text())
     (outcome,) = server.run(train, 1, config)
     assert outcome.code == 0
-    assert len(re.findall(rf"WARNING: .* is of process {left['pid']} on .*taking it over", outcome.output)) == 1
+    assert (
+        len(re.findall(rf"WARNING: .* is of process {left['pid']} on .*taking it over", outcome.output)) == 1
+    )
     assert not (tmp_path / "run" / ".lock").exists()
     runs = {read_manifest(p)["run"] for p in checkpoints(tmp_path / "run")}
     assert left["run"] not in runs and len(runs) == 1
@@ -552,9 +589,15 @@ def test_other_samples_need_an_explicit_word(tmp_path: Path, server: Server) -> 
             assert outcome.code == 2 and f"--checkpoint.allow_changed {name}" in outcome.output
         changed = config_for(tmp_path, run, steps=5, checkpoint={"allow_changed": [name]}, **change)
         (outcome,) = server.run(train, 1, changed)
-        assert outcome.code == 0 and "WARNING" in outcome.output and "no promise holds any more" in outcome.output
+        assert (
+            outcome.code == 0
+            and "WARNING" in outcome.output
+            and "no promise holds any more" in outcome.output
+        )
         manifest = read_manifest(checkpoints(tmp_path / run)[0])
-        assert [o["step"] for o in manifest["overrides"]] == [3] and name in manifest["overrides"][0]["changed"], i
+        assert [o["step"] for o in manifest["overrides"]] == [3] and name in manifest["overrides"][0][
+            "changed"
+        ], i
     # It is still known after a resume that changes nothing.
     changed = dataclasses.replace(changed, steps=6)
     assert codes(server.run(train, 1, changed)) == [0]
@@ -572,10 +615,14 @@ def test_a_run_never_goes_back_behind_its_newest_checkpoint(tmp_path: Path, serv
     config = config_for(tmp_path, "run", steps=6)
     assert codes(server.run(train, 1, config)) == [0]
     for resume in ("none", str(tmp_path / "run" / "step-00000003")):
-        (outcome,) = server.run(train, 1, dataclasses.replace(config, checkpoint=CheckpointConfig(resume=resume)))
+        (outcome,) = server.run(
+            train, 1, dataclasses.replace(config, checkpoint=CheckpointConfig(resume=resume))
+        )
         assert outcome.code == 2 and "already holds checkpoints (newest step-00000006)" in outcome.output
     older = str(tmp_path / "run" / "step-00000003")
-    elsewhere = dataclasses.replace(config, checkpoint=CheckpointConfig(resume=older), output_dir=str(tmp_path / "new"))
+    elsewhere = dataclasses.replace(
+        config, checkpoint=CheckpointConfig(resume=older), output_dir=str(tmp_path / "new")
+    )
     assert codes(server.run(train, 1, elsewhere)) == [0]
     assert [m["step"] for m in metrics(tmp_path / "new")] == [4, 5, 6]
     newest = str(tmp_path / "run" / "step-00000006")
@@ -621,7 +668,8 @@ def same_bits(a: Path, b: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-# At the recipe's 0.02 a cosine's rounding error is multiplied by 50, and single losses near zero differ by some 6e-6 in fp32.
+# At the recipe's 0.02 a cosine's rounding error is multiplied by 50, and single losses near zero differ by
+# some 6e-6 in fp32.
 ROUNDINGS = [
     pytest.param({"temperature": 0.1}, torch.float32, 1e-6, id="fp32"),
     pytest.param({"temperature": 0.02}, torch.float64, 1e-12, id="fp64"),
@@ -691,6 +739,9 @@ def test_tensor_parallelism_1_2_4_1(
 
 def test_pieces_that_overlap_and_leave_a_hole_of_their_size_are_refused(tmp_path: Path) -> None:
     """As many elements as the tensor has, but one of them twice and one never."""
-    pieces = [{"file": "a", "offset": [0, 0], "size": [3, 2]}, {"file": "b", "offset": [2, 0], "size": [1, 2]}]
+    pieces = [
+        {"file": "a", "offset": [0, 0], "size": [3, 2]},
+        {"file": "b", "offset": [2, 0], "size": [1, 2]},
+    ]
     with pytest.raises(CheckpointError, match="w is stored twice, in b and a"):
         check_coverage(tmp_path, "w", [4, 2], pieces)

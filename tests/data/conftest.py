@@ -1,4 +1,5 @@
-"""A small sentencepiece tokenizer, trained once a session on sources of the standard library (they are everywhere)."""
+"""A small sentencepiece tokenizer, trained once a session on sources of the standard library (they are
+everywhere)."""
 
 import sysconfig
 from pathlib import Path
@@ -16,7 +17,9 @@ def stdlib_text(*names: str) -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_sentencepiece(stdlib_text("argparse.py", "textwrap.py", "dataclasses.py"), 800, folder, max_length=64)
+    train_sentencepiece(
+        stdlib_text("argparse.py", "textwrap.py", "dataclasses.py"), 800, folder, max_length=64
+    )
     return folder
 
 

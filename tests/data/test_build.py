@@ -1,4 +1,5 @@
-"""A killed build goes on and ends with the same bytes; a source is hashed once; a store opens without its sources; noise is counted."""
+"""A killed build goes on and ends with the same bytes; a source is hashed once; a store opens without its
+sources; noise is counted."""
 
 import json
 import os
@@ -99,7 +100,9 @@ def test_a_damaged_state_begins_anew(config, tokenizer_folder, tokenizer, tmp_pa
     assert len(store) == 60 and not any("going on" in line for line in lines)
 
 
-def test_leftovers_are_named_and_removed_when_their_owner_is_gone(config, tokenizer_folder, tokenizer, monkeypatch):
+def test_leftovers_are_named_and_removed_when_their_owner_is_gone(
+    config, tokenizer_folder, tokenizer, monkeypatch
+):
     other = replace(config, query_max_length=40)
     assert run(other, tokenizer_folder, "store.row@12").returncode == -9
     (of_other,) = Path(config.cache_dir).glob(".building-*")
@@ -112,7 +115,9 @@ def test_leftovers_are_named_and_removed_when_their_owner_is_gone(config, tokeni
     text = "\n".join(lines)
     assert f"removing {empty}, left by a process that is gone" in text and not empty.exists()
     assert held.exists() and str(held) not in text, "somebody builds there"
-    assert f"{of_other} is of a killed build of other data" in text and "12 rows" in text and of_other.exists()
+    assert (
+        f"{of_other} is of a killed build of other data" in text and "12 rows" in text and of_other.exists()
+    )
     os.close(descriptor)
     monkeypatch.setattr(building, "STALE_S", 0)
     open_store(replace(config, query_max_length=41), tokenizer, log=lines.append)
@@ -125,7 +130,9 @@ def test_leftovers_are_named_and_removed_when_their_owner_is_gone(config, tokeni
 def test_a_source_is_hashed_once(config, tokenizer, monkeypatch):
     for dataset in config.datasets:  # written long ago: a fresh file could change without a trace
         os.utime(dataset.path, (1e9, 1e9))
-    monkeypatch.setattr(build_module.time, "time_ns", lambda clock=build_module.time.time_ns: clock() + 10_000_000_000)
+    monkeypatch.setattr(
+        build_module.time, "time_ns", lambda clock=build_module.time.time_ns: clock() + 10_000_000_000
+    )
     first = open_store(config, tokenizer, log=lambda line: None)
     hashed = []
     sha256 = build_module.sha256_file
@@ -173,7 +180,10 @@ def test_all_bad_rows_of_all_sources_are_said_before_a_token_is_made(config, tok
     with pytest.raises(UserError) as caught:
         open_store(replace(config, datasets=[replace(d, task="") for d in config.datasets]), tokenizer)
     message = str(caught.value)
-    assert all(f"{name}.jsonl:{line}: " in message for name in "ab" for line in (31, 32)) and "4 bad lines" in message
+    assert (
+        all(f"{name}.jsonl:{line}: " in message for name in "ab" for line in (31, 32))
+        and "4 bad lines" in message
+    )
 
 
 # ------------------------------------------------------------------------------------------ what teaches nothing
@@ -223,7 +233,9 @@ def test_noise_is_counted_by_kind_and_right_documents_are_no_negatives(tmp_path,
         (2, [9]),  # documents equal after truncation
     ], found
     report = "\n".join(lines)
-    assert "WARNING: negatives left out, equal to the query: 1 of 18 (5.56%)" in report and "n.jsonl:4" in report
+    assert (
+        "WARNING: negatives left out, equal to the query: 1 of 18 (5.56%)" in report and "n.jsonl:4" in report
+    )
     assert [store.where(row) for row in (0, 11, 12)] == [f"{path}:1", f"{path}:12", f"{other}:1"]
     # What no other row may take as this row's negative either, in batch.
     known = [sorted({texts[i] for i in store.known_positives(row).tolist()}) for row in range(13)]
@@ -232,7 +244,11 @@ def test_noise_is_counted_by_kind_and_right_documents_are_no_negatives(tmp_path,
         "other instruction, other query"
     )
     same = store.same_as
-    assert same[texts.index("The answer is x ")] == same[texts.index("the answer is x")] != same[texts.index("a one")]
+    assert (
+        same[texts.index("The answer is x ")]
+        == same[texts.index("the answer is x")]
+        != same[texts.index("a one")]
+    )
     assert (same <= np.arange(len(same))).all()
     assert "digest_v1" not in store.manifest
 
@@ -246,4 +262,7 @@ def test_a_run_from_before_goes_on_where_nothing_was_left_out(config, tokenizer)
         "version": 1, "tokenizer": tokenizer.digest, "query_max_length": 48, "document_max_length": 24,
         "sources": [[hashlib.sha256(Path(d.path).read_bytes()).hexdigest(), d.task, ""] for d in config.datasets],
     }  # fmt: skip
-    assert store.manifest["digest_v1"] == hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    assert (
+        store.manifest["digest_v1"]
+        == hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    )

@@ -1,4 +1,5 @@
-"""Small files as they occur outside, with what is right: read as meant and said, or refused by line with what to change."""
+"""Small files as they occur outside, with what is right: read as meant and said, or refused by line with what
+to change."""
 
 import gzip
 import json
@@ -11,7 +12,14 @@ import pytest
 from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError
 from nemo_embed_core.data import lines, readers
 from nemo_embed_core.data.build import open_store
-from nemo_embed_core.data.readers import Findings, check_sources, read_beir, read_documents, read_rows, reading
+from nemo_embed_core.data.readers import (
+    Findings,
+    check_sources,
+    read_beir,
+    read_documents,
+    read_rows,
+    reading,
+)
 
 Q1 = '{"query": "q one", "pos": ["p one"], "neg": ["n one"]}\n'
 ROW1 = ("q one", ["p one"], ["n one"])
@@ -236,7 +244,8 @@ def test_beir(tmp_path: Path, name: str) -> None:
 
 
 def test_what_on_missing_allows(tmp_path: Path) -> None:
-    """Evaluation keeps what mteb keeps (empty texts, judgements nothing can satisfy); rows are left out; all is counted."""
+    """Evaluation keeps what mteb keeps (empty texts, judgements nothing can satisfy); rows are left out; all
+    is counted."""
     corpus = EMPTY + '{"_id": "d5", "text": null}\n{"_id": "d6", "text": "first text", "title": "T1"}\n'
     queries = QUERIES + "".join(
         f'{{"_id": "{q}", "text": "{t}"}}\n' for q, t in [("q3", " "), ("q4", "four"), ("q5", "five")]
@@ -343,11 +352,17 @@ def test_reading_says_how_far_it_is(tmp_path: Path, monkeypatch, name: str) -> N
     path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     monkeypatch.setattr(lines.time, "monotonic", lambda: next(clock))  # eight seconds at every look
     check_sources([DatasetConfig(path=str(path))], log.append)
-    said = [re.fullmatch(rf"reading {path}: ([\d,]+) lines, (\d+)%, (\d+) s left of this file", line) for line in log]
+    said = [
+        re.fullmatch(rf"reading {path}: ([\d,]+) lines, (\d+)%, (\d+) s left of this file", line)
+        for line in log
+    ]
     assert [found and found[1] for found in said] == ["1,024", "3,072"], (
         log
     )  # 16 and 16 seconds after what was said before
-    assert [abs(int(found[2]) - share) < 12 for found, share in zip(said, (25, 75), strict=True)] == [True, True], log
+    assert [abs(int(found[2]) - share) < 12 for found, share in zip(said, (25, 75), strict=True)] == [
+        True,
+        True,
+    ], log
     assert 5 <= int(said[0][3]) <= 40 and 5 <= int(said[1][3]) <= 20, log
 
 
@@ -392,12 +407,16 @@ def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
     says(tmp_path / "void", "it holds: nothing")
 
 
-def test_preparing_names_all_bad_lines_says_what_it_met_and_keeps_stores_apart(tmp_path: Path, tokenizer) -> None:
+def test_preparing_names_all_bad_lines_says_what_it_met_and_keeps_stores_apart(
+    tmp_path: Path, tokenizer
+) -> None:
     folder, log = write(tmp_path / "beir", {"qrels": "q1 0 d1 1\nq2 0 d2 1\nq2 0 GONE 1\n"}), []
 
     def store(on_missing: str = "allow"):
         sources = [DatasetConfig(path=str(folder), split="test", on_missing=on_missing)]
-        return open_store(DataConfig(datasets=sources, cache_dir=str(tmp_path / "stores")), tokenizer, log.append)
+        return open_store(
+            DataConfig(datasets=sources, cache_dir=str(tmp_path / "stores")), tokenizer, log.append
+        )
 
     first = store()
     assert log[:2] == [

@@ -1,4 +1,5 @@
-"""Cutting a text before it is tokenised gives the ids of the whole text, for every kind of tokenizer and of text."""
+"""Cutting a text before it is tokenised gives the ids of the whole text, for every kind of tokenizer and of
+text."""
 
 import json
 import random
@@ -46,7 +47,9 @@ def bpe(pre_tokenizer, normalizer=None, post="<s> $A", **options) -> tokenizers.
     backend.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
     )  # fmt: skip
-    backend.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=post, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     return backend
 
 
@@ -101,11 +104,16 @@ def test_ids_are_those_of_the_whole_text(kind, added, tmp_path, monkeypatch):
         before = subject.num_truncated
         for text, ids, reference in zip(samples, subject.encode(samples, max_length), expected, strict=True):
             assert ids.tolist() == reference.ids, (max_length, text[:200])
-        assert subject.num_truncated - before == sum(len(reference.overflowing) > 0 for reference in expected) > 99
+        assert (
+            subject.num_truncated - before
+            == sum(len(reference.overflowing) > 0 for reference in expected)
+            > 99
+        )
 
 
 def test_unknown_steps_are_not_cut(tmp_path):
-    """Each of these could make or move a boundary: a pattern we have not read, a replacement, an added token with a space."""
+    """Each of these could make or move a boundary: a pattern we have not read, a replacement, an added token
+    with a space."""
 
     def is_cut(backend) -> bool:
         return cuts.boundary(backend) is not None

@@ -1,4 +1,5 @@
-"""The demo's corpus: what is taken from a source file, that nothing is imported, and that the splits share no text."""
+"""The demo's corpus: what is taken from a source file, that nothing is imported, and that the splits share no
+text."""
 
 import json
 from pathlib import Path
@@ -6,10 +7,19 @@ from pathlib import Path
 import pytest
 
 from nemo_embed_core.config import DatasetConfig, UserError
-from nemo_embed_core.data.docstrings import Doc, default_roots, extract, split, split_docstring, write_demo_data
+from nemo_embed_core.data.docstrings import (
+    Doc,
+    default_roots,
+    extract,
+    split,
+    split_docstring,
+    write_demo_data,
+)
 from nemo_embed_core.data.readers import read_beir, read_rows
 
-REST = "A passage that is long enough to be kept: it says at length what the function is for and how to call it."
+REST = (
+    "A passage that is long enough to be kept: it says at length what the function is for and how to call it."
+)
 
 SOURCE = f'''
 """A module docstring is not taken: it has no single summary."""
@@ -116,7 +126,8 @@ def _docs(num_groups: int, per_group: int) -> list[Doc]:
 def test_splits_share_no_group_and_no_text() -> None:
     docs = _docs(200, 6)
     first = {name: rows[0] for name, rows in split(docs).items() if rows}
-    # The same passage, then the same query, in another split: the row goes, and the one that is trained on stays.
+    # The same passage, then the same query, in another split: the row goes, and the one that is trained on
+    # stays.
     docs += [
         Doc(first["test"].id + "copy", "Another summary of the passage.", first["train"].passage),
         Doc(first["test"].id + "query", first["dev"].query, f"{REST} another passage"),
@@ -139,7 +150,10 @@ def test_written_data_is_read_by_our_readers(tmp_path: Path) -> None:
     counts = write_demo_data(tmp_path, num_test_queries=60, num_dev_queries=20, seed=1, docs=docs)
     rows = list(read_rows(DatasetConfig(path=str(tmp_path / "train.jsonl"))))
     assert len(rows) == counts["train_queries"] == counts["train_rows"] - 1
-    assert next(row.pos for row in rows if row.query == twin.query) == [twin.passage, f"{REST} second positive"]
+    assert next(row.pos for row in rows if row.query == twin.query) == [
+        twin.passage,
+        f"{REST} second positive",
+    ]
     passage_of = {doc.query: doc.passage for doc in docs}
     for name, num_queries in (("test", 60), ("dev", 20)):
         beir = read_beir(tmp_path / name, "test")
@@ -153,7 +167,9 @@ def test_written_data_is_read_by_our_readers(tmp_path: Path) -> None:
         assert (again / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
-def test_corpus_is_filled_with_distractors_up_to_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corpus_is_filled_with_distractors_up_to_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nemo_embed_core.data.docstrings.TEST_CORPUS_SIZE", 50)
     counts = write_demo_data(tmp_path, num_test_queries=20, num_dev_queries=10, docs=_docs(200, 6))
     assert counts["test_corpus"] == 50 and counts["test_rows"] > 50

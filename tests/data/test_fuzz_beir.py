@@ -1,4 +1,5 @@
-"""BEIR folders written in every published way are read as meant; with one thing broken they are refused by path and line.
+"""BEIR folders written in every published way are read as meant; with one thing broken they are refused by
+path and line.
 
 The truth is made before it is written, so nothing here parses anything.
 """
@@ -16,9 +17,9 @@ from nemo_embed_core.data import lines
 from nemo_embed_core.data.formats import beir
 from nemo_embed_core.data.readers import Findings, read_beir, read_rows
 
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1, max_size=12).map(
-    lambda text: f"t{text}."
-)
+texts = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1, max_size=12
+).map(lambda text: f"t{text}.")
 ids = st.sampled_from(["1", "2", "a-b", "D_3", "é", "007", "x.y", "日本"])
 LAYOUTS = ("header", "no header", "TREC", "TREC tabs", "spaces", "order", "quoted header")
 
@@ -51,12 +52,19 @@ def folders(draw) -> tuple[dict[str, bytes], dict, dict, dict, str]:
     ascii_only = draw(st.booleans())
 
     def objects(side: dict[str, dict]) -> list[str]:
-        return [json.dumps({"_id": int(k) if k in "12" else k, **v}, ensure_ascii=ascii_only) for k, v in side.items()]
+        return [
+            json.dumps({"_id": int(k) if k in "12" else k, **v}, ensure_ascii=ascii_only)
+            for k, v in side.items()
+        ]
 
     files = {
-        "corpus.jsonl": objects({k: {"title": title, "text": text} for k, (title, text) in documents.items()}),
+        "corpus.jsonl": objects(
+            {k: {"title": title, "text": text} for k, (title, text) in documents.items()}
+        ),
         "queries.jsonl": objects({k: {"text": text} for k, text in queries.items()}),
-        "qrels/test.tsv": qrels_lines(draw(st.sampled_from(LAYOUTS)), [(q, d, s) for (q, d), s in judged.items()]),
+        "qrels/test.tsv": qrels_lines(
+            draw(st.sampled_from(LAYOUTS)), [(q, d, s) for (q, d), s in judged.items()]
+        ),
     }
     broken = draw(st.sampled_from(["", "", *files]))
     if broken:
@@ -69,7 +77,8 @@ def folders(draw) -> tuple[dict[str, bytes], dict, dict, dict, str]:
     end = draw(st.sampled_from(["\n", "\r\n"]))
     mark = draw(st.sampled_from(["", "\ufeff"]))
     data = {
-        n: (mark + "".join(line + end for line in rows)).encode("utf-8", "surrogatepass") for n, rows in files.items()
+        n: (mark + "".join(line + end for line in rows)).encode("utf-8", "surrogatepass")
+        for n, rows in files.items()
     }
     truth = {k: f"{title} {text}" if title else text for k, (title, text) in documents.items()}
     qrels: dict[str, dict[str, int]] = {}
@@ -96,7 +105,8 @@ def fuzz(folder: Path, examples: int, **options) -> dict[str, int]:
             assert broken, findings.named
             for message in findings.named:
                 assert re.match(
-                    re.escape(str(folder)) + r"/(corpus|queries)\.jsonl:\d+: .{4,}|.*test\.tsv:\d+: .{4,}", message
+                    re.escape(str(folder)) + r"/(corpus|queries)\.jsonl:\d+: .{4,}|.*test\.tsv:\d+: .{4,}",
+                    message,
                 )
                 assert len(message) < 400 + len(str(folder)) and "\n" not in message
             with pytest.raises(DataError):
@@ -113,7 +123,9 @@ def fuzz(folder: Path, examples: int, **options) -> dict[str, int]:
         rows = list(read_rows(DatasetConfig(path=str(folder), split="test", on_missing="allow"), Findings()))
         for row in rows:
             pos = [documents[d] for d, score in qrels[row.id].items() if score > 0]
-            neg = [documents[d] for d, score in qrels[row.id].items() if score <= 0 and documents[d] not in pos]
+            neg = [
+                documents[d] for d, score in qrels[row.id].items() if score <= 0 and documents[d] not in pos
+            ]
             assert (row.query, row.pos, row.neg) == (queries[row.id], pos, neg)
         assert [row.id for row in rows] == [q for q in qrels if any(score > 0 for score in qrels[q].values())]
 
@@ -128,7 +140,11 @@ def test_folders_are_read_as_meant_or_refused_by_path_and_line(tmp_path: Path) -
 
 PLANTED = {
     "titles dropped": (beir, "document_text", lambda row, *_: str(row.get("text"))),
-    "header order ignored": (beir, "_Columns", lambda separator, width, *_: _columns_in_order(separator, width)),
+    "header order ignored": (
+        beir,
+        "_Columns",
+        lambda separator, width, *_: _columns_in_order(separator, width),
+    ),
     "first judgement taken for a header": (beir, "SCORE", re.compile("never")),
     "numbers are other ids": (
         beir,

@@ -1,4 +1,5 @@
-"""Groups stay whole, bins hold at most max_tokens, every rank gets equal counts, and the tensors point at the right text."""
+"""Groups stay whole, bins hold at most max_tokens, every rank gets equal counts, and the tensors point at the
+right text."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ CONFIG = DataConfig(num_hard_negatives=3, max_tokens=600)
 
 
 def group_tokens(count: int, passages: int = 5, seed: int = 0) -> np.ndarray:
-    """Tokens of a query and its passages: log-normal passages around 100 tokens, cut at 512, as real corpora have."""
+    """Tokens of a query and its passages: log-normal passages around 100 tokens, cut at 512, as real corpora
+    have."""
     rng = np.random.default_rng(seed)
     return np.minimum(np.exp(rng.normal(4.6, 0.8, (count, passages))).astype(np.int64) + 4, 512).sum(1) + 20
 
@@ -79,7 +81,9 @@ def test_ranks_get_equal_counts_and_even_tokens(dp_size):
 
 
 def test_ranks_that_do_not_divide_the_batch():
-    with pytest.raises(UserError, match=r"global_batch_size=10 is not a multiple of the 4 .* ranks; use 8 or 12"):
+    with pytest.raises(
+        UserError, match=r"global_batch_size=10 is not a multiple of the 4 .* ranks; use 8 or 12"
+    ):
         split_over_ranks(np.ones(10, np.int64), 4)
 
 
@@ -87,7 +91,8 @@ def test_ranks_that_do_not_divide_the_batch():
 def test_plan_keeps_groups_whole_within_capacity_and_counts_equal(seed):
     rng = np.random.default_rng(seed)
     ranks, count = int(rng.integers(1, 6)), int(rng.integers(1, 40))
-    tokens = [rng.integers(1, rng.integers(2, 1000), count) for _ in range(ranks)]  # ranks differ in their sizes
+    # Ranks differ in their sizes.
+    tokens = [rng.integers(1, rng.integers(2, 1000), count) for _ in range(ranks)]
     max_tokens = int(max(t.max() for t in tokens)) + int(rng.integers(0, 500))
     plans = plan(tokens, max_tokens)
     assert len({len(bins) for bins in plans}) == 1
@@ -105,7 +110,9 @@ def test_ranks_that_need_fewer_bins_split_theirs():
     assert [sorted(bin_.tolist() for bin_ in bins) for bins in plans] == [[[0], [1], [2], [3]]] * 2
     plans = plan([np.array([60, 60, 60, 1]), np.array([50, 40, 30, 10])], 130)
     assert [len(bins) for bins in plans] == [2, 2]
-    assert sorted(int(np.array([50, 40, 30, 10])[bin_].sum()) for bin_ in plans[1]) == [60, 70], "split evenly"
+    assert sorted(int(np.array([50, 40, 30, 10])[bin_].sum()) for bin_ in plans[1]) == [60, 70], (
+        "split evenly"
+    )
 
 
 def test_best_fit_fills_bins_exactly_where_it_can():
@@ -115,7 +122,9 @@ def test_best_fit_fills_bins_exactly_where_it_can():
     assert sorted(int(tokens[bin_].sum()) for bin_ in plan([tokens], 100)[0]) == [100, 100]
 
 
-@pytest.mark.parametrize(("passages", "max_tokens", "density"), [(5, 8192, 0.98), (2, 8192, 0.99), (5, 4096, 0.95)])
+@pytest.mark.parametrize(
+    ("passages", "max_tokens", "density"), [(5, 8192, 0.98), (2, 8192, 0.99), (5, 4096, 0.95)]
+)
 def test_density_on_realistic_lengths(passages, max_tokens, density):
     """2,048 groups on 8 ranks; a padded batch of the same texts is less than half full."""
     tokens = group_tokens(2048, passages)
@@ -140,7 +149,10 @@ def test_group_larger_than_a_micro_batch():
 def check_packed(batch: PackedBatch, pad_to_multiple: int) -> None:
     T, cu = len(batch.input_ids), batch.cu_seqlens.tolist()
     assert T == cu[-1] == sum(batch.lengths) and cu[0] == 0 and T % pad_to_multiple == 0
-    assert batch.cu_seqlens.dtype == torch.int32 and batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
+    assert (
+        batch.cu_seqlens.dtype == torch.int32
+        and batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
+    )
     assert torch.diff(batch.cu_seqlens).tolist() == list(batch.lengths)
     real = batch.lengths[: batch.num_sequences]
     assert list(real) == sorted(real) and sum(real) == batch.num_tokens
@@ -157,8 +169,13 @@ def sequence(batch: PackedBatch, index: int) -> list[int]:
 def check_micro_batch(batch: MicroBatch, store: FakeStore, pad_to_multiple: int) -> None:
     check_packed(batch, pad_to_multiple)
     b, columns = batch.document_ids.shape
-    assert batch.query_index.shape == (b,) and batch.document_index.shape == batch.document_mask.shape == (b, columns)
-    assert max(batch.query_index.max(), batch.document_index.max()) < batch.num_sequences, "the dummy is never indexed"
+    assert batch.query_index.shape == (b,) and batch.document_index.shape == batch.document_mask.shape == (
+        b,
+        columns,
+    )
+    assert max(batch.query_index.max(), batch.document_index.max()) < batch.num_sequences, (
+        "the dummy is never indexed"
+    )
     assert (batch.document_mask == (batch.document_ids >= 0)).all()
     assert (batch.document_index[~batch.document_mask] == 0).all()
     for i, row in enumerate(batch.rows.tolist()):
@@ -219,12 +236,15 @@ def test_ranks_share_a_step_exactly(dp_size, pad_to_multiple):
     sampler = Sampler(len(store), 32, seed=1)
     for step in (0, 3):  # step 3 spans the end of an epoch
         ranks = [
-            load_batch(store, sampler, step, rank, dp_size, CONFIG, pad_to_multiple, seed=1) for rank in range(dp_size)
+            load_batch(store, sampler, step, rank, dp_size, CONFIG, pad_to_multiple, seed=1)
+            for rank in range(dp_size)
         ]
         assert len({len(batches) for batches, _ in ranks}) == 1, "every rank runs as many micro-batches"
         assert len({sum(len(m.query_index) for m in batches) for batches, _ in ranks}) == 1
         everything = [m for batches, _ in ranks for m in batches]
-        assert sorted(row for m in everything for row in m.rows.tolist()) == sorted(sampler.rows(step).tolist())
+        assert sorted(row for m in everything for row in m.rows.tolist()) == sorted(
+            sampler.rows(step).tolist()
+        )
         for m in everything:
             check_micro_batch(m, store, pad_to_multiple)
             assert len(m.input_ids) <= CONFIG.max_tokens, "padding included"
@@ -236,14 +256,22 @@ def test_documents_of_a_row_are_the_same_at_any_world_size():
     sampler = Sampler(len(store), 32, seed=1)
 
     def documents(dp_size):
-        batches = [m for r in range(dp_size) for m in load_batch(store, sampler, 1, r, dp_size, CONFIG, 1, 7)[0]]
-        return {row: ids for m in batches for row, ids in zip(m.rows.tolist(), m.document_ids.tolist(), strict=True)}
+        batches = [
+            m for r in range(dp_size) for m in load_batch(store, sampler, 1, r, dp_size, CONFIG, 1, 7)[0]
+        ]
+        return {
+            row: ids
+            for m in batches
+            for row, ids in zip(m.rows.tolist(), m.document_ids.tolist(), strict=True)
+        }
 
     assert documents(1) == documents(2) == documents(8)
     rows = sampler.rows(1)
     chosen = choose_documents(store, rows, sampler.epochs(1), CONFIG.num_hard_negatives, seed=7)
     same = np.where(chosen >= 0, store.same_as[chosen], -1)
-    assert documents(1) == dict(zip(rows.tolist(), same.tolist(), strict=True)), "and they are keyed by the seed"
+    assert documents(1) == dict(zip(rows.tolist(), same.tolist(), strict=True)), (
+        "and they are keyed by the seed"
+    )
 
 
 @pytest.mark.parametrize("dp_size", [1, 4])
@@ -255,7 +283,9 @@ def test_a_row_is_told_of_all_that_it_knows_in_the_global_batch(dp_size):
     assert len({m.known_ids.shape[1] for m in batches}) == 1, "one width in all micro-batches of all ranks"
     most = 0
     for m in batches:
-        for row, own, known in zip(m.rows.tolist(), m.document_ids[:, 0].tolist(), m.known_ids.tolist(), strict=True):
+        for row, own, known in zip(
+            m.rows.tolist(), m.document_ids[:, 0].tolist(), m.known_ids.tolist(), strict=True
+        ):
             group = store.row_groups[row]
             right = set(store.known_ids[store.known_offsets[group] : store.known_offsets[group + 1]].tolist())
             expected = sorted((right & present) - {own}, reverse=True)
@@ -274,7 +304,9 @@ def test_row_that_does_not_fit_is_named():
     store = fake_store()
     store.query_lengths[11] = 590
     sampler = Sampler(len(store), len(store), seed=0)
-    with pytest.raises(UserError, match=r"row 11 of the store .* more than data\.max_tokens=600 .*: 600\); raise data"):
+    with pytest.raises(
+        UserError, match=r"row 11 of the store .* more than data\.max_tokens=600 .*: 600\); raise data"
+    ):
         load_batch(store, sampler, 0, 0, 1, replace(CONFIG, num_hard_negatives=5))
 
 

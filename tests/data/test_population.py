@@ -1,4 +1,5 @@
-"""Rows that cannot be packed or have no candidate are found at the start; what is drawn is bounded for every epoch."""
+"""Rows that cannot be packed or have no candidate are found at the start; what is drawn is bounded for every
+epoch."""
 
 import json
 from dataclasses import replace
@@ -53,9 +54,9 @@ def test_the_bound_is_the_longest_draw(store, K):
     assert (seen <= bound).all() and (seen == bound).sum() >= 10
     for row in range(len(store)):
         negatives = sorted(store.document_lengths[store.negatives(row)], reverse=True)[:K]
-        assert bound[row] == store.query_lengths[row] + store.document_lengths[store.positives(row)].max() + sum(
-            negatives
-        )
+        assert bound[row] == store.query_lengths[row] + store.document_lengths[
+            store.positives(row)
+        ].max() + sum(negatives)
 
 
 def test_long_rows_are_named_before_the_first_step(store, config):
@@ -67,7 +68,9 @@ def test_long_rows_are_named_before_the_first_step(store, config):
     for row in long:
         assert f"rows.jsonl:{row + 1}: {longest_draws(store, 2)[row]} tokens" in message
     assert f"{len(long)} of 12 rows" in message and f"at least {longest_draws(store, 2).max()}" in message
-    everything = population(store, replace(config, max_tokens=int(longest_draws(store, 2).max())), "positives")
+    everything = population(
+        store, replace(config, max_tokens=int(longest_draws(store, 2).max())), "positives"
+    )
     assert everything.rows.tolist() == list(range(12)) and everything.digest == ""
     with pytest.raises(UserError, match="can have more than"):  # equal slices for 7 ranks: fewer tokens fit
         population(store, replace(config, max_tokens=int(longest_draws(store, 2).max())), "positives", 7)
@@ -102,18 +105,23 @@ def test_truncate_makes_every_draw_fit_and_takes_no_more_than_needed(store, conf
     shorter = np.flatnonzero(store.document_lengths < before)
     assert f"{len(shorter)} longest documents" in lines[0]
     long_rows = np.flatnonzero(bound > 180).tolist()
-    assert set(shorter.tolist()) <= {int(d) for r in long_rows for d in (*store.positives(r), *store.negatives(r))}
+    assert set(shorter.tolist()) <= {
+        int(d) for r in long_rows for d in (*store.positives(r), *store.negatives(r))
+    }
     assert (after[long_rows] > 180 - 3).all(), "one token more for each document would not fit"
     for doc in shorter.tolist():
         whole = type(store)(store.folder).document_tokens(doc)
         assert store.document_tokens(doc).tolist() == whole[: store.document_lengths[doc]].tolist()
     again = type(store)(store.folder)
     assert (
-        population(again, replace(config, on_long_row="truncate"), "positives", log=lines.append).digest == drawn.digest
+        population(again, replace(config, on_long_row="truncate"), "positives", log=lines.append).digest
+        == drawn.digest
     )
     assert (again.document_lengths == store.document_lengths).all()
     with pytest.raises(UserError, match=r"rows\.jsonl:\d+: the query of .* too few to shorten them to"):
-        population(type(store)(store.folder), replace(config, on_long_row="truncate", max_tokens=45), "positives")
+        population(
+            type(store)(store.folder), replace(config, on_long_row="truncate", max_tokens=45), "positives"
+        )
 
 
 def test_a_shortened_document_keeps_the_token_that_ends_it(store):
@@ -130,7 +138,11 @@ def test_rows_without_negatives_are_not_drawn_without_in_batch_negatives(store, 
     lines: list[str] = []
     drawn = population(store, config, "none", log=lines.append)
     assert drawn.rows.tolist() == [i for i in range(12) if i % 6] and drawn.digest
-    assert "2 of 12 rows have no negative" in lines[0] and "rows.jsonl:1, " in lines[0] and "rows.jsonl:7)" in lines[0]
+    assert (
+        "2 of 12 rows have no negative" in lines[0]
+        and "rows.jsonl:1, " in lines[0]
+        and "rows.jsonl:7)" in lines[0]
+    )
     assert len(population(store, config, "positives").rows) == 12
     store.negative_offsets = np.zeros(13, np.int64)
     with pytest.raises(UserError, match="none of the 12 rows has a hard negative"):

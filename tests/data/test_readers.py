@@ -1,4 +1,5 @@
-"""Bad rows end with `path:line: what is wrong`; good ones come through unchanged; planted reader bugs are caught."""
+"""Bad rows end with `path:line: what is wrong`; good ones come through unchanged; planted reader bugs are
+caught."""
 
 import gzip
 import json
@@ -42,7 +43,9 @@ def test_rows_come_through_unchanged(tmp_path):
         {"id": "x", "query": "q", "neg": ["n"], "pos": ["p"], "group": 3},
     ]
     data = "".join(json.dumps(row, ensure_ascii=i > 0) + "\n" for i, row in enumerate(rows)).encode()
-    plain, zipped, bom, crlf = (tmp_path / name for name in ("a.jsonl", "a.jsonl.gz", "bom.jsonl", "crlf.jsonl"))
+    plain, zipped, bom, crlf = (
+        tmp_path / name for name in ("a.jsonl", "a.jsonl.gz", "bom.jsonl", "crlf.jsonl")
+    )
     plain.write_bytes(data)
     zipped.write_bytes(gzip.compress(data))
     bom.write_bytes(b"\xef\xbb\xbf" + data.removesuffix(b"\n"))  # and no newline after the last row
@@ -285,11 +288,13 @@ def test_passages_of_a_candidate_pool(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ fuzz
-#
-# A valid row with ONE thing broken: rows made at random never get past the first check and let planted bugs live.
+#  A valid row with ONE thing broken: rows made at random never get past the first check and let planted bugs
+# live.
 
 GOOD_LINES = [
-    json.dumps({"query": f"q {i} \u2028 é", "pos": [f"p{i}"], "neg": ["n1", "n2"]}, ensure_ascii=False).encode()
+    json.dumps(
+        {"query": f"q {i} \u2028 é", "pos": [f"p{i}"], "neg": ["n1", "n2"]}, ensure_ascii=False
+    ).encode()
     for i in range(3)
 ]
 scalars = (
@@ -298,7 +303,9 @@ scalars = (
 )  # fmt: skip
 values = st.recursive(
     scalars,
-    lambda c: st.lists(c, max_size=3) | st.dictionaries(st.sampled_from(["query", "pos", "x"]), c, max_size=3),
+    lambda c: (
+        st.lists(c, max_size=3) | st.dictionaries(st.sampled_from(["query", "pos", "x"]), c, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -327,7 +334,14 @@ def nearly_good_lines(draw) -> bytes:
 
 
 nasty_lines = st.sampled_from(
-    [b"null", b"[" * 100_000, b'{"query":' + b"9" * 5000 + b"}", b"\xff\xfe", GOOD_LINES[0][:-3], b"\x1f\x8b\x08\x00"]
+    [
+        b"null",
+        b"[" * 100_000,
+        b'{"query":' + b"9" * 5000 + b"}",
+        b"\xff\xfe",
+        GOOD_LINES[0][:-3],
+        b"\x1f\x8b\x08\x00",
+    ]
 )
 broken_lines = st.one_of(nearly_good_lines(), nearly_good_lines(), nearly_good_lines(), nasty_lines)
 
@@ -344,7 +358,8 @@ def files(draw) -> bytes:
 
 
 def fuzz(path: Path, examples: int, **options) -> dict[str, int]:
-    """Every file is either read exactly as json.loads reads its lines, all of them clean, or refused by path and line."""
+    """Every file is either read exactly as json.loads reads its lines, all of them clean, or refused by path
+    and line."""
     seen = {"accepted": 0, "refused": 0}
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None,
@@ -358,11 +373,15 @@ def fuzz(path: Path, examples: int, **options) -> dict[str, int]:
             message = str(error)
             assert re.match(re.escape(str(path)) + r":\d+: .{4,}", message), message
             assert len(message) < 400 + len(str(path)), len(message)
-            assert not data or any(line not in GOOD_LINES for line in data.removesuffix(b"\n").split(b"\n")), message
+            assert not data or any(
+                line not in GOOD_LINES for line in data.removesuffix(b"\n").split(b"\n")
+            ), message
             seen["refused"] += 1
             return
         truth = [json.loads(line.decode("utf-8")) for line in data.removesuffix(b"\n").split(b"\n")]
-        assert [[row.query, row.pos, row.neg] for row in rows] == [[t["query"], t["pos"], t["neg"]] for t in truth]
+        assert [[row.query, row.pos, row.neg] for row in rows] == [
+            [t["query"], t["pos"], t["neg"]] for t in truth
+        ]
         for row in rows:
             assert row.pos and not set(row.pos) & set(row.neg)
             for text in (row.query, *row.pos, *row.neg):
@@ -408,6 +427,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_fuzz_catches_planted_bugs(tmp_path, monkeypatch, name):
     monkeypatch.setattr(*PLANTED[name])
-    wrong = (AssertionError, UnicodeError, KeyError, TypeError, json.JSONDecodeError, ExceptionGroup)  # several at once
+    # Several at once.
+    wrong = (AssertionError, UnicodeError, KeyError, TypeError, json.JSONDecodeError, ExceptionGroup)
     with pytest.raises(wrong):
         fuzz(tmp_path / "d.jsonl", 300, phases=[Phase.generate])

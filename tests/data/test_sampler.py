@@ -1,4 +1,5 @@
-"""No row lost, none doubled, the same at any world size; documents drawn without replacement, keyed by seed, epoch, row."""
+"""No row lost, none doubled, the same at any world size; documents drawn without replacement, keyed by seed,
+epoch, row."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ def test_a_step_depends_on_nothing_but_the_seed():
     assert Sampler(PRIME, 30, seed=0).rows(7).tolist() == rows[7], "resumed in the middle"
     assert Sampler(PRIME, 30, seed=1).rows(7).tolist() != rows[7]
     assert Sampler(PRIME, 30, seed=-1).rows(0).tolist() != rows[0]
-    # The stream of rows does not depend on the batch: a run may resume with another global batch at a common multiple.
+    # The stream of rows does not depend on the batch: a run may resume with another global batch at a common
+    # multiple.
     longer = Sampler(PRIME, 60, seed=0)
     assert longer.rows(2).tolist() == rows[4] + rows[5]
 
@@ -47,7 +49,9 @@ def test_epochs_are_shuffled_differently():
 def test_batch_that_spans_the_end_of_an_epoch():
     sampler = Sampler(10, 4, seed=0)
     assert sampler.epochs(2).tolist() == [0, 0, 1, 1]
-    assert sorted(np.concatenate([sampler.rows(0), sampler.rows(1), sampler.rows(2)[:2]]).tolist()) == list(range(10))
+    assert sorted(np.concatenate([sampler.rows(0), sampler.rows(1), sampler.rows(2)[:2]]).tolist()) == list(
+        range(10)
+    )
 
 
 def test_order_is_pinned():
@@ -76,10 +80,7 @@ def fake_store(positives: list[list[int]], negatives: list[list[int]]):
     return SimpleNamespace(positive_offsets=po, positive_ids=pi, negative_offsets=no, negative_ids=ni)
 
 
-STORE = fake_store(
-    positives=[[0], [1, 2, 3], [4, 5]],
-    negatives=[[10, 11, 12, 13, 14, 15], [], [20, 21]],
-)
+STORE = fake_store(positives=[[0], [1, 2, 3], [4, 5]], negatives=[[10, 11, 12, 13, 14, 15], [], [20, 21]])
 
 GOLDEN_0 = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 GOLDEN_7 = [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
@@ -97,7 +98,9 @@ def test_documents_are_the_rows_own_without_repeats_and_missing_ones_last(K):
         for row, line in zip(rows.tolist(), ids.tolist(), strict=True):
             assert line[0] in own_pos[row]
             given = [i for i in line[1:] if i >= 0]
-            assert len(given) == min(K, len(own_neg[row])) and line[1 + len(given) :] == [-1] * (K - len(given))
+            assert len(given) == min(K, len(own_neg[row])) and line[1 + len(given) :] == [-1] * (
+                K - len(given)
+            )
             assert len(set(given)) == len(given) and set(given) <= own_neg[row]
         assert ids[1].tolist() == ids[3].tolist(), "the same row in the same epoch"
 
@@ -120,7 +123,8 @@ def test_documents_change_with_epoch_row_and_seed():
 
 
 def test_draws_are_uniform():
-    """Every negative at every place, every positive, and every pair equally often, within 5 standard deviations."""
+    """Every negative at every place, every positive, and every pair equally often, within 5 standard
+    deviations."""
     n = 6000
     store = fake_store([[1, 2, 3]] * n, [[10, 11, 12, 13, 14]] * n)
     ids = choose_documents(store, np.arange(n), np.zeros(n, np.int64), 2, seed=9)
@@ -131,9 +135,14 @@ def test_draws_are_uniform():
     pairs = Counter(map(tuple, ids[:, 1:].tolist()))
     assert len(pairs) == 20 and all(abs(count - n / 20) < 5 * (n / 20) ** 0.5 for count in pairs.values())
     with_positive = Counter(zip(ids[:, 0].tolist(), ids[:, 1].tolist(), strict=True))
-    assert all(abs(count - n / 15) < 5 * (n / 15) ** 0.5 for count in with_positive.values()), "drawn independently"
+    assert all(abs(count - n / 15) < 5 * (n / 15) ** 0.5 for count in with_positive.values()), (
+        "drawn independently"
+    )
 
 
 def test_no_negatives_at_all():
     store = fake_store([[0], [1]], [[], []])
-    assert choose_documents(store, np.array([1, 0]), np.array([0, 0]), 2, 0).tolist() == [[1, -1, -1], [0, -1, -1]]
+    assert choose_documents(store, np.array([1, 0]), np.array([0, 0]), 2, 0).tolist() == [
+        [1, -1, -1],
+        [0, -1, -1],
+    ]

@@ -1,4 +1,5 @@
-"""The store gives back what the reader and the tokenizer gave; its name is a digest of all inputs; damage is found."""
+"""The store gives back what the reader and the tokenizer gave; its name is a digest of all inputs; damage is
+found."""
 
 import json
 import os
@@ -46,7 +47,9 @@ def build(config, tokenizer, log=lambda message: None) -> Store:
 
 def test_round_trip_of_two_datasets(config, tokenizer, tmp_path):
     other = write_rows(tmp_path / "b.jsonl", [{"query": "sts", "pos": ["shared text"], "neg": ["n two"]}])
-    both = replace(config, datasets=[*config.datasets, DatasetConfig(path=str(other), task="T", document_task="T")])
+    both = replace(
+        config, datasets=[*config.datasets, DatasetConfig(path=str(other), task="T", document_task="T")]
+    )
     lines: list[str] = []
     store = build(both, tokenizer, lines.append)
 
@@ -59,7 +62,8 @@ def test_round_trip_of_two_datasets(config, tokenizer, tmp_path):
         assert store.query_tokens(i).tolist() == expected.tolist()
         assert store.query_lengths[i] == len(expected)
         for ids, field in ((store.positives(i), "pos"), (store.negatives(i), "neg")):
-            wanted = [document_prompt + text for text in dict.fromkeys(row[field])]  # a repeated text counts once
+            # A repeated text counts once.
+            wanted = [document_prompt + text for text in dict.fromkeys(row[field])]
             assert ids.dtype == np.int64 and len(ids) == len(wanted)
             for doc_id, text in zip(ids.tolist(), wanted, strict=True):
                 tokens = tokenizer.encode([text], 24)[0]
@@ -70,7 +74,8 @@ def test_round_trip_of_two_datasets(config, tokenizer, tmp_path):
     assert store.positives(0)[0] == store.positives(1)[0] != store.positives(3)[0]
     assert len(store) == 4
     assert store.max_token_id == max(
-        max(store.query_tokens(i).max() for i in range(4)), max(store.document_tokens(i).max() for i in range(7))
+        max(store.query_tokens(i).max() for i in range(4)),
+        max(store.document_tokens(i).max() for i in range(7)),
     )
     m = store.manifest
     assert (m["rows"], m["documents"], m["rows_without_negatives"], m["merged_repeats"]) == (4, 7, 1, 1)
@@ -137,7 +142,9 @@ def test_text_of_no_tokens_is_named_by_its_line(config, tokenizer, monkeypatch):
 
 
 def test_lengths_without_room_for_the_instruction(config, tokenizer):
-    with pytest.raises(UserError, match=r"data\.query_max_length=8 tokens leaves no room for text: the instruction"):
+    with pytest.raises(
+        UserError, match=r"data\.query_max_length=8 tokens leaves no room for text: the instruction"
+    ):
         build(replace(config, query_max_length=8), tokenizer)
 
 
@@ -238,13 +245,20 @@ def test_loser_of_a_race_uses_the_winners_store(config, tokenizer, monkeypatch, 
 
 
 def test_prepare_in_three_processes_at_once(config, tokenizer_folder, tmp_path):
-    """launch/prepare.py, raced: all succeed, one store remains; then a bad row ends it with code 2 and one line."""
+    """launch/prepare.py, raced: all succeed, one store remains; then a bad row ends it with code 2 and one
+    line."""
     command = [
         sys.executable, str(ROOT / "launch" / "prepare.py"), "--tokenizer", str(tokenizer_folder),
         "--data.datasets", json.dumps([{"path": config.datasets[0].path}]), "--data.cache_dir", config.cache_dir,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": environment}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": tmp_path,
+        "env": environment,
+    }
     processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
@@ -256,5 +270,6 @@ def test_prepare_in_three_processes_at_once(config, tokenizer_folder, tmp_path):
     bad = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert bad.returncode == 2
     assert (
-        bad.stderr == f"error: {config.datasets[0].path}:1: field 'neg' must be a list of strings, got a number (int)\n"
+        bad.stderr
+        == f"error: {config.datasets[0].path}:1: field 'neg' must be a list of strings, got a number (int)\n"
     )

@@ -38,9 +38,12 @@ def test_texts_are_a_list(monkeypatch, tmp_path, block):
 
 
 def test_reads_and_writes_come_in_pieces(monkeypatch):
-    """One call of the system may read or write less than it was asked to (2 GiB at most), and an iteration asks for little."""
+    """One call of the system may read or write less than it was asked to (2 GiB at most), and an iteration
+    asks for little."""
     pread, pwrite, asked = os.pread, os.pwrite, []
-    monkeypatch.setattr(os, "pread", lambda file, count, at: asked.append(count) or pread(file, min(count, 5), at))
+    monkeypatch.setattr(
+        os, "pread", lambda file, count, at: asked.append(count) or pread(file, min(count, 5), at)
+    )
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:3], at))
     monkeypatch.setattr(texts_module, "BLOCK", 40)
     texts, truth = Texts(), [f"text number {i}" for i in range(50)]
@@ -83,7 +86,9 @@ def test_a_full_disk_is_said():
     texts._file.close()
     texts._file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
     texts.append("x")
-    with pytest.raises(UserError, match=r"texts cannot be kept in .*: No space left on device; set TMPDIR to a folder"):
+    with pytest.raises(
+        UserError, match=r"texts cannot be kept in .*: No space left on device; set TMPDIR to a folder"
+    ):
         texts[0]
     with pytest.raises(UserError, match=r"texts cannot be kept in /nowhere: No such file"):
         Texts("/nowhere")

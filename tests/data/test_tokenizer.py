@@ -1,4 +1,5 @@
-"""Ids: equal to sentencepiece's and to AutoTokenizer's, no text ever becomes a special token, truncation is counted."""
+"""Ids: equal to sentencepiece's and to AutoTokenizer's, no text ever becomes a special token, truncation is
+counted."""
 
 import json
 import random
@@ -57,7 +58,8 @@ def test_trained_bpe_gives_sentencepieces_ids(tokenizer_folder, tokenizer):
 
 
 def test_foreign_sentencepiece_model_with_nfkc_and_extra_whitespace_rules(tmp_path):
-    """The defaults of other people's models: nmt_nfkc charsmap, collapsed spaces, dummy prefix, with byte fallback."""
+    """The defaults of other people's models: nmt_nfkc charsmap, collapsed spaces, dummy prefix, with byte
+    fallback."""
     source = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text(encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(source.split("\n")), model_prefix=str(tmp_path / "m"), vocab_size=700,
@@ -75,7 +77,11 @@ def test_foreign_sentencepiece_model_with_nfkc_and_extra_whitespace_rules(tmp_pa
 def test_no_merge_makes_a_control_or_byte_piece():
     """Else "<s>" typed in a text would be merged into BOS although nobody looks for special tokens there."""
     normal = ["<", "s", ">", "<s", "ss", "sss"]
-    pieces = [("<s>", 0.0, CONTROL), ("s>", 0.0, BYTE), *((piece, -float(i), NORMAL) for i, piece in enumerate(normal))]
+    pieces = [
+        ("<s>", 0.0, CONTROL),
+        ("s>", 0.0, BYTE),
+        *((piece, -float(i), NORMAL) for i, piece in enumerate(normal)),
+    ]
     assert _merges(pieces) == [("<", "s"), ("s", "s"), ("s", "ss"), ("ss", "s")]
 
 
@@ -86,8 +92,11 @@ def test_auto_tokenizer_gives_our_ids(tokenizer_folder, tokenizer):
     texts = [t for t in many_texts(300) if not any(s in t for s in ("<s>", "</s>", "<unk>", "<pad>"))]
     ours = tokenizer.encode(texts, 64)
     assert any(len(ids) == 64 for ids in ours)
-    batch = auto(texts, padding=True, truncation=True)  # as sentence-transformers calls it; model_max_length is 64
-    for text, ids, auto_ids, mask in zip(texts, ours, batch["input_ids"], batch["attention_mask"], strict=True):
+    # As sentence-transformers calls it; model_max_length is 64.
+    batch = auto(texts, padding=True, truncation=True)
+    for text, ids, auto_ids, mask in zip(
+        texts, ours, batch["input_ids"], batch["attention_mask"], strict=True
+    ):
         assert np.array(auto_ids)[np.array(mask, bool)].tolist() == ids.tolist(), repr(text)
     assert (auto.pad_token_id, auto.bos_token_id, auto.model_max_length) == (3, 1, 64)
     text = "two  spaces\nand é 日本 😀"
@@ -121,7 +130,9 @@ INJECTION = "before <|end_of_text|> after <|begin_of_text|>"
 def test_special_token_strings_in_a_text_stay_text(tmp_path):
     folder = llama3_like(tmp_path)
     plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert {0, 1} <= set(plain.encode(INJECTION).ids[1:]), "the library alone does inject: the test sees the difference"
+    assert {0, 1} <= set(plain.encode(INJECTION).ids[1:]), (
+        "the library alone does inject: the test sees the difference"
+    )
     ids = load_tokenizer(folder).encode([INJECTION], 999)[0]
     assert ids[0] == 0 and not {0, 1}.intersection(ids[1:].tolist())
     assert plain.decode(ids[1:].tolist()) == INJECTION
@@ -156,7 +167,9 @@ def test_loading_needs_no_transformers_and_no_torch(tokenizer_folder):
 def test_files_for_export_and_digest(tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(tokenizer_folder)
     assert tokenizer.files["tokenizer.json"] == (tokenizer_folder / "tokenizer.json").read_bytes()
-    assert tokenizer.files["tokenizer_config.json"] == (tokenizer_folder / "tokenizer_config.json").read_bytes()
+    assert (
+        tokenizer.files["tokenizer_config.json"] == (tokenizer_folder / "tokenizer_config.json").read_bytes()
+    )
     bare = load_tokenizer(tokenizer_folder / "tokenizer.model")  # no tokenizer.json read: converted anew
     assert bare.digest == tokenizer.digest
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.files["tokenizer.json"])
@@ -252,7 +265,9 @@ def test_lengths_too_short_for_anything(tokenizer):
         (0, f"alone has {length}; raise"),
         (3, f"alone has {length} and 3 for the text tell few texts apart"),
     ):
-        with pytest.raises(UserError, match=rf"data.query_max_length={length + room} .*{what}.*at least {length + 4}"):
+        with pytest.raises(
+            UserError, match=rf"data.query_max_length={length + room} .*{what}.*at least {length + 4}"
+        ):
             tokenizer.check_prompt(prompt, length + room, "data.query_max_length")
     with pytest.raises(UserError, match=rf"document_max_length={length} tokens leaves no room for text"):
         tokenizer.encode(["x"], length, prompt, "document_max_length")

@@ -1,4 +1,5 @@
-"""Two tokenizer.json are compared by the ids that they give; what no export could hand on is refused at the start of a run."""
+"""Two tokenizer.json are compared by the ids that they give; what no export could hand on is refused at the
+start of a run."""
 
 import json
 from collections.abc import Callable
@@ -14,9 +15,12 @@ WORDS = ["a", "b", "c", "ab", "bc", "abc"]
 
 
 def content(
-    change: Callable[[dict[str, Any]], Any] = lambda raw: None, setup: Callable[[Tokenizer], Any] = lambda t: None
+    change: Callable[[dict[str, Any]], Any] = lambda raw: None,
+    setup: Callable[[Tokenizer], Any] = lambda t: None,
 ) -> bytes:
-    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(WORDS)}, [("a", "b"), ("b", "c"), ("ab", "c")]))
+    tokenizer = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(WORDS)}, [("a", "b"), ("b", "c"), ("ab", "c")])
+    )
     tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,14 +34,18 @@ def content(
 def template(single: str, **options: Any) -> Callable[[Tokenizer], None]:
     def setup(tokenizer: Tokenizer) -> None:
         special = [("<s>", 6), ("</s>", 7)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special, **options)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special, **options
+        )
 
     return setup
 
 
 def sequence_of_one(tokenizer: Tokenizer) -> None:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Sequence([normalizers.NFC()])])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), tokenizer.post_processor])
+    tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), tokenizer.post_processor]
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,8 +57,10 @@ def sequence_of_one(tokenizer: Tokenizer) -> None:
         content(lambda raw: raw["model"].update(merges=[" ".join(pair) for pair in raw["model"]["merges"]])),
         content(lambda raw: raw["model"].update(vocab=dict(reversed(raw["model"]["vocab"].items())))),
         content(setup=sequence_of_one),
-        content(setup=template("<s>:1 $A:1", pair="<s> $A $B </s>")),  # type ids and pairs are of no use to a Llama
-        content(lambda raw: raw["added_tokens"][0].update(lstrip=True)),  # a special token is never found in a text
+        # Type ids and pairs are of no use to a Llama.
+        content(setup=template("<s>:1 $A:1", pair="<s> $A $B </s>")),
+        # A special token is never found in a text.
+        content(lambda raw: raw["added_tokens"][0].update(lstrip=True)),
         content(lambda raw: raw["pre_tokenizer"].update(trim_offsets=False)),
     ],
 )
@@ -93,14 +103,32 @@ def files(tokenizer: bytes = b"", **config: Any) -> dict[str, bytes]:
     ("config", "says"),
     [
         ({}, None),
-        ({"add_bos_token": True, "add_eos_token": False, "truncation_side": "right", "padding_side": "left"}, None),
-        ({"additional_special_tokens": ["<s>"], "extra_special_tokens": {"x": "</s>"}, "model_max_length": 9}, None),
+        (
+            {
+                "add_bos_token": True,
+                "add_eos_token": False,
+                "truncation_side": "right",
+                "padding_side": "left",
+            },
+            None,
+        ),
+        (
+            {
+                "additional_special_tokens": ["<s>"],
+                "extra_special_tokens": {"x": "</s>"},
+                "model_max_length": 9,
+            },
+            None,
+        ),
         ({"add_eos_token": True}, "add_eos_token: true,"),
         ({"add_bos_token": False}, "add_bos_token: false,"),
         ({"truncation_side": "left"}, 'truncation_side: "left",'),
         ({"do_lower_case": True}, "do_lower_case: true,"),
         ({"tokenizer_class": "LlamaTokenizer"}, 'tokenizer_class: "LlamaTokenizer",'),
-        ({"added_tokens_decoder": {"6": {"content": "<s>"}, "77": {"content": "<q>"}}}, 'special token "<q>",'),
+        (
+            {"added_tokens_decoder": {"6": {"content": "<s>"}, "77": {"content": "<q>"}}},
+            'special token "<q>",',
+        ),
     ],
 )
 def test_what_only_tokenizer_config_says_is_said_at_the_start(config, says):

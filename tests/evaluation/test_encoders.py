@@ -27,13 +27,24 @@ def test_folders_are_told_apart_by_their_content(ours, static, tmp_path):
     assert resolve(ours).kind == "llama"
     assert resolve(static).kind == "sentence-transformers"
     pooling = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
-    assert resolve(edited(ours, tmp_path / "causal", "config.json", is_causal=...)).kind == "sentence-transformers"
-    assert resolve(edited(ours, tmp_path / "bert", "config.json", model_type="bert")).kind == "sentence-transformers"
-    assert resolve(edited(ours, tmp_path / "compat", "config.json", model_type="llama_bidirec")).kind == "llama"
+    assert (
+        resolve(edited(ours, tmp_path / "causal", "config.json", is_causal=...)).kind
+        == "sentence-transformers"
+    )
+    assert (
+        resolve(edited(ours, tmp_path / "bert", "config.json", model_type="bert")).kind
+        == "sentence-transformers"
+    )
+    assert (
+        resolve(edited(ours, tmp_path / "compat", "config.json", model_type="llama_bidirec")).kind == "llama"
+    )
     last = edited(ours, tmp_path / "last", "1_Pooling/config.json", **pooling)
     with pytest.raises(UserError, match=r"pools by lasttoken, .* says pooling='avg'"):
         resolve(last)
-    assert resolve(edited(last, tmp_path / "both", "config.json", pooling="last")).kind == "sentence-transformers"
+    assert (
+        resolve(edited(last, tmp_path / "both", "config.json", pooling="last")).kind
+        == "sentence-transformers"
+    )
     dense = edited(ours, tmp_path / "dense", "config.json")
     modules = json.loads((dense / "modules.json").read_text())
     (dense / "modules.json").write_text(json.dumps([*modules[:2], {**modules[2], "type": "x.Dense"}]))
@@ -59,14 +70,18 @@ def test_a_sentence_transformers_folder_is_cut_at_the_shorter_limit(ours, static
     assert np.abs(whole[1] - cut[1]).max() > 1e-3
     # 512 asked, 64 tokens is the folder's own limit: BOS and 63 words
     np.testing.assert_allclose(whole[1], encoder.encode([" ".join(texts[1].split()[:63])])[0], atol=1e-6)
-    np.testing.assert_allclose(encoder.encode(["w5"], prompt="query: ")[0], encoder.encode(["query: w5"])[0], atol=1e-6)
+    np.testing.assert_allclose(
+        encoder.encode(["w5"], prompt="query: ")[0], encoder.encode(["query: w5"])[0], atol=1e-6
+    )
 
     bag = SentenceTransformerEncoder(static, "cpu", "fp32")
     assert bag.encode(texts, max_length=8).shape == (2, 16)
     assert bag.digest != encoder.digest
 
 
-def test_a_sentence_transformers_folder_says_what_it_cuts_and_refuses_a_prompt_that_leaves_no_room(ours, static):
+def test_a_sentence_transformers_folder_says_what_it_cuts_and_refuses_a_prompt_that_leaves_no_room(
+    ours, static
+):
     encoder, bag = (SentenceTransformerEncoder(folder, "cpu", "fp32") for folder in (ours, static))
     texts = [
         "w1",
@@ -87,7 +102,9 @@ def test_a_sentence_transformers_folder_says_what_it_cuts_and_refuses_a_prompt_t
         UserError, match=r"query_max_length=6 tokens leaves no room .*'query: ' alone has 3; raise it to"
     ):
         encoder.check_prompt("query: ", 6, "query_max_length")
-    with pytest.raises(UserError, match=r"=64 tokens leaves no room .* alone has 67; the folder takes no more tokens"):
+    with pytest.raises(
+        UserError, match=r"=64 tokens leaves no room .* alone has 67; the folder takes no more tokens"
+    ):
         encoder.check_prompt("query: " + "w1 " * 64, 512, "query_max_length")
     bag.check_prompt("w1 " * 600, 512, "query_max_length")
 

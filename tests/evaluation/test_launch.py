@@ -1,4 +1,5 @@
-"""launch/evaluate.py: what is used, overridden, counted and refused; figures equal to mteb's own on every shape of data."""
+"""launch/evaluate.py: what is used, overridden, counted and refused; figures equal to mteb's own on every
+shape of data."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def figures(entry: Mapping[str, Any]) -> list[float]:
     return [entry[metric] for metric in METRICS]
 
 
-def test_our_model_a_foreign_folder_and_bm25_side_by_side(launcher, ours, static, beir, tmp_path, capsys, monkeypatch):
+def test_our_model_a_foreign_folder_and_bm25_side_by_side(
+    launcher, ours, static, beir, tmp_path, capsys, monkeypatch
+):
     output = tmp_path / "reports" / "report.json"
     models = [str(ours), str(static), "bm25"]
     options = ["--data", str(beir), "--split", "test", "--device", "cpu", "--output", str(output)]
@@ -37,7 +40,8 @@ def test_our_model_a_foreign_folder_and_bm25_side_by_side(launcher, ours, static
         assert 0 <= entry["mrr_at_10"] <= entry["ndcg_at_10"] <= entry["recall_at_10"] <= 1
         assert entry["data"]["languages"] == {"de": 9, "en": 3} and entry["data"]["queries"] == 12
     own, foreign, bm25 = report.values()
-    # A word is in three documents of equal length, so BM25 cannot do better than chance among the three, nor worse.
+    # A word is in three documents of equal length, so BM25 cannot do better than chance among the three, nor
+    # worse.
     assert bm25["recall_at_10"] == 1.0
     assert own["prompts"] == {"query": "query: ", "document": ""} and foreign["prompts"] == {
         "query": "",
@@ -76,7 +80,12 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
     assert entry["prompts"] == {"query": "query: ", "document": "w3 "} and entry["overridden"] == {}
     capsys.readouterr()
     changed = launcher.run(
-        tmp_path / "b.json", **options, task="w1", document_task="", query_max_length=10, document_max_length=3
+        tmp_path / "b.json",
+        **options,
+        task="w1",
+        document_task="",
+        query_max_length=10,
+        document_max_length=3,
     )[str(other)]
     assert changed["prompts"] == {"query": "Instruct: w1\nQuery: ", "document": ""}
     assert (changed["query_max_length"], changed["document_max_length"]) == (10, 3)
@@ -87,7 +96,9 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
         "document_max_length": 3,
     }
     assert changed["truncated"] == {"query": 0.0, "document": 1.0}  # BOS and two of three words
-    assert "; overridden: task, document_task, query_max_length, document_max_length" in capsys.readouterr().out
+    assert (
+        "; overridden: task, document_task, query_max_length, document_max_length" in capsys.readouterr().out
+    )
     assert figures(changed) != figures(entry)
     named = launcher.run(tmp_path / "c.json", **options, prompt_name="other")[str(other)]
     assert named["prompts"] == {"query": "w5 w6 ", "document": "w7 "} and figures(named) != figures(entry)
@@ -117,22 +128,30 @@ def mteb_figures(folder: Path, task_name: str, corpus, queries, qrels) -> list[f
         asked = [{"id": row["_id"], "text": row["text"]} for row in queries if row["_id"] in judged]
         task = mteb.get_task(task_name)
         data = RetrievalSplitData(
-            corpus=Dataset.from_list(rows), queries=Dataset.from_list(asked), relevant_docs=judged, top_ranked=None
+            corpus=Dataset.from_list(rows),
+            queries=Dataset.from_list(asked),
+            relevant_docs=judged,
+            top_ranked=None,
         )
         task.dataset, task.data_loaded = {"default": {"test": data}}, True
         model = SentenceTransformerEncoderWrapper(SentenceTransformer(str(folder), device="cpu"))
-        found = task.evaluate(model, "test", encode_kwargs={"batch_size": 32, "show_progress_bar": False})["default"]
+        found = task.evaluate(model, "test", encode_kwargs={"batch_size": 32, "show_progress_bar": False})[
+            "default"
+        ]
         return [found[metric] for metric in METRICS]
 
 
 CORPUS = [{"_id": f"d{i}", "title": "", "text": f"w{i} w{(i + 7) % 20} w{(i + 11) % 20}"} for i in range(20)]
 QUERIES = [{"_id": f"q{i}", "text": f"w{i}"} for i in range(12)]
 JUDGED = [(f"q{i}", f"d{(i + 3) % 20}", 1) for i in range(12)]
-COPIES = [{"_id": f"c{i}", "text": "w2 w9"} for i in range(150)]  # more than a search that stops at 100 would see
+# More than a search that stops at 100 would see.
+COPIES = [{"_id": f"c{i}", "text": "w2 w9"} for i in range(150)]
 SHAPES: dict[str, dict[str, Any]] = {
     "dangling documents": {"qrels": [*JUDGED, ("q1", "gone", 1), ("q2", "gone too", 2)]},
     "dangling queries": {"qrels": [*JUDGED, ("nobody", "d1", 1)]},
-    "empty documents": {"corpus": [*CORPUS, *({"_id": f"e{i}", "title": "", "text": " " * i} for i in range(3))]},
+    "empty documents": {
+        "corpus": [*CORPUS, *({"_id": f"e{i}", "title": "", "text": " " * i} for i in range(3))]
+    },
     "titles": {"corpus": [{**row, "title": f" w{i} w{i}"} if i % 2 else row for i, row in enumerate(CORPUS)]},
     "null titles": {"corpus": [{**row, "title": None} for row in CORPUS]},
     "white space": {"corpus": [{**row, "text": f"  {row['text']}\n"} for row in CORPUS]},
@@ -140,7 +159,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "zero judgements": {"qrels": [*JUDGED[:6], *((f"q{i}", f"d{i}", 0) for i in range(12))]},
     "negative scores": {"qrels": [*JUDGED, *((f"q{i}", f"d{i}", -1) for i in range(12))]},
     "unjudged queries": {"qrels": JUDGED[:5]},
-    "ties": {"corpus": [*CORPUS, *COPIES], "qrels": [*JUDGED, ("q2", "c37", 1), ("q9", "c95", 1), ("q3", "c99", 1)]},
+    "ties": {
+        "corpus": [*CORPUS, *COPIES],
+        "qrels": [*JUDGED, ("q2", "c37", 1), ("q9", "c95", 1), ("q3", "c99", 1)],
+    },
     "TREC": {"header": "", "trec": True},
     "no header": {"header": ""},
     "the query's own document": {
@@ -155,10 +177,13 @@ def test_figures_are_mtebs_own(launcher, ours, static, tmp_path, shape):
     """nDCG@10, recall@10 and MRR@10 of a folder of ours and of a foreign one, ArguAna's flag and without."""
     given = SHAPES[shape]
     corpus, qrels = given.get("corpus", CORPUS), given.get("qrels", JUDGED)
-    lines = [(query, "0", document, score) for query, document, score in qrels] if given.get("trec") else qrels
+    lines = (
+        [(query, "0", document, score) for query, document, score in qrels] if given.get("trec") else qrels
+    )
     header = given.get("header", "query-id\tcorpus-id\tscore")
     data = write_beir(tmp_path / "beir", corpus, QUERIES, lines, header)
-    models = [str(static)] if shape == "ties" else [str(ours), str(static)]  # padding turns ties of ours into near ties
+    # Padding turns ties of ours into near ties.
+    models = [str(static)] if shape == "ties" else [str(ours), str(static)]
     for task, ignore in (("ArguAna", True), ("SciFact", False)):
         options = {"models": models, "data": str(data), "on_missing": "allow", "ignore_identical_ids": ignore}
         report = launcher.run(tmp_path / "report.json", **options)
@@ -176,7 +201,9 @@ def test_a_folder_is_compared_by_its_own_similarity(launcher, ours, static, beir
     plain = copied(ours, tmp_path / "plain", settings, similarity_fn_name=name)
     modules = json.loads((plain / "modules.json").read_text())
     (plain / "modules.json").write_text(json.dumps(modules[:2]))
-    report = launcher.run(tmp_path / "report.json", models=[str(foreign), str(plain), str(ours)], data=str(beir))
+    report = launcher.run(
+        tmp_path / "report.json", models=[str(foreign), str(plain), str(ours)], data=str(beir)
+    )
     corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
     queries = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
     judged = [(f"q{i}", f"d{i}", 1) for i in range(12)]
@@ -184,7 +211,9 @@ def test_a_folder_is_compared_by_its_own_similarity(launcher, ours, static, beir
         assert report[str(model)]["similarity"] == name
         expected = mteb_figures(model, "SciFact", corpus, queries, judged)
         assert figures(report[str(model)]) == pytest.approx(expected, abs=1e-6), model
-    assert (figures(report[str(plain)]) == figures(report[str(ours)])) == (name == "cosine"), "the lengths must matter"
+    assert (figures(report[str(plain)]) == figures(report[str(ours)])) == (name == "cosine"), (
+        "the lengths must matter"
+    )
 
 
 def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launcher, tmp_path, monkeypatch):
@@ -208,13 +237,19 @@ def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launc
     with distributed(config.parallel, "cpu", config.model) as mesh:
         Trainer(config, mesh, prepare(config), log=lambda message: None).run()
     export = tmp_path / "export"
-    monkeypatch.setattr(merge, "check", lambda *_, **__: None)  # it takes a process; here the figures are the proof
+    # It takes a process; here the figures are the proof.
+    monkeypatch.setattr(merge, "check", lambda *_, **__: None)
     merge.merge(config.output_dir, export)
 
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     # One text has more than 40 tokens with its instruction on each side.
-    corpus = [{"_id": f"d{i}", "text": row["pos"][0] + " moon llama" * (10 * (i == 5))} for i, row in enumerate(rows)]
-    queries = [{"_id": f"q{i}", "text": row["query"] + " river" * (20 * (i == 7))} for i, row in enumerate(rows)]
+    corpus = [
+        {"_id": f"d{i}", "text": row["pos"][0] + " moon llama" * (10 * (i == 5))}
+        for i, row in enumerate(rows)
+    ]
+    queries = [
+        {"_id": f"q{i}", "text": row["query"] + " river" * (20 * (i == 7))} for i, row in enumerate(rows)
+    ]
     judged = [(f"q{i}", f"d{i}", 1) for i in range(len(rows))]
     data = write_beir(tmp_path / "beir", corpus, queries, judged)
     report = launcher.run(tmp_path / "report.json", models=[config.output_dir, str(export)], data=str(data))
@@ -223,7 +258,9 @@ def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launc
         "query": "Instruct: find the row\nQuery: ", "document": "Instruct: name what it is about\nQuery: "
     }  # fmt: skip
     for entry in (own, merged):
-        assert (entry["query_max_length"], entry["document_max_length"]) == (40, 40) and not entry["overridden"]
+        assert (entry["query_max_length"], entry["document_max_length"]) == (40, 40) and not entry[
+            "overridden"
+        ]
         assert entry["truncated"]["query"] > 0 and entry["truncated"]["document"] > 0
     expected = mteb_figures(export, "SciFact", corpus, queries, judged)
     for found in (own, merged):
@@ -252,7 +289,9 @@ def nothing_is_encoded(monkeypatch):
         raise Encoded
 
     monkeypatch.setattr("nemo_embed_core.encoders.embedder.Embedder.encode", refuse)
-    monkeypatch.setattr("nemo_embed_core.encoders.sentence_transformer.SentenceTransformerEncoder.encode", refuse)
+    monkeypatch.setattr(
+        "nemo_embed_core.encoders.sentence_transformer.SentenceTransformerEncoder.encode", refuse
+    )
 
 
 def broken(ours: Path, static: Path, target: Path, what: str) -> Path:
@@ -266,17 +305,23 @@ def broken(ours: Path, static: Path, target: Path, what: str) -> Path:
         copied(static, target, settings, similarity_fn_name="maxsim")
     elif what == "unknown module":
         target.mkdir()
-        (target / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]')
+        (target / "modules.json").write_text(
+            '[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]'
+        )
     elif what == "embeddings":
         target.mkdir()
         (target / "documents.npy").write_bytes(b"")
     elif what in ("long prompt", "long document prompt"):
         prompts = (
-            {"query": "w1 " * 63, "document": ""} if what == "long prompt" else {"query": "", "document": "w1 " * 70}
+            {"query": "w1 " * 63, "document": ""}
+            if what == "long prompt"
+            else {"query": "", "document": "w1 " * 70}
         )
         copied(ours, target, settings, prompts=prompts)
     elif what == "long prompt, foreign":
-        copied(ours, target, settings, prompts={"query": "w1 " * 63, "document": ""}, similarity_fn_name="dot")
+        copied(
+            ours, target, settings, prompts={"query": "w1 " * 63, "document": ""}, similarity_fn_name="dot"
+        )
     return target
 
 
@@ -326,19 +371,26 @@ def test_wrong_options_are_refused_before_the_first_text_is_encoded(
 # ------------------------------------------------------------------------------------------ what is said of the data
 
 
-def test_a_query_that_is_its_own_document_is_warned_about_and_left_out_when_told_to(launcher, tmp_path, capsys):
+def test_a_query_that_is_its_own_document_is_warned_about_and_left_out_when_told_to(
+    launcher, tmp_path, capsys
+):
     """ArguAna and Quora: the first of every ranking is the query itself, the answer is the second."""
     words = [[f"w{(7 * i + j * j) % 97}" for j in range(12)] for i in range(20)]
     corpus = [{"_id": f"a{i}", "text": " ".join(row)} for i, row in enumerate(words)]
-    answers = [{"_id": f"a{i}-con", "text": " ".join([*row[:6], "but", "not"])} for i, row in enumerate(words)]
-    data = write_beir(tmp_path / "beir", [*corpus, *answers], corpus, [(f"a{i}", f"a{i}-con", 1) for i in range(20)])
+    answers = [
+        {"_id": f"a{i}-con", "text": " ".join([*row[:6], "but", "not"])} for i, row in enumerate(words)
+    ]
+    data = write_beir(
+        tmp_path / "beir", [*corpus, *answers], corpus, [(f"a{i}", f"a{i}-con", 1) for i in range(20)]
+    )
     options = {"models": ["bm25"], "data": str(data)}
     entry = launcher.run(tmp_path / "a.json", **options)["bm25"]
     assert entry["ndcg_at_10"] == pytest.approx(1 / math.log2(3), abs=1e-4) and entry["mrr_at_10"] == 0.5
     assert entry["data"]["identical_ids"] == 20 and entry["data"]["ignore_identical_ids"] is False
     said = capsys.readouterr().out
     assert (
-        "warning: 20 of 20 queries have the id of a document, 20 of them are in its text, 0 judge it relevant" in said
+        "warning: 20 of 20 queries have the id of a document, 20 of them are in its text, 0 judge it relevant"
+        in said
     )
     assert "--ignore_identical_ids true" in said
     entry = launcher.run(tmp_path / "b.json", **options, ignore_identical_ids=True)["bm25"]
@@ -349,7 +401,9 @@ def test_a_query_that_is_its_own_document_is_warned_about_and_left_out_when_told
 
 def test_max_queries_is_a_sample_by_its_seed(launcher, beir, tmp_path, capsys):
     def ids(seed: int, count: int = 6) -> tuple[dict[str, int], list[float]]:
-        entry = launcher.run(tmp_path / "r.json", models=["bm25"], data=str(beir), max_queries=count, seed=seed)["bm25"]
+        entry = launcher.run(
+            tmp_path / "r.json", models=["bm25"], data=str(beir), max_queries=count, seed=seed
+        )["bm25"]
         assert (entry["data"]["queries"], entry["data"]["queries_of_the_split"]) == (min(count, 12), 12)
         assert entry["data"]["seed"] == (seed if count < 12 else None)
         return entry["data"]["languages"], figures(entry)
@@ -359,5 +413,7 @@ def test_max_queries_is_a_sample_by_its_seed(launcher, beir, tmp_path, capsys):
     assert ids(1) == ids(1) and len({str(ids(seed)) for seed in range(6)}) > 1
     capsys.readouterr()
     assert ids(3)[0].keys() <= {"de", "en"} and sum(ids(3)[0].values()) == 6
-    assert capsys.readouterr().out.startswith("6 queries of split test, a sample of 12 (seed 3), 20 documents")
+    assert capsys.readouterr().out.startswith(
+        "6 queries of split test, a sample of 12 (seed 3), 20 documents"
+    )
     assert ids(0, count=99)[0] == {"de": 9, "en": 3}

@@ -1,4 +1,5 @@
-"""What evaluation needs of memory does not grow with the texts: 8 bytes for a text, its id, and a piece of them at a time."""
+"""What evaluation needs of memory does not grow with the texts: 8 bytes for a text, its id, and a piece of
+them at a time."""
 
 from __future__ import annotations
 

@@ -34,9 +34,11 @@ class TableEncoder:
 
 
 def ranked(ranking: dict[str, list[str]]) -> tuple[TableEncoder, dict[str, str]]:
-    """An encoder for which the documents d0, d1, ... score for each query in the given order; the rest come after.
+    """An encoder for which the documents d0, d1, ... score for each query in the given order; the rest come
+    after.
 
-    Query i asks for channel i, where document d has 1 / (1 + its rank); a last channel brings every row to unit length.
+    Query i asks for channel i, where document d has 1 / (1 + its rank); a last channel brings every row to
+    unit length.
     """
     corpus = {f"d{i}": f"text of d{i}" for i in range(NUM_DOCUMENTS)}
     scores = np.zeros((NUM_DOCUMENTS, len(ranking)))
@@ -91,7 +93,8 @@ def test_a_perfect_encoder_scores_one_and_gets_prompts_and_lengths():
 
 @pytest.mark.parametrize("digests", [("one", "two"), ("same", "same")])
 def test_two_models_never_share_scores(digests):
-    """mteb's default cache goes by name and revision; here even equal digests give every model its own figures."""
+    """mteb's default cache goes by name and revision; here even equal digests give every model its own
+    figures."""
     good, corpus = ranked({"a": ["d5"]})
     bad, _ = ranked({"a": [f"d{i}" for i in range(NUM_DOCUMENTS) if i != 5]})
     good.digest, bad.digest = digests
@@ -131,7 +134,8 @@ def test_texts_are_encoded_and_scored_in_pieces_with_the_same_figures(monkeypatc
 def test_the_best_documents_are_exact_with_ties_however_the_corpus_is_split():
     random = np.random.default_rng(0)
     ids = [f"d{i}" for i in random.permutation(300)]
-    scores_QN = torch.from_numpy(random.integers(0, 4, (7, 300)).astype(np.float32))  # about 75 documents share a score
+    # About 75 documents share a score.
+    scores_QN = torch.from_numpy(random.integers(0, 4, (7, 300)).astype(np.float32))
     scores_QN[3] = 1.0
     expected = {}
     for i, row in enumerate(scores_QN.tolist()):
@@ -151,7 +155,9 @@ def test_the_best_documents_are_exact_with_ties_however_the_corpus_is_split():
 def test_similarities_are_those_of_sentence_transformers(name):
     from sentence_transformers.util import cos_sim, dot_score, euclidean_sim, manhattan_sim
 
-    theirs = {"cosine": cos_sim, "dot": dot_score, "euclidean": euclidean_sim, "manhattan": manhattan_sim}[name]
+    theirs = {"cosine": cos_sim, "dot": dot_score, "euclidean": euclidean_sim, "manhattan": manhattan_sim}[
+        name
+    ]
     queries, documents = 3 * torch.randn(5, 8), torch.randn(40, 8)
     torch.testing.assert_close(
         similarity_of(name)(queries, documents), theirs(queries, documents), atol=1e-5, rtol=1e-5

@@ -1,9 +1,10 @@
-"""Under any transformers: the flash-attention path of a folder with remote code, its kernel replaced by plain torch.
+"""Under any transformers: the flash-attention path of a folder with remote code, its kernel replaced by plain
+torch.
 
     python flash_stand_in.py FOLDER            prints {"max_abs_diff", "is_causal", "num_calls"}
 
-No flash-attn and no GPU needed: what is proven is what the kernel is told (2-D mask or none, is_causal), by comparing the
-states of real tokens with eager attention's.
+No flash-attn and no GPU needed: what is proven is what the kernel is told (2-D mask or none, is_causal), by
+comparing the states of real tokens with eager attention's.
 """
 
 import json
@@ -33,7 +34,9 @@ def plain(query, key, value, attention_mask, query_length, is_causal, dropout=0.
 
 def main(folder: str) -> None:
     flash_attention._flash_attention_forward = plain
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager").eval().float()
+    model = (
+        AutoModel.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager").eval().float()
+    )
     input_ids = torch.arange(3, 3 + 30).reshape(3, 10)
     difference = 0.0
     for lengths, side in (((10, 10, 10), "none"), ((10, 7, 4), "left"), ((10, 7, 4), "right")):

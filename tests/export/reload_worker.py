@@ -1,6 +1,8 @@
-"""export/reload.py in forked processes on request: several folders for the price of one import of both libraries.
+"""export/reload.py in forked processes on request: several folders for the price of one import of both
+libraries.
 
-Reads one JSON object per line: {"argv": ["reload.py", FOLDER, REQUEST, OUTPUT], "env": {...}}; answers {"code", "stderr"}.
+Reads one JSON object per line: {"argv": ["reload.py", FOLDER, REQUEST, OUTPUT], "env": {...}}; answers
+{"code", "stderr"}.
 """
 
 import json
@@ -11,7 +13,8 @@ import sentence_transformers
 import transformers
 from launch_worker import run
 
-transformers.AutoModel, transformers.AutoTokenizer, transformers.LlamaModel, sentence_transformers.SentenceTransformer  # noqa: B018
+_ = transformers.AutoModel, transformers.AutoTokenizer, transformers.LlamaModel
+_ = sentence_transformers.SentenceTransformer
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")

@@ -20,7 +20,9 @@ from nemo_embed_core.config import OptimConfig, code_version, to_dict
 from nemo_embed_core.export.card import describe, model_card, shown_command
 
 DIGEST = "d" * 64
-USAGE = Usage(prompts={"a": Prompts("Instruct: x\nQuery: ", "|d: ")}, query_max_length=48, document_max_length=512)
+USAGE = Usage(
+    prompts={"a": Prompts("Instruct: x\nQuery: ", "|d: ")}, query_max_length=48, document_max_length=512
+)
 
 
 def run(folder: Path, *, init_from: str = "", step: int = 7, **changes) -> Weights:
@@ -28,7 +30,13 @@ def run(folder: Path, *, init_from: str = "", step: int = 7, **changes) -> Weigh
     config = train_config(folder.parent, output_dir=str(folder), init_from=init_from, **changes)
     checkpoint = folder / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
-    facts = {"num_rows": 61, "data_digest": DIGEST, "ledger": "1" * 64, "step": step, "export_dtype": "float32"}
+    facts = {
+        "num_rows": 61,
+        "data_digest": DIGEST,
+        "ledger": "1" * 64,
+        "step": step,
+        "export_dtype": "float32",
+    }
     manifest = {"format": FORMAT_VERSION, **facts, "model": to_dict(MODEL), "config": to_dict(config)}
     manifest |= {
         "files": {"a": {"size": 1, "sha256": "0" * 64}},
@@ -66,10 +74,16 @@ def test_facts_come_from_the_manifests_of_the_whole_line_of_runs(tmp_path):
     ):
         assert words in text, words
     assert str(tmp_path) not in text and "disk" not in text
-    # Not known: the base's place on the hub, a licence, results, and the rows of each data set (the store is gone).
+    # Not known: the base's place on the hub, a licence, results, and the rows of each data set (the store is
+    # gone).
     front = yaml.safe_load(text.split("---")[1])
     assert not {"base_model", "license"} & front.keys()
-    assert "Llama.**" not in text and "Results" not in text and "sha256" not in text and "trained with" not in text
+    assert (
+        "Llama.**" not in text
+        and "Results" not in text
+        and "sha256" not in text
+        and "trained with" not in text
+    )
 
 
 def test_a_run_from_random_weights_has_no_base_model_and_a_lost_ancestor_is_not_made_up(tmp_path):
@@ -93,7 +107,8 @@ def test_rows_and_digests_of_each_data_set_come_from_the_compiled_store(tmp_path
 
 def test_an_average_shows_what_its_runs_differ_in(tmp_path):
     sources = [
-        run(tmp_path / name, seed=i, optim={"lr": lr}) for i, (name, lr) in enumerate([("a", 1e-5), ("b", 2e-5)])
+        run(tmp_path / name, seed=i, optim={"lr": lr})
+        for i, (name, lr) in enumerate([("a", 1e-5), ("b", 2e-5)])
     ]
     report = {"method": "weighted", "weights": [0.25, 0.75]}
     text = model_card(MODEL, "float32", USAGE, {**describe(sources, report), "title": "x"})
@@ -103,7 +118,9 @@ def test_an_average_shows_what_its_runs_differ_in(tmp_path):
     assert f"| optim.weight_decay | {OptimConfig().weight_decay} |" in text
     # Two bases: neither is "the" base model.
     other = run(tmp_path / "c", init_from=str(base_model(tmp_path / "Llama-x")))
-    assert "Base model" not in model_card(MODEL, "float32", USAGE, describe([sources[0], other], {"method": "mean"}))
+    assert "Base model" not in model_card(
+        MODEL, "float32", USAGE, describe([sources[0], other], {"method": "mean"})
+    )
 
 
 LICENCE = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"
@@ -113,7 +130,12 @@ LICENCE = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"
     ("name", "files", "reason", "copies"),
     [
         ("base", {"README.md": "---\nlicense: llama3.1\n---\n"}, "licence `llama3.1`", "missing"),
-        ("base", {"LICENSE.txt": LICENCE, "USE_POLICY.md": "x"}, r"\(LICENSE.txt\)", "LICENSE.txt, USE_POLICY.md"),
+        (
+            "base",
+            {"LICENSE.txt": LICENCE, "USE_POLICY.md": "x"},
+            r"\(LICENSE.txt\)",
+            "LICENSE.txt, USE_POLICY.md",
+        ),
         ("Llama-3.1-8B", {"README.md": "---\nlicense: other\n---\n"}, "says Llama in its name", "missing"),
         (
             "base",
@@ -124,7 +146,9 @@ LICENCE = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"
         ("base", {"README.md": "---\n: [\n---\n"}, None, ""),
     ],
 )
-def test_duties_of_a_llama_derivative_are_stated_with_the_fact_that_says_so(tmp_path, name, files, reason, copies):
+def test_duties_of_a_llama_derivative_are_stated_with_the_fact_that_says_so(
+    tmp_path, name, files, reason, copies
+):
     source = run(tmp_path / "run", init_from=str(base_model(tmp_path / name, **files)))
     facts = describe([source])
     text = card_of(source, title="my-model")
@@ -234,7 +258,12 @@ def test_model_card_says_what_it_was_given_and_nothing_else():
 
 @pytest.mark.parametrize(
     ("base", "says_llama"),
-    [("meta-llama/Llama-3.1-8B", True), ("/models/Meta-Llama-3-8B", True), ("/llama-runs/other", False), ("", False)],
+    [
+        ("meta-llama/Llama-3.1-8B", True),
+        ("/models/Meta-Llama-3-8B", True),
+        ("/llama-runs/other", False),
+        ("", False),
+    ],
 )
 def test_llama_licence_note_only_when_the_base_says_llama(base, says_llama):
     text = model_card(MODEL, "float32", USAGE, {"base_model": base})

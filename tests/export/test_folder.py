@@ -29,13 +29,18 @@ def tokenizer_files(config: dict, special: tuple[str, ...] = ("<s>", "</s>")) ->
     tokenizer = Tokenizer(models.WordLevel({**{t: i for i, t in enumerate(special)}, "a": 10, "b": 11}))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
 
 
 def written(tmp_path, config: dict, special: tuple[str, ...] = ("<s>", "</s>")) -> tuple[dict, dict]:
     """(config.json, tokenizer_config.json) of an export with this tokenizer."""
     write_folder(tmp_path, MODEL, "float32", tokenizer_files(config, special), usage=USAGE, card={})
-    return tuple(json.loads((tmp_path / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    return tuple(
+        json.loads((tmp_path / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    )
 
 
 @pytest.mark.parametrize("format", ["native", "compat"])
@@ -57,12 +62,19 @@ def test_transformers_reads_the_same_rope_from_either_spelling(scaling, format):
 @pytest.mark.parametrize("scaling", [None, RopeScaling(factor=4.0)])
 @pytest.mark.parametrize("head_dim", [16, 48])  # 16 is hidden_size / num_attention_heads
 def test_our_reader_gets_back_the_model_that_was_exported(tmp_path, format, scaling, head_dim):
-    shape = {**SHAPE, "head_dim": head_dim, "rope_scaling": scaling, "rope_theta": 7e5, "max_position_embeddings": 4096}
+    shape = {
+        **SHAPE,
+        "head_dim": head_dim,
+        "rope_scaling": scaling,
+        "rope_theta": 7e5,
+        "max_position_embeddings": 4096,
+    }
     model = ModelConfig(vocab_size=12, num_key_value_heads=2, rms_norm_eps=1e-6, **shape)
     config = hf_config(model, "float32", IDS, format)
     assert config["head_dim"] == head_dim
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 7e5
-    # transformers 4 needs null, not a "default" scaling; every key of llama3's scaling stands in both spellings.
+    # transformers 4 needs null, not a "default" scaling; every key of llama3's scaling stands in both
+    # spellings.
     assert (config["rope_scaling"] is None) == (scaling is None)
     assert (config["rope_scaling"] or {"rope_type": "default"}).items() <= config["rope_parameters"].items()
     for lost in ((), ("rope_parameters",), ("rope_theta", "rope_scaling")):
@@ -79,7 +91,10 @@ def test_compat_differs_from_native_in_what_names_the_code_alone(tmp_path):
         for name in ("native", "compat")
     )
     assert compat.pop("modeling_llama_bidirec.py") == REMOTE_CODE.read_bytes()
-    assert {name for name in native | compat if native.get(name) != compat.get(name)} == {"config.json", "README.md"}
+    assert {name for name in native | compat if native.get(name) != compat.get(name)} == {
+        "config.json",
+        "README.md",
+    }
     a, b = (json.loads(folder["config.json"]) for folder in (native, compat))
     changed = {key: b[key] for key in b if a.get(key) != b[key]}
     assert changed == {
@@ -89,7 +104,8 @@ def test_compat_differs_from_native_in_what_names_the_code_alone(tmp_path):
     }
     assert a.keys() == b.keys() - {"auto_map"}
     # What is the same is right in both.
-    assert json.loads(compat["tokenizer_config.json"])["padding_side"] == "right"  # whatever the tokenizer's own
+    # Whatever the tokenizer's own.
+    assert json.loads(compat["tokenizer_config.json"])["padding_side"] == "right"
     assert json.loads(compat["sentence_bert_config.json"])["max_seq_length"] == 77
     prompts = json.loads(compat["config_sentence_transformers.json"])["prompts"]
     assert prompts == {"query": "Instruct: x\nQuery: ", "document": ""}
@@ -97,7 +113,8 @@ def test_compat_differs_from_native_in_what_names_the_code_alone(tmp_path):
 
 
 def test_remote_code_is_ours_short_and_self_contained():
-    """It runs on other people's machines: nothing but torch and transformers, and the classes that auto_map names."""
+    """It runs on other people's machines: nothing but torch and transformers, and the classes that auto_map
+    names."""
     tree = ast.parse(REMOTE_CODE.read_text())
     imports = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
                if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
@@ -143,7 +160,9 @@ def test_config_says_bidirectional_to_every_reader():
 
 def test_sentence_transformers_files_have_the_verbose_spelling(tmp_path):
     usage = Usage(
-        prompts={"nq": Prompts("q: ", "d: "), "sts": Prompts("s: ")}, query_max_length=300, document_max_length=40
+        prompts={"nq": Prompts("q: ", "d: "), "sts": Prompts("s: ")},
+        query_max_length=300,
+        document_max_length=40,
     )
     write_folder(tmp_path, MODEL, "float32", tokenizer_files({"bos_token": "<s>"}), usage=usage, card={})
     read = {str(f.relative_to(tmp_path)): json.loads(f.read_text()) for f in tmp_path.rglob("*.json")}
@@ -155,11 +174,21 @@ def test_sentence_transformers_files_have_the_verbose_spelling(tmp_path):
     ]
     pooling = read["1_Pooling/config.json"]
     assert pooling["word_embedding_dimension"] == 64
-    assert {key for key, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens", "include_prompt"}
+    assert {key for key, value in pooling.items() if value is True} == {
+        "pooling_mode_mean_tokens",
+        "include_prompt",
+    }
     assert pooling.keys().isdisjoint({"pooling_mode", "embedding_dimension"})  # older versions raise on these
     assert read["sentence_bert_config.json"] == {"max_seq_length": 300, "do_lower_case": False}
     settings = read["config_sentence_transformers.json"]
-    prompts = {"query": "q: ", "document": "d: ", "nq": "q: ", "nq-document": "d: ", "sts": "s: ", "sts-document": ""}
+    prompts = {
+        "query": "q: ",
+        "document": "d: ",
+        "nq": "q: ",
+        "nq-document": "d: ",
+        "sts": "s: ",
+        "sts-document": "",
+    }
     assert settings["prompts"] == prompts and settings["similarity_fn_name"] == "cosine"
     assert settings[USAGE_KEY]["document_max_length"] == 40
     assert usage_of_folder(tmp_path) == usage
@@ -197,7 +226,9 @@ def test_tokenizer_config_is_written_anew_and_says_what_tokenizer_json_does(tmp_
         "added_tokens_decoder": {"99": {"content": "<r>", "special": True}},
         "chat_template": "x",
         "model_max_length": 99,
-        **dict.fromkeys(("add_bos_token", "add_eos_token", "legacy", "do_lower_case", "add_prefix_space"), True),
+        **dict.fromkeys(
+            ("add_bos_token", "add_eos_token", "legacy", "do_lower_case", "add_prefix_space"), True
+        ),
         **dict.fromkeys(("truncation_side", "padding_side"), "left"),
         "fast_tokenizer_files": ["other.json"],
         "split_special_tokens": False,
@@ -232,7 +263,12 @@ def test_truncation_and_padding_inside_tokenizer_json_are_taken_out(tmp_path):
     tokenizer.enable_truncation(3, direction="left")
     tokenizer.enable_padding(direction="left", pad_id=1, pad_token="</s>", length=9)
     write_folder(
-        tmp_path, MODEL, "float32", {**files, "tokenizer.json": tokenizer.to_str().encode()}, usage=USAGE, card={}
+        tmp_path,
+        MODEL,
+        "float32",
+        {**files, "tokenizer.json": tokenizer.to_str().encode()},
+        usage=USAGE,
+        card={},
     )
     again = json.loads((tmp_path / "tokenizer.json").read_text())
     assert again == json.loads(files["tokenizer.json"])
@@ -270,7 +306,10 @@ def test_there_is_always_a_token_to_pad_with(tmp_path, given, special, pad):
         ({"tokenizer_files": {"tokenizer.model": b""}}, r"needs tokenizer.json.*tokenizer.model"),
         ({"tokenizer_files": tokenizer_files({}, special=())}, "no special token that could pad"),
         ({"tokenizer_files": tokenizer_files({"bos_token": "<q>"})}, "bos_token '<q>'"),
-        ({"model": ModelConfig(vocab_size=11, num_key_value_heads=2, **SHAPE)}, "largest id is 11 .*vocab_size=11.*12"),
+        (
+            {"model": ModelConfig(vocab_size=11, num_key_value_heads=2, **SHAPE)},
+            "largest id is 11 .*vocab_size=11.*12",
+        ),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, change, message):

@@ -1,7 +1,8 @@
-"""What other versions of transformers and sentence-transformers make of both formats, against our embedder: a table.
+"""What other versions of transformers and sentence-transformers make of both formats, against our embedder: a
+table.
 
-`make compat` builds the environments and runs this; without them it is skipped. "causal" is found by replacing the last
-token, alone and in padded batches, under eager and sdpa attention (export/reload.py).
+`make compat` builds the environments and runs this; without them it is skipped. "causal" is found by
+replacing the last token, alone and in padded batches, under eager and sdpa attention (export/reload.py).
 """
 
 import json
@@ -30,7 +31,9 @@ FLASH = Path(__file__).with_name("flash_stand_in.py")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not ENVIRONMENTS, reason="no environments with other versions: `make compat` builds them"),
+    pytest.mark.skipif(
+        not ENVIRONMENTS, reason="no environments with other versions: `make compat` builds them"
+    ),
 ]
 
 
@@ -40,7 +43,8 @@ def byte_level(folder: Path) -> None:
 
 
 def sentencepiece_like(folder: Path) -> None:
-    """In the manner of Llama 2, with all that its tokenizer_config.json may ask for and tokenizer.json does not do."""
+    """In the manner of Llama 2, with all that its tokenizer_config.json may ask for and tokenizer.json does
+    not do."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("▁", "▁"), ("r", "n")]
@@ -52,17 +56,29 @@ def sentencepiece_like(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        **{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-        **dict.fromkeys(("add_bos_token", "add_eos_token", "legacy", "do_lower_case", "add_prefix_space"), True),
+        **{
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        },
+        **dict.fromkeys(
+            ("add_bos_token", "add_eos_token", "legacy", "do_lower_case", "add_prefix_space"), True
+        ),
         **dict.fromkeys(("truncation_side", "padding_side"), "left"),
-        **{"additional_special_tokens": ["<new>"], "model_max_length": 40, "clean_up_tokenization_spaces": True},
+        **{
+            "additional_special_tokens": ["<new>"],
+            "model_max_length": 40,
+            "clean_up_tokenization_spaces": True,
+        },
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "tokenizer.model").write_bytes(b"what a slow tokenizer would read")
 
 
 def prefixed(folder: Path) -> None:
-    """A prefix space, which transformers 4 takes away unless it is told; sides and limits inside tokenizer.json."""
+    """A prefix space, which transformers 4 takes away unless it is told; sides and limits inside
+    tokenizer.json."""
     write_tokenizer(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -109,7 +125,8 @@ def versions(python: Path) -> dict[str, str]:
 def differences(folder: Path, found: dict[str, np.ndarray], strips: bool) -> dict[str, float]:
     """Largest coordinate difference from our embedder, by who computed, and how many texts have other tokens.
 
-    strips: sentence-transformers before 6 takes white space off both ends of prompt and text, whatever the folder says.
+    strips: sentence-transformers before 6 takes white space off both ends of prompt and text, whatever the
+    folder says.
     """
     encode = Embedder.load(str(folder), "cpu", "fp32").encode
     texts, left_ND = list(TEXTS), found["left_padded_ND"]
@@ -132,13 +149,17 @@ def differences(folder: Path, found: dict[str, np.ndarray], strips: bool) -> dic
         long_text = texts[-1] * int(found["num_repeats"])
         ends = found[f"{prefix}token_counts"].cumsum()[:-1]
         rows = np.split(found[f"{prefix}token_ids"], ends)
-        wrong += sum(row.tolist() != tokenizer.encode(t).ids for row, t in zip(rows, [*given, long_text], strict=True))
+        wrong += sum(
+            row.tolist() != tokenizer.encode(t).ids for row, t in zip(rows, [*given, long_text], strict=True)
+        )
     return {**measured, "other tokens": wrong}
 
 
 def flash_difference(python: Path, folder: Path, scratch: Path) -> float:
     env = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "PYTHONSAFEPATH": "1"}
-    result = subprocess.run([python, FLASH, folder], cwd=scratch, env=env, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [python, FLASH, folder], cwd=scratch, env=env, capture_output=True, text=True, check=True
+    )
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert found["num_calls"] == 3 * MODEL.num_hidden_layers
     assert found["is_causal"] is False
@@ -159,7 +180,8 @@ def test_compat_is_right_in_every_version_and_native_since_5_2(exports, tmp_path
             assert child.returncode == 0, child.stderr
             with np.load(output, allow_pickle=False) as arrays:
                 found = dict(arrays)
-            assert found["transformers_version"] == installed["transformers"]  # not the one of .venv behind it
+            # Not the one of .venv behind it.
+            assert found["transformers_version"] == installed["transformers"]
             is_bidirectional_C = found["first_state_changes"] > 0
             row = [installed["transformers"], installed["sentence_transformers"], format, kind]
             if is_bidirectional_C.all():

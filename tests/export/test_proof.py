@@ -1,4 +1,5 @@
-"""Each fault is planted into a copy of a good folder; the two faults of behaviour need a real reload, the rest must not."""
+"""Each fault is planted into a copy of a good folder; the two faults of behaviour need a real reload, the
+rest must not."""
 
 import importlib.util
 import json
@@ -41,7 +42,10 @@ MODEL = ModelConfig(
 
 
 USAGE = Usage(
-    prompts={"qa": Prompts("Instruct: x\nQuery: ", "Instruct: y\nQuery: "), "sts": Prompts("Instruct: z\nQuery: ")},
+    prompts={
+        "qa": Prompts("Instruct: x\nQuery: ", "Instruct: y\nQuery: "),
+        "sts": Prompts("Instruct: z\nQuery: "),
+    },
     query_max_length=96,
     document_max_length=512,
 )
@@ -61,13 +65,18 @@ def tokenizer_files() -> dict[str, bytes]:
         single=f"{special[0]} $A", pair=f"{special[0]} $A $B", special_tokens=[(special[0], 0)]
     )
     config = {"bos_token": special[0], "eos_token": special[1], "tokenizer_class": "PreTrainedTokenizerFast"}
-    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
 
 
 def random_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = llama_tensors(hf_config(MODEL, "float32", {}))
-    scaled = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
+    scaled = {
+        name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()
+    }
     return {name: (1 + 0.1 * w if w.dim() == 1 else w).to(dtype) for name, w in scaled.items()}
 
 
@@ -95,7 +104,8 @@ def folder(good, tmp_path):
 
 @pytest.fixture(scope="module")
 def reload_worker(tmp_path_factory) -> Iterator[Callable]:
-    """subprocess.run for reload.py, in forks of one process that has the libraries: ten seconds less for each folder."""
+    """subprocess.run for reload.py, in forks of one process that has the libraries: ten seconds less for each
+    folder."""
     errors = (tmp_path_factory.mktemp("worker") / "stderr").open("w+")
     real_run = subprocess.run
     modules = str(tmp_path_factory.mktemp("modules"))  # this constant of transformers is read at its import
@@ -181,7 +191,9 @@ def test_a_compat_folder_gives_our_embeddings_in_a_fresh_process(compat):
     check_report(verify_folder(compat, embed(compat)))
 
 
-@pytest.mark.parametrize(("format", "dtype"), [("native", "float32"), ("native", "bfloat16"), ("compat", "bfloat16")])
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("native", "float32"), ("native", "bfloat16"), ("compat", "bfloat16")]
+)
 def test_a_good_folder_gives_our_embeddings_everywhere(format, dtype, tmp_path, warm):
     path = write(tmp_path / f"{format}-{dtype}", dtype, format)
     check_report(verify_folder(path, embed(path)), dtype)
@@ -207,14 +219,16 @@ def test_weights_in_bf16_are_still_compared_at_the_precision_of_fp32(tmp_path, w
 
 def test_a_causal_folder_is_caught_by_its_hidden_states(folder, warm):
     edit(folder / "config.json", is_causal=...)
-    with pytest.raises(UserError, match=r"causal mask in 8 of 8 cases.*is_causal: false \(found: \"nothing\"\)"):
+    with pytest.raises(
+        UserError, match=r"causal mask in 8 of 8 cases.*is_causal: false \(found: \"nothing\"\)"
+    ):
         verify_folder(folder)
 
 
 # ------------------------------------------------------------------------------------------ code in the folder
 
-# In the manner of the published Llama-Embed-Nemotron-8B: the layers are told that they are not causal, and a method that
-# made the mask until transformers 4.52 is overridden. Newer versions never call it.
+# In the manner of the published Llama-Embed-Nemotron-8B: the layers are told that they are not causal, and a
+# method that made the mask until transformers 4.52 is overridden. Newer versions never call it.
 PUBLISHED_STYLE = """
 import torch
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -280,7 +294,11 @@ def test_foreign_code_runs_only_when_it_is_trusted(compat, tmp_path, no_reload):
             {"auto_map": {**AUTO_MAP, "AutoModel": "somebody/else--modeling.Model"}},
             "auto_map in config.json",
         ),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}, "auto_map in tokenizer_config.json"),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["t.T", None]}},
+            "auto_map in tokenizer_config.json",
+        ),
         ("processor_config.json", b'{"\\u0061uto_map": {}}', "auto_map in processor_config.json"),
         ("adapter_config.json", b"{}", "adapter_config.json, which loads yet another folder"),
     ],
@@ -301,7 +319,8 @@ def test_any_way_to_other_code_is_refused(compat, tmp_path, no_reload, file, con
     ("good_line", "planted", "message"),
     [
         ("attention_mask[:, None, None, :].to(mask.device) == 0", "mask > 0", "transformers and our encoder disagree"),
-        ("attention_mask[:, None, None, :].to(mask.device) == 0",  # right as long as the padding is on the right
+        # Right as long as the padding is on the right.
+        ("attention_mask[:, None, None, :].to(mask.device) == 0",
          "(attention_mask[:, None, None, :] == 0) & (torch.arange(length) > 0)",
          "padded on the right and padded on the left disagree"),
         ("mask.expand(num_texts, 1, length, length)", "mask - 1e9 * torch.ones(length, length).triu(1)", "causal mask in 8"),
@@ -336,12 +355,17 @@ def test_check_runs_foreign_code_only_with_its_flag(compat, tmp_path, monkeypatc
         launcher(monkeypatch, path, "-o", str(tmp_path / "out"), "--trust-remote-code").main()
 
 
-def test_both_formats_out_of_the_launcher_have_the_same_tensors_and_texts(good, tmp_path, monkeypatch, warm, capsys):
+def test_both_formats_out_of_the_launcher_have_the_same_tensors_and_texts(
+    good, tmp_path, monkeypatch, warm, capsys
+):
     for format in ("native", "compat"):
         launcher(monkeypatch, str(good), "-o", str(tmp_path / format), "--format", format).main()
     assert "transformers / our encoder" in capsys.readouterr().out
     native, compat = (
-        {str(file.relative_to(tmp_path / format)): file.read_bytes() for file in (tmp_path / format).rglob("*.*")}
+        {
+            str(file.relative_to(tmp_path / format)): file.read_bytes()
+            for file in (tmp_path / format).rglob("*.*")
+        }
         for format in ("native", "compat")
     )
     assert compat.keys() - native.keys() == {REMOTE_CODE.name}
@@ -353,7 +377,9 @@ def test_both_formats_out_of_the_launcher_have_the_same_tensors_and_texts(good, 
 MODEL_JSON = hf_config(MODEL, "float32", {})
 
 
-def test_a_folder_that_does_not_load_is_reported_with_the_last_line_of_the_other_process(folder, tmp_path, monkeypatch):
+def test_a_folder_that_does_not_load_is_reported_with_the_last_line_of_the_other_process(
+    folder, tmp_path, monkeypatch
+):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho Traceback >&2\necho 'ValueError: unknown tokenizer' >&2\nexit 1\n")
     python.chmod(0o755)
@@ -368,7 +394,9 @@ WEIGHT = "layers.1.mlp.up_proj.weight"
 def test_nan_and_infinity_are_found_with_their_row(folder, no_reload):
     for value in (math.nan, math.inf, -math.inf):
         edit_weights(folder, lambda weights: weights[WEIGHT][37, 5].fill_(value))  # noqa: B023
-        with pytest.raises(UserError, match=rf"{WEIGHT} has 1 values that are NaN or infinite .*first in row 37"):
+        with pytest.raises(
+            UserError, match=rf"{WEIGHT} has 1 values that are NaN or infinite .*first in row 37"
+        ):
             verify_folder(folder)
 
 
@@ -376,10 +404,22 @@ def test_nan_and_infinity_are_found_with_their_row(folder, no_reload):
     ("change", "message"),
     [
         (lambda w: w.pop(WEIGHT), rf"lacks 1 tensors, the first of them {WEIGHT} \(19 found, 20 implied"),
-        (lambda w: w.update({"lm_head.weight": torch.zeros(2, 2)}), "should not have 1 tensors, .* lm_head.weight"),
-        (lambda w: w.update({WEIGHT: torch.zeros(48, 64)}), r"has shape \(48, 64\); config.json implies \(64, 48\)"),
-        (lambda w: w.update({WEIGHT: w[WEIGHT].half()}), "up_proj.weight is float16; config.json says float32"),
-        (lambda w: w.update({f"model.{WEIGHT}": w.pop(WEIGHT)}), f"lacks 1 tensors, the first of them {WEIGHT}"),
+        (
+            lambda w: w.update({"lm_head.weight": torch.zeros(2, 2)}),
+            "should not have 1 tensors, .* lm_head.weight",
+        ),
+        (
+            lambda w: w.update({WEIGHT: torch.zeros(48, 64)}),
+            r"has shape \(48, 64\); config.json implies \(64, 48\)",
+        ),
+        (
+            lambda w: w.update({WEIGHT: w[WEIGHT].half()}),
+            "up_proj.weight is float16; config.json says float32",
+        ),
+        (
+            lambda w: w.update({f"model.{WEIGHT}": w.pop(WEIGHT)}),
+            f"lacks 1 tensors, the first of them {WEIGHT}",
+        ),
     ],
 )
 def test_tensors_must_be_exactly_those_of_the_config(folder, no_reload, change, message):
@@ -391,19 +431,35 @@ def test_tensors_must_be_exactly_those_of_the_config(folder, no_reload, change, 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "pooling_mode_"),
-        ("1_Pooling/config.json", {"pooling_mode_lasttoken": True}, "pooling_mode_lasttoken is true and must be false"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True},
+            "pooling_mode_",
+        ),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_lasttoken": True},
+            "pooling_mode_lasttoken is true and must be false",
+        ),
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": ...}, "mean_tokens is null and must be true"),
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt"),
         ("1_Pooling/config.json", {"word_embedding_dimension": 64}, "is 64 and must be 48"),
         ("config.json", {"vocab_size": 331}, r"shape \(330, 48\); config.json implies \(331, 48\)"),
         ("config.json", {"num_hidden_layers": 3}, r"lacks 9 tensors, .*layers.2.*\(20 found, 29 implied"),
-        ("config.json", {"head_dim": ...}, r"k_proj.weight has shape \(32, 48\); config.json implies \(24, 48\)"),
+        (
+            "config.json",
+            {"head_dim": ...},
+            r"k_proj.weight has shape \(32, 48\); config.json implies \(24, 48\)",
+        ),
         ("config.json", {"rope_theta": 1e4}, "rope_parameters, against rope_theta"),
         ("config.json", {"rope_scaling": None}, "rope_parameters, against rope_theta"),
         ("config.json", {"dtype": "float64"}, "dtype"),
         ("config.json", {"torch_dtype": "bfloat16"}, "torch_dtype"),
-        ("config.json", {"model_type": "mistral"}, 'model_type is "mistral" and must be one of llama, llama_bidirec'),
+        (
+            "config.json",
+            {"model_type": "mistral"},
+            'model_type is "mistral" and must be one of llama, llama_bidirec',
+        ),
         ("config.json", {"model_type": "llama_bidirec"}, r'architectures is \["LlamaModel"\] and must be'),
         ("config.json", {"attention_bias": True}, "attention_bias is true and must be false"),
         ("config.json", {"hidden_size": 48.0}, "hidden_size is 48.0 and must be a positive integer"),
@@ -425,7 +481,9 @@ def test_the_modules_are_transformer_pooling_normalize(folder, no_reload):
             verify_folder(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "modules.json", "model.safetensors", "1_Pooling/config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "modules.json", "model.safetensors", "1_Pooling/config.json"]
+)
 def test_a_missing_or_torn_file_is_named(folder, no_reload, name):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
@@ -511,14 +569,17 @@ def test_the_tolerance_is_about_twice_what_rounding_measures_and_far_below_a_cau
         for measured, limit in zip(error(dtype=dtype), allowed, strict=True):
             assert limit / 20 < 2 * measured <= 1.5 * limit, f"{dtype}: {measured:.1e} of {limit:.0e}"
     assert error(is_causal=True)[1] > 10 * TOLERANCE["bfloat16"][1]
-    _, no_scaling = error(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": MODEL.rope_theta})
+    _, no_scaling = error(
+        rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": MODEL.rope_theta}
+    )
     assert no_scaling > 20 * TOLERANCE["float32"][1]
     if scale < 1:
         assert no_scaling < TOLERANCE["bfloat16"][1]  # only the comparison in fp32 finds it
 
 
 def test_the_bf16_tolerance_means_something_for_wide_models(tmp_path):
-    """At 4096 channels unrelated unit vectors can stay within 2e-2 in most coordinates: the distance must bind."""
+    """At 4096 channels unrelated unit vectors can stay within 2e-2 in most coordinates: the distance must
+    bind."""
     good = unit_rows(4096)
     bad = good + 0.01 * np.sign(np.random.default_rng(1).normal(size=good.shape)).astype(np.float32)
     assert np.abs(bad - good).max() < 2e-2
@@ -533,7 +594,10 @@ def test_a_tokenizer_that_a_library_reads_otherwise_is_caught(good, prefix):
 
     def as_read(rows):
         counts = np.array([len(row) for row in rows])
-        found = {f"{prefix}token_ids": np.array([i for row in rows for i in row]), f"{prefix}token_counts": counts}
+        found = {
+            f"{prefix}token_ids": np.array([i for row in rows for i in row]),
+            f"{prefix}token_counts": counts,
+        }
         return {**found, "num_repeats": np.array(9)}
 
     assert texts == list(TEXTS)
@@ -569,7 +633,8 @@ def test_another_shape_tokenizer_or_precision_is_another_model(good: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def anybodys(good, tmp_path_factory) -> Path:
-    """What transformers saves of the good folder's model: LlamaForCausalLM's prefix and head, and no word of embeddings."""
+    """What transformers saves of the good folder's model: LlamaForCausalLM's prefix and head, and no word of
+    embeddings."""
     folder = tmp_path_factory.mktemp("anybodys") / "plain"
     folder.mkdir()
     weights = {f"model.{name}": weight for name, weight in load_file(good / "model.safetensors").items()}
@@ -674,13 +739,18 @@ def test_a_folder_of_sentence_transformers_6_is_proven_in_its_own_spelling(anybo
     out, err, code = checked(path, capsys)
     assert code == 0, err
     assert out.splitlines()[0].startswith("  attention: bidirectional")
-    assert "vectors: transformers, sentence-transformers, our encoder agree on 21 texts, and 4 with the prompts" in out
+    assert (
+        "vectors: transformers, sentence-transformers, our encoder agree on 21 texts, and 4 with the prompts"
+        in out
+    )
     assert "limit: the folder states none; compared at 512 tokens" in out
     assert '"q: "; before documents: "d: "' in out
     assert "read other spellings" in out and "modules.json" in out
 
 
-def test_what_does_not_load_in_sentence_transformers_alone_has_its_causality_answered(anybodys, tmp_path, warm, capsys):
+def test_what_does_not_load_in_sentence_transformers_alone_has_its_causality_answered(
+    anybodys, tmp_path, warm, capsys
+):
     path = as_sentence_transformers_6(anybodys, tmp_path / "broken", pooling_mode="best")
     out, err, code = checked(path, capsys)
     assert code == 2 and "attention: bidirectional" in out and "weights: 20 tensors" in out
@@ -695,7 +765,9 @@ def test_another_pooling_is_said_and_not_compared(anybodys, tmp_path, warm, caps
     assert "vectors: only transformers' own" in out and "our encoder: not compared" in out
 
 
-def test_texts_of_which_the_folder_makes_special_tokens_are_left_out_and_counted(anybodys, tmp_path, warm, capsys):
+def test_texts_of_which_the_folder_makes_special_tokens_are_left_out_and_counted(
+    anybodys, tmp_path, warm, capsys
+):
     path = shutil.copytree(anybodys, tmp_path / "special")
     edit(path / "tokenizer_config.json", split_special_tokens=...)
     out, err, code = checked(path, capsys)
@@ -705,9 +777,7 @@ def test_texts_of_which_the_folder_makes_special_tokens_are_left_out_and_counted
     path = as_sentence_transformers_6(path, tmp_path / "special-st6")
     out, err, code = checked(path, capsys)
     assert code == 0, err
-    agree = (
-        "transformers, sentence-transformers agree on 21 texts, our encoder with them on 18 of these, and 4 with the"
-    )
+    agree = "transformers, sentence-transformers agree on 21 texts, our encoder with them on 18 of these, and 4 with the"
     assert f"vectors: {agree} prompts of each side\n" in out
 
 
@@ -729,13 +799,18 @@ def test_a_fault_in_anybodys_folder_is_named(anybodys, tmp_path, warm, capsys, f
             verify_folder(path, embed(own), ours=False)
         return
     out, err, code = checked(path, capsys)
-    assert (code, message or "") == (2 if message else 0, message if message and message in err else ""), (out, err)
+    assert (code, message or "") == (2 if message else 0, message if message and message in err else ""), (
+        out,
+        err,
+    )
 
 
 @pytest.mark.parametrize("config", [{"model_type": "qwen3"}, {}])
 def test_of_what_is_no_llama_nothing_is_looked_at_and_it_is_said(tmp_path, no_reload, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"model_type is .*; only Llama folders .* nothing of this one was looked at"):
+    with pytest.raises(
+        UserError, match=r"model_type is .*; only Llama folders .* nothing of this one was looked at"
+    ):
         verify_folder(tmp_path, ours=False)
 
 
@@ -744,7 +819,11 @@ def test_an_export_whose_prompts_were_edited_does_not_pass_its_check(folder, war
     settings = json.loads(file.read_text())
     edit(file, prompts={**settings["prompts"], "sts": "other: "})
     out, err, code = checked(folder, capsys)
-    assert "attention: bidirectional" in out and code == 2 and "the prompt 'sts' is \"other: \" in prompts" in err
+    assert (
+        "attention: bidirectional" in out
+        and code == 2
+        and "the prompt 'sts' is \"other: \" in prompts" in err
+    )
 
 
 def test_sentence_transformers_must_have_the_prompts_of_the_folder(good):
@@ -762,7 +841,9 @@ def test_sentence_transformers_must_have_the_prompts_of_the_folder(good):
         check_prompts(good, as_read(named, "dot"), USAGE)
 
 
-@pytest.mark.parametrize(("lost", "side"), [(USAGE.default.query, "queries"), (USAGE.default.document, "documents")])
+@pytest.mark.parametrize(
+    ("lost", "side"), [(USAGE.default.query, "queries"), (USAGE.default.document, "documents")]
+)
 def test_a_prompt_that_one_side_leaves_out_is_caught(good, warm, lost, side):
     def without(texts: list[str], limit: int) -> np.ndarray:
         return embed(good)([text.replace(lost, "") for text in texts], limit)

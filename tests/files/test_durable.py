@@ -1,4 +1,5 @@
-"""What has its name is whole: the order of fsync and rename, what a failed or a second writer leaves, what JSON is refused."""
+"""What has its name is whole: the order of fsync and rename, what a failed or a second writer leaves, what
+JSON is refused."""
 
 import os
 from collections.abc import Callable
@@ -37,7 +38,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_a_file_is_synced_before_it_has_its_name_and_its_folder_after(tmp_path: Path, calls: list[str]) -> None:
+def test_a_file_is_synced_before_it_has_its_name_and_its_folder_after(
+    tmp_path: Path, calls: list[str]
+) -> None:
     (tmp_path / "x").write_text("old")
     durable.write_atomically(tmp_path / "x", (b"a" * n for n in (1, 2)))
     assert (tmp_path / "x").read_bytes() == b"aaa"
@@ -61,7 +64,9 @@ def test_several_writers_of_one_file_write_beside_each_other(tmp_path: Path) -> 
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "a")]  # the outer one ends last
 
 
-def test_every_file_of_a_new_folder_is_synced_before_the_folder_has_its_name(tmp_path: Path, calls: list[str]) -> None:
+def test_every_file_of_a_new_folder_is_synced_before_the_folder_has_its_name(
+    tmp_path: Path, calls: list[str]
+) -> None:
     with durable.new_folder(tmp_path / "out") as folder:
         (folder / "inner").mkdir()
         (folder / "inner/y").write_text("y")
@@ -96,7 +101,9 @@ def test_of_two_folders_of_one_name_the_first_wins_or_is_set_aside(tmp_path: Pat
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer.*git lfs pull in"),
     ],
 )
-def test_a_file_that_is_no_strict_json_object_is_refused_by_name(tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_file_that_is_no_strict_json_object_is_refused_by_name(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"x\.json.*{says.removeprefix('x.json ')}"):
         strict_json.read_object(tmp_path / "x.json")
@@ -109,13 +116,20 @@ def test_a_missing_file_is_named_with_the_advice(tmp_path: Path) -> None:
 
 
 def test_the_writer_and_the_library_read_each_other(tmp_path: Path) -> None:
-    tensors = {"b": torch.arange(6).reshape(2, 3), "a": torch.ones(5, dtype=torch.bfloat16), "s": torch.tensor(2.5)}
+    tensors = {
+        "b": torch.arange(6).reshape(2, 3),
+        "a": torch.ones(5, dtype=torch.bfloat16),
+        "s": torch.tensor(2.5),
+    }
     entries = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     with SafetensorsWriter(tmp_path / "ours", entries, {"format": "pt"}) as writer:
         for x in tensors.values():
             writer.write(x)
         told = writer.close()
-    assert told == {"size": (tmp_path / "ours").stat().st_size, "sha256": durable.sha256_file(tmp_path / "ours")}
+    assert told == {
+        "size": (tmp_path / "ours").stat().st_size,
+        "sha256": durable.sha256_file(tmp_path / "ours"),
+    }
     read = load_file(tmp_path / "ours")
     assert read.keys() == tensors.keys() and all(torch.equal(read[n], x) for n, x in tensors.items())
     save_file(tensors, tmp_path / "theirs")

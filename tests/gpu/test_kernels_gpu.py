@@ -1,4 +1,5 @@
-"""The kernels as they run in training: compiled, in bf16, at model shapes. The checks are those of tests/kernels/checks.py."""
+"""The kernels as they run in training: compiled, in bf16, at model shapes. The checks are those of
+tests/kernels/checks.py."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +11,9 @@ from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm
 
 pytestmark = pytest.mark.gpu
 
-spec = importlib.util.spec_from_file_location("kernel_checks", Path(__file__).parents[1] / "kernels/checks.py")
+spec = importlib.util.spec_from_file_location(
+    "kernel_checks", Path(__file__).parents[1] / "kernels/checks.py"
+)
 checks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(checks)
 
@@ -32,8 +35,7 @@ def test_swiglu_within_budget(T, num_blocks, width, dtype):
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("T", "num_heads", "num_kv_heads", "head_dim"),
-    [(1, 6, 2, 100), (1025, 32, 8, 128), (513, 32, 8, 64)],
+    ("T", "num_heads", "num_kv_heads", "head_dim"), [(1, 6, 2, 100), (1025, 32, 8, 128), (513, 32, 8, 64)]
 )
 def test_split_rope_within_budget(T, num_heads, num_kv_heads, head_dim, dtype):
     sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -51,12 +53,15 @@ def test_quantize_rows_and_what_they_lost(N, D, values, dtype):
 @pytest.mark.parametrize(("Q", "N", "D"), [(1, 1, 32), (300, 1001, 4096), (128, 256, 384)])
 def test_filter_scores_appends_what_the_reference_keeps(Q, N, D, values):
     for scaled in (True, False):
-        checks.run("filter_scores", {"Q": Q, "N": N, "D": D, "values": values, "scaled": scaled, "device": "cuda"})
+        checks.run(
+            "filter_scores", {"Q": Q, "N": N, "D": D, "values": values, "scaled": scaled, "device": "cuda"}
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(
-    ("N", "D"), [(1, 256), (1025, 256), (33, 512), (1025, 1024), (257, 2048), (513, 4096), (65, 8192), (33, 16384)]
+    ("N", "D"),
+    [(1, 256), (1025, 256), (33, 512), (1025, 1024), (257, 2048), (513, 4096), (65, 8192), (33, 16384)],
 )
 def test_rotate_quantize_is_within_its_bound_of_the_exact_rotation(N, D, dtype):
     if D == 16384 and dtype == "fp32":
@@ -82,7 +87,13 @@ def test_mean_pool_within_budget(lengths, D, normalize, dtype):
 
 @DTYPES
 def test_segment_sum_of_every_shard_of_tokens(dtype):
-    arguments = {"lengths": [1, 500, 0, 77, 1, 1024], "D": 2048, "shards": [1, 2, 8], "dtype": dtype, "device": "cuda"}
+    arguments = {
+        "lengths": [1, 500, 0, 77, 1, 1024],
+        "D": 2048,
+        "shards": [1, 2, 8],
+        "dtype": dtype,
+        "device": "cuda",
+    }
     checks.run("segment_sum", arguments)
 
 
@@ -90,7 +101,9 @@ def test_segment_sum_of_every_shard_of_tokens(dtype):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("B", "M", "D"), [(123, 5, 4096), (257, 9, 100), (33, 2, 2048)])
 def test_hard_info_nce_within_budget(B, M, D, normalize, dtype):
-    checks.run("info_nce_hard", {"B": B, "M": M, "D": D, "normalize": normalize, "dtype": dtype, "device": "cuda"})
+    checks.run(
+        "info_nce_hard", {"B": B, "M": M, "D": D, "normalize": normalize, "dtype": dtype, "device": "cuda"}
+    )
 
 
 @DTYPES
@@ -111,10 +124,12 @@ def test_shapes_beyond_one_group_block_or_chunk(dtype):
     """Every loop of a kernel a second time, with the constants that production has."""
     where = {"dtype": dtype, "device": "cuda"}
     everything = {"ids": True, "valid": True, "own": 4, "extra": True}
-    checks.run("info_nce_in_batch", {"B": 1100, "P": 2300, "D": 128, **everything, **where})  # 9 row blocks: two groups
+    # 9 row blocks: two groups.
+    checks.run("info_nce_in_batch", {"B": 1100, "P": 2300, "D": 128, **everything, **where})
     checks.run("in_batch_logsumexp", {"B": 1100, "P": 2300, "D": 128, "ids": True, **where})
     checks.run("info_nce_hard", {"B": 1030, "M": 17, "D": 64, "normalize": True, **where})
-    checks.run("info_nce_hard", {"B": 9, "M": 17, "D": 4200, "normalize": True, **where})  # two blocks of columns
+    # Two blocks of columns.
+    checks.run("info_nce_hard", {"B": 9, "M": 17, "D": 4200, "normalize": True, **where})
     many = {
         "lengths": [3, 0, 30, 1] * 600,
         "D": 1100,
@@ -174,12 +189,15 @@ def test_rows_past_two_to_the_31_elements():
 
 
 def test_a_million_negatives_in_five_gigabytes():
-    """No [B, P] anywhere: 8192 queries against 2**20 passages of 1024 dimensions, whose logits alone would be 17 GB in bf16."""
+    """No [B, P] anywhere: 8192 queries against 2**20 passages of 1024 dimensions, whose logits alone would be
+    17 GB in bf16."""
     num_rows, num_columns, hidden_size = 8192, 2**20, 1024
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    docs = torch.nn.functional.normalize(torch.randn(num_columns, hidden_size, device="cuda").bfloat16(), dim=-1)
+    docs = torch.nn.functional.normalize(
+        torch.randn(num_columns, hidden_size, device="cuda").bfloat16(), dim=-1
+    )
     q = docs[:num_rows].clone().requires_grad_()
     docs.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
@@ -194,19 +212,29 @@ def test_a_million_negatives_in_five_gigabytes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "mean_pool", "info_nce_own", "info_nce_columns"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "swiglu", "rope", "mean_pool", "info_nce_own", "info_nce_columns"]
+)
 def test_compiled_gradients_equal_eager(name):
-    """torch 2.11 gives zero gradients for autograd functions that fill buffers; custom ops must not be hit by it."""
+    """torch 2.11 gives zero gradients for autograd functions that fill buffers; custom ops must not be hit by
+    it."""
     module = importlib.import_module(f"nemo_embed_core.kernels.{name}")
     for operator, arguments in checks.operator_samples(module, name):
         results = []
         for backend in (None, "aot_eager", "inductor"):
             torch._dynamo.reset()
-            function = operator if backend is None else torch.compile(operator, backend=backend, fullgraph=True)
-            leaves = [a.detach().cuda().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in arguments]
+            function = (
+                operator if backend is None else torch.compile(operator, backend=backend, fullgraph=True)
+            )
+            leaves = [
+                a.detach().cuda().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a
+                for a in arguments
+            ]
             outputs = function(*leaves)
             outputs = [
-                y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad and y.numel()
+                y
+                for y in (outputs if isinstance(outputs, tuple) else (outputs,))
+                if y.requires_grad and y.numel()
             ]
             checks.weighted_squares(outputs).backward()
             results.append([a.grad for a in leaves if torch.is_tensor(a) and a.requires_grad])

@@ -31,7 +31,9 @@ def test_search_of_memory_maps_and_of_device_memory(method, kind, tmp_path):
     documents = (documents / np.linalg.norm(documents, axis=1, keepdims=True)).astype(np.float16)
     if kind == "broken":
         documents[7], documents[9, 3] = np.nan, np.inf
-    queries = (documents[rng.integers(0, 5000, 70)] + 0.02 * rng.standard_normal((70, 256))).astype(np.float32)
+    queries = (documents[rng.integers(0, 5000, 70)] + 0.02 * rng.standard_normal((70, 256))).astype(
+        np.float32
+    )
     queries[~np.isfinite(queries)] = 0
     ceilings = np.where(rng.random(70) < 0.5, np.inf, 0.9)
     exclude = Exclude.from_lists([sorted(rng.integers(0, 5000, 3).tolist()) for _ in range(70)])
@@ -42,7 +44,15 @@ def test_search_of_memory_maps_and_of_device_memory(method, kind, tmp_path):
     assert held.is_cuda and resident(mapped, "cuda", share=0.0) is mapped
     for stored in (mapped, held):
         got = topk_below(
-            queries, stored, ceilings, 20, exclude, method=method, device="cuda", tile_queries=64, block_documents=1024
+            queries,
+            stored,
+            ceilings,
+            20,
+            exclude,
+            method=method,
+            device="cuda",
+            tile_queries=64,
+            block_documents=1024,
         )
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
@@ -65,7 +75,9 @@ def test_cuda_topk_is_the_cpu_op(dtype, kept):
         assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][0], results[1][0]), kind
 
 
-@pytest.mark.parametrize(("kept", "length"), [(1, 40), (72, 256), (136, 1024), (1024, 1024), (1024, 5000), (2000, 700)])
+@pytest.mark.parametrize(
+    ("kept", "length"), [(1, 40), (72, 256), (136, 1024), (1024, 1024), (1024, 5000), (2000, 700)]
+)
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "broken"])
 def test_cuda_merge_is_the_cpu_op(kind, kept, length):
     *lists, first_id, indptr, excluded = csrc.make_lists(np.random.default_rng(kept), kind, 333, length, kept)

@@ -1,4 +1,5 @@
-"""The training step on a GPU, with its own attention and kernels: the same model as the padded one, and it learns."""
+"""The training step on a GPU, with its own attention and kernels: the same model as the padded one, and it
+learns."""
 
 import importlib.util
 import sys
@@ -42,12 +43,17 @@ def test_packed_equals_padded_in_fp32_and_bf16(mesh, head_dim, monkeypatch):
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attention_of_grouped_heads_has_the_reference_gradients(backend, head_dim):
-    """bf16: no further from fp64 than twice the plain attention in bf16, outputs and the gradients of q, k and v."""
-    if backend == "flash" and not any(importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn")):
+    """bf16: no further from fp64 than twice the plain attention in bf16, outputs and the gradients of q, k
+    and v."""
+    if backend == "flash" and not any(
+        importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn")
+    ):
         pytest.skip("flash-attn is not installed")
     torch.manual_seed(0)
     lengths = [1, 70, 129, 300]
-    segments = attention.Segments(torch.tensor([0, 1, 71, 200, 500], device="cuda", dtype=torch.int32), lengths, 300)
+    segments = attention.Segments(
+        torch.tensor([0, 1, 71, 200, 500], device="cuda", dtype=torch.int32), lengths, 300
+    )
     shapes = [(500, 8, head_dim), (500, 2, head_dim), (500, 2, head_dim)]
     values = [torch.randn(s, device="cuda").bfloat16() for s in shapes]
     weights = torch.randn(500, 8, head_dim, device="cuda").bfloat16()

@@ -1,14 +1,17 @@
-"""What the kernels must satisfy, as functions: run by Triton's interpreter on the CPU and by the compiler on a GPU.
+"""What the kernels must satisfy, as functions: run by Triton's interpreter on the CPU and by the compiler on
+a GPU.
 
     TRITON_INTERPRET=1 PYTHONPATH=. python tests/kernels/checks.py < requests > replies
 
-Every check takes the module under test, so that mutated copies go through exactly the same checks, and compares outputs and
-all gradients with the plain-torch reference in float64 under an error budget: no worse than twice what plain torch loses in
-the same dtype, plus an ulp. Uninitialised memory is NaN while the launchers run, so an element that no program wrote shows.
+Every check takes the module under test, so that mutated copies go through exactly the same checks, and
+compares outputs and all gradients with the plain-torch reference in float64 under an error budget: no worse
+than twice what plain torch loses in the same dtype, plus an ulp. Uninitialised memory is NaN while the
+launchers run, so an element that no program wrote shows.
 
-The interpreter is set up when triton is imported, hence a process of its own, which `conftest.py` starts once: a line of JSON
-{"check", "arguments", "mutation", "constants"} in, a line of JSON {"error": traceback or null} out. Known limits of the interpreter:
-bf16 dots are garbage and bf16 casts truncate, so it checks fp32 and fp16; bf16 is for the GPU.
+The interpreter is set up when triton is imported, hence a process of its own, which `conftest.py` starts
+once: a line of JSON {"check", "arguments", "mutation", "constants"} in, a line of JSON {"error": traceback or
+null} out. Known limits of the interpreter: bf16 dots are garbage and bf16 casts truncate, so it checks fp32
+and fp16; bf16 is for the GPU.
 """
 
 from __future__ import annotations
@@ -49,12 +52,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def outputs_and_gradients(function: Callable, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The function's outputs, and the gradients of sum(output * fixed noise) in every input; the inputs stay as they are."""
+    """The function's outputs, and the gradients of sum(output * fixed noise) in every input; the inputs stay
+    as they are."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     noise = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(y.shape, generator=noise, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]
+    cotangents = [
+        torch.randn(y.shape, generator=noise, dtype=torch.float64).to(y.device, y.dtype) for y in outputs
+    ]
     torch.autograd.backward(outputs, cotangents)
     for name, x in inputs.items():
         assert torch.equal(leaves[name].detach().nan_to_num(7), x.nan_to_num(7)), f"{name} was written to"
@@ -70,16 +76,19 @@ def check(
     relative: dict[str, float] | None = None,
     **absolute: float,
 ):
-    """Row by row (a vector over D is one row, every other vector's element is one): twice what plain torch loses in that row,
-    or on average over all rows, and `slack` ulps of the row's largest value (fp16, bf16: one). So a fault in a few rows, or in
-    small ones, has nowhere to hide. absolute and relative (to the row): more, for an input's gradient or for an output (output_0)."""
+    """Row by row (a vector over D is one row, every other vector's element is one): twice what plain torch
+    loses in that row, or on average over all rows, and `slack` ulps of the row's largest value (fp16, bf16:
+    one). So a fault in a few rows, or in small ones, has nowhere to hide. absolute and relative (to the row):
+    more, for an input's gradient or for an output (output_0)."""
     truth = outputs_and_gradients(reference, {name: x.double() for name, x in inputs.items()})
     plain = outputs_and_gradients(reference, inputs)
     with poisoned_memory():
         ours = outputs_and_gradients(kernel, inputs)
     assert ours.keys() == truth.keys(), f"{ours.keys()} {truth.keys()}"
     for name, exact in truth.items():
-        assert ours[name].dtype == plain[name].dtype and ours[name].shape == exact.shape, f"{name}: {ours[name].dtype}"
+        assert ours[name].dtype == plain[name].dtype and ours[name].shape == exact.shape, (
+            f"{name}: {ours[name].dtype}"
+        )
         # -inf is a right answer (no column is left for a row): it must stand in the same places.
         finite = exact.isfinite()
         assert torch.equal(ours[name].isfinite(), finite), (
@@ -89,14 +98,22 @@ def check(
             continue
         key = name.replace(" ", "_") if name.startswith("output") else name[2:-1]
 
-        whole, differences = key.endswith("_D"), (ours[name].double() - exact, plain[name].double() - exact, exact)
+        whole, differences = (
+            key.endswith("_D"),
+            (ours[name].double() - exact, plain[name].double() - exact, exact),
+        )
         kept = [torch.where(finite, x, 0.0).abs() for x in differences]
-        error, lost, largest = (x.max() if whole else x.flatten(0, -2).amax(1) if x.dim() > 1 else x for x in kept)
-        typical = (lost / largest.clamp(min=torch.finfo(torch.float64).tiny))[largest > 0].mean().nan_to_num(0.0)
+        error, lost, largest = (
+            x.max() if whole else x.flatten(0, -2).amax(1) if x.dim() > 1 else x for x in kept
+        )
+        typical = (
+            (lost / largest.clamp(min=torch.finfo(torch.float64).tiny))[largest > 0].mean().nan_to_num(0.0)
+        )
         info = torch.finfo(ours[name].dtype)
         ulps = slack if ours[name].dtype == torch.float32 else 1.0
         budget = (
-            2 * torch.maximum(lost, typical * largest) + (ulps * info.eps + (relative or {}).get(key, 0.0)) * largest
+            2 * torch.maximum(lost, typical * largest)
+            + (ulps * info.eps + (relative or {}).get(key, 0.0)) * largest
         )
         budget += absolute.get(key, 0.0) + (
             info.smallest_normal if info.bits == 32 else info.smallest_normal * info.eps
@@ -127,7 +144,10 @@ def noise(*shape: int, dtype: str, device: str, unit: bool = False) -> torch.Ten
 
 
 def rms_norm(module, T, D, residual, dtype="fp32", device="cpu"):
-    inputs = {"x_TD": noise(T, D, dtype=dtype, device=device), "weight_D": noise(D, dtype=dtype, device=device)}
+    inputs = {
+        "x_TD": noise(T, D, dtype=dtype, device=device),
+        "weight_D": noise(D, dtype=dtype, device=device),
+    }
     inputs["x_TD"][0] *= 1e-3  # a row where eps counts
     if residual:
         inputs["residual_TD"] = noise(T, D, dtype=dtype, device=device)
@@ -169,7 +189,8 @@ def split_rope(module, T, num_heads, num_kv_heads, head_dim, dtype="fp32", devic
 
 
 def segment_sum(module, lengths, D, shards=(1,), padding=3, dtype="fp32", device="cpu"):
-    """`shards`: into how many pieces of tokens the batch is cut, as sequence parallelism does; `padding`: tokens behind."""
+    """`shards`: into how many pieces of tokens the batch is cut, as sequence parallelism does; `padding`:
+    tokens behind."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     num_tokens = int(cu_seqlens[-1]) + padding
     x_TD = noise(num_tokens, D, dtype=dtype, device=device)
@@ -201,7 +222,8 @@ def mean_pool(module, lengths, D, normalize, padding=3, dtype="fp32", device="cp
 def info_nce_hard(module, B, M, D, temperature=0.05, normalize=False, dtype="fp32", device="cpu"):
     q_BD = noise(B, D, dtype=dtype, device=device, unit=True)
     docs_BMD = noise(B, M, D, dtype=dtype, device=device, unit=True)
-    docs_BMD[::2, 0] += (0.3 * q_BD[::2]).to(q_BD.dtype)  # some positives nearer to their query: losses small and large
+    # Some positives nearer to their query: losses small and large.
+    docs_BMD[::2, 0] += (0.3 * q_BD[::2]).to(q_BD.dtype)
     if normalize:
         q_BD, docs_BMD = q_BD * 3, docs_BMD * torch.rand(B, M, 1, device=device).add(0.5).to(q_BD.dtype)
     mask_BM = torch.rand(B, M).to(device) > 0.3
@@ -216,7 +238,8 @@ def info_nce_hard(module, B, M, D, temperature=0.05, normalize=False, dtype="fp3
     def run(function):
         return lambda **x: function(mask_BM=mask_BM, normalize=normalize, **x)
 
-    rounding = 2e-6 * B / temperature**2  # of d(temperature): fp32 scores, divided twice by it and summed over the rows
+    # Of d(temperature): fp32 scores, divided twice by it and summed over the rows.
+    rounding = 2e-6 * B / temperature**2
     budgets = {"slack": score_ulps(temperature), "temperature": rounding, "output_0": 2.0**-23}
     # softmax - 1 of a positive that is nearly all of it: what is left is rounded to an ulp of 1.
     budgets |= dict.fromkeys(("q_BD", "docs_BMD"), 2.0**-23 / temperature)
@@ -229,13 +252,15 @@ def info_nce_hard(module, B, M, D, temperature=0.05, normalize=False, dtype="fp3
 
 
 def score_ulps(temperature: float) -> float:
-    """Of every row: a score of up to 1 / temperature is off by half an ulp of it, and its exponential by as much of itself."""
+    """Of every row: a score of up to 1 / temperature is off by half an ulp of it, and its exponential by as
+    much of itself."""
     return 8 + 1 / temperature
 
 
 def lost_on_tensor_cores(q: torch.Tensor, temperature: float) -> float:
-    """What a score of unit rows in half precision may lose beyond plain torch, which `check` lets multiply in fp32 units: those
-    round, and Hopper's tensor cores truncate the sum after every 16 columns, by half an ulp of at most 1 on average."""
+    """What a score of unit rows in half precision may lose beyond plain torch, which `check` lets multiply in
+    fp32 units: those round, and Hopper's tensor cores truncate the sum after every 16 columns, by half an ulp
+    of at most 1 on average."""
     if not q.is_cuda or q.dtype == torch.float32:
         return 0.0
     return q.shape[1] / 16 * 2.0**-24 / temperature
@@ -265,7 +290,8 @@ def info_nce_in_batch(
     inputs = {"q_BD": q_BD, "docs_PD": docs_PD, "temperature": torch.tensor(temperature, device=device)}
     if ids:  # every document about three times, with ids that do not fit 32 bits
         options["doc_ids_P"] = torch.randint(0, P // 3 + 1, (P,)).to(device) * 2**40 - 2**41
-    if known:  # some of them the row's own positive, twice, or no column's id; for a share of the rows none at all
+    # Some of them the row's own positive, twice, or no column's id; for a share of the rows none at all.
+    if known:
         options["known_ids_BJ"] = options["doc_ids_P"][torch.randint(0, P, (B, known))]
         options["known_ids_BJ"][torch.rand(B, known) > 0.7] = -2
         options["known_ids_BJ"][::3] = -2
@@ -339,7 +365,12 @@ def joined_empty_terms(module, B, D=64, dtype="fp32", device="cpu"):
         return joined
 
     kernel = run(module.info_nce_in_batch_kernel, module.in_batch_logsumexp_kernel)
-    check(kernel, run(module.info_nce_in_batch_ref, module.in_batch_logsumexp_ref), inputs, slack=score_ulps(0.05))
+    check(
+        kernel,
+        run(module.info_nce_in_batch_ref, module.in_batch_logsumexp_ref),
+        inputs,
+        slack=score_ulps(0.05),
+    )
 
 
 # ------------------------------------------------------------------------------------------ running them
@@ -349,7 +380,8 @@ KERNEL_FILE |= dict.fromkeys(("info_nce_in_batch", "in_batch_logsumexp", "joined
 
 
 def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
-    """Values within a step where rounding ties, and squares of exactly what was stored; broken rows and zeros too."""
+    """Values within a step where rounding ties, and squares of exactly what was stored; broken rows and zeros
+    too."""
     stored = {"int8": torch.int8, **DTYPES}[values]
     x = noise(N, D, dtype=dtype, device=device)
     if N > 2:
@@ -363,14 +395,19 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
     scale, want_scale = scale.nan_to_num(1.0), want_scale.nan_to_num(1.0)
     assert torch.allclose(scale, want_scale, rtol=1e-6, atol=0)
     whole = x.isfinite().all(1)[:, None]
-    assert values == "int8" or torch.equal(got.isfinite(), x.isfinite()), "NaN and infinity stay, and come from nowhere"
+    assert values == "int8" or torch.equal(got.isfinite(), x.isfinite()), (
+        "NaN and infinity stay, and come from nowhere"
+    )
     exact, got, want = (torch.where(whole, rows.double(), 0) for rows in (x, got, want))
     step = 1.0 if values == "int8" else torch.finfo(stored).eps * want.abs()
     assert bool(((got - want).abs() <= step).all()), "values"
     lost = exact - got * scale.double()[:, None]
     limit = 0.5001 * scale.double()[:, None] if values == "int8" else 1.001 * step
     assert bool((lost.abs() <= limit).all()), "a value is further than half a step from what it stands for"
-    for name, ours, truth in (("square", square, exact.square().sum(1)), ("error", error, lost.square().sum(1))):
+    for name, ours, truth in (
+        ("square", square, exact.square().sum(1)),
+        ("error", error, lost.square().sum(1)),
+    ):
         assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-30), f"{name}: {ours} {truth}"
     with poisoned_memory():
         alone = module._square_rows(x)
@@ -380,7 +417,8 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
 
 
 def rotate_quantize(module, N, D, dtype="fp32", device="cpu", scale=1.0):
-    """Within half a step of the exact rotation, which is orthogonal, and what was lost is known: rotation_error is a bound."""
+    """Within half a step of the exact rotation, which is orthogonal, and what was lost is known:
+    rotation_error is a bound."""
     x = scale * noise(N, D, dtype=dtype, device=device)
     x[-1] = x[-1, 0]  # of one sign, or one entry after the rotation
     if N > 4:
@@ -399,9 +437,13 @@ def rotate_quantize(module, N, D, dtype="fp32", device="cpu", scale=1.0):
     stored = values.double() * scale.double().nan_to_num(1.0)[:, None]
     norm, allowed = exact.norm(dim=1), module.rotation_error(D, x.dtype) * exact.norm(dim=1)
     lost = exact - stored
-    assert bool((lost.abs() <= (0.5001 * scale.double().nan_to_num(1.0) + allowed)[:, None]).all()), "half a step"
+    assert bool((lost.abs() <= (0.5001 * scale.double().nan_to_num(1.0) + allowed)[:, None]).all()), (
+        "half a step"
+    )
     largest = values.abs().amax(1)
-    assert torch.equal(largest[norm > 1e-20], torch.full_like(largest, 127)[norm > 1e-20]), "the largest is not 127"
+    assert torch.equal(largest[norm > 1e-20], torch.full_like(largest, 127)[norm > 1e-20]), (
+        "the largest is not 127"
+    )
     for name, ours, truth in (("square", square, norm), ("error", error, lost.norm(dim=1))):
         difference = (ours.double().sqrt() - truth).abs()
         underflow = (D * module.UNDERFLOW) ** 0.5
@@ -440,7 +482,8 @@ def pair_scores(module, M, D, dtype="fp32", q_dtype="fp32", device="cpu"):
 
 
 def filter_scores(module, Q, N, D, length=64, values="int8", scaled=True, device="cpu"):
-    """Exactly the reference's entries: small integers and scales that are powers of two, so no product or sum is rounded."""
+    """Exactly the reference's entries: small integers and scales that are powers of two, so no product or sum
+    is rounded."""
     dtype = torch.int8 if values == "int8" else DTYPES[values]
     if device == "cpu":  # a program takes milliseconds in the interpreter; two blocks of queries side by side
         module._TILE = {1: (16, 64, 32, 4, 2, 2), 2: (16, 64, 32, 4, 2, 2)}
@@ -477,8 +520,8 @@ def filter_scores(module, Q, N, D, length=64, values="int8", scaled=True, device
 
 
 def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
-    """A fresh copy of nemo_embed_core.kernels.<name> and of the kernel files that it imports, with `mutation` (old text,
-    new text) applied to the sources that have the old text.
+    """A fresh copy of nemo_embed_core.kernels.<name> and of the kernel files that it imports, with `mutation`
+    (old text, new text) applied to the sources that have the old text.
 
     The custom ops of a copy get a namespace of their own: registering a name twice would change the real ops.
     """
@@ -486,7 +529,8 @@ def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="kernels_"))  # stays: Triton reads a kernel's source from its file
     mutated: list[str] = []
     module = _copy(name, folder, f"copy{load.copies}_of_", mutation, mutated)
-    if mutation is not None and not mutated:  # not an assertion: that is how a check says that it caught the bug
+    # Not an assertion: that is how a check says that it caught the bug.
+    if mutation is not None and not mutated:
         raise LookupError(f"{name}.py has changed: nothing to mutate at {mutation[0]!r}")
     return module
 
@@ -494,7 +538,9 @@ def load(name: str, mutation: tuple[str, str] | None = None) -> ModuleType:
 load.copies = 0
 
 
-def _copy(name: str, folder: Path, prefix: str, mutation: tuple[str, str] | None, mutated: list[str]) -> ModuleType:
+def _copy(
+    name: str, folder: Path, prefix: str, mutation: tuple[str, str] | None, mutated: list[str]
+) -> ModuleType:
     if prefix + name in sys.modules:
         return sys.modules[prefix + name]
     spec = importlib.util.find_spec(f"nemo_embed_core.kernels.{name}")
@@ -517,11 +563,16 @@ def _copy(name: str, folder: Path, prefix: str, mutation: tuple[str, str] | None
     return module
 
 
-def run(name: str, arguments: dict, mutation: tuple[str, str] | None = None, constants: dict | None = None) -> None:
-    """`constants` of the kernel files are made smaller, so that a small shape goes through every loop more than once."""
+def run(
+    name: str, arguments: dict, mutation: tuple[str, str] | None = None, constants: dict | None = None
+) -> None:
+    """`constants` of the kernel files are made smaller, so that a small shape goes through every loop more
+    than once."""
     torch.manual_seed(0)
     module = load(KERNEL_FILE.get(name, name), mutation)
-    copies = [m for key, m in sys.modules.items() if key.startswith(module.__name__.split("_of_")[0] + "_of_")]
+    copies = [
+        m for key, m in sys.modules.items() if key.startswith(module.__name__.split("_of_")[0] + "_of_")
+    ]
     for constant, value in (constants or {}).items():
         owners = [m for m in copies if hasattr(m, constant)]
         assert owners, f"{module.__name__} has no {constant}"
@@ -533,7 +584,8 @@ def run(name: str, arguments: dict, mutation: tuple[str, str] | None = None, con
 
 
 def opcheck(name: str) -> None:
-    """torch.library.opcheck (schema, fake tensors, autograd registration, AOT dispatch) of every op of a file."""
+    """torch.library.opcheck (schema, fake tensors, autograd registration, AOT dispatch) of every op of a
+    file."""
     module = importlib.import_module(f"nemo_embed_core.kernels.{name}")
     for operator, arguments in operator_samples(module, name):
         torch.library.opcheck(operator, arguments)
@@ -586,27 +638,36 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         groups = torch.arange(5, dtype=torch.int32)
         yield operator_of(module.columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, None)
         known = torch.tensor([[1, 4], [-2, 0], [3, 3]], dtype=torch.int32)
-        yield operator_of(module.columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, known)
+        yield (
+            operator_of(module.columns_fwd),
+            (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, known),
+        )
 
 
 def weighted_squares(outputs: list[torch.Tensor]) -> torch.Tensor:
     """A scalar of them all. Not the plain sum of squares: that of unit rows is constant."""
-    return sum((y * y * torch.linspace(0.5, 1.5, y.numel(), device=y.device).view(y.shape)).sum() for y in outputs)
+    return sum(
+        (y * y * torch.linspace(0.5, 1.5, y.numel(), device=y.device).view(y.shape)).sum() for y in outputs
+    )
 
 
 def compiled_gradients(name: str) -> None:
-    """torch.compile (aot_eager) gives the gradients of eager mode: an op whose backward is lost would give zeros."""
+    """torch.compile (aot_eager) gives the gradients of eager mode: an op whose backward is lost would give
+    zeros."""
     module = importlib.import_module(f"nemo_embed_core.kernels.{name}")
     for operator, arguments in operator_samples(module, name):
         results = []
         torch._dynamo.reset()
         for function in (operator, torch.compile(operator, backend="aot_eager", fullgraph=True)):
             leaves = [
-                a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in arguments
+                a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a
+                for a in arguments
             ]
             outputs = function(*leaves)
             outputs = [
-                y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad and y.numel()
+                y
+                for y in (outputs if isinstance(outputs, tuple) else (outputs,))
+                if y.requires_grad and y.numel()
             ]
             weighted_squares(outputs).backward()
             results.append([a.grad for a in leaves if torch.is_tensor(a) and a.requires_grad])
@@ -615,7 +676,8 @@ def compiled_gradients(name: str) -> None:
 
 
 def benchmark_rehearsal(folder: str) -> None:
-    """benchmarks.kernels from end to end, with stand-ins for the device: every line but the stopwatch's own runs here."""
+    """benchmarks.kernels from end to end, with stand-ins for the device: every line but the stopwatch's own
+    runs here."""
     from unittest import mock
 
     from benchmarks import ceilings, kernels
@@ -639,10 +701,25 @@ def benchmark_rehearsal(folder: str) -> None:
     }
     real_cases = dict(kernels.KERNELS)
     on_cpu = {
-        name: lambda dtype, device, case=case, **shape: case(dtype, "cpu", **shape) for name, case in real_cases.items()
+        name: lambda dtype, device, case=case, **shape: case(dtype, "cpu", **shape)
+        for name, case in real_cases.items()
     }
-    tiny = {"T": 2, "width": 32, "blocks": 1, "H": 2, "G": 1, "A": 16, "B": 2, "P": 3, "K": 1, "D": 16, "normalize": 1}
-    shapes = {name: [{k: tiny.get(k, v) for k, v in shape.items()}] for name, shape in kernels.GATE["cpu"].items()}
+    tiny = {
+        "T": 2,
+        "width": 32,
+        "blocks": 1,
+        "H": 2,
+        "G": 1,
+        "A": 16,
+        "B": 2,
+        "P": 3,
+        "K": 1,
+        "D": 16,
+        "normalize": 1,
+    }
+    shapes = {
+        name: [{k: tiny.get(k, v) for k, v in shape.items()}] for name, shape in kernels.GATE["cpu"].items()
+    }
     shapes["mean_pool"][0]["T"] = 60
     patches = [mock.patch.object(torch.cuda, name, function) for name, function in cuda.items()]
     patches += [
@@ -671,7 +748,11 @@ def benchmark_rehearsal(folder: str) -> None:
     ours = [line for line in lines if line["variant"] == "ours"]
     assert {line["kernel"] for line in ours} == set(real_cases)
     assert all(line["rate"] > 0 and line["share"] > 0 and line["gpu"] == "stand-in" for line in ours)
-    assert {line["variant"] for line in lines if line["kernel"] == "mean_pool"} >= {"eager", "padded", "segment_reduce"}
+    assert {line["variant"] for line in lines if line["kernel"] == "mean_pool"} >= {
+        "eager",
+        "padded",
+        "segment_reduce",
+    }
 
 
 def serve() -> None:

@@ -1,4 +1,5 @@
-"""Compile for sm_90, without a GPU, every Triton kernel that the launchers would launch, and print what it costs.
+"""Compile for sm_90, without a GPU, every Triton kernel that the launchers would launch, and print what it
+costs.
 
     PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope ...]
 
@@ -50,7 +51,8 @@ launches: dict[tuple, dict] = {}
 
 
 def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stages=3, **kwargs) -> None:
-    """Instead of JITFunction.run: what its specialisation would be (16-byte aligned pointers, ints that are 1 or 16 n)."""
+    """Instead of JITFunction.run: what its specialisation would be (16-byte aligned pointers, ints that are 1
+    or 16 n)."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     assert list(values) and set(values) == set(kernel.arg_names), (
         f"{kernel.__name__}: {set(kernel.arg_names) ^ set(values)}"
@@ -73,7 +75,11 @@ def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stag
         else:
             signature[name] = "fp32"
     # Recompiling for every divisibility of every int would multiply the list without telling more.
-    shown = {name: value for name, value in constants.items() if name in constexpr_names and not isinstance(value, str)}
+    shown = {
+        name: value
+        for name, value in constants.items()
+        if name in constexpr_names and not isinstance(value, str)
+    }
     dtype = next((t for t in ("bf16", "fp16") if any(t in signature[n] for n in kernel.arg_names)), "fp32")
     key = (kernel.__name__, dtype, json.dumps(shown), num_warps, num_stages)
     if key not in launches:
@@ -84,7 +90,8 @@ def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stag
 
 
 def launch_everything(names: list[str], recipe: bool) -> None:
-    """recipe: one shape of each kind, the 8B model's; else every entry of the tables, and both models' shapes."""
+    """recipe: one shape of each kind, the 8B model's; else every entry of the tables, and both models'
+    shapes."""
     for dtype in (torch.bfloat16, torch.float32):
 
         def empty(*shape: int, dtype=dtype) -> torch.Tensor:
@@ -114,7 +121,8 @@ def launch_everything(names: list[str], recipe: bool) -> None:
                 backward(mean_pool.segment_sum_kernel(empty(160, hidden_size), cu_seqlens, 16))
                 if not recipe:
                     backward(mean_pool.mean_pool_kernel(empty(160, hidden_size), cu_seqlens))
-                for bounds in (cu_seqlens, torch.tensor([0, 2100], dtype=torch.int32)):  # short and long sequences
+                # Short and long sequences.
+                for bounds in (cu_seqlens, torch.tensor([0, 2100], dtype=torch.int32)):
                     backward(mean_pool.mean_pool_kernel(empty(int(bounds[-1]), hidden_size), bounds, True))
         if "quantize_rows" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
@@ -128,7 +136,10 @@ def launch_everything(names: list[str], recipe: bool) -> None:
         if "pair_scores" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 rows, ids = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
-                q, documents = empty(16, hidden_size, dtype=torch.float32).detach(), empty(16, hidden_size).detach()
+                q, documents = (
+                    empty(16, hidden_size, dtype=torch.float32).detach(),
+                    empty(16, hidden_size).detach(),
+                )
                 pair_scores.pair_scores_kernel(q, rows, documents, ids)
         if "filter_scores" in names and dtype == torch.bfloat16:
             vector = torch.empty(512)
@@ -153,7 +164,9 @@ def launch_everything(names: list[str], recipe: bool) -> None:
                 backward(info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature, ids, valid))
                 if not recipe:
                     options = {"known_ids_BJ": torch.zeros(num_rows, 3, dtype=torch.int64)}
-                    backward(info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature, ids, valid, **options))
+                    backward(
+                        info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature, ids, valid, **options)
+                    )
                 if not recipe and num_rows == 144:
                     backward(info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature, ids, valid, own))
                     backward(info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature))
@@ -166,7 +179,8 @@ def tool(name: str) -> str:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """registers of a thread, and spills: instructions on local memory. (The stack size also counts bytes that nobody uses.)"""
+    """registers of a thread, and spills: instructions on local memory. (The stack size also counts bytes that
+    nobody uses.)"""
 
     def report(*arguments: str) -> str:
         return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
@@ -218,7 +232,9 @@ def main() -> None:
             f"{time.perf_counter() - begin:5.2f} s  {shown}",
             flush=True,
         )
-    print(f"triton {triton.__version__}: {len(rows)} kernels compiled in {time.perf_counter() - started:.0f} s")
+    print(
+        f"triton {triton.__version__}: {len(rows)} kernels compiled in {time.perf_counter() - started:.0f} s"
+    )
     print(json.dumps(rows))
 
 

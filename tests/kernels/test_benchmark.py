@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_without_a_device_the_gate_runs_and_says_so():
     command = [sys.executable, "-m", "benchmarks.kernels", "--kernel", "swiglu", "rope"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
     assert result.returncode == 0, result.stderr
     assert "no CUDA device" in result.stdout
     assert result.stdout.count("passed") == 2

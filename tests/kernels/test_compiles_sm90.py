@@ -1,4 +1,5 @@
-"""Every kernel compiles for sm_90 without a GPU, into registers, with vector loads and wgmma where they are due."""
+"""Every kernel compiles for sm_90 without a GPU, into registers, with vector loads and wgmma where they are
+due."""
 
 import json
 import os
@@ -34,11 +35,13 @@ def check(rows: list[dict]) -> None:
     allowed = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 2
     assert [row for row in rows if row["spills"] > allowed] == []
     assert [row for row in rows if row["shared"] > 227 * 1024] == [], "more shared memory than an SM has"
-    # 64 rows and more go to the tensor cores through wgmma; rows of 4096 are read 16 bytes at a time, but for pair_scores, which
-    # has more loads of 8 bytes in flight and was faster so.
+    # 64 rows and more go to the tensor cores through wgmma; rows of 4096 are read 16 bytes at a time, but for
+    # pair_scores, which has more loads of 8 bytes in flight and was faster so.
     slow = [row for row in rows if row["constants"].get("BLOCK_B", 0) >= 64 and "BLOCK_P" in row["constants"]]
     assert slow and [row for row in slow if not row["wgmma"]] == []
-    wide = [row for row in rows if row["constants"].get("D") == 4096 and row["kernel"] != "_pair_scores_kernel"]
+    wide = [
+        row for row in rows if row["constants"].get("D") == 4096 and row["kernel"] != "_pair_scores_kernel"
+    ]
     assert [row for row in wide if not row["vectors"]] == []
 
 

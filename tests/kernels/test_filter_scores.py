@@ -5,7 +5,9 @@ from nemo_embed_core.kernels.filter_scores import filter_scores
 
 
 @pytest.mark.parametrize("values", ["int8", "fp16"])
-@pytest.mark.parametrize(("Q", "N", "D"), [(1, 1, 32), (37, 301, 96), (16, 64, 32), (17, 65, 48), (70, 90, 32)])
+@pytest.mark.parametrize(
+    ("Q", "N", "D"), [(1, 1, 32), (37, 301, 96), (16, 64, 32), (17, 65, 48), (70, 90, 32)]
+)
 def test_kernel_appends_what_the_reference_keeps(passes, values, Q, N, D):
     for scaled in (True, False):
         passes("filter_scores", Q=Q, N=N, D=D, values=values, scaled=scaled)

@@ -1,7 +1,8 @@
-"""The Triton kernels inside a training step: loss and every gradient equal the reference path's, alone and under tp x sp.
+"""The Triton kernels inside a training step: loss and every gradient equal the reference path's, alone and
+under tp x sp.
 
-On a CPU the model takes the references; here the same model runs once with them and once with the kernels' launchers in
-Triton's interpreter (fp32: its bf16 is not to be trusted).
+On a CPU the model takes the references; here the same model runs once with them and once with the kernels'
+launchers in Triton's interpreter (fp32: its bf16 is not to be trusted).
 """
 
 from pathlib import Path
@@ -31,7 +32,9 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     loss = {"in_batch": in_batch, "temperature": 0.05}
     data = {"document_max_length": 8, "num_hard_negatives": 1}  # the interpreter takes milliseconds a program
-    config = train_config(Path(folder), loss=loss, data=data, global_batch_size=2, output_dir=f"{folder}/{in_batch}")
+    config = train_config(
+        Path(folder), loss=loss, data=data, global_batch_size=2, output_dir=f"{folder}/{in_batch}"
+    )
     mesh = build_mesh(torch.device("cpu"), 1, world_size, True)
     trainer = Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None)
     batches, _ = load_batch(trainer.store, trainer.sampler, 0, 0, 1, config.data, world_size, config.seed)
@@ -40,7 +43,10 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
         trainer.engine.optimizer.zero_grad(set_to_none=True)
         losses_B, _ = forward_backward(trainer.engine.model, batches, mesh, config.loss)
         sync_replicated_grads(trainer.engine.model.parameters(), mesh)
-        grads = {fsdp.plain_name(n): p.grad.full_tensor().clone() for n, p in trainer.engine.model.named_parameters()}
+        grads = {
+            fsdp.plain_name(n): p.grad.full_tensor().clone()
+            for n, p in trainer.engine.model.named_parameters()
+        }
         return losses_B, grads
 
     reference = step()
@@ -68,7 +74,8 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
 def test_a_step_with_kernels_equals_the_reference_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, in_batch: str
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # of the ranks; this process has imported triton already or never will
+    # Of the ranks; this process has imported triton already or never will.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     train_config(tmp_path)
     for got in run_ranks(both_paths, world_size, str(tmp_path), in_batch):
         assert all(got["calls"].values()), f"a kernel was not used: {got['calls']}"

@@ -25,7 +25,8 @@ def test_hard_at_extreme_temperatures(passes, temperature):
 
 
 @pytest.mark.parametrize(
-    ("B", "P", "D", "dtype"), [(1, 1, 64, "fp32"), (5, 37, 100, "fp32"), (5, 37, 100, "fp16"), (17, 129, 64, "fp32")]
+    ("B", "P", "D", "dtype"),
+    [(1, 1, 64, "fp32"), (5, 37, 100, "fp32"), (5, 37, 100, "fp16"), (17, 129, 64, "fp32")],
 )
 def test_in_batch_within_budget(passes, B, P, D, dtype):
     passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype)
@@ -40,27 +41,46 @@ def test_in_batch_at_extreme_temperatures(passes, temperature):
 
 
 def test_in_batch_with_several_row_blocks_splits_and_chunks(passes):
-    # 2 row blocks of 128; 12 tiles of columns in splits; a workspace of 128 columns makes 2 chunks of the backward.
+    # 2 row blocks of 128; 12 tiles of columns in splits; a workspace of 128 columns makes 2 chunks of the
+    # backward.
     passes("info_nce_in_batch", B=130, P=1500, D=32, ids=True, constants={"_WORKSPACE": 130 * 4 * 800})
 
 
-# Tiles of 16 rows of which two stand side by side, and little work for a split: 70 rows are three groups, the last one short.
-SMALL_GROUPS = {"_COLUMNS": {size: [[2**40, 16, 32, 32, 4, 3]] for size in (2, 4)}, "_GROUP": 2, "_PROGRAMS": 4}
+# Tiles of 16 rows of which two stand side by side, and little work for a split: 70 rows are three groups, the
+# last one short.
+SMALL_GROUPS = {
+    "_COLUMNS": {size: [[2**40, 16, 32, 32, 4, 3]] for size in (2, 4)},
+    "_GROUP": 2,
+    "_PROGRAMS": 4,
+}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_in_batch_beyond_one_group_of_row_blocks(passes, dtype):
-    """As beyond 1,024 rows, where a group of eight blocks of 128 ends; D of two steps, with and without 16-byte rows."""
+    """As beyond 1,024 rows, where a group of eight blocks of 128 ends; D of two steps, with and without
+    16-byte rows."""
     for D in (48, 33):
         passes("info_nce_in_batch", B=70, P=67, D=D, dtype=dtype, constants=SMALL_GROUPS)
     small = SMALL_GROUPS | {"_WORKSPACE": 70 * 4 * 64}
-    passes("info_nce_in_batch", B=70, P=67, D=48, dtype=dtype, ids=True, valid=True, own=2, extra=True, constants=small)
+    passes(
+        "info_nce_in_batch",
+        B=70,
+        P=67,
+        D=48,
+        dtype=dtype,
+        ids=True,
+        valid=True,
+        own=2,
+        extra=True,
+        constants=small,
+    )
     passes("in_batch_logsumexp", B=70, P=67, D=48, dtype=dtype, ids=True, constants=SMALL_GROUPS)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_hard_beyond_one_block_of_documents_and_of_columns(passes, normalize):
-    """As beyond 8 documents, 2,048 columns forward and 4,096 backward; a program is one row, however many there are."""
+    """As beyond 8 documents, 2,048 columns forward and 4,096 backward; a program is one row, however many
+    there are."""
     small = {"_OWN_FORWARD": [2, 16, 1], "_OWN_BACKWARD": [4, 32, 1]}
     passes("info_nce_hard", B=9, M=7, D=70, normalize=normalize, constants=small)
 
@@ -123,9 +143,13 @@ def test_hard_reference_gradcheck(normalize):
 
 
 def test_in_batch_reference_gradcheck():
-    inputs = [*doubles((4, 5), (7, 5), (4, 3, 5), (4,)), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)]
+    inputs = [
+        *doubles((4, 5), (7, 5), (4, 3, 5), (4,)),
+        torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
+    ]
     assert torch.autograd.gradcheck(
-        lambda q, d, own, extra, t: info_nce_in_batch(q, d, LABELS, t, IDS, VALID, own, MASK, extra, KNOWN), inputs
+        lambda q, d, own, extra, t: info_nce_in_batch(q, d, LABELS, t, IDS, VALID, own, MASK, extra, KNOWN),
+        inputs,
     )
     rows = torch.tensor([1, 9, 2, 3])
     inputs = [inputs[0], inputs[1], inputs[4]]

@@ -22,7 +22,8 @@ def test_kernel_within_budget(passes, normalize, dtype):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "D", "padding"), [([1], 64, 0), ([65], 300, 0), ([2, 3], 4096, 1), ([16, 16], 64, 0), ([1] * 17, 64, 0)]
+    ("lengths", "D", "padding"),
+    [([1], 64, 0), ([65], 300, 0), ([2, 3], 4096, 1), ([16, 16], 64, 0), ([1] * 17, 64, 0)],
 )
 def test_kernel_over_awkward_shapes(passes, lengths, D, padding):
     passes("mean_pool", lengths=lengths, D=D, padding=padding, normalize=True, constants=CHUNKS)
@@ -34,7 +35,8 @@ def test_more_sequences_than_ends_are_compared_at_a_time(passes, normalize):
     """As beyond 1,024 sequences and 1,024 columns, with chunks of the many-token size."""
     small = CHUNKS | {"_ENDS": 8, "_MANY_TOKENS": 32, "_CHUNK_OF_MANY": 8, "_SCATTER_CHUNK": 8}
     small |= {"_COLUMNS_FORWARD": [4, 32, 1, 3], "_COLUMNS_BACKWARD": [4, 32, 1, 1]}
-    lengths = [1, 3, 0, 5] * 5 + [70]  # 21: three blocks of ends; the last one takes three blocks of partial sums
+    # 21: three blocks of ends; the last one takes three blocks of partial sums.
+    lengths = [1, 3, 0, 5] * 5 + [70]
     passes("mean_pool", lengths=lengths, D=70, normalize=normalize, constants=small)
     passes("segment_sum", lengths=lengths, D=70, shards=[3], constants=small)
 
@@ -75,7 +77,9 @@ def test_equals_a_loop_over_sequences():
 
 def test_shards_add_up_to_the_whole():
     x, cu_seqlens = torch.randn(12, 8), torch.tensor([0, 5, 6, 11])
-    parts = [segment_sum(piece, cu_seqlens, offset) for offset, piece in zip((0, 4, 8), x.split(4), strict=True)]
+    parts = [
+        segment_sum(piece, cu_seqlens, offset) for offset, piece in zip((0, 4, 8), x.split(4), strict=True)
+    ]
     torch.testing.assert_close(sum(parts) / cu_seqlens.diff()[:, None], mean_pool(x, cu_seqlens))
 
 

@@ -1,9 +1,14 @@
-"""The checks have teeth: each kernel bug planted here is caught by the very check that the healthy kernel passes."""
+"""The checks have teeth: each kernel bug planted here is caught by the very check that the healthy kernel
+passes."""
 
 import pytest
 
 # As in test_info_nce.py and test_mean_pool.py.
-SMALL_GROUPS = {"_COLUMNS": {size: [[2**40, 16, 32, 32, 4, 3]] for size in (2, 4)}, "_GROUP": 2, "_PROGRAMS": 4}
+SMALL_GROUPS = {
+    "_COLUMNS": {size: [[2**40, 16, 32, 32, 4, 3]] for size in (2, 4)},
+    "_GROUP": 2,
+    "_PROGRAMS": 4,
+}
 CHUNKS = {"_CHUNK": 16, "_SCATTER_CHUNK": 16}
 
 MUTANTS = {
@@ -163,7 +168,8 @@ MUTANTS = {
         'tl.abs(loaded) < float("inf"), 0, 1',
         "loaded == loaded, 0, 1",
     ),
-    "quantize_rows: the last column is left out": (  # one more would be written past the end, and kill the interpreter
+    # One more would be written past the end, and kill the interpreter.
+    "quantize_rows: the last column is left out": (
         "quantize_rows",
         {"N": 5, "D": 40},
         "(offs_n < N)[:, None] & (offs_d < D)[None, :]",
@@ -274,10 +280,10 @@ MUTANTS = {
     "pair_scores: neighbouring chunks are added first": (
         "pair_scores",
         {"M": 20, "D": 100, "constants": {"_CONFIG": [4, 32]}},
-        "offs_d, HALF, 2 * STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, "
-        "offs_d + STEP, HALF, 2 * STEP,",
-        "offs_d, HALF, STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(q0_ptr, q1_ptr, d0_ptr, d1_ptr, "
-        "offs_d + HALF * STEP, HALF, STEP,",
+        "d1_ptr, offs_d, HALF, 2 * STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(\n"
+        "            q0_ptr, q1_ptr, d0_ptr, d1_ptr, offs_d + STEP, HALF, 2 * STEP,",
+        "d1_ptr, offs_d, HALF, STEP, D, SHARED, UNROLL)\n        y0, y1 = _sums_of_chunks(\n"
+        "            q0_ptr, q1_ptr, d0_ptr, d1_ptr, offs_d + HALF * STEP, HALF, STEP,",
     ),
     "pair_scores: a loop over chunks forgets the second half": (
         "pair_scores",
@@ -330,7 +336,12 @@ MUTANTS = {
     ),
     "rms_norm: partial sums past the first block": (
         "rms_norm",
-        {"T": 53, "D": 40, "residual": True, "constants": {"_BACKWARD_PROGRAMS": 37, "_SUM_ROWS": [16, 16, 1]}},
+        {
+            "T": 53,
+            "D": 40,
+            "residual": True,
+            "constants": {"_BACKWARD_PROGRAMS": 37, "_SUM_ROWS": [16, 16, 1]},
+        },
         "for start in range(0, P, BLOCK_P):",
         "for start in range(0, BLOCK_P, BLOCK_P):",
     ),
@@ -406,5 +417,6 @@ def test_planted_bug_is_caught(interpreted, name):
     error = interpreted(check, mutation=(old, new), **arguments)
     assert error is not None, "the planted bug went unnoticed"
     assert "nothing to mutate" not in error, error
-    # Noticed by the comparison and not by falling over, except where the bug is one that Triton itself refuses.
+    # Noticed by the comparison and not by falling over, except where the bug is one that Triton itself
+    # refuses.
     assert error.startswith("AssertionError") or "tl.max(" in new, error

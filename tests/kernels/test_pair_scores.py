@@ -31,10 +31,16 @@ def test_a_score_is_the_rounded_exact_dot_product_whatever_the_batch():
     for hidden_size in (1, 2, 3, 64, 1000):
         q, d = (torch.randn(50, hidden_size, generator=generator) for _ in range(2))
         rows, ids = torch.arange(50), torch.arange(49, -1, -1)
-        exact = (q.numpy().astype(np.longdouble) * d.flip(0).numpy().astype(np.longdouble)).sum(-1).astype(np.float32)
+        exact = (
+            (q.numpy().astype(np.longdouble) * d.flip(0).numpy().astype(np.longdouble))
+            .sum(-1)
+            .astype(np.float32)
+        )
         got = pair_scores(q, rows, d, ids)
         np.testing.assert_array_equal(got.numpy(), exact)
-        assert torch.equal(torch.cat([pair_scores(q, rows[i : i + 1], d, ids[i : i + 1]) for i in range(50)]), got)
+        assert torch.equal(
+            torch.cat([pair_scores(q, rows[i : i + 1], d, ids[i : i + 1]) for i in range(50)]), got
+        )
 
 
 def test_wrong_shapes_say_what_is_wanted():

@@ -5,7 +5,9 @@ from nemo_embed_core.kernels.rms_norm import rms_norm, rms_norm_ref
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize(("T", "D", "residual"), [(1, 64, True), (17, 100, True), (5, 100, False), (2, 4096, True)])
+@pytest.mark.parametrize(
+    ("T", "D", "residual"), [(1, 64, True), (17, 100, True), (5, 100, False), (2, 4096, True)]
+)
 def test_kernel_within_budget(passes, T, D, residual, dtype):
     passes("rms_norm", T=T, D=D, residual=residual, dtype=dtype)
 
@@ -16,7 +18,9 @@ def test_backward_programs_sum_their_rows(passes):
 
 def test_more_partial_sums_than_are_added_at_a_time(passes):
     """As beyond 128 programs of the backward, and in more blocks of columns than one."""
-    passes("rms_norm", T=53, D=40, residual=True, constants={"_BACKWARD_PROGRAMS": 37, "_SUM_ROWS": [16, 16, 1]})
+    passes(
+        "rms_norm", T=53, D=40, residual=True, constants={"_BACKWARD_PROGRAMS": 37, "_SUM_ROWS": [16, 16, 1]}
+    )
 
 
 def test_ops_are_well_formed_and_keep_gradients_under_compile(passes):

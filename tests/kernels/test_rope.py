@@ -6,7 +6,8 @@ from nemo_embed_core.kernels.rope import split_rope, split_rope_ref
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("T", "num_heads", "num_kv_heads", "head_dim"), [(1, 4, 2, 64), (13, 6, 2, 100), (5, 32, 8, 128), (9, 2, 2, 32)]
+    ("T", "num_heads", "num_kv_heads", "head_dim"),
+    [(1, 4, 2, 64), (13, 6, 2, 100), (5, 32, 8, 128), (9, 2, 2, 32)],
 )
 def test_kernel_within_budget(passes, T, num_heads, num_kv_heads, head_dim, dtype):
     passes("split_rope", T=T, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
@@ -30,7 +31,9 @@ def test_reference_gradcheck():
 def test_equals_hugging_face_on_separate_projections():
     num_tokens, num_heads, num_kv_heads, head_dim = 7, 6, 2, 8
     q, k, v = (torch.randn(num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
-    blocks = [torch.cat([q[:, 3 * g : 3 * g + 3], k[:, g : g + 1], v[:, g : g + 1]], 1) for g in range(num_kv_heads)]
+    blocks = [
+        torch.cat([q[:, 3 * g : 3 * g + 3], k[:, g : g + 1], v[:, g : g + 1]], 1) for g in range(num_kv_heads)
+    ]
     cos, sin = tables(num_tokens, head_dim)
     ours = split_rope(torch.cat(blocks, 1).flatten(1), cos, sin, num_heads, num_kv_heads, head_dim)
 
@@ -38,7 +41,9 @@ def test_equals_hugging_face_on_separate_projections():
         return torch.cat([-x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1)
 
     cos, sin = (torch.cat([x, x], -1)[:, None] for x in (cos, sin))
-    for mine, expected in zip(ours, (q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v), strict=True):
+    for mine, expected in zip(
+        ours, (q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v), strict=True
+    ):
         torch.testing.assert_close(mine, expected)
         assert mine.is_contiguous()
 

@@ -1,4 +1,5 @@
-"""The loss by its definition, its masks, and its statistics (one process; other layouts: parallel/test_equivalence)."""
+"""The loss by its definition, its masks, and its statistics (one process; other layouts:
+parallel/test_equivalence)."""
 
 import math
 
@@ -65,7 +66,8 @@ def test_the_same_document_is_never_a_negative(group, in_batch: str) -> None:
 
 
 def some_known(g: Groups) -> Groups:
-    """Row 0 knows row 1's positive and a negative of row 2, row 2 knows row 0's positive, row 4 a negative of its own."""
+    """Row 0 knows row 1's positive and a negative of row 2, row 2 knows row 0's positive, row 4 a negative of
+    its own."""
     g.mask_BM[2, 1] = g.mask_BM[4, 1:3] = True
     g.ids_BM[2, 1], g.ids_BM[4, 1], g.ids_BM[4, 2] = 801, 802, 803
     known = [[g.ids_BM[1, 0], 801], [-2, -2], [g.ids_BM[0, 0], -2], [-2, -2], [802, 99]]
@@ -83,7 +85,9 @@ def test_documents_that_a_row_knows_are_none_of_its_negatives(group, in_batch: s
     assert {b for b in range(5) if blind[b] > got[b] + 1e-6} == rows
     assert all(blind[b] == got[b] for b in set(range(5)) - rows)
     (grad,) = torch.autograd.grad(got[4], docs)
-    assert (grad[4, 1] == 0).all() and (grad[4, 2] != 0).all(), "its own negative that is right, and one that is not"
+    assert (grad[4, 1] == 0).all() and (grad[4, 2] != 0).all(), (
+        "its own negative that is right, and one that is not"
+    )
 
 
 def test_a_negative_that_is_the_positive_again_is_none(group) -> None:
@@ -97,7 +101,9 @@ def test_a_negative_that_is_the_positive_again_is_none(group) -> None:
 
 def test_missing_negatives_weigh_nothing(group) -> None:
     g = random_groups()
-    poisoned = Groups(g.q_BD, g.docs_BMD.masked_fill(~g.mask_BM[..., None], float("nan")), g.mask_BM, g.ids_BM)
+    poisoned = Groups(
+        g.q_BD, g.docs_BMD.masked_fill(~g.mask_BM[..., None], float("nan")), g.mask_BM, g.ids_BM
+    )
     docs = poisoned.docs_BMD.requires_grad_()
     for in_batch in ("none", "positives", "all"):
         losses = contrastive_loss(poisoned, 0.02, in_batch, group, 0)
@@ -130,7 +136,8 @@ def test_stats_count_what_they_say() -> None:
 
 
 def test_accuracy_is_of_rows_that_have_a_candidate() -> None:
-    """A miss, a tie (a miss), a hit, and two rows that are left without a candidate by masks and by what they know."""
+    """A miss, a tie (a miss), a hit, and two rows that are left without a candidate by masks and by what they
+    know."""
     q = torch.tensor([[1.0, 0.0]]).expand(5, 2)
     low, high = [0.6, 0.8], [0.8, 0.6]
     docs = torch.tensor([[low, high], [low, low], [high, low], [low, high], [low, high]])

@@ -38,11 +38,16 @@ def cases(kind: torch.dtype, num_sources: int, target: torch.dtype) -> dict[str,
     wild = [(normal().double() * 2.0 ** steps(*reach).double()).to(kind) for _ in range(num_sources)]
     made = {
         "normal": [(normal() * 0.02).to(kind) for _ in range(num_sources)],
-        # bf16 values a few units apart: every other mean of two, one in six of six, lies exactly between two neighbours.
-        "neighbours": [(sisters + steps(-3, 4).short()).view(torch.bfloat16).to(kind) for _ in range(num_sources)],
+        # bf16 values a few units apart: every other mean of two, one in six of six, lies exactly between two
+        # neighbours.
+        "neighbours": [
+            (sisters + steps(-3, 4).short()).view(torch.bfloat16).to(kind) for _ in range(num_sources)
+        ],
         "wild": wild,
         # About as far apart as fp32 holds in one sum of bf16 or fp16 values.
-        "spread": [(sisters.view(torch.bfloat16) * 2.0 ** -steps(0, 16)).to(kind) for _ in range(num_sources)],
+        "spread": [
+            (sisters.view(torch.bfloat16) * 2.0 ** -steps(0, 16)).to(kind) for _ in range(num_sources)
+        ],
         "cancelling": [cancelling * (-1) ** i for i in range(num_sources)],
         "zeros": [(normal() * 0.02).to(kind) * (torch.arange(SIZE) % 3 > 0) for _ in range(num_sources)],
     }
@@ -69,7 +74,8 @@ def test_every_sum_is_the_nearest_value(name: str, target: torch.dtype) -> None:
 
 
 def test_fp64_sums_rounded_once_are_not_always_the_nearest() -> None:
-    """Which is why combine() does more: 0.3 and 0.7 put the sum of two bf16 neighbours next to the middle of two values."""
+    """Which is why combine() does more: 0.3 and 0.7 put the sum of two bf16 neighbours next to the middle of
+    two values."""
     a = torch.arange(128, 256).bfloat16()
     blocks, weights = [a, a + 5], [0.3, 0.7]
     blocks = [block[:100] for block in blocks]
@@ -118,7 +124,8 @@ def test_nearest_takes_the_even_of_two() -> None:
 
 
 def test_a_tie_that_a_sum_in_fp32_would_break_the_wrong_way() -> None:
-    """1 + 2^-8 + 2^-26 is above the middle of two bf16; the 2^-26 is what is left of two small values of other sign."""
+    """1 + 2^-8 + 2^-26 is above the middle of two bf16; the 2^-26 is what is left of two small values of
+    other sign."""
     values = [2.0, 2 + 2**-6, 2**-17 * (1 + 2**-7), -(2.0**-17)]
     blocks = [torch.tensor([value], dtype=torch.bfloat16) for value in values]
     assert [block.item() for block in blocks] == values

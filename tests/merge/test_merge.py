@@ -48,7 +48,9 @@ def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfi
     reader, weights = RandomReader(config, seed), {}
     for name, shape in spec.parameter_shapes(config).items():
         noise = torch.rand(shape) * 0.1
-        weights.update(hf.to_hf(name, (reader.read_box(name, ((0,) * len(shape), shape)) + noise).to(dtype), config))
+        weights.update(
+            hf.to_hf(name, (reader.read_box(name, ((0,) * len(shape), shape)) + noise).to(dtype), config)
+        )
     save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     values = hf_config(config, str(dtype).removeprefix("torch."), {"bos_token_id": 0})
     (folder / "config.json").write_text(json.dumps(values))
@@ -56,8 +58,8 @@ def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfi
 
 
 def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, sources: list[str]) -> None:
-    """Load each source under tp = 1, 2, 4 (the rest of the ranks are dp) and save it untrained (steps = 0); then that again
-    under tp = 2, 4, 1."""
+    """Load each source under tp = 1, 2, 4 (the rest of the ranks are dp) and save it untrained (steps = 0);
+    then that again under tp = 2, 4, 1."""
     from nemo_embed_core.checkpoint.weights import read_model_config
     from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.parallel.mesh import build_mesh
@@ -68,7 +70,10 @@ def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, source
     for source in sources:
         for tp in (1, 2, 4):
             output = f"{folder}/saved-{Path(source).name}-{tp}"
-            for init_from, output_dir, size in ((source, output, tp), (output, output + "-again", tp % 4 * 2 or 1)):
+            for init_from, output_dir, size in (
+                (source, output, tp),
+                (output, output + "-again", tp % 4 * 2 or 1),
+            ):
                 config = train_config(Path(folder), init_from=init_from, steps=0, output_dir=output_dir)
                 mesh = build_mesh(torch.device("cpu"), world_size // size, size, True)
                 prepared = Prepared(read_model_config(source), load_tokenizer(config.tokenizer))
@@ -78,14 +83,19 @@ def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, source
 @pytest.mark.dist
 def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path) -> None:
     train_config(tmp_path)
-    folders = [(write_hf(tmp_path / str(d).removeprefix("torch."), d), d) for d in (torch.bfloat16, torch.float32)]
-    # Neither the vocabulary nor the MLP's blocks are divisible: the last ranks hold padding, which no file has.
+    folders = [
+        (write_hf(tmp_path / str(d).removeprefix("torch."), d), d) for d in (torch.bfloat16, torch.float32)
+    ]
+    # Neither the vocabulary nor the MLP's blocks are divisible: the last ranks hold padding, which no file
+    # has.
     odd = dataclasses.replace(MODEL, vocab_size=509, intermediate_size=99)
     folders.append((write_hf(tmp_path / "odd", torch.float32, config=odd), torch.float32))
     run_ranks(save_on_mesh, 4, str(tmp_path), [str(folder) for folder, _ in folders])
     for folder, dtype in folders:
         want = load_file(folder / "model.safetensors")
-        for tp, name in [(tp, f"{tp}") for tp in (1, 2, 4)] + [(tp % 4 * 2 or 1, f"{tp}-again") for tp in (1, 2, 4)]:
+        for tp, name in [(tp, f"{tp}") for tp in (1, 2, 4)] + [
+            (tp % 4 * 2 or 1, f"{tp}-again") for tp in (1, 2, 4)
+        ]:
             saved = open_weights(str(tmp_path / f"saved-{folder.name}-{name}"))
             layout = saved.reader.manifest["layout"]
             assert layout == {"tp_size": tp, "dp_size": 4 // tp} and saved.dtype == dtype
@@ -95,7 +105,9 @@ def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path) -> None:
             got = load_file(out / "model.safetensors")
             assert got.keys() == want.keys()
             for name in want:
-                assert got[name].dtype == dtype and torch.equal(got[name], want[name]), f"{dtype} tp={tp}: {name}"
+                assert got[name].dtype == dtype and torch.equal(got[name], want[name]), (
+                    f"{dtype} tp={tp}: {name}"
+                )
 
 
 def test_sharded_output_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,15 +153,19 @@ def nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_rounding_once_beats_rounding_twice() -> None:
-    """1 + 2^-8 + 2^-40 lies above the tie between two bf16 values; through fp32 it lands on the tie and rounds down."""
-    x = torch.tensor([1 + 2**-8 + 2**-40, -(1 + 2**-8 + 2**-40), 1 + 2**-8, 1e-46, -1e-46, 0.0], dtype=torch.float64)
+    """1 + 2^-8 + 2^-40 lies above the tie between two bf16 values; through fp32 it lands on the tie and
+    rounds down."""
+    x = torch.tensor(
+        [1 + 2**-8 + 2**-40, -(1 + 2**-8 + 2**-40), 1 + 2**-8, 1e-46, -1e-46, 0.0], dtype=torch.float64
+    )
     assert x[:1].to(torch.bfloat16).item() == 1.0, "torch's own cast rounds twice"
     want = [1 + 2**-7, -(1 + 2**-7), 1.0, 0.0, -0.0, 0.0]
     assert average.round_once(x, torch.bfloat16).tolist() == want
 
 
 def test_a_merge_leaves_the_page_cache_as_it_was(tmp_path: Path) -> None:
-    config = dataclasses.replace(MODEL, vocab_size=(24 << 20) // 4 // MODEL.hidden_size)  # more than is read ahead
+    # More than is read ahead.
+    config = dataclasses.replace(MODEL, vocab_size=(24 << 20) // 4 // MODEL.hidden_size)
     paths = [write_hf(tmp_path / str(i), torch.float32, seed=i, config=config) for i in range(4)]
     kept, unknown, *others = [path / "model.safetensors" for path in paths]
 
@@ -184,7 +200,10 @@ def test_sources_of_other_shapes_and_non_finite_weights_are_refused(tmp_path: Pa
 
 
 def test_a_missing_or_doubled_piece_is_found(tmp_path: Path) -> None:
-    pieces = [{"file": "a", "offset": [0, 0], "size": [2, 4]}, {"file": "b", "offset": [2, 0], "size": [2, 4]}]
+    pieces = [
+        {"file": "a", "offset": [0, 0], "size": [2, 4]},
+        {"file": "b", "offset": [2, 0], "size": [2, 4]},
+    ]
     check_coverage(tmp_path, "w", [4, 4], pieces)
     with pytest.raises(CheckpointError, match="w has 8 of 16 elements"):
         check_coverage(tmp_path, "w", [4, 4], pieces[:1])
@@ -218,12 +237,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_weights_are_applied_in_the_order_of_the_sources(three: list[Path], tmp_path: Path, monkeypatch) -> None:
+def test_weights_are_applied_in_the_order_of_the_sources(
+    three: list[Path], tmp_path: Path, monkeypatch
+) -> None:
     launcher(monkeypatch, *three, "--weights", 0.5, 0.3, 0.2, "-o", tmp_path / "out")
     a, b, c = map(weights_of, three)
     for name, got in weights_of(tmp_path / "out").items():
         rounded = a[name].double() * 0.5 + b[name].double() * 0.3 + c[name].double() * 0.2
-        # Where fp64 takes the other one of two neighbours (these weights are multiples of 2^-24), ours must be the right one.
+        # Where fp64 takes the other one of two neighbours (these weights are multiples of 2^-24), ours must
+        # be the right one.
         differ = (got != rounded.float()).nonzero().tolist()
         assert len(differ) < 0.3 * got.numel(), name
         for place in map(tuple, differ[:50]):
@@ -243,7 +265,9 @@ def test_weights_are_applied_in_the_order_of_the_sources(three: list[Path], tmp_
         ([0.5, 0.5], "2 weights for 3 sources"),
     ],
 )
-def test_weights_that_do_not_sum_to_one_are_refused(weights, message, three, tmp_path, monkeypatch, capsys) -> None:
+def test_weights_that_do_not_sum_to_one_are_refused(
+    weights, message, three, tmp_path, monkeypatch, capsys
+) -> None:
     with pytest.raises(SystemExit) as end:
         launcher(monkeypatch, *three, "--weights", *weights, "-o", tmp_path / "out")
     assert end.value.code == 2 and re.search(message, capsys.readouterr().err)
@@ -297,9 +321,19 @@ def test_a_greedy_soup_keeps_what_does_not_lower_the_score() -> None:
     scores = {(0,): 1.0, (1,): 3.0, (2,): 2.0, (3,): 2.0, (1, 2): 3.0, (1, 2, 3): 2.9, (1, 2, 0): 3.5}
     kept, decisions = greedy_soup("abcd", lambda members: scores[tuple(members)])
     assert kept == [1, 2, 0]
-    assert all(scores[tuple(d["members"])] == d["score"] for d in decisions), "also where two sources have one name"
+    assert all(scores[tuple(d["members"])] == d["score"] for d in decisions), (
+        "also where two sources have one name"
+    )
     tried = [("".join(d["sources"]), d.get("kept")) for d in decisions]
-    assert tried == [("a", None), ("b", None), ("c", None), ("d", None), ("bc", True), ("bcd", False), ("bca", True)]
+    assert tried == [
+        ("a", None),
+        ("b", None),
+        ("c", None),
+        ("d", None),
+        ("bc", True),
+        ("bcd", False),
+        ("bca", True),
+    ]
 
 
 SCORE = """
@@ -314,7 +348,8 @@ print(-abs(value - 1.6))
 
 
 def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
-    """Scored by the distance of one weight to 1.6: own values 1, 2 and 9, so 2 stays, the mean with 1 is better, 9 is not."""
+    """Scored by the distance of one weight to 1.6: own values 1, 2 and 9, so 2 stays, the mean with 1 is
+    better, 9 is not."""
     folders = []
     for i, value in enumerate((1.0, 2.0, 9.0)):
         folders.append(say_usage(write_hf(tmp_path / f"s{i}", torch.float32, seed=i), f"s{i}: "))
@@ -333,13 +368,17 @@ def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatc
     settings = json.loads((tmp_path / "out/config_sentence_transformers.json").read_text())
     assert settings["prompts"] == {"query": "s1: ", "document": "", "s1": "s1: ", "s0": "s0: "}
     said = capsys.readouterr().out
-    assert "s1's is the default of the merged model, because it scored best alone" in said and "s2: " not in said
+    assert (
+        "s1's is the default of the merged model, because it scored best alone" in said and "s2: " not in said
+    )
     card = (tmp_path / "out/README.md").read_text()
     assert "because it scored best alone" in card and "s2: " not in card
     for broken in ("print('no number')", "raise SystemExit(3)", "print(float('nan'))"):
         (tmp_path / "score.py").write_text(broken)
         with pytest.raises(SystemExit):
-            launcher(monkeypatch, *folders, "--method", "soup", "--evaluate", evaluate, "-o", tmp_path / "out2")
+            launcher(
+                monkeypatch, *folders, "--method", "soup", "--evaluate", evaluate, "-o", tmp_path / "out2"
+            )
         assert re.search("not a number|ended with code 3", capsys.readouterr().err)
     assert not list(tmp_path.glob("*out2*"))
 
@@ -352,7 +391,9 @@ def test_merging_from_python(three: list[Path], tmp_path: Path, monkeypatch, cap
         return -float((weights_of(folder)["norm.weight"] - weights_of(three[1])["norm.weight"]).norm())
 
     said: list[str] = []
-    report = merge.merge(three, tmp_path / "soup", method="soup", evaluate=closeness, dtype="bf16", say=said.append)
+    report = merge.merge(
+        three, tmp_path / "soup", method="soup", evaluate=closeness, dtype="bf16", say=said.append
+    )
     assert report == json.loads((tmp_path / "soup/merge-report.json").read_text())
     assert report["evaluate"] == "closeness" and [s["name"] for s in report["sources"]] == ["m1"]
     want = weights_of(three[1])
@@ -396,7 +437,9 @@ def test_the_report_says_how_far_each_source_is(three: list[Path], tmp_path: Pat
             a, b = (tensors[i] for i in got["sources"])
             assert got["distance"] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-5)
     a, m = (torch.cat([w[name].flatten() for name in merged]).double() for w in (inputs[1], merged))
-    assert report["whole"]["to_merged"][1]["distance"] == pytest.approx(float((a - m).norm() / a.norm()), rel=1e-5)
+    assert report["whole"]["to_merged"][1]["distance"] == pytest.approx(
+        float((a - m).norm() / a.norm()), rel=1e-5
+    )
     worst = report["sources"][0]["farthest"][0]
     distances = [t["to_merged"][0]["distance"] for t in report["tensors"].values()]
     assert report["tensors"][worst]["to_merged"][0]["distance"] == max(distances)
@@ -447,7 +490,9 @@ def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path,
     assert "m0 and " in text and "half differ: merges (" in text and "from rank 3 on" in text
     causal = shutil.copytree(three[0], tmp_path / "causal")
     config = json.loads((causal / "config.json").read_text())
-    (causal / "config.json").write_text(json.dumps({**config, "is_causal": True, "use_bidirectional_attention": False}))
+    (causal / "config.json").write_text(
+        json.dumps({**config, "is_causal": True, "use_bidirectional_attention": False})
+    )
     warnings: list[str] = []
     open_sources([str(three[1]), str(causal)], warnings.append)
     assert len(warnings) == 1 and "is_causal: False and True" in warnings[0]
@@ -474,7 +519,11 @@ def test_the_prompts_of_folders_are_kept_united_and_chosen(
     prompts, text = merged(a, name="same")
     assert prompts == {"query": "m0: ", "document": ""} and "WARNING" not in text
     assert json.loads((tmp_path / "same/sentence_bert_config.json").read_text())["max_seq_length"] == 77
-    assert "m0 before" not in text and '"m0: "; before documents: none' in text and "longest query: 77 tokens" in text
+    assert (
+        "m0 before" not in text
+        and '"m0: "; before documents: none' in text
+        and "longest query: 77 tokens" in text
+    )
     prompts, text = merged(a, b, name="both")
     assert prompts == {"query": "m0: ", "document": "", "m0": "m0: ", "m1": "m1: "}
     assert "WARNING: the sources have 2 default prompts; m0's is the default" in text
@@ -500,7 +549,11 @@ def test_usages_are_united_under_their_names() -> None:
     # The same name with another prompt, the same prompt under another name, another default, another length.
     b = usage(32, sts=("t: ", ""), other=("q: ", "d: "))
     both, said = united_usage([("a", a), ("b", b)])
-    assert list(both.prompts.items()) == [("nq", ("q: ", "d: ")), ("sts", ("s: ", "")), ("sts-2", ("t: ", ""))]
+    assert list(both.prompts.items()) == [
+        ("nq", ("q: ", "d: ")),
+        ("sts", ("s: ", "")),
+        ("sts-2", ("t: ", "")),
+    ]
     assert both.query_max_length == 64
     assert any("WARNING: the sources have 2 default prompts; a's" in line for line in said)
     assert any("query_max_length: the sources have [32, 64]" in line for line in said)
@@ -512,7 +565,9 @@ def test_usages_are_united_under_their_names() -> None:
     chosen, _ = united_usage([("c", c)], document_task="x")
     assert chosen.default == ("n: ", "Instruct: x\nQuery: ")
     # No name may overwrite another's key among sentence-transformers' prompts.
-    named = united_usage([("a", usage(x=("1", "2"))), ("b", usage(**{"x-document": ("3", "4")}))])[0].named_prompts()
+    named = united_usage([("a", usage(x=("1", "2"))), ("b", usage(**{"x-document": ("3", "4")}))])[
+        0
+    ].named_prompts()
     assert sorted(named.values()) == ["1", "1", "2", "2", "3", "4"]
     unknown, said = united_usage([("a", Usage())])
     assert (unknown.query_max_length, unknown.document_max_length) == (512, 512) and len(said) == 2
@@ -528,12 +583,7 @@ def test_a_folder_that_is_used_in_another_way_is_not_merged(
     modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in (
         ("Transformer", ""), ("Pooling", "1_Pooling"))]  # fmt: skip
     for name, mode, similarity, message in (
-        (
-            "last",
-            "lasttoken",
-            "cosine",
-            "last is a sentence-transformers model with pooling by lasttoken",
-        ),
+        ("last", "lasttoken", "cosine", "last is a sentence-transformers model with pooling by lasttoken"),
         ("dot", "mean_tokens", "dot", "dot compares vectors of any length by dot"),
     ):
         folder = say_usage(shutil.copytree(three[0], tmp_path / name), "", similarity_fn_name=similarity)
@@ -563,10 +613,13 @@ def save_checkpoint(folder: str, data: dict[str, Any] | None = None) -> None:
     Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None).run()
 
 
-def test_what_a_run_was_trained_with_travels_to_its_export(server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_what_a_run_was_trained_with_travels_to_its_export(
+    server: Server, tmp_path: Path, monkeypatch, capsys
+) -> None:
     write_hf(tmp_path / "hf", torch.float32)
     tasks = [
-        DatasetConfig(path=str(tmp_path / f"{n}.jsonl"), task=f"find {n}", document_task=d) for n, d in ("a1", "b ")
+        DatasetConfig(path=str(tmp_path / f"{n}.jsonl"), task=f"find {n}", document_task=d)
+        for n, d in ("a1", "b ")
     ]
     for dataset in tasks:
         write_rows(Path(dataset.path))
@@ -636,7 +689,9 @@ def test_a_merge_that_cannot_write_says_where_and_leaves_nothing(
 
 
 @pytest.mark.fault(22)
-@pytest.mark.parametrize("where", ["tokenizer.json", "config.json", "README.md", "merge-report.json", "2_Normalize"])
+@pytest.mark.parametrize(
+    "where", ["tokenizer.json", "config.json", "README.md", "merge-report.json", "2_Normalize"]
+)
 def test_a_disk_that_fills_beside_the_weights_ends_a_merge_with_the_bytes_it_needs(
     where: str, three: list[Path], tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -667,7 +722,15 @@ def test_a_file_size_limit_ends_a_merge_as_a_full_disk_does(three: list[Path], t
     for limit, place in ((100_000, "the weights"), (2_000_000, "the tokenizer")):
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import sys; sys.argv = sys.argv[1:]"
         code += "; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-        command = [sys.executable, "-c", code, str(ROOT / "launch/merge.py"), str(source), "-o", str(tmp_path / "out")]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(ROOT / "launch/merge.py"),
+            str(source),
+            "-o",
+            str(tmp_path / "out"),
+        ]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 2 and re.search(r"out.*File too large.* needs [\d,]+ bytes", run.stderr), (
             place,
@@ -695,7 +758,8 @@ def test_room_is_asked_for_the_weights_and_the_rest_before_anything_is_written(
 
 
 def merge_and_die(paths: list[str], output: str, call: str, count: int) -> None:
-    """The mean of the sources, by a process that kills itself in the count-th os.pwrite, os.fsync or os.rename."""
+    """The mean of the sources, by a process that kills itself in the count-th os.pwrite, os.fsync or
+    os.rename."""
     real, calls, lock = getattr(os, call), [0], threading.Lock()
 
     def fatal(*args: Any, **options: Any) -> Any:
@@ -714,7 +778,9 @@ def merge_and_die(paths: list[str], output: str, call: str, count: int) -> None:
 
 
 @pytest.mark.fault(22)
-@pytest.mark.parametrize(("call", "count"), [("pwrite", 1), ("pwrite", 9), ("pwrite", 30), ("fsync", 1), ("rename", 1)])
+@pytest.mark.parametrize(
+    ("call", "count"), [("pwrite", 1), ("pwrite", 9), ("pwrite", 30), ("fsync", 1), ("rename", 1)]
+)
 def test_a_killed_merge_leaves_no_output_and_the_next_one_works(
     call: str, count: int, three: list[Path], server: Server, tmp_path: Path
 ) -> None:

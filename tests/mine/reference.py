@@ -6,7 +6,8 @@ import numpy as np
 
 
 def brute_force(queries, documents, ceilings, k, excluded=None):
-    """(scores [Q, k], ids [Q, k]) by (score descending, id ascending) among finite scores strictly below the ceiling."""
+    """(scores [Q, k], ids [Q, k]) by (score descending, id ascending) among finite scores strictly below the
+    ceiling."""
     scores = np.full((len(queries), k), -np.inf, np.float32)
     ids = np.full((len(queries), k), -1, np.int64)
     with np.errstate(all="ignore"):

@@ -1,4 +1,5 @@
-"""csrc without a GPU: compiled for sm_90a where nvcc is found; run on the host, thread by thread, in shuffled orders."""
+"""csrc without a GPU: compiled for sm_90a where nvcc is found; run on the host, thread by thread, in shuffled
+orders."""
 
 from __future__ import annotations
 
@@ -33,7 +34,16 @@ def test_sources_compile_for_sm_90a_without_spills(tmp_path, capacity):
     sources = sorted(CSRC.glob("*.cu"))
     assert sources
     for source in sources:
-        command = [NVCC, "-O3", "-std=c++17", "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin"]
+        command = [
+            NVCC,
+            "-O3",
+            "-std=c++17",
+            "-gencode",
+            "arch=compute_90a,code=sm_90a",
+            "-Xptxas",
+            "-v",
+            "-cubin",
+        ]
         command += [f"-DTOPK_CAPACITY={capacity}", "-o", str(tmp_path / "out.cubin"), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -99,7 +109,19 @@ def pointer(x):
 
 
 def on_host(
-    host, order, threads, scores, ceilings, keys, ids, first_id, indptr, excluded, row_scale, col_scale, row_add
+    host,
+    order,
+    threads,
+    scores,
+    ceilings,
+    keys,
+    ids,
+    first_id,
+    indptr,
+    excluded,
+    row_scale,
+    col_scale,
+    row_add,
 ):
     kind = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}[scores.dtype]
     return host.host_topk(
@@ -109,7 +131,9 @@ def on_host(
     )  # fmt: skip
 
 
-def merge_on_host(host, order, threads, keys, columns, counts, state_keys, state_ids, first_id, indptr, excluded):
+def merge_on_host(
+    host, order, threads, keys, columns, counts, state_keys, state_ids, first_id, indptr, excluded
+):
     return host.host_merge(
         len(keys), threads, order, pointer(keys), pointer(columns), ctypes.c_longlong(keys.shape[1]), pointer(counts),
         pointer(indptr), pointer(excluded), ctypes.c_longlong(first_id), pointer(state_keys), pointer(state_ids),
@@ -179,7 +203,9 @@ def test_kernel_on_the_host_is_the_cpu_op_bit_for_bit_in_every_order_of_threads(
     for order in (0, 1, 7):
         keys, ids = state()
         for scores, first_id, *scales in work:
-            assert on_host(host, order, threads, scores, ceilings, keys, ids, first_id, indptr, excluded, *scales)
+            assert on_host(
+                host, order, threads, scores, ceilings, keys, ids, first_id, indptr, excluded, *scales
+            )
         assert torch.equal(ids, want_ids), f"{order=}"
         assert torch.equal(keys, want_keys), f"{order=}"
     if kind != "broken":
@@ -187,7 +213,8 @@ def test_kernel_on_the_host_is_the_cpu_op_bit_for_bit_in_every_order_of_threads(
 
 
 def test_host_shim_notices_a_missing_barrier(host_without_a_barrier):
-    """The negative control: the kernel without the barrier after its appends answers differently for some order."""
+    """The negative control: the kernel without the barrier after its appends answers differently for some
+    order."""
     scores = make_tile(np.random.default_rng(0), "rising", 2, 4100, torch.float32)
     ceilings = torch.full((2,), torch.inf)
     want = torch.full((2, 7), -torch.inf), torch.full((2, 7), -1, dtype=torch.int64)
@@ -195,7 +222,9 @@ def test_host_shim_notices_a_missing_barrier(host_without_a_barrier):
     wrong = 0
     for order in (0, 1, 7):
         keys, ids = torch.full((2, 7), -torch.inf), torch.full((2, 7), -1, dtype=torch.int64)
-        ended = on_host(host_without_a_barrier, order, 64, scores, ceilings, keys, ids, 0, None, None, None, None, None)
+        ended = on_host(
+            host_without_a_barrier, order, 64, scores, ceilings, keys, ids, 0, None, None, None, None, None
+        )
         wrong += not ended or not torch.equal(ids, want[1])
     assert wrong > 0
 
@@ -205,7 +234,10 @@ def test_tiles_in_any_order_give_the_sorted_list_of_all():
     rng = np.random.default_rng(0)
     scores = make_tile(rng, "ties", 4, 400, torch.float32)
     ceilings = torch.tensor([torch.inf, 0.5, 0.25, -0.25])
-    want = [sorted((-s, j) for j, s in enumerate(row) if s < c)[:30] for row, c in zip(scores, ceilings, strict=True)]
+    want = [
+        sorted((-s, j) for j, s in enumerate(row) if s < c)[:30]
+        for row, c in zip(scores, ceilings, strict=True)
+    ]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         keys, ids = torch.full((4, 30), -torch.inf), torch.full((4, 30), -1, dtype=torch.int64)
         for tile in order:
@@ -214,24 +246,33 @@ def test_tiles_in_any_order_give_the_sorted_list_of_all():
 
 
 def make_lists(rng, kind, rows, length, kept, first_id=3000):
-    """Arguments of merge_lists_: full, short, empty and overflowing lists; a state with places taken, some or none free.
+    """Arguments of merge_lists_: full, short, empty and overflowing lists; a state with places taken, some or
+    none free.
 
-    Behind the count of a list lie keys that would win; the state of an empty list is no state, and must stay as it is.
+    Behind the count of a list lie keys that would win; the state of an empty list is no state, and must stay
+    as it is.
     """
     width = 2 * length + 1
     keys = make_tile(rng, kind, rows, length, torch.float32)
-    columns = torch.from_numpy(np.stack([rng.permutation(width)[:length] for _ in range(rows)]).astype(np.int32))
+    columns = torch.from_numpy(
+        np.stack([rng.permutation(width)[:length] for _ in range(rows)]).astype(np.int32)
+    )
     counts = torch.from_numpy(rng.integers(1, length + 1, rows).astype(np.int32))
     counts[::4] = length
     counts[1::4] = length + 5
     counts[rows // 2] = 0
     keys[torch.arange(length) >= counts[:, None]] = 1e30
     outside = np.concatenate([np.arange(first_id), np.arange(first_id + width, first_id + width + 3000)])
-    state_keys, state_ids = torch.full((rows, kept), -torch.inf), torch.full((rows, kept), -1, dtype=torch.int64)
+    state_keys, state_ids = (
+        torch.full((rows, kept), -torch.inf),
+        torch.full((rows, kept), -1, dtype=torch.int64),
+    )
     for row in range(rows):
         taken = int(rng.choice([0, kept // 2, kept]))
         if taken:
-            before = make_tile(rng, "ties" if kind == "ties" else "random", 1, taken, torch.float32)[0].tolist()
+            before = make_tile(rng, "ties" if kind == "ties" else "random", 1, taken, torch.float32)[
+                0
+            ].tolist()
             ids = rng.choice(outside, taken, replace=False).tolist()
             best = sorted(zip(before, ids, strict=True), key=lambda x: (-x[0], x[1]))
             state_keys[row, :taken] = torch.tensor([k for k, _ in best]) + 0.0
@@ -260,7 +301,9 @@ def merged(keys, columns, counts, state_keys, state_ids, first_id, indptr, exclu
         if count == 0:
             continue
         out = set() if indptr is None else set(excluded[indptr[row] : indptr[row + 1]].tolist())
-        found = [(k, i) for k, i in zip(state_keys[row].tolist(), state_ids[row].tolist(), strict=True) if i >= 0]
+        found = [
+            (k, i) for k, i in zip(state_keys[row].tolist(), state_ids[row].tolist(), strict=True) if i >= 0
+        ]
         for key, column in zip(keys[row, :count].tolist(), columns[row, :count].tolist(), strict=True):
             if math.isfinite(key) and first_id + column not in out:
                 found.append((key + 0.0, first_id + column))
@@ -289,7 +332,9 @@ MERGES = [
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "broken"])
 @pytest.mark.parametrize("case", MERGES, ids=["-".join(map(str, c[1:3])) for c in MERGES])
-def test_merged_lists_are_the_sorted_lists_on_a_cpu_and_in_every_order_of_threads(host, host_of_4096, case, kind):
+def test_merged_lists_are_the_sorted_lists_on_a_cpu_and_in_every_order_of_threads(
+    host, host_of_4096, case, kind
+):
     rows, kept, length, threads = case
     library = host if kept <= MAX_KEPT[2048] else host_of_4096
     lists = make_lists(np.random.default_rng(kept + length), kind, rows, length, kept)
@@ -316,14 +361,19 @@ def test_merging_what_beats_the_state_is_the_streaming_topk_of_the_whole_tile():
         shuffled = tile[:, columns]
         enters = (shuffled >= got[0][:, -1:]) & (shuffled < limit[:, None])
         order = enters.int().argsort(dim=1, descending=True, stable=True)
-        merge_lists_(shuffled.gather(1, order), columns[order].int(), enters.sum(1, dtype=torch.int32), *got, first)
+        merge_lists_(
+            shuffled.gather(1, order), columns[order].int(), enters.sum(1, dtype=torch.int32), *got, first
+        )
         streaming_topk_(tile, limit, *want, first)
         assert same_bits(got, want)
 
 
 def test_merging_notices_a_missing_barrier(host_without_a_barrier):
     keys = make_tile(np.random.default_rng(0), "rising", 2, 4100, torch.float32)
-    columns, counts = torch.arange(4100, dtype=torch.int32).repeat(2, 1), torch.full((2,), 4100, dtype=torch.int32)
+    columns, counts = (
+        torch.arange(4100, dtype=torch.int32).repeat(2, 1),
+        torch.full((2,), 4100, dtype=torch.int32),
+    )
     empty = torch.full((2, 7), -torch.inf), torch.full((2, 7), -1, dtype=torch.int64)
     want = merged(keys, columns, counts, *empty, 0, None, None)
     wrong = 0
@@ -336,7 +386,12 @@ def test_merging_notices_a_missing_barrier(host_without_a_barrier):
 
 def test_lists_of_other_types_or_shapes_are_refused():
     lists = make_lists(np.random.default_rng(0), "random", 2, 5, 3)[:5]
-    for place, wrong in ((0, lists[0].double()), (1, lists[1].long()), (2, lists[2].long()), (2, lists[2][:1])):
+    for place, wrong in (
+        (0, lists[0].double()),
+        (1, lists[1].long()),
+        (2, lists[2].long()),
+        (2, lists[2][:1]),
+    ):
         with pytest.raises(AssertionError):
             merge_lists_(*lists[:place], wrong, *lists[place + 1 :])
 

@@ -10,7 +10,13 @@ from nemo_embed_core.config import UserError
 from nemo_embed_core.mine.formats import FORMATS, convert, convert_all
 
 ROWS = [
-    {"query": "a", "pos": ["p1", "p2"], "neg": ["n1", "n2"], "pos_scores": [0.9, 0.8], "neg_scores": [0.5, 0.4]},
+    {
+        "query": "a",
+        "pos": ["p1", "p2"],
+        "neg": ["n1", "n2"],
+        "pos_scores": [0.9, 0.8],
+        "neg_scores": [0.5, 0.4],
+    },
     {"query": "b", "pos": ["p3"], "neg": ["n1"], "pos_scores": [0.7], "neg_scores": [0.6]},
     {"query": "c", "pos": ["n2"], "neg": [], "pos_scores": [0.1], "neg_scores": []},
 ]
@@ -28,7 +34,8 @@ def lines_of(path):
 
 
 def test_flagembedding_reads_every_written_row_under_all_its_options(mined, tmp_path):
-    """The examples that FlagEmbedding 1.4's two datasets make (abc/finetune/embedder/AbsDataset.py, followed here)."""
+    """The examples that FlagEmbedding 1.4's two datasets make (abc/finetune/embedder/AbsDataset.py, followed
+    here)."""
     counts = convert(mined, tmp_path / "out.jsonl", "flagembedding", prompt="P ", document_prompt="D ")
     assert counts == {"rows": 2, "left_out": 1}, "a row without negatives is a ZeroDivisionError there"
 
@@ -49,7 +56,10 @@ def test_flagembedding_reads_every_written_row_under_all_its_options(mined, tmp_
         ("Represent this: ", True),
     ):
         examples = [example(row, 4, instruction, same_dataset) for row in lines_of(tmp_path / "out.jsonl")]
-        assert examples == [("P a", ["D p1", "D n1", "D n2", "D n1"]), ("P b", ["D p3", "D n1", "D n1", "D n1"])]
+        assert examples == [
+            ("P a", ["D p1", "D n1", "D n2", "D n1"]),
+            ("P b", ["D p3", "D n1", "D n1", "D n1"]),
+        ]
 
 
 def test_tevatron_reads_the_texts_as_they_are(mined, tmp_path):
@@ -76,9 +86,17 @@ def test_ids_of_the_rows_and_of_their_documents_are_kept(tmp_path):
     convert(tmp_path / "mined.jsonl", tmp_path / "out.jsonl", "tevatron")
     first, second = lines_of(tmp_path / "out.jsonl")
     assert first["query_id"] == "r7" and second["query_id"] == "q1"
-    assert [p["docid"] for p in first["positive_passages"] + first["negative_passages"]] == ["d1", "d2", "d3", "d4"]
+    assert [p["docid"] for p in first["positive_passages"] + first["negative_passages"]] == [
+        "d1",
+        "d2",
+        "d3",
+        "d4",
+    ]
     convert(tmp_path / "mined.jsonl", tmp_path / "out.json", "automodel")
-    assert [row["question_id"] for row in json.loads((tmp_path / "out.json").read_text())["data"]] == ["r7", "q1"]
+    assert [row["question_id"] for row in json.loads((tmp_path / "out.json").read_text())["data"]] == [
+        "r7",
+        "q1",
+    ]
 
 
 def test_sentence_transformers_rows_are_whole_tuples_one_per_positive(mined, tmp_path):
@@ -106,14 +124,20 @@ def test_two_steps_in_sentence_transformers(mined, tmp_path, loss_name):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
-    # What its Trainer does with a batch: columns that are not labels are texts, in their order (Trainer.collect_features).
-    batch = SentenceTransformerDataCollator(model.preprocess)(pq.read_table(tmp_path / "out.parquet").to_pylist())
+    # What its Trainer does with a batch: columns that are not labels are texts, in their order
+    # (Trainer.collect_features).
+    batch = SentenceTransformerDataCollator(model.preprocess)(
+        pq.read_table(tmp_path / "out.parquet").to_pylist()
+    )
     torch.testing.assert_close(batch["label"], torch.tensor([[0.9, 0.5, 0.4], [0.8, 0.5, 0.4]]))
     columns = ("query", "positive", "negative_1", "negative_2")
     features = [
-        {key.removeprefix(f"{c}_"): value for key, value in batch.items() if key.startswith(f"{c}_")} for c in columns
+        {key.removeprefix(f"{c}_"): value for key, value in batch.items() if key.startswith(f"{c}_")}
+        for c in columns
     ]
-    assert sum(len(part) for part in features) == len(batch) - 1, "every other column is one of the four texts"
+    assert sum(len(part) for part in features) == len(batch) - 1, (
+        "every other column is one of the four texts"
+    )
     loss_of = getattr(losses, loss_name)(model)
     optimizer, values = torch.optim.SGD(model.parameters(), lr=0.01), []
     for _ in range(2):
@@ -126,14 +150,16 @@ def test_two_steps_in_sentence_transformers(mined, tmp_path, loss_name):
 
 
 def test_automodel_ids_lead_to_the_texts(mined, tmp_path):
-    """What its load_datasets and TextQADataset make of it (components/datasets/llm/retrieval_dataset.py, followed here)."""
+    """What its load_datasets and TextQADataset make of it (components/datasets/llm/retrieval_dataset.py,
+    followed here)."""
     from datasets import load_dataset
 
     counts = convert(mined, tmp_path / "out.json", "automodel", prompt="Q: ", document_prompt="D ")
     assert counts == {"rows": 2, "left_out": 1}
     whole = json.loads((tmp_path / "out.json").read_text())
     corpus = tmp_path / whole["corpus"][0]["path"]
-    loaded = load_dataset(str(corpus), cache_dir=str(tmp_path / "cache"))["train"]  # not the metadata beside it
+    # Not the metadata beside it.
+    loaded = load_dataset(str(corpus), cache_dir=str(tmp_path / "cache"))["train"]
     texts = dict(zip(loaded["id"], loaded["text"], strict=True))
     metadata = json.loads((corpus / "merlin_metadata.json").read_text())
     assert metadata["class"] == "TextQADataset" and metadata["corpus_id"] == whole["data"][0]["corpus_id"]
@@ -146,12 +172,17 @@ def test_automodel_ids_lead_to_the_texts(mined, tmp_path):
         assert metadata["passage_instruction"] == ""
         assert [texts[d["id"]] for d in row["pos_doc"]] == ["D " + text for text in want["pos"]]
         assert [texts[d["id"]] for d in row["neg_doc"]] == ["D " + text for text in want["neg"]]
-        assert [d["score"] for d in row["pos_doc"] + row["neg_doc"]] == want["pos_scores"] + want["neg_scores"]
-    assert len(texts) == len(loaded) == 5 and not list(tmp_path.glob(".*")), "every text once, and nothing left behind"
+        assert [d["score"] for d in row["pos_doc"] + row["neg_doc"]] == want["pos_scores"] + want[
+            "neg_scores"
+        ]
+    assert len(texts) == len(loaded) == 5 and not list(tmp_path.glob(".*")), (
+        "every text once, and nothing left behind"
+    )
 
 
 def test_automodel_trains_on_files_of_one_name_together(tmp_path):
-    """It refuses two folders under one corpus_id, and takes documents of one id for one document, whatever their corpus."""
+    """It refuses two folders under one corpus_id, and takes documents of one id for one document, whatever
+    their corpus."""
     found = []
     for name, row in ("a", ROWS[0]), ("b", {**ROWS[1], "pos_ids": ["d1"], "neg_ids": ["d2"]}):
         (tmp_path / name).mkdir()
@@ -161,7 +192,9 @@ def test_automodel_trains_on_files_of_one_name_together(tmp_path):
     first, second = found
     assert first["corpus_id"] != second["corpus_id"]
     assert first["neg_doc"][0]["id"] == second["neg_doc"][0]["id"] != second["pos_doc"][0]["id"], "n1 is n1"
-    assert second["pos_doc"][0]["id"] not in [d["id"] for d in first["pos_doc"] + first["neg_doc"]], "p3 is new"
+    assert second["pos_doc"][0]["id"] not in [d["id"] for d in first["pos_doc"] + first["neg_doc"]], (
+        "p3 is new"
+    )
 
 
 def test_one_format_that_cannot_be_written_does_not_end_the_others(mined, tmp_path):
@@ -169,7 +202,9 @@ def test_one_format_that_cannot_be_written_does_not_end_the_others(mined, tmp_pa
     said = []
     failed = convert_all(mined, list(FORMATS), said.append, num_negatives=3)
     assert sorted(failed) == [f"{mined}.sentence-transformers.parquet", f"{mined}.tevatron.jsonl"]
-    assert "none of 3 rows has the 3 negatives that sentence-transformers needs; the most is 2" in " ".join(said)
+    assert "none of 3 rows has the 3 negatives that sentence-transformers needs; the most is 2" in " ".join(
+        said
+    )
     assert f"wrote {mined}.flagembedding.jsonl: 2 rows, 1 left out (too few negatives)" in said
     assert len(lines_of(tmp_path / "mined.jsonl.flagembedding.jsonl")) == 2
     assert len(json.loads((tmp_path / "mined.jsonl.automodel.json").read_text())["data"]) == 2

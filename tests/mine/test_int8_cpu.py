@@ -121,13 +121,21 @@ def test_ceilings_in_the_bulk_leave_floors_unknown_and_rows_crowded(counted):
     ceilings = torch.linspace(-30, 5, 300)  # from below all documents to above most
     stats = search(queries, documents, ceilings, 5, block_documents=256)
     assert counted["score_all"] > 0 and stats.num_exhaustive == 0
-    search(queries, documents, ceilings, 300, block_documents=256)  # a block cannot say what the 300th best is
+    # A block cannot say what the 300th best is.
+    search(queries, documents, ceilings, 300, block_documents=256)
 
 
 def test_a_block_of_excluded_best_documents_seeds_no_floor_with_them():
     queries, documents = randn(4, 16), randn(500, 16, seed=1)
     best = (queries @ documents.T).topk(100, dim=1).indices.sort(dim=1).values
-    search(queries, documents, torch.full((4,), torch.inf), 7, Exclude.from_lists(best.tolist()), block_documents=100)
+    search(
+        queries,
+        documents,
+        torch.full((4,), torch.inf),
+        7,
+        Exclude.from_lists(best.tolist()),
+        block_documents=100,
+    )
 
 
 def test_nan_infinity_and_zeros_among_documents_and_queries():
@@ -149,7 +157,9 @@ def test_half_precision_tensors_and_ids_of_a_shard():
     queries, documents = randn(9, 40), randn(900, 40, seed=1).half()
     want = brute_force(queries, documents, torch.full((9,), torch.inf), 4)
     for stored in (documents, documents.numpy()):
-        got = topk_below(queries, stored, np.full(9, np.inf), 4, first_id=1000, method="int8", block_documents=128)
+        got = topk_below(
+            queries, stored, np.full(9, np.inf), 4, first_id=1000, method="int8", block_documents=128
+        )
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1] + 1000)
 
 
@@ -166,7 +176,11 @@ def test_int8_is_picked_where_it_is_fast_and_queries_are_many(monkeypatch):
     for is_fast, few, many in ((True, "fp32", "int8"), (False, "fp32", "fp32")):
         monkeypatch.setattr(topk, "_int8_is_fast", lambda is_fast=is_fast: is_fast)
         monkeypatch.setattr(topk, "_int8_is_exact", lambda: True)
-        assert [pick_method(cpu, n) for n in (1, topk.MANY_QUERIES - 1, topk.MANY_QUERIES)] == [few, few, many]
+        assert [pick_method(cpu, n) for n in (1, topk.MANY_QUERIES - 1, topk.MANY_QUERIES)] == [
+            few,
+            few,
+            many,
+        ]
 
 
 def test_auto_says_what_it_took():

@@ -1,4 +1,5 @@
-"""Mining that is killed at any point and started again writes the bytes of a run that was left alone, and repeats nothing."""
+"""Mining that is killed at any point and started again writes the bytes of a run that was left alone, and
+repeats nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ SMALL = (
     "fp32",
 )
 
-# In the order of a run: 61 queries in 2 shards, more than 100 documents in at least 4, 4 blocks of the search.
+# In the order of a run: 61 queries in 2 shards, more than 100 documents in at least 4, 4 blocks of the
+# search.
 POINTS = [
     "documents.encoded@0",  # a shard of documents lost in the middle
     "rename@documents/00001.npy",  # written beside, not yet under its name
@@ -50,7 +52,9 @@ def calm(miner, tmp_path_factory):
 
 def shards(work: Path) -> dict[str, bytes]:
     return {
-        str(p.relative_to(work)): p.read_bytes() for p in sorted(work.rglob("*")) if p.is_file() and p.name[0] != "."
+        str(p.relative_to(work)): p.read_bytes()
+        for p in sorted(work.rglob("*"))
+        if p.is_file() and p.name[0] != "."
     }
 
 
@@ -67,14 +71,18 @@ def test_killed_at_ten_points_one_after_the_other_and_resumed(miner, calm, tmp_p
         assert result["code"] == KILLED, f"{name} was not reached:\n{result['stderr'][-2000:]}"
         now = shards(work)
         assert before.items() <= now.items(), f"{name}: what was published is gone or changed"
-        assert len(now) > len(before) or point in POINTS[:1] + POINTS[-2:], f"{name}: no progress since the last kill"
+        assert len(now) > len(before) or point in POINTS[:1] + POINTS[-2:], (
+            f"{name}: no progress since the last kill"
+        )
         assert output.exists() == (point == POINTS[-1])
         before = now
     result = miner(*options)
     assert result["code"] == 0, result["stderr"]
     assert output.read_bytes() == calm.read_bytes()
     assert shards(work) == shards(calm.parent / "mined.jsonl.work")
-    report, expected = (json.loads(p.with_name("mined.jsonl.report.json").read_text()) for p in (output, calm))
+    report, expected = (
+        json.loads(p.with_name("mined.jsonl.report.json").read_text()) for p in (output, calm)
+    )
     assert report == expected
     assert not re.search(r"^(encoded|searched) ", result["stderr"], re.M), "all of it was there"
 
@@ -94,17 +102,31 @@ def test_killed_with_several_datasets_the_finished_ones_are_not_done_again(miner
     assert result["code"] == 0, result["stderr"]
     assert not re.search(r"^(encoded|searched) ", result["stderr"], re.M)
     alone = miner(
-        "--model", miner.model, "--data", str(other), "--task", "find it", "--output", str(tmp_path / "o"), *SMALL
+        "--model",
+        miner.model,
+        "--data",
+        str(other),
+        "--task",
+        "find it",
+        "--output",
+        str(tmp_path / "o"),
+        *SMALL,
     )
-    assert alone["code"] == 0 and (tmp_path / "mined/other.jsonl").read_bytes() == (tmp_path / "o").read_bytes()
+    assert (
+        alone["code"] == 0 and (tmp_path / "mined/other.jsonl").read_bytes() == (tmp_path / "o").read_bytes()
+    )
     report = json.loads((tmp_path / "mined/report.json").read_text())
     assert list(report) == ["train", "other"] and report["other"]["queries"] == 20
-    assert report["train"]["models"][0]["prompt"] == "" and "find it" in report["other"]["models"][0]["prompt"]
+    assert (
+        report["train"]["models"][0]["prompt"] == "" and "find it" in report["other"]["models"][0]["prompt"]
+    )
     assert re.search(r"^  other +20 ", result["stderr"], re.M), "the table has a line for it"
 
 
 @pytest.mark.fault(21)
-def test_what_was_altered_or_is_of_something_else_is_refused_or_made_again_but_never_believed(miner, calm, tmp_path):
+def test_what_was_altered_or_is_of_something_else_is_refused_or_made_again_but_never_believed(
+    miner, calm, tmp_path
+):
     output = tmp_path / "mined.jsonl"
     work = tmp_path / "mined.jsonl.work"
     shutil.copytree(calm.parent / "mined.jsonl.work", work)

@@ -1,4 +1,5 @@
-"""launch/mine.py as users run it: texts written for others to embed, several models, several thresholds, wrong options."""
+"""launch/mine.py as users run it: texts written for others to embed, several models, several thresholds,
+wrong options."""
 
 from __future__ import annotations
 
@@ -41,11 +42,14 @@ def test_texts_written_embedded_elsewhere_and_mined_give_what_the_model_gives(mi
     # Both as two models that agree: the intersection of the best 100 is what one of them finds.
     both = ("--model", miner.model, str(folder), "--output", str(tmp_path / "c.jsonl"))
     more = ("--sweep", "0.5", "0.98", "--formats", "automodel", "tevatron", "sentence-transformers")
-    (tmp_path / "c.jsonl.automodel.json").mkdir()  # in the way of one format, which ends neither the run nor the others
+    # In the way of one format, which ends neither the run nor the others.
+    (tmp_path / "c.jsonl.automodel.json").mkdir()
     result = miner(*data, *both, *more, *SMALL)
     assert result["code"] == 2 and "Traceback" not in result["stderr"], result["stderr"]
     assert "all is mined, but 1 of --formats could not be written: " in result["stderr"]
-    assert sum(x["neg"] == y["neg"] for x, y in zip(a, lines_of(tmp_path / "c.jsonl"), strict=True)) > 0.9 * len(a)
+    assert sum(
+        x["neg"] == y["neg"] for x, y in zip(a, lines_of(tmp_path / "c.jsonl"), strict=True)
+    ) > 0.9 * len(a)
     report = json.loads((tmp_path / "c.jsonl.report.json").read_text())
     assert [entry["threshold"] for entry in report["sweep"]] == [0.5, 0.98] and len(report["models"]) == 2
     for threshold in ("0.5 ", "0.98"):
@@ -76,7 +80,10 @@ def test_wrong_options_are_refused_before_anything_is_read(miner, tmp_path):
         ((*data, *model, "nowhere", *out), "nowhere is not a folder"),
         ((*data, *model, "--output", str(tmp_path)), "is a folder, and one dataset is written to a file"),
         ((*datasets, *model, "--output", miner.data), "is a file, and several need a folder"),
-        ((*data, "--model", str(tmp_path / "empty"), *out), "which texts do the rows of documents.npy belong to"),
+        (
+            (*data, "--model", str(tmp_path / "empty"), *out),
+            "which texts do the rows of documents.npy belong to",
+        ),
         (
             (*data, "--model", str(tmp_path / "bytes"), *out),
             "documents.npy holds int8 [2, 2]: save [N, D] as float16,",
@@ -111,6 +118,10 @@ def test_progress_is_lines_in_a_log_and_a_bar_with_the_time_left_on_a_terminal(m
     if terminal:
         assert not said and "100%" in bar and "100/100" in bar
     else:
-        assert not bar and said[0].startswith("encoded 60 of 100 documents, ") and said[-1].endswith("00:00:00 left")
+        assert (
+            not bar
+            and said[0].startswith("encoded 60 of 100 documents, ")
+            and said[-1].endswith("00:00:00 left")
+        )
     Progress("encoded", "documents", 1, said.append, shown=False).step(1)
     assert terminal == (len(said) == 0)

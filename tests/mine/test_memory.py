@@ -1,4 +1,5 @@
-"""The peak of host memory of a mining run is within the formula of docs/mining.md, at 8 times the documents too."""
+"""The peak of host memory of a mining run is within the formula of docs/mining.md, at 8 times the documents
+too."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def run(method: str, num_documents: int) -> None:
 
 
 def libraries() -> int:
-    """Resident bytes of mapped shared libraries: a fork maps them again page by page, how much at a time is up to the file system."""
+    """Resident bytes of mapped shared libraries: a fork maps them again page by page, how much at a time is
+    up to the file system."""
     size, is_library = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ", 1)[0]:
@@ -97,11 +99,17 @@ def peak(method: str, num_documents: int) -> int:
 @pytest.mark.parametrize("method", ["fp32", "int8"])
 def test_peak_memory_is_within_the_formula_and_grows_by_texts_and_mapped_rows_only(method):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, env=env, check=True)
+    result = subprocess.run(
+        [sys.executable, __file__, method], capture_output=True, text=True, env=env, check=True
+    )
     nothing, small, large = json.loads(result.stdout)
     parts = [formula(method, n) for n in (SMALL, LARGE)]
     print(
-        {"measured": [small - nothing, large - nothing], "formula": [sum(p.values()) for p in parts], "parts": parts[1]}
+        {
+            "measured": [small - nothing, large - nothing],
+            "formula": [sum(p.values()) for p in parts],
+            "parts": parts[1],
+        }
     )
     for measured, part in zip((small - nothing, large - nothing), parts, strict=True):
         assert measured < sum(part.values())

@@ -18,7 +18,8 @@ from nemo_embed_core.mine.selection import Selection, ceiling
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch):
-    """fsync guards against power cuts, which no test here has; the files of a thousand small runs would wait for it."""
+    """fsync guards against power cuts, which no test here has; the files of a thousand small runs would wait
+    for it."""
     monkeypatch.setattr("os.fsync", lambda file: None)
 
 
@@ -26,20 +27,26 @@ def unsynced(monkeypatch):
 def test_negatives_are_those_of_brute_force_and_nothing_forbidden_is_returned(tmp_path, threshold):
     rows, k = make_rows(45), 4
     output = tmp_path / "mined.jsonl"
-    report = mine(rows, output, threshold=threshold, num_negatives=k, prompt="Instruct: x\nQuery: ", dtype="float32")
+    report = mine(
+        rows, output, threshold=threshold, num_negatives=k, prompt="Instruct: x\nQuery: ", dtype="float32"
+    )
     embedder = FakeEmbedder()
     passages = list(dict.fromkeys(t for r in rows for t in (*r.pos, *r.neg)))
     first_of = {}
     for text in passages:
         first_of.setdefault(normal_form(text), text)
     mined = lines_of(output)
-    assert [m["query"] for m in mined] == [r.query for r in rows] and [m["pos"] for m in mined] == [r.pos for r in rows]
+    assert [m["query"] for m in mined] == [r.query for r in rows] and [m["pos"] for m in mined] == [
+        r.pos for r in rows
+    ]
     vectors = {t: embedder.vector(t).astype(np.float32).astype(np.float64) for t in passages}
     for row, line in zip(rows, mined, strict=True):
         q = embedder.vector("Instruct: x\nQuery: " + row.query).astype(np.float32).astype(np.float64)
         s_pos = [float(q @ vectors[t]) for t in row.pos]
         np.testing.assert_allclose(line["pos_scores"], s_pos, atol=1e-6)
-        known = {normal_form(row.query)} | {normal_form(p) for r in rows if r.query == row.query for p in r.pos}
+        known = {normal_form(row.query)} | {
+            normal_form(p) for r in rows if r.query == row.query for p in r.pos
+        }
         limit = min(s - (1 - threshold) * abs(s) for s in s_pos)
         allowed = [t for t in first_of.values() if normal_form(t) not in known and q @ vectors[t] < limit]
         want = sorted(allowed, key=lambda t: -(q @ vectors[t]))[:k]
@@ -296,7 +303,9 @@ def drawn_rows(kind: str, seed: int) -> tuple[list[Row], dict[str, np.ndarray], 
     if kind == "negative scores":
         documents, queries = -np.abs(documents), np.abs(queries)
     elif kind == "zero positives":  # axes: many scores are exactly 0
-        documents = np.eye(width)[rng.integers(0, width, num_documents)] * rng.choice([1.0, -1.0], (num_documents, 1))
+        documents = np.eye(width)[rng.integers(0, width, num_documents)] * rng.choice(
+            [1.0, -1.0], (num_documents, 1)
+        )
         queries = np.eye(width)[rng.integers(0, width, num_queries)]
     elif kind == "ties":
         documents = documents[rng.integers(0, 7, num_documents)]
@@ -329,7 +338,10 @@ def brute_force(rows, vectors, k, threshold):
     answers = []
     for row in rows:
         q = vectors[row.query].astype(np.longdouble)
-        score = {t: np.float32((q * vectors[t].astype(np.longdouble)).sum()) for t in {*first_of.values(), *row.pos}}
+        score = {
+            t: np.float32((q * vectors[t].astype(np.longdouble)).sum())
+            for t in {*first_of.values(), *row.pos}
+        }
         known = {row.query.casefold()} | {p.casefold() for r in rows if r.query == row.query for p in r.pos}
         limit = min(float(score[p]) - (1 - threshold) * abs(float(score[p])) for p in row.pos)
         allowed = [t for key, t in first_of.items() if key not in known and float(score[t]) < limit]
@@ -343,11 +355,19 @@ KINDS = ("random", "negative scores", "zero positives", "ties", "clustered", "N 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95, 1.0, 1.05])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_corpus_and_number_of_ranks_gives_the_negatives_of_brute_force(tmp_path, kind, threshold):
+def test_every_kind_of_corpus_and_number_of_ranks_gives_the_negatives_of_brute_force(
+    tmp_path, kind, threshold
+):
     rows, vectors, k = drawn_rows(kind, seed=KINDS.index(kind))
     want = brute_force(rows, vectors, k, threshold)
     assert any(texts for texts, *_ in want) or threshold == 0.5
-    options = {"threshold": threshold, "num_negatives": k, "dtype": "float32", "block_queries": 6, "shard_size": 19}
+    options = {
+        "threshold": threshold,
+        "num_negatives": k,
+        "dtype": "float32",
+        "block_queries": 6,
+        "shard_size": 19,
+    }
     for size in (1, 2, 3):
         output = tmp_path / f"{size}.jsonl"
         on_ranks(size, lambda ranks: mine(rows, output, KnownVectors(vectors), ranks=ranks, **options))  # noqa: B023
@@ -362,7 +382,9 @@ def test_every_kind_of_corpus_and_number_of_ranks_gives_the_negatives_of_brute_f
 def test_broken_embedding_of_a_document_is_refused_by_number_and_text(tmp_path, broken):
     rows, vectors, _ = drawn_rows("random", 0)
     vectors["document 7"] = np.full(8, broken, np.float32)
-    with pytest.raises(UserError, match=r"1 of \d+ embeddings are not unit vectors.* text \d+ \('document 7'"):
+    with pytest.raises(
+        UserError, match=r"1 of \d+ embeddings are not unit vectors.* text \d+ \('document 7'"
+    ):
         mine(rows, tmp_path / "out.jsonl", KnownVectors(vectors))
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -371,7 +393,8 @@ def test_broken_embedding_of_a_document_is_refused_by_number_and_text(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sampling": "random", "seed": 3}, {"range_min": 2, "range_max": 9}, {"absolute_margin": 0.05}]
+    "options",
+    [{}, {"sampling": "random", "seed": 3}, {"range_min": 2, "range_max": 9}, {"absolute_margin": 0.05}],
 )
 def test_sweep_reports_what_a_run_at_each_threshold_reports_and_leaves_the_output_alone(tmp_path, options):
     rows, sweep = make_rows(30, seed=9), [0.8, 0.05, 0.95, 1.05]
@@ -395,7 +418,8 @@ def test_sweep_reports_what_a_run_at_each_threshold_reports_and_leaves_the_outpu
 
 
 def test_sweep_searches_again_only_where_the_first_list_does_not_reach_down(tmp_path):
-    """One query, 700 passages in a row below its positive: at 0.5 its list of 260 (4 + 256) from 0.999 ends too early."""
+    """One query, 700 passages in a row below its positive: at 0.5 its list of 260 (4 + 256) from 0.999 ends
+    too early."""
     angles = np.concatenate([[0.0, 0.1], np.linspace(0.2, 1.5, 700)])
     names = ["q", "p", *(f"n{i}" for i in range(700))]
     vectors = {n: np.array([np.cos(a), np.sin(a)]) for n, a in zip(names, angles, strict=True)}
@@ -416,7 +440,11 @@ def test_shares_by_script_add_up_and_scripts_are_told_by_their_letters(tmp_path)
         ("من أنت", "Arabic"), ("GPU の", "Latin"),
     ]:  # fmt: skip
         assert script(text) == want, text
-    rows = [*make_rows(20), *(Row(f"вопрос {i}", [f"w{i} w{i + 1}"], []) for i in range(5)), Row("?", ["w1"], [])]
+    rows = [
+        *make_rows(20),
+        *(Row(f"вопрос {i}", [f"w{i} w{i + 1}"], []) for i in range(5)),
+        Row("?", ["w1"], []),
+    ]
     said = []
     report = mine(rows, tmp_path / "out.jsonl", log=said.append)
     assert {name: group["queries"] for name, group in report["by_script"].items()} == {
@@ -432,7 +460,9 @@ def test_shares_by_language_are_as_the_rows_say_and_the_output_keeps_it(tmp_path
     rows = [ReadRow(row.query, row.pos, row.neg, "f", i, langs[i % 3]) for i, row in enumerate(make_rows(20))]
     said = []
     report = mine(rows, tmp_path / "out.jsonl", log=said.append)
-    assert {name: group["queries"] for name, group in report["by_language"].items()} == dict.fromkeys(langs, 7)
+    assert {name: group["queries"] for name, group in report["by_language"].items()} == dict.fromkeys(
+        langs, 7
+    )
     for key in ("with_no_negatives", "with_fewer_than_k", "with_k_negatives"):
         assert sum(group[key] for group in report["by_language"].values()) == report[key]
     assert any("language of the query" in line for line in said)
@@ -458,7 +488,9 @@ def test_threshold_outside_of_zero_to_two_is_refused(tmp_path, threshold):
 
 
 @pytest.mark.parametrize(
-    "damage", ['{"half', "[1, 2]", "{}", "null", '{"format": 1}'], ids=["half", "list", "empty", "null", "other"]
+    "damage",
+    ['{"half', "[1, 2]", "{}", "null", '{"format": 1}'],
+    ids=["half", "list", "empty", "null", "other"],
 )
 def test_damaged_sidecar_costs_its_shard_or_is_refused_but_is_never_believed(tmp_path, damage):
     texts = [f"text {i}" for i in range(40)]

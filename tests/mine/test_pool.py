@@ -1,4 +1,5 @@
-"""What a query must never be given, and what of the data is counted: normal form, siblings, classes, truncation, given negatives."""
+"""What a query must never be given, and what of the data is counted: normal form, siblings, classes,
+truncation, given negatives."""
 
 from __future__ import annotations
 
@@ -99,14 +100,18 @@ def test_rows_that_teach_nothing_are_counted_and_a_large_share_of_them_is_a_warn
     assert sum("  warning: 1 " in line for line in said) == 7
     many = [row(f"w{i}", [f"w{i} w{i + 1}"]) for i in range(200)]
     mine([*rows, *many], tmp_path / "many.jsonl", log=said.clear() or said.append)
-    assert not any("warning: 1 " in line for line in said) and any(line.startswith("  1 rows stand") for line in said)
+    assert not any("warning: 1 " in line for line in said) and any(
+        line.startswith("  1 rows stand") for line in said
+    )
 
 
 # ------------------------------------------------------------------------------------------ classes
 
 
 def classes(count: int = 6) -> list[Row]:
-    texts = {c: [f"{c} text number {i} about {c}" for i in range(count)] for c in ("sports", "politics", "food")}
+    texts = {
+        c: [f"{c} text number {i} about {c}" for i in range(count)] for c in ("sports", "politics", "food")
+    }
     return [row(t[i], [t[(i + 1) % count]], group=c) for c, t in texts.items() for i in range(count)]
 
 
@@ -118,7 +123,9 @@ def test_no_document_of_the_querys_own_class_is_its_negative(tmp_path, monkeypat
         assert len(line["neg"]) == 12 and line["group"] not in " ".join(line["neg"])
     plain = [one._replace(group="") for one in classes()]
     mine(plain, tmp_path / "plain.jsonl", threshold=None, num_negatives=12)
-    assert any(line["query"].split()[0] in " ".join(line["neg"]) for line in lines_of(tmp_path / "plain.jsonl"))
+    assert any(
+        line["query"].split()[0] in " ".join(line["neg"]) for line in lines_of(tmp_path / "plain.jsonl")
+    )
     assert not any("group" in line for line in lines_of(tmp_path / "plain.jsonl"))
 
 
@@ -134,23 +141,34 @@ def cut_rows() -> list[Row]:
 def test_what_is_the_same_once_it_is_cut_is_no_negative_and_is_counted_with_a_hint(tmp_path):
     said: list[str] = []
     options = {"threshold": None, "num_negatives": 30, "query_max_length": 2}
-    report = mine(cut_rows(), tmp_path / "o.jsonl", Words(), document_max_length=8, log=said.append, **options)
+    report = mine(
+        cut_rows(), tmp_path / "o.jsonl", Words(), document_max_length=8, log=said.append, **options
+    )
     lines = lines_of(tmp_path / "o.jsonl")
     boiler = cut_rows()[-1].neg[1]
     for line in lines[:5]:
         assert sorted(line["neg"]) == sorted(
             [f"short {boiler}", "x y"]
         )  # and none of 10 that are 8 words of boilerplate
-    # The positive of the last row is cut to other words. Among its negatives texts that are one to the model are many.
+    # The positive of the last row is cut to other words. Among its negatives texts that are one to the model
+    # are many.
     assert len(lines[5]["neg"]) == 12
     (model,) = report["models"]
-    assert (model["documents_truncated"], model["queries_truncated"], model["documents_same_when_cut"]) == (11, 5, 11)
+    assert (model["documents_truncated"], model["queries_truncated"], model["documents_same_when_cut"]) == (
+        11,
+        5,
+        11,
+    )
     assert report["noise"]["negative_equals_positive_when_cut"] == 5
     assert report["noise"]["negatives_equal_to_a_positive_when_cut"] == 5
     assert any("warning: 84.6% of the documents are cut at 8 tokens" in line for line in said)
     assert any("raise --document_max_length" in line for line in said)
     report = mine(cut_rows(), tmp_path / "whole.jsonl", Words(), document_max_length=10, **options)
-    assert report["models"][0]["documents_truncated"] == 0 == report["noise"]["negative_equals_positive_when_cut"]
+    assert (
+        report["models"][0]["documents_truncated"]
+        == 0
+        == report["noise"]["negative_equals_positive_when_cut"]
+    )
     assert {len(line["neg"]) for line in lines_of(tmp_path / "whole.jsonl")} == {12}
     unknown = mine(cut_rows(), tmp_path / "unknown.jsonl", FakeEmbedder(), **options)
     assert unknown["models"][0]["documents_truncated"] is None
@@ -215,7 +233,8 @@ def test_given_negatives_are_kept_first_when_asked_and_counted_when_not(tmp_path
     assert (first["id"], first["pos_ids"], first["neg_ids"][:2]) == ("r1", ["p"], ["a", None])
     assert second["neg"] == rows[1].neg and third["neg"] == plain[2]["neg"] and "id" not in third
     counts = {
-        key: report["given_negatives"][key] for key in ("given", "at_or_above_the_ceiling", "known_to_be_relevant")
+        key: report["given_negatives"][key]
+        for key in ("given", "at_or_above_the_ceiling", "known_to_be_relevant")
     }
     assert counts == {"given": 9, "at_or_above_the_ceiling": 1, "known_to_be_relevant": 1}
     assert kept["with_k_negatives"] == 3 and kept["given_negatives"]["kept"] is True
@@ -241,7 +260,8 @@ def test_dot_products_of_rows_of_any_length_are_mined_as_brute_force_finds_them(
     rows = [row(f"q{i}", [f"d{i}"], [f"d{j}" for j in range(200)] if i == 0 else []) for i in range(20)]
     rows[0] = rows[0]._replace(neg=rows[0].neg[1:])
     texts = [*(f"d{i}" for i in range(200)), *(f"q{i}" for i in range(20))]
-    x = rng.standard_normal((220, 24)) * np.exp(rng.uniform(-6, 6, (220, 1)))  # norms over five orders of magnitude
+    # Norms over five orders of magnitude.
+    x = rng.standard_normal((220, 24)) * np.exp(rng.uniform(-6, 6, (220, 1)))
     model = KnownVectors(dict(zip(texts, x.astype(np.float32), strict=True)))
     teacher = Teacher.of(model, similarity="dot")
     report = mine(rows, tmp_path / "o.jsonl", teacher, method=method, threshold=0.9, num_negatives=5)
@@ -252,7 +272,9 @@ def test_dot_products_of_rows_of_any_length_are_mined_as_brute_force_finds_them(
         scores = {f"d{i}": float(np.float32((q * model.vectors[f"d{i}"]).sum())) for i in range(200)}
         s = scores[one.pos[0]]
         limit = s - 0.1 * abs(s)
-        want = sorted((t for t in scores if scores[t] < limit and t not in one.pos), key=lambda t: -scores[t])[:5]
+        want = sorted(
+            (t for t in scores if scores[t] < limit and t not in one.pos), key=lambda t: -scores[t]
+        )[:5]
         assert line["neg"] == want
         found += len(want)
     assert found > 50
@@ -281,7 +303,8 @@ def test_no_written_negative_reaches_the_written_ceiling_and_those_that_rounding
     assert report["storage"] == {
         "dtype": dtype, "score_error": error, "negatives_within_it": int((limit - scores <= 2.1 * error).sum()) if error else 0,
     }  # fmt: skip
-    # The model's own scores, before rounding, of those that count as safe are below the ceiling of the model's own score.
+    # The model's own scores, before rounding, of those that count as safe are below the ceiling of the
+    # model's own score.
     true = np.array([vectors[t] @ vectors["q"] for t in line["neg"]])
     safe = limit - scores > 2.1 * error
     assert (true[safe] < 0.9 * np.cos(0.2)).all() and (dtype == "float32" or 0 < safe.sum() < 60)
@@ -293,7 +316,13 @@ def test_no_written_negative_reaches_the_written_ceiling_and_those_that_rounding
 @pytest.mark.parametrize("keep", [False, True])
 def test_groups_cuts_and_given_negatives_are_the_same_bytes_on_any_number_of_ranks(tmp_path, keep):
     rows = [*classes(), *cut_rows()]
-    options = {"document_max_length": 8, "num_negatives": 5, "threshold": 1.5, "keep_negatives": keep, "shard_size": 7}
+    options = {
+        "document_max_length": 8,
+        "num_negatives": 5,
+        "threshold": 1.5,
+        "keep_negatives": keep,
+        "shard_size": 7,
+    }
     outputs = set()
     for size in (1, 2, 3):
         output = tmp_path / f"{size}.jsonl"

@@ -1,4 +1,5 @@
-"""A run as a whole: what is the model's own, what is known over all data sets, what is checked before anything is encoded."""
+"""A run as a whole: what is the model's own, what is known over all data sets, what is checked before
+anything is encoded."""
 
 from __future__ import annotations
 
@@ -45,13 +46,16 @@ def lines_of(path):
 
 
 def mined(tmp_path, monkeypatch, said=None, **options):
-    """{data set: lines} of a run with a model that is no folder: `resolve` and the check of its tokenizer are set aside."""
+    """{data set: lines} of a run with a model that is no folder: `resolve` and the check of its tokenizer are
+    set aside."""
     source = Source(Path("toy"), Path("toy"), "llama", options.pop("usage", Usage()))
     monkeypatch.setattr(run, "resolve", lambda path: source)
     monkeypatch.setattr(run, "_check_source", lambda *arguments: None)
     (tmp_path / "toy").mkdir(exist_ok=True)
     log = said.append if said is not None else lambda _: None
-    config = MineConfig(model=str(tmp_path / "toy"), output=str(tmp_path / "out"), **{"dtype": "float32", **options})
+    config = MineConfig(
+        model=str(tmp_path / "toy"), output=str(tmp_path / "out"), **{"dtype": "float32", **options}
+    )
     plan = make_plan(config, log)
     reports = mine(plan, Ranks(), "cpu", lambda source: FakeEmbedder(), log)
     outputs = {name: lines_of(plan.output(name)) for name in reports}
@@ -61,7 +65,10 @@ def mined(tmp_path, monkeypatch, said=None, **options):
 # ------------------------------------------------------------------------------------------ the model's own
 
 TRAINED = Usage(
-    prompts={"nq": Prompts("Instruct: answer\nQuery: "), "banking": Prompts("Instruct: intent\nQuery: ", "Text: ")},
+    prompts={
+        "nq": Prompts("Instruct: answer\nQuery: "),
+        "banking": Prompts("Instruct: intent\nQuery: ", "Text: "),
+    },
     query_max_length=64,
     document_max_length=256,
 )
@@ -81,7 +88,11 @@ def test_a_models_own_prompts_and_lengths_are_used_by_name_of_the_task_and_said(
     nq, said = used(source())
     assert (nq["prompt"], nq["document_prompt"]) == ("Instruct: answer\nQuery: ", "")
     assert (nq["query_max_length"], nq["document_max_length"], nq["similarity"]) == (64, 256, "cosine")
-    assert "'Instruct: answer\\nQuery: '" in said[0] and "64 tokens (the model's)" in said[0] and "of nq" in said[0]
+    assert (
+        "'Instruct: answer\\nQuery: '" in said[0]
+        and "64 tokens (the model's)" in said[0]
+        and "of nq" in said[0]
+    )
     banking, _ = used(source(), "banking")
     assert (banking["prompt"], banking["document_prompt"]) == ("Instruct: intent\nQuery: ", "Text: ")
     other, said = used(source(), "scifact")
@@ -114,17 +125,24 @@ def test_a_foreign_folder_is_cut_at_its_own_limit_where_an_option_asks_for_more(
 def test_similarity_is_the_folders_and_what_has_no_ceiling_is_refused_with_what_to_do(tmp_path):
     assert used(source("sentence-transformers", Usage(similarity="dot")))[0]["similarity"] == "dot"
     assert (
-        used(source("sentence-transformers", Usage(similarity="dot")), similarity="cosine")[0]["similarity"] == "cosine"
+        used(source("sentence-transformers", Usage(similarity="dot")), similarity="cosine")[0]["similarity"]
+        == "cosine"
     )
     for similarity in ("euclidean", "manhattan"):
         with pytest.raises(UserError, match=rf"compares by {similarity}: .*--similarity cosine"):
             used(source("sentence-transformers", Usage(similarity=similarity)))
-        assert used(source("llama", Usage(similarity=similarity)), similarity="cosine")[0]["similarity"] == "cosine"
-    # Our encoder of Llama folders normalises; a folder whose own modules do not would be mined by something else.
+        assert (
+            used(source("llama", Usage(similarity=similarity)), similarity="cosine")[0]["similarity"]
+            == "cosine"
+        )
+    # Our encoder of Llama folders normalises; a folder whose own modules do not would be mined by something
+    # else.
     (tmp_path / "modules.json").write_text('[{"type": "Transformer"}, {"type": "Pooling"}]')
     with pytest.raises(UserError, match=r"not normalised.*--similarity cosine"):
         used(source("llama", Usage(similarity="dot"), str(tmp_path)))
-    (tmp_path / "modules.json").write_text('[{"type": "Transformer"}, {"type": "Pooling"}, {"type": "Normalize"}]')
+    (tmp_path / "modules.json").write_text(
+        '[{"type": "Transformer"}, {"type": "Pooling"}, {"type": "Normalize"}]'
+    )
     assert used(source("llama", Usage(similarity="dot"), str(tmp_path)))[0]["similarity"] == "dot"
 
 
@@ -144,9 +162,20 @@ def test_a_checkpoint_is_mined_with_the_instruction_and_lengths_that_it_was_trai
     assert report["models"][0]["prompt"] == "Instruct: find it\nQuery: "
     assert report["models"][0]["document_prompt"] == "Instruct: a text\nQuery: "
     assert (report["query_max_length"], report["document_max_length"]) == (40, 56)
-    same = ("--task", "find it", "--document_task", "a text", "--query_max_length", "40", "--document_max_length", "56")
+    same = (
+        "--task",
+        "find it",
+        "--document_task",
+        "a text",
+        "--query_max_length",
+        "40",
+        "--document_max_length",
+        "56",
+    )
     other = miner(*options, *same, "--output", str(tmp_path / "same.jsonl"))
-    assert other["code"] == 0 and (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+    assert (
+        other["code"] == 0 and (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+    )
     refused = miner(*options, "--output", str(tmp_path / "no.jsonl"), "--query_max_length", "8")
     assert refused["code"] == 2 and "query_max_length=8 tokens leaves no room for text" in refused["stderr"]
     assert not list(tmp_path.glob("no.jsonl*")), "nothing was encoded"
@@ -186,7 +215,8 @@ def test_documents_that_only_another_split_judges_are_counted_known_for_its_quer
     assert line["neg_ids"] == [f"d{[*corpus.values()].index(text)}" for text in line["neg"]]
     assert "d1" not in line["neg_ids"] and {"d2", "d3"} <= set(line["neg_ids"])
     assert any(
-        f"3 documents are relevant in split test only: searched too; --exclude {folder}:test" in one for one in said
+        f"3 documents are relevant in split test only: searched too; --exclude {folder}:test" in one
+        for one in said
     )
     given = reports["nq"]["given_negatives"]
     assert given == {
@@ -204,7 +234,9 @@ def test_documents_that_only_another_split_judges_are_counted_known_for_its_quer
 
 
 def test_a_positive_that_is_excluded_keeps_its_ceiling_and_is_counted(tmp_path, monkeypatch):
-    data = write(tmp_path / "a.jsonl", {"query": "w1 w2", "pos": ["w1 w2 w3"], "neg": ["w1 w7", "w8 w9", "w2 w9"]})
+    data = write(
+        tmp_path / "a.jsonl", {"query": "w1 w2", "pos": ["w1 w2 w3"], "neg": ["w1 w7", "w8 w9", "w2 w9"]}
+    )
     (tmp_path / "held.jsonl").write_text('{"text": "W1 w2 w3."}\n{"text": "w8 w9"}\n')
     outputs, reports = mined(tmp_path, monkeypatch, data=data, exclude=[str(tmp_path / "held.jsonl")])
     assert outputs["a"][0]["pos"] == ["w1 w2 w3"] and set(outputs["a"][0]["neg"]) == {"w1 w7", "w2 w9"}
@@ -214,7 +246,10 @@ def test_a_positive_that_is_excluded_keeps_its_ceiling_and_is_counted(tmp_path, 
 def test_the_corpus_can_be_the_only_pool(tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", {"query": "w1 w2", "pos": ["w1 w2 w3"], "neg": ["w1 w7"]})
     corpus = tmp_path / "c.jsonl"
-    lines = [{"_id": f"c{i}", "text": f"w{i} w9"} for i in range(4)] + [{"text": "W1 W2 W3"}, {"text": "\u200b"}]
+    lines = [{"_id": f"c{i}", "text": f"w{i} w9"} for i in range(4)] + [
+        {"text": "W1 W2 W3"},
+        {"text": "\u200b"},
+    ]
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = {"data": data, "corpus": str(corpus), "threshold": 1.9, "num_negatives": 9}
     outputs, reports = mined(tmp_path, monkeypatch, pool="corpus", **options)
@@ -243,7 +278,11 @@ def test_every_file_is_read_before_the_first_is_mined_and_all_bad_lines_are_name
         assert f"{path}:2: " in str(error.value) and f"{path}:3: " in str(error.value)
     assert "4 bad lines in all" in str(error.value) and not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
-        mined(tmp_path, monkeypatch, datasets=[datasets[0], MineDatasetConfig(path=str(tmp_path / "nowhere.jsonl"))])
+        mined(
+            tmp_path,
+            monkeypatch,
+            datasets=[datasets[0], MineDatasetConfig(path=str(tmp_path / "nowhere.jsonl"))],
+        )
     assert not (tmp_path / "out").exists()
 
 

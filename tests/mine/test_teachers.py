@@ -1,4 +1,5 @@
-"""Teachers: sentence-transformers folders, precomputed embeddings of any array library, several models together."""
+"""Teachers: sentence-transformers folders, precomputed embeddings of any array library, several models
+together."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def unsynced(monkeypatch):
 
 
 def write_bert(folder: Path, prompts: dict[str, str] | None = None) -> Path:
-    """A random BERT of 32 channels with CLS pooling, and no Normalize module: its rows are not of unit length."""
+    """A random BERT of 32 channels with CLS pooling, and no Normalize module: its rows are not of unit
+    length."""
     from sentence_transformers import SentenceTransformer, models
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -46,9 +48,9 @@ def write_bert(folder: Path, prompts: dict[str, str] | None = None) -> Path:
     config = BertConfig(vocab_size=len(vocab), max_position_embeddings=64, initializer_range=0.5, **sizes)
     BertModel(config).save_pretrained(bert)
     word = models.Transformer(str(bert), max_seq_length=48)
-    SentenceTransformer(modules=[word, models.Pooling(32, pooling_mode="cls")], prompts=prompts, device="cpu").save(
-        str(folder)
-    )
+    SentenceTransformer(
+        modules=[word, models.Pooling(32, pooling_mode="cls")], prompts=prompts, device="cpu"
+    ).save(str(folder))
     return folder
 
 
@@ -61,7 +63,9 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
     rows = make_rows(20)
     prompts = {"prompt": "query: ", "document_prompt": "passage: "}
     teacher = Teacher.of_encoder(SentenceTransformerEncoder(folder, "cpu", "fp32"), **prompts)
-    report = mine(rows, tmp_path / "out.jsonl", teacher, prompt="Instruct: x\nQuery: ", dtype="float32", threshold=0.99)
+    report = mine(
+        rows, tmp_path / "out.jsonl", teacher, prompt="Instruct: x\nQuery: ", dtype="float32", threshold=0.99
+    )
     assert report["models"][0]["prompt"] == "query: "  # a Teacher has its own
 
     from sentence_transformers import SentenceTransformer
@@ -76,7 +80,9 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
         np.testing.assert_allclose(line["pos_scores"], [q @ documents[t] for t in row.pos], atol=2e-6)
         np.testing.assert_allclose(line["neg_scores"], [q @ documents[t] for t in line["neg"]], atol=2e-6)
         limit = 0.99 * min(line["pos_scores"])
-        known = {" ".join(p.split()).casefold() for r in rows if r.query == row.query for p in (*r.pos, r.query)}
+        known = {
+            " ".join(p.split()).casefold() for r in rows if r.query == row.query for p in (*r.pos, r.query)
+        }
         others = [q @ v for t, v in documents.items() if " ".join(t.split()).casefold() not in known]
         best = sorted((s for s in others if s < limit - 1e-5), reverse=True)[: len(line["neg"])]
         assert len(best) < 4 or min(line["neg_scores"]) > best[-1] - 1e-5
@@ -97,7 +103,8 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
     teachers = Teachers(plan, load)
     (loaded,), (again,) = list(teachers.of("rows")), list(teachers.of("rows"))
     assert (
-        loads == ["sentence-transformers"] and loaded.queries.digest == teacher.queries.digest == again.queries.digest
+        loads == ["sentence-transformers"]
+        and loaded.queries.digest == teacher.queries.digest == again.queries.digest
     )
     assert (loaded.prompt, loaded.document_prompt, loaded.query_max_length) == ("query: ", "passage: ", 48)
     changed = folder / "config_sentence_transformers.json"
@@ -171,7 +178,10 @@ def test_arrays_of_every_library_mine_the_bytes_of_the_model_that_made_them(tmp_
         "torch": (torch.from_numpy(documents), torch.from_numpy(queries)),
         "dlpack": (OnlyDlpack(documents), OnlyDlpack(queries)),
         # Cosines: the lengths of rows do not matter. (Powers of two, so that not a bit changes.)
-        "scaled": (documents * np.float32(2.0) ** np.arange(len(documents))[:, None].clip(0, 60), queries * 4),
+        "scaled": (
+            documents * np.float32(2.0) ** np.arange(len(documents))[:, None].clip(0, 60),
+            queries * 4,
+        ),
     }
     for name, (d, q) in kinds.items():
         mine(rows, tmp_path / f"{name}.jsonl", precomputed(d, document_texts, q, query_texts))
@@ -281,7 +291,9 @@ def combined_by_definition(rows, models, threshold, k, how, depth, ranks=None):
             lists.append(sorted(allowed, key=lambda d: (-s[d], d))[:depth])
             score.append(s)
             ceilings.append(limit)
-        candidates = set.intersection(*map(set, lists)) if how == "intersection" else set.union(*map(set, lists))
+        candidates = (
+            set.intersection(*map(set, lists)) if how == "intersection" else set.union(*map(set, lists))
+        )
         below = {d for d in candidates if all(float(s[d]) < c for s, c in zip(score, ceilings, strict=True))}
         candidates = candidates if ranks else below
 
@@ -325,8 +337,12 @@ def test_several_models_are_combined_as_defined_on_any_number_of_ranks(tmp_path,
             output = tmp_path / f"{threshold}-{size}.jsonl"
             options = {"threshold": threshold, "num_negatives": k, "combine": how, "combine_depth": depth}
             options |= {"dtype": "float32", "block_queries": 5, "shard_size": 11}
-            # A generator: one model at a time is alive.
-            on_ranks(size, lambda ranks: mine(rows, output, (m for m in models[:count]), ranks=ranks, **options))  # noqa: B023
+
+            def one(ranks, *, output=output, count=count, options=options):
+                # A generator: one model at a time is alive.
+                return mine(rows, output, (m for m in models[:count]), ranks=ranks, **options)
+
+            on_ranks(size, one)
             for line, (texts, scores) in zip(lines_of(output), want, strict=True):
                 assert line["neg"] == texts
                 assert np.array_equal(np.float32(line["neg_scores"]), np.array(scores, np.float32))
@@ -353,8 +369,12 @@ def test_range_counts_in_the_combined_order_what_is_above_the_ceilings_too(tmp_p
 
 
 def test_mean_rank_never_takes_what_is_above_the_ceiling_of_a_model_whose_list_lacks_it(tmp_path):
-    """b is the best of the first model; the second scores it above the positive, so its list does not have it."""
-    angles = [{"q": 0.0, "p": 0.2, "b": 0.5, "c": 0.9, "d": 1.2}, {"q": 0.0, "p": 0.5, "b": 0.1, "c": 0.9, "d": 1.2}]
+    """b is the best of the first model; the second scores it above the positive, so its list does not have
+    it."""
+    angles = [
+        {"q": 0.0, "p": 0.2, "b": 0.5, "c": 0.9, "d": 1.2},
+        {"q": 0.0, "p": 0.5, "b": 0.1, "c": 0.9, "d": 1.2},
+    ]
     models = [
         KnownVectors({t: np.array([np.cos(a), np.sin(a)]) for t, a in one.items()}, digest=str(i))
         for i, one in enumerate(angles)

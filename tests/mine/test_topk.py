@@ -57,10 +57,16 @@ def make_case(kind: str, num_queries: int, num_documents: int, hidden_size: int,
     elif kind == "close":  # differences in the last bits of fp32: a GEMM alone gives another order
         documents = (documents[:1] + 1e-7 * rng.standard_normal(documents.shape)).astype(np.float32)
     with np.errstate(all="ignore"):
-        positives = np.nan_to_num((queries * documents[rng.integers(0, num_documents, num_queries)]).sum(-1), posinf=1)
+        positives = np.nan_to_num(
+            (queries * documents[rng.integers(0, num_documents, num_queries)]).sum(-1), posinf=1
+        )
     threshold = rng.choice([0.5, 0.95, 1.0, 1.05])
-    ceilings = np.where(rng.random(num_queries) < 0.2, np.inf, positives - (1 - threshold) * np.abs(positives))
-    excluded = [sorted(set(rng.integers(0, num_documents, rng.integers(0, 4)).tolist())) for _ in range(num_queries)]
+    ceilings = np.where(
+        rng.random(num_queries) < 0.2, np.inf, positives - (1 - threshold) * np.abs(positives)
+    )
+    excluded = [
+        sorted(set(rng.integers(0, num_documents, rng.integers(0, 4)).tolist())) for _ in range(num_queries)
+    ]
     return queries, documents, ceilings, excluded
 
 
@@ -71,7 +77,8 @@ KINDS = ["random", "clustered", "ties", "grid", "negative", "broken", "close"]
 @pytest.mark.parametrize("order", ["as it comes", "ever better"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_filtered_tiles_are_brute_force(kind, order, method, monkeypatch):
-    """The way a GPU takes, here by the references of its kernels: survivors in lists, and rows whose lists overflow."""
+    """The way a GPU takes, here by the references of its kernels: survivors in lists, and rows whose lists
+    overflow."""
     monkeypatch.setattr(engine, "FILTERING", {"cpu"})
     monkeypatch.setattr(gpu_filter, "RESCORED_FROM", 64)
     monkeypatch.setattr(gpu_filter, "LIST", 0 if order == "ever better" else 1024)
@@ -128,7 +135,14 @@ def test_larger_case_with_few_places_goes_through_every_path(method, kind):
     want_scores, want_ids = brute_force(queries, documents, ceilings, 10, excluded)
     stats = SearchStats()
     scores, ids = topk_below(
-        queries, documents, ceilings, 10, Exclude.from_lists(excluded), method=method, block_documents=512, stats=stats
+        queries,
+        documents,
+        ceilings,
+        10,
+        Exclude.from_lists(excluded),
+        method=method,
+        block_documents=512,
+        stats=stats,
     )
     np.testing.assert_array_equal(ids.numpy(), want_ids)
     np.testing.assert_array_equal(scores.numpy(), want_scores)
@@ -160,7 +174,8 @@ def test_answer_is_the_same_bits_for_every_blocking_and_sharding(method):
 
 
 def test_a_lower_bound_counts_only_what_is_surely_below_the_ceiling():
-    """keys are above their scores by at most twice the width: of [1.0, 0.875, 0.75] below 0.9375 two score at least 0.625."""
+    """keys are above their scores by at most twice the width: of [1.0, 0.875, 0.75] below 0.9375 two score at
+    least 0.625."""
     keys, width = torch.tensor([[1.0, 0.875, 0.75, 0.5]]).expand(2, 4), torch.tensor([0.0625, 0.125])
     ceilings = torch.tensor([0.9375, torch.inf])
     assert candidates.kth_lower_bound(keys, width, ceilings, 2).tolist() == [0.625, 0.625]
@@ -171,7 +186,13 @@ def test_nothing_at_or_above_the_ceiling_even_by_one_bit():
     documents = np.ones((5, 1), np.float32)
     documents[3] = np.nextafter(np.float32(1), np.float32(0))
     one = np.float32(1)
-    cases = {1.0: [3], float(documents[3, 0]): [], np.inf: [0, 1, 2, 4, 3], 1.0 + 1e-12: [0, 1, 2, 4, 3], -np.inf: []}
+    cases = {
+        1.0: [3],
+        float(documents[3, 0]): [],
+        np.inf: [0, 1, 2, 4, 3],
+        1.0 + 1e-12: [0, 1, 2, 4, 3],
+        -np.inf: [],
+    }
     for ceiling, want in cases.items():
         _, ids = topk_below(one.reshape(1, 1), documents, [ceiling], 5)
         assert ids[0].tolist() == want + [-1] * (5 - len(want)), ceiling
@@ -203,23 +224,29 @@ def test_excluded_documents_do_not_hide_a_mass_of_ties_below_them():
     documents = np.full((900, 1), 0.5, np.float32)
     documents[100:150] = 0.9
     stats, exclude = SearchStats(), Exclude.from_lists([list(range(149, 99, -1))])
-    _, ids = topk_below(np.ones((1, 1), np.float32), documents, [np.inf], 4, exclude, block_documents=300, stats=stats)
+    _, ids = topk_below(
+        np.ones((1, 1), np.float32), documents, [np.inf], 4, exclude, block_documents=300, stats=stats
+    )
     assert stats.num_exhaustive == 1 and ids.tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_late_tile_with_nan_beside_a_key_that_enters():
-    """Maxima of groups of keys are compared first, columns a tile's width / 32 apart; that of a group with NaN is NaN."""
+    """Maxima of groups of keys are compared first, columns a tile's width / 32 apart; that of a group with
+    NaN is NaN."""
     width = 32 * 128
     tile = torch.full((2, width), 0.1)
     tile[0, 5], tile[0, 5 + 128], tile[0, 5 + 256] = torch.nan, 0.9, torch.nan
     tile[1, 64], tile[1, 65] = 0.7, 0.95
     keys, ids = torch.tensor([[0.8, 0.5], [0.8, 0.5]]), torch.tensor([[9000, 9001], [9000, 9001]])
-    streaming_topk_(tile, torch.tensor([torch.inf, 0.95]), keys, ids, 200, torch.tensor([0, 0, 1]), torch.tensor([264]))
+    streaming_topk_(
+        tile, torch.tensor([torch.inf, 0.95]), keys, ids, 200, torch.tensor([0, 0, 1]), torch.tensor([264])
+    )
     assert ids.tolist() == [[333, 9000], [9000, 9001]]  # of row 1 one key is excluded and one at its ceiling
 
 
 def test_scoring_every_candidate_and_scoring_the_possible_ones_agree():
-    """What a GPU does with its candidates and what a CPU does; from one array and from blocks of a memory map."""
+    """What a GPU does with its candidates and what a CPU does; from one array and from blocks of a memory
+    map."""
     queries, documents, ceilings, _ = make_case("close", 20, 400, 48, 11)
     state_ids = torch.randint(-1, 400, (20, 60), generator=torch.Generator().manual_seed(0)) + 1000
     state_ids[state_ids == 999] = -1
@@ -263,7 +290,9 @@ def test_tensors_half_precision_and_memory_maps_are_searched_as_stored(tmp_path)
             self.__dlpack__, self.__dlpack_device__ = tensor.__dlpack__, tensor.__dlpack_device__
 
     for stored in (half, mapped, torch.from_numpy(half), Foreign(torch.from_numpy(half))):
-        scores, ids = topk_below(torch.from_numpy(queries), stored, torch.from_numpy(ceilings), 6, block_documents=50)
+        scores, ids = topk_below(
+            torch.from_numpy(queries), stored, torch.from_numpy(ceilings), 6, block_documents=50
+        )
         np.testing.assert_array_equal(ids.numpy(), want[1])
         np.testing.assert_array_equal(scores.numpy(), want[0])
 

@@ -80,7 +80,8 @@ def test_hidden_states_equal_bidirectional_hf(tmp_path: Path, num_kv_heads: int,
     assert (embeddings - torch.nn.functional.normalize(means, dim=-1)).abs().max() < 1e-5
 
 
-# (hidden_size, intermediate_size, query heads, KV heads, vocabulary) as published; what is fused must cut at every tp.
+# (hidden_size, intermediate_size, query heads, KV heads, vocabulary) as published; what is fused must cut at
+# every tp.
 PUBLISHED = {
     "Llama-2-7B": (4096, 11008, 32, 32, 32000),
     "Llama-2-13B": (5120, 13824, 40, 40, 32000),
@@ -97,7 +98,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shapes_are_cut_at_every_tp_that_divides_the_kv_heads(name: str) -> None:
-    """Each element of each tensor is held by one rank, whole gate and up blocks together, equally much memory on all."""
+    """Each element of each tensor is held by one rank, whole gate and up blocks together, equally much memory
+    on all."""
     D, F, H, G, V = PUBLISHED[name]
     config = ModelConfig(
         vocab_size=V,
@@ -124,7 +126,9 @@ def test_published_shapes_are_cut_at_every_tp_that_divides_the_kv_heads(name: st
                 if dim is None:
                     continue
                 ends = [offset[dim] + size[dim] for offset, size in boxes]
-                assert [offset[dim] for offset, _ in boxes] == [0, *ends[:-1]] and ends[-1] == shapes[full_name][dim]
+                assert [offset[dim] for offset, _ in boxes] == [0, *ends[:-1]] and ends[-1] == shapes[
+                    full_name
+                ][dim]
                 assert all(size[dim] % unit == 0 and size[dim] <= parameter.shape[dim] for _, size in boxes)
                 if tp <= 8 and F > 4096:  # a few percent of memory, no more
                     assert parameter.shape[dim] * tp <= 1.04 * shapes[full_name][dim]
@@ -135,7 +139,11 @@ def test_hidden_states_where_kv_heads_do_not_divide_the_mlp(
     tmp_path: Path, heads: int, kv_heads: int, intermediate: int
 ) -> None:
     config = dataclasses.replace(
-        MODEL, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=intermediate, hidden_size=120
+        MODEL,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        hidden_size=120,
     )
     theirs = hf_llama(config)
     theirs.save_pretrained(tmp_path)
@@ -165,7 +173,9 @@ def test_hf_rows_cover_every_parameter_once() -> None:
         for hf_name, start, rows in spec.hf_rows(name, MODEL):
             counted[hf_name][start : start + rows] += 1
     assert all(bool((c == 1).all()) for c in counted.values())
-    assert sum(torch.Size(s).numel() for s in shapes.values()) == sum(p.numel() for p in hf_llama(MODEL).parameters())
+    assert sum(torch.Size(s).numel() for s in shapes.values()) == sum(
+        p.numel() for p in hf_llama(MODEL).parameters()
+    )
 
 
 def test_to_hf_inverts_the_fused_layout(tmp_path: Path) -> None:
@@ -222,7 +232,9 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
     assert read_config(tmp_path).rope_theta == 500000.0
 
 
-@pytest.mark.parametrize(("key", "value"), [("pooling", "cls"), ("hidden_act", "gelu"), ("attention_bias", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("pooling", "cls"), ("hidden_act", "gelu"), ("attention_bias", True)]
+)
 def test_what_we_would_compute_differently_is_refused(tmp_path: Path, key: str, value: object) -> None:
     hf_llama(MODEL).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -242,7 +254,10 @@ def _edit_weights(folder: Path, change) -> None:
     [
         (lambda w: w.pop("norm.weight"), "norm.weight is missing"),
         (lambda w: w.update(extra=torch.zeros(2)), "extra is not part of this model"),
-        (lambda w: w.update({"norm.weight": torch.ones(63)}), "norm.weight has shape (63,), config.json says (64,)"),
+        (
+            lambda w: w.update({"norm.weight": torch.ones(63)}),
+            "norm.weight has shape (63,), config.json says (64,)",
+        ),
         (lambda w: w.update({"norm.weight": torch.ones(64, dtype=torch.int32)}), "norm.weight has dtype I32"),
     ],
 )

@@ -1,6 +1,7 @@
 """Folders in many spellings against transformers: the same hidden states, or a refusal that names both sides.
 
-The oracle reads the folder itself; where it would draw random weights (tensors under other names), it is the model that was saved.
+The oracle reads the folder itself; where it would draw random weights (tensors under other names), it is the
+model that was saved.
 """
 
 import json
@@ -68,7 +69,9 @@ def rename(folder: Path, change: Callable[[str], str]) -> None:
 
 
 def add(folder: Path, file: str = SINGLE, **tensors: torch.Tensor) -> None:
-    save_file({**load_file(folder / file), **{n.replace("__", "."): x for n, x in tensors.items()}}, folder / file)
+    save_file(
+        {**load_file(folder / file), **{n.replace("__", "."): x for n, x in tensors.items()}}, folder / file
+    )
 
 
 def shards(folder: Path, seed: int = 0) -> list[str]:
@@ -96,7 +99,10 @@ def ours(path: Path) -> torch.Tensor:
     n = len(IDS)
     with torch.no_grad():
         return encoder(
-            IDS, torch.arange(n), Segments(torch.tensor([0, n], dtype=torch.int32), [n], n), return_hidden=True
+            IDS,
+            torch.arange(n),
+            Segments(torch.tensor([0, n], dtype=torch.int32), [n], n),
+            return_hidden=True,
         )
 
 
@@ -124,9 +130,14 @@ READ: dict[str, Callable[[Path], Any]] = {
     "no prefix": lambda f: llama().model.save_pretrained(f),
     "norm alone without prefix": lambda f: rename(f, lambda n: n.replace("model.norm", "norm")),
     "a classifier's head": lambda f: add(f, score__weight=torch.ones(3, 32)),
-    "old rotary buffers": lambda f: add(f, **{"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}),
+    "old rotary buffers": lambda f: add(
+        f, **{"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
+    ),
     "an index of the single file": lambda f: index(f, lambda where: where.update(names_of(f))),
-    "an index that lacks a tensor": lambda f: (shards(f), index(f, lambda where: where.pop("model.norm.weight"))),
+    "an index that lacks a tensor": lambda f: (
+        shards(f),
+        index(f, lambda where: where.pop("model.norm.weight")),
+    ),
     "shards of before beside the index": lambda f: (
         shards(f),
         shutil.copy(f / sorted(f.glob("model-00001-*"))[0].name, f / "model-00001-of-00002.safetensors"),
@@ -138,7 +149,9 @@ READ: dict[str, Callable[[Path], Any]] = {
     "llama3 of transformers 5": lambda f: rope(f, {**LLAMA3, "rope_theta": 5e5}),
     "llama3 of transformers 4": lambda f: rope(f, rope_scaling=LLAMA3, rope_theta=5e5),
     "type in place of rope_type": lambda f: rope(
-        f, rope_scaling={"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}}, rope_theta=5e5
+        f,
+        rope_scaling={"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}},
+        rope_theta=5e5,
     ),
     "type and rope_type": lambda f: rope(f, rope_scaling={**LLAMA3, "type": "llama3"}, rope_theta=5e5),
     "both spellings": lambda f: rope(f, {**LLAMA3, "rope_theta": 5e5}, rope_scaling=LLAMA3, rope_theta=5e5),
@@ -154,13 +167,17 @@ READ: dict[str, Callable[[Path], Any]] = {
     "trained length beside it": lambda f: rope(
         f, rope_scaling={k: v for k, v in LLAMA3.items() if k[0] != "o"}, original_max_position_embeddings=32
     ),
-    "trained length nowhere": lambda f: rope(f, rope_scaling={k: v for k, v in LLAMA3.items() if k[0] != "o"}),
+    "trained length nowhere": lambda f: rope(
+        f, rope_scaling={k: v for k, v in LLAMA3.items() if k[0] != "o"}
+    ),
     "factor without a type": lambda f: rope(f, {"factor": 8.0, "rope_theta": 1e4}),
     "partial_rotary_factor": lambda f: rope(
         f, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     ),
     "swish": lambda f: edit(f, hidden_act="swish"),
-    "fields that have defaults": lambda f: edit(f, "rms_norm_eps", "head_dim", "initializer_range", "attention_bias"),
+    "fields that have defaults": lambda f: edit(
+        f, "rms_norm_eps", "head_dim", "initializer_range", "attention_bias"
+    ),
     "head_dim null": lambda f: edit(f, head_dim=None),
     "pretraining_tp": lambda f: edit(f, pretraining_tp=2),
     "torch_dtype beside dtype": lambda f: edit(f, torch_dtype="bfloat16", dtype="float32"),
@@ -222,7 +239,9 @@ def test_a_tied_model_saved_with_its_head_alone(folder: Path, capsys) -> None:
     assert (ours(folder) - hidden(loaded)).abs().max() < 1e-5
     assert "lm_head.weight is read as the embedding" in capsys.readouterr().out
     edit(folder, tie_word_embeddings=False)
-    with pytest.raises(UserError, match=r"lm_head\.weight but no embed_tokens\.weight, .* tie_word_embeddings"):
+    with pytest.raises(
+        UserError, match=r"lm_head\.weight but no embed_tokens\.weight, .* tie_word_embeddings"
+    ):
         ours(folder)
 
 
@@ -311,7 +330,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         [SINGLE, INDEX, "a.safetensors"],
     ),
     "an index of other shards": (
-        lambda f: (shards(f), index(f, lambda where: where.update({"model.norm.weight": min(where.values())}))),
+        lambda f: (
+            shards(f),
+            index(f, lambda where: where.update({"model.norm.weight": min(where.values())})),
+        ),
         ["weight_map says that model.norm.weight is in model-00001", "it is in model-000"],
     ),
     "an index of more than there is": (
@@ -351,11 +373,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["lora_A", "not merged"],
     ),
     "another file named": (
-        lambda f: (shutil.copy(f / SINGLE, f / "b.safetensors"), edit(f, transformers_weights="b.safetensors")),
+        lambda f: (
+            shutil.copy(f / SINGLE, f / "b.safetensors"),
+            edit(f, transformers_weights="b.safetensors"),
+        ),
         ["transformers_weights is 'b.safetensors'", SINGLE],
     ),
-    "embeddings beside a model": (lambda f: (f / "documents.npy").write_bytes(b""), ["documents.npy", SINGLE]),
-    "a run beside a model": (lambda f: (f / "step-00000002").mkdir(), ["a checkpoint of ours (step-00000002)", SINGLE]),
+    "embeddings beside a model": (
+        lambda f: (f / "documents.npy").write_bytes(b""),
+        ["documents.npy", SINGLE],
+    ),
+    "a run beside a model": (
+        lambda f: (f / "step-00000002").mkdir(),
+        ["a checkpoint of ours (step-00000002)", SINGLE],
+    ),
     "a checkpoint beside a model": (
         lambda f: (f / "manifest.json").write_text('{"format": 1, "pieces": {}}'),
         ["a checkpoint of ours (manifest.json)", SINGLE],
@@ -369,7 +400,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "theta inside rope_scaling": (
         lambda f: rope(f, rope_scaling={**LLAMA3, "rope_theta": 1e6}, rope_theta=5e5),
-        ["rope_theta=500000.0, which transformers 4", "rope_scaling.rope_theta=1000000.0, which transformers 5"],
+        [
+            "rope_theta=500000.0, which transformers 4",
+            "rope_scaling.rope_theta=1000000.0, which transformers 5",
+        ],
     ),
     "theta in one spelling only": (
         lambda f: rope(f, {**LLAMA3, "rope_theta": 5e5}, rope_scaling=LLAMA3),
@@ -384,7 +418,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["original_max_position_embeddings=32, which transformers 5", "of rope_parameters, 64"],
     ),
     "scaled in 5, not in 4": (
-        lambda f: rope(f, {**LLAMA3, "rope_theta": 5e5}, rope_scaling={"rope_type": "default"}, rope_theta=5e5),
+        lambda f: rope(
+            f, {**LLAMA3, "rope_theta": 5e5}, rope_scaling={"rope_type": "default"}, rope_theta=5e5
+        ),
         ["rope_scaling (theta 500000, not scaled)", "rope_parameters (theta 500000, factor 8"],
     ),
     "scaled in 4, not in 5": (
@@ -410,7 +446,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: rope(f, {**LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
         ["low_freq_factor=4.0 must be below high_freq_factor=4.0"],
     ),
-    "another scaling": (lambda f: rope(f, rope_scaling={"type": "yarn", "factor": 4.0}), ["rope_type 'yarn'"]),
+    "another scaling": (
+        lambda f: rope(f, rope_scaling={"type": "yarn", "factor": 4.0}),
+        ["rope_type 'yarn'"],
+    ),
     "scaling as a list": (lambda f: rope(f, rope_scaling=[8.0]), ["rope_scaling=[8.0] must be an object"]),
     "scaling by layer": (
         lambda f: rope(f, {"full_attention": LLAMA3}),
@@ -432,12 +471,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: pooled(f, {**LAST, **MEAN}),
         ["pooling_mode='mean' and the flags of lasttoken"],
     ),
-    "pooling that is not ours": (lambda f: pooled(f, LAST), ["sentence-transformers model with pooling by lasttoken"]),
+    "pooling that is not ours": (
+        lambda f: pooled(f, LAST),
+        ["sentence-transformers model with pooling by lasttoken"],
+    ),
     "quantised": (
         lambda f: edit(f, quantization_config={"quant_method": "bitsandbytes"}),
         ["quantization_config (bitsandbytes)"],
     ),
-    "a model inside": (lambda f: edit(f, text_config={"hidden_size": 99}), ["text_config describes a second model"]),
+    "a model inside": (
+        lambda f: edit(f, text_config={"hidden_size": 99}),
+        ["text_config describes a second model"],
+    ),
     "fewer layers than tensors": (
         lambda f: edit(f, num_hidden_layers=1),
         ["layers.1.input_layernorm.weight is not part of this model"],
@@ -462,11 +507,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: (f / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
         ["config.json is a git-lfs pointer"],
     ),
-    "a pickle alone": (lambda f: only(f, "pytorch_model.bin"), ["pytorch_model.bin is a pickle", "save_pretrained"]),
+    "a pickle alone": (
+        lambda f: only(f, "pytorch_model.bin"),
+        ["pytorch_model.bin is a pickle", "save_pretrained"],
+    ),
     "Meta's format": (lambda f: only(f, "consolidated.00.pth"), ["consolidated.00.pth is Meta's own format"]),
     "a GGUF file": (lambda f: only(f, "model-q4.gguf"), ["model-q4.gguf is a GGUF file"]),
-    "a variant alone": (lambda f: only(f, "model.fp16.safetensors"), ["model.fp16.safetensors", f"to {SINGLE}"]),
-    "shards without their index": (lambda f: (shards(f), (f / INDEX).unlink()), ["model-00001-of-", f"need {INDEX}"]),
+    "a variant alone": (
+        lambda f: only(f, "model.fp16.safetensors"),
+        ["model.fp16.safetensors", f"to {SINGLE}"],
+    ),
+    "shards without their index": (
+        lambda f: (shards(f), (f / INDEX).unlink()),
+        ["model-00001-of-", f"need {INDEX}"],
+    ),
     "checkpoints of a trainer": (
         lambda f: (
             shutil.copytree(f, f / "checkpoint-500"),
@@ -477,7 +531,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "no config.json": (lambda f: (f / "config.json").unlink(), ["has no config.json", "model.safetensors"]),
     "another architecture": (lambda f: edit(f, model_type="mistral"), ["model_type is 'mistral'"]),
-    "modules.json damaged": (lambda f: (f / "modules.json").write_text("[{}]"), ["modules.json is no list of modules"]),
+    "modules.json damaged": (
+        lambda f: (f / "modules.json").write_text("[{}]"),
+        ["modules.json is no list of modules"],
+    ),
 }
 
 
@@ -493,7 +550,8 @@ def test_refused_by_both_names(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["theta", "theta in one spelling only", "factor", "scaled in 5, not in 4", "scaled in 4, not in 5"]
+    "name",
+    ["theta", "theta in one spelling only", "factor", "scaled in 5, not in 4", "scaled in 4, not in 5"],
 )
 def test_the_message_says_what_transformers_reads(folder: Path, name: str) -> None:
     REFUSED[name][0](folder)
@@ -522,7 +580,9 @@ def test_weights_of_another_pooling_start_a_training_and_are_not_published(folde
         open_weights(str(folder))
 
 
-def test_a_causal_folder_that_is_run_as_bidirectional_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_causal_folder_that_is_run_as_bidirectional_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Not when a training starts from it, nor where config.json says that it is bidirectional."""
     open_weights(str(folder), base=True)
     for changes in ({"is_causal": False}, {"use_bidirectional_attention": True}):

@@ -34,8 +34,12 @@ def test_what_the_card_computes_is_what_the_encoder_computes(name: Pooling, side
     for i, row in enumerate(rows):
         place = slice(6 - len(row), 6) if side == "left" else slice(0, len(row))
         hidden[i, place], mask[i, place] = row, 1
-    theirs = torch.nn.functional.normalize(eval(spec.POOLINGS[name].torch, {"hidden": hidden, "mask": mask}), dim=-1)
-    torch.testing.assert_close(torch.nn.functional.normalize(reload.POOLINGS[name](hidden, mask), dim=-1), theirs)
+    theirs = torch.nn.functional.normalize(
+        eval(spec.POOLINGS[name].torch, {"hidden": hidden, "mask": mask}), dim=-1
+    )
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(reload.POOLINGS[name](hidden, mask), dim=-1), theirs
+    )
     segments = Segments(torch.tensor([0, 3, 4, 9], dtype=torch.int32), lengths, 5)
     torch.testing.assert_close(pooling.pool(name, torch.cat(rows), segments, TensorParallel()), theirs)
 
@@ -52,12 +56,16 @@ def test_a_new_pooling_reaches_every_consumer_from_the_table(tmp_path, monkeypat
     files = {"config.json": config, **sentence_transformers_files(model, usage)}
     assert config["pooling"] == "last"
     flags = files["1_Pooling/config.json"]
-    assert [flag for flag, value in flags.items() if value is True] == ["pooling_mode_lasttoken", "include_prompt"]
+    assert [flag for flag, value in flags.items() if value is True] == [
+        "pooling_mode_lasttoken",
+        "include_prompt",
+    ]
     (tmp_path / "1_Pooling").mkdir()
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
     save_file(
-        {name: torch.zeros(shape) for name, shape in spec.hf_shapes(model).items()}, tmp_path / "model.safetensors"
+        {name: torch.zeros(shape) for name, shape in spec.hf_shapes(model).items()},
+        tmp_path / "model.safetensors",
     )
     source = resolve(tmp_path)
     assert source.kind == "llama" and source.model == model and source.usage.pooling == "last"

@@ -1,7 +1,8 @@
 """bf16 training: not worse than Hugging Face in bf16, and what must be fp32 is fp32.
 
-Against the truth in fp64, of the same bf16 weights, row by row. That gate alone is blind to a rounding that is small beside that
-of the activations; so each fp32 stage is compared with fp64 from the very numbers that it was given.
+Against the truth in fp64, of the same bf16 weights, row by row. That gate alone is blind to a rounding that
+is small beside that of the activations; so each fp32 stage is compared with fp64 from the very numbers that
+it was given.
 """
 
 from pathlib import Path
@@ -17,7 +18,8 @@ from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
-LAYOUTS = {"tp1": (1, False, 1), "tp2+sp": (2, True, 1), "dp2": (1, False, 2)}  # tp_size, sequence_parallel, dp_size
+# Tp_size, sequence_parallel, dp_size.
+LAYOUTS = {"tp1": (1, False, 1), "tp2+sp": (2, True, 1), "dp2": (1, False, 2)}
 ROWS, EACH = 16, 4  # of a step, and of a micro-batch
 TEMPERATURE = 0.05
 # Of a row's largest value, for stages in fp32; one rounding to bf16 on the way would cost 2e-3.
@@ -38,7 +40,8 @@ def config_of(folder: Path, layout: tuple, name: str) -> Any:
 
 
 def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
-    """Embeddings and gradients of a step in micro-batches, and each stage's error; on every rank of the layout's world."""
+    """Embeddings and gradients of a step in micro-batches, and each stage's error; on every rank of the
+    layout's world."""
     import torch.distributed as dist
 
     from nemo_embed_core.data.packing import build_micro_batch
@@ -60,9 +63,12 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
     trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
     rows = np.arange(ROWS).reshape(dp, -1)[mesh.dp_rank]
-    ids = choose_documents(trainer.store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
+    ids = choose_documents(
+        trainer.store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed
+    )
     batches = [
-        build_micro_batch(trainer.store, rows[i : i + EACH], ids[i : i + EACH], tp) for i in range(0, len(rows), EACH)
+        build_micro_batch(trainer.store, rows[i : i + EACH], ids[i : i + EACH], tp)
+        for i in range(0, len(rows), EACH)
     ]
     shapes = parameter_shapes(trainer.model_config)
 
@@ -108,7 +114,9 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     def note(stage: str, got: torch.Tensor, want: torch.Tensor) -> None:
         """The worst row's error, relative to its largest value."""
         assert got.dtype == torch.float32, f"{stage}: {got.dtype}"
-        error, row = ((x if x.ndim > 1 else x[None]).abs().flatten(0, -2).amax(1) for x in (got.double() - want, want))
+        error, row = (
+            (x if x.ndim > 1 else x[None]).abs().flatten(0, -2).amax(1) for x in (got.double() - want, want)
+        )
         errors[stage] = max(errors.get(stage, 0.0), (error / row.clamp(min=1e-30))[row > 0].max().item())
 
     inv_freq = rope_inv_freq(trainer.model_config)
@@ -137,8 +145,11 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
         for row, at in zip(batch.rows.tolist(), batch.query_index.tolist(), strict=True):
             embeddings["query", row] = seen["embeddings"][i][at]
         for b, m in batch.document_mask.nonzero().tolist():
-            embeddings["document", int(batch.document_ids[b, m])] = seen["embeddings"][i][batch.document_index[b, m]]
-    # Micro-batches of a fourth of the rows: their gradients are exact multiples of what they are in the whole step.
+            embeddings["document", int(batch.document_ids[b, m])] = seen["embeddings"][i][
+                batch.document_index[b, m]
+            ]
+    # Micro-batches of a fourth of the rows: their gradients are exact multiples of what they are in the whole
+    # step.
     for tensor_name, gradient in total.items():
         summed = torch.stack([part[tensor_name].double() for part in parts]).mean(0)
         note("sum over micro-batches and ranks", gradient, summed)
@@ -189,7 +200,9 @@ def truth_and_peer(folder: Path) -> dict:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_bf16_is_as_good_as_hugging_face_and_rounds_nothing_else(name, server, folder, truth_and_peer) -> None:
+def test_bf16_is_as_good_as_hugging_face_and_rounds_nothing_else(
+    name, server, folder, truth_and_peer
+) -> None:
     layout = LAYOUTS[name]
     outcomes = server.run(one_step, layout[0] * layout[2], str(folder), layout, name)
     assert all(outcome.code == 0 for outcome in outcomes), outcomes[0].output[-3000:]
@@ -199,13 +212,17 @@ def test_bf16_is_as_good_as_hugging_face_and_rounds_nothing_else(name, server, f
     keys = sorted(ours)
     stack = [torch.stack([rows[key] for key in keys]) for rows in (ours, peer_rows, true_rows)]
     compared = {"embeddings": tuple(stack)}
-    compared |= {n: (outcomes[0].result["gradients"][n], peer_gradients[n], g) for n, g in true_gradients.items()}
+    compared |= {
+        n: (outcomes[0].result["gradients"][n], peer_gradients[n], g) for n, g in true_gradients.items()
+    }
     for what, (mine, peer, truth) in compared.items():
         own, theirs = row_errors(mine, truth), row_errors(peer, truth)
         average = (own.square().mean() / theirs.square().mean()).sqrt().item()
         assert average <= 1.3, f"{name}: {what} loses {average:.2f} times as much as Hugging Face"
         worst = (own.max() / theirs.max()).item()
-        assert worst <= 3, f"{name}: the worst row of {what} loses {worst:.2f} times as much as Hugging Face's worst"
+        assert worst <= 3, (
+            f"{name}: the worst row of {what} loses {worst:.2f} times as much as Hugging Face's worst"
+        )
     for outcome in outcomes:
         assert outcome.result["errors"].keys() == LIMITS.keys()
         for stage, error in outcome.result["errors"].items():

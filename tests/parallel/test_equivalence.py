@@ -1,7 +1,9 @@
-"""Every layout against one plain process of our own model: loss, every gradient, the gradient norm, and ten clipped steps.
+"""Every layout against one plain process of our own model: loss, every gradient, the gradient norm, and ten
+clipped steps.
 
-fp64 at 1e-10, because in fp32 a real fault hides behind rounding. Gradients and not only losses: Adam and clipping are blind to a
-factor of two. In-batch modes, options and fp32 are test_oracle's, whose truth shares no code with the trainer.
+fp64 at 1e-10, because in fp32 a real fault hides behind rounding. Gradients and not only losses: Adam and
+clipping are blind to a factor of two. In-batch modes, options and fp32 are test_oracle's, whose truth shares
+no code with the trainer.
 """
 
 import dataclasses
@@ -33,7 +35,8 @@ TOLERANCE = {"fp64": (1e-12, 1e-10, 1e-10)}  # loss, gradient, curve: relative
 LAYOUTS = {2: [(2, False, 1), (2, True, 1), (1, False, 2)], 4: [(4, True, 1), (2, True, 2)]}
 # A vocabulary and MLP blocks (9 of 11 channels) that neither 2 nor 4 divides: the last ranks hold padding.
 MODELS = {"even": MODEL, "odd": dataclasses.replace(MODEL, vocab_size=509, intermediate_size=99)}
-CASES = {("fp64", "none", "even"): 10, ("fp64", "none", "odd"): 4}  # (dtype, in_batch, model): optimizer steps
+# (dtype, in_batch, model): optimizer steps.
+CASES = {("fp64", "none", "even"): 10, ("fp64", "none", "odd"): 4}
 
 
 def configure(folder: Path, in_batch: str) -> TrainConfig:
@@ -47,7 +50,8 @@ def configure(folder: Path, in_batch: str) -> TrainConfig:
 
 
 def write_related_rows(folder: Path) -> None:
-    """Rows that know of one another: queries that differ by "?", positives that are another row's positive or negative.
+    """Rows that know of one another: queries that differ by "?", positives that are another row's positive or
+    negative.
 
     Knowing is neither mutual nor handed on.
     """
@@ -60,7 +64,10 @@ def write_related_rows(folder: Path) -> None:
             row["pos"].append(rows[i - 1]["neg"][0])
         if i % 4 == 3:
             row["query"] = rows[i % 12]["query"] + "?" * (i % 3)
-        row["pos"], row["neg"] = list(dict.fromkeys(row["pos"])), [n for n in row["neg"] if n not in row["pos"]]
+        row["pos"], row["neg"] = (
+            list(dict.fromkeys(row["pos"])),
+            [n for n in row["neg"] if n not in row["pos"]],
+        )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -80,7 +87,9 @@ def plain_process(config: TrainConfig, dtype: str, model: ModelConfig, steps: in
     torch.set_default_dtype(DTYPES[dtype])
     try:
         store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
-        rows = np.array([r for r in range(len(store)) if config.loss.in_batch != "none" or len(store.negatives(r))])
+        rows = np.array(
+            [r for r in range(len(store)) if config.loss.in_batch != "none" or len(store.negatives(r))]
+        )
         sampler = Sampler(rows, config.global_batch_size, config.seed)
         known = what_each_row_knows(Path(config.output_dir).parent, config)
         encoder = Encoder(model, TensorParallel(), reference_attention)
@@ -106,9 +115,15 @@ def plain_process(config: TrainConfig, dtype: str, model: ModelConfig, steps: in
 
 
 def _whole_batch_loss(
-    encoder: Encoder, store: Any, sampler: Sampler, step: int, config: TrainConfig, known: list[set[tuple[int, ...]]]
+    encoder: Encoder,
+    store: Any,
+    sampler: Sampler,
+    step: int,
+    config: TrainConfig,
+    known: list[set[tuple[int, ...]]],
 ) -> tuple[torch.Tensor, int]:
-    """The loss, and how many candidates were left out because they are right for the row, but not its own positive's copies."""
+    """The loss, and how many candidates were left out because they are right for the row, but not its own
+    positive's copies."""
 
     def embed(tokens: Any) -> torch.Tensor:
         ids = torch.from_numpy(tokens.astype("int64"))
@@ -140,11 +155,15 @@ def _whole_batch_loss(
 def without_padding(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor of global `shape` out of the one that the ranks hold together; what lies behind it is zero."""
     inside = tensor[tuple(slice(0, n) for n in shape)].clone()
-    assert tensor.count_nonzero() == inside.count_nonzero(), f"{tensor.shape=} {shape=}: the padding is not zero"
+    assert tensor.count_nonzero() == inside.count_nonzero(), (
+        f"{tensor.shape=} {shape=}: the padding is not zero"
+    )
     return inside
 
 
-def train_on_mesh(rank: int, world_size: int, init_file: str, folder: str, layouts: list, cases: dict) -> list[dict]:
+def train_on_mesh(
+    rank: int, world_size: int, init_file: str, folder: str, layouts: list, cases: dict
+) -> list[dict]:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
@@ -166,17 +185,22 @@ def train_on_mesh(rank: int, world_size: int, init_file: str, folder: str, layou
             mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
             prepared = Prepared(MODELS[model], load_tokenizer(config.tokenizer))
             trainer = Trainer(config, mesh, prepared, log=lambda message: None, dtype=DTYPES[dtype])
-            batches, _ = load_batch(trainer.store, trainer.sampler, 0, mesh.dp_rank, dp, config.data, tp, config.seed)
+            batches, _ = load_batch(
+                trainer.store, trainer.sampler, 0, mesh.dp_rank, dp, config.data, tp, config.seed
+            )
             forward_backward(trainer.engine.model, batches, mesh, config.loss)
             sync_replicated_grads(trainer.engine.model.parameters(), mesh)
             shapes = parameter_shapes(MODELS[model])
             grads = {}
             for name, p in trainer.engine.model.named_parameters():
                 assert isinstance(p.grad, DTensor)
-                grads[fsdp.plain_name(name)] = without_padding(p.grad.full_tensor(), shapes[fsdp.plain_name(name)])
+                grads[fsdp.plain_name(name)] = without_padding(
+                    p.grad.full_tensor(), shapes[fsdp.plain_name(name)]
+                )
             records = [trainer.train_step()[0] for _ in range(steps)]
             padded = 0
-            for name, p in trainer.engine.model.named_parameters():  # weights and moments behind the last row stay zero
+            # Weights and moments behind the last row stay zero.
+            for name, p in trainer.engine.model.named_parameters():
                 for tensor in (p.detach(), *state_of(trainer.engine.optimizer, p).values()):
                     whole = tensor.full_tensor()
                     without_padding(whole, shapes[fsdp.plain_name(name)])
@@ -226,7 +250,9 @@ def test_every_layout_trains_like_one_process(world_size: int, reference: tuple[
     for (layout, case), got in zip([(lay, c) for lay in layouts for c in CASES], results, strict=True):
         truth, (loss_tol, grad_tol, curve_tol) = truths[case], TOLERANCE[case[0]]
         where = f"(tp, sp, dp)={layout} {case}"
-        assert (truth["left_out"] > 10) == (case[1] != "none"), f"{where}: rows should know of one another's documents"
+        assert (truth["left_out"] > 10) == (case[1] != "none"), (
+            f"{where}: rows should know of one another's documents"
+        )
         assert got["micro_batches"] > 1, f"{where}: the batch should need several micro-batches"
         assert (got["padded"] > 0) == (layout[0] > 1 and case[2] == "odd"), where
         assert abs(got["loss"][0] - truth["loss"][0]) <= loss_tol * truth["loss"][0], where
@@ -236,5 +262,7 @@ def test_every_layout_trains_like_one_process(world_size: int, reference: tuple[
             assert error <= grad_tol, f"{where}: gradient of {name} is off by {error:.1e}"
         for key in ("loss", "norm"):
             for step, (a, b) in enumerate(zip(got[key], truth[key], strict=True)):
-                assert abs(a - b) <= curve_tol * abs(b) + 1e-12, f"{where}: {key} of step {step}: {a} against {b}"
+                assert abs(a - b) <= curve_tol * abs(b) + 1e-12, (
+                    f"{where}: {key} of step {step}: {a} against {b}"
+                )
         assert got["replicas_identical"], f"{where}: tp replicas of the norms drifted apart"

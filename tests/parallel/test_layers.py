@@ -13,7 +13,12 @@ from nemo_embed_core.parallel.collectives import (
     reduce_from_tp,
     reduce_scatter_tokens,
 )
-from nemo_embed_core.parallel.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from nemo_embed_core.parallel.layers import (
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from nemo_embed_core.parallel.mesh import build_mesh
 
 T, D, E, V = 12, 8, 16, 20
@@ -61,13 +66,17 @@ def check_layers(rank: int, world_size: int, init_file: str) -> None:
         x, w = i["x"].clone().requires_grad_(), i["w_column"].clone().requires_grad_()
         y = F.linear(x, w)
         y.backward(i["dy_column"])
-        got = run(ColumnParallelLinear(D, E, tp), w[slice(*rows)], tokens(i["x"]), i["dy_column"][:, slice(*rows)])
+        got = run(
+            ColumnParallelLinear(D, E, tp), w[slice(*rows)], tokens(i["x"]), i["dy_column"][:, slice(*rows)]
+        )
         same(got, [y[:, slice(*rows)], tokens(x.grad), w.grad[slice(*rows)]])
         # Row: x feature-sharded, y summed and replicated or token-sharded.
         x, w = i["wide"].clone().requires_grad_(), i["w_row"].clone().requires_grad_()
         y = F.linear(x, w)
         y.backward(i["dy_row"])
-        got = run(RowParallelLinear(E, D, tp), w[:, slice(*rows)], i["wide"][:, slice(*rows)], tokens(i["dy_row"]))
+        got = run(
+            RowParallelLinear(E, D, tp), w[:, slice(*rows)], i["wide"][:, slice(*rows)], tokens(i["dy_row"])
+        )
         same(got, [tokens(y), x.grad[:, slice(*rows)], w.grad[:, slice(*rows)]])
         # Vocabulary.
         table = i["table"].clone().requires_grad_()

@@ -15,7 +15,12 @@ from nemo_embed_core.parallel.mesh import distributed, pick_device, pick_precisi
     "parallel, world, model, message",
     [
         ({"tp_size": 4}, 6, {}, "world size 6 is not a multiple of parallel.tp_size=4"),
-        ({"tp_size": 2, "dp_size": 2}, 8, {}, "dp_size=2 x parallel.tp_size=2 = 4 processes, but 8 were started"),
+        (
+            {"tp_size": 2, "dp_size": 2},
+            8,
+            {},
+            "dp_size=2 x parallel.tp_size=2 = 4 processes, but 8 were started",
+        ),
         ({"tp_size": 8}, 8, {}, "tp_size=8 does not divide num_key_value_heads=4"),
         ({"tp_size": 3}, 3, {}, "tp_size=3 does not divide num_key_value_heads=4"),
     ],

@@ -1,7 +1,8 @@
-"""The trainer against an oracle that shares no line with it, in fp64, over layouts and every option that decides a number.
+"""The trainer against an oracle that shares no line with it, in fp64, over layouts and every option that
+decides a number.
 
-Loss, accuracy, gradient norm, every clipped gradient and every weight after the last step, row by row: an error in few rows or
-in small ones must not hide behind the largest of a tensor.
+Loss, accuracy, gradient norm, every clipped gradient and every weight after the last step, row by row: an
+error in few rows or in small ones must not hide behind the largest of a tensor.
 """
 
 import dataclasses
@@ -62,7 +63,8 @@ def changed(base: dict[str, Any], option: str, value: Any) -> dict[str, Any]:
 
 
 def mixed_cases() -> list[dict[str, Any]]:
-    """Every layout with every in-batch mode twice or more and once in fp32, the other options drawn from what is no default."""
+    """Every layout with every in-batch mode twice or more and once in fp32, the other options drawn from what
+    is no default."""
     rng = random.Random(0)
     cases = []
     for layout in LAYOUTS:
@@ -77,7 +79,8 @@ def mixed_cases() -> list[dict[str, Any]]:
                 "clip_norm": rng.choice([0.0, 0.05, 1e6]),
             }  # fmt: skip
             data = {"num_hard_negatives": rng.choice([2, 3]), "max_tokens": rng.choice([150, 250, 4000])}
-            # At 0.005 a row that only has its own negatives may have a loss so small that nothing is left to compare.
+            # At 0.005 a row that only has its own negatives may have a loss so small that nothing is left to
+            # compare.
             temperature = rng.choice([0.02 if in_batch == "none" else 0.005, 0.02, 0.1, 1.0])
             loss = {"temperature": temperature, "in_batch": in_batch}
             case = {
@@ -88,7 +91,11 @@ def mixed_cases() -> list[dict[str, Any]]:
             if (
                 i == len(modes) - 1
             ):  # FSDP2 runs other code for it; a temperature and an eps at which rounding is not magnified
-                case |= {"dtype": "fp32", "loss": {**loss, "temperature": 0.1}, "optim": {**optim, "eps": 0.1}}
+                case |= {
+                    "dtype": "fp32",
+                    "loss": {**loss, "temperature": 0.1},
+                    "optim": {**optim, "eps": 0.1},
+                }
             cases.append(case)
     return cases
 
@@ -107,7 +114,9 @@ def configure(folder: Path, case: dict[str, Any], name: str) -> TrainConfig:
 
 def without_padding(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     inside = tensor[tuple(slice(0, n) for n in shape)].clone()
-    assert tensor.count_nonzero() == inside.count_nonzero(), f"{tensor.shape=} {shape=}: the padding is not zero"
+    assert tensor.count_nonzero() == inside.count_nonzero(), (
+        f"{tensor.shape=} {shape=}: the padding is not zero"
+    )
     return inside
 
 
@@ -153,7 +162,9 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
             if is_tp_replicated(p) and mesh.tp.size > 1:
                 copies = [torch.empty_like(local_tensor(p)) for _ in range(mesh.tp.size)]
                 dist.all_gather(copies, local_tensor(p.detach()).contiguous(), group=mesh.tp.group)
-                assert all(torch.equal(copy, copies[0]) for copy in copies), f"{full_name}: tp replicas drifted apart"
+                assert all(torch.equal(copy, copies[0]) for copy in copies), (
+                    f"{full_name}: tp replicas drifted apart"
+                )
         trainer.close()
         results.append({"records": records, "gradients": gradients, "weights": weights})
     torch.set_default_dtype(torch.float32)
@@ -164,8 +175,9 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
 
 
 def write_data(path: Path) -> None:
-    """Rows of ragged lengths and 0 to 4 negatives; some have two positives, some the query of another one but for its spelling,
-    some bring another row's positive as a negative. Few rows, so that they meet in a batch."""
+    """Rows of ragged lengths and 0 to 4 negatives; some have two positives, some the query of another one but
+    for its spelling, some bring another row's positive as a negative. Few rows, so that they meet in a batch.
+    """
     rows = [json.loads(line) for line in write_rows(path, num_rows=24).read_text().splitlines()]
     for i in range(2, len(rows)):
         if i % 4 == 0:
@@ -178,7 +190,8 @@ def write_data(path: Path) -> None:
 
 
 def batches(config: TrainConfig) -> list[Batch]:
-    """The batch of each step from the texts; the choice of rows and documents is the sampler's, whose tests are its own."""
+    """The batch of each step from the texts; the choice of rows and documents is the sampler's, whose tests
+    are its own."""
     store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
     encode = Tokenizer.from_file(f"{config.tokenizer}/tokenizer.json").encode
     (source,) = config.data.datasets
@@ -200,7 +213,9 @@ def batches(config: TrainConfig) -> list[Batch]:
     out = []
     for step in range(config.steps):
         rows = sampler.rows(step)
-        documents = choose_documents(store, rows, sampler.epochs(step), config.data.num_hard_negatives, config.seed)
+        documents = choose_documents(
+            store, rows, sampler.epochs(step), config.data.num_hard_negatives, config.seed
+        )
         tokens = {int(d): store.document_tokens(d).tolist() for d in np.unique(documents[documents >= 0])}
         texts = [data[row]["query"] for row in rows.tolist()]
         prompt, length = f"Instruct: {source.task}\nQuery: ", config.data.query_max_length
@@ -219,7 +234,8 @@ def expected(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 def rows_off(got: torch.Tensor, want: torch.Tensor, tolerance: tuple[float, float]) -> float:
     """The largest error of a row, in units of what it may be."""
     error, row = (
-        (x.double().flatten(0, -2) if x.ndim > 1 else x[None].double()).abs().amax(1) for x in (got - want, want)
+        (x.double().flatten(0, -2) if x.ndim > 1 else x[None].double()).abs().amax(1)
+        for x in (got - want, want)
     )
     budget = tolerance[0] * row + tolerance[1] * want.abs().max()
     return (error / budget.clamp(min=1e-300)).max().item()
@@ -233,14 +249,17 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
         zip(got["records"], got["gradients"], want["steps"], strict=True)
     ):
         where = f"step {number} of {shown}"
-        if step.norm < 1e-10 and case["dtype"] == "fp64":  # every row is learnt: what is left is rounding on both sides
+        # Every row is learnt: what is left is rounding on both sides.
+        if step.norm < 1e-10 and case["dtype"] == "fp64":
             assert record["loss"] < 1e-10 and record["grad_norm"] < 1e-10, where
             continue
         assert abs(record["loss"] / step.losses.mean().item() - 1) < tolerance[0], f"{where}: loss"
         assert abs(record["grad_norm"] / step.norm - 1) < tolerance[0], f"{where}: gradient norm"
         if case["loss"]["in_batch"] == "none":  # else only candidates of the same micro-batch are looked at
             hits = [bool((s[0] > s[1:]).all()) for s in step.scores if len(s) > 1]
-            assert abs(record["accuracy"] - np.mean(hits)) < 1e-12, f"{where}: accuracy of rows that have a candidate"
+            assert abs(record["accuracy"] - np.mean(hits)) < 1e-12, (
+                f"{where}: accuracy of rows that have a candidate"
+            )
             assert record["rows_without_candidates"] == len(step.scores) - len(hits), where
             negatives = torch.cat([s[1:] for s in step.scores])
             assert abs(record["negative_similarity"] - negatives.mean().item()) < 1e-6, where
@@ -251,7 +270,9 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
             assert off <= 1, f"{where}: a row of the gradient of {name} is off by {off:.1e} times its budget"
     for name, weight in want["weights"].items():
         off = rows_off(got["weights"][name], weight, tolerance)
-        assert off <= 1, f"{shown}: a row of {name} after {case['steps']} steps is off by {off:.1e} times its budget"
+        assert off <= 1, (
+            f"{shown}: a row of {name} after {case['steps']} steps is off by {off:.1e} times its budget"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +295,9 @@ def run(server: Server, folder: Path, cases: list[dict[str, Any]], name: str) ->
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout[0]}{'+sp' * layout[1]}-dp{layout[2]}")
+@pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: f"tp{layout[0]}{'+sp' * layout[1]}-dp{layout[2]}"
+)
 def test_a_layout_trains_as_the_oracle(layout: tuple, server: Server, folder: Path) -> None:
     cases = [case for case in MIXED if case["layout"] == layout]
     results = run(server, folder, cases, f"mixed-{LAYOUTS.index(layout)}")
@@ -318,4 +341,6 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
     changes = {option for option, _, _ in CHANGES}
     for cls, known in elsewhere.items():
         missing = {f.name for f in dataclasses.fields(cls)} - known
-        assert missing == {name for name in missing if groups[cls] + name in changes}, f"{cls.__name__}: {missing}"
+        assert missing == {name for name in missing if groups[cls] + name in changes}, (
+            f"{cls.__name__}: {missing}"
+        )

@@ -1,8 +1,8 @@
 """Trains in forked processes on request, so that a crash test pays for `import torch` once. Linux.
 
-Reads one JSON object per line (see `run`) and answers {"codes": [...], "stderr": [...], "seconds": [...], "phases": [...]},
-one entry per rank: its exit status (-9: SIGKILL), what it printed, when it ended, and where it was when a signal was sent.
-The ranks run launch/train.py's own `train`, ended as run_rank ends it.
+Reads one JSON object per line (see `run`) and answers {"codes": [...], "stderr": [...], "seconds": [...],
+"phases": [...]}, one entry per rank: its exit status (-9: SIGKILL), what it printed, when it ended, and where
+it was when a signal was sent. The ranks run launch/train.py's own `train`, ended as run_rank ends it.
 """
 
 import ctypes
@@ -38,7 +38,8 @@ def build_config(values: dict):
 
 
 def plant(request: dict, rank: int) -> None:
-    """Faults that no environment variable makes: NaN, spikes. And a record of the rows that were really trained on."""
+    """Faults that no environment variable makes: NaN, spikes. And a record of the rows that were really
+    trained on."""
     from torch import nan, ones_like
 
     from nemo_embed_core.parallel.grad_norm import local_tensor
@@ -52,7 +53,9 @@ def plant(request: dict, rank: int) -> None:
     current = [0]
 
     def digest(self) -> str:
-        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.state.tensors().values())).hexdigest()
+        return hashlib.sha256(
+            b"".join(t.numpy().tobytes() for t in self.state.tensors().values())
+        ).hexdigest()
 
     def train_step(self):
         current[0] = self.step
@@ -99,7 +102,13 @@ def main_of_rank(request: dict, rank: int, port: int, stderr: int) -> None:
     os.dup2(stderr, 1)  # stdout is the answer channel
     ctypes.CDLL(None).prctl(1, 9)  # no rank outlives a test that was ended
     world_size = request["world_size"]
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({k: str(v) for k, v in env.items()})
     fail = request.get("fail", "")
     os.environ["NEMO_EMBED_FAIL"] = fail if rank in request.get("fail_ranks", [0]) else ""
@@ -128,12 +137,13 @@ def phase(output: Path, started: float) -> str:
 def run(request: dict) -> dict:
     """{"config": {TrainConfig}, "world_size": n} and, all optional:
 
-    "fail", "fail_ranks": NEMO_EMBED_FAIL on these ranks; "ranks": only these are started; "plant", "rows": see `plant`
-    "signals": [{"signal": 15, "ranks": [0], "at_step": 3 (lines in metrics.jsonl, written by this run)
-                 or "when_saving": n (a .tmp-step folder is there for the n-th time) or "when_ended": rank, "delay_s":
-                 0.5 (since then, or since the signal before)}], sent in this order
-    "end_others": true: as torchrun does, a rank that fails ends the others; false: they must end by themselves
-    "limit_s": then every rank left is killed
+    "fail", "fail_ranks": NEMO_EMBED_FAIL on these ranks; "ranks": only these are started; "plant", "rows":
+    see `plant` "signals": [{"signal": 15, "ranks": [0], "at_step": 3 (lines in metrics.jsonl, written by this
+    run)
+                 or "when_saving": n (a .tmp-step folder is there for the n-th time) or "when_ended": rank,
+                 "delay_s": 0.5 (since then, or since the signal before)}], sent in this order
+    "end_others": true: as torchrun does, a rank that fails ends the others; false: they must end by
+    themselves "limit_s": then every rank left is killed
     """
     world_size, output = request["world_size"], Path(request["config"]["output_dir"])
     with socket.socket() as probe:
@@ -189,7 +199,8 @@ def run(request: dict) -> dict:
 
 
 def warm_up() -> None:
-    """Two steps on a process group without threads: what torch imports and caches on the way is in every fork."""
+    """Two steps on a process group without threads: what torch imports and caches on the way is in every
+    fork."""
     import torch
     import torch.distributed as dist
     from tiny import MODEL, train_config
@@ -205,7 +216,9 @@ def warm_up() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = train_config(Path(folder), steps=2, checkpoint={"async_save": False})
         mesh = build_mesh(torch.device("cpu"), 1, 1, False)
-        Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), log=lambda message: None).run()
+        Trainer(
+            config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), log=lambda message: None
+        ).run()
     dist.destroy_process_group()
 
 

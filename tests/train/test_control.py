@@ -1,4 +1,5 @@
-"""What a run does when it is told to stop, when a rank fails, when a number is not finite and when a loss jumps."""
+"""What a run does when it is told to stop, when a rank fails, when a number is not finite and when a loss
+jumps."""
 
 import dataclasses
 import json
@@ -68,13 +69,15 @@ def left(answer: Answer) -> tuple[int, str, int, int]:
 def test_a_signal_stops_all_ranks_within_one_micro_batch(
     tmp_path: Path, worker: Worker, calm: Any, layout: str, rank: int, next_phase: str
 ) -> None:
-    """SIGTERM at one rank as it begins micro-batch 2 of step 5: all have left before they would begin the next half."""
+    """SIGTERM at one rank as it begins micro-batch 2 of step 5: all have left before they would begin the
+    next half."""
     config = config_for(tmp_path, "run", **LAYOUTS[layout])
     answer = worker.train(config, 2, fail="step.micro_batch@4.1:term", fail_ranks=[rank], end_others=False)
     assert answer.codes == [0, 0]
     step, phase, micro_batch, count = left(answer)
     assert (step, phase) == (5, next_phase) and count >= 3
-    # The flag is asked for before forward 2 and heard before backward 2; GradCache's first forwards have no backward.
+    # The flag is asked for before forward 2 and heard before backward 2; GradCache's first forwards have no
+    # backward.
     assert micro_batch == (3 if layout == "in-batch negatives" else 2)
     assert verify_checkpoint(checkpoints(tmp_path / "run")[0])["step"] == 4
     assert len(lines_of(tmp_path / "run")) == 4
@@ -85,11 +88,15 @@ def test_a_signal_stops_all_ranks_within_one_micro_batch(
 @pytest.mark.fault(12)
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks, seed", [([0, 1], 1), ([1], 2), ([0], 3)])
-def test_a_signal_at_a_random_time(tmp_path: Path, worker: Worker, calm: Any, ranks: list[int], seed: int) -> None:
+def test_a_signal_at_a_random_time(
+    tmp_path: Path, worker: Worker, calm: Any, ranks: list[int], seed: int
+) -> None:
     config = config_for(tmp_path, "run", **LAYOUTS["dp 2"])
     rng = random.Random(seed)
     number = rng.choice([10, 15])  # SIGUSR1, SIGTERM
-    signals = [{"signal": number, "ranks": ranks, "at_step": rng.randint(1, 4), "delay_s": rng.uniform(0, 0.3)}]
+    signals = [
+        {"signal": number, "ranks": ranks, "at_step": rng.randint(1, 4), "delay_s": rng.uniform(0, 0.3)}
+    ]
     slow = {"fail": "step.micro_batch@*:sleep=0.03", "fail_ranks": [0, 1]}
     answer = worker.train(config, 2, signals=signals, end_others=False, **slow)
     assert answer.codes == [0, 0] and len(answer.phases) == 1, "the signal came before the end"
@@ -156,7 +163,9 @@ def test_the_error_of_one_rank_ends_all_and_is_named_by_all(
 @pytest.mark.fault(16)
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["nan loss", "nan gradient", "nan embedding"])
-def test_a_nan_of_one_rank_is_refused_by_all_before_the_optimizer(tmp_path: Path, worker: Worker, kind: str) -> None:
+def test_a_nan_of_one_rank_is_refused_by_all_before_the_optimizer(
+    tmp_path: Path, worker: Worker, kind: str
+) -> None:
     config = config_for(tmp_path, "run", checkpoint={"every": 2}, **LAYOUTS["dp 2"])
     rows = str(tmp_path / "rows")
     answer = worker.train(config, 2, plant=kind, plant_step=4, plant_ranks=[1], rows=rows, end_others=False)
@@ -185,7 +194,11 @@ def test_the_window_tells_a_jump_from_noise_and_follows_a_new_level() -> None:
     window = LossWindow(limit=6.0)
     rng = random.Random(0)
     scores = [window.judge(1.0 + rng.gauss(0, 0.1)) for _ in range(300)]
-    assert scores[:19] == [None] * 19 and scores[19] is None and all(z is not None and abs(z) < 6 for z in scores[20:])
+    assert (
+        scores[:19] == [None] * 19
+        and scores[19] is None
+        and all(z is not None and abs(z) < 6 for z in scores[20:])
+    )
     mean, std = np.mean(window.losses), np.std(window.losses)
     z = LossWindow(6.0, window.losses).judge(3.0)
     assert z is not None and abs(z - (3.0 - mean) / std) < 1e-9 and z > 6
@@ -195,13 +208,16 @@ def test_the_window_tells_a_jump_from_noise_and_follows_a_new_level() -> None:
     rng = random.Random(0)
     for _ in range(300):
         rng.gauss(0, 0.1)
-    assert [again.judge(3.0 + rng.gauss(0, 0.1)) for _ in range(50)] == following, "its losses are its whole state"
+    assert [again.judge(3.0 + rng.gauss(0, 0.1)) for _ in range(50)] == following, (
+        "its losses are its whole state"
+    )
 
 
 @pytest.mark.fault(17)
 @pytest.mark.dist
 def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(tmp_path: Path, worker: Worker) -> None:
-    """A loss x 100 in step 23 of 28; the second run is killed in step 26 and resumes from step 24, behind the spike."""
+    """A loss x 100 in step 23 of 28; the second run is killed in step 26 and resumes from step 24, behind the
+    spike."""
     config = config_for(
         tmp_path, "calm", steps=28, on_spike="skip", global_batch_size=4, checkpoint={"async_save": False}
     )  # step 24 is there before step 26, however slow the disk
@@ -210,7 +226,8 @@ def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(tmp_path: Path, wor
     assert answer.codes == [0]
     rows = Sampler(DRAWN, 4, 0).rows(22).tolist()
     found = re.search(
-        r"WARNING: step 23: loss \S+ is (\S+) standard deviations above .* its update is skipped", answer.stderr[0]
+        r"WARNING: step 23: loss \S+ is (\S+) standard deviations above .* its update is skipped",
+        answer.stderr[0],
     )
     assert found and float(found[1]) > 6 and f"Rows of the step: {rows}" in answer.stderr[0]
     lines = lines_of(tmp_path / "calm")
@@ -230,4 +247,6 @@ def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(tmp_path: Path, wor
     answer = worker.train(warned, **spike)
     assert "WARNING: step 23: loss" in answer.stderr[0] and "its update is skipped" not in answer.stderr[0]
     assert final_state(tmp_path / "warned", step=28)[0] == ledger_of(28, batch=4)
-    assert final_state(tmp_path / "warned", step=28)[1] != files, "the update of a spike that is only warned of is made"
+    assert final_state(tmp_path / "warned", step=28)[1] != files, (
+        "the update of a spike that is only warned of is made"
+    )

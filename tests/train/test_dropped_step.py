@@ -1,4 +1,5 @@
-"""A step that was left half-way leaves nothing behind: the same step again has the gradients of a run that never left it."""
+"""A step that was left half-way leaves nothing behind: the same step again has the gradients of a run that
+never left it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ class Left(Exception):
     pass
 
 
-def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) -> list[tuple[str, str, list[str]]]:
+def leave_everywhere(
+    rank: int, world_size: int, init_file: str, folder: str
+) -> list[tuple[str, str, list[str]]]:
     """(case, place, names of the gradients that differ) for every place where a step may be left."""
     import torch.distributed as dist
 
@@ -31,15 +34,23 @@ def leave_everywhere(rank: int, world_size: int, init_file: str, folder: str) ->
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
     mesh, results = build_mesh(torch.device("cpu"), world_size, 1, False), []
     for precision, in_batch, reshard in CASES:
-        options: dict[str, Any] = {"precision": precision, "loss": {"in_batch": in_batch}, "data": {"max_tokens": 250}}
+        options: dict[str, Any] = {
+            "precision": precision,
+            "loss": {"in_batch": in_batch},
+            "data": {"max_tokens": 250},
+        }
         options |= {"global_batch_size": 16, "parallel": {"reshard_after_forward": reshard}}
         config = train_config(Path(folder), **options)
         prepared = Prepared(MODEL, load_tokenizer(config.tokenizer))
         trainer = Trainer(config, mesh, prepared, log=lambda message: None)
-        batches, _ = load_batch(trainer.store, trainer.sampler, 0, mesh.dp_rank, world_size, config.data, 1, 0)
+        batches, _ = load_batch(
+            trainer.store, trainer.sampler, 0, mesh.dp_rank, world_size, config.data, 1, 0
+        )
         assert len(batches) >= 3, "the places in between are the point"
 
-        def gradients(leave_at: int = -1, t: Any = trainer, b: Any = batches, c: Any = config) -> tuple[list, dict]:
+        def gradients(
+            leave_at: int = -1, t: Any = trainer, b: Any = batches, c: Any = config
+        ) -> tuple[list, dict]:
             def before(phase: str, i: int) -> None:
                 if len(places) == leave_at:
                     raise Left

@@ -1,6 +1,7 @@
 """A rank that stops, hangs, dies or never comes ends the others soon, with its number in their last line.
 
-Every test starts two ranks with parallel.timeout_s=5 (3 where a rank is missing) and lets them end by themselves.
+Every test starts two ranks with parallel.timeout_s=5 (3 where a rank is missing) and lets them end by
+themselves.
 """
 
 import re
@@ -15,7 +16,9 @@ PLACE = r"'[^']+' of step \d+"
 
 def run(worker: Worker, folder: Path, **request: object) -> Answer:
     timeout_s = request.pop("timeout_s", 5)
-    config = config_for(folder, "run", steps=1000, checkpoint={"every": 1000}, parallel={"timeout_s": timeout_s})
+    config = config_for(
+        folder, "run", steps=1000, checkpoint={"every": 1000}, parallel={"timeout_s": timeout_s}
+    )
     return worker.train(config, 2, end_others=False, limit_s=60, **request)
 
 
@@ -35,7 +38,9 @@ def test_a_stopped_rank_is_named(tmp_path: Path, worker: Worker, stopped: int) -
     found = re.search(line, answer.stderr[other])
     assert found, answer.stderr[other]
     if stopped == 1:
-        assert re.search(rf"last seen at {PLACE}.*, \d+ s ago, on \S+; its process is stopped or gone", found[1])
+        assert re.search(
+            rf"last seen at {PLACE}.*, \d+ s ago, on \S+; its process is stopped or gone", found[1]
+        )
     else:
         assert re.search(r"it holds the ranks' store and has been silent for \d+ s", found[1])
     assert "Traceback" not in answer.stderr[other]
@@ -68,7 +73,9 @@ def test_a_killed_rank_is_named(tmp_path: Path, worker: Worker, killed: int) -> 
     answer = run(worker, tmp_path, signals=[{"signal": signal.SIGKILL, "ranks": [killed], "at_step": 3}])
     other = 1 - killed
     assert (answer.codes[killed], answer.codes[other]) == (-9, 5)
-    assert re.search(rf"\[rank {other}\] lost a connection: rank {killed} did not reach {PLACE}", answer.stderr[other])
+    assert re.search(
+        rf"\[rank {other}\] lost a connection: rank {killed} did not reach {PLACE}", answer.stderr[other]
+    )
     assert "Traceback" not in answer.stderr[other]
 
 
@@ -87,7 +94,8 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, worker: Worker, presen
 
 @pytest.mark.dist
 def test_slow_is_not_stuck(tmp_path: Path, worker: Worker) -> None:
-    """One rank is 1.5 s late in every phase of its micro-batches: longer than the timeout together, never at once."""
+    """One rank is 1.5 s late in every phase of its micro-batches: longer than the timeout together, never at
+    once."""
     config = config_for(
         tmp_path, "run", steps=1, global_batch_size=16, parallel={"timeout_s": 6}, data={"max_tokens": 200}
     )

@@ -1,4 +1,5 @@
-"""A run killed at random points and resumed ends bit for bit where the uninterrupted run ends, ledger included."""
+"""A run killed at random points and resumed ends bit for bit where the uninterrupted run ends, ledger
+included."""
 
 import dataclasses
 import json
@@ -24,7 +25,8 @@ IN_PUBLISH = ["save.before_manifest", "save.before_rename", "save.after_rename"]
 @pytest.mark.fault(1)
 @pytest.mark.dist
 def test_each_failpoint_killed_once_and_resumed_once(tmp_path: Path, worker: Worker) -> None:
-    """Eleven points, on either rank where both pass them: weights, moments and ledger are those of the calm run."""
+    """Eleven points, on either rank where both pass them: weights, moments and ledger are those of the calm
+    run."""
     changes: dict[str, Any] = {"steps": 3, "checkpoint": {"every": 1}}
     calm = config_for(tmp_path, "calm", **changes)
     assert worker.run(calm, world_size=2) == [0, 0]
@@ -62,7 +64,9 @@ def test_killed_five_times_under_tensor_parallelism(tmp_path: Path, worker: Work
     assert worker.run(crashed, world_size=2) == [0, 0]
     assert final_state(tmp_path / "crashed") == final_state(tmp_path / "calm")
     assert not list((tmp_path / "crashed").glob(".tmp-*"))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "crashed/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "crashed/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(1, 11)), "metrics.jsonl has each step once"
 
 
@@ -71,9 +75,11 @@ def test_killed_five_times_under_tensor_parallelism(tmp_path: Path, worker: Work
 @pytest.mark.dist
 @pytest.mark.slow
 def test_killed_at_random_times_loses_and_repeats_no_row(tmp_path: Path, worker: Worker) -> None:
-    """Twenty SIGKILLs of one rank or of both, one after the other, at random times on the same run of 8 epochs of 45 rows.
+    """Twenty SIGKILLs of one rank or of both, one after the other, at random times on the same run of 8
+    epochs of 45 rows.
 
-    More than twenty until 3 came in a save and 5 in a step; a run that ends too early is followed by another one.
+    More than twenty until 3 came in a save and 5 in a step; a run that ends too early is followed by another
+    one.
     """
     steps, rng = 45, random.Random(0)
     changes: dict[str, Any] = {"steps": steps, "log_every": 100, "checkpoint": {"every": 2}}
@@ -87,7 +93,11 @@ def test_killed_at_random_times_loses_and_repeats_no_row(tmp_path: Path, worker:
         enough, codes = False, [-9]
         while any(codes):
             enough = len(phases) >= 20 and phases.count("step") >= 5 and phases.count("save") >= 3
-            kill = {"signal": 9, "ranks": rng.choice([[0, 1], [0], [1]]), "delay_s": 0.15 + rng.uniform(0, 12 * step_s)}
+            kill = {
+                "signal": 9,
+                "ranks": rng.choice([[0, 1], [0], [1]]),
+                "delay_s": 0.15 + rng.uniform(0, 12 * step_s),
+            }
             answer = worker.train(config, 2, rows=rows, signals=[] if enough else [kill])
             codes = answer.codes
             if -9 in codes:
@@ -104,7 +114,9 @@ def test_killed_at_random_times_loses_and_repeats_no_row(tmp_path: Path, worker:
         assert set(of_rank) == set(range(steps))
         for step, taken in of_rank.items():
             last.setdefault(step, []).extend(taken)
-    assert all(sorted(last[step]) == sorted(Sampler(DRAWN, 8, 0).rows(step).tolist()) for step in range(steps))
+    assert all(
+        sorted(last[step]) == sorted(Sampler(DRAWN, 8, 0).rows(step).tolist()) for step in range(steps)
+    )
     assert set(Counter(row for taken in last.values() for row in taken).values()) == {8}
 
 
@@ -168,4 +180,6 @@ def test_other_data_or_batch_cannot_continue_a_run(tmp_path: Path, worker: Worke
     assert worker.run(config_for(tmp_path, "run")) == [0]
     for change in ({"seed": 1}, {"global_batch_size": 4}, {"data": {"num_hard_negatives": 1}}):
         assert worker.run(config_for(tmp_path, "run", **change)) == [2], change
-    assert worker.run(config_for(tmp_path, "run", checkpoint={"resume": "none"})) == [2], "checkpoints are in the way"
+    assert worker.run(config_for(tmp_path, "run", checkpoint={"resume": "none"})) == [2], (
+        "checkpoints are in the way"
+    )

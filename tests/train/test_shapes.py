@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tiny import train_config
 
-# Argument 1: the folder of a run. Prints the resident memory in MiB after 40 and after 160 steps, then the same for encoding.
+# Argument 1: the folder of a run. Prints the resident memory in MiB after 40 and after 160 steps, then the
+# same for encoding.
 SCRIPT = """
 import dataclasses, random, sys
 from pathlib import Path
@@ -59,4 +60,6 @@ def test_resident_memory_stays_flat_over_500_shapes(tmp_path: Path) -> None:
     numbers = [float(line) for line in result.stderr.splitlines() if line.replace(".", "").isdigit()]
     print(json.dumps(numbers))
     training, encoding = numbers[1] - numbers[0], numbers[3] - numbers[2]
-    assert training < 40 and encoding < 40, f"120 more steps took {training:.0f} MiB, 120 more calls {encoding:.0f} MiB"
+    assert training < 40 and encoding < 40, (
+        f"120 more steps took {training:.0f} MiB, 120 more calls {encoding:.0f} MiB"
+    )

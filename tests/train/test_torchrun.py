@@ -1,4 +1,5 @@
-"""torchrun restarts a run that lost a worker, nobody outlives torchrun, and a fresh process computes the same bits."""
+"""torchrun restarts a run that lost a worker, nobody outlives torchrun, and a fresh process computes the same
+bits."""
 
 import json
 import os
@@ -22,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def command(folder: Path, name: str, *options: str, steps: int = 10, restarts: int = 0, ranks: int = 2) -> list[str]:
+def command(
+    folder: Path, name: str, *options: str, steps: int = 10, restarts: int = 0, ranks: int = 2
+) -> list[str]:
     config = train_config(folder, output_dir=str(folder / name), steps=steps, checkpoint={"every": 3})
     dump_yaml(config, folder / f"{name}.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -62,7 +65,8 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.fault(23)
 def test_restarted_twice_by_itself_and_ends_bit_identical(tmp_path: Path, worker: Worker) -> None:
-    """checkpoint.resume is left at none: a restart continues its own run. A new torchrun on it is refused, restarts too."""
+    """checkpoint.resume is left at none: a restart continues its own run. A new torchrun on it is refused,
+    restarts too."""
     calm = train_config(tmp_path, output_dir=str(tmp_path / "calm"), checkpoint={"every": 3})
     assert worker.train(calm, 2).codes == [0, 0]
     slow = environment(NEMO_EMBED_FAIL="step.begin@*:sleep=0.3")  # time to hit it
@@ -83,9 +87,9 @@ def test_restarted_twice_by_itself_and_ends_bit_identical(tmp_path: Path, worker
     text = log.read_text()
     assert text.count("resumed from ") == 2, "both kills were answered by a restart"
     assert final_state(tmp_path / "run") == final_state(tmp_path / "calm")
-    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [
-        *range(1, 11)
-    ]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ] == [*range(1, 11)]
     again = command(tmp_path, "run", restarts=1, ranks=1)
     refused = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=240)
     assert refused.returncode != 0 and refused.stderr.count("already holds checkpoints") == 2, refused.stderr
@@ -120,10 +124,14 @@ def test_two_fresh_processes_compute_the_same_bits(tmp_path: Path) -> None:
     for seed in ("1", "2"):
         single = command(tmp_path, f"run-{seed}", ranks=1)
         plain = [sys.executable, *single[single.index(str(ROOT / "launch/train.py")) :]]
-        runs.append(subprocess.Popen(plain, env=environment(PYTHONHASHSEED=seed), stderr=subprocess.PIPE, text=True))
+        runs.append(
+            subprocess.Popen(plain, env=environment(PYTHONHASHSEED=seed), stderr=subprocess.PIPE, text=True)
+        )
     for run in runs:
         _, errors = run.communicate(timeout=240)
         assert run.returncode == 0, errors
     assert final_state(tmp_path / "run-1") == final_state(tmp_path / "run-2")
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / f"run-{s}/metrics.jsonl").open()] for s in "12"]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / f"run-{s}/metrics.jsonl").open()] for s in "12"
+    ]
     assert losses[0] == losses[1]

@@ -116,7 +116,9 @@ def test_wrong_resumes_are_refused_before_any_process_group(tmp_path: Path) -> N
     prepare(train_config(tmp_path, steps=3, **other))
 
 
-def test_a_run_begun_before_rows_without_candidates_were_left_out_goes_on_with_them(tmp_path: Path, capsys) -> None:
+def test_a_run_begun_before_rows_without_candidates_were_left_out_goes_on_with_them(
+    tmp_path: Path, capsys
+) -> None:
     """Such a manifest has no population: steps 3 to 5 take their rows from all 61, over two resumes."""
 
     def run(steps: int, **changes: Any) -> dict[str, Any]:
@@ -132,10 +134,12 @@ def test_a_run_begun_before_rows_without_candidates_were_left_out_goes_on_with_t
     for steps in (4, 5):
         manifest = run(steps)
         assert (
-            "WARNING: 16 of 61 rows have no negative" in (said := capsys.readouterr().out) and "it goes on to" in said
+            "WARNING: 16 of 61 rows have no negative" in (said := capsys.readouterr().out)
+            and "it goes on to" in said
         )
         assert manifest["ledger"] == ledger_of(steps, rows=61) and manifest["draws_lone_rows"]
-    (tmp_path / "run/step-00000005/manifest.json").write_text("damaged")  # what it says is then step 4's to say
+    # What it says is then step 4's to say.
+    (tmp_path / "run/step-00000005/manifest.json").write_text("damaged")
     assert run(6)["ledger"] == ledger_of(6, rows=61)
     assert "it goes on to" in (said := capsys.readouterr().out) and "left out (first" not in said
     with pytest.raises(UserError, match=r"of 61 rows can have more than data.max_tokens=60 tokens"):
@@ -185,7 +189,9 @@ def test_another_pooling_cannot_continue_a_run(tmp_path: Path, monkeypatch) -> N
         shutil.rmtree(checkpoints(tmp_path / "run")[0])
         trainer.save()
         trainer.close()
-    with pytest.raises(UserError, match=r"was trained with model\.pooling=last and this run has model\.pooling=mean"):
+    with pytest.raises(
+        UserError, match=r"was trained with model\.pooling=last and this run has model\.pooling=mean"
+    ):
         prepare(config)
 
 
@@ -212,7 +218,9 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path: P
             UserError, match=r"step-00000000: NaN or infinite .*exp_avg/model.norm.weight, .*o_proj.weight;"
         ):
             Trainer(resumed, mesh, prepare(resumed), log=lambda message: None)
-        copied = train_config(tmp_path, steps=1, output_dir=str(tmp_path / "copied"), init_from=str(tmp_path / "run"))
+        copied = train_config(
+            tmp_path, steps=1, output_dir=str(tmp_path / "copied"), init_from=str(tmp_path / "run")
+        )
         with pytest.raises(
             UserError, match=r"step-00000000: NaN or infinite values in layers.0.self_attn.o_proj.weight;"
         ):
@@ -332,7 +340,9 @@ def test_a_nan_is_refused_and_leaves_the_weights_alone(tmp_path: Path) -> None:
         assert trainer.step == 1
 
 
-def test_what_a_nan_is_about_is_said_before_the_last_save_is_waited_for(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_what_a_nan_is_about_is_said_before_the_last_save_is_waited_for(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     config, said = train_config(tmp_path), []
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
@@ -364,7 +374,9 @@ def test_a_restart_of_torchrun_goes_on_from_its_own_checkpoints(tmp_path: Path, 
     monkeypatch.setattr(preflight, "begun_before", lambda: True)
     for steps, resume in ((4, old), (5, "none")):
         step, log = reached("new", steps, resume)
-        assert step == steps and any(f"new/step-{steps - 1:08d} at step {steps - 1}" in line for line in log), log
+        assert step == steps and any(
+            f"new/step-{steps - 1:08d} at step {steps - 1}" in line for line in log
+        ), log
     step, log = reached("newer", 3, old)
     assert step == 3 and any("old/step-00000002 at step 2" in line for line in log), log
 
@@ -399,7 +411,10 @@ def test_a_tokenizer_that_could_not_be_served_is_refused_before_step_0(tmp_path:
     file.write_text(json.dumps({**settings, "truncation_side": "left", "add_eos_token": True}))
     prepare(config)
     said = capsys.readouterr().out
-    assert 'WARNING: tokenizer_config.json says add_eos_token: true, truncation_side: "left", which is not in' in said
+    assert (
+        'WARNING: tokenizer_config.json says add_eos_token: true, truncation_side: "left", which is not in'
+        in said
+    )
     file.write_text(json.dumps({**settings, "pad_token": "<pad>"}))
     with pytest.raises(UserError, match=r"names pad_token '<pad>', which tokenizer.json does not have"):
         prepare(config)

@@ -1,7 +1,8 @@
-"""A BEIR folder: corpus.jsonl and queries.jsonl {"_id", "title", "text"}, qrels/{split}.tsv, each plain or .gz.
+"""A BEIR folder: corpus.jsonl and queries.jsonl {"_id", "title", "text"}, qrels/{split}.tsv, each plain or
+.gz.
 
-Read as published: null titles, qrels without a header, TREC's four columns and, with on_missing "allow", judgements of texts
-that do not exist and empty texts. What is read in such a way is noted in Findings.
+Read as published: null titles, qrels without a header, TREC's four columns and, with on_missing "allow",
+judgements of texts that do not exist and empty texts. What is read in such a way is noted in Findings.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ ALLOW = "or set on_missing to allow"
 
 
 class Beir(NamedTuple):
-    """One split of a BEIR folder. corpus: id -> `title + " " + text`; queries: those with judgements in the split.
+    """One split of a BEIR folder. corpus: id -> `title + " " + text`; queries: those with judgements in the
+    split.
 
     What read_beir returns has its texts on disk (data/texts.py).
     """
@@ -57,10 +59,11 @@ class _Split(NamedTuple):
 
 
 def beir_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings) -> Beir:
-    """The whole split. With on_missing "allow" empty texts are "" and judgements of documents that do not exist stay.
+    """The whole split. With on_missing "allow" empty texts are "" and judgements of documents that do not
+    exist stay.
 
-    So does mteb: such a document is never found, and counts in the ideal ranking. A judgement of a query that does not
-    exist counts nowhere.
+    So does mteb: such a document is never found, and counts in the ideal ranking. A judgement of a query that
+    does not exist counts nowhere.
     """
     s = _read_split(folder, split, on_missing, findings, whole=True)
     qrels = {qid: scores for qid, scores in s.qrels.items() if qid in s.queries}
@@ -96,12 +99,17 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
                 message = f"query {short(qid)} has no document with a score above 0: remove its judgements from this training split"
                 findings.bad(s.file, line, f"{message}, give it a positive {ALLOW}, which leaves it out")
             else:
-                findings.note("rows left out, as their query has no document with a score above 0", s.file, line)
+                findings.note(
+                    "rows left out, as their query has no document with a score above 0", s.file, line
+                )
             continue
         texts = set(pos.values())
         if both := [doc for doc, text in neg.items() if text in texts]:
             findings.note(
-                "documents judged irrelevant with the text of a relevant one, left out", s.file, line, len(both)
+                "documents judged irrelevant with the text of a relevant one, left out",
+                s.file,
+                line,
+                len(both),
             )
         neg = {doc: text for doc, text in neg.items() if text not in texts}
         lang, num_rows = s.languages.get(qid, ""), num_rows + 1
@@ -110,7 +118,9 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
         )  # fmt: skip
     if not num_rows and findings.num_met == before:
         findings.bad(
-            s.file, 1, "no row is left: no judgement has a query, and a document with a score above 0, that exist"
+            s.file,
+            1,
+            "no row is left: no judgement has a query, and a document with a score above 0, that exist",
         )
 
 
@@ -128,15 +138,20 @@ def _read_split(folder: Path, split: str, on_missing: OnMissing, findings: Findi
     judged = {doc for scores in qrels.values() for doc in scores}
     languages: dict[str, str] = {}
     queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages)
-    corpus = _read_texts(corpus_file, judged.__contains__ if not whole else lambda _: True, on_missing, findings)
+    corpus = _read_texts(
+        corpus_file, judged.__contains__ if not whole else lambda _: True, on_missing, findings
+    )
     whole_split = _Split(file, qrels, lines, queries, corpus, languages)
     if findings.num_met == before:  # a text behind a bad line seems not to exist
-        _check_dangling(whole_split, on_missing, findings, "kept, as nothing can find them" if whole else "left out")
+        _check_dangling(
+            whole_split, on_missing, findings, "kept, as nothing can find them" if whole else "left out"
+        )
     return whole_split
 
 
 def _check_dangling(s: _Split, on_missing: OnMissing, findings: Findings, what_happens: str) -> None:
-    """Judgements whose query or document does not exist: the first one, with the count of all of them, or notes."""
+    """Judgements whose query or document does not exist: the first one, with the count of all of them, or
+    notes."""
     bad = [pair for pair in s.lines if pair[0] not in s.queries or pair[1] not in s.corpus]
     if not bad:
         return
@@ -152,7 +167,9 @@ def _check_dangling(s: _Split, on_missing: OnMissing, findings: Findings, what_h
             fix = "it is there without the quotes: remove them from the qrels"
         elif all_queries:
             fix = "do queries and qrels belong together?"
-        findings.bad(s.file, s.lines[qid, doc], f"{what}; {len(bad)} of {len(s.lines)} judgements dangle: {fix}")
+        findings.bad(
+            s.file, s.lines[qid, doc], f"{what}; {len(bad)} of {len(s.lines)} judgements dangle: {fix}"
+        )
         return
     for qid, doc in bad:
         what = f"judgements of documents that are not in corpus.jsonl, {what_happens}"
@@ -176,7 +193,8 @@ def _read_texts(
     findings: Findings,
     languages: dict[str, str] | None = None,
 ) -> TextsById:
-    """{id: text} of a corpus or queries file in file order, every line checked; text "" where keep(id) is False.
+    """{id: text} of a corpus or queries file in file order, every line checked; text "" where keep(id) is
+    False.
 
     languages: gets {id: lang} of the lines that say so.
     """
@@ -206,7 +224,8 @@ def _read_texts(
 def document_text(
     row: dict[str, Any], kind: str, on_missing: OnMissing, findings: Findings, path: Path, line: int
 ) -> str:
-    """`title + " " + text` where there is a title, as BEIR's own code joins them; "" for an empty one that is allowed."""
+    """`title + " " + text` where there is a title, as BEIR's own code joins them; "" for an empty one that is
+    allowed."""
     title, text = row.get("title", ""), row.get("text")
     if "text" not in row:
         raise ValueError("field 'text' is missing")
@@ -214,12 +233,16 @@ def document_text(
         title = ""
         findings.note(f"{kind} with a null title, read as without", path, line)
     if not isinstance(title, str):
-        raise ValueError(f"field 'title' must be a string, got {type_name(title)}: leave it out when there is none")
+        raise ValueError(
+            f"field 'title' must be a string, got {type_name(title)}: leave it out when there is none"
+        )
     if not (text is None or isinstance(text, str)):
         raise ValueError(f"field 'text' must be a string, got {type_name(text)}")
     if text is None:
         if not title.strip() and on_missing == "error":
-            raise ValueError(f"field 'text' must be a string, got null: give it text, remove the line {ALLOW}")
+            raise ValueError(
+                f"field 'text' must be a string, got null: give it text, remove the line {ALLOW}"
+            )
         text = ""
         findings.note(f"{kind} with a null text, read as empty", path, line)
     if title.strip():
@@ -236,7 +259,8 @@ def document_text(
 
 
 def pool_texts(path: Path, on_missing: OnMissing, findings: Findings) -> Iterator[tuple[str, str]]:
-    """(id or "", text) of a candidate pool: lines {"text", "title"?, "_id"?, ...}; empty ones are left out where allowed."""
+    """(id or "", text) of a candidate pool: lines {"text", "title"?, "_id"?, ...}; empty ones are left out
+    where allowed."""
     for line, row in json_lines(path, findings, '{"text": "..."}'):
         try:
             key = check_id(row["_id"], "_id") if "_id" in row else ""
@@ -253,7 +277,18 @@ def pool_texts(path: Path, on_missing: OnMissing, findings: Findings) -> Iterato
 QRELS = "query-id<TAB>corpus-id<TAB>score"
 NAMES = {
     "query": {"query-id", "query", "qid", "queryid", "topic", "topic-id"},
-    "document": {"corpus-id", "doc-id", "docid", "docno", "did", "pid", "passage-id", "document-id", "document", "doc"},
+    "document": {
+        "corpus-id",
+        "doc-id",
+        "docid",
+        "docno",
+        "did",
+        "pid",
+        "passage-id",
+        "document-id",
+        "document",
+        "doc",
+    },
     "score": {"score", "relevance", "rel", "label", "grade", "judgement", "judgment"},
 }
 ITERATION = {"iteration", "iter", "q0", "0"}  # TREC's second column, which means nothing
@@ -270,7 +305,9 @@ class _Columns(NamedTuple):
     score: int
 
 
-def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int]], dict[tuple[str, str], int]]:
+def _read_qrels(
+    path: Path, findings: Findings
+) -> tuple[dict[str, dict[str, int]], dict[tuple[str, str], int]]:
     """(qrels[query id][document id] = score, line of every pair), in file order."""
     qrels: dict[str, dict[str, int]] = {}
     lines: dict[tuple[str, str], int] = {}
@@ -291,12 +328,17 @@ def _read_qrels(path: Path, findings: Findings) -> tuple[dict[str, dict[str, int
             if len(cells) != columns.width:
                 between = "tab-separated" if columns.separator else "space-separated"
                 raise ValueError(f"expected {columns.width} {between} columns as on line 1, got {len(cells)}")
-            qid, doc = check_id(cells[columns.query], "query-id"), check_id(cells[columns.document], "corpus-id")
+            qid, doc = (
+                check_id(cells[columns.query], "query-id"),
+                check_id(cells[columns.document], "corpus-id"),
+            )
             score = cells[columns.score]
             if not SCORE.fullmatch(score):
                 raise ValueError(f"score must be a whole number, got {short(score)}")
             if (qid, doc) in lines:
-                raise ValueError(f"pair {short(qid)}, {short(doc)} is already on line {lines[qid, doc]}: keep one")
+                raise ValueError(
+                    f"pair {short(qid)}, {short(doc)} is already on line {lines[qid, doc]}: keep one"
+                )
         except ValueError as error:
             other = binary_format(raw) if line == 1 else None
             findings.bad(path, line, f"not tab-separated text but {other}" if other else str(error))
@@ -342,14 +384,20 @@ def _columns(text: str) -> tuple[_Columns, list[str]]:
 def beir_files(folder: Path, split: str) -> list[Path]:
     """[corpus, queries, qrels of the split]; UserError with what the folder holds instead."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/")
+        raise UserError(
+            f"{folder} is not a folder: a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/"
+        )
     names = sorted(p.name for p in folder.iterdir())
     if not {"qrels", "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"} & set(names):
         raise UserError(
             f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){_kind_of_folder(names)}; it holds: "
             f"{', '.join(names[:10]) or 'nothing'}"
         )
-    return [_file(folder, "corpus.jsonl", names), _file(folder, "queries.jsonl", names), _qrels_file(folder, split)]
+    return [
+        _file(folder, "corpus.jsonl", names),
+        _file(folder, "queries.jsonl", names),
+        _qrels_file(folder, split),
+    ]
 
 
 def _kind_of_folder(names: list[str]) -> str:
@@ -369,8 +417,12 @@ def _file(folder: Path, name: str, names: list[str]) -> Path:
     if len(found) == 2:
         raise UserError(f"{folder} has both {name} and {name}.gz: remove one")
     if not found:
-        other = "; Parquet is not read: write it as JSONL" if any(n.endswith(".parquet") for n in names) else ""
-        raise UserError(f"{folder / name} (or .gz) does not exist; the folder holds: {', '.join(names[:10])}{other}")
+        other = (
+            "; Parquet is not read: write it as JSONL" if any(n.endswith(".parquet") for n in names) else ""
+        )
+        raise UserError(
+            f"{folder / name} (or .gz) does not exist; the folder holds: {', '.join(names[:10])}{other}"
+        )
     return found[0]
 
 

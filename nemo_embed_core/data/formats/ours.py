@@ -21,7 +21,8 @@ from nemo_embed_core.data.lines import (
 
 
 class Row(NamedTuple):
-    """One training row, texts as they are in the file (no instruction); line: where it stands (of a qrels file: BEIR)."""
+    """One training row, texts as they are in the file (no instruction); line: where it stands (of a qrels
+    file: BEIR)."""
 
     query: str
     pos: list[str]
@@ -62,7 +63,11 @@ def jsonl_rows(path: Path, findings: Findings) -> Iterator[Row]:
             findings.bad(path, line, str(error))
             continue
         if any(not text[0].isalnum() and is_noise(text) for text in (result.query, *result.pos, *result.neg)):
-            for name, texts in (("queries", [result.query]), ("positives", result.pos), ("negatives", result.neg)):
+            for name, texts in (
+                ("queries", [result.query]),
+                ("positives", result.pos),
+                ("negatives", result.neg),
+            ):
                 if count := sum(map(is_noise, texts)):
                     findings.note(f"{name} {NOISE}", path, line, count)
         yield result
@@ -122,7 +127,11 @@ def _document_ids(row: dict[str, Any], field: str, count: int) -> list[str]:
 
 def _check_scores(value: Any, field: str, count: int) -> None:
     for i, score in enumerate(_list(value, field, "numbers", count)):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, int | float)
+            or not abs(score) <= sys.float_info.max
+        ):
             raise ValueError(f"{field}[{i}] must be a finite number, got {short(score)}")
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nemo_embed_core.kernels.pair_scores import pair_scores
 
-FIRST_BLOCK = 16  # part of a block: documents in device memory whose scores are sorted before floors are known
+# Part of a block: documents in device memory whose scores are sorted before floors are known.
+FIRST_BLOCK = 16
 GATHERED = 8 << 20  # numbers of gathered rows at a time: 32 MiB
 
 
@@ -57,7 +58,10 @@ class Documents:
         step = max(1, GATHERED // queries_QD.shape[1])
         parts = zip(rows.split(step), ids.split(step), strict=True)
         return torch.cat(
-            [pair_scores(queries_QD, r, self.gather(i), torch.arange(len(i), device=i.device)) for r, i in parts]
+            [
+                pair_scores(queries_QD, r, self.gather(i), torch.arange(len(i), device=i.device))
+                for r, i in parts
+            ]
         )
 
     def scores(self, queries_QD: Tensor, ids_QC: Tensor) -> Tensor:
@@ -133,7 +137,9 @@ def _read_only(rows: np.ndarray) -> Tensor:
 def fp32_rows(array: Any, index: Any, device: torch.device | str) -> Tensor:
     """array[index] as an fp32 tensor: numpy, memory map, tensor or corpus."""
     rows = (
-        array[torch.from_numpy(index)] if isinstance(array, Tensor) and isinstance(index, np.ndarray) else array[index]
+        array[torch.from_numpy(index)]
+        if isinstance(array, Tensor) and isinstance(index, np.ndarray)
+        else array[index]
     )
     if not isinstance(rows, Tensor):
         rows = torch.from_numpy(np.array(rows, dtype=np.float32))

@@ -24,7 +24,8 @@ from nemo_embed_core.kernels.quantize_rows import quantize_rows, square_rows
 from nemo_embed_core.kernels.rotate_quantize import SHRINK
 
 UNIT = 2.0**-24  # rounding unit of fp32
-UNDERFLOW = 1.2e-19  # numbers below it may count as 0 in a norm: their squares are below the smallest normal fp32
+# Numbers below it may count as 0 in a norm: their squares are below the smallest normal fp32.
+UNDERFLOW = 1.2e-19
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
             norm = root_above(square_rows(x_nD), hidden_size) + lost
             return Rows(x_nD, None, norm, torch.full_like(norm, lost))
         values, _, square, error = quantize_rows(x_nD, torch.bfloat16)
-        return Rows(values, None, root_above(square, hidden_size) + lost, root_above(error, hidden_size) + lost)
+        return Rows(
+            values, None, root_above(square, hidden_size) + lost, root_above(error, hidden_size) + lost
+        )
 
     return encode
 
@@ -94,7 +97,8 @@ def int8(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
             square, error = square + lost, error + lost
         norm = root_above(square, hidden_size) * (SHRINK * (1 + 2 * rotation_error))
         residual = root_above(error, hidden_size) * SHRINK + (rotation_error + 2 * UNIT) * norm
-        return Rows(values, scale * SHRINK, norm, residual)  # the scale of a row with NaN or infinity keeps it out
+        # The scale of a row with NaN or infinity keeps it out.
+        return Rows(values, scale * SHRINK, norm, residual)
 
     return encode
 
@@ -171,7 +175,9 @@ def root_above(square_n: Tensor, hidden_size: int) -> Tensor:
 def norm_above(x_nD: Tensor) -> Tensor:
     """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
     hidden_size = x_nD.shape[1]
-    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * hidden_size * UNIT) + UNDERFLOW * math.sqrt(hidden_size)
+    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * hidden_size * UNIT) + UNDERFLOW * math.sqrt(
+        hidden_size
+    )
     finite = torch.isfinite(norm)
     if not x_nD.is_cuda and bool(finite.all()):  # the second pass over the rows is rarely needed
         return norm
@@ -189,7 +195,9 @@ def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor]
     a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
     b = hidden_size // a
     generator = torch.Generator().manual_seed(20240817)
-    signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(device, torch.float32) / SHRINK
+    signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(
+        device, torch.float32
+    ) / SHRINK
     left, left_error = orthogonal(a, generator)
     right, right_error = orthogonal(b, generator)
     # Both products round: relative to |x|, gamma_(a+b) |A||B| entrywise, at most sqrt(D) times in the norm.

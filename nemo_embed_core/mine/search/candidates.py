@@ -51,11 +51,13 @@ class Candidates:
         self.encode = METHODS[method](hidden_size, device)
         self.rows = self.encode(queries_QD)
         num_kept = min(k + (SLACK_ON_GPU if device.type == "cuda" else SLACK)[method], len(documents))
-        self.keys = torch.full((num_queries, num_kept), -torch.inf, device=device)  # best first, -inf in free places
+        # Best first, -inf in free places.
+        self.keys = torch.full((num_queries, num_kept), -torch.inf, device=device)
         self.ids = torch.full((num_queries, num_kept), -1, dtype=torch.int64, device=device)
         self.largest_norm = torch.zeros((), device=device)  # of a document
         self.bound = torch.zeros(num_queries, device=device)  # the widest so far: score >= key - 2 bound
-        self.floor = torch.full((num_queries,), -torch.inf, device=device)  # the k-th best score is at least this
+        # The k-th best score is at least this.
+        self.floor = torch.full((num_queries,), -torch.inf, device=device)
 
     def search(self) -> tuple[Tensor, Tensor, Tensor]:
         """(scores [Q, k], ids [Q, k], certified [Q])"""
@@ -111,7 +113,8 @@ class Candidates:
         check_norms(self.largest_norm, self.rows.norm.max())
         num_queries, num_kept = self.ids.shape
         k, device = min(self.k, num_kept), self.keys.device
-        dropped = self.keys[:, -1].clone()  # no dropped key is above the last kept one; -inf: none was dropped
+        # No dropped key is above the last kept one; -inf: none was dropped.
+        dropped = self.keys[:, -1].clone()
         if device.type == "cuda":
             self.raise_floor(by_scores=self.method == "int8" and self.documents.is_on_device)
             possible = torch.where(self.keys >= self.floor[:, None], self.ids, -1)
@@ -167,7 +170,8 @@ def possible_scores(
     """
     (num_queries, num_kept), hidden_size = ids.shape, queries_QD.shape[1]
     exact = torch.full(ids.shape, -torch.inf)
-    for rows in slices(num_queries, max(1, (16 << 20) // (num_kept * hidden_size))):  # 64 MiB of gathered rows
+    # 64 MiB of gathered rows.
+    for rows in slices(num_queries, max(1, (16 << 20) // (num_kept * hidden_size))):
         found, upper, error = ids[rows] >= 0, keys[rows], error_Q[rows, None]
         gathered = None
         if rescore:

@@ -42,9 +42,17 @@ class Engine:
     """One rank's documents and the ways to search them."""
 
     def __init__(self, documents: Documents, k: int, method: str, tile_queries: int, stats: SearchStats):
-        self.documents, self.k, self.method, self.tile_queries, self.stats = documents, k, method, tile_queries, stats
+        self.documents, self.k, self.method, self.tile_queries, self.stats = (
+            documents,
+            k,
+            method,
+            tile_queries,
+            stats,
+        )
 
-    def search(self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
+    def search(
+        self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
+    ) -> tuple[Tensor, Tensor]:
         """(scores [Q, k], ids [Q, k]), exact."""
         scores, ids, certified = self.candidates(self.method, queries_QD, ceilings_Q, exclude)
         self.stats.num_certified += int(certified.sum())
@@ -66,7 +74,9 @@ class Engine:
             return ["bf16", "fp32"]
         return [] if self.method == "fp32" else ["fp32"]
 
-    def candidates(self, method: str, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> Found:
+    def candidates(
+        self, method: str, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
+    ) -> Found:
         """By the fastest way that this device has for the method."""
         search = (method, self.documents, self.k, self.tile_queries)
         query = (queries_QD, ceilings_Q, exclude)
@@ -84,7 +94,9 @@ class Engine:
                 whole[rows] = part
         return found
 
-    def exhaustive(self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
+    def exhaustive(
+        self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
+    ) -> tuple[Tensor, Tensor]:
         """Every document whose fp32 bound allows it is scored: slow for masses of ties, right for any input."""
         (num_queries, hidden_size), device = queries_QD.shape, self.documents.device
         scores = torch.full((num_queries, self.k), -torch.inf, device=device)

@@ -55,7 +55,9 @@ class DeviceExclude:
         """(row, column) in the tile of these queries and the documents from first_id on; None: nothing is
         excluded."""
         indptr, ids = self.of(rows)
-        return None if indptr is None or ids is None else excluded_positions(indptr, ids, first_id, num_columns)
+        return (
+            None if indptr is None or ids is None else excluded_positions(indptr, ids, first_id, num_columns)
+        )
 
 
 def excluded_positions(indptr: Tensor, ids: Tensor, first_id: int, num_columns: int) -> tuple[Tensor, Tensor]:

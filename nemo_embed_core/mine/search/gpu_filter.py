@@ -53,7 +53,16 @@ class FilteredCandidates(Candidates):
             (add, slope), spread = split_bound(self.rows, block, self.rounding), block.residual
         length = LIST + self.keys.shape[1]
         keys, columns, counts = filter_scores(
-            self.rows.values, block.values, enters, limit, length, self.rows.scale, block.scale, add, slope, spread
+            self.rows.values,
+            block.values,
+            enters,
+            limit,
+            length,
+            self.rows.scale,
+            block.scale,
+            add,
+            slope,
+            spread,
         )
         self.overflowed |= counts > length
         everyone = slice(0, len(self.queries_QD))

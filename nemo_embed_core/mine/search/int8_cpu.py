@@ -88,7 +88,8 @@ class Quantiser:
     def __init__(self, queries_QD: Tensor):
         self.hidden_size = queries_QD.shape[1]
         self.rotation, self.query_norm = Rotation(self.hidden_size), norm_above(queries_QD).max()
-        self.spread = 6.0  # the largest entry expected after the rotation, in root mean squares of the longest row
+        # The largest entry expected after the rotation, in root mean squares of the longest row.
+        self.spread = 6.0
         # Of the next block. Documents are mostly as long as queries.
         self.scale = max(self.spread * float(self.query_norm) / math.sqrt(self.hidden_size) / 126, 1e-30)
         self.codes, self.rounded = torch.empty(0, dtype=torch.int8), torch.empty(0)
@@ -97,7 +98,9 @@ class Quantiser:
         """One scale per row; that of a row with NaN or infinity is NaN."""
         parts = []
         for x_qD in x_QD.split(DENSE_ROWS):
-            values, scale, _, error = quantize_rows(self.rotation(x_qD, 1 / SHRINK).T.contiguous(), torch.int8)
+            values, scale, _, error = quantize_rows(
+                self.rotation(x_qD, 1 / SHRINK).T.contiguous(), torch.int8
+            )
             norm = norm_above(x_qD)
             lost = root_above(error, self.hidden_size) + UNDERFLOW * math.sqrt(self.hidden_size)
             residual = lost * SHRINK + (self.rotation.error + 2 * UNIT) * norm
@@ -190,7 +193,12 @@ class CandidateBuffer:
 
 
 def search(
-    documents: Documents, k: int, tile_queries: int, queries_QD: Tensor, ceilings: Tensor, exclude: Exclude | None
+    documents: Documents,
+    k: int,
+    tile_queries: int,
+    queries_QD: Tensor,
+    ceilings: Tensor,
+    exclude: Exclude | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scores [Q, k], ids [Q, k], certified [Q])"""
     num_kept = min(k + SLACK["fp32"], len(documents))
@@ -228,7 +236,14 @@ class Tile:
         first: int,
         excluded: tuple[Tensor, Tensor] | None,
     ):
-        self.buffer, self.rows, self.x_qD, self.q, self.block, self.first = buffer, rows, x_qD, q, block, first
+        self.buffer, self.rows, self.x_qD, self.q, self.block, self.first = (
+            buffer,
+            rows,
+            x_qD,
+            q,
+            block,
+            first,
+        )
         self.excluded = excluded  # (row, column)
         self.num_rows, self.num_columns = len(x_qD), len(block.x_nD)
         self.ceilings = buffer.ceilings[rows]
@@ -242,7 +257,9 @@ class Tile:
 
     def search(self, memory: Tensor) -> None:
         buffer = self.buffer
-        products = torch._int_mm(self.q.values, self.block.codes_Dn, out=memory.view(self.num_rows, self.num_columns))
+        products = torch._int_mm(
+            self.q.values, self.block.codes_Dn, out=memory.view(self.num_rows, self.num_columns)
+        )
         if self.num_columns >= buffer.k:
             for some in chunks(torch.isneginf(buffer.floor[self.rows])):
                 self.seed_floor(some, products)
@@ -318,7 +335,9 @@ class Tile:
         buffer, at, narrow = self.buffer, self.rows.start + some, self.narrow[some, None]
         keys = linear(self.x_qD[some], self.block.x_nD).add_(narrow)
         keys[self.excluded_of(some)] = -torch.inf
-        keys = torch.where((keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys), keys, -torch.inf)
+        keys = torch.where(
+            (keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys), keys, -torch.inf
+        )
         columns = torch.arange(self.num_columns).expand_as(keys)
         if self.num_columns > buffer.num_kept:
             keys, columns = keys.topk(buffer.num_kept + 1, dim=1)

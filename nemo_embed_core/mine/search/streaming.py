@@ -47,7 +47,16 @@ def streaming_topk_(
     exclude_indptr [q + 1], exclude_ids: CSR of int64 document ids, ascending within a row.
     """
     torch.ops.nemo_embed_core.streaming_topk(
-        scores, ceilings, state_keys, state_ids, first_id, exclude_indptr, exclude_ids, row_scale, col_scale, row_add
+        scores,
+        ceilings,
+        state_keys,
+        state_ids,
+        first_id,
+        exclude_indptr,
+        exclude_ids,
+        row_scale,
+        col_scale,
+        row_add,
     )
 
 
@@ -70,7 +79,9 @@ def merge_lists_(
     caller to refuse: they are on the device.
     """
     assert list_keys.shape == list_columns.shape, f"{list_keys.shape=} {list_columns.shape=}"
-    assert len(list_keys) == len(counts) == len(state_keys), f"{len(list_keys)=} {len(counts)=} {len(state_keys)=}"
+    assert len(list_keys) == len(counts) == len(state_keys), (
+        f"{len(list_keys)=} {len(counts)=} {len(state_keys)=}"
+    )
     assert list_keys.dtype == torch.float32, f"{list_keys.dtype=}"
     assert list_columns.dtype == counts.dtype == torch.int32, f"{list_columns.dtype=} {counts.dtype=}"
     torch.ops.nemo_embed_core.merge_lists(
@@ -129,7 +140,9 @@ def _merge_lists(
     columns = list_columns[rows, places].long()
     if exclude_indptr is not None and exclude_ids is not None:
         width = 2**31  # whatever an int32 column can be
-        left = _not_excluded(rows, columns, excluded_positions(exclude_indptr, exclude_ids, first_id, width), width)
+        left = _not_excluded(
+            rows, columns, excluded_positions(exclude_indptr, exclude_ids, first_id, width), width
+        )
         rows, places, columns = rows[left], places[left], columns[left]
     _insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
 
@@ -156,7 +169,10 @@ def _alive(
     alive = (keys >= floor[:, None]) & (keys < ceilings[:, None])
     if excluded is not None:
         alive[excluded] = False
-    if bool(torch.isneginf(state_keys[:, -1]).any()) and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept:
+    if (
+        bool(torch.isneginf(state_keys[:, -1]).any())
+        and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept
+    ):
         # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered by the
         # insertion).
         cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
@@ -190,7 +206,9 @@ def _insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_
     most = int(counts.max())
     touched = counts.nonzero()[:, 0]
     place = torch.arange(len(rows), device=keys.device) - (counts.cumsum(0) - counts)[rows]
-    position = torch.empty_like(counts).scatter_(0, touched, torch.arange(len(touched), device=keys.device))[rows]
+    position = torch.empty_like(counts).scatter_(0, touched, torch.arange(len(touched), device=keys.device))[
+        rows
+    ]
     new_keys = keys.new_full((len(touched), num_kept + most), -torch.inf)
     new_ids = state_ids.new_full((len(touched), num_kept + most), -1)
     new_keys[:, :num_kept], new_ids[:, :num_kept] = state_keys[touched], state_ids[touched]
@@ -229,7 +247,12 @@ if kernel_is_available():
         name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "int32"}[scores.dtype]
         assert scores.stride(1) == 1
         num_columns = scores.shape[1]
-        inputs = (scores.data_ptr(), scores.stride(0), num_columns, *_pointers(row_scale, col_scale, row_add, ceilings))
+        inputs = (
+            scores.data_ptr(),
+            scores.stride(0),
+            num_columns,
+            *_pointers(row_scale, col_scale, row_add, ceilings),
+        )
         _run(
             f"topk_update_{name}", inputs, exclude_indptr, exclude_ids, first_id, first_id + num_columns,
             state_keys, state_ids,
@@ -274,7 +297,9 @@ def _run(
         raise UserError(f"document ids up to {last_id} do not fit the kernel's 32 bits: use more ranks")
     capacity = next((c for c, most in MAX_KEPT.items() if kept <= most), None)
     if capacity is None:
-        raise UserError(f"{kept} kept candidates per query are more than the kernel's {max(MAX_KEPT.values())}")
+        raise UserError(
+            f"{kept} kept candidates per query are more than the kernel's {max(MAX_KEPT.values())}"
+        )
     device = state_keys.device
     exclusions, state = _pointers(exclude_indptr, exclude_ids), _pointers(state_keys, state_ids)
     kernel = _module(capacity, device.index).get_function(name)

@@ -80,7 +80,8 @@ def topk_below(
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
     if not block_documents:
         block_documents = 32768 if device.type == "cuda" else (4096 if method == "int8" else 2048)
-    if device.type == "cuda" and device.index is None:  # a name that says which one, to compare and to cache by
+    # A name that says which one, to compare and to cache by.
+    if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     stats = stats if stats is not None else SearchStats()
     stats.method, stats.num_queries = method, num_queries
@@ -92,13 +93,23 @@ def topk_below(
     ceilings_Q = _round_up_fp32(ceilings)
     with ieee_fp32_matmul(), torch.inference_mode():
         for rows in slices(num_queries, block_queries):
-            excluded = exclude.take(np.arange(rows.start, rows.stop)).ascending() if exclude is not None else None
-            scores[rows], ids[rows] = engine.search(fp32_rows(queries, rows, device), ceilings_Q[rows], excluded)
+            excluded = (
+                exclude.take(np.arange(rows.start, rows.stop)).ascending() if exclude is not None else None
+            )
+            scores[rows], ids[rows] = engine.search(
+                fp32_rows(queries, rows, device), ceilings_Q[rows], excluded
+            )
     return scores, ids
 
 
 def _check(
-    queries: Any, documents: Any, ceilings: Any, k: int, exclude: Exclude | None, first_id: int, device: torch.device
+    queries: Any,
+    documents: Any,
+    ceilings: Any,
+    k: int,
+    exclude: Exclude | None,
+    first_id: int,
+    device: torch.device,
 ) -> None:
     (num_queries, hidden_size), num_documents = queries.shape, documents.shape[0]
     if k < 1:
@@ -110,7 +121,9 @@ def _check(
     if len(ceilings) != num_queries:
         raise UserError(f"{len(ceilings)} ceilings for {num_queries} queries: give one per query")
     if exclude is not None and len(exclude.indptr) != num_queries + 1:
-        raise UserError(f"exclude.indptr has {len(exclude.indptr)} entries for {num_queries} queries: give Q + 1")
+        raise UserError(
+            f"exclude.indptr has {len(exclude.indptr)} entries for {num_queries} queries: give Q + 1"
+        )
     for name, rows in (("queries", queries), ("documents", documents)):
         if (dtype := str(getattr(rows, "dtype", "float32")).removeprefix("torch.")) not in _DTYPES:
             raise UserError(f"{name} are {dtype}: convert them to one of {', '.join(_DTYPES)}")
@@ -136,7 +149,9 @@ def _int8_is_exact() -> bool:
     """Whether this CPU's int8 GEMM keeps the largest sums: without VNNI pairs of products may be summed in 16
     bits."""
     a = torch.full((64, 256), 127, dtype=torch.int8)
-    return bool((torch._int_mm(a, a.T) == 256 * 127**2).all()) and bool((torch._int_mm(a, -a.T) == -256 * 127**2).all())
+    return bool((torch._int_mm(a, a.T) == 256 * 127**2).all()) and bool(
+        (torch._int_mm(a, -a.T) == -256 * 127**2).all()
+    )
 
 
 @functools.cache
