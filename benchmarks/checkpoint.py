@@ -47,7 +47,7 @@ from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.weights import Rows, open_weights
 from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
-from nemo_embed_core.config import ModelConfig, to_dict
+from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.export.folder import hf_config
 from nemo_embed_core.files.durable import fsync, new_folder
 from nemo_embed_core.files.safetensors import SafetensorsWriter, find_tensors
@@ -55,6 +55,7 @@ from nemo_embed_core.merge.average import exact_sum, nearest
 from nemo_embed_core.merge.sources import open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.model.spec import hf_shapes, parameter_shapes
+from nemo_embed_core.options import to_dict
 from nemo_embed_core.train.run_state import with_state
 
 ROOT = Path(__file__).parents[1]

@@ -45,9 +45,10 @@ import triton
 from torch import Tensor, nn
 
 from benchmarks.ceilings import ResultsFile, matmul_rates
-from nemo_embed_core.config import DataConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig, UserError
+from nemo_embed_core.config import DataConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch, load_batch, pack_texts
 from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.kernels import info_nce_columns, info_nce_own, mean_pool, rms_norm, rope, swiglu
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder

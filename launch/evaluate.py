@@ -5,7 +5,9 @@ python launch/evaluate.py --models runs/stage1 exports/merged bm25 --data data/w
 report.json
 """
 
-from nemo_embed_core.config import EvaluateConfig, load_config, user_errors
+from nemo_embed_core.command_line import load_config
+from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.errors import user_errors
 
 
 def main() -> None:

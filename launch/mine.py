@@ -6,7 +6,9 @@ torchrun --nproc-per-node 8 launch/mine.py --config configs/mine.yaml --output d
 
 import functools
 
-from nemo_embed_core.config import MineConfig, ParallelConfig, load_config, run_rank, user_errors
+from nemo_embed_core.command_line import load_config
+from nemo_embed_core.config import MineConfig, ParallelConfig
+from nemo_embed_core.errors import run_rank, user_errors
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ there, without its sources.
 
 import time
 
-from nemo_embed_core.config import PrepareConfig, load_config, user_errors
+from nemo_embed_core.command_line import load_config
+from nemo_embed_core.config import PrepareConfig
+from nemo_embed_core.errors import user_errors
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ import signal
 import sys
 from dataclasses import replace
 
-from nemo_embed_core.config import TrainConfig, load_config, run_rank, user_errors
+from nemo_embed_core.command_line import load_config
+from nemo_embed_core.config import TrainConfig
+from nemo_embed_core.errors import run_rank, user_errors
 
 
 def train(config: TrainConfig) -> None:

@@ -77,7 +77,7 @@ class Server:
 def _rank(rank: int, request: dict[str, Any], port: int) -> None:
     import torch
 
-    from nemo_embed_core.config import user_errors
+    from nemo_embed_core.errors import user_errors
 
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["n"], "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({k: str(v) for k, v in env.items()}, MASTER_PORT=str(port))

@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from nemo_embed_core import config
+from nemo_embed_core.command_line import load_config
+from nemo_embed_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -91,8 +93,8 @@ def test_commands_are_accepted(verb: str, monkeypatch: pytest.MonkeyPatch) -> No
     commands = [(page, argv) for page, of, argv in COMMANDS if of == verb]
     for page, argv in commands:
         try:
-            config.load_config(config.LAUNCHERS[verb], argv)
-        except config.UserError as error:
+            load_config(config.LAUNCHERS[verb], argv)
+        except UserError as error:
             pytest.fail(f"{page}: {verb} {shlex.join(argv)}: {error}")
 
 

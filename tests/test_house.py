@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nemo_embed_core import config
+from nemo_embed_core.command_line import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
@@ -272,7 +273,7 @@ def test_recipe_is_accepted_by_its_launcher(path: Path) -> None:
     given = {line.split(":")[0] for line in path.read_text().splitlines()}
     places = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.type == "str"]
     argv = [part for name in places if name not in given for part in (f"--{name}", "somewhere")]
-    assert isinstance(config.load_config(cls, ["--config", str(path), *argv]), cls)
+    assert isinstance(load_config(cls, ["--config", str(path), *argv]), cls)
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)

@@ -15,11 +15,14 @@ import pytest
 from tiny import train_config
 
 from nemo_embed_core import config as c
+from nemo_embed_core.command_line import load_config
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.options import Options, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-CLASSES = sorted((k for k in vars(c).values() if isinstance(k, type) and issubclass(k, c.Options)), key=str)
-CLASSES.remove(c.Options)
+CLASSES = sorted((k for k in vars(c).values() if isinstance(k, type) and issubclass(k, Options)), key=str)
+CLASSES.remove(Options)
 NEEDED: dict[type, dict[str, Any]] = {
     c.TrainConfig: {"output_dir": "runs/x", "steps": 3},
     c.PrepareConfig: {"tokenizer": "folder"},
@@ -31,7 +34,7 @@ NEEDED: dict[type, dict[str, Any]] = {
 
 
 def refusal(make: Callable[[], Any]) -> str:
-    with pytest.raises(c.UserError) as error:
+    with pytest.raises(UserError) as error:
         make()
     return str(error.value)
 
@@ -49,7 +52,7 @@ def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
 def test_a_dict_gives_the_config_that_it_came_from_and_stays_as_it_was(tmp_path: Path) -> None:
     changes = {"optim": {"lr": 3e-4, "warmup_steps": 2}, "checkpoint": {"allow_changed": ["seed"]}}
     config = train_config(tmp_path, **changes)
-    values = json.loads(json.dumps(c.to_dict(config)))
+    values = json.loads(json.dumps(to_dict(config)))
     before = copy.deepcopy(values)
     again = c.TrainConfig.from_dict(values)
     assert again == config and values == before
@@ -74,7 +77,7 @@ def test_a_recipe_means_the_same_in_python_and_on_the_command_line(path: Path) -
     given = {key: value for key, value in NEEDED[cls].items() if f"{key}:" not in path.read_text()}
     argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
     given |= {"model": [given["model"]]} if isinstance(given.get("model"), str) else {}
-    assert cls.from_yaml(path, **given) == c.load_config(cls, ["--config", str(path), *argv])
+    assert cls.from_yaml(path, **given) == load_config(cls, ["--config", str(path), *argv])
 
 
 def test_options_beside_a_file_override_only_the_keys_that_they_have(tmp_path: Path) -> None:
@@ -84,20 +87,20 @@ def test_options_beside_a_file_override_only_the_keys_that_they_have(tmp_path: P
     assert (config.output_dir, config.steps, config.optim.lr, config.optim.beta2) == ("b", 7, 2e-3, 0.98)
     (tmp_path / "optim.yaml").write_text("lr: 5e-4\n")
     argv = ["--output_dir=b", "--steps=7", "--optim", str(tmp_path / "optim.yaml"), "--optim.beta2", "0.9"]
-    optim = c.load_config(c.TrainConfig, argv).optim
+    optim = load_config(c.TrainConfig, argv).optim
     assert (optim.lr, optim.beta2) == (5e-4, 0.9)
 
 
 def test_a_value_that_follows_from_others_is_no_default() -> None:
     sizes = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     argv = ["--output_dir", "x", "--steps", "1", *(f"--model.{key}={value}" for key, value in sizes.items())]
-    assert c.load_config(c.TrainConfig, argv).model.head_dim == 24
+    assert load_config(c.TrainConfig, argv).model.head_dim == 24
     assert c.TrainConfig.from_dict({**NEEDED[c.TrainConfig], "model": sizes}).model.head_dim == 24
 
 
 def test_lists_are_words_on_the_command_line() -> None:
     argv = ["--model", "a", "b", "--sweep", "0.8", "0.9", "--data", "d", "--output", "o", "--exclude=[x]"]
-    config = c.load_config(c.MineConfig, argv)
+    config = load_config(c.MineConfig, argv)
     assert (config.model, config.sweep, config.exclude) == (["a", "b"], [0.8, 0.9], ["x"])
 
 
@@ -136,8 +139,8 @@ def test_a_wrong_value_is_refused_alike_from_dict_yaml_and_command_line(
     path.write_text(json.dumps({**needed, **values}).replace("NaN", ".nan"))
     messages = [
         refusal(lambda: c.TrainConfig.from_dict({**needed, **values})),
-        refusal(lambda: c.load_config(c.TrainConfig, [*(f"--{k}={v}" for k, v in needed.items()), *argv])),
-        refusal(lambda: c.load_config(c.TrainConfig, ["--config", str(path)])),
+        refusal(lambda: load_config(c.TrainConfig, [*(f"--{k}={v}" for k, v in needed.items()), *argv])),
+        refusal(lambda: load_config(c.TrainConfig, ["--config", str(path)])),
         refusal(lambda: c.TrainConfig.from_yaml(path)).removeprefix(f"{path}: "),
     ]
     for message in messages:
@@ -162,8 +165,8 @@ def test_no_value_makes_us_import_a_module(
     argv = [f"--{k}={v}" for k, v in NEEDED[c.TrainConfig].items()]
     for make in (
         lambda: c.TrainConfig.from_dict(values),
-        lambda: c.load_config(c.TrainConfig, ["--config", str(tmp_path / "x.yaml")]),
-        lambda: c.load_config(
+        lambda: load_config(c.TrainConfig, ["--config", str(tmp_path / "x.yaml")]),
+        lambda: load_config(
             c.TrainConfig, [*argv, f"--{name}", value if isinstance(value, str) else json.dumps(value)]
         ),
     ):
@@ -190,7 +193,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         path.write_text(text)
         for option in ("--optim", "--config"):
             for given in ([option, str(path)], [f"{option}={path}"]):
-                said = refusal(lambda g=given: c.load_config(c.TrainConfig, [*argv, *g]))
+                said = refusal(lambda g=given: load_config(c.TrainConfig, [*argv, *g]))
                 assert said.startswith(message)
         assert refusal(lambda: c.OptimConfig.from_yaml(path)).startswith(message)
     path.write_bytes(b"lr: \xff")
@@ -220,11 +223,11 @@ def test_a_dict_in_a_constructor_is_told_the_way() -> None:
 # ------------------------------------------------------------------------------------------ texts
 
 
-def help_of(cls: type[c.Options], argument: str = "--help") -> dict[str, str]:
+def help_of(cls: type[Options], argument: str = "--help") -> dict[str, str]:
     """{option: text} as printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
-        c.load_config(cls, [argument])
+        load_config(cls, [argument])
     assert end.value.code == 0
     entries = re.split(r"^  --", printed.getvalue(), flags=re.M)[1:]
     return {re.split(r"[\s,]", entry)[0]: " ".join(entry.split("\n\n")[0].split()) for entry in entries}
@@ -234,8 +237,8 @@ def help_of(cls: type[c.Options], argument: str = "--help") -> dict[str, str]:
 def test_help_has_a_text_for_every_option(cls: Any) -> None:
     texts = help_of(cls)
     unexpanded = cls(**NEEDED[cls])
-    assert leaves(c.to_dict(unexpanded)) <= set(texts)
-    for name in leaves(c.to_dict(unexpanded)):
+    assert leaves(to_dict(unexpanded)) <= set(texts)
+    for name in leaves(to_dict(unexpanded)):
         assert re.search(r"[a-z]{3}.*[.;] \((required, )?type: ", texts[name]), f"--{name}: {texts[name]}"
     for name in [name for name in texts if name.endswith(".help")]:
         for key, text in help_of(cls, f"--{name}").items():
@@ -247,6 +250,6 @@ def test_the_page_of_options_has_them_all_and_no_empty_cell() -> None:
     for name, cls in c.LAUNCHERS.items():
         section = page.split(f"## launch/{name}.py")[1].split("\n## ")[0]
         listed = set(re.findall(r"^\| `([\w.\[\]]+)` \|", section, re.M))
-        assert leaves(c.to_dict(cls(**NEEDED[cls]))) <= listed, name
+        assert leaves(to_dict(cls(**NEEDED[cls]))) <= listed, name
     rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| ")]
     assert len(rows) > 130 and all(len(row) == 4 and all(cell.strip() for cell in row) for row in rows)

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+from nemo_embed_core.config import ModelConfig, RopeScaling
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.safetensors import DTYPES
 from nemo_embed_core.files.strict_json import read_object

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_embed_core.checkpoint.manifest import MANIFEST, CheckpointError, step_of, verify_checkpoint
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import fsync
 
 

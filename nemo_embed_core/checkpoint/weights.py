@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, state_name, verify_checkpoint
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Source, resolve, say_note
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.safetensors import find_tensors
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded

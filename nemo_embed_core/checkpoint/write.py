@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nemo_embed_core.checkpoint.manifest import FORMAT_VERSION, MANIFEST, CheckpointError, is_state, seal
 from nemo_embed_core.checkpoint.runs import prune
-from nemo_embed_core.config import UserError, failpoint
+from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
 from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name
 from nemo_embed_core.model.hf import Box

@@ -4,7 +4,6 @@ No torch import here: arguments are refused in a tenth of a second, before anyth
 Modules receive values (`hidden_size=...`), never the tree.
 """
 
-from nemo_embed_core.command_line import load_config
 from nemo_embed_core.config.data import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.config.evaluate import EvaluateConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig
@@ -16,9 +15,7 @@ from nemo_embed_core.config.train import (
     ParallelConfig,
     TrainConfig,
 )
-from nemo_embed_core.errors import DataError, UserError, failpoint, run_rank, user_errors
-from nemo_embed_core.options import Options, dump_yaml, to_dict
-from nemo_embed_core.version import code_version
+from nemo_embed_core.options import Options
 
 LAUNCHERS: dict[str, type[Options]] = {
     "train": TrainConfig,
@@ -31,7 +28,6 @@ __all__ = [
     "LAUNCHERS",
     "CheckpointConfig",
     "DataConfig",
-    "DataError",
     "DatasetConfig",
     "EvaluateConfig",
     "LossConfig",
@@ -39,18 +35,9 @@ __all__ = [
     "MineDatasetConfig",
     "ModelConfig",
     "OptimConfig",
-    "Options",
     "ParallelConfig",
     "Pooling",
     "PrepareConfig",
     "RopeScaling",
     "TrainConfig",
-    "UserError",
-    "code_version",
-    "dump_yaml",
-    "failpoint",
-    "load_config",
-    "run_rank",
-    "to_dict",
-    "user_errors",
 ]

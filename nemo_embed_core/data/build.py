@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError, failpoint
+from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, building, publish, read_state
 from nemo_embed_core.data.judge import EMPTY_KEY, judge
 from nemo_embed_core.data.normal_form import has_content, normal_key
@@ -39,6 +39,7 @@ from nemo_embed_core.data.store import (
     report,
 )
 from nemo_embed_core.data.tokenizer import Tokenizer
+from nemo_embed_core.errors import DataError, UserError, failpoint
 from nemo_embed_core.files.durable import fsync, make_folder, sha256_file, write_atomically
 from nemo_embed_core.files.strict_json import read_object
 

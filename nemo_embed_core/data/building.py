@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import durable
 from nemo_embed_core.files.lock import hold
 from nemo_embed_core.files.strict_json import parse

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 
 MIN_QUERY_CHARS, MAX_QUERY_CHARS = 20, 250
 MIN_PASSAGE_CHARS, MAX_PASSAGE_CHARS = 80, 2000

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.config import DataError, UserError
 from nemo_embed_core.data.normal_form import has_content
+from nemo_embed_core.errors import DataError, UserError
 from nemo_embed_core.files.strict_json import parse
 
 MAX_LINE = 16 << 20  # bytes; longer is a broken file, not a row

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from nemo_embed_core.config import DataConfig, UserError
+from nemo_embed_core.config import DataConfig
 from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.errors import UserError
 
 if TYPE_CHECKING:  # the tokenizers package is not needed to pack
     from nemo_embed_core.data.store import Store

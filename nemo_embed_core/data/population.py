@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_embed_core.config import DataConfig, UserError
+from nemo_embed_core.config import DataConfig
 from nemo_embed_core.data.store import Store
+from nemo_embed_core.errors import UserError
 
 NAMED = 20  # rows that an error names
 MIN_LENGTH = 16  # tokens that on_long_row=truncate leaves of a document at least

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 
 if TYPE_CHECKING:  # the tokenizers package is not needed to sample
     from nemo_embed_core.data.store import Store

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.strict_json import parse
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 
 BLOCK = 1 << 20  # bytes that are written, and read by an iteration, at a time
 

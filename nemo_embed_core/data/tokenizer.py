@@ -18,8 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from nemo_embed_core.config import DataError, UserError
 from nemo_embed_core.data import cuts
+from nemo_embed_core.errors import DataError, UserError
 
 # Kinds of pieces of a sentencepiece model (ModelProto.SentencePiece.Type).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

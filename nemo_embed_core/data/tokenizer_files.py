@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import parse
 
 # Load tokenizer.json as it is: the first in transformers 4 and 5; the second in 5 alone, which 4 refuses.

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_embed_core.checkpoint.source import Source, resolve
-from nemo_embed_core.config import UserError
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
+from nemo_embed_core.errors import UserError
 
 __all__ = ["TextEncoder", "open_encoder"]
 

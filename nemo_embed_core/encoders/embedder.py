@@ -17,11 +17,12 @@ import torch
 
 from nemo_embed_core.checkpoint.source import Source
 from nemo_embed_core.checkpoint.weights import fill, open_weights
-from nemo_embed_core.config import ModelConfig, to_dict
+from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.packing import pack_texts, shapes_cost_memory
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.mesh import DTYPES, TensorParallel, pick_device, pick_precision
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_embed_core.config import DatasetConfig, UserError
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.normal_form import exact_key
 from nemo_embed_core.data.readers import read_passages, source_files
+from nemo_embed_core.errors import UserError
 
 Similarity = Literal["cosine", "dot"]
 BLOCK_BYTES = 64 << 20  # of an array read at once to hash it

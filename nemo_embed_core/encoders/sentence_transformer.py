@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.tokenizer import MIN_ROOM
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_folder
 
 BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which takes about 23 bytes of memory for each

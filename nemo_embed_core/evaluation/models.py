@@ -14,12 +14,13 @@ from typing import Any, get_args
 
 from nemo_embed_core.checkpoint.source import Similarity, Source, Usage, resolve
 from nemo_embed_core.checkpoint.weights import open_weights
-from nemo_embed_core.config import EvaluateConfig, UserError
+from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
+from nemo_embed_core.errors import UserError
 
 DEFAULT_LENGTH = 512  # tokens, where neither the folder nor an option says one
 

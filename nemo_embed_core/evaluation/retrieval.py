@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_embed_core.checkpoint.source import Similarity, Usage
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.readers import Beir
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder, pieces
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.bm25 import Bm25
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.config import EvaluateConfig, UserError
+from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Beir, Findings, read_beir
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.models import Subject
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
 from nemo_embed_core.files.durable import write_atomically

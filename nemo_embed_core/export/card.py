@@ -15,9 +15,11 @@ from nemo_embed_core.checkpoint.manifest import read_manifest
 from nemo_embed_core.checkpoint.runs import find_checkpoint, is_checkpoint
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
-from nemo_embed_core.config import ModelConfig, UserError, code_version
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import POOLINGS
+from nemo_embed_core.version import code_version
 
 Format = Literal["native", "compat"]
 # Copied into compat folders as it is; never imported by this package.

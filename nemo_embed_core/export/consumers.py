@@ -19,7 +19,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from nemo_embed_core.checkpoint.source import Usage
-from nemo_embed_core.config import ModelConfig, Pooling, UserError
+from nemo_embed_core.config import ModelConfig, Pooling
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import writing
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import pooling_of_config

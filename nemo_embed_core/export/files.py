@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.folder import AUTO_MAP, DTYPES, REMOTE_CODE
 from nemo_embed_core.files.strict_json import read, read_object
 from nemo_embed_core.model.spec import (

@@ -26,8 +26,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nemo_embed_core.checkpoint.source import USAGE_KEY, Source, Usage
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import REMOTE_CODE, Card, Format, model_card
 from nemo_embed_core.model.spec import ARCHITECTURES, MODULES, POOLINGS, flags_of
 

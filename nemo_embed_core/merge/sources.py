@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from nemo_embed_core.checkpoint.weights import Weights, open_weights
-from nemo_embed_core.config import to_dict
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable, difference
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.options import to_dict
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 

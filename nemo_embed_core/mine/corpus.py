@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.config import UserError, failpoint
 from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import sha256_file, write_atomically
 from nemo_embed_core.files.strict_json import parse
 from nemo_embed_core.mine.progress import Progress

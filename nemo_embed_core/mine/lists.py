@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_embed_core.config import failpoint
+from nemo_embed_core.errors import failpoint
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.corpus import Corpus, Ranks, publish, read_sidecar

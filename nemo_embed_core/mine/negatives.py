@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.mine.corpus import Ranks, Truncation, encode_corpus, read_truncation
 from nemo_embed_core.mine.lists import CandidateLists, TeacherSearch, find

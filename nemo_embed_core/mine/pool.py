@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
 from nemo_embed_core.data.texts import Texts
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.search.exclude import Exclude
 
 KEY = 16  # bytes

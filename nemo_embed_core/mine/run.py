@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.checkpoint.source import Source, resolve
-from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig, UserError
+from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
 from nemo_embed_core.data.normal_form import exact_key, normal_key
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import Findings, read_beir, read_documents, read_rows, source_files
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.encoders.precomputed import precomputed_sides
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.mine.corpus import Ranks

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 
 
 def ceiling(positive_scores: Any, threshold: float) -> np.ndarray:

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.config import DatasetConfig, UserError
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.encoders.precomputed import Lookup, Similarity, precomputed_sides, scaled
 from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 
 
 @dataclass(frozen=True)

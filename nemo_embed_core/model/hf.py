@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf_folder import inside, tensors

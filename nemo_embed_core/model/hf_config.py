@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+from nemo_embed_core.config import ModelConfig, RopeScaling
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import ARCHITECTURES, LLAMA3_FIELDS, POOLINGS, ROPE_TYPES, pooling_of_config
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, UserError
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.safetensors import read_header
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf_config import model_config

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, Pooling, UserError
+from nemo_embed_core.config import ModelConfig, Pooling
+from nemo_embed_core.errors import UserError
 
 # ------------------------------------------------------------------------------------------ config.json
 

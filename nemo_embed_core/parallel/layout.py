@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 
-from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
+from nemo_embed_core.config import ModelConfig, ParallelConfig
+from nemo_embed_core.errors import UserError
 
 
 def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig | None = None) -> int:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 
 # Of a rank that was ended because of another one, or of a set-up in which a rank is missing.
 OTHER_RANK_EXIT_CODE = 5

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
+from nemo_embed_core.config import ModelConfig, ParallelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel import liveness
 from nemo_embed_core.parallel.layout import (
     check_layout,

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_embed_core.config import ModelConfig, TrainConfig, UserError
+from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh

@@ -17,16 +17,18 @@ import torch
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, verify_checkpoint
 from nemo_embed_core.checkpoint.runs import AllDamagedError, checkpoints, find_checkpoint, newest_whole
 from nemo_embed_core.checkpoint.weights import open_weights, read_model_config, tokenizer_folder
-from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig, UserError, to_dict
+from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import durable
 from nemo_embed_core.files.lock import Lock
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.spec import parameter_shapes
+from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.collectives import gather_objects, raise_first
 from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
 from nemo_embed_core.parallel.liveness import begun_before

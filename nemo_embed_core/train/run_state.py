@@ -21,12 +21,14 @@ from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import usage_of_training
 from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights
 from nemo_embed_core.checkpoint.write import Piece
-from nemo_embed_core.config import ModelConfig, TrainConfig, UserError, to_dict
+from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.hf import Box, local_box, unpadded
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
+from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor

@@ -20,10 +20,12 @@ from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
 from nemo_embed_core.checkpoint.write import save_checkpoint
-from nemo_embed_core.config import ModelConfig, TrainConfig, code_version, dump_yaml, failpoint
+from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import load_batch, shapes_cost_memory
 from nemo_embed_core.data.sampler import Sampler
+from nemo_embed_core.errors import failpoint
 from nemo_embed_core.model.spec import parameter_shapes
+from nemo_embed_core.options import dump_yaml
 from nemo_embed_core.parallel.collectives import Vote, background_group, gather_objects
 from nemo_embed_core.parallel.liveness import mark_begun, note
 from nemo_embed_core.parallel.mesh import Mesh
@@ -39,6 +41,7 @@ from nemo_embed_core.train.optim import learning_rate
 from nemo_embed_core.train.preflight import Prepared, hold_output, open_same_store
 from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
+from nemo_embed_core.version import code_version
 
 
 class _Stopped(Exception):

@@ -27,7 +27,7 @@ from nemo_embed_core.checkpoint.manifest import CheckpointError, verify_checkpoi
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import durable
 
 STEPS = 4

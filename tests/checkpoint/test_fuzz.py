@@ -27,10 +27,12 @@ from safetensors.torch import save_file
 from nemo_embed_core.checkpoint import manifest as manifest_module
 from nemo_embed_core.checkpoint import reader as reader_module
 from nemo_embed_core.checkpoint import write as write_module
-from nemo_embed_core.config import ModelConfig, UserError, to_dict
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import safetensors as one_file
 from nemo_embed_core.files import strict_json
 from nemo_embed_core.model import hf, hf_config, hf_folder, spec
+from nemo_embed_core.options import to_dict
 from nemo_embed_core.train.optim import STATE
 from nemo_embed_core.train.run_state import with_state
 

@@ -33,7 +33,8 @@ from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.runs import checkpoints, newest_whole
 from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.checkpoint.write import Piece, save_checkpoint
-from nemo_embed_core.config import CheckpointConfig, TrainConfig, UserError
+from nemo_embed_core.config import CheckpointConfig, TrainConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import durable
 from nemo_embed_core.files.durable import start_time
 from nemo_embed_core.files.lock import Lock

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_embed_core.config import DataConfig, DatasetConfig, UserError
+from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data import build as build_module
 from nemo_embed_core.data import building
 from nemo_embed_core.data.build import open_store, with_store
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.lock import hold
 
 ROOT = Path(__file__).resolve().parents[2]

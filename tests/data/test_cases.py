@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError
+from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data import lines, readers
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.readers import (
@@ -20,6 +20,7 @@ from nemo_embed_core.data.readers import (
     read_rows,
     reading,
 )
+from nemo_embed_core.errors import DataError, UserError
 
 Q1 = '{"query": "q one", "pos": ["p one"], "neg": ["n one"]}\n'
 ROW1 = ("q one", ["p one"], ["n one"])

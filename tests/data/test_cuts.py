@@ -9,10 +9,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data import cuts
 from nemo_embed_core.data import tokenizer as tokenizer_module
 from nemo_embed_core.data.tokenizer import Tokenizer, from_sentencepiece
+from nemo_embed_core.errors import UserError
 
 CORPUS = [
     "the text of a page, and the end of it: don't we'll 12345 678 (x + y) = z!  two  spaces\n\n next line\r\n\ttab",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_embed_core.config import DatasetConfig, UserError
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.docstrings import (
     Doc,
     default_roots,
@@ -16,6 +16,7 @@ from nemo_embed_core.data.docstrings import (
     write_demo_data,
 )
 from nemo_embed_core.data.readers import read_beir, read_rows
+from nemo_embed_core.errors import UserError
 
 REST = (
     "A passage that is long enough to be kept: it says at length what the function is for and how to call it."

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nemo_embed_core.config import DataError, DatasetConfig
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data import lines
 from nemo_embed_core.data.formats import beir
 from nemo_embed_core.data.readers import Findings, read_beir, read_rows
+from nemo_embed_core.errors import DataError
 
 texts = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1, max_size=12

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_embed_core.config import DataConfig, UserError
+from nemo_embed_core.config import DataConfig
 from nemo_embed_core.data.packing import (
     MicroBatch,
     PackedBatch,
@@ -19,6 +19,7 @@ from nemo_embed_core.data.packing import (
     split_over_ranks,
 )
 from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.errors import UserError
 
 CONFIG = DataConfig(num_hard_negatives=3, max_tokens=600)
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nemo_embed_core.config import DataConfig, DatasetConfig, UserError
+from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.population import longest_draws, population
 from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.errors import UserError
 
 
 def words(count: int, seed: int) -> str:

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nemo_embed_core.config import DataError, DatasetConfig, UserError
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data import lines
 from nemo_embed_core.data.formats import ours
 from nemo_embed_core.data.readers import Row, read_beir, read_passages, read_rows, source_files
+from nemo_embed_core.errors import DataError, UserError
 
 
 def rows_of(path, **options) -> list[Row]:

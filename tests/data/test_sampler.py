@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.errors import UserError
 
 PRIME = 101
 

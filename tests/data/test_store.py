@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_embed_core.config import DataConfig, DataError, DatasetConfig, UserError
+from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data import build as build_module
 from nemo_embed_core.data import store as store_module
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.store import Store
+from nemo_embed_core.errors import DataError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

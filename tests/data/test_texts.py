@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data import texts as texts_module
 from nemo_embed_core.data.texts import Texts, TextsById
+from nemo_embed_core.errors import UserError
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])

@@ -14,7 +14,6 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from nemo_embed_core.config import DataError, UserError
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.tokenizer import (
     BYTE,
@@ -25,6 +24,7 @@ from nemo_embed_core.data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from nemo_embed_core.errors import DataError, UserError
 
 PARTS = ["a", "aa", " ", "  ", "\n", "\t", "-", "--", "====", "é", "日本", "▁", "the", " the", "<s>", "</s>", "<unk>", "<pad>",
          "<0x0A>", "0", "17", "\u2028", "\u00a0", "😀", "ﬁ", "½", "e\u0301", "\0", "self.", "def "]  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.tokenizer_files import added_ids, check_servable, difference
+from nemo_embed_core.errors import UserError
 
 WORDS = ["a", "b", "c", "ab", "bc", "abc"]
 

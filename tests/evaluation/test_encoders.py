@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from nemo_embed_core.checkpoint.source import resolve
-from nemo_embed_core.config import UserError
 from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_folder
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from toy_evaluation import copied, write_beir
 
-from nemo_embed_core.config import EvaluateConfig, UserError
+from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.retrieval import METRICS, mteb_imported
 from nemo_embed_core.evaluation.run import evaluate
 

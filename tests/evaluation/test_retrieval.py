@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nemo_embed_core.checkpoint.source import Prompts, Usage
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.readers import Beir
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.retrieval import (
     DEPTH,
     METRICS,

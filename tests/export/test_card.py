@@ -16,8 +16,10 @@ from nemo_embed_core.checkpoint.manifest import FORMAT_VERSION, seal
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.checkpoint.weights import Weights
-from nemo_embed_core.config import OptimConfig, code_version, to_dict
+from nemo_embed_core.config import OptimConfig
 from nemo_embed_core.export.card import describe, model_card, shown_command
+from nemo_embed_core.options import to_dict
+from nemo_embed_core.version import code_version
 
 DIGEST = "d" * 64
 USAGE = Usage(

@@ -5,7 +5,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from nemo_embed_core.checkpoint.source import USAGE_KEY, Prompts, Usage, resolve, usage_of_folder
-from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+from nemo_embed_core.config import ModelConfig, RopeScaling
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import REMOTE_CODE
 from nemo_embed_core.export.folder import AUTO_MAP, hf_config, write_folder
 from nemo_embed_core.model.hf_config import read_config

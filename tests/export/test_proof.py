@@ -19,8 +19,9 @@ from tiny import llama_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nemo_embed_core.checkpoint.source import Prompts, Usage
-from nemo_embed_core.config import ModelConfig, RopeScaling, UserError
+from nemo_embed_core.config import ModelConfig, RopeScaling
 from nemo_embed_core.encoders.embedder import Embedder
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.export import consumers, proof
 from nemo_embed_core.export.consumers import TEXTS, backend, check_prompts, check_tokens
 from nemo_embed_core.export.files import expected_tensors

@@ -27,7 +27,8 @@ from tiny import MODEL, train_config, write_rows, write_tokenizer
 from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage
 from nemo_embed_core.checkpoint.source import Prompts, Usage, resolve
 from nemo_embed_core.checkpoint.weights import RandomReader, _is_cached, open_weights
-from nemo_embed_core.config import DatasetConfig, ModelConfig, UserError
+from nemo_embed_core.config import DatasetConfig, ModelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import new_folder
 from nemo_embed_core.merge import average, merge, stream
 from nemo_embed_core.merge.recipes import greedy_soup, slerp_weights

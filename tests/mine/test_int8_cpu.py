@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.search import int8_cpu, topk
 from nemo_embed_core.mine.search.bounds import Rounding, pair_bound
 from nemo_embed_core.mine.search.engine import SearchStats

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks
 
-from nemo_embed_core.config import DatasetConfig, UserError
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Row as ReadRow
 from nemo_embed_core.data.readers import read_rows
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Corpus, encode_corpus
 from nemo_embed_core.mine.pool import Pool
 from nemo_embed_core.mine.report import plot_report, script

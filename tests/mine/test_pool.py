@@ -14,8 +14,8 @@ from toy_mining import FakeEmbedder, KnownVectors, lines_of, mine, on_ranks
 
 import nemo_embed_core.mine.corpus as corpus_module
 import nemo_embed_core.mine.lists as search_module
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.readers import Row
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import encode_corpus, read_truncation
 from nemo_embed_core.mine.pool import Document, Pool
 from nemo_embed_core.mine.teachers import Teacher

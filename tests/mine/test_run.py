@@ -11,7 +11,8 @@ import pytest
 from toy_mining import FakeEmbedder
 
 from nemo_embed_core.checkpoint.source import Prompts, Source, Usage
-from nemo_embed_core.config import DataError, MineConfig, MineDatasetConfig, UserError
+from nemo_embed_core.config import MineConfig, MineDatasetConfig
+from nemo_embed_core.errors import DataError, UserError
 from nemo_embed_core.mine import run
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.run import make_plan, mine, using

@@ -13,9 +13,10 @@ import torch
 from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks
 
 from nemo_embed_core.checkpoint.source import resolve
-from nemo_embed_core.config import DatasetConfig, MineConfig, UserError
+from nemo_embed_core.config import DatasetConfig, MineConfig
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.encoders.precomputed import as_rows
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.pool import Pool
 from nemo_embed_core.mine.run import Teachers, make_plan

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.search import candidates, engine, gpu_filter
 from nemo_embed_core.mine.search.blocks import Documents
 from nemo_embed_core.mine.search.bounds import METHODS, Rounding, pair_bound, split_bound

@@ -5,8 +5,8 @@ import torch
 from tiny import MODEL
 
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.packing import pack_texts
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.attention import Segments, pick_attention, reference_attention, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel.mesh import TensorParallel

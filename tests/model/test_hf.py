@@ -11,7 +11,8 @@ from tiny import MODEL
 from transformers import LlamaConfig, LlamaModel
 
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
-from nemo_embed_core.config import ModelConfig, ParallelConfig, UserError
+from nemo_embed_core.config import ModelConfig, ParallelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.model import hf, spec
 from nemo_embed_core.model.attention import Segments, reference_attention, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.checkpoint.weights import fill, open_weights, read_model_config, tokenizer_folder
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.attention import Segments, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.hf_folder import INDEX, SINGLE

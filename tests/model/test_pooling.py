@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from tiny import MODEL
 
 from nemo_embed_core.checkpoint.source import Usage, resolve
-from nemo_embed_core.config import ModelConfig, Pooling, UserError
+from nemo_embed_core.config import ModelConfig, Pooling
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.export import reload
 from nemo_embed_core.export.folder import hf_config, sentence_transformers_files
 from nemo_embed_core.model import pooling, spec

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import MODEL
 
-from nemo_embed_core.config import ParallelConfig, UserError
+from nemo_embed_core.config import ParallelConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
 from nemo_embed_core.parallel.mesh import distributed, pick_device, pick_precision
 

@@ -96,7 +96,7 @@ def plant(request: dict, rank: int) -> None:
 
 def main_of_rank(request: dict, rank: int, port: int, stderr: int) -> None:
     """Never returns."""
-    from nemo_embed_core.config import run_rank, user_errors
+    from nemo_embed_core.errors import run_rank, user_errors
 
     os.dup2(stderr, 2)
     os.dup2(stderr, 1)  # stdout is the answer channel

@@ -17,7 +17,7 @@ from tiny import train_config
 
 from nemo_embed_core.checkpoint.manifest import verify_checkpoint
 from nemo_embed_core.checkpoint.runs import checkpoints
-from nemo_embed_core.config import dump_yaml
+from nemo_embed_core.options import dump_yaml
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

@@ -22,7 +22,8 @@ from tiny import MODEL, train_config
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, seal, verify_checkpoint
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.source import resolve
-from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig, UserError
+from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.spec import hf_shapes
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import preflight

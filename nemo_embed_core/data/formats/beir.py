@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nemo_embed_core.config import UserError
 from nemo_embed_core.data.formats.ours import Row
 from nemo_embed_core.data.lines import (
     NOISE,
@@ -29,6 +28,7 @@ from nemo_embed_core.data.lines import (
     type_name,
 )
 from nemo_embed_core.data.texts import Texts, TextsById
+from nemo_embed_core.errors import UserError
 
 OnMissing = Literal["error", "allow"]
 ALLOW = "or set on_missing to allow"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.kernels import rotate_quantize
 from nemo_embed_core.kernels.quantize_rows import quantize_rows, square_rows
 from nemo_embed_core.kernels.rotate_quantize import SHRINK

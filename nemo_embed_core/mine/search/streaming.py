@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.search.exclude import excluded_positions
 
 CSRC = Path(__file__).parents[2] / "csrc"

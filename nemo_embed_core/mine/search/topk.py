@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_embed_core.config import UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.search.blocks import Documents, fp32_rows, slices
 from nemo_embed_core.mine.search.bounds import METHODS, linear
 from nemo_embed_core.mine.search.engine import Engine, SearchStats
