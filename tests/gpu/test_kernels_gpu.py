@@ -43,6 +43,12 @@ def test_split_rope_within_budget(T, num_heads, num_kv_heads, head_dim, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize(("sizes", "factor"), [((1, 1023, 4096 * 1024), 0.37), ((123, 2048), 0.0)])
+def test_adamw_within_budget_and_a_refused_step_changes_nothing(sizes, factor, dtype):
+    checks.run("adamw", {"sizes": sizes, "factor": factor, "grad": dtype, "device": "cuda"})
+
+
+@DTYPES
 @pytest.mark.parametrize("values", ["int8", "bf16"])
 @pytest.mark.parametrize(("N", "D"), [(1, 100), (1025, 1024), (513, 4096), (33, 9000)])
 def test_quantize_rows_and_what_they_lost(N, D, values, dtype):

@@ -185,6 +185,64 @@ def split_rope(module, T, num_heads, num_kv_heads, head_dim, dtype="fp32", devic
     )
 
 
+# ------------------------------------------------------------------------------------------ the optimizer
+
+
+def adamw(module, sizes, grad="fp32", factor=0.37, steps=3, scale=1.0, device="cpu"):
+    """Some steps on several parameters beside AdamW's formula in fp64, written again here: no value loses more than its
+    roundings to fp32. factor 0: no bit changes, whatever the gradients are. scale: of the gradients."""
+    options = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+    masters = [torch.randn(n, dtype=torch.float64).mul(0.02).float() for n in sizes]
+    for master in masters:
+        edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1.00390625, -1.00390625, 1.01171875, 3e38, -3e38])
+        master[: len(edges)] = edges[: len(master)]  # 1 + 2^-8 and 1 + 3 * 2^-8 lie between two bf16
+    moments = [(torch.randn(n).mul(1e-3), torch.rand(n).mul(1e-4)) for n in sizes]
+    masters, moments = (
+        [m.to(device) for m in masters],
+        [tuple(m.to(device) for m in pair) for pair in moments],
+    )
+    halves = [module.split_master(m) for m in masters]
+    ours = [[h.clone() for h in pair] for pair in halves], [[m.clone() for m in pair] for pair in moments]
+    truth = [[x.double() for x in (m, *pair)] for m, pair in zip(masters, moments, strict=True)]
+    scales = [[x.abs() for x in values] for values in truth]  # sums of magnitudes: what an ulp is of
+    for step in range(3, 3 + steps):
+        grads = [(scale * noise(n, dtype="fp32", device=device)).to(DTYPES[grad]) for n in sizes]
+        for (w, m, v), (w_size, m_size, v_size), g in zip(truth, scales, grads, strict=True):
+            g = g.double() * torch.tensor(factor).double().item()
+            if factor:
+                w *= 1 - options["lr"] * options["weight_decay"]
+                m += (1 - options["beta1"]) * (g - m)
+                v += (1 - options["beta2"]) * (g * g - v)
+                denominator = (v / (1 - options["beta2"] ** step)).sqrt() + options["eps"]
+                w -= options["lr"] / (1 - options["beta1"] ** step) * m / denominator
+                m_size += (1 - options["beta1"]) * g.abs()
+                v_size += (1 - options["beta2"]) * g * g
+                w_size += 8 * options["lr"] / (1 - options["beta1"] ** step) * m_size / denominator
+        if not factor:
+            grads[0][0], grads[-1][-1] = float("nan"), float("inf")
+        args = [pair[0] for pair in ours[0]], [pair[1] for pair in ours[0]], grads
+        args += [pair[0] for pair in ours[1]], [pair[1] for pair in ours[1]]
+        module.adamw_kernel(*args, torch.tensor(factor, device=device), step=step, **options)
+    for i, ((weight, remainder), pair) in enumerate(zip(*ours, strict=True)):
+        master = module.join_master(weight, remainder)
+        again = module.split_master(master)
+        assert torch.equal(again[0].view(torch.int16), weight.view(torch.int16)), (
+            f"parameter {i}: its halves overlap"
+        )
+        assert torch.equal(again[1], remainder), f"parameter {i}: its halves overlap"
+        for name, x, exact, size in zip(
+            ("master", "exp_avg", "exp_avg_sq"), (master, *pair), truth[i], scales[i], strict=True
+        ):
+            error, budget = (x.double() - exact).abs(), 2.0**-23 * (2 * steps + 2) * size + 1e-44
+            if not factor:
+                budget = 0 * budget
+            worst = int((error - budget).nan_to_num(float("inf")).argmax())
+            assert bool((error <= budget).all()), (
+                f"{name} {worst} of parameter {i}: {x[worst]:.9e}, exactly {exact[worst]:.9e}: error {error[worst]:.2e} is "
+                f"above the budget {budget[worst]:.2e}"
+            )
+
+
 # ------------------------------------------------------------------------------------------ pooling
 
 
@@ -609,6 +667,23 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.int8)
         yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.bfloat16)
         yield operator_of(module._square_rows), (x(3, 16).detach(),)
+    elif name == "adamw":
+        halves = [module.split_master(torch.randn(n)) for n in (5, 3)]
+        moments = [[torch.rand(n) for n in (5, 3)] for _ in range(3)]
+        yield (
+            operator_of(module._adamw),
+            (
+                *(list(h) for h in zip(*halves, strict=True)),
+                *moments,
+                torch.tensor(0.5),
+                3,
+                0.01,
+                0.8,
+                0.95,
+                1e-6,
+                0.1,
+            ),
+        )
     elif name == "filter_scores":
         rows, vector = torch.randint(-9, 10, (4, 32), dtype=torch.int8), torch.ones(4)
         yield (

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemo_embed_core.kernels import (
+    adamw,
     filter_scores,
     info_nce,
     mean_pool,
@@ -43,6 +44,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.int64: "*i64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
@@ -109,6 +111,14 @@ def launch_everything(names: list[str], recipe: bool) -> None:
         if "swiglu" in names and (dtype == torch.bfloat16 or not recipe):
             for num_blocks, width in ((8, 1792),) if recipe else ((8, 1024), (8, 1792)):
                 backward(swiglu.swiglu_kernel(empty(16, 2 * num_blocks * width), num_blocks))
+        if "adamw" in names and (dtype == torch.bfloat16 or not recipe):  # dtype: of the gradient
+            moments, options = (
+                [torch.empty(4096, 4096) for _ in range(2)],
+                {"step": 2, "lr": 1e-5, "weight_decay": 0.01},
+            )
+            weight, remainder = adamw.split_master(torch.empty(4096, 4096))
+            arguments = [[x] for x in (weight, remainder, empty(4096, 4096).detach(), *moments)]
+            adamw.adamw_kernel(*arguments, torch.empty(()), beta1=0.9, beta2=0.999, eps=1e-8, **options)
         if "rope" in names and (dtype == torch.bfloat16 or not recipe):
             heads = ((32, 8, 128),) if recipe else ((32, 8, 128), (32, 8, 64))
             for num_heads, num_kv_heads, head_dim in heads:
@@ -204,7 +214,7 @@ def main() -> None:
         "files",
         nargs="*",
         default=[
-            *("rms_norm", "rope", "swiglu", "mean_pool", "info_nce"),
+            *("adamw", "rms_norm", "rope", "swiglu", "mean_pool", "info_nce"),
             *("quantize_rows", "rotate_quantize", "pair_scores", "filter_scores"),
         ],
     )

@@ -399,6 +399,37 @@ MUTANTS = {
         "in there.split(max(1, most))",
         "in there.split(max(1, most))[:1]",
     ),
+    "adamw: the remainder is forgotten": (
+        "adamw",
+        {"sizes": [123, 7]},
+        "((high << 16) + low).to(tl.float32",
+        "(high << 16).to(tl.float32",
+    ),
+    "adamw: the weight is cut off and not rounded": (
+        "adamw",
+        {"sizes": [123, 7]},
+        "        high = (bits + 0x8000) >> 16\n        tl.store",
+        "        high = bits >> 16\n        tl.store",
+    ),
+    "adamw: gradients are not clipped": (
+        "adamw",
+        {"sizes": [123, 7]},
+        "other=0.0).to(tl.float32) * factor",
+        "other=0.0).to(tl.float32)",
+    ),
+    "adamw: no bias correction of the first moment": (
+        "adamw",
+        {"sizes": [123, 7]},
+        "lr / (1 - beta1**step)",
+        "lr",
+    ),
+    "adamw: weights do not decay": ("adamw", {"sizes": [123, 7]}, "        master *= keep\n", ""),
+    "adamw: a refused step is taken": (
+        "adamw",
+        {"sizes": [123, 7], "factor": 0.0},
+        "if factor != 0.0:",
+        "if factor == factor:",
+    ),
     # ---- few rows, which a budget for the whole tensor forgave
     "in batch: a small row is lost beside large ones": (
         "info_nce_in_batch",
