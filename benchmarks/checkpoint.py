@@ -43,6 +43,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.ceilings import commit
+from nemo_embed_core.checkpoint.manifest import state_name
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.weights import Rows, open_weights
@@ -56,7 +57,7 @@ from nemo_embed_core.merge.sources import open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.model.spec import hf_shapes, parameter_shapes
 from nemo_embed_core.options import to_dict
-from nemo_embed_core.train.run_state import with_state
+from nemo_embed_core.train.optim import STATE
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -152,7 +153,11 @@ def read_and_write(paths: Sequence[Path], target: Path, size: int) -> None:
 
 def bench_save(folder: Path, config: ModelConfig, repeats: int) -> dict[str, Any]:
     shapes = parameter_shapes(config)
-    values = {name: torch.rand(shape) for name, shape in with_state(shapes).items()}
+    values = {
+        tensor: torch.rand(shape)
+        for name, shape in shapes.items()
+        for tensor in (name, *(state_name(state, name) for state in STATE))
+    }
     pieces = {n: Piece(tuple(x.shape), ((0,) * x.dim(), tuple(x.shape)), x) for n, x in values.items()}
     twins = {name: torch.empty_like(value) for name, value in values.items()}
     model = to_dict(config)

@@ -125,8 +125,15 @@ def model_from_dict(values: dict[str, Any], path: Path | str = MANIFEST) -> Mode
         raise CheckpointError(f"{path}: its model does not fit this version: {error}") from None
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def folder_name(step: int) -> str:
+    """Of a checkpoint in its run's folder."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The step that a folder's name says; -1 where it says none."""
+    match = re.fullmatch(r"step-(\d{8})", name)
+    return int(match[1]) if match else -1
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -147,9 +154,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     _conform(manifest, _MANIFEST, str(path))
     _conform(manifest.setdefault("overrides", []), [dict], f"{path}: overrides")
-    if re.fullmatch(r"step-\d{8}", folder.name) and step_of(folder) != manifest["step"]:
+    if step_of(folder.name) not in (-1, manifest["step"]):
+        name = folder_name(manifest["step"])
         raise CheckpointError(
-            f"{folder} holds step {manifest['step']}: name it step-{manifest['step']:08d}, or another way than step-NNNNNNNN"
+            f"{folder} holds step {manifest['step']}: name it {name}, or another way than {re.sub('[0-9]', 'N', name)}"
         )
     for name in manifest["files"]:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_embed_core.checkpoint.manifest import MANIFEST, CheckpointError, step_of, verify_checkpoint
+from nemo_embed_core.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    folder_name,
+    step_of,
+    verify_checkpoint,
+)
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import fsync
 
@@ -20,10 +25,14 @@ class AllDamagedError(CheckpointError):
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """step-* folders, newest first by the step in the name (clocks differ between nodes)."""
-    if not root.is_dir():
-        return []
-    return sorted((p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name)), reverse=True)
+    """Newest first by the step in the name (clocks differ between nodes)."""
+    found = [(step_of(p.name), p) for p in (root.iterdir() if root.is_dir() else ())]
+    return [folder for step, folder in sorted(found, reverse=True) if step >= 0]
+
+
+def unfinished(root: Path) -> list[Path]:
+    """What a save or a deletion that was killed has left."""
+    return [p for p in root.glob(".tmp-*") if step_of(p.name.removeprefix(".tmp-").removeprefix("old-")) >= 0]
 
 
 def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | None = None) -> Path | None:
@@ -60,7 +69,7 @@ def find_checkpoint(path: Path) -> Path:
     found = checkpoints(path)
     if not found:
         raise UserError(
-            f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with step-* checkpoints"
+            f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints ({folder_name(0)})"
         )
     return found[0]
 
@@ -78,7 +87,7 @@ def prune(
         whole = [p for p in checkpoints(root) if p.name not in damaged]
         gone = []
         for old in whole[keep:]:
-            if old == newest or (keep_every and step_of(old) % keep_every == 0):
+            if old == newest or (keep_every and step_of(old.name) % keep_every == 0):
                 continue
             gone.append(root / f".tmp-old-{old.name}")
             os.rename(old, gone[-1])

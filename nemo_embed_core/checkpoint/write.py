@@ -20,8 +20,15 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_embed_core.checkpoint.manifest import FORMAT_VERSION, MANIFEST, CheckpointError, is_state, seal
-from nemo_embed_core.checkpoint.runs import prune
+from nemo_embed_core.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    CheckpointError,
+    folder_name,
+    is_state,
+    seal,
+)
+from nemo_embed_core.checkpoint.runs import prune, unfinished
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
 from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name
@@ -55,7 +62,7 @@ def save_checkpoint(
     gather: Callable[[Any], list[Any]] = gather_objects,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Write and publish root/step-XXXXXXXX; every rank calls it. Returns only when the checkpoint is durable.
+    """Write and publish root/folder_name(step); every rank calls it. Returns only when the checkpoint is durable.
 
     `pieces` are what this rank writes (an owner per box); an optimizer's state goes to the optim file. A
     failure on any rank is raised on all of them, and leaves nothing. Then the oldest beyond the `keep` newest
@@ -63,7 +70,7 @@ def save_checkpoint(
     count. A damaged one whose step is saved again gets another name. `check` runs on rank 0 before anything
     is written (the lock is still ours); `gather` exchanges small objects.
     """
-    final, tmp = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
+    final, tmp = root / folder_name(step), root / f".tmp-{folder_name(step)}"
     failpoint("save.begin", step)
     needed = sum(gather(sum(p.tensor.nbytes for p in pieces.values())))
 
@@ -72,7 +79,7 @@ def save_checkpoint(
     def prepare() -> None:
         nonlocal made
         check()
-        for stale in root.glob(".tmp-*step-*"):  # of a killed run
+        for stale in unfinished(root):
             try:
                 shutil.rmtree(stale)
             except OSError as error:  # prune has said so; only what is in the way must go

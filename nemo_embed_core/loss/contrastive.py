@@ -17,12 +17,14 @@ the batch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from nemo_embed_core.config import LossConfig
 from nemo_embed_core.kernels.info_nce import info_nce_hard, info_nce_in_batch
 from nemo_embed_core.parallel.collectives import all_gather_rows, gather_tokens
 
@@ -50,6 +52,28 @@ class Groups:
     def negative_BK(self) -> Tensor:
         """bool: which of the row's own documents, but for its positive, exist and are not right."""
         return self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])
+
+
+# What `objective` sums over micro-batches and ranks, and `figures` reads.
+SUMS = ("hits", "positive", "negative", "negatives", "ranked_rows")
+
+
+def objective(groups: Groups, loss: LossConfig, dp_group: Any, dp_rank: int) -> tuple[Tensor, Tensor]:
+    """(loss [B] to take gradients of, SUMS in fp64 to report): all that a step asks of this package."""
+    losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, dp_group, dp_rank)
+    return losses_B, retrieval_stats(groups, loss.in_batch)
+
+
+def figures(totals: Mapping[str, float]) -> dict[str, float | None]:
+    """What metrics.jsonl says of the loss, from SUMS of a global batch, "rows" and "loss", the sum over rows."""
+    return {
+        "loss": totals["loss"] / totals["rows"],
+        # Of rows that have a candidate; None where no row of the step has one.
+        "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
+        "rows_without_candidates": round(totals["rows"] - totals["ranked_rows"]),
+        "positive_similarity": totals["positive"] / totals["rows"],
+        "negative_similarity": totals["negative"] / max(1.0, totals["negatives"]),
+    }
 
 
 def contrastive_loss(
@@ -94,7 +118,7 @@ def contrastive_loss(
 
 @torch.no_grad()
 def retrieval_stats(groups: Groups, in_batch: InBatch) -> Tensor:
-    """[5] fp64 sums to be added over micro-batches and ranks: rows whose positive outranks every candidate at
+    """SUMS [5] in fp64, to be added over micro-batches and ranks: rows whose positive outranks every candidate at
     hand, sum of positive similarities, sum of negative similarities, number of negatives, rows with a
     candidate.
 

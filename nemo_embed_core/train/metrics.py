@@ -3,6 +3,7 @@ request."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
+from nemo_embed_core.loss.contrastive import SUMS, figures
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh
 
@@ -46,10 +48,34 @@ def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: 
     )
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """UserError for one that is asked for and not installed."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard=true, but it is not installed: pip install tensorboard")
+
+
+class TensorBoard:
+    """A tracker: its folder, and what follows one that was left at resume_step."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class MetricsLog:
     """Rank 0's writer. A resumed run first drops the lines of steps that will run again."""
 
-    def __init__(self, folder: Path, resume_step: int, tensorboard: bool):
+    def __init__(self, config: TrainConfig, resume_step: int):
+        folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = []
@@ -62,28 +88,18 @@ class MetricsLog:
                     break  # the half line that a killed run left
         write_atomically(path, "".join(kept).encode())
         self._file = path.open("a")
-        self._board: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "tensorboard=true, but it is not installed: pip install tensorboard"
-                ) from None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self._trackers = [TensorBoard(folder, resume_step)] if config.tensorboard else []
 
     def write(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, values["step"])
+        for tracker in self._trackers:
+            tracker.write(values)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def console_line(m: Mapping[str, Any], steps: int) -> str:
@@ -101,7 +117,7 @@ def console_line(m: Mapping[str, Any], steps: int) -> str:
     return line + f"  mem {m['memory_gb']:.2f} GB" + ("  SKIPPED (loss spike)" if m["skipped"] else "")
 
 
-TOTALS = ("loss", "hits", "positive", "negative", "negatives", "ranked_rows", "rows", "tokens", "squares", "stop", "save_failed")  # fmt: skip
+TOTALS = ("loss", *SUMS, "rows", "tokens", "squares", "stop", "save_failed")
 
 
 def step_totals(
@@ -156,12 +172,7 @@ def step_values(
     return {
         "step": step,
         "epoch": step * config.global_batch_size / num_rows,
-        "loss": totals["loss"] / totals["rows"],
-        # Of rows that have a candidate; None where no row of the step has one.
-        "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
-        "rows_without_candidates": round(totals["rows"] - totals["ranked_rows"]),
-        "positive_similarity": totals["positive"] / totals["rows"],
-        "negative_similarity": totals["negative"] / max(1.0, totals["negatives"]),
+        **figures(totals),
         "grad_norm": totals["grad_norm"],
         "lr": lr,
         "tokens": int(totals["tokens"]),

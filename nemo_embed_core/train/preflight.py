@@ -3,7 +3,6 @@ name."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import socket
@@ -34,6 +33,7 @@ from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_s
 from nemo_embed_core.parallel.liveness import begun_before
 from nemo_embed_core.parallel.mesh import pick_device
 from nemo_embed_core.train.engine import run_dtype
+from nemo_embed_core.train.metrics import check_trackers
 from nemo_embed_core.train.optim import BYTES_PER_PARAMETER
 from nemo_embed_core.train.run_state import changed_samples, population_of, refuse_other_model
 
@@ -80,8 +80,7 @@ def prepare(config: TrainConfig) -> Prepared:
             "data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder"
         )
     pick_attention(config.attention, device, run_dtype(config, device))
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard=true, but it is not installed: pip install tensorboard")
+    check_trackers(config)
     if rank_from_env() == 0:
         _check_output(Path(config.output_dir), model)
         _warn_of_keep_every(config.checkpoint)

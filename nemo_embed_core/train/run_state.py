@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine
-from nemo_embed_core.train.optim import STATE, num_warmup_steps, set_num_updates, state_of
+from nemo_embed_core.train.optim import num_warmup_steps, set_num_updates, state_of
 from nemo_embed_core.train.spikes import LossWindow
 
 
@@ -103,11 +103,6 @@ def population_of(
     """Of a new run, or of the one that continues from this manifest."""
     keep_lone = draws_lone_rows(manifest)
     return population(store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone)
-
-
-def with_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what a checkpoint of these parameters holds."""
-    return {**shapes, **{state_name(state, n): shape for n, shape in shapes.items() for state in STATE}}
 
 
 def fill_engine(engine: Engine, reader: BoxReader) -> None:
@@ -231,7 +226,7 @@ class RunState:
         """Of a verified checkpoint, under this layout; UserError when it is of another run or not finite."""
         reader = Reader(folder)
         self._check_same_run(folder, reader.manifest, log)
-        reader.check(with_state(self.shapes))
+        reader.check({name: self.shapes[parameter_of(name)] for name in self.tensors()})
         bad = []
         with torch.no_grad():
             for name, tensor in self.tensors().items():

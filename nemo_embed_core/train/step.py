@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_embed_core.config import LossConfig
 from nemo_embed_core.data.packing import MicroBatch
-from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, retrieval_stats
+from nemo_embed_core.loss.contrastive import Groups, objective
 from nemo_embed_core.model.attention import Segments
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel.mesh import Mesh
@@ -55,7 +55,7 @@ def forward_backward(
     loss: LossConfig,
     before: Callable[[str, int], None] = lambda phase, i: None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each of this rank's queries [B], sums of retrieval_stats [5]); gradients are left on the
+    """(loss of each of this rank's queries [B], loss.contrastive.SUMS of them); gradients are left on the
     parameters.
 
     `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally
@@ -73,11 +73,11 @@ def forward_backward(
         before("forward", i)
         _sync_on_last(model, i, len(batches))
         groups = group(embed(model, batch), batch)
-        losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, mesh.dp_group, mesh.dp_rank)
+        losses_B, sums = objective(groups, loss, mesh.dp_group, mesh.dp_rank)
         before("backward", i)
         (losses_B.sum() / rows).backward()
         losses.append(losses_B.detach())
-        stats.append(retrieval_stats(groups, loss.in_batch))
+        stats.append(sums)
     return torch.cat(losses), torch.stack(stats).sum(0)
 
 
@@ -96,7 +96,7 @@ def _grad_cache(
             embeddings.append(embed(model, batch).requires_grad_())
     before("loss", len(batches) - 1)
     groups = _concat([group(e, batch) for e, batch in zip(embeddings, batches, strict=True)])
-    losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, mesh.dp_group, mesh.dp_rank)
+    losses_B, sums = objective(groups, loss, mesh.dp_group, mesh.dp_rank)
     (losses_B.sum() / rows).backward()
     for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
         before("forward", i)
@@ -104,7 +104,7 @@ def _grad_cache(
         again = embed(model, batch)
         before("backward", i)
         again.backward(e.grad)
-    return losses_B.detach(), retrieval_stats(groups, loss.in_batch)
+    return losses_B.detach(), sums
 
 
 def _sync_on_last(model: Encoder, i: int, count: int) -> None:

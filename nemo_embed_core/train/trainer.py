@@ -115,7 +115,7 @@ class Trainer:
         if self.mesh.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             dump_yaml(config, self.output / "config.yaml")
-            metrics = MetricsLog(self.output, self.step, config.tensorboard)
+            metrics = MetricsLog(config, self.step)
             mark_begun()
         self._announce()
         saved = gather_objects(self.step if checkpoints(self.output) else -1)[0]  # a file system may lag

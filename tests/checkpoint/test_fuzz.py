@@ -34,7 +34,6 @@ from nemo_embed_core.files import strict_json
 from nemo_embed_core.model import hf, hf_config, hf_folder, spec
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.train.optim import STATE
-from nemo_embed_core.train.run_state import with_state
 
 CASES = 1000
 MODEL = ModelConfig(
@@ -298,7 +297,7 @@ def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     model = manifest_module.model_from_dict(manifest["model"])
     reader = reader_module.Reader(folder, manifest)
     shapes = spec.parameter_shapes(model)
-    reader.check(with_state(shapes))
+    reader.check({p + n: s for n, s in shapes.items() for p in ("", *PREFIXES)})
     return {
         p + n: reader.read_box(p + n, ((0,) * len(s), s)) for n, s in shapes.items() for p in ("", *PREFIXES)
     }

@@ -85,15 +85,15 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
 
     parts = [gradients([batch]) for batch in batches]
     seen: dict[str, list] = {"tables": [], "hidden": [], "embeddings": [], "demb": [], "losses": []}
-    split_rope, loss = llama.split_rope, step_module.contrastive_loss
+    split_rope, loss = llama.split_rope, step_module.objective
 
     def see_tables(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *sizes: int) -> Any:
         assert qkv.dtype == torch.bfloat16
         seen["tables"].append((cos, sin))
         return split_rope(qkv, cos, sin, *sizes)
 
-    def see_losses(groups: Any, *options: Any) -> torch.Tensor:
-        seen["losses"].append(loss(groups, *options).detach())
+    def see_losses(groups: Any, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen["losses"].append(loss(groups, *options)[0].detach())
         return loss(groups, *options)
 
     def see_embeddings(module: Any, arguments: Any, output: torch.Tensor) -> None:
@@ -101,7 +101,7 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
         if output.requires_grad:
             output.register_hook(seen["demb"].append)
 
-    llama.split_rope, step_module.contrastive_loss = see_tables, see_losses
+    llama.split_rope, step_module.objective = see_tables, see_losses
     trainer.engine.model.model.register_forward_hook(
         lambda module, arguments, output: seen["hidden"].append(output.detach())
     )

@@ -277,13 +277,14 @@ def test_a_spike_enters_the_window_at_its_limit() -> None:
 
 
 def test_metrics_have_each_step_once_after_a_resume(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    config = train_config(tmp_path, output_dir=str(tmp_path))
+    log = MetricsLog(config, 0)
     for step in (1, 2, 3):
         log.write({"step": step, "loss": 0.5})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
-    log = MetricsLog(tmp_path, 2, tensorboard=False)
+    log = MetricsLog(config, 2)
     log.write({"step": 3, "loss": 0.25})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
