@@ -94,7 +94,7 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--tokenizer=nowhere"], ["nowhere"]),
     (["--data.datasets=[]"], ["data.datasets is empty"]),
     (["--data.num_hard_negatives=0"], ["no negatives"]),
-    (["--global_batch_size=1000"], ["45 rows, fewer than global_batch_size=1000"]),
+    (["--global_batch_size=1000"], ["global_batch_size=1000 is more than the data has rows, 45"]),
     (["--data.max_tokens=20"], ["20", "tokens"]),
     (["--data.query_max_length=1"], ["query_max_length=1 must be at least 2"]),
     (["--device=cuda"], ["device=cuda, but torch sees no CUDA device"]),

@@ -26,7 +26,7 @@ import numpy as np
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, building, publish, read_state
 from nemo_embed_core.data.judge import EMPTY_KEY, judge
-from nemo_embed_core.data.normal_form import has_content, normal_key
+from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import check_sources, read_rows, reading, source_files
 from nemo_embed_core.data.store import (
@@ -311,12 +311,8 @@ class _Texts:
         self.max_token_id = max(self.max_token_id, int(tokens.max()))
         self._files.add_tokens(f"{self._side}_tokens.bin", tokens)
         self._files.add(f"{self._side}_lengths", array("q", map(len, arrays)).tobytes())
-        self._files.add(f"{self._side}_hashes", b"".join(_hash(ids.tobytes()) for ids in arrays))
+        self._files.add(f"{self._side}_hashes", b"".join(bytes_key(ids.tobytes()) for ids in arrays))
         self._pending, self._origins, self._size = [], [], 0
-
-
-def _hash(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log) -> None:
@@ -391,7 +387,7 @@ def _tokenise(
     last = begun
 
     def document_id(prompt: str, text: str, path: str, line: int) -> int:
-        key = _hash((prompt + text).encode("utf-8"))
+        key = exact_key(prompt + text)
         doc_id = ids.get(key)
         if doc_id is None:
             doc_id = ids[key] = len(ids)
@@ -421,7 +417,7 @@ def _tokenise(
             state["merged"] += len(pos) + len(neg) - len(unique_pos) - len(unique_neg)
             key = normal_key(row.query) if has_content(row.query) else EMPTY_KEY
             files.add("query_keys", key)
-            files.add("group_keys", _hash(query_prefix.encode("utf-8") + b"\0" + key))
+            files.add("group_keys", bytes_key(query_prefix.encode("utf-8") + b"\0" + key))
             files.add("row_lines", _int(row.line))
             for part, values in (("positives", unique_pos), ("negatives", unique_neg)):
                 files.add(f"num_{part}", _int(len(values)))

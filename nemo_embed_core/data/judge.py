@@ -45,7 +45,7 @@ def judge(
     text_all = _first_equal(np.concatenate([keys("document_keys"), keys("query_keys")]))
     token_all = _first_equal(np.concatenate([keys("document_hashes"), keys("query_hashes")]))
     text_D, token_D = text_all[:D], token_all[:D]
-    same_D = _closure(text_D, token_D)
+    same_D = closure(text_D, token_D)
     by_text_R, by_token_R = (np.where(first[D:] < D, first[D:], -1) for first in (text_all, token_all))
     _, group_R = np.unique(_first_equal(keys("group_keys")), return_inverse=True)
 
@@ -57,8 +57,7 @@ def judge(
         for is_one in [by_R >= 0]
     ]
     known_pairs = np.unique(np.concatenate(known))
-    num_groups = int(group_R.max()) + 1
-    known_offsets = np.searchsorted(known_pairs, np.arange(num_groups + 1) * D)
+    known_offsets, known_ids = by_group(known_pairs, int(group_R.max()) + 1, D)
 
     is_own_text_N = np.isin(row_N * D + text_D[negatives_N], row_P * D + text_D[positives_P])
     is_own_N = np.isin(row_N * D + same_D[negatives_N], row_P * D + same_D[positives_P])
@@ -137,14 +136,20 @@ def judge(
         "row_lines.npy": lines_R,
         "same_as.npy": same_D,
         "row_groups.npy": group_R.astype(np.int64),
-        "known_offsets.npy": known_offsets.astype(np.int64),
-        "known.npy": known_pairs % max(1, D),
+        "known_offsets.npy": known_offsets,
+        "known.npy": known_ids,
     }
     return arrays, noise
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def by_group(pairs: np.ndarray, num_groups: int, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """(known_offsets, known_ids) of the store from ascending pairs (group * num_documents + document)."""
+    offsets = np.searchsorted(pairs, np.arange(num_groups + 1) * num_documents)
+    return offsets.astype(np.int64), pairs % num_documents
 
 
 def _first_equal(keys: np.ndarray) -> np.ndarray:
@@ -157,7 +162,7 @@ def _first_equal(keys: np.ndarray) -> np.ndarray:
     return first
 
 
-def _closure(*firsts: np.ndarray) -> np.ndarray:
+def closure(*firsts: np.ndarray) -> np.ndarray:
     """[n]: the smallest index that is reached over equal entries of any of `firsts`."""
     label = np.arange(len(firsts[0]))
     while True:

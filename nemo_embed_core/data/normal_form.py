@@ -35,13 +35,18 @@ def normal_form(text: str) -> str:
 
 
 def normal_key(text: str) -> bytes:
-    """16 bytes, equal where normal_form is equal: BLAKE2b-128 of it."""
-    return hashlib.blake2b(normal_form(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    """16 bytes, equal where normal_form is equal."""
+    return bytes_key(normal_form(text).encode("utf-8", "surrogatepass"))
 
 
 def exact_key(text: str) -> bytes:
-    """16 bytes of the text as it is: BLAKE2b-128."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    """16 bytes of the text as it is."""
+    return bytes_key(text.encode())
+
+
+def bytes_key(data: bytes) -> bytes:
+    """BLAKE2b-128."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def has_content(text: str) -> bool:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_embed_core.config import DataConfig
+from nemo_embed_core.data.judge import by_group, closure
+from nemo_embed_core.data.normal_form import bytes_key
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.errors import UserError
 
@@ -90,9 +92,15 @@ def population(
                 raise UserError(f"{what}: data.on_long_row=drop leaves none; raise data.max_tokens")
         else:
             shortened = _shorten(store, long, config.num_hard_negatives, room)
+            equal = _join_equal(store, shortened)
             log(
                 f"WARNING: {what}: their {len(shortened):,} longest documents are shortened to fit, as "
                 f"data.on_long_row=truncate says (first: {where})"
+                + (
+                    f"; documents that are equal to another one since, and no negatives of it: {equal:,}"
+                    if equal
+                    else ""
+                )
             )
     if len(rows) == len(store) and not shortened:
         return Population(rows, "", keep_lone)
@@ -147,6 +155,30 @@ def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int)
             if store.document_lengths[doc_id] > low:
                 store.document_lengths[doc_id] = shortened[doc_id] = low
     return shortened
+
+
+def _join_equal(store: Store, shortened: dict[int, int]) -> int:
+    """Texts with equal tokens since they were shortened become one for the loss; how many documents this joined.
+
+    Documents: store.same_as. Queries: the document is known to be right in the query's group (data/judge.py).
+    """
+    lengths = np.unique(np.fromiter(shortened.values(), np.int64))
+    first: dict[bytes, int] = {}  # tokens -> the first document that has them
+    token_D = np.arange(store.num_documents)
+    for doc_id in np.flatnonzero(np.isin(store.document_lengths, lengths)).tolist():
+        token_D[doc_id] = first.setdefault(bytes_key(store.document_tokens(doc_id).tobytes()), doc_id)
+    before, same_D = store.same_as, closure(store.same_as, token_D)
+    num_groups = len(store.known_offsets) - 1
+    groups = np.repeat(np.arange(num_groups), np.diff(store.known_offsets))
+    pairs = [groups * store.num_documents + same_D[store.known_ids]]
+    for row in np.flatnonzero(np.isin(store.query_lengths, lengths)).tolist():
+        if (equal := first.get(bytes_key(store.query_tokens(row).tobytes()))) is not None:
+            pairs.append(store.row_groups[row : row + 1] * store.num_documents + same_D[equal])
+    store.known_offsets, store.known_ids = by_group(
+        np.unique(np.concatenate(pairs)), num_groups, store.num_documents
+    )
+    store.same_as = same_D
+    return int((same_D != before).sum())
 
 
 def _named(store: Store, rows: np.ndarray) -> str:

@@ -34,7 +34,7 @@ class Sampler:
         num_rows = len(population)
         if num_rows < global_batch_size:
             raise UserError(
-                f"the data has {num_rows} rows, fewer than global_batch_size={global_batch_size}: "
+                f"global_batch_size={global_batch_size} is more than the data has rows, {num_rows:,}: "
                 f"lower global_batch_size to at most {num_rows} or add data"
             )
         if global_batch_size < 1:

@@ -141,6 +141,7 @@ OK = {"q1": {"d1": 1}, "q2": {"d2": 1}}
 GONE = H + "q1\td1\t1\nq2\tGONE\t1\n"
 EMPTY = CORPUS + '{"_id": "d4", "title": "", "text": ""}\n'
 COLUMNS = "qrels files with other columns than BEIR's, read by their names: 1"
+OTHER_NAMES = "qrels files with other names than BEIR's in the header, read by them: 1"
 NO_HEADER = "qrels files with no header, read as query-id<TAB>corpus-id<TAB>score: 1"
 TREC = "TREC qrels files (4 columns, no header): 1"
 
@@ -164,6 +165,10 @@ BEIR = {
     "header in another order": ({"qrels": "score\tquery-id\tcorpus-id\n1\tq1\td1\n1\tq2\td2\n"}, OK, [COLUMNS]),
     "header of TREC's columns": ({"qrels": "qid\titer\tdocid\trel\nq1\t0\td1\t1\nq2\t0\td2\t1\n"}, OK, [COLUMNS]),
     "header with underscores": ({"qrels": QRELS.replace("-id", "_id")}, OK, []),
+    "header of other names": ({"qrels": QRELS.replace(H, "query_id\tdoc_id\trelevance\n")}, OK, [OTHER_NAMES]),
+    "header of other names, spaces": ({"qrels": QRELS.replace(H, "qid docid rel\n").replace("\t", " ")}, OK, [OTHER_NAMES]),
+    "header of names with spaces": ({"qrels": QRELS.replace(H, "Query ID\tDoc ID\tLabel\n")}, OK, [OTHER_NAMES]),
+    "header without a name for the score": ({"qrels": QRELS.replace(H, "query_id\tdoc_id\t1\n")}, "test.tsv:1", ["header 'query_id\\tdoc_id\\t1': write query-id<TAB>corpus-id<TAB>score"]),
     "header quoted": ({"qrels": QRELS.replace(H, '"query-id"\t"corpus-id"\t"score"\n')}, OK, []),
     "header with spaces": ({"qrels": QRELS.replace("\t", " ")}, OK, []),
     "score first, no header": ({"qrels": "1\tq1\td1\n"}, "test.tsv:1", ["line 1 is neither the header", "nor a judgement"]),

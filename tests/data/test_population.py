@@ -125,6 +125,56 @@ def test_truncate_makes_every_draw_fit_and_takes_no_more_than_needed(store, conf
         )
 
 
+def test_documents_that_truncation_makes_equal_are_no_negatives_of_each_other(tmp_path, tokenizer):
+    """Three documents with one beginning: two of one row, shortened to one length, and one of another row, to another."""
+    long = words(60, 1)
+    rows = [
+        {"query": "first question", "pos": [long + " alpha beta"], "neg": [long + " gamma", words(5, 9)]},
+        {"query": "second question", "pos": [long + " delta"], "neg": [words(6, 20)]},
+        {"query": "third question", "pos": [words(8, 30)], "neg": [words(7, 40)]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(
+        datasets=[DatasetConfig(path=str(path))], cache_dir=str(tmp_path / "cache"), query_max_length=64,
+        document_max_length=256, num_hard_negatives=2, max_tokens=110, on_long_row="truncate",
+    )  # fmt: skip
+    store, lines = open_store(config, tokenizer, log=lambda message: None), []
+    alpha, gamma, delta = int(store.positives(0)[0]), int(store.negatives(0)[0]), int(store.positives(1)[0])
+    assert len({*store.same_as[[alpha, gamma, delta]].tolist()}) == 3
+    population(store, config, "positives", log=lines.append)
+    lengths = store.document_lengths[[alpha, gamma, delta]]
+    assert lengths[0] == lengths[1] < lengths[2], "one cap for a row, another one for another row"
+    equal = store.document_tokens(alpha).tolist() == store.document_tokens(gamma).tolist()
+    assert equal and store.same_as[alpha] == store.same_as[gamma] != store.same_as[delta]
+    assert "no negatives of it: 1" in lines[0]
+    assert store.same_as[alpha] in store.known_positives(0) and len(store.known_positives(0)) == 1
+    (batch,), _ = load_batch(store, Sampler(3, 3, seed=1), 0, 0, 1, replace(config, max_tokens=900))
+    ids = dict(zip(batch.rows.tolist(), batch.document_ids.tolist(), strict=True))
+    assert ids[0].count(ids[0][0]) == 2, "the negative has the id of the positive, so the loss masks it"
+
+
+def test_a_query_that_is_a_shortened_document_knows_it(tmp_path, tokenizer):
+    query = words(30, 1)
+    rows = [
+        {"query": "the first question", "pos": [words(60, 1)], "neg": []},
+        {"query": query, "pos": ["w1"], "neg": []},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fits = sum(map(len, tokenizer.encode(["the first question", query], 256)))
+    config = DataConfig(
+        datasets=[DatasetConfig(path=str(path))], cache_dir=str(tmp_path / "cache"), query_max_length=256,
+        document_max_length=256, max_tokens=fits, on_long_row="truncate",
+    )  # fmt: skip
+    store = open_store(config, tokenizer, log=lambda message: None)
+    doc, own = int(store.positives(0)[0]), int(store.positives(1)[0])
+    assert store.known_positives(1).tolist() == [own]
+    population(store, config, "positives", log=lambda message: None)
+    assert store.document_tokens(doc).tolist() == store.query_tokens(1).tolist()
+    assert store.known_positives(0).tolist() == [doc] and store.known_positives(1).tolist() == [doc, own]
+
+
 def test_a_shortened_document_keeps_the_token_that_ends_it(store):
     store.manifest["end_tokens"] = [2]
     doc = int(store.document_lengths.argmax())

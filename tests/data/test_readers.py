@@ -314,7 +314,9 @@ values = st.recursive(
 @st.composite
 def nearly_good_lines(draw) -> bytes:
     fields = {"query": "q", "pos": ["p"], "neg": ["n1", "n2"]}
-    how = draw(st.sampled_from(["field", "element", "drop", "extra", "empty list", "blank", "nothing"]))
+    how = draw(
+        st.sampled_from(["field", "element", "drop", "extra", "empty list", "surrogate", "blank", "nothing"])
+    )
     if how == "field":
         fields[draw(st.sampled_from(["query", "pos", "neg"]))] = draw(values)
     elif how == "element":
@@ -326,6 +328,8 @@ def nearly_good_lines(draw) -> bytes:
         fields[draw(st.sampled_from(["prompt", "k" * 2000, "é"]))] = draw(values)
     elif how == "empty list":
         fields[draw(st.sampled_from(["pos", "neg"]))] = []
+    elif how == "surrogate":
+        fields["query"] = "q\ud83d"
     elif how == "blank":
         return draw(st.sampled_from([b"", b"  ", b"\t"]))
     line = json.dumps(fields, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
@@ -429,6 +433,6 @@ PLANTED = {
 def test_fuzz_catches_planted_bugs(tmp_path, monkeypatch, name):
     monkeypatch.setattr(*PLANTED[name])
     # Several at once.
-    wrong = (AssertionError, UnicodeError, KeyError, TypeError, json.JSONDecodeError, ExceptionGroup)
+    wrong = (AssertionError, UnicodeError, LookupError, TypeError, json.JSONDecodeError, ExceptionGroup)
     with pytest.raises(wrong):
         fuzz(tmp_path / "d.jsonl", 300, phases=[Phase.generate])

@@ -64,7 +64,8 @@ def test_order_is_pinned():
 
 def test_fewer_rows_than_a_batch():
     with pytest.raises(
-        UserError, match=r"has 7 rows, fewer than global_batch_size=8: lower global_batch_size to at most 7"
+        UserError,
+        match=r"global_batch_size=8 is more than the data has rows, 7: lower global_batch_size to at most 7",
     ):
         Sampler(7, 8, seed=0)
 

@@ -279,15 +279,15 @@ NAMES = {
     "query": {"query-id", "query", "qid", "queryid", "topic", "topic-id"},
     "document": {
         "corpus-id",
+        "document-id",
         "doc-id",
+        "passage-id",
+        "document",
+        "doc",
         "docid",
         "docno",
         "did",
         "pid",
-        "passage-id",
-        "document-id",
-        "document",
-        "doc",
     },
     "score": {"score", "relevance", "rel", "label", "grade", "judgement", "judgment"},
 }
@@ -358,14 +358,18 @@ def _columns(text: str) -> tuple[_Columns, list[str]]:
         raise ValueError(f"JSON: judgements are lines {QRELS}")
     separator = "\t" if "\t" in text else None
     cells = text.split(separator)
-    names = [cell.strip().strip('"').lower().replace("_", "-") for cell in cells]
+    names = [re.sub(r"[\s_]+", "-", cell.strip().strip('"').lower()) for cell in cells]
     at = {role: [i for i, name in enumerate(names) if name in known] for role, known in NAMES.items()}
-    if any(at.values()) and not SCORE.fullmatch(cells[-1].strip()):
+    has_score = SCORE.fullmatch(cells[-1].strip())
+    if (any(at.values()) and not has_score) or (at["query"] and at["document"]):
         if any(len(found) != 1 for found in at.values()) or len(names) > 3 + len(ITERATION & set(names)):
             raise ValueError(f"header {short(text)}: write {QRELS}")
         columns = _Columns(separator, len(cells), *(at[role][0] for role in ("query", "document", "score")))
-        return columns, [] if columns[2:] == (0, 1, 2) else [
-            "qrels files with other columns than BEIR's, read by their names"
+        if columns[2:] != (0, 1, 2):
+            return columns, ["qrels files with other columns than BEIR's, read by their names"]
+        is_beirs = names == ["query-id", "corpus-id", "score"]
+        return columns, [] if is_beirs else [
+            "qrels files with other names than BEIR's in the header, read by them"
         ]
     if len(cells) == 3 and SCORE.fullmatch(cells[2].strip()):
         return _Columns(separator, 3, 0, 1, 2), [f"qrels files with no header, read as {QRELS}"]
