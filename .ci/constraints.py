@@ -34,7 +34,8 @@ def needed(name: str, extras: tuple[str, ...], found: dict[str, str]) -> dict[st
 if __name__ == "__main__":
     python = ".".join(map(str, sys.version_info[:2]))
     print(
-        f"# Made by `make constraints` on Python {python}: what the two commands install and the tests have passed with."
+        f"# Made by `make constraints` on Python {python}: "
+        f"what the two commands install and the tests have passed with."
     )
     for name, version in sorted(needed("nemo_embed_core", EXTRAS, {}).items()):
         print(f"{name}=={version}")

@@ -34,7 +34,7 @@ LAYERS = {
 
 
 def commit() -> str:
-    """Of the tree that runs; COMMIT in the environment names it where a copy of the tree has not its history."""
+    """Of the tree that runs; COMMIT in the environment names it where a copy has no history."""
     if given := os.environ.get("COMMIT"):
         return given
 

@@ -3,15 +3,16 @@
     python -m benchmarks.checkpoint [--parameters 2e8] [--sources 6] [--dtypes bf16 fp32] [--folder DIR]
     python -m benchmarks.checkpoint --only merge --mergekit /path/to/its/environment/bin/python
 
-save    `Saver` of fp32 weights and both moments, one rank: how long it keeps training (beside copying the same tensors
-        in memory), and bytes per second until the checkpoint is durable, sha256 included, beside
+save    `Saver` of fp32 weights and both moments, one rank: how long it keeps training (beside copying the
+        same tensors in memory), and bytes per second until the checkpoint is durable, sha256 included, beside
         shutil.copyfile + fsync of the files that it wrote
-read    those files verified (sha256) and every weight read into memory, beside reading the same bytes and doing nothing
-merge   the mean of N Hugging Face folders in a process of its own: seconds, bytes per second of what it reads, its share of
-        the rate of two plain copies, peak memory, and how many weights are not the nearest to the real mean:
-        the share of a sample in rational arithmetic, and the number of all in fp64. The copies: "all" writes
-        every source's bytes again (shutil.copyfile, fsync), "least" reads every source and writes as many
-        bytes as the merge does, which no merge can do without.
+read    those files verified (sha256) and every weight read into memory, beside reading the same bytes and
+        doing nothing
+merge   the mean of N Hugging Face folders in a process of its own: seconds, bytes read per second, its share
+        of the rate of two plain copies, peak memory, and how many weights are not the nearest to the real
+        mean: the share of a sample in rational arithmetic, and the number of all in fp64. The copies: "all"
+        writes every source's bytes again (shutil.copyfile, fsync), "least" reads every source and writes as
+        many bytes as the merge does, which no merge can do without.
 
 Before every timed read the files are dropped from the page cache (posix_fadvise DONTNEED; a file system that
 ignores it makes all columns equally faster). Rounds are interleaved; medians. Needs about (2 N + 2) times the
@@ -230,7 +231,7 @@ def read_all(run: Path) -> None:
 
 
 def merge_here(output: Path, paths: Sequence[str]) -> dict[str, float]:
-    """What the process of its own does: the merge, with the memory that it takes on top of what imports took."""
+    """In a process of its own: the merge, with the memory that it takes on top of the imports'."""
     torch.zeros(1 << 20).double().dot(torch.ones(1 << 20).double())  # what torch loads at the first use
     before = _resident()
     # Linux: forget the peak of the imports. Where that is not allowed, the peak includes them.
@@ -434,7 +435,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="benchmark-checkpoint-", dir=options.folder) as name:
         folder = Path(name)
         print(
-            f"{num_parameters:,} parameters, {report['cpu']}, {report['cores']} cores, load {report['load_before'][0]:.1f}"
+            f"{num_parameters:,} parameters, {report['cpu']}, {report['cores']} cores, "
+            f"load {report['load_before'][0]:.1f}"
         )
         if options.only != "merge":
             s = report["save"] = bench_save(folder, config, options.repeats)
@@ -442,37 +444,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gb = s["bytes"] / 1e9
             print(f"save   {gb:.2f} GB of fp32 weights and moments")
             print(
-                f"       training waits {s['stall_s']:.3f} s, {s['stall_x_copy']:.2f} x copying them in memory"
+                f"       training waits {s['stall_s']:.3f} s, "
+                f"{s['stall_x_copy']:.2f} x copying them in memory"
             )
             print(
-                f"       durable after {s['save_s']:.2f} s, {gb / s['save_s']:.2f} GB/s, {s['save_x_copy']:.2f} x the rate of a copy"
+                f"       durable after {s['save_s']:.2f} s, {gb / s['save_s']:.2f} GB/s, "
+                f"{s['save_x_copy']:.2f} x the rate of a copy"
             )
             print(
                 f"read   {s['read_bytes'] / 1e9:.2f} GB of weights verified and read in {s['read_s']:.2f} s, "
-                f"{s['read_bytes'] / 1e9 / s['read_s']:.2f} GB/s, {s['read_x_plain']:.2f} x the rate of reading alone"
+                f"{s['read_bytes'] / 1e9 / s['read_s']:.2f} GB/s, "
+                f"{s['read_x_plain']:.2f} x the rate of reading alone"
             )
         if options.only != "save":
             report["merge"] = []
             print(
-                f"merge  {options.sources} sources   seconds   GB/s read   x copy all   x copy least   MB above   wrong   of all"
+                f"merge  {options.sources} sources   seconds   GB/s read   x copy all   x copy least   MB "
+                f"above   wrong   of all"
             )
             for kind in options.dtypes:
                 r = bench_merge(folder, config, kind, options)
                 report["merge"].append(r)
                 rate = r["bytes_read"] / 1e9 / r["merge_s"]
                 print(
-                    f"       {kind:12}{r['merge_s']:8.2f}{rate:12.2f}{r['x_copy_all']:13.2f}{r['x_copy_least']:15.2f}"
-                    f"{r['growth_above_largest_tensor'] / 1e6:11.0f}{r['wrongly_rounded']:8.4%}{r['wrongly_rounded_of_all']:9}",
+                    f"       {kind:12}{r['merge_s']:8.2f}{rate:12.2f}"
+                    f"{r['x_copy_all']:13.2f}{r['x_copy_least']:15.2f}"
+                    f"{r['growth_above_largest_tensor'] / 1e6:11.0f}"
+                    f"{r['wrongly_rounded']:8.4%}{r['wrongly_rounded_of_all']:9}",
                     flush=True,
                 )
                 if "mergekit" in r:
                     theirs = r["mergekit"]
                     print(
-                        f"       mergekit    {theirs['seconds']:8.2f}{r['bytes_read'] / 1e9 / theirs['seconds']:12.2f}{'':28}"
-                        f"{(theirs['resident_peak'] - r['largest_tensor']) / 1e6:11.0f}{theirs['wrongly_rounded']:8.2%}"
+                        f"       mergekit    "
+                        f"{theirs['seconds']:8.2f}{r['bytes_read'] / 1e9 / theirs['seconds']:12.2f}{'':28}"
+                        f"{(theirs['resident_peak'] - r['largest_tensor']) / 1e6:11.0f}"
+                        f"{theirs['wrongly_rounded']:8.2%}"
                     )
             print(
-                "MB above: peak resident memory minus that after the imports and minus the largest tensor (mergekit: of all)"
+                "MB above: peak resident memory minus that after the imports and minus the largest tensor "
+                "(mergekit: of all)"
             )
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -581,7 +581,8 @@ def report(
     ]
     print(f"\n{case.kernel}  {shape}  bf16  (ceiling {ceiling:.0f} {unit})")
     print(
-        f"  {'':14s} {'forward ms':>15s} {'backward ms':>17s} {unit:>8s} {'share':>6s} {'ours is faster':>15s} {'peak MiB':>9s}"
+        f"  {'':14s} {'forward ms':>15s} {'backward ms':>17s} {unit:>8s} {'share':>6s} "
+        f"{'ours is faster':>15s} {'peak MiB':>9s}"
     )
     for name, figure in figures.items():
         if "error" in figure:
@@ -595,8 +596,10 @@ def report(
                 figures["ours"]["forward_ms"] + figures["ours"]["backward_ms"]
             )
             print(
-                f"  {name:14s} {milliseconds[0]:8.3f} ({shares[0]:4.0%}) {milliseconds[1]:10.3f} ({shares[1]:4.0%}) "
-                f"{figure['rate']:8.0f} {figure['share']:6.1%} {figure['ours_is_faster_by']:14.2f}x {figure['peak_mib']:9.0f}"
+                f"  {name:14s} {milliseconds[0]:8.3f} ({shares[0]:4.0%}) {milliseconds[1]:10.3f} "
+                f"({shares[1]:4.0%}) "
+                f"{figure['rate']:8.0f} {figure['share']:6.1%} {figure['ours_is_faster_by']:14.2f}x "
+                f"{figure['peak_mib']:9.0f}"
             )
         results.append(
             kernel=case.kernel,
@@ -611,7 +614,8 @@ def report(
         forward, backward = copies = figures["ours"]["copy_ms"]
         of_copy = sum(copies) / (figures["ours"]["forward_ms"] + figures["ours"]["backward_ms"])
         print(
-            f"  {'a copy of it':14s} {forward:8.3f} {backward:17.3f}         ours has {of_copy:.1%} of its speed"
+            f"  {'a copy of it':14s} {forward:8.3f} {backward:17.3f}         ours has {of_copy:.1%} "
+            f"of its speed"
         )
     for way, times in figures["ours"]["kernels_us"].items():
         print(f"  ours, {way}: {kernel_lines(times)}")
@@ -720,7 +724,8 @@ def main(arguments: list[str] | None = None) -> None:
         assert isinstance(square, float), square
         ceilings["tflops"] = square
         print(
-            f"{results.run['gpu']}: copy {ceilings['gb_per_s']:.0f} GB/s, bf16 GEMM {square:.0f} TFLOP/s; to {results.path}"
+            f"{results.run['gpu']}: copy {ceilings['gb_per_s']:.0f} GB/s, bf16 GEMM {square:.0f} TFLOP/s; "
+            f"to {results.path}"
         )
         goals, points = [], []
         shapes = {

@@ -81,7 +81,8 @@ def commands(data: Path, folder: Path, max_length: int) -> dict[str, list[str]]:
             "--data.query_max_length", str(max_length), "--data.document_max_length", str(max_length),
         ],
         "mine": [
-            str(launch / "mine.py"), "--model", model, "--data", str(data), "--output", str(data / "mined.jsonl"), *lengths,
+            str(launch / "mine.py"), "--model", model, "--data", str(data), "--output",
+            str(data / "mined.jsonl"), *lengths,
         ],
         "evaluate": [str(launch / "evaluate.py"), "--models", model, "--data", str(data), *lengths],
     }  # fmt: skip
@@ -89,13 +90,15 @@ def commands(data: Path, folder: Path, max_length: int) -> dict[str, list[str]]:
 
 def write_model(folder: Path) -> None:
     """A checkpoint of random weights, by a run of no steps."""
-    model = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    model = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     shape = [word for key, value in model.items() for word in (f"--model.{key}", str(value))]
     peak_bytes(
         [
             str(ROOT / "launch" / "train.py"), "--steps", "0", "--global_batch_size", "2", "--device", "cpu",
-            "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "model"), "--loss.in_batch", "positives",
-            "--data.datasets", json.dumps([{"path": str(folder / "few")}]), "--data.cache_dir", str(folder / "cache"), *shape,
+            "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "model"),
+            "--loss.in_batch", "positives", "--data.datasets", json.dumps([{"path": str(folder / "few")}]),
+            "--data.cache_dir", str(folder / "cache"), *shape,
         ],
         folder,
     )  # fmt: skip
@@ -112,14 +115,19 @@ def measure(
     write_beir(folder / "many", num_documents, num_bytes)
     text = num_documents * num_bytes
     print(
-        f"{num_documents:,} documents of {num_bytes:,} bytes ({text / 2**20:,.0f} MiB of text), {max_length} tokens kept"
+        f"{num_documents:,} documents of {num_bytes:,} bytes ({text / 2**20:,.0f} MiB of text), "
+        f"{max_length} tokens kept"
     )
     above = {}
     for verb in verbs:
         few, _ = peak_bytes(commands(folder / "few", folder, max_length)[verb], folder)
         many, seconds = peak_bytes(commands(folder / "many", folder, max_length)[verb], folder)
         above[verb] = many - few
-        print(f"{verb:9} {(many - few) / 2**20:8,.0f} MiB above the {few / 2**20:,.0f} MiB of eight documents, {seconds:,.0f} s", flush=True)  # fmt: skip
+        above, few_mib = (many - few) / 2**20, few / 2**20
+        print(
+            f"{verb:9} {above:8,.0f} MiB above the {few_mib:,.0f} MiB of eight documents, {seconds:,.0f} s",
+            flush=True,
+        )
     return above
 
 

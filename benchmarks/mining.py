@@ -177,7 +177,8 @@ def show(title: str, table: dict[str, dict[str, Any]], ours: str, operations: fl
             row["gflops"] = operations / row["seconds"] / 1e9
             rate = f"{row['gflops']:.1f}"
         print(
-            f"{name:42}{row['seconds']:9.3f}{rate:>10}{row['seconds'] / table[ours]['seconds']:14.2f}  {common}"
+            f"{name:42}{row['seconds']:9.3f}{rate:>10}"
+            f"{row['seconds'] / table[ours]['seconds']:14.2f}  {common}"
         )
 
 
@@ -222,7 +223,8 @@ def main() -> None:
     methods = args.methods or (on_a_cpu() if on_cpu else ["bf16", "int8"])
     ours, stats = f"ours {methods[0]}", {method: SearchStats() for method in methods}
     print(
-        f"Q={args.Q:,} N={args.N:,} D={args.D:,} k={args.k}, {args.device}, {torch.get_num_threads()} threads",
+        f"Q={args.Q:,} N={args.N:,} D={args.D:,} k={args.k}, "
+        f"{args.device}, {torch.get_num_threads()} threads",
         flush=True,
     )
 
@@ -264,7 +266,8 @@ def main() -> None:
         from sentence_transformers.util import dot_score, semantic_search
 
         runs["sentence-transformers semantic_search"] = lambda: np.array(
-            [[hit["corpus_id"] for hit in row] for row in semantic_search(queries, documents, top_k=args.k, score_function=dot_score)]
+            [[hit["corpus_id"] for hit in row] for row in semantic_search(queries, documents, top_k=args.k,
+            score_function=dot_score)]
         )  # fmt: skip
     operations = 2 * args.Q * args.N * args.D
     topk = compare(runs, ours, args.repeats, args.device)

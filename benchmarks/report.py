@@ -77,9 +77,12 @@ def kernels(rows: list[Row]) -> list[str]:
         times = f"{number(ours['forward_ms'])}, {number(ours['backward_ms'])}"
         cells.append([kernel, shape, times, percent(ours["share"]), percent(of_copy), "; ".join(peers)])
     lines = [
-        "bf16. The share is that of the ceiling (copy or GEMM), by the bytes and FLOP that cannot be avoided; the share of a copy is",
-        "that of the speed at which as many bytes are copied, launch included. The last column has the time of each peer over ours: eager",
-        "torch, torch.compile, Liger, cut-cross-entropy (cce), Inf-CL, torch's segment_reduce, a padded batch. `ids`: with document ids.",
+        "bf16. The share is that of the ceiling (copy or GEMM), "
+        "by the bytes and FLOP that cannot be avoided; the share of a copy is",
+        "that of the speed at which as many bytes are copied, launch included. "
+        "The last column has the time of each peer over ours: eager",
+        "torch, torch.compile, Liger, cut-cross-entropy (cce), Inf-CL, torch's segment_reduce, "
+        "a padded batch. `ids`: with document ids.",
         "",
     ]
     head = ["kernel", "shape", "forward, backward: ms", "share", "of a copy", "peer / ours"]
@@ -89,7 +92,8 @@ def kernels(rows: list[Row]) -> list[str]:
 def step(rows: list[Row]) -> list[str]:
     """Training steps and encoding beside transformers, and where the time of ours goes."""
     lines = [
-        "Tokens are those of the texts, never padding; MFU is of the card's nominal bf16 rate. A training step has its optimizer and",
+        "Tokens are those of the texts, never padding; MFU is of the card's nominal bf16 rate. "
+        "A training step has its optimizer and",
         "accumulation in it.",
         "",
     ]
@@ -121,8 +125,10 @@ def step(rows: list[Row]) -> list[str]:
 def mining(rows: list[Row]) -> list[str]:
     """Exact search beside plain matmul and topk."""
     lines = [
-        "`topk`: the best k documents of every query; `mining`: the best below 0.95 x the positive's score. `ids right` is the share of",
-        "ids in common with the exact answer, `certified` that of the queries whose answer the bounds proved in the first pass.",
+        "`topk`: the best k documents of every query; `mining`: the best below 0.95 x the positive's score. "
+        "`ids right` is the share of",
+        "ids in common with the exact answer, `certified` that of the queries whose answer the bounds proved "
+        "in the first pass.",
         "",
     ]
     cells = (
@@ -145,14 +151,18 @@ def page() -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `make docs` from [benchmarks/results](../benchmarks/results): the newest run on each device. `make gpu` runs them all on a",
-        "machine with a CUDA device; a benchmark times nothing before it has checked the results of every variant against each other.",
-        "Reasons, what was tried and what lost: [log.md](log.md). Figures of CPUs: [mining.md](mining.md), [merging.md](merging.md).",
+        "Made by `make docs` from [benchmarks/results](../benchmarks/results): "
+        "the newest run on each device. `make gpu` runs them all on a",
+        "machine with a CUDA device; a benchmark times nothing before it has checked the results of every "
+        "variant against each other.",
+        "Reasons, what was tried and what lost: [log.md](log.md). Figures of CPUs: [mining.md](mining.md), "
+        "[merging.md](merging.md).",
     ]
     for name, section in SECTIONS.items():
         for path, rows in newest(name):
             run = rows[0]
-            where = f"{run['gpu']}, torch {run['torch']}, triton {run['triton']}, commit {run['commit']}, {run['date'][:10]}"
+            versions = f"torch {run['torch']}, triton {run['triton']}"
+            where = f"{run['gpu']}, {versions}, commit {run['commit']}, {run['date'][:10]}"
             source = f"`python -m benchmarks.{name}`, [{path.name}](../benchmarks/results/{path.name})"
             lines += ["", f"## {name}", "", f"{where}: {source}.", "", *section(rows)]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
 """A training step, encoding, and what a step is made of, at Llama shapes, beside padded peers in one process.
 
-    python -m benchmarks.step                                both shapes, everything; meant for 3 minutes on one H200
+    python -m benchmarks.step                         both shapes, everything; meant for 3 minutes on one H200
     python -m benchmarks.step --shape 8b --layers 4 --only train,profile
     python -m benchmarks.step --shape tiny --device cpu      what a machine without a GPU runs by itself
 
@@ -142,7 +142,7 @@ class Groups:
 
 
 def pad(sequences: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """ids [N, L] int64 and mask [N, L] bool: right-padded to the longest, in multiples of 8 (tensor cores)."""
+    """ids [N, L] int64 and mask [N, L] bool: right-padded to the longest, in multiples of 8."""
     longest = -(-max(len(s) for s in sequences) // 8) * 8
     ids, mask = (
         torch.zeros(len(sequences), longest, dtype=torch.int64),
@@ -367,7 +367,7 @@ PEERS: dict[str, tuple[str, Callable[[ModelConfig], nn.Module]]] = {
 
 
 class Peer:
-    """Two padded forwards, mean over the mask, F.cross_entropy, clip_grad_norm_, fused AdamW, all in `dtype`."""
+    """Two padded forwards, masked mean, F.cross_entropy, clip_grad_norm_, fused AdamW, all in `dtype`."""
 
     def __init__(
         self, kind: str, model: ModelConfig, device: torch.device, dtype: torch.dtype, train: bool = True
@@ -443,7 +443,7 @@ class Peer:
         return loss
 
 
-# ------------------------------------------------------------------------------------------ correctness, before any time
+# ------------------------------------------------------------------------------- correctness, before any time
 
 GATE_SHAPE = ModelConfig(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
@@ -577,7 +577,7 @@ def interleave(
     return times
 
 
-# ------------------------------------------------------------------------------------------ what a step is made of
+# ------------------------------------------------------------------------------------- what a step is made of
 
 
 # kernels/*.py by the names of their Triton kernels
@@ -641,7 +641,7 @@ def composition(trace: dict[str, Any]) -> Composition:
 
 
 def profiled(run: Callable[[], object]) -> Composition:
-    """Of one call on the GPU. Only the GPU is traced: tracing the host as well would slow the launches down."""
+    """Of one call on the GPU. Only the GPU is traced: tracing the host would slow the launches down."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -711,7 +711,8 @@ def report_variants(
     print(f"\n{title}")
     heads = "".join(f"{columns[name]:>9}" for name in shown)
     print(
-        f"{'':54}{'seconds':>9}{'tok/s':>9}{'TF/s':>8}{heads}{'useful':>8}{'peak GB':>9}{'ours is':>9}{'runs':>6}"
+        f"{'':54}{'seconds':>9}{'tok/s':>9}{'TF/s':>8}{heads}"
+        f"{'useful':>8}{'peak GB':>9}{'ours is':>9}{'runs':>6}"
     )
     for name, row in figures.items():
         if "error" in row:
@@ -769,7 +770,8 @@ def run_training(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
     counts = [len(batch.micro_batches) for batch in batches]
     density = sum(batch.num_tokens for batch in batches) / (sum(counts) * args.tokens)
     packed = Variant(
-        f"ours, packed {args.tokens:,}, {'-'.join(map(str, sorted({min(counts), max(counts)})))} micro-batches",
+        f"ours, packed {args.tokens:,}, {'-'.join(map(str, sorted({min(counts), max(counts)})))} "
+        f"micro-batches",
         lambda i: ours.step(batches[i % len(batches)]),
         1.0,
         {"max_tokens": args.tokens, "packing_density": round(density, 4)},
@@ -786,7 +788,8 @@ def run_training(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
         tokens = float(np.mean([batch.num_tokens for batch in batches]))
         report_variants(
             results,
-            f"training step, {label}; {args.queries} queries of {tokens / args.queries:.0f} useful tokens with passages",
+            f"training step, {label}; {args.queries} queries of {tokens / args.queries:.0f} useful tokens "
+            f"with passages",
             {"what": "train", **common},
             variants,
             interleave([v for v in variants if not v.error], device, args.seconds, args.rounds),
@@ -966,7 +969,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--layers", type=int, default=0, help="default: all, and 8 of the 8b when training")
     parser.add_argument("--queries", type=int, default=0, help="per optimizer step; default: 28, 4 on a CPU")
-    parser.add_argument("--tokens", type=int, default=0, help="of our micro-batch; encoding packs twice as many; "
+    parser.add_argument("--tokens", type=int, default=0, help="of our micro-batch; "
+    "encoding packs twice as many; "
                         "default: 16384, 8192 on a CPU")  # fmt: skip
     parser.add_argument("--encode-tokens", type=int, default=0, help="default: 65536, 4096 on a CPU")
     parser.add_argument(

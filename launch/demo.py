@@ -150,7 +150,8 @@ def main() -> None:
     for name, values in report.items():
         print(f"{name:22}{values['ndcg_at_10']:9.4f}{values['recall_at_10']:11.4f}{values['mrr_at_10']:9.4f}")
     print(
-        f"\n{output}: report.json, loss.png, mined-scores.png, merged/ (Hugging Face folder); {time.monotonic() - start:.0f} s"
+        f"\n{output}: report.json, loss.png, mined-scores.png, merged/ (Hugging Face folder); "
+        f"{time.monotonic() - start:.0f} s"
     )
 
 

@@ -33,8 +33,10 @@ def main() -> None:
         long = (longest_draws(store, config.data.num_hard_negatives) > config.data.max_tokens).nonzero()[0]
         if len(long):
             print(
-                f"WARNING: {len(long):,} rows can have more than data.max_tokens={config.data.max_tokens} tokens (first: "
-                f"{store.where(int(long[0]))}); training will {config.data.on_long_row} there: data.on_long_row"
+                f"WARNING: {len(long):,} rows can have more than data.max_tokens={config.data.max_tokens} "
+                f"tokens (first: "
+                f"{store.where(int(long[0]))}); training will {config.data.on_long_row} there: "
+                f"data.on_long_row"
             )
         print(f"verified in {seconds:.1f} s; largest token id {store.max_token_id}, digest {store.digest}")
 

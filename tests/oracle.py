@@ -2,7 +2,7 @@
 AdamW as formulas.
 
     oracle = Oracle(folder, torch.float64)                  # of a folder that write_model made
-    step = oracle.step(batch, options, number)              # Step(losses, hits, norm, gradients), weights updated
+    step = oracle.step(batch, options, number)          # Step(losses, hits, norm, gradients), weights updated
     oracle.weights()                                        # {Hugging Face name: tensor}
 
 Imports nothing of nemo_embed_core: what product and oracle share, a comparison cannot see.
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 SHAPE = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6,
-    "rms_norm_eps": 3e-3, "max_position_embeddings": 512, "is_causal": False, "use_cache": False,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 6, "rms_norm_eps": 3e-3, "max_position_embeddings": 512, "is_causal": False,
+    "use_cache": False,
     "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
     },
 }  # fmt: skip
 

@@ -75,7 +75,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
 
 
 def _wait(processes: list[subprocess.Popen], timeout_s: float) -> None:
-    """Until all have ended, or GRACE_S after the first failure: the others would wait for it in a collective."""
+    """Until all have ended, or GRACE_S after the first failure: the others may wait for it in a
+    collective."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
         if any(p.poll() for p in processes):

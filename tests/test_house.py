@@ -100,7 +100,7 @@ def test_the_package_neither_reads_pickles_nor_runs_text() -> None:
     assert not found, "\n".join(map(": ".join, found))
 
 
-# ------------------------------------------------------------------------------------------ one owner of files
+# ----------------------------------------------------------------------------------------- one owner of files
 
 # Durability, locks, digests of files and the reading of JSON have one home each: nemo_embed_core/files.
 FILE_CALLS = {
@@ -263,7 +263,7 @@ def test_the_table_of_faults_is_what_the_tests_mark() -> None:
     assert written - {Path(__file__)} == files
 
 
-# ------------------------------------------------------------------------------------------ recipes and launchers
+# -------------------------------------------------------------------------------------- recipes and launchers
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -296,7 +296,8 @@ def test_help_is_instant_and_imports_no_torch(path: Path) -> None:
 
 
 _FAKE_SLURM = {
-    "srun": "trap 'sleep 0.5; echo saved; exit 143' TERM; echo \"step $*\"; echo $$ > pid; for i in {1..400}; do sleep 0.05; done",
+    "srun": "trap 'sleep 0.5; echo saved; exit 143' TERM; echo \"step $*\"; echo $$ > pid; "
+    "for i in {1..400}; do sleep 0.05; done",
     "scancel": 'echo "scancel $*"; kill -TERM "$(cat pid)"',
     "scontrol": 'echo "scontrol $*"',
 }

@@ -57,8 +57,10 @@ def test_an_installed_kernels_package_wins_over_our_folder(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_transformers_works_in_the_repository_root() -> None:
     code = (
-        "from transformers import LlamaConfig, LlamaModel; from transformers.utils import is_kernels_available;"
-        "LlamaModel(LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1,"
+        "from transformers import LlamaConfig, LlamaModel; "
+        "from transformers.utils import is_kernels_available;"
+        "LlamaModel(LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, "
+        "num_hidden_layers=1,"
         "vocab_size=8)); import importlib.metadata as m;"
         "print(is_kernels_available() and not [d for d in m.distributions() if d.name == 'kernels'])"
     )

@@ -96,7 +96,7 @@ DRAWN = np.array(
 
 
 def train_config(folder: Path, **changes: Any) -> TrainConfig:
-    """A run of 10 steps of 8 queries in folder/run; data and tokenizer are written when they are not there."""
+    """A run of 10 steps of 8 queries in folder/run; data and tokenizer are written if not there."""
     if not (folder / "tokenizer").exists():
         write_tokenizer(folder / "tokenizer")
         write_rows(folder / "train.jsonl")
@@ -109,8 +109,8 @@ def train_config(folder: Path, **changes: Any) -> TrainConfig:
         max_tokens=320,
     )
     base = TrainConfig(
-        output_dir=str(folder / "run"), steps=10, global_batch_size=8, tokenizer=str(folder / "tokenizer"), model=MODEL,
-        data=data, device="cpu", precision="fp32",
+        output_dir=str(folder / "run"), steps=10, global_batch_size=8, tokenizer=str(folder / "tokenizer"),
+        model=MODEL, data=data, device="cpu", precision="fp32",
     )  # fmt: skip
     nested = {
         k: dataclasses.replace(getattr(base, k), **v) for k, v in changes.items() if isinstance(v, dict)

@@ -169,7 +169,10 @@ def test_time_beside_each_other_is_busy_once_and_annotations_do_not_count() -> N
 
 
 def test_needs_no_package_that_a_gpu_machine_may_lack() -> None:
-    code = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED}, None)); import benchmarks.step as s; s.parse([])"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED}, None)); "
+        "import benchmarks.step as s; s.parse([])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -193,8 +193,8 @@ def record(
                 (root / ".tmp-step-00000003" / "junk").write_bytes(b"junk")
             pieces = {n: Piece(SHAPE, ((0, 0), SHAPE), t) for n, t in values(step).items()}
             save_checkpoint(
-                root, step, pieces, rank=0, world_size=1, meta=META, extra_files={"tokenizer.json": b"{}"}, keep=keep,
-                gather=lambda value: [value],
+                root, step, pieces, rank=0, world_size=1, meta=META, extra_files={"tokenizer.json": b"{}"},
+                keep=keep, gather=lambda value: [value],
             )  # fmt: skip
             recorder.returned(step)
     return recorder.ops

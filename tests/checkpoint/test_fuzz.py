@@ -438,7 +438,7 @@ def test_broken_folders(base: Path, kind: str, cases: int) -> None:
     assert counts["error"] > 0.5 * cases and counts["ok"] > 0.01 * cases, counts
 
 
-# ------------------------------------------------------------------------------------------ bugs planted in the readers
+# -------------------------------------------------------------------------------- bugs planted in the readers
 
 # kind, module, what stands there, what a bug would put there
 PLANTED = [

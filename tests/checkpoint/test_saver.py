@@ -236,7 +236,8 @@ def test_one_rank_that_cannot_write_stops_all_at_the_next_step(
     assert [o.code for o in outcomes] == [2, 2]
     for outcome in outcomes:
         assert re.search(
-            r"writing \S*step-00000080 failed on rank 1: \[Errno 28\] No space left on device; the checkpoint needs "
+            r"writing \S*step-00000080 failed on rank 1: \[Errno 28\] No space left on device; "
+            r"the checkpoint needs "
             r"[\d,]+ bytes in all, [\d,]+ are free\. Nothing was published",
             outcome.output,
         )

@@ -214,7 +214,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"], "the next save cleans up"
 
 
-# ------------------------------------------------------------------------------------------ full, unwritable, vanished
+# --------------------------------------------------------------------------------- full, unwritable, vanished
 
 
 def train_on_a_disk_that_fills(config: TrainConfig) -> None:
@@ -236,7 +236,8 @@ def test_a_full_disk_costs_no_checkpoint_and_the_resume_is_bit_exact(tmp_path: P
     assert codes(outcomes) == [2, 2]
     for outcome in outcomes:
         found = re.search(
-            r"writing (\S+) failed on rank [01]: .*; the checkpoint needs ([\d,]+) bytes in all, ([\d,]+) are",
+            r"writing (\S+) failed on rank [01]: .*; the checkpoint needs "
+            r"([\d,]+) bytes in all, ([\d,]+) are",
             outcome.output,
         )
         assert found and found[1] == str(tmp_path / "run" / "step-00000006"), outcome.output
@@ -416,7 +417,7 @@ def test_masters_of_a_bf16_run_resume_bit_exactly_and_are_never_done_without(
     assert outcome.code == 2 and "exp_avg_sq/model.norm.weight is missing" in outcome.output
 
 
-# ------------------------------------------------------------------------------------------ one run per folder
+# ----------------------------------------------------------------------------------------- one run per folder
 
 
 def write_lock(folder: Path, age_s: float = 0.0, **changes: Any) -> Lock:
@@ -635,7 +636,7 @@ def test_a_run_never_goes_back_behind_its_newest_checkpoint(tmp_path: Path, serv
 
 
 def load_then_train(config: TrainConfig, dtype: torch.dtype, step: int, beside: str = "") -> None:
-    """Resume; save at once what was loaded, in another folder; train up to `step`. All of it in fp32 or fp64."""
+    """Resume; save at once what was loaded, in another folder; train up to `step`; all in fp32 or fp64."""
     torch.set_default_dtype(dtype)
 
     def plant(trainer: Trainer) -> None:

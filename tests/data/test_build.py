@@ -29,7 +29,8 @@ def write(path: Path, rows: list[dict]) -> str:
 
 def rows(count: int, start: int = 0) -> list[dict]:
     return [
-        {"query": f"query {i} {'word ' * (i % 40)}", "pos": [f"positive {i // 2}"], "neg": [f"negative {j} {i}" for j in range(i % 3)]}
+        {"query": f"query {i} {'word ' * (i % 40)}", "pos": [f"positive {i // 2}"],
+         "neg": [f"negative {j} {i}" for j in range(i % 3)]}
         for i in range(start, start + count)
     ]  # fmt: skip
 
@@ -187,7 +188,7 @@ def test_all_bad_rows_of_all_sources_are_said_before_a_token_is_made(config, tok
     )
 
 
-# ------------------------------------------------------------------------------------------ what teaches nothing
+# --------------------------------------------------------------------------------------- what teaches nothing
 
 NOISE = [
     ("what is x", ["the answer is x"], ["The answer is x ", "other"]),  # 1: up to case and space
@@ -219,7 +220,8 @@ def test_noise_is_counted_by_kind_and_right_documents_are_no_negatives(tmp_path,
     assert kept == [
         ["other"], [], ["other"], ["third"], ["x"], ["x"], ["e"], ["e"], ["y"], ["n"], ["good"], ["s"], ["q"],
     ]  # fmt: skip
-    found = {kind: (entry["count"], [int(w.rsplit(":", 1)[1]) for w in entry["first"]]) for kind, entry in store.manifest["noise"].items()}  # fmt: skip
+    noise = store.manifest["noise"].items()
+    found = {kind: (n["count"], [int(w.rsplit(":", 1)[1]) for w in n["first"]]) for kind, n in noise}
     assert list(found.values()) == [
         (2, [1, 2]),  # negatives equal to a positive in normal form
         (1, [9]),  # after truncation
@@ -261,7 +263,9 @@ def test_a_run_from_before_goes_on_where_nothing_was_left_out(config, tokenizer)
 
     made_of = {
         "version": 1, "tokenizer": tokenizer.digest, "query_max_length": 48, "document_max_length": 24,
-        "sources": [[hashlib.sha256(Path(d.path).read_bytes()).hexdigest(), d.task, ""] for d in config.datasets],
+        "sources": [
+            [hashlib.sha256(Path(d.path).read_bytes()).hexdigest(), d.task, ""] for d in config.datasets
+        ],
     }  # fmt: skip
     assert (
         store.manifest["digest_v1"]

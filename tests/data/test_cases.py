@@ -258,14 +258,16 @@ def test_what_on_missing_allows(tmp_path: Path) -> None:
     )
     qrels = (
         H
-        + "q1\td1\t1\nq1\tGONE\t1\nq1\td3\t0\nq1\td6\t0\nq2\td4\t1\nq2\td2\t2\nQX\td1\t1\nq3\td1\t1\nq4\td5\t1\nq5\td1\t0\n"
+        + "q1\td1\t1\nq1\tGONE\t1\nq1\td3\t0\nq1\td6\t0\nq2\td4\t1\nq2\td2\t2\n"
+        + "QX\td1\t1\nq3\td1\t1\nq4\td5\t1\nq5\td1\t0\n"
     )
     folder = write(tmp_path / "beir", {"corpus": corpus, "queries": queries, "qrels": qrels})
     findings = Findings()
     beir = read_beir(folder, "test", "allow", findings)
     assert findings.named == []
     assert beir.qrels == {
-        "q1": {"d1": 1, "GONE": 1, "d3": 0, "d6": 0}, "q2": {"d4": 1, "d2": 2}, "q3": {"d1": 1}, "q4": {"d5": 1}, "q5": {"d1": 0},
+        "q1": {"d1": 1, "GONE": 1, "d3": 0, "d6": 0}, "q2": {"d4": 1, "d2": 2},
+        "q3": {"d1": 1}, "q4": {"d5": 1}, "q5": {"d1": 0},
     }  # fmt: skip
     assert (beir.corpus["d4"], beir.corpus["d5"], beir.queries["q3"], len(beir.corpus)) == ("", "", "", 6)
     assert findings.counts == {
@@ -317,7 +319,7 @@ def test_candidate_pools(tmp_path: Path) -> None:
         list(read_documents(path))
 
 
-# ------------------------------------------------------------------------------------------ all of them at once
+# ---------------------------------------------------------------------------------------- all of them at once
 
 
 def test_all_bad_lines_of_all_sources_are_named_at_once(tmp_path: Path, monkeypatch) -> None:
@@ -427,7 +429,8 @@ def test_preparing_names_all_bad_lines_says_what_it_met_and_keeps_stores_apart(
     first = store()
     assert log[:2] == [
         f"TREC qrels files (4 columns, no header): 1 (first: {folder}/qrels/test.tsv:1)",
-        f"judgements of documents that are not in corpus.jsonl, left out: 1 (first: {folder}/qrels/test.tsv:3)",
+        f"judgements of documents that are not in corpus.jsonl, left out: 1 "
+        f"(first: {folder}/qrels/test.tsv:3)",
     ]
     (folder / "corpus.jsonl").write_text(CORPUS + '{"_id": "GONE", "text": "back"}\n')
     with_text = store("error")

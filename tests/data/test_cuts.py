@@ -15,14 +15,16 @@ from nemo_embed_core.data.tokenizer import Tokenizer, from_sentencepiece
 from nemo_embed_core.errors import UserError
 
 CORPUS = [
-    "the text of a page, and the end of it: don't we'll 12345 678 (x + y) = z!  two  spaces\n\n next line\r\n\ttab",
+    "the text of a page, and the end of it: don't we'll 12345 678 (x + y) = z!  two  spaces\n\n next "
+    "line\r\n\ttab",
     "日本語のテキスト。中文文本，没有空格！한국어 텍스트 입니다 Ελληνικά кириллица עברית العربية हिन्दी ไทย",
     "café cafe\u0301 ﬁne ½ ① 😀😀👩‍👩‍👧 \u00a0nbsp \u3000wide \u200bzero e\u0301\u0323 ǆ İ ſ ﷺ",
 ] * 4
 PIECES = [
-    "a", "Z", "word", "don't", "'s", "'", "’", "1", "1234567", "½", "²", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028",
-    "\u200b", "\u0301", "\u0323", "\u3099", "\u0600", "\u0e33", "日", "日本語", "か", "。", "，", "！", "「", "한국", "\u1161", "é", "e\u0301",
-    "ﬁ", "ſ", "İ", "Σ", "😀", "👩‍👩‍👧", ".", ". ", "!!!", "▁", "▁a", "<s>", "</s>", "<|end|>", "_", "--", "\0", "\ufffd", "หน",
+    "a", "Z", "word", "don't", "'s", "'", "’", "1", "1234567", "½", "²", " ", "  ", "\n", "\r\n", "\t",
+    "\u00a0", "\u3000", "\u2028", "\u200b", "\u0301", "\u0323", "\u3099", "\u0600", "\u0e33", "日", "日本語",
+    "か", "。", "，", "！", "「", "한국", "\u1161", "é", "e\u0301", "ﬁ", "ſ", "İ", "Σ", "😀", "👩‍👩‍👧", ".",
+    ". ", "!!!", "▁", "▁a", "<s>", "</s>", "<|end|>", "_", "--", "\0", "\ufffd", "หน",
 ]  # fmt: skip
 
 
@@ -45,7 +47,8 @@ def bpe(pre_tokenizer, normalizer=None, post="<s> $A", **options) -> tokenizers.
     backend.pre_tokenizer, backend.normalizer = pre_tokenizer, normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+        CORPUS, trainers.BpeTrainer(vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
+        show_progress=False)
     )  # fmt: skip
     backend.post_processor = processors.TemplateProcessing(
         single=post, special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -71,13 +74,17 @@ def sentencepiece_model(folder, **options) -> tokenizers.Tokenizer:
 KINDS = {
     "llama-3": lambda _: bpe(byte_level(LLAMA3), ignore_merges=True),
     "qwen-2": lambda _: bpe(byte_level(cuts._CL100K % ""), normalizers.NFC(), post="$A </s>"),
-    "gpt-2": lambda _: bpe(pre_tokenizers.ByteLevel(add_prefix_space=True), normalizers.NFKC(), post="<s> $A </s>"),
-    "nfd": lambda _: bpe(pre_tokenizers.ByteLevel(), normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])),
+    "gpt-2": lambda _: bpe(pre_tokenizers.ByteLevel(add_prefix_space=True), normalizers.NFKC(),
+                           post="<s> $A </s>"),
+    "nfd": lambda _: bpe(pre_tokenizers.ByteLevel(),
+                         normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])),
     "metaspace": lambda _: bpe(pre_tokenizers.Metaspace(), unk_token="</s>"),
-    "metaspace in one": lambda _: bpe(pre_tokenizers.Metaspace(split=False), byte_fallback=False, unk_token="</s>", fuse_unk=True),
+    "metaspace in one": lambda _: bpe(pre_tokenizers.Metaspace(split=False), byte_fallback=False,
+                                      unk_token="</s>", fuse_unk=True),
     "sentencepiece nmt_nfkc": lambda folder: sentencepiece_model(folder),
     "sentencepiece as llama-2": lambda folder: sentencepiece_model(
-        folder, normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True
+        folder, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True
     ),
 }  # fmt: skip
 NOT_CUT = {"metaspace in one"}  # its training without words makes pieces that span two
@@ -160,7 +167,8 @@ def test_memory_does_not_grow_with_a_text_and_many_are_read_in_batches():
     calls = []
     encode = subject._backend.encode_batch_fast
     subject._backend = type("Spy", (), {
-        "encode_batch_fast": lambda self, batch, **options: calls.append(sum(map(len, batch))) or encode(batch, **options),
+        "encode_batch_fast": lambda self, batch, **options:
+            calls.append(sum(map(len, batch))) or encode(batch, **options),
         "enable_truncation": subject._backend.enable_truncation,
     })()  # fmt: skip
     subject._max_length = 0

@@ -29,8 +29,8 @@ def qrels_lines(layout: str, judged: list[tuple[str, str, int]]) -> list[str]:
     """The judgements as somebody published them."""
     between = " " if layout in ("TREC", "spaces") else "\t"
     head = {
-        "header": "query-id\tcorpus-id\tscore", "spaces": "query-id corpus-id score", "order": "score\tcorpus-id\tquery-id",
-        "quoted header": '"query-id"\t"corpus-id"\t"score"',
+        "header": "query-id\tcorpus-id\tscore", "spaces": "query-id corpus-id score",
+        "order": "score\tcorpus-id\tquery-id", "quoted header": '"query-id"\t"corpus-id"\t"score"',
     }  # fmt: skip
     rows = []
     for query, document, score in judged:
@@ -72,8 +72,9 @@ def folders(draw) -> tuple[dict[str, bytes], dict, dict, dict, str]:
         where = files[broken]
         at = draw(st.integers(0, len(where) - 1))
         where[at] = draw(st.sampled_from([
-            "", where[at][:-1], where[at] + where[at], where[at].replace('": "t', '": "t\ud800'), "null", "[]", "{}", where[at] + ",x",
-            where[at].replace("_id", "id"), where[at].replace('"text": "', '"text": ["'), "x" * 300, "PAR1", where[at] + "\t9",
+            "", where[at][:-1], where[at] + where[at], where[at].replace('": "t', '": "t\ud800'), "null",
+            "[]", "{}", where[at] + ",x", where[at].replace("_id", "id"),
+            where[at].replace('"text": "', '"text": ["'), "x" * 300, "PAR1", where[at] + "\t9",
         ]))  # fmt: skip
     end = draw(st.sampled_from(["\n", "\r\n"]))
     mark = draw(st.sampled_from(["", "\ufeff"]))

@@ -1,4 +1,5 @@
-"""Which texts are one text: spellings that readers do not see are, other words, numbers and symbols are not."""
+"""Which texts are one text: spellings that readers do not see are, other words, numbers and symbols are
+not."""
 
 import unicodedata
 

@@ -21,7 +21,8 @@ def words(count: int, seed: int) -> str:
 
 ROWS = [
     {"query": f"question number {i}", "pos": [words(5, i), words(30 if i == 3 else 6, i + 1)],
-     "neg": [words(4 + (i * j) % 9 + (40 if (i, j) in ((5, 2), (9, 0), (9, 4)) else 0), i + j + 50) for j in range(i % 6)]}
+     "neg": [words(4 + (i * j) % 9 + (40 if (i, j) in ((5, 2), (9, 0), (9, 4)) else 0),
+                     i + j + 50) for j in range(i % 6)]}
     for i in range(12)
 ]  # fmt: skip
 

@@ -423,7 +423,9 @@ PLANTED = {
     "whole values in messages": (ours, "short", repr),
     "lines split at U+2028": (
         lines, "raw_lines",
-        lambda path, _: enumerate((s.encode() for s in path.read_bytes().decode("utf-8", "replace").splitlines()), 1),
+        lambda path, _: enumerate(
+            (s.encode() for s in path.read_bytes().decode("utf-8", "replace").splitlines()), 1
+        ),
     ),
     "bad rows skipped": (ours, "json_lines", _skipping),
 }  # fmt: skip

@@ -250,7 +250,8 @@ def test_prepare_in_three_processes_at_once(config, tokenizer_folder, tmp_path):
     line."""
     command = [
         sys.executable, str(ROOT / "launch" / "prepare.py"), "--tokenizer", str(tokenizer_folder),
-        "--data.datasets", json.dumps([{"path": config.datasets[0].path}]), "--data.cache_dir", config.cache_dir,
+        "--data.datasets", json.dumps([{"path": config.datasets[0].path}]), "--data.cache_dir",
+        config.cache_dir,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {

@@ -127,8 +127,8 @@ def test_a_corpus_is_never_in_memory(tmp_path, reader):
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
     root = Path(__file__).resolve().parents[2]
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, reader, str(folder)], cwd=root, capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
+        [sys.executable, "-c", MEASURE, reader, str(folder)], cwd=root, capture_output=True, text=True,
+        check=True, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     grown, characters = json.loads(run.stdout)
     assert characters == 400 * (size // 7 * 7)

@@ -26,8 +26,9 @@ from nemo_embed_core.data.tokenizer import (
 )
 from nemo_embed_core.errors import DataError, UserError
 
-PARTS = ["a", "aa", " ", "  ", "\n", "\t", "-", "--", "====", "é", "日本", "▁", "the", " the", "<s>", "</s>", "<unk>", "<pad>",
-         "<0x0A>", "0", "17", "\u2028", "\u00a0", "😀", "ﬁ", "½", "e\u0301", "\0", "self.", "def "]  # fmt: skip
+PARTS = ["a", "aa", " ", "  ", "\n", "\t", "-", "--", "====", "é", "日本", "▁", "the", " the", "<s>", "</s>",
+         "<unk>", "<pad>", "<0x0A>", "0", "17", "\u2028", "\u00a0", "😀", "ﬁ", "½", "e\u0301", "\0",
+         "self.", "def "]  # fmt: skip
 
 
 def many_texts(count: int, seed: int = 0) -> list[str]:
@@ -179,7 +180,7 @@ def test_files_for_export_and_digest(tokenizer_folder, tmp_path):
 
 
 def test_long_lines_are_trained_on_not_skipped(tmp_path):
-    """sentencepiece leaves out sentences above its limit in silence; ours are cut into shorter ones instead."""
+    """sentencepiece silently leaves out sentences above its limit; ours are cut into shorter ones."""
     line = "zebra crossing " * 2000  # 30 kB in one line
     tokenizer = train_sentencepiece([line], 280, tmp_path)
     assert len(tokenizer.encode(["zebra"], 99)[0]) <= 3
@@ -226,9 +227,9 @@ def test_truncated_sentencepiece_model_is_refused_at_any_byte(tokenizer_folder, 
 
 def test_user_defined_pieces_are_refused_not_mangled(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the text of a page and the end of it"] * 9), model_prefix=str(tmp_path / "m"),
-        vocab_size=290, model_type="bpe", byte_fallback=True, user_defined_symbols=["<sep>"], minloglevel=2,
-        hard_vocab_limit=False,
+        sentence_iterator=iter(["the text of a page and the end of it"] * 9),
+        model_prefix=str(tmp_path / "m"), vocab_size=290, model_type="bpe", byte_fallback=True,
+        user_defined_symbols=["<sep>"], minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"'<sep>' is user-defined"):
         load_tokenizer(tmp_path / "m.model")
@@ -236,8 +237,9 @@ def test_user_defined_pieces_are_refused_not_mangled(tmp_path):
 
 def test_unigram_models_are_refused_not_approximated(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the text of a page and the end of it"] * 9), model_prefix=str(tmp_path / "m"),
-        vocab_size=40, model_type="unigram", minloglevel=2, hard_vocab_limit=False,
+        sentence_iterator=iter(["the text of a page and the end of it"] * 9),
+        model_prefix=str(tmp_path / "m"), vocab_size=40, model_type="unigram", minloglevel=2,
+        hard_vocab_limit=False,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"a unigram model: only BPE"):
         load_tokenizer(tmp_path / "m.model")

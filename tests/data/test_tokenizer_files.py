@@ -72,15 +72,20 @@ def test_the_same_tokenizer_in_other_bytes_is_the_same(other):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (content(lambda raw: raw["model"]["vocab"].update(a=1, b=0)), "vocabulary differs in 2 of 6 entries: 'a' is 0 and 1"),
-        (content(lambda raw: raw["model"]["merges"].reverse()), 'merges (3 and 3) differ from rank 0 on: ["a", "b"] and ["ab", "c"]'),
-        (content(lambda raw: raw["model"]["merges"].pop()), 'merges (3 and 2) differ from rank 2 on: ["ab", "c"] and nothing'),
-        (content(setup=lambda t: setattr(t, "normalizer", normalizers.NFD())), 'normalizer is [{"type": "NFC"}] and [{"type": "NFD"}]'),
+        (content(lambda raw: raw["model"]["vocab"].update(a=1, b=0)), "vocabulary differs in 2 of 6 entries: "
+        "'a' is 0 and 1"),
+        (content(lambda raw: raw["model"]["merges"].reverse()), 'merges (3 and 3) differ from rank 0 on: '
+        '["a", "b"] and ["ab", "c"]'),
+        (content(lambda raw: raw["model"]["merges"].pop()), 'merges (3 and 2) differ from rank 2 on: ["ab", '
+        '"c"] and nothing'),
+        (content(setup=lambda t: setattr(t, "normalizer", normalizers.NFD())), 'normalizer is [{"type": '
+        '"NFC"}] and [{"type": "NFD"}]'),
         (content(lambda raw: raw.update(normalizer=None)), 'normalizer is [{"type": "NFC"}] and []'),
         (content(lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True)), "pre_tokenizer is "),
         (content(setup=template("<s> $A </s>")), "'ids after a text' is [] and [7]"),
         (content(lambda raw: raw.update(post_processor=None)), "'ids before a text' is [6] and []"),
-        (content(setup=lambda t: t.add_tokens(["new"])), "added tokens differs in 1 of 3 entries: 'new' is null and {"),
+        (content(setup=lambda t: t.add_tokens(["new"])), "added tokens differs in 1 of 3 entries: "
+        "'new' is null and {"),
         (content(lambda raw: raw["added_tokens"][1].update(special=False)), "'</s>' is {"),
         (content(lambda raw: raw["model"].update(ignore_merges=True)), "model differs in 1 of "),
     ],
@@ -142,8 +147,10 @@ def test_what_only_tokenizer_config_says_is_said_at_the_start(config, says):
     [
         (files(content(lambda raw: raw["model"].update(dropout=0.1))), r"model.dropout is 0.1"),
         (files(pad_token="<pad>"), r"names pad_token '<pad>', which tokenizer.json does not have"),
-        (files(content(lambda raw: raw.update(added_tokens=[], post_processor=None)), bos_token=None, eos_token=None), "no special token"),
-        ({"tokenizer.json": content(), "tokenizer_config.json": b"{"}, "tokenizer_config.json is not valid JSON"),
+        (files(content(lambda raw: raw.update(added_tokens=[], post_processor=None)), bos_token=None,
+               eos_token=None), "no special token"),
+        ({"tokenizer.json": content(), "tokenizer_config.json": b"{"},
+        "tokenizer_config.json is not valid JSON"),
         ({"tokenizer.json": content(), "tokenizer_config.json": b"[]"}, "must hold an object"),
     ],
 )  # fmt: skip

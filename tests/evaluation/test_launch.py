@@ -110,7 +110,7 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
         launcher.run(tmp_path / "e.json", **options, prompt_name="wiki")
 
 
-# ------------------------------------------------------------------------------------------ mteb's own figures
+# ----------------------------------------------------------------------------------------- mteb's own figures
 
 
 def mteb_figures(folder: Path, task_name: str, corpus, queries, qrels) -> list[float]:
@@ -277,7 +277,7 @@ def test_a_checkpoint_its_export_and_sentence_transformers_give_one_figure(launc
     assert figures(without[config.output_dir]) != figures(own), "instructions and lengths must matter"
 
 
-# ------------------------------------------------------------------------------------------ before any text is encoded
+# --------------------------------------------------------------------------------- before any text is encoded
 
 
 class Encoded(AssertionError):
@@ -369,7 +369,7 @@ def test_wrong_options_are_refused_before_the_first_text_is_encoded(
         EvaluateConfig(data=str(beir), query_max_length=0)
 
 
-# ------------------------------------------------------------------------------------------ what is said of the data
+# ----------------------------------------------------------------------------------- what is said of the data
 
 
 def test_a_query_that_is_its_own_document_is_warned_about_and_left_out_when_told_to(

@@ -19,7 +19,8 @@ import json, resource, sys
 from nemo_embed_core.data import tokenizer
 from nemo_embed_core.evaluation import retrieval
 from nemo_embed_core.evaluation.run import evaluate
-retrieval.PIECE_CHARACTERS, tokenizer.BATCH_CHARACTERS = 1 << 20, 1 << 18  # so that the texts need not be many
+# So that the texts need not be many.
+retrieval.PIECE_CHARACTERS, tokenizer.BATCH_CHARACTERS = 1 << 20, 1 << 18
 peaks = []
 for data in sys.argv[2:]:
     evaluate([sys.argv[1], "bm25"], data, device="cpu")

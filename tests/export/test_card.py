@@ -182,7 +182,8 @@ def test_a_hub_id_is_written_only_where_the_hub_cache_says_it(tmp_path):
 
 def test_a_card_of_ours_hands_base_model_and_licence_on(tmp_path):
     first = card_of(run(tmp_path / "run", init_from=str(base_model(
-        tmp_path / "models--meta-llama--Llama-3.1-8B" / "snapshots" / "0", **{"README.md": "---\nlicense: llama3.1\n---\n"}
+        tmp_path / "models--meta-llama--Llama-3.1-8B" / "snapshots" / "0",
+        **{"README.md": "---\nlicense: llama3.1\n---\n"}
     ))))  # fmt: skip
     export = base_model(tmp_path / "export", **{"README.md": first})
     front = yaml.safe_load(card_of(run(tmp_path / "next", init_from=str(export))).split("---")[1])

@@ -117,7 +117,8 @@ def test_remote_code_is_ours_short_and_self_contained():
     """It runs on other people's machines: nothing but torch and transformers, and the classes that auto_map
     names."""
     tree = ast.parse(REMOTE_CODE.read_text())
-    imports = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
+    imports = {node.module if isinstance(node, ast.ImportFrom)
+               else node.names[0].name for node in ast.walk(tree)
                if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
     llama = "transformers.models.llama"
     assert imports == {"torch", f"{llama}.configuration_llama", f"{llama}.modeling_llama"}

@@ -118,7 +118,10 @@ def exports(tmp_path_factory) -> dict[tuple[str, str], Path]:
 
 def versions(python: Path) -> dict[str, str]:
     names = ("transformers", "sentence_transformers", "torch")
-    code = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names}}}))"
+    code = (
+        "import json; from importlib.metadata import version; "
+        f"print(json.dumps({{n: version(n) for n in {names}}}))"
+    )
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -210,7 +213,8 @@ def test_compat_is_right_in_every_version_and_native_since_5_2(exports, tmp_path
     header += ["sentence-transformers", "queries", "documents", "other tokens", "flash"]
     with capsys.disabled():
         print(
-            f"\n\nLargest difference of a coordinate from our embedder, {len(TEXTS)} texts, fp32, torch {torch.__version__};"
+            f"\n\nLargest difference of a coordinate from our embedder, {len(TEXTS)} texts, fp32, "
+            f"torch {torch.__version__};"
         )
         print("flash: its path with a stand-in for the kernel (flash_stand_in.py), against eager attention\n")
         for row in [header, ["---"] * len(header), *rows]:

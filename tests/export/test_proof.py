@@ -226,7 +226,7 @@ def test_a_causal_folder_is_caught_by_its_hidden_states(folder, warm):
         verify_folder(folder)
 
 
-# ------------------------------------------------------------------------------------------ code in the folder
+# ----------------------------------------------------------------------------------------- code in the folder
 
 # In the manner of the published Llama-Embed-Nemotron-8B: the layers are told that they are not causal, and a
 # method that made the mask until transformers 4.52 is overridden. Newer versions never call it.
@@ -319,12 +319,14 @@ def test_any_way_to_other_code_is_refused(compat, tmp_path, no_reload, file, con
 @pytest.mark.parametrize(
     ("good_line", "planted", "message"),
     [
-        ("attention_mask[:, None, None, :].to(mask.device) == 0", "mask > 0", "transformers and our encoder disagree"),
+        ("attention_mask[:, None, None, :].to(mask.device) == 0", "mask > 0", "transformers and our "
+        "encoder disagree"),
         # Right as long as the padding is on the right.
         ("attention_mask[:, None, None, :].to(mask.device) == 0",
          "(attention_mask[:, None, None, :] == 0) & (torch.arange(length) > 0)",
          "padded on the right and padded on the left disagree"),
-        ("mask.expand(num_texts, 1, length, length)", "mask - 1e9 * torch.ones(length, length).triu(1)", "causal mask in 8"),
+        ("mask.expand(num_texts, 1, length, length)", "mask - 1e9 * torch.ones(length, length).triu(1)",
+        "causal mask in 8"),
     ],
 )  # fmt: skip
 def test_a_bug_planted_in_our_remote_code_is_caught(compat, tmp_path, warm, good_line, planted, message):
@@ -653,12 +655,15 @@ def anybodys(good, tmp_path_factory) -> Path:
 
 
 def as_sentence_transformers_6(plain: Path, folder: Path, **pooling) -> Path:
-    """As sentence_transformers 6.2 saves it: other module names, the short pooling config, no max_seq_length."""
+    """As sentence_transformers 6.2 saves it: other module names, short pooling config, no max_seq_length."""
     shutil.copytree(plain, folder)
     (folder / "1_Pooling").mkdir()
     files = {
         "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+            {
+                **{"idx": 0, "name": "0", "path": ""},
+                "type": "sentence_transformers.base.modules.transformer.Transformer",
+            },
             {
                 **{"idx": 1, "name": "1", "path": "1_Pooling"},
                 "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
@@ -673,7 +678,8 @@ def as_sentence_transformers_6(plain: Path, folder: Path, **pooling) -> Path:
             "module_output_name": "token_embeddings",
         },
         "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer", "prompts": {"query": "q: ", "document": "d: "}, "similarity_fn_name": "cosine",
+            "model_type": "SentenceTransformer", "prompts": {"query": "q: ", "document": "d: "},
+            "similarity_fn_name": "cosine",
         },
     }  # fmt: skip
     for name, value in files.items():
@@ -778,7 +784,10 @@ def test_texts_of_which_the_folder_makes_special_tokens_are_left_out_and_counted
     path = as_sentence_transformers_6(path, tmp_path / "special-st6")
     out, err, code = checked(path, capsys)
     assert code == 0, err
-    agree = "transformers, sentence-transformers agree on 21 texts, our encoder with them on 18 of these, and 4 with the"
+    agree = (
+        "transformers, sentence-transformers agree on 21 texts, "
+        "our encoder with them on 18 of these, and 4 with the"
+    )
     assert f"vectors: {agree} prompts of each side\n" in out
 
 

@@ -1,4 +1,4 @@
-"""Mining on a device gives the bits that a CPU gives: the search by every method, and the CUDA top-k alone."""
+"""Mining on a device gives the bits of a CPU: the search by every method, and the CUDA top-k alone."""
 
 import importlib.util
 from pathlib import Path

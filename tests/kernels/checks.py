@@ -121,13 +121,14 @@ def check(
         if (error > budget).any():
             worst = int((error / budget).argmax())
             raise AssertionError(
-                f"{name}, row {worst} of {error.numel()}: error {error.flatten()[worst]:.2e} is above the budget "
+                f"{name}, row {worst} of {error.numel()}: error {error.flatten()[worst]:.2e} is above "
+                f"the budget "
                 f"{budget.flatten()[worst]:.2e} (plain torch {lost.flatten()[worst]:.2e})"
             )
 
 
 def check_twice(kernel: Callable, inputs: dict[str, torch.Tensor]) -> None:
-    """Same input, same bits: on a GPU, where programs run in any order; the interpreter runs them one by one."""
+    """Same input, same bits: on a GPU, where programs run in any order; the interpreter has one order."""
     if all(x.device.type == "cpu" for x in inputs.values()):
         return
     first, second = outputs_and_gradients(kernel, inputs), outputs_and_gradients(kernel, inputs)
@@ -140,7 +141,7 @@ def noise(*shape: int, dtype: str, device: str, unit: bool = False) -> torch.Ten
     return (F.normalize(x, dim=-1) if unit else x).to(device, DTYPES[dtype])
 
 
-# ------------------------------------------------------------------------------------------ the glue between GEMMs
+# ------------------------------------------------------------------------------------- the glue between GEMMs
 
 
 def rms_norm(module, T, D, residual, dtype="fp32", device="cpu"):
@@ -274,7 +275,7 @@ def mean_pool(module, lengths, D, normalize, padding=3, dtype="fp32", device="cp
     check_twice(run(module.mean_pool_kernel), inputs)
 
 
-# ------------------------------------------------------------------------------------------ the contrastive loss
+# --------------------------------------------------------------------------------------- the contrastive loss
 
 
 def info_nce_hard(module, B, M, D, temperature=0.05, normalize=False, dtype="fp32", device="cpu"):

@@ -3,9 +3,10 @@ costs.
 
     PYTHONPATH=. python tests/kernels/compile_sm90.py [--recipe] [rms_norm rope ...]
 
---recipe: the shapes of the 8B recipe only. The launchers themselves run, on uninitialised CPU tensors of real model shapes; instead of launching, the kernel with its
-argument types, constants and options is written down. So what is compiled is what runs, in every configuration of the
-tables, and a new kernel cannot be forgotten. One line per compiled kernel, then one JSON line with all of them.
+--recipe: the shapes of the 8B recipe only. The launchers themselves run, on uninitialised CPU tensors of real
+model shapes; instead of launching, the kernel with its argument types, constants and options is written down.
+So what is compiled is what runs, in every configuration of the tables, and a new kernel cannot be forgotten.
+One line per compiled kernel, then one JSON line with all of them.
 """
 
 from __future__ import annotations
@@ -237,8 +238,10 @@ def main() -> None:
         rows.append(row)
         shown = " ".join(f"{k}={v}" for k, v in row["constants"].items())
         print(
-            f"{name:26s} {dtype:5s} warps {num_warps:2d} registers {row['registers']:3d} spills {row['spills']:3d} "
-            f"shared {row['shared']:6d} {'wgmma' if row['wgmma'] else '     '} {'vec' if row['vectors'] else '   '} "
+            f"{name:26s} {dtype:5s} warps {num_warps:2d} registers {row['registers']:3d} spills "
+            f"{row['spills']:3d} "
+            f"shared {row['shared']:6d} {'wgmma' if row['wgmma'] else '     '} "
+            f"{'vec' if row['vectors'] else '   '} "
             f"{time.perf_counter() - begin:5.2f} s  {shown}",
             flush=True,
         )

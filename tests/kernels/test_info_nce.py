@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nemo_embed_core.kernels import info_nce
 from nemo_embed_core.kernels.info_nce import in_batch_logsumexp, info_nce_hard, info_nce_in_batch
 
-# ------------------------------------------------------------------------------------------ kernels, interpreted
+# --------------------------------------------------------------------------------------- kernels, interpreted
 
 
 @pytest.mark.parametrize("normalize", [False, True])

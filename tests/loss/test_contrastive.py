@@ -76,7 +76,7 @@ def some_known(g: Groups) -> Groups:
 
 @pytest.mark.parametrize("in_batch, rows", [("none", {4}), ("positives", {0, 2, 4}), ("all", {0, 2, 4})])
 def test_documents_that_a_row_knows_are_none_of_its_negatives(group, in_batch: str, rows: set[int]) -> None:
-    """And of no other row: that row 2 knows row 0's positive says nothing of row 0, nor of who knows row 2's."""
+    """Of no other row: that row 2 knows row 0's positive says nothing of row 0, nor of who knows row 2's."""
     g = some_known(random_groups())
     docs = g.docs_BMD.requires_grad_()
     got = contrastive_loss(g, 0.05, in_batch, group, 0)
@@ -113,7 +113,8 @@ def test_missing_negatives_weigh_nothing(group) -> None:
 
 
 def test_scores_are_fp32_for_bf16_embeddings(group) -> None:
-    """bf16 logits at temperature 0.02 would leave 75 distinct values of 1,280 (and ties with the positive)."""
+    """bf16 logits at temperature 0.02 would leave 75 distinct values of 1,280 (some tie with the
+    positive)."""
     g = random_groups()
     half = Groups(g.q_BD.bfloat16(), g.docs_BMD.bfloat16(), g.mask_BM, g.ids_BM)
     exact = Groups(half.q_BD.double(), half.docs_BMD.double(), g.mask_BM, g.ids_BM)

@@ -214,7 +214,7 @@ def test_a_missing_or_doubled_piece_is_found(tmp_path: Path) -> None:
         check_coverage(tmp_path, "w", [3, 4], pieces)
 
 
-# ------------------------------------------------------------------------------------------ weights, slerp, soup
+# --------------------------------------------------------------------------------------- weights, slerp, soup
 
 
 def launcher(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
@@ -341,7 +341,8 @@ SCORE = """
 import json, sys, pathlib
 from safetensors import safe_open
 folder = pathlib.Path(sys.argv[1])
-assert (folder / "tokenizer.json").is_file() and json.loads((folder / "config.json").read_text())["is_causal"] is False
+assert (folder / "tokenizer.json").is_file()
+assert json.loads((folder / "config.json").read_text())["is_causal"] is False
 value = safe_open(folder / "model.safetensors", "np").get_tensor("norm.weight")[0].item()
 print("loading ...")
 print(-abs(value - 1.6))
@@ -629,7 +630,8 @@ def test_what_a_run_was_trained_with_travels_to_its_export(
     launcher(monkeypatch, tmp_path / "saved", "-o", tmp_path / "out")
     settings = json.loads((tmp_path / "out/config_sentence_transformers.json").read_text())
     a, b = ({"q": f"Instruct: find {n}\nQuery: ", "d": f"Instruct: {d}\nQuery: "} for n, d in ("a1", "b "))
-    assert settings["prompts"] == {"query": a["q"], "document": a["d"], "a": a["q"], "a-document": a["d"], "b": b["q"],
+    assert settings["prompts"] == {"query": a["q"], "document": a["d"], "a": a["q"], "a-document": a["d"],
+    "b": b["q"],
                                    "b-document": b["d"]}  # fmt: skip
     assert json.loads((tmp_path / "out/sentence_bert_config.json").read_text())["max_seq_length"] == 40
     usage = resolve(tmp_path / "out").usage
@@ -721,7 +723,8 @@ def test_a_file_size_limit_ends_a_merge_as_a_full_disk_does(three: list[Path], t
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     (source / "tokenizer.json").write_text(json.dumps(tokenizer) + " " * 3_000_000)
     for limit, place in ((100_000, "the weights"), (2_000_000, "the tokenizer")):
-        code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import sys; sys.argv = sys.argv[1:]"
+        code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+        code += "; import sys; sys.argv = sys.argv[1:]"
         code += "; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
         command = [
             sys.executable,

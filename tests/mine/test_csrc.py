@@ -126,8 +126,9 @@ def on_host(
     kind = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}[scores.dtype]
     return host.host_topk(
         len(scores), threads, order, kind, pointer(scores), ctypes.c_longlong(scores.stride(0)),
-        ctypes.c_longlong(scores.shape[1]), pointer(row_scale), pointer(col_scale), pointer(row_add), pointer(ceilings),
-        pointer(indptr), pointer(excluded), ctypes.c_longlong(first_id), pointer(keys), pointer(ids), keys.shape[1],
+        ctypes.c_longlong(scores.shape[1]), pointer(row_scale), pointer(col_scale), pointer(row_add),
+        pointer(ceilings), pointer(indptr), pointer(excluded), ctypes.c_longlong(first_id), pointer(keys),
+        pointer(ids), keys.shape[1],
     )  # fmt: skip
 
 
@@ -135,9 +136,9 @@ def merge_on_host(
     host, order, threads, keys, columns, counts, state_keys, state_ids, first_id, indptr, excluded
 ):
     return host.host_merge(
-        len(keys), threads, order, pointer(keys), pointer(columns), ctypes.c_longlong(keys.shape[1]), pointer(counts),
-        pointer(indptr), pointer(excluded), ctypes.c_longlong(first_id), pointer(state_keys), pointer(state_ids),
-        state_keys.shape[1],
+        len(keys), threads, order, pointer(keys), pointer(columns), ctypes.c_longlong(keys.shape[1]),
+        pointer(counts), pointer(indptr), pointer(excluded), ctypes.c_longlong(first_id), pointer(state_keys),
+        pointer(state_ids), state_keys.shape[1],
     )  # fmt: skip
 
 

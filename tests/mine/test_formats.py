@@ -63,7 +63,7 @@ def test_flagembedding_reads_every_written_row_under_all_its_options(mined, tmp_
 
 
 def test_tevatron_reads_the_texts_as_they_are(mined, tmp_path):
-    """The examples of Tevatron 2 (retriever/dataset.py) and of 0.1 (datasets/preprocessor.py), followed here."""
+    """The examples of Tevatron 2 (retriever/dataset.py) and 0.1 (datasets/preprocessor.py), followed here."""
     counts = convert(mined, tmp_path / "out.jsonl", "tevatron", prompt="P ", document_prompt="D ")
     assert counts == {"rows": 2, "left_out": 1}
 

@@ -288,7 +288,7 @@ def test_duplicates_by_case_and_whitespace_are_neither_returned_nor_searched_twi
     assert (report["documents"], report["duplicates_removed"]) == (5, 2)
 
 
-# ------------------------------------------------------------------------------------------ against brute force
+# ---------------------------------------------------------------------------------------- against brute force
 
 
 def drawn_rows(kind: str, seed: int) -> tuple[list[Row], dict[str, np.ndarray], int]:
@@ -332,7 +332,7 @@ def drawn_rows(kind: str, seed: int) -> tuple[list[Row], dict[str, np.ndarray], 
 
 
 def brute_force(rows, vectors, k, threshold):
-    """[(texts, scores)] per row: fp64 products of the fp32 rows, rounded to fp32; ties by first appearance."""
+    """[(texts, scores)] per row: fp64 products of fp32 rows, rounded to fp32; ties by first appearance."""
     first_of = {}
     for text in (t for row in rows for t in (*row.pos, *row.neg)):
         first_of.setdefault(" ".join(text.split()).casefold(), text)
@@ -436,9 +436,10 @@ def test_sweep_searches_again_only_where_the_first_list_does_not_reach_down(tmp_
 
 def test_shares_by_script_add_up_and_scripts_are_told_by_their_letters(tmp_path):
     for text, want in [
-        ("how do plants eat?", "Latin"), ("как едят растения", "Cyrillic"), ("植物はどうやって食べますか", "Kana"),
-        ("植物如何进食", "Han"), ("나무는", "Hangul"), ("ｆｕｌｌ", "Latin"), ("123 + 4?", "no letters"), ("été ñ", "Latin"),
-        ("من أنت", "Arabic"), ("GPU の", "Latin"),
+        ("how do plants eat?", "Latin"), ("как едят растения", "Cyrillic"),
+        ("植物はどうやって食べますか", "Kana"),
+        ("植物如何进食", "Han"), ("나무는", "Hangul"), ("ｆｕｌｌ", "Latin"), ("123 + 4?", "no letters"),
+        ("été ñ", "Latin"), ("من أنت", "Arabic"), ("GPU の", "Latin"),
     ]:  # fmt: skip
         assert script(text) == want, text
     rows = [

@@ -202,7 +202,7 @@ def test_tokens_that_fill_the_length_have_the_key_of_what_is_left(tmp_path):
     assert json.loads((tmp_path / "00001.json").read_text())["full"] == base64.b64encode(b"\1\0\0\0").decode()
 
 
-# ------------------------------------------------------------------------------------------ given negatives, ids
+# --------------------------------------------------------------------------------------- given negatives, ids
 
 
 def test_given_negatives_are_kept_first_when_asked_and_counted_when_not(tmp_path):
@@ -301,7 +301,8 @@ def test_no_written_negative_reaches_the_written_ceiling_and_those_that_rounding
     assert (scores < limit).all() and len(scores) == 60
     error = {"float16": 2.0**-10 + 2.0**-24 * 2**0.5, "float32": 0.0}[dtype]
     assert report["storage"] == {
-        "dtype": dtype, "score_error": error, "negatives_within_it": int((limit - scores <= 2.1 * error).sum()) if error else 0,
+        "dtype": dtype, "score_error": error,
+        "negatives_within_it": int((limit - scores <= 2.1 * error).sum()) if error else 0,
     }  # fmt: skip
     # The model's own scores, before rounding, of those that count as safe are below the ceiling of the
     # model's own score.
@@ -310,7 +311,7 @@ def test_no_written_negative_reaches_the_written_ceiling_and_those_that_rounding
     assert (true[safe] < 0.9 * np.cos(0.2)).all() and (dtype == "float32" or 0 < safe.sum() < 60)
 
 
-# ------------------------------------------------------------------------------------------ whatever the ranks, in little memory
+# ----------------------------------------------------------------------- whatever the ranks, in little memory
 
 
 @pytest.mark.parametrize("keep", [False, True])

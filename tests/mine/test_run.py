@@ -151,7 +151,8 @@ def test_a_checkpoint_is_mined_with_the_instruction_and_lengths_that_it_was_trai
     data = [{"path": miner.data, "task": "find it", "document_task": "a text"}]
     shape = [a for a in miner.shape if a.startswith("--model.")]
     made = miner.run(
-        ["launch/train.py", "--output_dir", str(tmp_path / "run"), "--tokenizer", str(miner.folder / "tokenizer"),
+        ["launch/train.py", "--output_dir", str(tmp_path / "run"), "--tokenizer",
+        str(miner.folder / "tokenizer"),
          "--steps", "0", "--device", "cpu", "--global_batch_size", "8", "--data.datasets", json.dumps(data),
          "--data.query_max_length", "40", "--data.document_max_length", "56", *shape]
     )  # fmt: skip
@@ -182,7 +183,7 @@ def test_a_checkpoint_is_mined_with_the_instruction_and_lengths_that_it_was_trai
     assert not list(tmp_path.glob("no.jsonl*")), "nothing was encoded"
 
 
-# ------------------------------------------------------------------------------------------ one run, one knowledge
+# ------------------------------------------------------------------------------------- one run, one knowledge
 
 
 def test_what_another_data_set_of_the_run_judges_relevant_is_never_a_negative(tmp_path, monkeypatch):
@@ -264,7 +265,7 @@ def test_the_corpus_can_be_the_only_pool(tmp_path, monkeypatch):
         MineConfig(model="m", data="d", output="o", pool="corpus")
 
 
-# ------------------------------------------------------------------------------------------ before anything is encoded
+# --------------------------------------------------------------------------------- before anything is encoded
 
 
 def test_every_file_is_read_before_the_first_is_mined_and_all_bad_lines_are_named(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def unsynced(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda file: None)
 
 
-# ------------------------------------------------------------------------------------------ sentence-transformers
+# -------------------------------------------------------------------------------------- sentence-transformers
 
 
 def write_bert(folder: Path, prompts: dict[str, str] | None = None) -> Path:
@@ -156,7 +156,7 @@ class OnlyDlpack:
 
 
 def embedded(rows):
-    """(document texts, vectors, query texts, vectors) in an order of their own, with texts that no run needs."""
+    """(document texts, vectors, query texts, vectors) in another order, with texts that no run needs."""
     embedder, rng = FakeEmbedder(), np.random.default_rng(3)
     documents = [*{t for r in rows for t in (*r.pos, *r.neg)}, "not needed"]
     queries = [*{r.query for r in rows}, "not needed either"]

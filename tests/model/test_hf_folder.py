@@ -120,7 +120,7 @@ def theirs(path: Path) -> torch.Tensor:
     return hidden(AutoModel.from_pretrained(path, config=config, attn_implementation="eager"))
 
 
-# ------------------------------------------------------------------------------------------ read as transformers reads it
+# ------------------------------------------------------------------------------ read as transformers reads it
 
 READ: dict[str, Callable[[Path], Any]] = {
     "as saved": lambda f: None,

@@ -34,8 +34,8 @@ def config_of(folder: Path, layout: tuple, name: str) -> Any:
     parallel = {"tp_size": tp, "sequence_parallel": sp, "dp_size": dp}
     loss = {"temperature": TEMPERATURE}
     return train_config(
-        folder, init_from=str(folder / "model"), output_dir=str(folder / name), precision="bf16", global_batch_size=ROWS,
-        parallel=parallel, loss=loss,
+        folder, init_from=str(folder / "model"), output_dir=str(folder / name), precision="bf16",
+        global_batch_size=ROWS, parallel=parallel, loss=loss,
     )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def _whole_batch_loss(
 
 
 def without_padding(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor of global `shape` out of the one that the ranks hold together; what lies behind it is zero."""
+    """The tensor of global `shape` out of the one that the ranks hold together; the padding is zero."""
     inside = tensor[tuple(slice(0, n) for n in shape)].clone()
     assert tensor.count_nonzero() == inside.count_nonzero(), (
         f"{tensor.shape=} {shape=}: the padding is not zero"

@@ -31,8 +31,9 @@ def _inputs() -> dict[str, torch.Tensor]:
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     return {
-        "x": randn(T, D), "wide": randn(T, E), "w_column": randn(E, D), "w_row": randn(D, E), "table": randn(V, D),
-        "norm": randn(D), "dy_column": randn(T, E), "dy_row": randn(T, D), "ids": torch.arange(T) * 7 % V,
+        "x": randn(T, D), "wide": randn(T, E), "w_column": randn(E, D), "w_row": randn(D, E),
+        "table": randn(V, D), "norm": randn(D), "dy_column": randn(T, E), "dy_row": randn(T, D),
+        "ids": torch.arange(T) * 7 % V,
     }  # fmt: skip
 
 

@@ -28,7 +28,8 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 # Of a row's largest value, and of the tensor's: what rounding loses of a row that is nearly cancelled.
 TOLERANCE = {"fp64": (1e-11, 1e-13), "fp32": (1e-4, 1e-5)}
 LAYOUTS = [  # tp_size, sequence_parallel, dp_size
-    (1, False, 1), (2, True, 1), (2, False, 1), (1, False, 2), (4, True, 1), (2, True, 2), (2, False, 2), (1, False, 4),
+    (1, False, 1), (2, True, 1), (2, False, 1), (1, False, 2), (4, True, 1), (2, True, 2), (2, False, 2),
+    (1, False, 4),
 ]  # fmt: skip
 # 380 and 40: whole rows and whole MLP blocks on 4 ranks; 381 and 27: padding on 2 and on 4.
 MODELS = {"even": (380, 40), "odd": (381, 27)}
@@ -38,8 +39,8 @@ BASE: dict[str, Any] = {
     "steps": 3, "global_batch_size": 8, "seed": 3, "activation_checkpointing": False, "attention": "auto",
     "loss": {"temperature": 0.05, "in_batch": "positives"},
     "optim": {
-        "lr": 2e-3, "min_lr": 5e-4, "warmup_steps": 1, "weight_decay": 0.3, "beta1": 0.7, "beta2": 0.9, "eps": 1e-3,
-        "clip_norm": 0.5,
+        "lr": 2e-3, "min_lr": 5e-4, "warmup_steps": 1, "weight_decay": 0.3, "beta1": 0.7, "beta2": 0.9,
+        "eps": 1e-3, "clip_norm": 0.5,
     },
     "data": {"num_hard_negatives": 2, "query_max_length": 40, "document_max_length": 40, "max_tokens": 200},
     "parallel": {"reshard_after_forward": True},
@@ -47,11 +48,12 @@ BASE: dict[str, Any] = {
 # One option after the other is changed; True: so is the run.
 CHANGES: list[tuple[str, Any, bool]] = [
     ("steps", 4, True), ("global_batch_size", 12, True), ("seed", 4, True), ("loss.temperature", 0.3, True),
-    ("loss.in_batch", "none", True), ("loss.in_batch", "all", True), ("optim.lr", 1e-3, True), ("optim.min_lr", 1e-3, True),
-    ("optim.warmup_steps", 2, True), ("optim.warmup_steps", 0, True), ("optim.weight_decay", 0.0, True),
-    ("optim.beta1", 0.2, True), ("optim.beta2", 0.5, True), ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True),
-    ("optim.clip_norm", 0.25, True), ("optim.clip_norm", 1e6, True), ("data.num_hard_negatives", 1, True),
-    ("data.query_max_length", 19, True), ("data.document_max_length", 7, True), ("data.max_tokens", 4000, False),
+    ("loss.in_batch", "none", True), ("loss.in_batch", "all", True), ("optim.lr", 1e-3, True),
+    ("optim.min_lr", 1e-3, True), ("optim.warmup_steps", 2, True), ("optim.warmup_steps", 0, True),
+    ("optim.weight_decay", 0.0, True), ("optim.beta1", 0.2, True), ("optim.beta2", 0.5, True),
+    ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True), ("optim.clip_norm", 0.25, True),
+    ("optim.clip_norm", 1e6, True), ("data.num_hard_negatives", 1, True), ("data.query_max_length", 19, True),
+    ("data.document_max_length", 7, True), ("data.max_tokens", 4000, False),
     ("attention", "reference", False), ("activation_checkpointing", True, False),
     ("parallel.reshard_after_forward", False, False),
 ]  # fmt: skip
@@ -84,8 +86,9 @@ def mixed_cases() -> list[dict[str, Any]]:
             temperature = rng.choice([0.02 if in_batch == "none" else 0.005, 0.02, 0.1, 1.0])
             loss = {"temperature": temperature, "in_batch": in_batch}
             case = {
-                **BASE, "layout": layout, "model": rng.choice(["even", "odd"]), "dtype": "fp64", "seed": i, "steps": rng.choice([2, 3]), "optim": optim,
-                "data": {**BASE["data"], **data}, "loss": loss, "activation_checkpointing": rng.random() < 0.4,
+                **BASE, "layout": layout, "model": rng.choice(["even", "odd"]), "dtype": "fp64", "seed": i,
+                "steps": rng.choice([2, 3]), "optim": optim, "data": {**BASE["data"], **data}, "loss": loss,
+                "activation_checkpointing": rng.random() < 0.4,
                 "parallel": {"reshard_after_forward": rng.random() < 0.5},
             }  # fmt: skip
             if (
@@ -324,11 +327,12 @@ def test_every_option_changes_the_run_as_the_oracle_says(group: str, server: Ser
 def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
     """A new field of these must come into CHANGES, or be known here to decide no number of a step."""
     elsewhere = {
-        DataConfig: {"datasets", "cache_dir", "store", "on_long_row"}, ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "timeout_s"},
+        DataConfig: {"datasets", "cache_dir", "store", "on_long_row"},
+        ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "timeout_s"},
         LossConfig: set(), OptimConfig: set(),
         TrainConfig: {
-            "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike", "spike_zscore",
-            "log_every", "tensorboard", "loss", "optim", "data", "parallel",
+            "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",
+            "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data", "parallel",
         },
     }  # fmt: skip
     groups = {

@@ -51,7 +51,8 @@ def test_a_rank_that_hangs_is_named_and_says_where_it_stands(tmp_path: Path, wor
     """Its process lives and reports; the other waits for it in the collective of the same phase."""
     answer = run(worker, tmp_path, fail="step.micro_batch@4.0:sleep=300", fail_ranks=[1])
     assert answer.codes == [5, 5]
-    line = rf"rank 1 keeps the others waiting in 'forward 1/1' of step 5 \(last seen at {PLACE} in errors.py:\d+ failpoint, "
+    line = r"rank 1 keeps the others waiting in 'forward 1/1' of step 5 "
+    line += rf"\(last seen at {PLACE} in errors.py:\d+ failpoint, "
     assert re.search(rf"\[rank 0\] {line}", answer.stderr[0])
     assert re.search(rf"\[rank 1\] rank 0 ended the job first: {line}", answer.stderr[1])
     assert re.search(r"errors.py\", line \d+ in failpoint\n.*in _before", answer.stderr[1]), (
@@ -63,7 +64,8 @@ def test_a_rank_that_hangs_is_named_and_says_where_it_stands(tmp_path: Path, wor
 def test_a_rank_that_hangs_earlier_than_the_others_wait_is_named(tmp_path: Path, worker: Worker) -> None:
     answer = run(worker, tmp_path, fail="step.backward@4:sleep=300", fail_ranks=[0])
     assert answer.codes == [5, 5]
-    line = r"rank 0 did not reach 'totals' of step 5 \(last seen at 'grad norm' of step 5 in errors.py:\d+ failpoint, "
+    line = r"rank 0 did not reach 'totals' of step 5 "
+    line += r"\(last seen at 'grad norm' of step 5 in errors.py:\d+ failpoint, "
     assert re.search(rf"\[rank 1\] {line}", answer.stderr[1])
 
 

@@ -122,7 +122,7 @@ def test_killed_at_random_times_loses_and_repeats_no_row(tmp_path: Path, worker:
 
 @pytest.mark.dist
 def test_resume_under_other_layouts(tmp_path: Path, worker: Worker) -> None:
-    """tp 1 -> tp 2 -> dp 2: the weights that are loaded are those that were saved, the samples are the same."""
+    """tp 1 -> tp 2 -> dp 2: loaded weights are the saved ones, the samples are the same."""
     calm = config_for(tmp_path, "calm", checkpoint={"every": 10, "resume": "auto"})
     assert worker.run(calm) == [0]
     moved = config_for(tmp_path, "moved", checkpoint={"every": 3, "resume": "auto", "keep": 9})

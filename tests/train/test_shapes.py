@@ -26,7 +26,8 @@ torch.set_num_threads(1)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
-config = train_config(Path(sys.argv[1]), steps=1000, precision="bf16", data={"max_tokens": 2048}, on_spike="ignore")
+changes = {"steps": 1000, "precision": "bf16", "data": {"max_tokens": 2048}, "on_spike": "ignore"}
+config = train_config(Path(sys.argv[1]), **changes)
 with distributed(config.parallel, "cpu", MODEL) as mesh:
     trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
     shapes, forward = set(), trainer.engine.model.forward

@@ -150,7 +150,8 @@ def test_a_run_begun_before_rows_without_candidates_were_left_out_goes_on_with_t
 def test_a_keep_every_that_few_saves_meet_is_warned_of(tmp_path: Path, capsys) -> None:
     for every, keep_every, warned in ((4, 6, True), (4, 8, False), (4, 0, False)):
         prepare(train_config(tmp_path, checkpoint={"every": every, "keep_every": keep_every}))
-        assert ("keep_every=6 is no multiple of checkpoint.every=4: of the steps that are saved only every 12th is kept"
+        assert ("keep_every=6 is no multiple of checkpoint.every=4: "
+        "of the steps that are saved only every 12th is kept"
                 in capsys.readouterr().out) == warned  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def test_weight_decay_spares_the_norms(tmp_path: Path) -> None:
 
 
 def test_flops_of_llama_8b_per_token() -> None:
-    """41.87 GF of GEMM a token, 1.57 MF x length of attention (arithmetic from the shapes of Llama-3.1-8B)."""
+    """41.87 GF of GEMM a token, 1.57 MF x length of attention (from the shapes of Llama-3.1-8B)."""
     model = ModelConfig()
     assert abs(training_flops(model, 1, 0) / 41.87e9 - 1) < 1e-3
     assert training_flops(model, 0, 512 * 512) / 512 == 12 * 32 * 4096 * 512
