@@ -30,7 +30,8 @@ Row = tuple[str, str, str, str]  # option, type, default, meaning
 
 def rows(cls: type[Options], prefix: str = "") -> Iterator[Row]:
     """A row of each option, and of the keys of each object that an option takes."""
-    texts = {entry.arg_name: entry.description or "" for entry in parse_from_object(cls).params}
+    documented = [entry for base in cls.__mro__[:-1] for entry in parse_from_object(base).params]
+    texts = {entry.arg_name: entry.description or "" for entry in documented}
     kinds = types_of(cls)
     for field in dataclasses.fields(cls):
         name, kind = f"{prefix}{field.name}", kinds[field.name]

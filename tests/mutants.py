@@ -158,9 +158,9 @@ MUTANTS = [
     Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),
     # ---- mining
     Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),
-    Mutant("the margin is added", SELECTION, "lowest.astype(np.float64) - self.absolute_margin", "lowest.astype(np.float64) + self.absolute_margin", TEST_NEGATIVES),
-    Mutant("the best are not left out", SELECTION, "keep[:, : self.range_min] = False", "pass", TEST_NEGATIVES),
-    Mutant("min_score leaves out what equals it", SELECTION, "keep &= scores >= self.min_score", "keep &= scores > self.min_score", TEST_NEGATIVES),
+    Mutant("the margin is added", SELECTION, "lowest.astype(np.float64) - selection.absolute_margin", "lowest.astype(np.float64) + selection.absolute_margin", TEST_NEGATIVES),
+    Mutant("the best are not left out", SELECTION, "keep[:, : selection.range_min] = False", "pass", TEST_NEGATIVES),
+    Mutant("min_score leaves out what equals it", SELECTION, "keep &= scores >= selection.min_score", "keep &= scores > selection.min_score", TEST_NEGATIVES),
     Mutant("the best-scoring positive gives the ceiling", "nemo_embed_core/mine/negatives.py", "np.minimum.reduceat(scores", "np.maximum.reduceat(scores", TEST_NEGATIVES),
     Mutant("spelling variants are searched", POOL, '= self._append(text, exact, "variants")', '= self._append(text, exact, "")', TEST_NEGATIVES),
     Mutant("documents known from other data come back", POOL, "(key, *sorted(rows.known.of(key)))", "(key,)", "tests/mine/test_negatives.py tests/mine/test_launch.py"),

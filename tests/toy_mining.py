@@ -7,14 +7,16 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nemo_embed_core.config import Selection
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.negatives import mine_negatives
-from nemo_embed_core.mine.selection import Selection
+from nemo_embed_core.mine.pool import Pool
+from nemo_embed_core.mine.teachers import Teacher
 
 
 class Row(NamedTuple):
@@ -77,17 +79,26 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
+def pool_of(texts):
+    pool = Pool()
+    for text in texts:
+        pool.add(text)
+    return pool.close()
+
+
 def mine(rows, output, embedder=None, **options):
-    fields = {f.name for f in dataclasses.fields(Selection)}
-    selection = Selection(**{name: options.pop(name) for name in fields & options.keys()})
-    options = {
-        "log": lambda _: None,
-        "shard_size": 16,
-        "block_queries": 10,
-        "selection": selection,
-        **options,
-    }
-    return mine_negatives(rows, embedder or FakeEmbedder(), output, **options)
+    """embedder: a TextEncoder, which gets the options of a Teacher, a Teacher, or several of them."""
+
+    def taken(names):
+        return {name: options.pop(name) for name in names if name in options}
+
+    selection = Selection(**taken(field.name for field in dataclasses.fields(Selection)))
+    usage = taken(("prompt", "document_max_length"))
+    some = embedder or FakeEmbedder()
+    some = some if isinstance(some, Iterable) else [some]
+    teachers = (one if isinstance(one, Teacher) else Teacher.of(one, **usage) for one in some)
+    small = {"log": lambda _: None, "shard_size": 16, "block_queries": 10, "selection": selection}
+    return mine_negatives(rows, teachers, output, **small | options)
 
 
 class KnownVectors:

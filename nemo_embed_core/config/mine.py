@@ -27,8 +27,8 @@ class MineDatasetConfig(Options, section="datasets"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MineConfig(Options):
-    """Hard negatives: the top documents of each query that score below threshold x its positive."""
+class _Inputs(Options):
+    """Models, data and output, which --help names first."""
 
     model: list[str] | str = field(default_factory=list)
     """Models whose scores decide, one or several (--model A B): a checkpoint or run of ours, a Hugging Face
@@ -61,13 +61,20 @@ class MineConfig(Options):
     write_texts: str = ""
     """Folder to which the texts to embed are written, documents.jsonl and queries.jsonl, and nothing else is
     done."""
-    threshold: float = 0.95
-    """Negatives score below threshold x the positive's score; in (0, 2) (sentence-transformers:
-    relative_margin = 1 - threshold)."""
-    sweep: list[float] = field(default_factory=list)
-    """Further thresholds to report on: --sweep 0.8 0.9 0.98."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Options):
+    """Which documents become negatives; the vocabulary of sentence-transformers' mine_hard_negatives.
+
+    Every given bound must hold; "below" is strict. mine/selection.py applies it.
+    """
+
     num_negatives: int = 4
     """Negatives per query, best first."""
+    threshold: float | None = 0.95
+    """Negatives score below threshold x the positive's score, in (0, 2) (sentence-transformers:
+    relative_margin = 1 - threshold); null: no such bound."""
     absolute_margin: float | None = None
     """Negatives also score below the positive's score - absolute_margin; null: no such bound."""
     max_score: float | None = None
@@ -87,6 +94,50 @@ class MineConfig(Options):
     ranks."""
     combine_depth: int = 100
     """Documents per query of each model's list."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        for name in ("num_negatives", "combine_depth"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.range_min < 0 or (self.range_max is not None and self.range_max <= self.range_min):
+            raise UserError(
+                f"range_min={self.range_min} must be at least 0 and below range_max={self.range_max}"
+            )
+        if self.min_score is not None and self.max_score is not None and self.min_score >= self.max_score:
+            raise UserError(f"min_score={self.min_score} must be below max_score={self.max_score}")
+
+    @property
+    def by_rank(self) -> bool:
+        """Ranks count documents above the ceiling too: the search runs without it, and the bounds come after."""
+        return self.range_min > 0 or self.range_max is not None
+
+    @property
+    def num_searched(self) -> int:
+        """Documents per query that the search has to return."""
+        if self.range_max is not None:
+            return self.range_max
+        # As many times as sentence-transformers looks at.
+        spare = 3 if self.sampling == "random" or self.by_rank else 1
+        return self.range_min + spare * self.num_negatives
+
+
+def check_threshold(threshold: float, name: str = "threshold") -> None:
+    if not 0 < threshold < 2:
+        raise UserError(
+            f"{name}={threshold} must be in (0, 2); the paper uses 0.95, sentence-transformers' "
+            "relative_margin is 1 - threshold, and above 1 documents that beat the positive pass too"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineConfig(Selection, _Inputs):
+    """Hard negatives: the top documents of each query that score below threshold x its positive."""
+
+    sweep: list[float] = field(default_factory=list)
+    """Further thresholds to report on: --sweep 0.8 0.9 0.98."""
     method: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Precision of the search GEMM; the answer is proven to be the same."""
     formats: list[str] = field(default_factory=list)
@@ -114,13 +165,9 @@ class MineConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("threshold", self.threshold), *(("sweep", t) for t in self.sweep)):
-            if not 0 < value < 2:
-                raise UserError(
-                    f"{name}={value} must be in (0, 2); the paper uses 0.95, sentence-transformers' "
-                    "relative_margin is 1 - threshold, and above 1 documents that beat the positive pass too"
-                )
-        for name in ("num_negatives", "combine_depth", "shard_size", "block_queries"):
+        for threshold in self.sweep:
+            check_threshold(threshold, "sweep")
+        for name in ("shard_size", "block_queries"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if bool(self.data) == bool(self.datasets):

@@ -47,10 +47,6 @@ class Texts(Sequence[str]):
             self._write()
         return len(self._ends) - 2
 
-    def num_bytes(self, index: int) -> int:
-        """len(self[index].encode()), without reading it: for batches that are bounded in bytes."""
-        return self._ends[index + 1] - self._ends[index]
-
     def __len__(self) -> int:
         return len(self._ends) - 1
 

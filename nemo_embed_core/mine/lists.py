@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_embed_core.config import Selection
 from nemo_embed_core.errors import failpoint
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.kernels.pair_scores import pair_scores
@@ -23,7 +24,7 @@ from nemo_embed_core.mine.search.blocks import fp32_rows, resident
 from nemo_embed_core.mine.search.engine import SearchStats
 from nemo_embed_core.mine.search.exclude import Exclude
 from nemo_embed_core.mine.search.topk import merge_topk, pick_method, topk_below
-from nemo_embed_core.mine.selection import Selection
+from nemo_embed_core.mine.selection import ceilings_of
 
 MAX_EXCLUDED = 1 << 24  # document ids that are spelled out at once: 128 MiB
 
@@ -220,13 +221,12 @@ class CandidateLists:
 def find(
     lists: list[CandidateLists], lowest: list[np.ndarray], selection: Selection
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scores, ids, below), all [Q, n] with n <= selection.num_searched: what Selection.choose takes
-    negatives from.
+    """(scores, ids, below), all [Q, n] with n <= selection.num_searched: `choose` takes negatives from these.
 
     lists, lowest: per teacher. below: found, and below the ceiling of every teacher. Scores are the first
     teacher's.
     """
-    ceilings = [selection.ceilings(s) for s in lowest]
+    ceilings = [ceilings_of(selection, s) for s in lowest]
     limits = [np.full(len(c), np.inf) if selection.by_rank else c for c in ceilings]
     tops = [one.below(limit) for one, limit in zip(lists, limits, strict=True)]
     if len(lists) == 1:

@@ -16,23 +16,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.config import Selection, check_threshold
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
-from nemo_embed_core.mine.corpus import Ranks, Truncation, encode_corpus, read_truncation
+from nemo_embed_core.mine.corpus import Corpus, Ranks, encode_corpus, read_truncation
 from nemo_embed_core.mine.lists import CandidateLists, TeacherSearch, find
 from nemo_embed_core.mine.pool import Cut, Document, Exclusions, Known, Pool, Row, Rows, exclusions
 from nemo_embed_core.mine.report import build_report, print_report, sweep_entry
 from nemo_embed_core.mine.search.exclude import Exclude
 from nemo_embed_core.mine.search.streaming import kernel_is_available
-from nemo_embed_core.mine.selection import Selection, check_threshold
+from nemo_embed_core.mine.selection import ceilings_of, choose
 from nemo_embed_core.mine.teachers import Teacher
 
 # Rows looked at without the ceiling, and how many of them are kept for reading.
@@ -42,10 +43,10 @@ NUM_RANDOM_PAIRS = 2000  # the yardstick of a trivial negative
 
 def mine_negatives(
     rows: Iterable[Row],
-    teachers: TextEncoder | Teacher | Iterable[TextEncoder | Teacher],
+    teachers: Iterable[Teacher],
     output: str | Path,
     *,
-    passages: Iterable[str | Document] = (),
+    documents: Iterable[Document] = (),
     selection: Selection | None = None,
     sweep: Sequence[float] = (),
     known: Known | None = None,
@@ -53,10 +54,6 @@ def mine_negatives(
     keep_negatives: bool = False,
     negatives_are_judged: bool = False,
     rows_are_searched: bool = True,
-    prompt: str = "",
-    document_prompt: str = "",
-    query_max_length: int = 512,
-    document_max_length: int = 512,
     method: str = "auto",
     device: torch.device | str = "cpu",
     dtype: str | None = None,
@@ -68,11 +65,10 @@ def mine_negatives(
     """The rows again, in order, with neg = the best-scoring documents below the ceiling, into `output`; the
     report.
 
-    teachers: one model or several (`selection.combine`), an iterable of them being loaded one after the
-    other; prompts and lengths are those of models that are no Teacher, which has its own. sweep: further
-    thresholds to report on. Searched are `passages` and (rows_are_searched) all documents, pos and neg, of
-    the rows. known: what else is relevant for a query; None: what the rows say. excluded: normal keys of
-    documents not to search. keep_negatives: those that a row has come first, whatever they score.
+    teachers: one or several (`selection.combine`), asked for one after the other: each may be loaded then.
+    sweep: further thresholds to report on. Searched are `documents` and (rows_are_searched) all documents, pos
+    and neg, of the rows. known: documents relevant for a query; None: those of the rows. excluded: normal keys
+    of documents not to search. keep_negatives: a row's own come first, whatever they score.
     negatives_are_judged: they are known to be irrelevant (score 0 in qrels), so no suspects. dtype of the
     stored embeddings: None for float16, and float32 where rows are not of unit length. Work in progress lies
     in `<output>.work` (one file per shard and per block of queries): a run that was killed continues when it
@@ -83,117 +79,55 @@ def mine_negatives(
     say = log if ranks.rank == 0 else (lambda _: None)
     for threshold in sweep:
         check_threshold(threshold, "sweep")
-    pool = Pool(excluded)
-
-    def search_too(documents: Iterable[str | Document]) -> None:
-        for one in documents:
-            pool.add(*(one if isinstance(one, Document) else (one, "")), is_of_a_row=False)
-
-    if not rows_are_searched:
-        search_too(passages)
-        pool.searched_so_far()
-    table = Rows(rows, pool, known)
-    if not len(table):
-        raise UserError("there are no rows to mine for")
-    if rows_are_searched:
-        search_too(passages)
-    pool.close()
-    aside = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in sorted(pool.counts.items()))
-    say(
-        f"{len(table):,} queries, {pool.num_searched:,} documents to search{f'; set aside: {aside}' if aside else ''}"
-    )
-    if not pool.num_searched:
-        raise UserError(
-            f"there are no documents to search: all of {len(pool.texts):,} are set aside ({aside})"
-        )
+    table = _number_texts(rows, documents, Pool(excluded), known, rows_are_searched, say)
+    pool, positives = table.pool, table.pos
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(output.name + ".work")
-    positives, given = table.pos, table.neg
-    no_exclusions = Exclusions(*[Exclude(np.zeros(1, np.int64), np.empty(0, np.int64))] * 2)
-    searches: list[TeacherSearch] = []
-    described: list[dict[str, Any]] = []
-    cuts: list[Cut] = []
-    positive_scores = np.empty(0, np.float32)
-    lowest: list[np.ndarray] = []
-    usage: dict[str, Any] = {"prompt": prompt, "document_prompt": document_prompt}
-    usage |= {"query_max_length": query_max_length, "document_max_length": document_max_length}
-    for number, teacher in enumerate(_each(teachers, usage)):
-        folder = work if number == 0 else work / f"teacher-{number}"
-        is_unit = teacher.similarity == "cosine"
-        stored = dtype or ("float16" if is_unit else "float32")
-        common: dict[str, Any] = {
-            "dtype": stored, "unit": is_unit, "shard_size": shard_size, "ranks": ranks, "log": say,
-        }  # fmt: skip
-        documents = encode_corpus(
-            pool.texts, teacher.documents, folder / "documents", prompt=teacher.document_prompt,
-            max_length=teacher.document_max_length, name="documents", **common,
-        )  # fmt: skip
-        queries = encode_corpus(
-            table.queries, teacher.queries, folder / "queries", prompt=teacher.prompt,
-            max_length=teacher.query_max_length, name="queries", **common,
-        )  # fmt: skip
-        search = TeacherSearch(
-            queries=queries, documents=documents, num_searched=pool.num_searched, exclude=no_exclusions, work=folder,
-            method=method, device=device, block_queries=block_queries, ranks=ranks, log=say,
-        )  # fmt: skip
-        scores = search.scores(positives)
-        positive_scores = positive_scores if searches else scores
-        lowest.append(np.minimum.reduceat(scores, positives.indptr[:-1]))
-        searches.append(search)
-        truncation = {
-            side: read_truncation(folder / side, len(corpus.arrays))
-            for side, corpus in (("documents", documents), ("queries", queries))
-        }
-        cuts.append(Cut(truncation["documents"].numbers, truncation["documents"].keys))
-        described.append(_described(teacher, stored, truncation, cuts[-1]))
+    encoded: list[_Encoded] = []
+    for teacher in teachers:
+        folder = work / f"teacher-{len(encoded)}" if encoded else work
+        encoded.append(_encode(teacher, table, folder, dtype, shard_size=shard_size, ranks=ranks, log=say))
         del teacher  # its memory is the next one's
-    if not searches:
+    if not encoded:
         raise UserError("there are no models to mine with")
+    cuts = [one.cut for one in encoded]
     exclude = exclusions(table, cuts)
-    for search in searches:
-        search.exclude = exclude
+    searches = [
+        TeacherSearch(
+            queries=one.queries, documents=one.documents, num_searched=pool.num_searched, exclude=exclude,
+            work=one.folder, method=method, device=device, block_queries=block_queries, ranks=ranks, log=say,
+        )
+        for one in encoded
+    ]  # fmt: skip
+    positive_scores = [search.scores(positives) for search in searches]
+    lowest = [np.minimum.reduceat(scores, positives.indptr[:-1]) for scores in positive_scores]
+    scores, ids, swept = _search(searches, lowest, selection, sweep)
 
-    depth = (
-        selection.num_searched if len(searches) == 1 else max(selection.num_searched, selection.combine_depth)
-    )
-    width = min(8 * depth, depth + 256) if sweep else depth
-    lists = [CandidateLists(search, depth, width) for search in searches]
-    # From the highest ceiling down: what was found below one of them serves the next.
-    swept = []
-    for limit in sorted(
-        {*sweep, selection.threshold}, key=lambda t: np.inf if t is None else t, reverse=True
-    ):
-        at = replace(selection, threshold=limit)
-        found_scores, found_ids, below = find(lists, lowest, at)
-        chosen = at.choose(found_scores, found_ids, below)
-        if limit == selection.threshold:
-            scores, ids = chosen
-        if limit is not None and limit in sweep:
-            swept.append(sweep_entry(limit, chosen[0], lowest[0]))
-
-    first, ceilings = searches[0], selection.ceilings(lowest[0])
+    first, model, ceilings = searches[0], encoded[0].described, ceilings_of(selection, lowest[0])
     judgements = Given.of(table, exclude, first, ceilings, ids)
-    storage = _storage(described[0], first, selection, ceilings, scores)
+    storage = _storage(model, first, selection, ceilings, scores)
     if keep_negatives:
         scores, ids = judgements.before(scores, ids)
     settings = {
-        "models": described, "queries": len(table), "documents": pool.num_searched, "documents_encoded": len(pool.texts),
-        "duplicates_removed": pool.counts["variants"], "documents_excluded": pool.counts["excluded"],
-        "documents_without_content": pool.counts["without_content"], **asdict(selection),
-        **{key: described[0][key] for key in ("query_max_length", "document_max_length", "dtype")},
+        "models": [one.described for one in encoded], "queries": len(table), "documents": pool.num_searched,
+        "documents_encoded": len(pool.texts), "duplicates_removed": pool.counts["variants"],
+        "documents_excluded": pool.counts["excluded"],
+        "documents_without_content": pool.counts["without_content"],
+        **{field.name: getattr(selection, field.name) for field in fields(Selection)},
+        **{key: model[key] for key in ("query_max_length", "document_max_length", "dtype")},
         "topk": "csrc" if torch.device(device).type == "cuda" and kernel_is_available() else "torch",
         "storage": storage, "given_negatives": {**judgements.counts, "kept": keep_negatives},
-        "positives_excluded": table.num_excluded,
-        "noise": table.noise | _same_when_cut(table, cuts),
+        "positives_excluded": table.num_excluded, "noise": table.noise | _same_when_cut(table, cuts),
     }  # fmt: skip
     report = build_report(
-        positive_scores=positive_scores, lowest=lowest[0], scores=scores, random_scores=random_scores(first),
-        query_texts=table.queries, languages=table.langs, settings=settings, stats=first.stats, sweep=swept[::-1],
+        positive_scores=positive_scores[0], lowest=lowest[0], scores=scores, random_scores=random_scores(first),
+        query_texts=table.queries, languages=table.langs, settings=settings, stats=first.stats, sweep=swept,
         num_searched_again=sum(search.num_again for search in searches),
     )  # fmt: skip
     if ranks.rank == 0:
-        report |= suspects(table, first, lowest[0], ceilings, given if negatives_are_judged else None)
-        write_atomically(output, _lines(table, positives, positive_scores, scores, ids))
+        judged = table.neg if negatives_are_judged else None
+        report |= suspects(table, first, lowest[0], ceilings, judged)
+        write_atomically(output, _lines(table, positive_scores[0], scores, ids))
         report_path = output.with_name(output.name + ".report.json")
         write_atomically(report_path, json.dumps(report, indent=1, ensure_ascii=False).encode())
         print_report(report, say)
@@ -202,47 +136,104 @@ def mine_negatives(
     return report
 
 
-def _each(
-    teachers: TextEncoder | Teacher | Iterable[TextEncoder | Teacher], usage: dict[str, Any]
-) -> Iterator[Teacher]:
-    if isinstance(teachers, Teacher):
-        yield teachers
-    elif isinstance(teachers, Iterable):
-        for one in teachers:
-            yield one if isinstance(one, Teacher) else Teacher.of(one, **usage)
-            del one  # before the next is loaded
-    else:
-        yield Teacher.of(teachers, **usage)
+def _number_texts(
+    rows: Iterable[Row],
+    documents: Iterable[Document],
+    pool: Pool,
+    known: Known | None,
+    rows_are_searched: bool,
+    say: Callable[[str], None],
+) -> Rows:
+    """The rows, and all texts that can be documents in their pool, closed."""
+    if not rows_are_searched:
+        pool.add_all(documents)
+        pool.searched_so_far()
+    table = Rows(rows, pool, known)
+    if not len(table):
+        raise UserError("there are no rows to mine for")
+    if rows_are_searched:
+        pool.add_all(documents)
+    pool.close()
+    aside = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in sorted(pool.counts.items()))
+    set_aside = f"; set aside: {aside}" if aside else ""
+    say(f"{len(table):,} queries, {pool.num_searched:,} documents to search{set_aside}")
+    if not pool.num_searched:
+        all_of = f"all of {len(pool.texts):,}"
+        raise UserError(f"there are no documents to search: {all_of} are set aside ({aside})")
+    return table
 
 
-def _described(teacher: Teacher, dtype: str, truncation: dict[str, Truncation], cut: Cut) -> dict[str, Any]:
-    """A teacher in the report: what it is, how texts became vectors, and what of them was cut off (None: not
-    known)."""
-    digest = {"documents": teacher.documents.digest, "queries": teacher.queries.digest}
-    return {
-        "model": digest["queries"] if len(set(digest.values())) == 1 else digest,
+class _Encoded(NamedTuple):
+    """Both sides of the data by one teacher."""
+
+    queries: Corpus
+    documents: Corpus
+    folder: Path
+    cut: Cut
+    described: dict[str, Any]  # for the report
+
+
+def _encode(teacher: Teacher, table: Rows, folder: Path, dtype: str | None, **options: Any) -> _Encoded:
+    """options: shard_size, ranks and log of encode_corpus."""
+    is_unit = teacher.similarity == "cosine"
+    options |= {"dtype": dtype or ("float16" if is_unit else "float32"), "unit": is_unit}
+    documents = encode_corpus(
+        table.pool.texts, teacher.documents, folder / "documents", prompt=teacher.document_prompt,
+        max_length=teacher.document_max_length, name="documents", **options,
+    )  # fmt: skip
+    queries = encode_corpus(
+        table.queries, teacher.queries, folder / "queries", prompt=teacher.prompt,
+        max_length=teacher.query_max_length, name="queries", **options,
+    )  # fmt: skip
+    of_documents = read_truncation(folder / "documents", len(documents.arrays))
+    of_queries = read_truncation(folder / "queries", len(queries.arrays))
+    cut = Cut(of_documents.numbers, of_documents.keys)
+    digests = {"documents": teacher.documents.digest, "queries": teacher.queries.digest}
+    described = {
+        "model": digests["queries"] if len(set(digests.values())) == 1 else digests,
         "name": teacher.name,
         "prompt": teacher.prompt,
         "document_prompt": teacher.document_prompt,
         "query_max_length": teacher.query_max_length,
         "document_max_length": teacher.document_max_length,
         "similarity": teacher.similarity,
-        "dtype": dtype,
-        "queries_truncated": truncation["queries"].num_truncated,
-        "documents_truncated": truncation["documents"].num_truncated,
+        "dtype": options["dtype"],
+        "queries_truncated": of_queries.num_truncated,  # None: not known
+        "documents_truncated": of_documents.num_truncated,
         "documents_same_when_cut": sum(map(len, cut.members)),
     }
+    return _Encoded(queries, documents, folder, cut, described)
+
+
+def _search(
+    searches: list[TeacherSearch], lowest: list[np.ndarray], selection: Selection, sweep: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """(scores, ids), [Q, num_negatives], of the negatives; the report's entries of `sweep`, the lowest first."""
+    depth = selection.num_searched
+    if len(searches) > 1:
+        depth = max(depth, selection.combine_depth)
+    width = min(8 * depth, depth + 256) if sweep else depth
+    lists = [CandidateLists(search, depth, width) for search in searches]
+    own, entries = selection.threshold, []
+    # From the highest ceiling down: the documents found below one of them serve the next.
+    for limit in sorted({*sweep, own}, key=lambda t: np.inf if t is None else t, reverse=True):
+        at = replace(selection, threshold=limit)
+        found = choose(at, *find(lists, lowest, at))
+        if limit == own:
+            scores, ids = found
+        if limit is not None and limit in sweep:
+            entries.append(sweep_entry(limit, found[0], lowest[0]))
+    return scores, ids, entries[::-1]
 
 
 def _same_when_cut(rows: Rows, cuts: list[Cut]) -> dict[str, int]:
     """Rows with a given negative, and given negatives, that a model cannot tell from a positive of the row."""
-    positives, given = rows.pos, rows.neg
     num_rows = num_negatives = 0
     for i in range(len(rows)):
         same: set[int] = set()
         for cut in cuts:
-            classes = {cut.of_document.get(n) for n in positives.of(i).tolist()} - {None}
-            same |= {n for n in given.of(i).tolist() if cut.of_document.get(n) in classes}
+            classes = {cut.of_document.get(n) for n in rows.pos.of(i).tolist()} - {None}
+            same |= {n for n in rows.neg.of(i).tolist() if cut.of_document.get(n) in classes}
         num_rows += bool(same)
         num_negatives += len(same)
     return {
@@ -264,15 +255,13 @@ def _storage(
     float16: |x - x^| <= 2^-11 |x| + 2^-25 sqrt(D) on either side, for rows of unit length. None: not known.
     """
     error: float | None = 0.0
-    if model["dtype"] == "float16":
-        error = (
-            2.0**-10 + 2.0**-24 * search.queries.shape[1] ** 0.5 if model["similarity"] == "cosine" else None
-        )
     count = None
+    if model["dtype"] == "float16":
+        is_unit = model["similarity"] == "cosine"
+        error = 2.0**-10 + 2.0**-24 * search.queries.shape[1] ** 0.5 if is_unit else None
     if error is not None:
-        slope = 1 + max(
-            1.0, selection.threshold or 0.0, 2 - (selection.threshold or 1.0)
-        )  # of the ceiling in the score
+        threshold = selection.threshold or 1.0
+        slope = 1 + max(1.0, threshold, 2 - threshold)  # of the ceiling in the score
         gap = ceilings[:, None] - scores.astype(np.float64)
         count = int(((gap <= slope * error) & np.isfinite(scores)).sum()) if error else 0
     return {"dtype": model["dtype"], "score_error": error, "negatives_within_it": count}
@@ -320,28 +309,22 @@ class Given:
         """(scores, ids), [Q, n], of those that may be kept, then of the mined ones, up to as many as were
         mined for."""
         k = ids.shape[1]
-        kept = [self.documents.of(i)[self._kept(i)] for i in range(len(ids))]
+        starts = self.documents.indptr
+        kept = [self.documents.ids[a:b][self.may_be_kept[a:b]] for a, b in pairwise(starts)]
         width = max(k, *map(len, kept))
         out_scores = np.full((len(ids), width), -np.inf, np.float32)
         out_ids = np.full((len(ids), width), -1, np.int64)
         for i, first in enumerate(kept):
             n = len(first)
-            out_ids[i, :n], out_scores[i, :n] = (
-                first,
-                self.scores[slice(*self.documents.indptr[i : i + 2])][self._kept(i)],
-            )
+            own = slice(starts[i], starts[i + 1])
+            out_ids[i, :n], out_scores[i, :n] = first, self.scores[own][self.may_be_kept[own]]
             more = np.flatnonzero((ids[i] >= 0) & ~np.isin(ids[i], first))[: max(0, k - n)]
             out_ids[i, n : n + len(more)], out_scores[i, n : n + len(more)] = ids[i, more], scores[i, more]
         return out_scores, out_ids
 
-    def _kept(self, i: int) -> np.ndarray:
-        return self.may_be_kept[self.documents.indptr[i] : self.documents.indptr[i + 1]]
 
-
-def _lines(
-    rows: Rows, positives: Exclude, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray
-) -> Iterator[bytes]:
-    texts = rows.pool.texts
+def _lines(rows: Rows, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> Iterator[bytes]:
+    texts, positives = rows.pool.texts, rows.pos
     for i, query in enumerate(rows.queries):
         found = ids[i] >= 0
         a, b = positives.indptr[i : i + 2]
@@ -352,12 +335,10 @@ def _lines(
             "pos_scores": [_short(s) for s in positive_scores[a:b]],
             "neg_scores": [_short(s) for s in scores[i][found]],
         }
-        more: dict[str, Any] = {"lang": rows.langs[i], "id": rows.ids[i], "group": rows.groups[i]}
-        more |= {
-            "pos_ids": rows.pool.document_ids(positives.of(i)),
-            "neg_ids": rows.pool.document_ids(ids[i][found]),
-        }
-        line |= {name: value for name, value in more.items() if value}
+        more = {"lang": rows.langs[i], "id": rows.ids[i], "group": rows.groups[i]}
+        of_pos, of_neg = rows.pool.document_ids(positives.of(i)), rows.pool.document_ids(ids[i][found])
+        known = {**more, "pos_ids": of_pos, "neg_ids": of_neg}
+        line |= {name: value for name, value in known.items() if value}
         yield (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 

@@ -79,13 +79,6 @@ class Pool:
         self.texts: Sequence[str] = self._store
         self.num_searched = 0
 
-    @classmethod
-    def build(cls, texts: Iterable[str], excluded: Set[bytes] = frozenset()) -> Pool:
-        pool = cls(excluded)
-        for text in texts:
-            pool.add(text)
-        return pool.close()
-
     def add(self, text: str, document_id: str = "", is_of_a_row: bool = True) -> int:
         """The place of the text, the same for the same text: `number` has its number once all texts are
         there.
@@ -109,6 +102,11 @@ class Pool:
         if document_id:
             self._ids.setdefault(place, document_id)
         return place
+
+    def add_all(self, documents: Iterable[Document]) -> None:
+        """Documents that no row brings."""
+        for text, document_id in documents:
+            self.add(text, document_id, is_of_a_row=False)
 
     def _append(self, text: str, exact: bytes, aside: str) -> int:
         self._exact += exact
@@ -143,11 +141,8 @@ class Pool:
             place = self._others[exact_key(text)]
         return int(self._number[place])
 
-    def searched_id(self, text: str) -> int | None:
-        """The number of the searched document equal to this text in normal form, if any."""
-        return self.searched_by_key(normal_key(text))
-
     def searched_by_key(self, key: bytes) -> int | None:
+        """The number of the searched document with this normal key, if any."""
         place = self._first.get(key)
         return None if place is None or self._aside[place] else int(self._number[place])
 

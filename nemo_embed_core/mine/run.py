@@ -34,7 +34,6 @@ from nemo_embed_core.mine.formats import FORMATS, convert_all
 from nemo_embed_core.mine.negatives import mine_negatives
 from nemo_embed_core.mine.pool import Document, Known
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
-from nemo_embed_core.mine.selection import Selection
 from nemo_embed_core.mine.teachers import Teacher, open_precomputed
 
 DEFAULT_MAX_LENGTH = 512  # tokens, of a model that says nothing
@@ -406,8 +405,8 @@ def mine(
             read_rows(_plain(dataset)),
             teachers.of(name),
             output,
-            passages=documents_of(config, dataset),
-            selection=Selection(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Selection)}),
+            documents=documents_of(config, dataset),
+            selection=config,
             sweep=config.sweep,
             known=plan.known,
             excluded=plan.excluded,

@@ -31,7 +31,6 @@ def test_texts_are_a_list(monkeypatch, tmp_path, block):
             for part in (slice(a, b), slice(None, None, -3), slice(a, None, 2)):
                 assert texts[part] == truth[part], part
             assert list(texts) == truth
-    assert [texts.num_bytes(i) for i in range(300)] == [len(text.encode()) for text in truth]
     for wrong in (300, -301):
         with pytest.raises(IndexError):
             texts[wrong]

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from nemo_embed_core.mine.negatives import mine_negatives
+from nemo_embed_core.mine.pool import Document
+from nemo_embed_core.mine.teachers import Teacher
 
 WIDTH, QUERIES, SHARD, BLOCK_QUERIES, K = 256, 600, 4096, 256, 4
 SMALL, LARGE = 8_000, 64_000
@@ -62,10 +64,10 @@ class Query:
 
 def run(method: str, num_documents: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        passages = (f"passage {i} " + "x" * 40 for i in range(num_documents))
+        documents = (Document(f"passage {i} " + "x" * 40) for i in range(num_documents))
         rows = [Query(i) for i in range(QUERIES)]
         mine_negatives(
-            rows, Line(), Path(folder, "out.jsonl"), passages=passages, method=method, shard_size=SHARD,
+            rows, [Teacher.of(Line())], Path(folder, "out.jsonl"), documents=documents, method=method, shard_size=SHARD,
             block_queries=BLOCK_QUERIES, log=lambda _: None,
         )  # fmt: skip
 

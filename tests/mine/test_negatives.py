@@ -4,17 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks
+from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks, pool_of
 
-from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.config import DatasetConfig, Selection
 from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Row as ReadRow
 from nemo_embed_core.data.readers import read_rows
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Corpus, encode_corpus
-from nemo_embed_core.mine.pool import Pool
 from nemo_embed_core.mine.report import plot_report, script
-from nemo_embed_core.mine.selection import Selection, ceiling
+from nemo_embed_core.mine.selection import ceiling, choose
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +103,7 @@ def test_query_without_candidates_is_kept_with_no_negatives(tmp_path):
 def test_killed_while_encoding_or_searching_and_resumed_gives_the_same_bytes_without_repeating_work(tmp_path):
     rows = make_rows(50)
     mine(rows, tmp_path / "whole.jsonl")
-    total = len(Pool.build(t for r in rows for t in (*r.pos, *r.neg)).texts) + len(rows)
+    total = len(pool_of(t for r in rows for t in (*r.pos, *r.neg)).texts) + len(rows)
     output = tmp_path / "killed.jsonl"
     encoded = 0
     for calls in (1, 3, 0, 2):
@@ -210,7 +209,7 @@ def test_any_number_of_ranks_writes_the_same_bytes_and_encodes_each_text_once(tm
     on_ranks(size, lambda ranks: mine(rows, tmp_path / "many.jsonl", embedders[ranks.rank], ranks=ranks))
     assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     encoded = [text for e in embedders for text in e.encoded]
-    assert len(encoded) == len(Pool.build(t for r in rows for t in (*r.pos, *r.neg)).texts) + len(rows)
+    assert len(encoded) == len(pool_of(t for r in rows for t in (*r.pos, *r.neg)).texts) + len(rows)
     assert all(e.encoded for e in embedders)
 
 
@@ -257,7 +256,7 @@ def test_other_limits_are_those_of_their_definitions(tmp_path):
 
 def test_a_score_of_exactly_min_score_is_kept():
     scores, ids = np.float32([[0.75, 0.5, 0.25]]), np.array([[7, 8, 9]])
-    _, chosen = Selection(num_negatives=3, min_score=0.5).choose(scores, ids, np.ones_like(ids, dtype=bool))
+    _, chosen = choose(Selection(num_negatives=3, min_score=0.5), scores, ids, np.ones_like(ids, dtype=bool))
     assert chosen.tolist() == [[7, 8, -1]]
 
 

@@ -14,6 +14,7 @@ from toy_mining import FakeEmbedder, KnownVectors, lines_of, mine, on_ranks
 
 import nemo_embed_core.mine.corpus as corpus_module
 import nemo_embed_core.mine.lists as search_module
+from nemo_embed_core.data.normal_form import normal_key
 from nemo_embed_core.data.readers import Row
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import encode_corpus, read_truncation
@@ -246,8 +247,8 @@ def test_documents_judged_irrelevant_are_no_suspects(tmp_path):
     assert near[0]["above_ceiling"][0]["text"] == "w1 w2 w4"
     judged = mine(rows, tmp_path / "j.jsonl", threshold=0.5, negatives_are_judged=True)
     assert judged["suspects"] == [] and judged["kept_out"]["with_a_passage_above_the_ceiling"] == 0
-    passages = [Document("w1 w2 w3 w1", "d7")]
-    named = mine(rows, tmp_path / "n.jsonl", threshold=0.5, negatives_are_judged=True, passages=passages)
+    documents = [Document("w1 w2 w3 w1", "d7")]
+    named = mine(rows, tmp_path / "n.jsonl", threshold=0.5, negatives_are_judged=True, documents=documents)
     assert [s["id"] for s in named["suspects"][0]["above_ceiling"]] == ["d7"]
 
 
@@ -365,5 +366,6 @@ def test_pool_numbers_what_is_searched_first_and_finds_the_text_that_stands_for_
     pool.close()
     assert pool.number(np.array(places)).tolist() == [0, 2, 1, 3, 4, 2] and pool.num_searched == 2
     assert list(pool.texts) == ["A b", "c", "a b!", "\u200b", "a  B"] == pool.texts[0:5]
-    assert pool.searched(np.arange(5)).tolist() == [0, 1, 0, 0] and pool.searched_id("A B.") == 0
-    assert [pool.id(t) for t in ("a b!", "a  B", "c")] == [2, 4, 1] and pool.searched_id("\u200b") is None
+    assert pool.searched(np.arange(5)).tolist() == [0, 1, 0, 0] and [
+        *map(pool.searched_by_key, map(normal_key, ("A B.", "\u200b")))
+    ] == [0, None]

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks
+from toy_mining import FakeEmbedder, KnownVectors, Row, lines_of, make_rows, mine, on_ranks, pool_of
 
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig
+from nemo_embed_core.data.normal_form import normal_key
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.encoders.precomputed import as_rows
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Ranks
-from nemo_embed_core.mine.pool import Pool
 from nemo_embed_core.mine.run import Teachers, make_plan
 from nemo_embed_core.mine.run import mine as run_mine
 from nemo_embed_core.mine.teachers import Teacher, open_precomputed, precomputed
@@ -64,10 +64,8 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
     rows = make_rows(20)
     prompts = {"prompt": "query: ", "document_prompt": "passage: "}
     teacher = Teacher.of_encoder(SentenceTransformerEncoder(folder, "cpu", "fp32"), **prompts)
-    report = mine(
-        rows, tmp_path / "out.jsonl", teacher, prompt="Instruct: x\nQuery: ", dtype="float32", threshold=0.99
-    )
-    assert report["models"][0]["prompt"] == "query: "  # a Teacher has its own
+    report = mine(rows, tmp_path / "out.jsonl", teacher, dtype="float32", threshold=0.99)
+    assert report["models"][0]["prompt"] == "query: "
 
     from sentence_transformers import SentenceTransformer
 
@@ -277,11 +275,12 @@ def test_other_rows_or_other_texts_are_another_model(tmp_path):
 
 def combined_by_definition(rows, models, threshold, k, how, depth, ranks=None):
     """[(texts, scores)] after the docstring of mine/lists.py: combine, one passage at a time."""
-    pool = Pool.build(t for r in rows for t in (*r.pos, *r.neg))
+    pool = pool_of(t for r in rows for t in (*r.pos, *r.neg))
     texts = pool.texts[: pool.num_searched]
     answers = []
     for row in rows:
-        known = {pool.searched_id(t) for r in rows if r.query == row.query for t in (row.query, *r.pos)}
+        same = [r for r in rows if r.query == row.query]
+        known = {pool.searched_by_key(normal_key(t)) for r in same for t in (row.query, *r.pos)}
         lists, score, ceilings = [], [], []
         for model in models:
             q = model.vectors[row.query].astype(np.longdouble)

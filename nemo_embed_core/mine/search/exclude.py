@@ -54,14 +54,15 @@ class DeviceExclude:
     def positions(self, rows: slice, first_id: int, num_columns: int) -> tuple[Tensor, Tensor] | None:
         """(row, column) in the tile of these queries and the documents from first_id on; None: nothing is
         excluded."""
-        indptr, ids = self.of(rows)
-        return (
-            None if indptr is None or ids is None else excluded_positions(indptr, ids, first_id, num_columns)
-        )
+        return excluded_positions(*self.of(rows), first_id, num_columns)
 
 
-def excluded_positions(indptr: Tensor, ids: Tensor, first_id: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the excluded documents among num_columns from first_id."""
+def excluded_positions(
+    indptr: Tensor | None, ids: Tensor | None, first_id: int, num_columns: int
+) -> tuple[Tensor, Tensor] | None:
+    """(rows, columns) of the excluded documents among num_columns from first_id; None: there is no CSR."""
+    if indptr is None or ids is None:
+        return None
     counts = indptr.diff()
     columns = ids[indptr[0] : indptr[-1]] - first_id
     rows = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts)

@@ -26,6 +26,14 @@ MAX_ID = 0xFFFFFFFF
 FOLD = 32  # keys whose maximum is compared first, on a CPU
 
 
+@functools.cache
+def kernel_is_available() -> bool:
+    """CuPy compiles csrc at first use; without it CUDA tensors take the torch implementation, and the report
+    says so."""
+    return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
+
+
+@torch.library.custom_op("nemo_embed_core::streaming_topk", mutates_args=("state_keys", "state_ids"))
 def streaming_topk_(
     scores: Tensor,
     ceilings: Tensor,
@@ -46,20 +54,28 @@ def streaming_topk_(
     state_keys [q, C] fp32, state_ids [q, C] int64: best first; -inf and -1 in free places.
     exclude_indptr [q + 1], exclude_ids: CSR of int64 document ids, ascending within a row.
     """
-    torch.ops.nemo_embed_core.streaming_topk(
-        scores,
-        ceilings,
-        state_keys,
-        state_ids,
-        first_id,
-        exclude_indptr,
-        exclude_ids,
-        row_scale,
-        col_scale,
-        row_add,
-    )
+    num_columns = scores.shape[1]
+    if scores.is_cuda and kernel_is_available():
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "int32"}[scores.dtype]
+        assert scores.stride(1) == 1
+        vectors = _pointers(row_scale, col_scale, row_add, ceilings)
+        inputs = (scores.data_ptr(), scores.stride(0), num_columns, *vectors)
+        excluded, last_id = _pointers(exclude_indptr, exclude_ids), first_id + num_columns
+        _run(f"topk_update_{name}", inputs, excluded, first_id, last_id, state_keys, state_ids)
+        return
+    keys = scores.float()
+    if col_scale is not None:
+        keys = keys * col_scale
+    if row_scale is not None:
+        keys = keys * row_scale[:, None]
+    if row_add is not None:
+        keys = keys + row_add[:, None]
+    out = excluded_positions(exclude_indptr, exclude_ids, first_id, num_columns)
+    rows, columns = _alive(keys, ceilings, state_keys, out)
+    _insert_(keys[rows, columns], rows, columns + first_id, state_keys, state_ids)
 
 
+@torch.library.custom_op("nemo_embed_core::merge_lists", mutates_args=("state_keys", "state_ids"))
 def merge_lists_(
     list_keys: Tensor,
     list_columns: Tensor,
@@ -79,14 +95,30 @@ def merge_lists_(
     caller to refuse: they are on the device.
     """
     assert list_keys.shape == list_columns.shape, f"{list_keys.shape=} {list_columns.shape=}"
-    assert len(list_keys) == len(counts) == len(state_keys), (
-        f"{len(list_keys)=} {len(counts)=} {len(state_keys)=}"
-    )
+    num_rows = len(list_keys)
+    assert num_rows == len(counts) == len(state_keys), f"{num_rows=} {len(counts)=} {len(state_keys)=}"
     assert list_keys.dtype == torch.float32, f"{list_keys.dtype=}"
     assert list_columns.dtype == counts.dtype == torch.int32, f"{list_columns.dtype=} {counts.dtype=}"
-    torch.ops.nemo_embed_core.merge_lists(
-        list_keys, list_columns, counts, state_keys, state_ids, first_id, exclude_indptr, exclude_ids
-    )
+    if list_keys.is_cuda and kernel_is_available():
+        inputs = (*_pointers(list_keys, list_columns), list_keys.shape[1], *_pointers(counts))
+        excluded = _pointers(exclude_indptr, exclude_ids)
+        _run("merge_lists", inputs, excluded, first_id, first_id, state_keys, state_ids)
+        return
+    listed = torch.arange(list_keys.shape[1], device=counts.device) < counts[:, None]
+    rows, places = (listed & torch.isfinite(list_keys)).nonzero(as_tuple=True)
+    columns = list_columns[rows, places].long()
+    width = 2**31  # no int32 column reaches it
+    out = excluded_positions(exclude_indptr, exclude_ids, first_id, width)
+    if out is not None:
+        left = _not_excluded(rows, columns, out, width)
+        rows, places, columns = rows[left], places[left], columns[left]
+    _insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
+
+
+@streaming_topk_.register_fake
+@merge_lists_.register_fake
+def _(*arguments: Any, **options: Any) -> None:
+    return None
 
 
 def best_first(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -95,56 +127,6 @@ def best_first(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     by_score = scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True)
     order = by_id.gather(1, by_score)[:, :k]
     return scores.gather(1, order), ids.gather(1, order)
-
-
-@torch.library.custom_op("nemo_embed_core::streaming_topk", mutates_args=("state_keys", "state_ids"))
-def _streaming_topk(
-    scores: Tensor,
-    ceilings: Tensor,
-    state_keys: Tensor,
-    state_ids: Tensor,
-    first_id: int,
-    exclude_indptr: Tensor | None,
-    exclude_ids: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    row_add: Tensor | None,
-) -> None:
-    keys = scores.float()
-    if col_scale is not None:
-        keys = keys * col_scale
-    if row_scale is not None:
-        keys = keys * row_scale[:, None]
-    if row_add is not None:
-        keys = keys + row_add[:, None]
-    excluded = None
-    if exclude_indptr is not None and exclude_ids is not None:
-        excluded = excluded_positions(exclude_indptr, exclude_ids, first_id, keys.shape[1])
-    rows, columns = _alive(keys, ceilings, state_keys, excluded)
-    _insert_(keys[rows, columns], rows, columns + first_id, state_keys, state_ids)
-
-
-@torch.library.custom_op("nemo_embed_core::merge_lists", mutates_args=("state_keys", "state_ids"))
-def _merge_lists(
-    list_keys: Tensor,
-    list_columns: Tensor,
-    counts: Tensor,
-    state_keys: Tensor,
-    state_ids: Tensor,
-    first_id: int,
-    exclude_indptr: Tensor | None,
-    exclude_ids: Tensor | None,
-) -> None:
-    listed = torch.arange(list_keys.shape[1], device=counts.device) < counts[:, None]
-    rows, places = (listed & torch.isfinite(list_keys)).nonzero(as_tuple=True)
-    columns = list_columns[rows, places].long()
-    if exclude_indptr is not None and exclude_ids is not None:
-        width = 2**31  # whatever an int32 column can be
-        left = _not_excluded(
-            rows, columns, excluded_positions(exclude_indptr, exclude_ids, first_id, width), width
-        )
-        rows, places, columns = rows[left], places[left], columns[left]
-    _insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
 
 
 def _not_excluded(rows: Tensor, columns: Tensor, excluded: tuple[Tensor, Tensor], num_columns: int) -> Tensor:
@@ -169,10 +151,8 @@ def _alive(
     alive = (keys >= floor[:, None]) & (keys < ceilings[:, None])
     if excluded is not None:
         alive[excluded] = False
-    if (
-        bool(torch.isneginf(state_keys[:, -1]).any())
-        and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept
-    ):
+    has_room = bool(torch.isneginf(state_keys[:, -1]).any())
+    if has_room and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept:
         # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered by the
         # insertion).
         cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
@@ -206,71 +186,13 @@ def _insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_
     most = int(counts.max())
     touched = counts.nonzero()[:, 0]
     place = torch.arange(len(rows), device=keys.device) - (counts.cumsum(0) - counts)[rows]
-    position = torch.empty_like(counts).scatter_(0, touched, torch.arange(len(touched), device=keys.device))[
-        rows
-    ]
+    position = ((counts > 0).cumsum(0) - 1)[rows]
     new_keys = keys.new_full((len(touched), num_kept + most), -torch.inf)
     new_ids = state_ids.new_full((len(touched), num_kept + most), -1)
     new_keys[:, :num_kept], new_ids[:, :num_kept] = state_keys[touched], state_ids[touched]
     new_keys[position, num_kept + place] = keys + 0.0  # -0 becomes the +0 that it ties with, as in the kernel
     new_ids[position, num_kept + place] = ids
     state_keys[touched], state_ids[touched] = best_first(new_keys, new_ids, num_kept)
-
-
-@_streaming_topk.register_fake
-@_merge_lists.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-def kernel_is_available() -> bool:
-    """CuPy compiles csrc at first use; without it CUDA tensors take the torch implementation, and the report
-    says so."""
-    return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
-
-
-if kernel_is_available():
-
-    @_streaming_topk.register_kernel("cuda")
-    def _launch(
-        scores: Tensor,
-        ceilings: Tensor,
-        state_keys: Tensor,
-        state_ids: Tensor,
-        first_id: int,
-        exclude_indptr: Tensor | None,
-        exclude_ids: Tensor | None,
-        row_scale: Tensor | None,
-        col_scale: Tensor | None,
-        row_add: Tensor | None,
-    ) -> None:
-        name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "int32"}[scores.dtype]
-        assert scores.stride(1) == 1
-        num_columns = scores.shape[1]
-        inputs = (
-            scores.data_ptr(),
-            scores.stride(0),
-            num_columns,
-            *_pointers(row_scale, col_scale, row_add, ceilings),
-        )
-        _run(
-            f"topk_update_{name}", inputs, exclude_indptr, exclude_ids, first_id, first_id + num_columns,
-            state_keys, state_ids,
-        )  # fmt: skip
-
-    @_merge_lists.register_kernel("cuda")
-    def _launch_merge(
-        list_keys: Tensor,
-        list_columns: Tensor,
-        counts: Tensor,
-        state_keys: Tensor,
-        state_ids: Tensor,
-        first_id: int,
-        exclude_indptr: Tensor | None,
-        exclude_ids: Tensor | None,
-    ) -> None:
-        inputs = (*_pointers(list_keys, list_columns), list_keys.shape[1], *_pointers(counts))
-        _run("merge_lists", inputs, exclude_indptr, exclude_ids, first_id, first_id, state_keys, state_ids)
 
 
 def _pointers(*vectors: Tensor | None) -> list[int]:
@@ -281,8 +203,7 @@ def _pointers(*vectors: Tensor | None) -> list[int]:
 def _run(
     name: str,
     inputs: tuple[int, ...],
-    exclude_indptr: Tensor | None,
-    exclude_ids: Tensor | None,
+    excluded: list[int],
     first_id: int,
     last_id: int,
     state_keys: Tensor,
@@ -297,14 +218,12 @@ def _run(
         raise UserError(f"document ids up to {last_id} do not fit the kernel's 32 bits: use more ranks")
     capacity = next((c for c, most in MAX_KEPT.items() if kept <= most), None)
     if capacity is None:
-        raise UserError(
-            f"{kept} kept candidates per query are more than the kernel's {max(MAX_KEPT.values())}"
-        )
-    device = state_keys.device
-    exclusions, state = _pointers(exclude_indptr, exclude_ids), _pointers(state_keys, state_ids)
+        most = max(MAX_KEPT.values())
+        raise UserError(f"{kept} kept candidates per query are more than the kernel's {most}")
+    device, state = state_keys.device, _pointers(state_keys, state_ids)
     kernel = _module(capacity, device.index).get_function(name)
     with cupy.cuda.Device(device.index), _stream(torch.cuda.current_stream(device).cuda_stream):
-        kernel((num_rows,), (THREADS,), (*inputs, *exclusions, first_id, *state, np.int32(kept)))
+        kernel((num_rows,), (THREADS,), (*inputs, *excluded, first_id, *state, np.int32(kept)))
 
 
 @functools.cache
