@@ -93,7 +93,7 @@ def mine(rows, output, embedder=None, **options):
         return {name: options.pop(name) for name in names if name in options}
 
     selection = Selection(**taken(field.name for field in dataclasses.fields(Selection)))
-    usage = taken(("prompt", "document_max_length"))
+    usage = taken(("prompt", "query_max_length", "document_max_length"))
     some = embedder or FakeEmbedder()
     some = some if isinstance(some, Iterable) else [some]
     teachers = (one if isinstance(one, Teacher) else Teacher.of(one, **usage) for one in some)
