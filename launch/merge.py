@@ -13,6 +13,7 @@ import argparse
 import sys
 
 from nemo_embed_core.errors import user_errors
+from nemo_embed_core.export.formats import FORMATS
 from nemo_embed_core.merge.recipes import check_recipe
 
 
@@ -25,8 +26,8 @@ def options() -> argparse.ArgumentParser:
     add("-o", "--output", help="folder to make; must not exist or be empty")
     add("--check", metavar="DIR", help="only prove DIR: weights, causality, embeddings")
     add("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own")
-    formats = "native: transformers >= 5.2; compat: >= 4.51"
-    add("--format", choices=("native", "compat"), default="native", help=formats)
+    formats = "; ".join(f"{name}: {format.readers}" for name, format in FORMATS.items())
+    add("--format", choices=FORMATS, default="native", help=formats)
     add(
         "--trust-remote-code", action="store_true", help="with --check: run code in DIR that we did not write"
     )
@@ -42,14 +43,14 @@ def options() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    parser = options()
-    given = vars(parser.parse_args())
-    path, trusted = given.pop("check"), given.pop("trust_remote_code")
-    if bool(path) == bool(given["sources"] and given["output"]):
-        parser.error("give sources and -o DIR, or --check DIR")
-    if trusted and not path:
-        parser.error("--trust-remote-code goes with --check DIR")
     with user_errors():
+        parser = options()
+        given = vars(parser.parse_args())
+        path, trusted = given.pop("check"), given.pop("trust_remote_code")
+        if bool(path) == bool(given["sources"] and given["output"]):
+            parser.error("give sources and -o DIR, or --check DIR")
+        if trusted and not path:
+            parser.error("--trust-remote-code goes with --check DIR")
         check_recipe(given["method"], given["weights"], given["t"], given["evaluate"])
         from nemo_embed_core.merge import merge
 

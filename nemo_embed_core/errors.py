@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from typing import NoReturn, TextIO
 
 
 class UserError(ValueError):
@@ -27,14 +29,40 @@ class DataError(UserError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with code 2."""
+    """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with code 2.
+
+    Where the reader of stdout has ended (`launch/merge.py --help | head -1`), so does the work, without a traceback.
+    """
     try:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"[rank {rank}] error"
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):
+            print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise  # of another pipe or socket
+        with suppress(BrokenPipeError):
+            print("stopped: the reader of stdout has ended", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(BrokenPipeError):
+                stream.flush()
+            if _is_unread(stream):  # what is left in the buffer would be an error at Python's end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether it is a pipe whose reading end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except io.UnsupportedOperation:  # a stand-in of a notebook or of pytest
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:

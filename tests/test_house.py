@@ -295,6 +295,37 @@ def test_help_is_instant_and_imports_no_torch(path: Path) -> None:
     assert seconds < 3, f"{seconds:.1f} s"
 
 
+_WORK = "from nemo_embed_core.errors import user_errors\nwith user_errors():\n    "
+_OTHER_PIPE = "import os; reader, writer = os.pipe(); os.close(reader); os.write(writer, b'x')"
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["launch/merge.py", "--help"], 0, r""),
+        (["-m", "nemo_embed_core.cli", "--help"], 0, r""),
+        (["-c", _WORK + "for i in range(9999): print(i)"], 128 + 13, r"stopped: the reader of stdout has ended\n"),
+        (["-c", _WORK + "print(1, flush=True)"], 128 + 13, r"stopped: .*\n"),
+        (["-c", _WORK + "raise SystemExit(print(1))"], 0, r""),
+        (["-c", f"import sys; sys.stdout = sys.stderr\n{_WORK}{_OTHER_PIPE}"], 1, r"Traceback.*BrokenPipeError.*\n"),
+    ],
+)  # fmt: skip
+def test_a_reader_that_has_ended_ends_the_work_without_a_traceback(
+    arguments: list[str], code: int, said: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "",
+    }  # as in a user's shell: prints are written when the buffer is full
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert result.returncode == code
+    assert re.fullmatch(said, result.stderr, re.DOTALL), result.stderr
+
+
 _FAKE_SLURM = {
     "srun": "trap 'sleep 0.5; echo saved; exit 143' TERM; echo \"step $*\"; echo $$ > pid; "
     "for i in {1..400}; do sleep 0.05; done",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -66,13 +66,13 @@ def check_servable(files: Mapping[str, bytes]) -> list[str]:
 
 
 def export_files(
-    given: Mapping[str, bytes], *, max_length: int, format: Literal["native", "compat"] = "native"
+    given: Mapping[str, bytes], *, max_length: int, transformers_4: bool = False
 ) -> tuple[dict[str, bytes], dict[str, int | None]]:
     """(tokenizer.json and tokenizer_config.json to write, {"bos_token_id", "eos_token_id", "pad_token_id"} of
     config.json).
 
     tokenizer.json is written byte for byte, unless it truncates or pads, which nobody should. max_length:
-    tokens at which texts are cut. UserError when there is no token to pad with, a named one is missing, or
+    tokens at which texts are cut. transformers_4: whether that loads them too. UserError when there is no token to pad with, a named one is missing, or
     encoding is random.
     """
     if "tokenizer.json" not in given:
@@ -117,10 +117,9 @@ def export_files(
             )
     is_new = given_config.get("tokenizer_class") in (None, "", "TokenizersBackend")
     config: dict[str, Any] = {
-        # Transformers 4 refuses TokenizersBackend, which is right for native: it would run the model
-        # causally.
+        # Transformers 4 refuses TokenizersBackend, which is right where it would run the model causally.
         "tokenizer_class": "TokenizersBackend"
-        if is_new and format == "native"
+        if is_new and not transformers_4
         else "PreTrainedTokenizerFast",
         **{key: token for key, token in names.items() if token is not None},
         "model_max_length": max_length,

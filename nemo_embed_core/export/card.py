@@ -9,7 +9,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from nemo_embed_core.checkpoint.manifest import read_manifest
 from nemo_embed_core.checkpoint.runs import find_checkpoint, is_checkpoint
@@ -17,13 +17,10 @@ from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.export.formats import FORMATS, Format
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import POOLINGS
 from nemo_embed_core.version import code_version
-
-Format = Literal["native", "compat"]
-# Copied into compat folders as it is; never imported by this package.
-REMOTE_CODE = Path(__file__).with_name("remote") / "modeling_llama_bidirec.py"
 
 
 class Card(TypedDict, total=False):
@@ -193,17 +190,6 @@ def shown_command(argv: Sequence[str]) -> str:
 
 # ------------------------------------------------------------------------------------------ text
 
-_REQUIREMENTS: dict[Format, list[str]] = {
-    "native": [
-        "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, run the model with a causal",
-        "mask and return other vectors without an error.",
-    ],
-    "compat": [
-        "It needs transformers >= 4.51 and `trust_remote_code=True`, which runs the fifty lines of",
-        f"`{REMOTE_CODE.name}` in this folder: transformers before 5.2 has no Llama without a causal mask.",
-    ],
-}
-
 
 def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format: Format = "native") -> str:
     """README.md: what is known, in the hub's front matter and in words. No figure that was not handed in."""
@@ -233,7 +219,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     trained_here = " Trained with nemo_embed_core." if card.get("runs") else ""
     pooling = POOLINGS[model.pooling]
     computes = f"Text embeddings from a Llama without its causal mask: {pooling.words}"
-    trust = ", trust_remote_code=True" if format == "compat" else ""
+    trust = ", trust_remote_code=True" if FORMATS[format].code else ""
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
@@ -253,7 +239,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "",
         "## Usage",
         "",
-        *_REQUIREMENTS[format],
+        *FORMATS[format].requirements,
         "",
         "```python",
         "from sentence_transformers import SentenceTransformer",

@@ -23,7 +23,7 @@ from nemo_embed_core.config import ModelConfig, Pooling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import writing
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.spec import pooling_of_config
+from nemo_embed_core.model.spec import POOLINGS, pooling_of_config
 
 # One word, scripts of one to four bytes a character, a prompt, look-alikes of special tokens, white space at
 # the ends and doubled, next to nothing, both Unicode normal forms, and at the end a text that needs cutting.
@@ -94,7 +94,7 @@ def reload_request(
         **{"texts": list(texts), "num_prompted": NUM_PROMPTED, "probe": PROBE},
         **{"max_seq_length": max_seq_length, "sets_length": sets_length},
         **{"trust_remote_code": trusted, "sentence_transformers": with_theirs},
-        "pooling": pooling,
+        "pooling": POOLINGS[pooling].mode,
     }
 
 

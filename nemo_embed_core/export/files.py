@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.folder import AUTO_MAP, DTYPES, REMOTE_CODE
+from nemo_embed_core.export.folder import DTYPES
+from nemo_embed_core.export.formats import FORMATS
 from nemo_embed_core.files.strict_json import read, read_object
 from nemo_embed_core.model.spec import (
     ARCHITECTURES,
@@ -35,27 +36,30 @@ def _require(file: Path, found: Any, wanted: Any, what: str) -> None:
 def check_code(path: Path, config: dict[str, Any], trusted: bool) -> bool:
     """Whether loading the folder runs Python; UserError for other bytes than ours, unless `trusted`."""
     foreign, has_code = [], False
+    ours = {name: (format.code, format.auto_map) for name, format in FORMATS.items() if format.code}
     for file in sorted(path.rglob("*.json")):
         # The key by which transformers imports a class out of the folder, or out of another folder or
         # repository.
         auto_map = value.get("auto_map") if isinstance(value := read(file), dict) else None
         if auto_map is not None:
             has_code = True
-            if file != path / "config.json" or auto_map != AUTO_MAP:
+            code = next((code for code, its_map in ours.values() if auto_map == its_map), None)
+            if file != path / "config.json" or code is None:
                 foreign.append(f"auto_map in {file.relative_to(path)}")
-            elif not (path / REMOTE_CODE.name).is_file():
+            elif not (path / code.name).is_file():
                 raise UserError(
-                    f"{path} has no {REMOTE_CODE.name}, which auto_map in config.json names; export it again"
+                    f"{path} has no {code.name}, which auto_map in config.json names; export it again"
                 )
-            elif (path / REMOTE_CODE.name).read_bytes() != REMOTE_CODE.read_bytes():
-                foreign.append(REMOTE_CODE.name)
+            elif (path / code.name).read_bytes() != code.read_bytes():
+                foreign.append(code.name)
     if has_code and (path / "adapter_config.json").exists():
         foreign.append("adapter_config.json, which loads yet another folder")
     if foreign and not trusted:
+        known = " or ".join(f"the {code.name} of --format {name}" for name, (code, _) in ours.items())
         raise UserError(
             f"{path} brings code that this version did not write ({', '.join(foreign)}), and checking the "
             "folder would run it. Read it, then add --trust-remote-code; without that flag a folder may "
-            f"name no code, or exactly the {REMOTE_CODE.name} of --format compat"
+            f"name no code, or exactly {known}"
         )
     return has_code
 

@@ -29,15 +29,11 @@ from nemo_embed_core.checkpoint.source import USAGE_KEY, Source, Usage
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.card import REMOTE_CODE, Card, Format, model_card
+from nemo_embed_core.export.card import Card, model_card
+from nemo_embed_core.export.formats import FORMATS, Format
 from nemo_embed_core.model.spec import ARCHITECTURES, MODULES, POOLINGS, flags_of
 
 DTYPES = ("float32", "bfloat16", "float16")  # as transformers and torch name them
-
-AUTO_MAP = {
-    "AutoConfig": "modeling_llama_bidirec.LlamaBidirectionalConfig",
-    "AutoModel": "modeling_llama_bidirec.LlamaBidirectionalModel",
-}
 
 
 def write_folder(
@@ -62,7 +58,10 @@ def write_folder(
     unknown = set(card) - set(Card.__annotations__)
     assert not unknown, f"model card has no place for {sorted(unknown)}"
     assert usage.query_max_length and usage.document_max_length, usage
-    files, special_ids = export_files(tokenizer_files, max_length=max_length(usage), format=format)
+    code, transformers_4 = FORMATS[format].code, FORMATS[format].transformers_4
+    files, special_ids = export_files(
+        tokenizer_files, max_length=max_length(usage), transformers_4=transformers_4
+    )
     largest = max(Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab(with_added_tokens=True).values())
     if largest >= model.vocab_size:
         raise UserError(
@@ -70,8 +69,8 @@ def write_folder(
             f"use the tokenizer that the model was trained with (vocab_size must be at least {largest + 1})"
         )
     files |= card.get("license_files", {})
-    if format == "compat":
-        files[REMOTE_CODE.name] = REMOTE_CODE.read_bytes()
+    if code is not None:
+        files[code.name] = code.read_bytes()
 
     output.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -104,14 +103,14 @@ def hf_config(
     model: ModelConfig, dtype: str, special_ids: Mapping[str, int | None], format: Format = "native"
 ) -> dict[str, Any]:
     """config.json of a bidirectional Llama; `special_ids` has bos_token_id, eos_token_id, pad_token_id."""
-    model_type = {"native": "llama", "compat": "llama_bidirec"}[format]
+    model_type, auto_map = FORMATS[format].model_type, FORMATS[format].auto_map
     scaling = None
     if model.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **dataclasses.asdict(model.rope_scaling)}
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
-        **({"auto_map": AUTO_MAP} if format == "compat" else {}),
+        **({"auto_map": dict(auto_map)} if auto_map else {}),
         "is_causal": False,
         "use_bidirectional_attention": True,
         "pooling": POOLINGS[model.pooling].config_word,

@@ -6,7 +6,7 @@ the CPU.
 Imports nothing of this package, so that it sees the folder as any user does, and runs under transformers 4.51
 to 5.x. REQUEST.json: {"texts", "num_prompted", "max_seq_length", "sets_length", "probe", "trust_remote_code",
 "sentence_transformers", "pooling"}; the last text is the long one; sets_length: the folder states no limit,
-so max_seq_length is set for it.
+so max_seq_length is set for it; pooling: as sentence-transformers calls it.
 
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
@@ -33,9 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-# As the model card shows them (model/spec.py), of hidden [N, L, D] and mask [N, L, 1], padded on either side.
-POOLINGS = {"mean": lambda hidden, mask: (hidden * mask).sum(1) / mask.sum(1)}
 
 
 def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, float]:
@@ -70,6 +67,8 @@ def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, fl
 
 
 def embeddings(model, tokenizer, texts: list[str], request: dict[str, Any], padding_side: str) -> np.ndarray:
+    from sentence_transformers.models import Pooling
+
     tokenizer.padding_side = padding_side
     if tokenizer.pad_token is None:  # anybody's folder; which token it is does not matter, it is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
@@ -81,7 +80,10 @@ def embeddings(model, tokenizer, texts: list[str], request: dict[str, Any], padd
     }
     batch = tokenizer(texts, **how)
     hidden_NLD = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    pooled_ND = POOLINGS[request["pooling"]](hidden_NLD, batch["attention_mask"][..., None])
+    pooling = Pooling(hidden_NLD.shape[-1], pooling_mode=request["pooling"])
+    pooled_ND = pooling({"token_embeddings": hidden_NLD, "attention_mask": batch["attention_mask"]})[
+        "sentence_embedding"
+    ]
     return torch.nn.functional.normalize(pooled_ND, dim=-1).numpy()
 
 

@@ -7,15 +7,16 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
 from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.card import Card, Format, describe, shown_command
+from nemo_embed_core.export.card import Card, describe, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
+from nemo_embed_core.export.formats import FORMATS, Format
 from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.files.durable import new_folder, writing
 from nemo_embed_core.merge.output import weight_bytes
@@ -81,7 +82,7 @@ def merge(
     then.
     """
     check_recipe(method, weights, t, evaluate)
-    for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, get_args(Format))):
+    for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, FORMATS)):
         if value not in known:
             raise UserError(f"{option}={value!r} must be one of {', '.join(known)}")
     paths = [str(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]

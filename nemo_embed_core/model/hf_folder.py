@@ -61,7 +61,7 @@ def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
         raise UserError(f"{folder} is {what}")
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is not a folder; give a checkpoint, a run, a Hugging Face folder or embeddings{_hub_id(str(path))}"
+            f"{folder} is not a folder; give a checkpoint, a run or a Hugging Face folder{_hub_id(str(path))}"
         )
     if not (folder / "snapshots").is_dir() or (folder / "config.json").exists():
         return folder, ()
@@ -85,8 +85,8 @@ def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _hub_id(path: str) -> str:
-    """How to get a model of the hub, for what looks like its id."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+    """How to get a model of the hub, for what looks like its id and is nothing in a folder that is here."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) or Path(path).parent.exists():
         return ""
     cache = Path(
         os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "hub")

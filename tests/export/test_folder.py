@@ -7,8 +7,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from nemo_embed_core.checkpoint.source import USAGE_KEY, Prompts, Usage, resolve, usage_of_folder
 from nemo_embed_core.config import ModelConfig, RopeScaling
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.card import REMOTE_CODE
-from nemo_embed_core.export.folder import AUTO_MAP, hf_config, write_folder
+from nemo_embed_core.export.folder import hf_config, write_folder
+from nemo_embed_core.export.formats import FORMATS
 from nemo_embed_core.model.hf_config import read_config
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -24,6 +24,8 @@ COMPLETE = {
 
 
 USAGE = Usage(prompts={"a": Prompts("Instruct: x\nQuery: ")}, query_max_length=40, document_max_length=77)
+
+REMOTE_CODE, AUTO_MAP = FORMATS["compat"].code, FORMATS["compat"].auto_map
 
 
 def tokenizer_files(config: dict, special: tuple[str, ...] = ("<s>", "</s>")) -> dict[str, bytes]:

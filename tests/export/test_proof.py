@@ -25,10 +25,12 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.export import consumers, proof
 from nemo_embed_core.export.consumers import TEXTS, backend, check_prompts, check_tokens
 from nemo_embed_core.export.files import expected_tensors
-from nemo_embed_core.export.folder import AUTO_MAP, REMOTE_CODE, hf_config, write_folder
+from nemo_embed_core.export.folder import hf_config, write_folder
+from nemo_embed_core.export.formats import FORMATS
 from nemo_embed_core.export.proof import TOLERANCE, compare_vectors, verify_folder
 
 TESTS = Path(__file__).parents[1]
+REMOTE_CODE, AUTO_MAP = FORMATS["compat"].code, FORMATS["compat"].auto_map
 MODEL = ModelConfig(
     vocab_size=330,
     hidden_size=48,

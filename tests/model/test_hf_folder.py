@@ -278,9 +278,14 @@ def test_what_is_no_folder_says_how_to_get_one(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=rf"in this machine's cache: give {cached}"):
         resolve("org/model-1")
     with pytest.raises(
-        UserError, match=r"is not a folder; give a checkpoint, a run, a Hugging Face folder or embeddings$"
+        UserError, match=r"is not a folder; give a checkpoint, a run or a Hugging Face folder$"
     ):
         resolve(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^hub/model is not a folder; give [^.]*$"
+    ):  # hub is a folder of ours
+        resolve("hub/model")
     for name, what in (
         ("m.gguf", "a GGUF file"),
         (SINGLE, f"give the folder that holds it, {tmp_path}"),

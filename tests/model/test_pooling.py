@@ -13,7 +13,7 @@ from tiny import MODEL
 from nemo_embed_core.checkpoint.source import Usage, resolve
 from nemo_embed_core.config import ModelConfig, Pooling
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export import reload
+from nemo_embed_core.export.consumers import reload_request
 from nemo_embed_core.export.folder import hf_config, sentence_transformers_files
 from nemo_embed_core.model import pooling, spec
 from nemo_embed_core.model.attention import Segments
@@ -21,7 +21,7 @@ from nemo_embed_core.parallel.mesh import TensorParallel
 
 
 def test_every_pooling_is_computed_and_spelled() -> None:
-    assert set(get_args(Pooling)) == set(pooling.POOLINGS) == set(spec.POOLINGS) == set(reload.POOLINGS)
+    assert set(get_args(Pooling)) == set(pooling.POOLINGS) == set(spec.POOLINGS)
     with pytest.raises(UserError, match=r"model\.pooling='cls'"):
         dataclasses.replace(MODEL, pooling="cls")
 
@@ -38,9 +38,6 @@ def test_what_the_card_computes_is_what_the_encoder_computes(name: Pooling, side
     theirs = torch.nn.functional.normalize(
         eval(spec.POOLINGS[name].torch, {"hidden": hidden, "mask": mask}), dim=-1
     )
-    torch.testing.assert_close(
-        torch.nn.functional.normalize(reload.POOLINGS[name](hidden, mask), dim=-1), theirs
-    )
     segments = Segments(torch.tensor([0, 3, 4, 9], dtype=torch.int32), lengths, 5)
     torch.testing.assert_close(pooling.pool(name, torch.cat(rows), segments, TensorParallel()), theirs)
 
@@ -49,7 +46,7 @@ def test_a_new_pooling_reaches_every_consumer_from_the_table(tmp_path, monkeypat
     monkeypatch.setattr(sys.modules[ModelConfig.__module__], "Pooling", Literal["mean", "last"])
     last = spec.PoolingSpec(mode="lasttoken", words="state of the last token", torch="hidden[:, -1]")
     monkeypatch.setattr(spec, "POOLINGS", {**spec.POOLINGS, "last": last})
-    for module in ("export.folder", "model.hf_config"):
+    for module in ("export.folder", "export.consumers", "model.hf_config"):
         monkeypatch.setattr(sys.modules[f"nemo_embed_core.{module}"], "POOLINGS", spec.POOLINGS)
     model = dataclasses.replace(MODEL, pooling="last")
     usage = Usage(query_max_length=8, document_max_length=9, pooling=model.pooling)
@@ -61,6 +58,7 @@ def test_a_new_pooling_reaches_every_consumer_from_the_table(tmp_path, monkeypat
         "pooling_mode_lasttoken",
         "include_prompt",
     ]
+    assert reload_request([], 9, False, pooling="last")["pooling"] == "lasttoken"
     (tmp_path / "1_Pooling").mkdir()
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
