@@ -21,21 +21,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_embed_core.kernels.info_nce_columns import halves
+from nemo_embed_core.kernels.tiles import grouped, halves
 
 
 def filter_scores_ref(
-    queries_QD: torch.Tensor,
-    documents_ND: torch.Tensor,
-    floor_Q: torch.Tensor,
-    limit_Q: torch.Tensor,
-    length: int,
-    query_scale_Q: torch.Tensor | None = None,
-    document_scale_N: torch.Tensor | None = None,
-    add_Q: torch.Tensor | None = None,
-    slope_Q: torch.Tensor | None = None,
-    spread_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    queries_QD, documents_ND, floor_Q, limit_Q, length,
+    query_scale_Q=None, document_scale_N=None, add_Q=None, slope_Q=None, spread_N=None,
+):  # fmt: skip
     wide = torch.float64 if queries_QD.dtype == torch.int8 else torch.float32  # int8: exact
     keys_QN = (queries_QD.to(wide) @ documents_ND.to(wide).T).float()
     if document_scale_N is not None:
@@ -123,8 +115,8 @@ def _append_asm(pack: int) -> tuple[str, str]:
 def _append(
     products, q, query_scale, slope, add, floor, limit, first_column, document_scale_ptr, spread_ptr,
     list_keys_ptr, list_columns_ptr, counts_ptr, N, L,
-    SCALED: tl.constexpr, SPREAD: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
-    PACK: tl.constexpr,
+    SCALED: tl.constexpr, SPREAD: tl.constexpr, PART: tl.constexpr,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Scales the products of rows q and some columns and appends what lies between floor and limit.
 
@@ -139,8 +131,9 @@ def _append(
             list_keys_ptr, list_columns_ptr, counts_ptr, N, L, SCALED, SPREAD, PART, ASM, CONSTRAINTS, PACK,
         )  # fmt: skip
         _append(
-            right, q, query_scale, slope, add, floor, limit, first_column + WIDTH // 2, document_scale_ptr, spread_ptr,
-            list_keys_ptr, list_columns_ptr, counts_ptr, N, L, SCALED, SPREAD, PART, ASM, CONSTRAINTS, PACK,
+            right, q, query_scale, slope, add, floor, limit, first_column + WIDTH // 2, document_scale_ptr,
+            spread_ptr, list_keys_ptr, list_columns_ptr, counts_ptr, N, L,
+            SCALED, SPREAD, PART, ASM, CONSTRAINTS, PACK,
         )  # fmt: skip
     else:
         n = first_column + tl.arange(0, WIDTH)
@@ -175,19 +168,15 @@ def _append(
 
 @triton.jit
 def _filter_scores_kernel(
-    queries, documents, query_scale_ptr, document_scale_ptr, add_ptr, slope_ptr, spread_ptr, floor_ptr, limit_ptr,
-    list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L,
+    queries, documents, query_scale_ptr, document_scale_ptr, add_ptr, slope_ptr, spread_ptr, floor_ptr,
+    limit_ptr, list_keys_ptr, list_columns_ptr, counts_ptr, Q, N, L,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     INT8: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, SPREAD: tl.constexpr, PART: tl.constexpr,
     ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of scores."""
-    num_tiles = tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP * num_tiles)
-    group_size = tl.minimum(tl.cdiv(Q, BLOCK_Q) - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * num_tiles)
-    first_row = (group * GROUP + within % group_size) * BLOCK_Q
-    first_column = (within // group_size) * BLOCK_N
+    first_row, tile = grouped(Q, tl.cdiv(N, BLOCK_N), BLOCK_Q, GROUP)
+    first_column = tile * BLOCK_N
     acc = tl.zeros((BLOCK_Q, BLOCK_N), tl.int32 if INT8 else tl.float32)
     for d_start in range(0, D, BLOCK_D):
         rows = queries.load([first_row, d_start])
@@ -206,17 +195,17 @@ def _filter_scores_kernel(
 
 
 @torch.library.custom_op("nemo_embed_core::filter_scores", mutates_args=())
-def _filter_scores(
+def filter_scores_kernel(
     queries_QD: torch.Tensor,
     documents_ND: torch.Tensor,
     floor_Q: torch.Tensor,
     limit_Q: torch.Tensor,
     length: int,
-    query_scale_Q: torch.Tensor | None,
-    document_scale_N: torch.Tensor | None,
-    add_Q: torch.Tensor | None,
-    slope_Q: torch.Tensor | None,
-    spread_N: torch.Tensor | None,
+    query_scale_Q: torch.Tensor | None = None,
+    document_scale_N: torch.Tensor | None = None,
+    add_Q: torch.Tensor | None = None,
+    slope_Q: torch.Tensor | None = None,
+    spread_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_queries, num_columns = queries_QD.shape
     num_documents = documents_ND.shape[0]
@@ -247,48 +236,11 @@ def _filter_scores(
     return list_keys_QL, list_columns_QL, counts_Q
 
 
-@_filter_scores.register_fake
-def _(
-    queries_QD,
-    documents_ND,
-    floor_Q,
-    limit_Q,
-    length,
-    query_scale_Q,
-    document_scale_N,
-    add_Q,
-    slope_Q,
-    spread_N,
-):
+@filter_scores_kernel.register_fake
+def _(queries_QD, documents_ND, floor_Q, limit_Q, length, *_):
     list_keys_QL = floor_Q.new_empty(queries_QD.shape[0], length)
     counts_Q = floor_Q.new_empty(queries_QD.shape[0], dtype=torch.int32)
     return list_keys_QL, torch.empty_like(list_keys_QL, dtype=torch.int32), counts_Q
-
-
-def filter_scores_kernel(
-    queries_QD: torch.Tensor,
-    documents_ND: torch.Tensor,
-    floor_Q: torch.Tensor,
-    limit_Q: torch.Tensor,
-    length: int,
-    query_scale_Q: torch.Tensor | None = None,
-    document_scale_N: torch.Tensor | None = None,
-    add_Q: torch.Tensor | None = None,
-    slope_Q: torch.Tensor | None = None,
-    spread_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _filter_scores(
-        queries_QD,
-        documents_ND,
-        floor_Q,
-        limit_Q,
-        length,
-        query_scale_Q,
-        document_scale_N,
-        add_Q,
-        slope_Q,
-        spread_N,
-    )
 
 
 def filter_scores(
@@ -306,11 +258,13 @@ def filter_scores(
     """keys = (queries @ documents.T) * document_scale * query_scale[:, None] + slope[:, None] * spread +
     add[:, None]; rows, columns = ((keys >= floor[:, None]) & (keys < limit[:, None])).nonzero(), by row
 
-    queries [Q, D], documents [N, D]: both int8 (with both scales), bf16 or fp16; rows of a multiple of 16 bytes.
+    queries [Q, D], documents [N, D]: both int8 (with both scales), bf16 or fp16; rows of a multiple of 16
+    bytes.
     floor, limit, scales, add [Q], slope [Q] with spread [N]: fp32 vectors; all but floor and limit optional.
     length: places of a row's list.
-    Returns keys [Q, length] fp32 and columns [Q, length] int32, of which the first min(counts[q], length) are written, in
-    any order, and counts [Q] int32, which may exceed length.  CUDA: Triton, tensors on the current device.
+    Returns keys [Q, length] fp32 and columns [Q, length] int32, of which the first min(counts[q], length) are
+    written, in any order, and counts [Q] int32, which may exceed length.  CUDA: Triton, tensors on the
+    current device.
     """
     if queries_QD.dtype != documents_ND.dtype or queries_QD.shape[1] != documents_ND.shape[1]:
         raise ValueError(
@@ -322,15 +276,5 @@ def filter_scores(
             f"filter_scores wants rows of a multiple of 16 bytes, not {queries_QD.shape[1]} columns"
         )
     run = filter_scores_kernel if queries_QD.is_cuda else filter_scores_ref
-    return run(
-        queries_QD,
-        documents_ND,
-        floor_Q,
-        limit_Q,
-        length,
-        query_scale_Q,
-        document_scale_N,
-        add_Q,
-        slope_Q,
-        spread_N,
-    )
+    scales = query_scale_Q, document_scale_N
+    return run(queries_QD, documents_ND, floor_Q, limit_Q, length, *scales, add_Q, slope_Q, spread_N)

@@ -34,10 +34,10 @@ from nemo_embed_core.kernels.info_nce_own import (
 )
 
 
-def _column_scores_ref(
+def _columns_ref(
     q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None
-):
-    """-> scores [B, P], and which of them count"""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """-> logsumexp [B] over the columns that count, score of the label's column [B] (None without labels)"""
     keep_BP = torch.ones(q_BD.shape[0], docs_PD.shape[0], dtype=torch.bool, device=q_BD.device)
     if row_ids_B is not None:
         keep_BP &= row_ids_B[:, None] != doc_ids_P
@@ -47,16 +47,7 @@ def _column_scores_ref(
             keep_BP |= labels_B[:, None] == torch.arange(docs_PD.shape[0], device=q_BD.device)
     if valid_P is not None:
         keep_BP &= valid_P
-    return wide(q_BD) @ wide(docs_PD).T / temperature, keep_BP
-
-
-def _columns_ref(
-    q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """-> logsumexp [B] over the columns that count, score of the label's column [B] (None without labels)"""
-    scores_BP, keep_BP = _column_scores_ref(
-        q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ
-    )
+    scores_BP = wide(q_BD) @ wide(docs_PD).T / temperature
     positive_B = None if labels_B is None else scores_BP.gather(1, labels_B.clamp(min=0)[:, None]).squeeze(1)
     return masked_logsumexp_ref(scores_BP, keep_BP), positive_B
 
@@ -91,26 +82,14 @@ def _columns_kernel(
     q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups = _groups(row_ids_B, doc_ids_P, valid_P, q_BD.shape[0], known_ids_BJ)
-    lse_B, positive_B, _ = columns_fwd(
-        q_BD, docs_PD, *temperature_argument(temperature, q_BD), labels_B, *groups
-    )
-    return lse_B, positive_B
+    return columns_fwd(q_BD, docs_PD, *temperature_argument(temperature, q_BD), labels_B, *groups)[:2]
 
 
 def _in_batch(
-    columns: Callable,
-    own_logsumexp: Callable,
-    q_BD: torch.Tensor,
-    docs_PD: torch.Tensor,
-    labels_B: torch.Tensor,
-    temperature: float | torch.Tensor,
-    doc_ids_P: torch.Tensor | None = None,
-    valid_P: torch.Tensor | None = None,
-    own_docs_BKD: torch.Tensor | None = None,
-    own_mask_BK: torch.Tensor | None = None,
-    extra_lse_B: torch.Tensor | None = None,
-    known_ids_BJ: torch.Tensor | None = None,
-) -> torch.Tensor:
+    columns: Callable, own_logsumexp: Callable,
+    q_BD, docs_PD, labels_B, temperature, doc_ids_P=None, valid_P=None,
+    own_docs_BKD=None, own_mask_BK=None, extra_lse_B=None, known_ids_BJ=None,
+) -> torch.Tensor:  # fmt: skip
     """info_nce_in_batch by the kernels or by plain torch: logsumexp over all terms of a row minus its
     positive score."""
     label_B = labels_B.clamp(min=0)  # safe as an index
@@ -131,14 +110,8 @@ def _in_batch(
 
 
 def _logsumexp(
-    columns: Callable,
-    rows_BD: torch.Tensor,
-    docs_PD: torch.Tensor,
-    temperature: float | torch.Tensor,
-    row_ids_B: torch.Tensor | None = None,
-    doc_ids_P: torch.Tensor | None = None,
-    valid_P: torch.Tensor | None = None,
-) -> torch.Tensor:
+    columns: Callable, rows_BD, docs_PD, temperature, row_ids_B=None, doc_ids_P=None, valid_P=None
+):
     return columns(rows_BD, docs_PD, temperature, None, row_ids_B, doc_ids_P, valid_P)[0]
 
 
@@ -151,8 +124,8 @@ in_batch_logsumexp_kernel = functools.partial(_logsumexp, _columns_kernel)
 def _check(name: str, q_BD: torch.Tensor, docs: torch.Tensor) -> None:
     if q_BD.dim() != 2 or docs.shape[-1] != q_BD.shape[1] or docs.dtype != q_BD.dtype:
         raise ValueError(
-            f"{name} wants rows [B, D] and documents of the same D and dtype, not {list(q_BD.shape)} {q_BD.dtype} "
-            f"and {list(docs.shape)} {docs.dtype}"
+            f"{name} wants rows [B, D] and documents of the same D and dtype, not {list(q_BD.shape)} "
+            f"{q_BD.dtype} and {list(docs.shape)} {docs.dtype}"
         )
 
 
@@ -243,7 +216,8 @@ def info_nce_in_batch(
       other rows' positives            docs = positives
       and shared hard negatives        docs = positives and hard negatives of all rows
       hard negatives of the row only   own_docs
-      query-query                      append the queries to docs and doc_ids[labels] to doc_ids: the row's own
+      query-query                      append the queries to docs and doc_ids[labels] to doc_ids: the row's
+      own
                                        query, and queries with the same positive, then carry its id and do not
                                        count
       document-document                extra_lse = in_batch_logsumexp(docs[labels], docs, ...)
@@ -251,8 +225,8 @@ def info_nce_in_batch(
     _check("info_nce_in_batch", q_BD, docs_PD)
     if labels_B.shape != q_BD.shape[:1] or docs_PD.dim() != 2 or docs_PD.shape[0] == 0:
         raise ValueError(
-            f"info_nce_in_batch wants q [B, D], docs [P, D] with P >= 1 and labels [B], not {list(q_BD.shape)}, "
-            f"{list(docs_PD.shape)} and {list(labels_B.shape)}"
+            "info_nce_in_batch wants q [B, D], docs [P, D] with P >= 1 and labels [B], not "
+            f"{list(q_BD.shape)}, {list(docs_PD.shape)} and {list(labels_B.shape)}"
         )
     if own_docs_BKD is not None:
         _check("info_nce_in_batch (own_docs)", q_BD, own_docs_BKD)
@@ -261,15 +235,5 @@ def info_nce_in_batch(
             "info_nce_in_batch: known_ids [B, J] exclude columns by doc_ids; give both, one row for each of q"
         )
     run = info_nce_in_batch_kernel if _use_kernel(q_BD) else info_nce_in_batch_ref
-    return run(
-        q_BD,
-        docs_PD,
-        labels_B,
-        temperature,
-        doc_ids_P,
-        valid_P,
-        own_docs_BKD,
-        own_mask_BK,
-        extra_lse_B,
-        known_ids_BJ,
-    )
+    own = own_docs_BKD, own_mask_BK
+    return run(q_BD, docs_PD, labels_B, temperature, doc_ids_P, valid_P, *own, extra_lse_B, known_ids_BJ)

@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemo_embed_core.kernels.info_nce_own import learned_or, without_empty_rows
+from nemo_embed_core.kernels.tiles import grouped, halves, score_tile
 
 # element size -> [(largest B, BLOCK_B, BLOCK_P, BLOCK_D, num_warps, num_stages)]. Timed on an H200: the bf16
 # tile of many rows; the others by registers and shared memory (no spills, wgmma).
@@ -37,47 +38,12 @@ _FP32_PRECISION = "tf32x3"  # fp32 on tensor cores, about 21 bits of mantissa; "
 
 
 @triton.jit
-def _score_tile(
-    q, docs, first_row, first_column, B, P,
-    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """q[rows] @ docs[columns].T in fp32, [BLOCK_B, BLOCK_P]; rows and columns past the end hold anything
-    finite.
+def _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr):
+    """Scores that count; the others at -1e30, whose exp is 0 and which may be multiplied by it, unlike -inf.
 
-    q, docs: tensor descriptors for the bulk copy engine (TMA), or pointers where rows are not multiples of 16
-    bytes.
+    rule: the rows' labels and groups, the columns' groups, the groups that a row knows, and how many.
     """
-    acc = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-    if TMA:
-        for d_start in range(0, D, BLOCK_D):
-            rows = q.load([first_row, d_start])
-            acc = tl.dot(rows, docs.load([first_column, d_start]).T, acc, input_precision=PRECISION)
-    else:
-        offs_d = tl.arange(0, BLOCK_D)
-        b = tl.minimum(first_row + tl.arange(0, BLOCK_B), B - 1).to(tl.int64)
-        p = tl.minimum(first_column + tl.arange(0, BLOCK_P), P - 1).to(tl.int64)
-        q_ptrs = q + b[:, None] * D + offs_d[None, :]
-        docs_ptrs = docs + p[None, :] * D + offs_d[:, None]
-        for d_start in range(0, D, BLOCK_D):
-            rows = tl.load(q_ptrs + d_start, mask=(offs_d < D - d_start)[None, :], other=0.0)
-            columns = tl.load(docs_ptrs + d_start, mask=(offs_d < D - d_start)[:, None], other=0.0)
-            acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def halves(x):
-    """The left and the right half of the columns of a tile: registers of the same thread, nothing moves."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _keep_scores(
-    scores, label, row_group, groups_ptr, known_ptr, num_known, b, p, B, P, HAS_GROUPS: tl.constexpr,
-    HAS_KNOWN: tl.constexpr,
-):  # fmt: skip
-    """Scores that count; the others at -1e30, whose exp is 0 and which, unlike -inf, may be multiplied by it."""
+    label, row_group, groups_ptr, known_ptr, num_known = rule
     keep = (b < B)[:, None] & (p < P)[None, :]
     if HAS_GROUPS:
         group = tl.load(groups_ptr + p, mask=p < P, other=-1)
@@ -93,43 +59,37 @@ def _keep_scores(
 
 @triton.jit
 def _accumulate(
-    products, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr,
-    known_ptr,
-    num_known, b, first_column, B, P, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr,
-    HAS_KNOWN: tl.constexpr,
-    PART: tl.constexpr,
+    products, sums, inverse_temperature, rule, b, first_column, B, P,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The online logsumexp, mean and positive score of rows b after the columns of this tile, PART of them at
     a time: the masks and exponentials of a whole tile do not fit beside its products."""
     WIDTH: tl.constexpr = products.shape[1]
     if WIDTH > PART:
         left, right = halves(products)
-        running_max, total, weighted, positive = _accumulate(
-            left, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr,
-            known_ptr,
-            num_known, b, first_column, B, P, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+        sums = _accumulate(
+            left, sums, inverse_temperature, rule, b, first_column, B, P,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
-        running_max, total, weighted, positive = _accumulate(
-            right, running_max, total, weighted, positive, inverse_temperature, label, row_group, groups_ptr,
-            known_ptr,
-            num_known, b, first_column + WIDTH // 2, B, P, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+        sums = _accumulate(
+            right, sums, inverse_temperature, rule, b, first_column + WIDTH // 2, B, P,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
     else:
+        running_max, total, weighted, positive = sums
         p = first_column + tl.arange(0, WIDTH)
         scores = products * inverse_temperature
         if HAS_LABELS:
-            positive += tl.sum(tl.where(label[:, None] == p[None, :], scores, 0.0), 1)
-        scores = _keep_scores(
-            scores, label, row_group, groups_ptr, known_ptr, num_known, b, p, B, P, HAS_GROUPS, HAS_KNOWN
-        )
+            positive += tl.sum(tl.where(rule[0][:, None] == p[None, :], scores, 0.0), 1)
+        scores = _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS, HAS_KNOWN)
         new_max = tl.maximum(running_max, tl.max(scores, 1))
         shift = tl.where(new_max > -1e29, new_max, 0.0)  # nothing kept yet: exp(-1e30 - 0) is 0
         weights = tl.exp(scores - shift[:, None])
         rescale = tl.exp(running_max - shift)
         total = total * rescale + tl.sum(weights, 1)
         weighted = weighted * rescale + tl.sum(weights * scores, 1)
-        running_max = new_max
-    return running_max, total, weighted, positive
+        sums = new_max, total, weighted, positive
+    return sums
 
 
 @triton.jit
@@ -138,35 +98,27 @@ def _columns_fwd_kernel(
     lse_ptr, mean_ptr, positive_ptr, B, P, num_known, num_splits, tiles_per_split,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LEARNED: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_B rows x one split of the columns; partial lse, mean and positive score, [S, B]."""
-    # All splits of GROUP row blocks before the next row blocks: what runs at one time shares its rows and
-    # columns in L2.
-    group = tl.program_id(0) // (GROUP * num_splits)
-    group_size = tl.minimum(tl.cdiv(B, BLOCK_B) - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * num_splits)
-    split = within // group_size
-    first_row = (group * GROUP + within % group_size) * BLOCK_B
+    first_row, split = grouped(B, num_splits, BLOCK_B, GROUP)
     b = first_row + tl.arange(0, BLOCK_B)
     inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
-    running_max = tl.full((BLOCK_B,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_B,), tl.float32)
-    weighted = tl.zeros((BLOCK_B,), tl.float32)
-    positive = tl.zeros((BLOCK_B,), tl.float32)
+    rule = (label, row_group, groups_ptr, known_ptr, num_known)
+    zeros = tl.zeros((BLOCK_B,), tl.float32)
+    sums = (zeros - 1e30, zeros, zeros, zeros)  # running maximum, total, weighted, positive
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(P, BLOCK_P))
     for tile in range(split * tiles_per_split, last_tile):
-        products = _score_tile(
+        products = score_tile(
             q, docs, first_row, tile * BLOCK_P, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
         )
-        running_max, total, weighted, positive = _accumulate(
-            products, running_max, total, weighted, positive, inverse_temperature, label, row_group,
-            groups_ptr, known_ptr,
-            num_known, b, tile * BLOCK_P, B, P, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+        sums = _accumulate(
+            products, sums, inverse_temperature, rule, b, tile * BLOCK_P, B, P,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
+    running_max, total, weighted, positive = sums
     out = split.to(tl.int64) * B + b
     tl.store(lse_ptr + out, tl.where(total > 0, running_max + tl.log(total), -float("inf")), mask=b < B)
     tl.store(mean_ptr + out, tl.where(total > 0, weighted / total, 0.0), mask=b < B)
@@ -203,37 +155,33 @@ def _combine_kernel(
 
 @triton.jit
 def _store_dscores(
-    products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr,
-    known_ptr, num_known, b,
-    first_column, column, B, P, width, row_stride, HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr,
-    HAS_KNOWN: tl.constexpr, PART: tl.constexpr,
+    products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule,
+    b, first_column, column, B, P, width, row_stride,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """column: the tile's first one in dscores; PART columns at a time, as in _accumulate."""
     WIDTH: tl.constexpr = products.shape[1]
     if WIDTH > PART:
         left, right = halves(products)
         _store_dscores(
-            left, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr,
-            known_ptr, num_known,
+            left, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule,
             b, first_column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
         _store_dscores(
-            right, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr,
-            known_ptr, num_known,
-            b, first_column + WIDTH // 2, column + WIDTH // 2, B, P, width, row_stride, HAS_LABELS,
-            HAS_GROUPS, HAS_KNOWN,
-            PART,
+            right, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule,
+            b, first_column + WIDTH // 2, column + WIDTH // 2, B, P, width, row_stride,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, WIDTH)
         p = first_column + tl.arange(0, WIDTH)
         scores = products * inverse_temperature
-        scores = _keep_scores(
-            scores, label, row_group, groups_ptr, known_ptr, num_known, b, p, B, P, HAS_GROUPS, HAS_KNOWN
-        )
+        scores = _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS, HAS_KNOWN)
         dscores = tl.exp(scores - lse[:, None]) * (dlse * inverse_temperature)[:, None]
         if HAS_LABELS:
-            dscores += tl.where(label[:, None] == p[None, :], (dpositive * inverse_temperature)[:, None], 0.0)
+            dscores += tl.where(
+                rule[0][:, None] == p[None, :], (dpositive * inverse_temperature)[:, None], 0.0
+            )
         mask = (b < B)[:, None] & (columns < width)[None, :]
         dscores_ptrs = dscores_ptr + b.to(tl.int64)[:, None] * row_stride + columns[None, :]
         tl.store(dscores_ptrs, dscores.to(dscores_ptr.dtype.element_ty), mask=mask)
@@ -245,24 +193,20 @@ def _columns_dscores_kernel(
     dscores_ptr, B, P, num_known, first_column, width, row_stride,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LEARNED: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the gradient of the unscaled scores, in columns first_column .. first_column +
     width."""
-    num_tiles = tl.cdiv(width, BLOCK_P)
-    group = tl.program_id(0) // (GROUP * num_tiles)
-    group_size = tl.minimum(tl.cdiv(B, BLOCK_B) - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * num_tiles)
-    first_row = (group * GROUP + within % group_size) * BLOCK_B
+    first_row, tile = grouped(B, tl.cdiv(width, BLOCK_P), BLOCK_B, GROUP)
     b = first_row + tl.arange(0, BLOCK_B)
-    column = (within // group_size) * BLOCK_P
+    column = tile * BLOCK_P
     inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
-    products = _score_tile(
+    products = score_tile(
         q, docs, first_row, first_column + column, B, P, D, BLOCK_B, BLOCK_P, BLOCK_D, TMA, PRECISION
     )  # fmt: skip
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
+    rule = (label, row_group, groups_ptr, known_ptr, num_known)
     lse = tl.load(lse_ptr + b, mask=b < B, other=0.0)
     # A row that no column counts for has lse -inf: with 0 its -1e30 scores give p = 0, not NaN; its gradient
     # may be NaN.
@@ -270,8 +214,7 @@ def _columns_dscores_kernel(
     lse = tl.where(lse > -1e29, lse, 0.0)
     dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) if HAS_LABELS else dlse
     _store_dscores(
-        products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, label, row_group, groups_ptr,
-        known_ptr, num_known, b,
+        products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule, b,
         first_column + column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
     )  # fmt: skip
 
@@ -291,6 +234,30 @@ def _matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
+def _arguments(q_BD, docs_PD, temperature, constant: float, stand_in, *optional) -> tuple[tuple, int, dict]:
+    """-> operands of the kernels of both directions, J, and what they are compiled for
+
+    q and docs are descriptors for the bulk copy engine (TMA) where rows are multiples of 16 bytes. An absent
+    tensor is never read; the kernels want a pointer all the same: stand_in.
+    """
+    labels_B, _, groups_P, known_groups_BJ = optional
+    has_known = known_groups_BJ is not None
+    config = _columns_config(q_BD.shape[0], q_BD.element_size(), has_known)
+    block_b, block_p, block_d, num_warps, num_stages = config
+    tma = not any(x.shape[1] * x.element_size() % 16 or x.data_ptr() % 16 for x in (q_BD, docs_PD))
+    q = TensorDescriptor.from_tensor(q_BD, [block_b, block_d]) if tma else q_BD
+    docs = TensorDescriptor.from_tensor(docs_PD, [block_p, block_d]) if tma else docs_PD
+    pointers = (stand_in if x is None else x.contiguous() for x in optional)
+    constants = {
+        "D": q_BD.shape[1], "BLOCK_B": block_b, "BLOCK_P": block_p, "BLOCK_D": block_d, "GROUP": _GROUP,
+        "HAS_LABELS": labels_B is not None, "HAS_GROUPS": groups_P is not None, "HAS_KNOWN": has_known,
+        "TMA": tma, "PRECISION": _FP32_PRECISION, "LEARNED": temperature is not None,
+        "num_warps": num_warps, "num_stages": num_stages,
+    }  # fmt: skip
+    num_known = known_groups_BJ.shape[1] if has_known else 0
+    return (q, docs, *pointers, learned_or(temperature, constant)), num_known, constants
+
+
 @torch.library.custom_op("nemo_embed_core::info_nce_columns_forward", mutates_args=())
 def columns_fwd(
     q_BD: torch.Tensor,
@@ -302,66 +269,35 @@ def columns_fwd(
     groups_P: torch.Tensor | None,
     known_groups_BJ: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> lse [B] over the columns that count, score of the label's column [B] (0 without), mean [B]; all fp32"""
-    num_rows, hidden_size = q_BD.shape
-    num_columns = docs_PD.shape[0]
-    has_known = known_groups_BJ is not None
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
-        num_rows, q_BD.element_size(), has_known
+    """-> lse [B] over the columns that count, score of the label's column [B] (0 without), mean [B]; fp32"""
+    num_rows, num_columns = q_BD.shape[0], docs_PD.shape[0]
+    lse_B, mean_B, positive_B = (q_BD.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
+    optional = labels_B, row_groups_B, groups_P, known_groups_BJ
+    operands, num_known, constants = _arguments(
+        q_BD.contiguous(), docs_PD.contiguous(), temperature, constant, lse_B, *optional
     )
-    row_blocks, tiles = triton.cdiv(num_rows, block_b), triton.cdiv(num_columns, block_p)
+    row_blocks = triton.cdiv(num_rows, constants["BLOCK_B"])
+    tiles = triton.cdiv(num_columns, constants["BLOCK_P"])
     # Few rows: more splits, to fill the GPU. Many rows: at least 11, so that a group of row blocks shares
     # columns.
     tiles_per_split = max(1, tiles // max(11, triton.cdiv(_PROGRAMS, max(1, row_blocks))))
     num_splits = triton.cdiv(tiles, tiles_per_split)
-    lse_SB, mean_SB, positive_SB = (
-        q_BD.new_empty(num_splits, num_rows, dtype=torch.float32) for _ in range(3)
-    )
-    lse_B, mean_B, positive_B = (q_BD.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
+    part = _PART if groups_P is None else _PART_WITH_IDS
+    splits = [q_BD.new_empty(num_splits, num_rows, dtype=torch.float32) for _ in range(3)]
     if num_rows:
         if num_columns:
-            q, docs, tma = _operands(q_BD.contiguous(), docs_PD.contiguous(), block_b, block_p, block_d)
             _columns_fwd_kernel[(row_blocks * num_splits,)](
-                q, docs, *_or_unread(lse_B, labels_B, row_groups_B, groups_P, known_groups_BJ),
-                learned_or(temperature, constant),
-                lse_SB, mean_SB, positive_SB, num_rows, num_columns, _num_known(known_groups_BJ), num_splits,
-                tiles_per_split,
-                D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
-                HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None,
-                HAS_KNOWN=has_known, TMA=tma, PRECISION=_FP32_PRECISION, LEARNED=temperature is not None,
-                PART=_PART_WITH_KNOWN if has_known else _PART if groups_P is None else _PART_WITH_IDS,
-                num_warps=num_warps, num_stages=num_stages,
+                *operands, *splits, num_rows, num_columns, num_known, num_splits, tiles_per_split,
+                **constants, PART=_PART_WITH_KNOWN if constants["HAS_KNOWN"] else part,
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(num_rows, 128),)](
-            lse_SB,
-            mean_SB,
-            positive_SB,
-            lse_B,
-            mean_B,
-            positive_B,
-            num_rows,
-            num_splits,
-            BLOCK_B=128,
-            num_warps=4,
+            *splits, lse_B, mean_B, positive_B, num_rows, num_splits, BLOCK_B=128, num_warps=4
         )
     return lse_B, positive_B, mean_B
 
 
-def _operands(q_BD: torch.Tensor, docs_PD: torch.Tensor, block_b: int, block_p: int, block_d: int) -> tuple:
-    """-> q, docs as the columns kernels take them, and whether as descriptors for the bulk copy engine (TMA)"""
-    if any(x.shape[1] * x.element_size() % 16 or x.data_ptr() % 16 for x in (q_BD, docs_PD)):
-        return q_BD, docs_PD, False
-    q = TensorDescriptor.from_tensor(q_BD, [block_b, block_d])
-    return q, TensorDescriptor.from_tensor(docs_PD, [block_p, block_d]), True
-
-
-def _or_unread(stand_in: torch.Tensor, *optional: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """An absent tensor is never read; the kernels want a pointer all the same."""
-    return tuple(stand_in if x is None else x.contiguous() for x in optional)
-
-
 @columns_fwd.register_fake
-def _(q_BD, docs_PD, temperature, constant, labels_B, row_groups_B, groups_P, known_groups_BJ):
+def _(q_BD, *_):
     return tuple(q_BD.new_empty(q_BD.shape[0], dtype=torch.float32) for _ in range(3))
 
 
@@ -379,18 +315,14 @@ def _columns_bwd(
     groups_P: torch.Tensor | None,
     known_groups_BJ: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> dq [B, D], ddocs [P, D]. d(scores) is rounded to the inputs' dtype, as autograd does in plain torch."""
-    num_rows, hidden_size = q_BD.shape
-    num_columns = docs_PD.shape[0]
+    """-> dq [B, D], ddocs [P, D]; d(scores) is rounded to the inputs' dtype, as in plain torch."""
+    num_rows, num_columns = q_BD.shape[0], docs_PD.shape[0]
     if not num_rows or not num_columns:
         return torch.zeros_like(q_BD), torch.zeros_like(docs_PD)
-    has_known = known_groups_BJ is not None
-    block_b, block_p, block_d, num_warps, num_stages = _columns_config(
-        num_rows, q_BD.element_size(), has_known
-    )
     q_BD, docs_PD = q_BD.contiguous(), docs_PD.contiguous()
-    q, docs, tma = _operands(q_BD, docs_PD, block_b, block_p, block_d)
-    optional = _or_unread(lse_B, labels_B, row_groups_B, groups_P, known_groups_BJ)
+    optional = labels_B, row_groups_B, groups_P, known_groups_BJ
+    operands, num_known, constants = _arguments(q_BD, docs_PD, temperature, constant, lse_B, *optional)
+    block_b, block_p = constants["BLOCK_B"], constants["BLOCK_P"]
     chunk = max(block_p, _WORKSPACE // (num_rows * q_BD.element_size()) // block_p * block_p)
     ddocs_PD, dq_BD = torch.empty_like(docs_PD), None
     # Rows start at multiples of 64 elements, whatever P is: GEMMs are slow on unaligned ones.
@@ -400,14 +332,9 @@ def _columns_bwd(
         width = min(chunk, num_columns - first)
         dscores = workspace[:, :width]
         _columns_dscores_kernel[(triton.cdiv(num_rows, block_b) * triton.cdiv(width, block_p),)](
-            dlse_B.contiguous(), dpositive_B.contiguous(), q, docs, *optional,
-            learned_or(temperature, constant), lse_B,
-            dscores, num_rows, num_columns, _num_known(known_groups_BJ), first, width, row_stride,
-            D=hidden_size, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_D=block_d, GROUP=_GROUP,
-            HAS_LABELS=labels_B is not None, HAS_GROUPS=groups_P is not None,
-            HAS_KNOWN=has_known, TMA=tma, PRECISION=_FP32_PRECISION, LEARNED=temperature is not None,
-            PART=_PART_WITH_KNOWN if has_known else _PART,
-                num_warps=num_warps, num_stages=num_stages,
+            dlse_B.contiguous(), dpositive_B.contiguous(), *operands, lse_B, dscores,
+            num_rows, num_columns, num_known, first, width, row_stride, **constants,
+            PART=_PART_WITH_KNOWN if constants["HAS_KNOWN"] else _PART,
         )  # fmt: skip
         torch.mm(dscores.t(), q_BD, out=ddocs_PD[first : first + width])
         if width == num_columns:
@@ -419,19 +346,7 @@ def _columns_bwd(
 
 
 @_columns_bwd.register_fake
-def _(
-    dlse_B,
-    dpositive_B,
-    q_BD,
-    docs_PD,
-    temperature,
-    constant,
-    lse_B,
-    labels_B,
-    row_groups_B,
-    groups_P,
-    known_groups_BJ,
-):
+def _(dlse_B, dpositive_B, q_BD, docs_PD, *_):
     return q_BD.new_empty(q_BD.shape), docs_PD.new_empty(docs_PD.shape)
 
 
@@ -447,14 +362,9 @@ def _columns_backward(ctx, dlse_B, dpositive_B, _):
     )
     dtemperature = None
     if ctx.needs_input_grad[2]:
-        dtemperature = (
-            -(without_empty_rows(dlse_B, lse_B) * mean_B + dpositive_B * positive_B).sum() / temperature
-        )
-    return dq_BD, ddocs_PD, dtemperature, None, None, None, None, None
+        dlse_B = without_empty_rows(dlse_B, lse_B)
+        dtemperature = -(dlse_B * mean_B + dpositive_B * positive_B).sum() / temperature
+    return dq_BD, ddocs_PD, dtemperature, *[None] * 5
 
 
 columns_fwd.register_autograd(_columns_backward, setup_context=_columns_setup_context)
-
-
-def _num_known(known_groups_BJ: torch.Tensor | None) -> int:
-    return 0 if known_groups_BJ is None else known_groups_BJ.shape[1]

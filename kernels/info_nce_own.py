@@ -19,9 +19,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _own_scores_ref(
-    q_BD: torch.Tensor, docs_BMD: torch.Tensor, mask_BM: torch.Tensor, normalize: bool
-) -> torch.Tensor:
+def _own_scores_ref(q_BD, docs_BMD, mask_BM, normalize) -> torch.Tensor:
     q_BD, docs_BMD = wide(q_BD), wide(docs_BMD).masked_fill(~mask_BM[..., None], 0.0)
     if normalize:
         q_BD, docs_BMD = F.normalize(q_BD, dim=-1), F.normalize(docs_BMD, dim=-1)
@@ -31,29 +29,17 @@ def _own_scores_ref(
 def masked_logsumexp_ref(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """logsumexp over the kept columns, -inf where none is kept; plain logsumexp has a NaN gradient there."""
     any_kept = keep.any(1)
-    return (
-        scores.masked_fill(~keep & any_kept[:, None], -math.inf)
-        .logsumexp(1)
-        .masked_fill(~any_kept, -math.inf)
-    )
+    scores = scores.masked_fill(~keep & any_kept[:, None], -math.inf)
+    return scores.logsumexp(1).masked_fill(~any_kept, -math.inf)
 
 
-def info_nce_hard_ref(
-    q_BD: torch.Tensor,
-    docs_BMD: torch.Tensor,
-    mask_BM: torch.Tensor,
-    temperature: float | torch.Tensor,
-    normalize: bool = False,
-) -> torch.Tensor:
+def info_nce_hard_ref(q_BD, docs_BMD, mask_BM, temperature, normalize=False) -> torch.Tensor:
     scores_BM = _own_scores_ref(q_BD, docs_BMD, mask_BM, normalize)
     # Relative to the positive before the logsumexp: a loss of 1e-6 is then not the difference of two numbers
     # near 50.
     scores_BM = (scores_BM - scores_BM[:, :1]) / temperature
-    return (
-        scores_BM.masked_fill(~mask_BM & mask_BM[:, :1], -math.inf)
-        .logsumexp(1)
-        .masked_fill(~mask_BM[:, 0], 0.0)
-    )
+    scores_BM = scores_BM.masked_fill(~mask_BM & mask_BM[:, :1], -math.inf)
+    return scores_BM.logsumexp(1).masked_fill(~mask_BM[:, 0], 0.0)
 
 
 def own_logsumexp_ref(q_BD, docs_BMD, mask_BM, temperature) -> torch.Tensor:
@@ -98,11 +84,8 @@ def _own_fwd_kernel(
             offs_d = d_start + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
             q = tl.load(q_ptr + b * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            docs = tl.load(
-                docs_ptr + (b * M + m)[:, None] * D + offs_d[None, :],
-                mask=mask_m[:, None] & mask_d[None, :],
-                other=0.0,
-            ).to(tl.float32)
+            offs = (b * M + m)[:, None] * D + offs_d[None, :]
+            docs = tl.load(docs_ptr + offs, mask=mask_m[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
             products += docs * q[None, :]
             if NORMALIZE:
                 q_squares += q * q
@@ -141,8 +124,7 @@ def _own_fwd_kernel(
 @triton.jit
 def _own_coefficients(
     dlse_ptr, mask_ptr, scores_ptr, lse_ptr, docs_inverse_ptr, inverse_temperature, q_inverse, b, m,
-    M: tl.constexpr,
-    RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    M: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """-> of documents m of row b, 0 for those that do not exist: is it there, the factor between its row and
     q's gradient and the other way round, the share of its own direction that its gradient loses, and that of
@@ -218,11 +200,8 @@ def _own_bwd_kernel(
             if NORMALIZE:
                 ddocs -= radial_doc[:, None] * docs
             dq += tl.sum(c[:, None] * docs, 0)
-            tl.store(
-                ddocs_ptr + offs,
-                ddocs.to(ddocs_ptr.dtype.element_ty),
-                mask=(m < M)[:, None] & mask_d[None, :],
-            )
+            mask = (m < M)[:, None] & mask_d[None, :]
+            tl.store(ddocs_ptr + offs, ddocs.to(ddocs_ptr.dtype.element_ty), mask=mask)
         tl.store(dq_ptr + b * D + offs_d, dq.to(dq_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -235,9 +214,7 @@ def _own_config(config: tuple[int, int, int], num_documents: int, hidden_size: i
     )
 
 
-def temperature_argument(
-    temperature: float | torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor | None, float]:
+def temperature_argument(temperature, like: torch.Tensor) -> tuple[torch.Tensor | None, float]:
     """-> a tensor, or None and a number"""
     if isinstance(temperature, torch.Tensor):
         return temperature.to(like.device, torch.float32).reshape(()), 0.0
@@ -320,19 +297,7 @@ def _own_bwd(
 
 
 @_own_bwd.register_fake
-def _(
-    dlse_B,
-    q_BD,
-    docs_BMD,
-    mask_BM,
-    temperature,
-    constant,
-    lse_B,
-    scores_BM,
-    q_inverse_B,
-    docs_inverse_BM,
-    relative,
-):
+def _(dlse_B, q_BD, docs_BMD, *_):
     return q_BD.new_empty(q_BD.shape), docs_BMD.new_empty(docs_BMD.shape)
 
 
@@ -353,9 +318,8 @@ def _own_backward(ctx, dlse_B, *_):
     if dlse_B is None:
         return (None,) * 7
     q_BD, docs_BMD, mask_BM, temperature, lse_B, mean_B, *rest = ctx.saved_tensors
-    dq_BD, ddocs_BMD = _own_bwd(
-        dlse_B, q_BD, docs_BMD, mask_BM, temperature, ctx.constant, lse_B, *rest, ctx.relative
-    )
+    tensors = q_BD, docs_BMD, mask_BM, temperature
+    dq_BD, ddocs_BMD = _own_bwd(dlse_B, *tensors, ctx.constant, lse_B, *rest, ctx.relative)
     dtemperature = None
     if ctx.needs_input_grad[3]:
         dtemperature = -(without_empty_rows(dlse_B, lse_B) * mean_B).sum() / temperature
@@ -365,13 +329,7 @@ def _own_backward(ctx, dlse_B, *_):
 _own_fwd.register_autograd(_own_backward, setup_context=_own_setup_context)
 
 
-def info_nce_hard_kernel(
-    q_BD: torch.Tensor,
-    docs_BMD: torch.Tensor,
-    mask_BM: torch.Tensor,
-    temperature: float | torch.Tensor,
-    normalize: bool = False,
-) -> torch.Tensor:
+def info_nce_hard_kernel(q_BD, docs_BMD, mask_BM, temperature, normalize=False) -> torch.Tensor:
     return _own_fwd(q_BD, docs_BMD, mask_BM, *temperature_argument(temperature, q_BD), True, normalize)[0]
 
 

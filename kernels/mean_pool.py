@@ -28,9 +28,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def segment_sum_ref(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
     num_segments = cu_seqlens.numel() - 1
-    position_T = torch.arange(
-        token_offset, token_offset + x_TD.shape[0], device=x_TD.device, dtype=cu_seqlens.dtype
-    )
+    position_T = token_offset + torch.arange(x_TD.shape[0], device=x_TD.device, dtype=cu_seqlens.dtype)
     # Tokens behind the last sequence fall into a row of their own, which is dropped.
     segment_T = torch.searchsorted(cu_seqlens[1:].contiguous(), position_T, right=True)
     x_TD = _wide(x_TD)
@@ -117,9 +115,8 @@ def _chunk_sum_kernel(
                 tl.store(partial_ptr + (chunk + segment) * D + offs_d, acc, mask=mask_d)
                 begin = segment_end
                 segment += 1
-                segment_end = (
-                    tl.load(cu_ptr + segment + 1, mask=segment < N, other=0).to(tl.int64) - token_offset
-                )
+                segment_end = tl.load(cu_ptr + segment + 1, mask=segment < N, other=0).to(tl.int64)
+                segment_end -= token_offset
                 inside = (offs_t >= begin) & (offs_t < segment_end)
                 acc = tl.sum(tl.where(inside[:, None], x, 0.0), 0)
     if (row < chunk_end) & (segment < N):
@@ -243,17 +240,14 @@ def _reduce(x_TD, cu_seqlens, token_offset, want_sum: bool, want_mean: bool, nor
         _combine_kernel[(num_segments, triton.cdiv(hidden_size, block_d))](
             partial_CD, cu_seqlens, sum_ND, mean_ND, inverse_N,
             num_tokens, token_offset, D=hidden_size, CHUNK=chunk, BLOCK_C=block_c, BLOCK_D=block_d,
-            SUM=want_sum, MEAN=want_mean, NORMALIZE=normalize and not long, MIN_NORM=_MIN_NORM, num_warps=num_warps,
+            SUM=want_sum, MEAN=want_mean, NORMALIZE=normalize and not long, MIN_NORM=_MIN_NORM,
+            num_warps=num_warps,
         )  # fmt: skip
         if normalize and long:
             _normalize_kernel[(num_segments,)](
-                mean_ND,
-                inverse_N,
-                D=hidden_size,
-                BLOCK_D=_row_block(hidden_size),
-                MIN_NORM=_MIN_NORM,
-                num_warps=8,
-            )
+                mean_ND, inverse_N,
+                D=hidden_size, BLOCK_D=_row_block(hidden_size), MIN_NORM=_MIN_NORM, num_warps=8,
+            )  # fmt: skip
     return sum_ND, mean_ND, inverse_N
 
 
@@ -272,12 +266,12 @@ def _scatter(dsum_ND, cu_seqlens, token_offset, num_tokens, dtype) -> torch.Tens
 
 
 @torch.library.custom_op("nemo_embed_core::segment_sum_forward", mutates_args=())
-def _segment_sum_fwd(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int) -> torch.Tensor:
+def segment_sum_kernel(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
     return _reduce(x_TD.contiguous(), cu_seqlens.contiguous(), token_offset, True, False, False)[0]
 
 
-@_segment_sum_fwd.register_fake
-def _(x_TD, cu_seqlens, token_offset):
+@segment_sum_kernel.register_fake
+def _(x_TD, cu_seqlens, token_offset=0):
     return x_TD.new_empty(cu_seqlens.shape[0] - 1, x_TD.shape[1], dtype=torch.float32)
 
 
@@ -300,14 +294,11 @@ def _segment_sum_setup_context(ctx, inputs, output):
 
 
 def _segment_sum_backward(ctx, dsum_ND):
-    return (
-        _segment_sum_bwd(dsum_ND, *ctx.saved_tensors, ctx.token_offset, ctx.num_tokens, ctx.dtype),
-        None,
-        None,
-    )
+    dx_TD = _segment_sum_bwd(dsum_ND, *ctx.saved_tensors, ctx.token_offset, ctx.num_tokens, ctx.dtype)
+    return dx_TD, None, None
 
 
-_segment_sum_fwd.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup_context)
+segment_sum_kernel.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup_context)
 
 
 @torch.library.custom_op("nemo_embed_core::mean_pool_forward", mutates_args=())
@@ -365,10 +356,6 @@ def _mean_pool_backward(ctx, dout_ND, *_):
 
 
 _mean_pool_fwd.register_autograd(_mean_pool_backward, setup_context=_mean_pool_setup_context)
-
-
-def segment_sum_kernel(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, token_offset: int = 0) -> torch.Tensor:
-    return _segment_sum_fwd(x_TD, cu_seqlens, token_offset)
 
 
 def mean_pool_kernel(x_TD: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool = False) -> torch.Tensor:

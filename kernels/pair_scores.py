@@ -18,9 +18,7 @@ import triton.language as tl
 _CHUNK = 1 << 19
 
 
-def pair_scores_ref(
-    q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor
-) -> torch.Tensor:
+def pair_scores_ref(q_QD, rows_M, d_ND, ids_M) -> torch.Tensor:
     num_columns = q_QD.shape[1]
     scores = torch.full((len(rows_M),), torch.nan, device=q_QD.device)
     there = (ids_M >= 0).nonzero()[:, 0]
@@ -94,7 +92,7 @@ def _pair_scores_kernel(
     q_ptr, rows_ptr, d_ptr, ids_ptr, scores_ptr, M,
     D: tl.constexpr, CHUNKS: tl.constexpr, LEVELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One program: two pairs in one warp. A chunk lies across its lanes; the chunks of a row are added first."""
+    """One program: two pairs in one warp. A chunk lies across its lanes; chunks of a row are added first."""
     m0 = tl.program_id(0).to(tl.int64) * 2
     m1 = tl.minimum(m0 + 1, M - 1)
     row0, row1 = tl.load(rows_ptr + m0).to(tl.int64), tl.load(rows_ptr + m1).to(tl.int64)
@@ -113,7 +111,7 @@ def _pair_scores_kernel(
 
 
 @torch.library.custom_op("nemo_embed_core::pair_scores", mutates_args=())
-def _pair_scores(
+def pair_scores_kernel(
     q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor
 ) -> torch.Tensor:
     q_QD, d_ND = q_QD.contiguous(), d_ND.contiguous()
@@ -130,15 +128,9 @@ def _pair_scores(
     return scores
 
 
-@_pair_scores.register_fake
+@pair_scores_kernel.register_fake
 def _(q_QD, rows_M, d_ND, ids_M):
     return q_QD.new_empty(len(rows_M), dtype=torch.float32)
-
-
-def pair_scores_kernel(
-    q_QD: torch.Tensor, rows_M: torch.Tensor, d_ND: torch.Tensor, ids_M: torch.Tensor
-) -> torch.Tensor:
-    return _pair_scores(q_QD, rows_M, d_ND, ids_M)
 
 
 def pair_scores(

@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 
 
-def quantize_rows_ref(
-    x_ND: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_rows_ref(x_ND, dtype):
     broken = ~x_ND.isfinite().all(1)
     x = torch.where(broken[:, None], 0, x_ND.float())
     if dtype == torch.int8:
@@ -65,55 +63,43 @@ def _quantize_rows_kernel(
         tl.store(error_ptr + offs_n, tl.sum(error * error, 1), mask=offs_n < N)
 
 
+def _launch(x_ND: torch.Tensor, values, scale, square, error, is_stored: bool) -> None:
+    num_rows, columns = x_ND.shape
+    elements, num_warps = _CONFIG
+    block_d = triton.next_power_of_2(columns)
+    block_n = max(1, elements // block_d)
+    if num_rows:
+        _quantize_rows_kernel[(triton.cdiv(num_rows, block_n),)](
+            x_ND.contiguous(), values, scale, square, error, num_rows, D=columns, BLOCK_N=block_n,
+            BLOCK_D=block_d, INT8=values.dtype == torch.int8, STORED=is_stored, num_warps=num_warps,
+        )  # fmt: skip
+
+
 @torch.library.custom_op("nemo_embed_core::quantize_rows", mutates_args=())
-def _quantize_rows(
-    x_ND: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_rows, columns = x_ND.shape
-    x_ND = x_ND.contiguous()
-    values = torch.empty_like(x_ND, dtype=dtype)
-    scale, square, error = (x_ND.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
-    block_d = triton.next_power_of_2(columns)
-    elements, num_warps = _CONFIG
-    block_n = max(1, elements // block_d)
-    if num_rows:
-        _quantize_rows_kernel[(triton.cdiv(num_rows, block_n),)](
-            x_ND, values, scale, square, error, num_rows,
-            D=columns, BLOCK_N=block_n, BLOCK_D=block_d, INT8=dtype == torch.int8, STORED=True, num_warps=num_warps,
-        )  # fmt: skip
-    return values, scale, square, error
-
-
-@_quantize_rows.register_fake
-def _(x_ND, dtype):
-    vectors = (x_ND.new_empty(x_ND.shape[0], dtype=torch.float32) for _ in range(3))
-    return torch.empty_like(x_ND, dtype=dtype), *vectors
-
-
-@torch.library.custom_op("nemo_embed_core::square_rows", mutates_args=())
-def _square_rows(x_ND: torch.Tensor) -> torch.Tensor:
-    num_rows, columns = x_ND.shape
-    square = x_ND.new_empty(num_rows, dtype=torch.float32)
-    block_d = triton.next_power_of_2(columns)
-    elements, num_warps = _CONFIG
-    block_n = max(1, elements // block_d)
-    if num_rows:
-        _quantize_rows_kernel[(triton.cdiv(num_rows, block_n),)](
-            x_ND.contiguous(), square, square, square, square, num_rows,
-            D=columns, BLOCK_N=block_n, BLOCK_D=block_d, INT8=False, STORED=False, num_warps=num_warps,
-        )  # fmt: skip
-    return square
-
-
-@_square_rows.register_fake
-def _(x_ND):
-    return x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
-
-
 def quantize_rows_kernel(
     x_ND: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _quantize_rows(x_ND, dtype)
+    values, scale, square, error = _empty(x_ND, dtype)
+    _launch(x_ND, values, scale, square, error, True)
+    return values, scale, square, error
+
+
+@quantize_rows_kernel.register_fake
+def _empty(x_ND, dtype):
+    vectors = (x_ND.new_empty(x_ND.shape[0], dtype=torch.float32) for _ in range(3))
+    return x_ND.new_empty(x_ND.shape, dtype=dtype), *vectors
+
+
+@torch.library.custom_op("nemo_embed_core::square_rows", mutates_args=())
+def square_rows_kernel(x_ND: torch.Tensor) -> torch.Tensor:
+    square = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
+    _launch(x_ND, square, square, square, square, False)
+    return square
+
+
+@square_rows_kernel.register_fake
+def _(x_ND):
+    return x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
 
 
 def quantize_rows(
@@ -123,8 +109,9 @@ def quantize_rows(
     x.square().sum(1); (x - values * scale[:, None]).square().sum(1)
 
     x [N, D]: bf16, fp16, fp32, D <= 16384 on CUDA.  dtype: torch.int8 or torch.bfloat16.
-    Returns values [N, D] of that dtype, scale [N], square [N] and error [N] in fp32. A row with NaN or infinity has squares 0
-    and the scale NaN (int8 cannot say so: its values are 0); a row of zeros has the scale 1.
+    Returns values [N, D] of that dtype, scale [N], square [N] and error [N] in fp32. A row with NaN or
+    infinity has squares 0 and the scale NaN (int8 cannot say so: its values are 0); a row of zeros has the
+    scale 1.
     CUDA: Triton, tensors on the current device.
     """
     if x_ND.dim() != 2 or dtype not in (torch.int8, torch.bfloat16):
@@ -148,4 +135,4 @@ def square_rows(x_ND: torch.Tensor) -> torch.Tensor:
     """
     if x_ND.dim() != 2 or (x_ND.is_cuda and x_ND.shape[1] > 16384):
         raise ValueError(f"square_rows wants [N, D] with D <= 16384 on CUDA, not {list(x_ND.shape)}")
-    return _square_rows(x_ND) if x_ND.is_cuda else quantize_rows_ref(x_ND, torch.bfloat16)[2]
+    return square_rows_kernel(x_ND) if x_ND.is_cuda else quantize_rows_ref(x_ND, torch.bfloat16)[2]

@@ -125,7 +125,7 @@ def _sum_rows(a_PD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _rms_norm_fwd(
     x_TD: torch.Tensor, weight_D: torch.Tensor, residual_TD: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> y [T, D], hidden [T, D] (empty without a residual: an op must not return its input), rstd [T] fp32"""
+    """-> y [T, D], hidden [T, D] (empty without a residual: no op may return its input), rstd [T] fp32"""
     num_tokens, hidden_size = x_TD.shape
     block_d, num_warps = _config(hidden_size)
     x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
@@ -166,8 +166,8 @@ def _rms_norm_bwd(
     dweight_PD = hidden_TD.new_empty(num_programs, hidden_size, dtype=torch.float32)
     if num_tokens:
         _rms_norm_bwd_kernel[(num_programs,)](
-            dy_TD, dhidden_TD if dhidden_TD is not None else dy_TD, hidden_TD, weight_D, rstd_T, dx_TD, dweight_PD,
-            num_tokens, D=hidden_size, BLOCK_D=block_d, HAS_DHIDDEN=dhidden_TD is not None,
+            dy_TD, dhidden_TD if dhidden_TD is not None else dy_TD, hidden_TD, weight_D, rstd_T, dx_TD,
+            dweight_PD, num_tokens, D=hidden_size, BLOCK_D=block_d, HAS_DHIDDEN=dhidden_TD is not None,
             # Rows in flight that fit in shared memory in fp32 too.
             STAGES=4 if block_d <= 2048 else 3, num_warps=num_warps,
         )  # fmt: skip
@@ -215,7 +215,8 @@ def rms_norm(
 
     x, residual [T, D]: bf16, fp16, fp32 (fp64: plain torch).  weight [D].  eps: added to the mean square.
     Returns (y [T, D], hidden [T, D]), both in x's dtype; without a residual hidden is x itself.
-    CUDA: Triton, tensors on the current device, D up to 8192; dweight is summed in a fixed order, without atomics.
+    CUDA: Triton, tensors on the current device, D up to 8192; dweight is summed in a fixed order, without
+    atomics.
     """
     if x_TD.dim() != 2 or weight_D.shape != x_TD.shape[1:]:
         raise ValueError(

@@ -15,14 +15,7 @@ import triton
 import triton.language as tl
 
 
-def split_rope_ref(
-    qkv_TE: torch.Tensor,
-    cos_TR: torch.Tensor,
-    sin_TR: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_rope_ref(qkv_TE, cos_TR, sin_TR, num_heads, num_kv_heads, head_dim):
     num_tokens, per_group = qkv_TE.shape[0], num_heads // num_kv_heads
     blocks = qkv_TE.view(num_tokens, num_kv_heads, per_group + 2, head_dim)
     qk, v_TGA = blocks.split([per_group + 1, 1], dim=2)
@@ -101,7 +94,7 @@ def _launch(qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, backward: bool) -> None
     num_kv_heads = k_TGA.shape[1]
     if num_tokens:
         _split_rope_kernel[(triton.cdiv(num_tokens, _TOKENS) * num_kv_heads,)](
-            qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, num_tokens,
+            qkv_TE, q_THA, k_TGA, v_TGA, cos_TR.contiguous(), sin_TR.contiguous(), num_tokens,
             G=num_kv_heads, HEADS=num_heads // num_kv_heads, R=head_dim // 2,
             BLOCK_T=_TOKENS, BLOCK_R=triton.next_power_of_2(head_dim // 2), BACKWARD=backward,
             num_warps=max(1, triton.next_power_of_2(head_dim // 2) // 16),
@@ -109,7 +102,7 @@ def _launch(qkv_TE, q_THA, k_TGA, v_TGA, cos_TR, sin_TR, backward: bool) -> None
 
 
 @torch.library.custom_op("nemo_embed_core::split_rope_forward", mutates_args=())
-def _split_rope_fwd(
+def split_rope_kernel(
     qkv_TE: torch.Tensor,
     cos_TR: torch.Tensor,
     sin_TR: torch.Tensor,
@@ -117,17 +110,13 @@ def _split_rope_fwd(
     num_kv_heads: int,
     head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q_THA = qkv_TE.new_empty(qkv_TE.shape[0], num_heads, head_dim)
-    k_TGA = qkv_TE.new_empty(qkv_TE.shape[0], num_kv_heads, head_dim)
-    v_TGA = torch.empty_like(k_TGA)
-    _launch(
-        qkv_TE.contiguous(), q_THA, k_TGA, v_TGA, cos_TR.contiguous(), sin_TR.contiguous(), backward=False
-    )
+    q_THA, k_TGA, v_TGA = _empty(qkv_TE, cos_TR, sin_TR, num_heads, num_kv_heads, head_dim)
+    _launch(qkv_TE.contiguous(), q_THA, k_TGA, v_TGA, cos_TR, sin_TR, backward=False)
     return q_THA, k_TGA, v_TGA
 
 
-@_split_rope_fwd.register_fake
-def _(qkv_TE, cos_TR, sin_TR, num_heads, num_kv_heads, head_dim):
+@split_rope_kernel.register_fake
+def _empty(qkv_TE, cos_TR, sin_TR, num_heads, num_kv_heads, head_dim):
     q_THA = qkv_TE.new_empty(qkv_TE.shape[0], num_heads, head_dim)
     k_TGA = qkv_TE.new_empty(qkv_TE.shape[0], num_kv_heads, head_dim)
     return q_THA, k_TGA, torch.empty_like(k_TGA)
@@ -141,15 +130,14 @@ def _split_rope_bwd(
     cos_TR: torch.Tensor,
     sin_TR: torch.Tensor,
 ) -> torch.Tensor:
-    num_tokens, num_heads, head_dim = dq_THA.shape
-    dqkv_TE = dq_THA.new_empty(num_tokens, (num_heads + 2 * dk_TGA.shape[1]) * head_dim)
+    dqkv_TE = _empty_qkv(dq_THA, dk_TGA, dv_TGA, cos_TR, sin_TR)
     dq_THA, dk_TGA, dv_TGA = dq_THA.contiguous(), dk_TGA.contiguous(), dv_TGA.contiguous()
-    _launch(dqkv_TE, dq_THA, dk_TGA, dv_TGA, cos_TR.contiguous(), sin_TR.contiguous(), backward=True)
+    _launch(dqkv_TE, dq_THA, dk_TGA, dv_TGA, cos_TR, sin_TR, backward=True)
     return dqkv_TE
 
 
 @_split_rope_bwd.register_fake
-def _(dq_THA, dk_TGA, dv_TGA, cos_TR, sin_TR):
+def _empty_qkv(dq_THA, dk_TGA, dv_TGA, cos_TR, sin_TR):
     num_tokens, num_heads, head_dim = dq_THA.shape
     return dq_THA.new_empty(num_tokens, (num_heads + 2 * dk_TGA.shape[1]) * head_dim)
 
@@ -159,21 +147,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dq_THA, dk_TGA, dv_TGA):
-    return _split_rope_bwd(dq_THA, dk_TGA, dv_TGA, *ctx.saved_tensors), None, None, None, None, None
+    return _split_rope_bwd(dq_THA, dk_TGA, dv_TGA, *ctx.saved_tensors), *[None] * 5
 
 
-_split_rope_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def split_rope_kernel(
-    qkv_TE: torch.Tensor,
-    cos_TR: torch.Tensor,
-    sin_TR: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _split_rope_fwd(qkv_TE, cos_TR, sin_TR, num_heads, num_kv_heads, head_dim)
+split_rope_kernel.register_autograd(_backward, setup_context=_setup_context)
 
 
 def split_rope(
@@ -187,14 +164,18 @@ def split_rope(
     """q, k, v = qkv.view(T, G, H // G + 2, A).split([H // G, 1, 1], 2), then x * cos + rotate_half(x) * sin
     on q and k.
 
-    qkv [T, (H + 2 G) A]: bf16, fp16, fp32 (fp64: plain torch).  cos, sin [T, A / 2] fp32, constants (no gradient).
-    Returns q [T, H, A], k [T, G, A], v [T, G, A]: dense, in qkv's dtype; query head h belongs to KV head h // (H / G).
-    Source of the convention: transformers' apply_rotary_pos_emb.  CUDA: Triton, tensors on the current device.
+    qkv [T, (H + 2 G) A]: bf16, fp16, fp32 (fp64: plain torch).  cos, sin [T, A / 2] fp32, constants (no
+    gradient).
+    Returns q [T, H, A], k [T, G, A], v [T, G, A]: dense, in qkv's dtype; query head h belongs to KV head h //
+    (H / G).
+    Source of the convention: transformers' apply_rotary_pos_emb.  CUDA: Triton, tensors on the current
+    device.
     """
     columns = (num_heads + 2 * num_kv_heads) * head_dim
     if num_heads % num_kv_heads or head_dim % 2:
         raise ValueError(
-            f"split_rope: num_kv_heads={num_kv_heads} must divide num_heads={num_heads} and head_dim={head_dim} be even"
+            f"split_rope: num_kv_heads={num_kv_heads} must divide num_heads={num_heads} and "
+            f"head_dim={head_dim} be even"
         )
     if qkv_TE.dim() != 2 or qkv_TE.shape[1] != columns:
         raise ValueError(

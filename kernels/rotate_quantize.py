@@ -22,9 +22,7 @@ SHRINK = 256.0
 UNDERFLOW = 2.0**-126  # times D: what flushed squares (and, far less, flushed numbers) can lack in `error`
 
 
-def rotate_quantize_ref(
-    x_ND: torch.Tensor, signs_D: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def rotate_quantize_ref(x_ND, signs_D):
     broken = ~x_ND.isfinite().all(1)
     x = torch.where(broken[:, None], 0, x_ND.double()) * signs_D
     for level in range(x.shape[1].bit_length() - 1):
@@ -46,26 +44,22 @@ def is_rotatable(hidden_size: int, dtype: torch.dtype) -> bool:
 
 # D: (C, num_warps) of 16-bit rows, whose accumulators are [C, R]. At 4096 the fastest of three on an H200;
 # the others by registers.
-_CONFIGS = {
-    256: (16, 1),
-    512: (32, 1),
-    1024: (64, 4),
-    2048: (64, 4),
-    4096: (64, 4),
-    8192: (128, 8),
-    16384: (128, 8),
-}
+_CONFIGS = {256: (16, 1), 512: (32, 1), **dict.fromkeys((1024, 2048, 4096), (64, 4))}
+_CONFIGS |= dict.fromkeys((8192, 16384), (128, 8))
 _ROWS = 16  # of a program, which sets up the matrix and the signs once
 
 
 def rotation_error(hidden_size: int, dtype: torch.dtype) -> float:
-    """|computed y - y| <= this times |y|, for every row that does not overflow, and but for what underflows (UNDERFLOW).
+    """|computed y - y| <= this times |y|, for every row that does not overflow, and but for what underflows
+    (UNDERFLOW).
 
-    A butterfly of the additions computes s = x0 + x1 and either x0 - x1 or s - 2 x1: two roundings are at most
-    u (|s| + |x0 - x1|), a pair's error at most 2 u |(s, x0 - x1)|. H of any size lengthens all vectors alike, so that
-    relative errors of levels add up: 2 log2(n) u. The factor 1 / (256 sqrt(D)) is rounded, and so is its product: 2 u.
-    A dot of the tensor cores adds C exact products (16 bits times +-1): 2 gamma_C sum|x| for additions that truncate, at
-    most 2 C u sqrt(C) |x|. C of them are at most sqrt(C) times as long, as is the exact result: 2 C^1.5 u.
+    A butterfly of the additions computes s = x0 + x1 and either x0 - x1 or s - 2 x1: two roundings are at
+    most u (|s| + |x0 - x1|), a pair's error at most 2 u |(s, x0 - x1)|. H of any size lengthens all vectors
+    alike, so that relative errors of levels add up: 2 log2(n) u. The factor 1 / (256 sqrt(D)) is rounded, and
+    so is its product: 2 u.
+    A dot of the tensor cores adds C exact products (16 bits times +-1): 2 gamma_C sum|x| for additions that
+    truncate, at most 2 C u sqrt(C) |x|. C of them are at most sqrt(C) times as long, as is the exact result:
+    2 C^1.5 u.
     1.01: products of these errors.
     """
     unit = 2.0**-24
@@ -140,7 +134,7 @@ def _rotate_quantize_kernel(
 
 
 @torch.library.custom_op("nemo_embed_core::rotate_quantize", mutates_args=())
-def _rotate_quantize(
+def rotate_quantize_kernel(
     x_ND: torch.Tensor, signs_D: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     num_rows, columns = x_ND.shape
@@ -165,7 +159,7 @@ def _rotate_quantize(
     return values, scale, square, error
 
 
-@_rotate_quantize.register_fake
+@rotate_quantize_kernel.register_fake
 def _(x_ND, signs_D):
     vectors = (x_ND.new_empty(x_ND.shape[0], dtype=torch.float32) for _ in range(3))
     return torch.empty_like(x_ND, dtype=torch.int8), *vectors
@@ -178,12 +172,13 @@ def rotate_quantize(
     row x
 
     x [N, D]: bf16, fp16, fp32, D a power of two from 256 to 16384 (fp32: 8192).  signs [D]: 1 or -1.
-    Returns values [N, D] int8, scale [N], square [N] and error [N] in fp32, as quantize_rows does, ties to even. A row with NaN
-    or infinity has squares 0 and the scale NaN. CUDA: Triton, tensors on the current device.
+    Returns values [N, D] int8, scale [N], square [N] and error [N] in fp32, as quantize_rows does, ties to
+    even. A row with NaN or infinity has squares 0 and the scale NaN. CUDA: Triton, tensors on the current
+    device.
     """
     if x_ND.dim() != 2 or not is_rotatable(x_ND.shape[1], x_ND.dtype) or signs_D.shape != x_ND.shape[1:]:
         raise ValueError(
             "rotate_quantize wants [N, D] with D a power of two from 256 to 16384 (fp32: 8192), and D signs, "
             f"not {list(x_ND.shape)} {x_ND.dtype} and {list(signs_D.shape)}"
         )
-    return _rotate_quantize(x_ND, signs_D) if x_ND.is_cuda else rotate_quantize_ref(x_ND, signs_D)
+    return rotate_quantize_kernel(x_ND, signs_D) if x_ND.is_cuda else rotate_quantize_ref(x_ND, signs_D)

@@ -32,9 +32,8 @@ def _tile(NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, 
     whole rows"""
     tiles_per_block = tl.cdiv(WIDTH, BLOCK_F)
     tile = tl.program_id(0) % (NUM_BLOCKS * tiles_per_block)
-    offs_t = (tl.program_id(0) // (NUM_BLOCKS * tiles_per_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(
-        tl.int64
-    )
+    first_t = tl.program_id(0) // (NUM_BLOCKS * tiles_per_block) * BLOCK_T
+    offs_t = (first_t + tl.arange(0, BLOCK_T)).to(tl.int64)
     return tile // tiles_per_block, offs_t, (tile % tiles_per_block) * BLOCK_F + tl.arange(0, BLOCK_F)
 
 
@@ -75,49 +74,35 @@ def _swiglu_bwd_kernel(
     tl.store(dgate_up_ptr + gate_offs + WIDTH, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
-def _block_f(width: int) -> int:
-    return min(_CONFIG[1], triton.next_power_of_2(width))  # narrow blocks: no lane beyond them idles
-
-
-def _grid(num_tokens: int, num_blocks: int, width: int) -> tuple[int]:
-    block_t, block_f = _CONFIG[0], _block_f(width)
-    return (triton.cdiv(num_tokens, block_t) * num_blocks * triton.cdiv(width, block_f),)
+def _launch(kernel, gate_up_TE: torch.Tensor, num_blocks: int, *tensors: torch.Tensor) -> None:
+    num_tokens, columns = gate_up_TE.shape
+    block_t, block_f, num_warps = _CONFIG
+    width = columns // (2 * num_blocks)
+    block_f = min(block_f, triton.next_power_of_2(width))  # narrow blocks: no lane beyond them idles
+    if num_tokens:
+        kernel[(triton.cdiv(num_tokens, block_t) * num_blocks * triton.cdiv(width, block_f),)](
+            *tensors, num_tokens,
+            NUM_BLOCKS=num_blocks, WIDTH=width, BLOCK_T=block_t, BLOCK_F=block_f, num_warps=num_warps,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("nemo_embed_core::swiglu_forward", mutates_args=())
-def _swiglu_fwd(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    num_tokens, columns = gate_up_TE.shape
-    block_t, _, num_warps = _CONFIG
-    width = columns // (2 * num_blocks)
-    block_f = _block_f(width)
-    gate_up_TE = gate_up_TE.contiguous()
-    out_TF = gate_up_TE.new_empty(num_tokens, columns // 2)
-    if num_tokens:
-        _swiglu_fwd_kernel[_grid(num_tokens, num_blocks, width)](
-            gate_up_TE, out_TF, num_tokens,
-            NUM_BLOCKS=num_blocks, WIDTH=width, BLOCK_T=block_t, BLOCK_F=block_f, num_warps=num_warps,
-        )  # fmt: skip
+def swiglu_kernel(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    out_TF = gate_up_TE.new_empty(gate_up_TE.shape[0], gate_up_TE.shape[1] // 2)
+    _launch(_swiglu_fwd_kernel, gate_up_TE, num_blocks, gate_up_TE.contiguous(), out_TF)
     return out_TF
 
 
-@_swiglu_fwd.register_fake
+@swiglu_kernel.register_fake
 def _(gate_up_TE, num_blocks):
     return gate_up_TE.new_empty(gate_up_TE.shape[0], gate_up_TE.shape[1] // 2)
 
 
 @torch.library.custom_op("nemo_embed_core::swiglu_backward", mutates_args=())
 def _swiglu_bwd(dout_TF: torch.Tensor, gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    num_tokens, columns = gate_up_TE.shape
-    block_t, _, num_warps = _CONFIG
-    width = columns // (2 * num_blocks)
-    block_f = _block_f(width)
-    dout_TF, gate_up_TE = dout_TF.contiguous(), gate_up_TE.contiguous()
-    dgate_up_TE = torch.empty_like(gate_up_TE)
-    if num_tokens:
-        _swiglu_bwd_kernel[_grid(num_tokens, num_blocks, width)](
-            dout_TF, gate_up_TE, dgate_up_TE, num_tokens,
-            NUM_BLOCKS=num_blocks, WIDTH=width, BLOCK_T=block_t, BLOCK_F=block_f, num_warps=num_warps,
-        )  # fmt: skip
+    dgate_up_TE = gate_up_TE.new_empty(gate_up_TE.shape)
+    tensors = dout_TF.contiguous(), gate_up_TE.contiguous(), dgate_up_TE
+    _launch(_swiglu_bwd_kernel, gate_up_TE, num_blocks, *tensors)
     return dgate_up_TE
 
 
@@ -135,22 +120,20 @@ def _backward(ctx, dout_TF):
     return _swiglu_bwd(dout_TF, *ctx.saved_tensors, ctx.num_blocks), None
 
 
-_swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def swiglu_kernel(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    return _swiglu_fwd(gate_up_TE, num_blocks)
+swiglu_kernel.register_autograd(_backward, setup_context=_setup_context)
 
 
 def swiglu(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """gate, up = gate_up.view(T, num_blocks, 2, -1).unbind(2); (F.silu(gate) * up).reshape(T, -1)
 
-    gate_up [T, 2 F]: bf16, fp16, fp32 (fp64: plain torch), columns in num_blocks blocks of [gate block | up block].
+    gate_up [T, 2 F]: bf16, fp16, fp32 (fp64: plain torch), columns in num_blocks blocks of [gate block | up
+    block].
     Returns [T, F] in the same dtype.  CUDA: Triton, tensors on the current device.
     """
     if gate_up_TE.dim() != 2 or gate_up_TE.shape[1] % (2 * num_blocks):
         raise ValueError(
-            f"swiglu wants [T, E] with E a multiple of 2 * num_blocks={2 * num_blocks}, not {list(gate_up_TE.shape)}"
+            f"swiglu wants [T, E] with E a multiple of 2 * num_blocks={2 * num_blocks}, not "
+            f"{list(gate_up_TE.shape)}"
         )
     if gate_up_TE.is_cuda and gate_up_TE.dtype != torch.float64:
         return swiglu_kernel(gate_up_TE, num_blocks)

@@ -120,7 +120,8 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Atten
         name = "flash" if fused and flash else "varlen" if fused and varlen else "sdpa"
     if name in ("flash", "varlen") and not fused:
         raise UserError(
-            f"attention={name} needs a CUDA device and bf16, not {device.type} and {dtype}; use attention=auto or sdpa"
+            f"attention={name} needs a CUDA device and bf16, not {device.type} and {dtype}; use "
+            "attention=auto or sdpa"
         )
     if name == "flash" and not flash:
         raise UserError(

@@ -110,7 +110,8 @@ class HFReader:
         self._where = where  # name without prefix -> (name in the file, file)
         if config.num_hidden_layers > len(where):
             raise UserError(
-                f"{folder}: config.json says {config.num_hidden_layers} layers, there are {len(where)} tensors"
+                f"{folder}: config.json says {config.num_hidden_layers} layers, there are {len(where)} "
+                "tensors"
             )
         self._check()
 
@@ -161,9 +162,8 @@ class HFReader:
         try:
             return self._file(file).get_slice(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self.folder / file} is not a readable safetensors file: {name}: {error}"
-            ) from None
+            what = f"{self.folder / file} is not a readable safetensors file"
+            raise UserError(f"{what}: {name}: {error}") from None
 
     def read_box(self, name: str, box: Box) -> Tensor:
         """The box of our parameter, reading only its bytes; keeps the file's dtype."""
@@ -174,10 +174,8 @@ class HFReader:
             if lo < hi:
                 source = self._slice(hf_name)
                 a, b = start + lo - row, start + hi - row
-                if rest_size:
-                    part = source[a:b, rest_offset[0] : rest_offset[0] + rest_size[0]]
-                else:
-                    part = source[a:b]
+                columns = [slice(at, at + size) for at, size in zip(rest_offset, rest_size, strict=True)]
+                part = source[(slice(a, b), *columns)]
                 self.bytes_read += part.numel() * part.element_size()
                 parts.append(part)
             row += rows

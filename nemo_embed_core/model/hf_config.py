@@ -47,8 +47,8 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
         kind = raw["quantization_config"]
         kind = kind.get("quant_method", "?") if isinstance(kind, dict) else kind
         raise UserError(
-            f"{path}: quantization_config ({kind}): quantised weights are not read; take the model in bf16, or delete the "
-            "field if its weights are plain"
+            f"{path}: quantization_config ({kind}): quantised weights are not read; take the model in bf16, "
+            "or delete the field if its weights are plain"
         )
     for key in ("text_config", "llm_config"):
         if raw.get(key) is not None:
@@ -58,8 +58,9 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
     causal, bidirectional = raw.get("is_causal"), raw.get("use_bidirectional_attention")
     if causal is not None and causal == bidirectional:
         raise UserError(
-            f"{path}: is_causal={causal!r}, which transformers reads, and use_bidirectional_attention={bidirectional!r}, "
-            "which vLLM and text-embeddings-inference read, contradict; correct one"
+            f"{path}: is_causal={causal!r}, which transformers reads, and "
+            f"use_bidirectional_attention={bidirectional!r}, which vLLM and text-embeddings-inference read, "
+            "contradict; correct one"
         )
     notes: list[str] = []
     theta, scaling = _rotary(path, raw, notes)
@@ -100,24 +101,23 @@ def _rotary(path: Path, raw: Mapping[str, Any], notes: list[str]) -> tuple[float
     spellings = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
     readings = {key: _spelling(path, key, value, raw, notes) for key, value in spellings.items()}
     top = raw.get("rope_theta")
-    for key, value in {
-        "rope_theta": top,
-        **{f"{k}.rope_theta": v.get("rope_theta") for k, v in spellings.items()},
-    }.items():
+    inner = {f"{key}.rope_theta": spelling.get("rope_theta") for key, spelling in spellings.items()}
+    for key, value in {"rope_theta": top, **inner}.items():
         if value is None:
             continue
         if type(value) not in (int, float):
             raise UserError(f"{path}: {key}={value!r} must be a number")
         if top is not None and value != top:
             raise UserError(
-                f"{path}: rope_theta={top!r}, which transformers 4 reads, and {key}={value!r}, which transformers 5 reads, "
-                "contradict; delete the wrong one"
+                f"{path}: rope_theta={top!r}, which transformers 4 reads, and {key}={value!r}, which "
+                "transformers 5 reads, contradict; delete the wrong one"
             )
     if len(readings) == 2:
         (a, first), (b, second) = readings.items()
         if first != second:
             raise UserError(
-                f"{path}: {a} ({_shown(first)}), which transformers reads, and {b} ({_shown(second)}) contradict; delete one"
+                f"{path}: {a} ({_shown(first)}), which transformers reads, and {b} ({_shown(second)}) "
+                "contradict; delete one"
             )
     if not readings:
         if top is None and "rope_theta" in raw:
@@ -137,8 +137,8 @@ def _spelling(
     kinds = {name: rope[name] for name in ("rope_type", "type") if rope.get(name) is not None}
     if len(set(map(str, kinds.values()))) > 1:
         raise UserError(
-            f"{path}: {key} has rope_type={rope['rope_type']!r}, which transformers 5 reads, and type={rope['type']!r}, "
-            "which transformers 4 reads; delete one"
+            f"{path}: {key} has rope_type={rope['rope_type']!r}, which transformers 5 reads, and "
+            f"type={rope['type']!r}, which transformers 4 reads; delete one"
         )
     kind = next(iter(kinds.values()), "default")
     if kind not in ROPE_TYPES:
@@ -168,8 +168,8 @@ def _spelling(
     outer, inner = raw.get("original_max_position_embeddings"), values["original_max_position_embeddings"]
     if outer is not None and inner is not None and outer != inner:
         raise UserError(
-            f"{path}: original_max_position_embeddings={outer!r}, which transformers 5 reads, and that of {key}, {inner!r}, "
-            "which transformers 4 reads, contradict; delete one"
+            f"{path}: original_max_position_embeddings={outer!r}, which transformers 5 reads, and that of "
+            f"{key}, {inner!r}, which transformers 4 reads, contradict; delete one"
         )
     # As transformers 5: the model's own, then its longest text.
     values["original_max_position_embeddings"] = inner or outer or raw.get("max_position_embeddings", 2048)
@@ -183,8 +183,6 @@ def _spelling(
 
 def _shown(reading: tuple[float, RopeScaling | None]) -> str:
     theta, scaling = reading
-    return f"theta {theta:g}, " + (
-        "not scaled"
-        if scaling is None
-        else ", ".join(f"{name} {getattr(scaling, name):g}" for name in LLAMA3_FIELDS)
-    )
+    if scaling is None:
+        return f"theta {theta:g}, not scaled"
+    return ", ".join([f"theta {theta:g}", *(f"{name} {getattr(scaling, name):g}" for name in LLAMA3_FIELDS)])

@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> HFFolder:
     return HFFolder(folder, model, where, (*notes, *more))
 
 
-# ------------------------------------------------------------------------------------------ from what a user types
+# ------------------------------------------------------------------------------------------ found by a user
 
 
 def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
@@ -55,7 +55,8 @@ def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
     folder = Path(path)
     if folder.is_file():
         what = {
-            ".gguf": "a GGUF file, whose tensors are quantised and permuted; get the Hugging Face folder it was made from",
+            ".gguf": "a GGUF file, whose tensors are quantised and permuted; get the Hugging Face folder it "
+            "was made from",
             ".safetensors": f"one file; give the folder that holds it, {folder.parent}",
         }.get(folder.suffix, "a file, not a folder; give a checkpoint, a run or a Hugging Face folder")
         raise UserError(f"{folder} is {what}")
@@ -73,12 +74,11 @@ def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
     elif len(snapshots) == 1:
         chosen, why = snapshots[0], "there is no other"
     else:
-        known = (
-            ", ".join(str(folder / "snapshots" / name) for name in snapshots)
-            or "it has none: the download failed"
-        )
+        known = ", ".join(str(folder / "snapshots" / name) for name in snapshots)
+        known = known or "it has none: the download failed"
         raise UserError(
-            f"{folder} is the outer folder of a download and refs/main names no snapshot of it; give one: {known}"
+            f"{folder} is the outer folder of a download and refs/main names no snapshot of it; give one: "
+            f"{known}"
         )
     found = folder / "snapshots" / chosen
     return found, (f"{folder}: reading snapshots/{chosen} ({why})",)
@@ -88,10 +88,9 @@ def _hub_id(path: str) -> str:
     """How to get a model of the hub, for what looks like its id and is nothing in a folder that is here."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) or Path(path).parent.exists():
         return ""
-    cache = Path(
-        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "hub")
-    )
-    cached = cache.expanduser() / f"models--{path.replace('/', '--')}"
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    cached = cache / f"models--{path.replace('/', '--')}"
     if cached.is_dir():
         return f". The hub's {path} is in this machine's cache: give {cached}"
     name = path.split("/")[1]
@@ -101,24 +100,27 @@ def _hub_id(path: str) -> str:
 def _hint(folder: Path) -> str:
     """What the folder is instead, when it is something known; starts with a semicolon."""
     names = sorted(p.name for p in folder.iterdir())
-    found = {
-        suffix: [n for n in names if n.endswith(suffix)]
-        for suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt")
-    }
+    suffixes = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
+    found = {suffix: [n for n in names if n.endswith(suffix)] for suffix in suffixes}
     shards = [n for n in found[".safetensors"] if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
     inner = [n for n in names if (folder / n / "config.json").is_file() and has_weights(folder / n)]
     if ADAPTER in names:
         base = _adapter_base(folder)
         return (
-            f"; it is an adapter ({ADAPTER}) of {base}: merge it into its base first (peft: model.merge_and_unload(), then "
-            "save_pretrained) and give that folder"
+            f"; it is an adapter ({ADAPTER}) of {base}: merge it into its base first (peft: "
+            "model.merge_and_unload(), then save_pretrained) and give that folder"
         )
     if shards:
-        return f"; its shards ({shards[0]}, ...) need {INDEX}, which says where each tensor is: copy it from where they come from"
+        return (
+            f"; its shards ({shards[0]}, ...) need {INDEX}, which says where each tensor is: copy it from "
+            "where they come from"
+        )
     if found[".safetensors"]:
-        return f"; transformers does not read {', '.join(found['.safetensors'][:3])} by itself either: rename what you mean to {SINGLE}"
+        some = ", ".join(found[".safetensors"][:3])
+        return f"; transformers does not read {some} by itself either: rename what you mean to {SINGLE}"
     if found[".gguf"]:
-        return f"; {found['.gguf'][0]} is a GGUF file and is not read: get the Hugging Face folder that it was made from"
+        file = found[".gguf"][0]
+        return f"; {file} is a GGUF file and is not read: get the Hugging Face folder that it was made from"
     if any(n.startswith("consolidated.") for n in found[".pth"]):
         return (
             f"; {found['.pth'][0]} is Meta's own format, a pickle: convert it with transformers' "
@@ -127,33 +129,29 @@ def _hint(folder: Path) -> str:
     if pickles := found[".bin"] + found[".pt"] + found[".pth"]:
         load = f"AutoModel.from_pretrained('{folder}').save_pretrained('NEW')"
         return (
-            f"; {pickles[0]} is a pickle and is never opened, convert it to safetensors where you trust it: python -c "
-            f'"from transformers import AutoModel; {load}", and copy the tokenizer\'s files'
+            f"; {pickles[0]} is a pickle and is never opened, convert it to safetensors where you trust it: "
+            f'python -c "from transformers import AutoModel; {load}", and copy the tokenizer\'s files'
         )
     if inner:
         return f"; there are models inside: give {' or '.join(str(folder / n) for n in inner[:4])}"
-    return (
-        f" (it holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        if names
-        else " (it is empty)"
-    )
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f" (it holds {shown})" if names else " (it is empty)"
 
 
 def _adapter_base(folder: Path) -> str:
-    return str(
-        read_object(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
-    )
+    base = read_object(folder / ADAPTER).get("base_model_name_or_path")
+    return str(base or "a model that it does not name")
 
 
-# ------------------------------------------------------------------------------------------ the weights' files
+# ------------------------------------------------------------------------------------------ files of weights
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """The path, unless it is a link out of the folder. Hugging Face's cache links snapshots/*/NAME to blobs/."""
+    """The path, unless it links out of the folder. Hugging Face's cache links snapshots/*/NAME to blobs/."""
     target, resolved = path.resolve(), folder.resolve()
-    allowed = (
-        [resolved, resolved.parent.parent / "blobs"] if resolved.parent.name == "snapshots" else [resolved]
-    )
+    allowed = [resolved]
+    if resolved.parent.name == "snapshots":
+        allowed.append(resolved.parent.parent / "blobs")
     if target.parent not in allowed:
         raise UserError(f"{path} is a link to {target}, outside of {folder}; put the file itself there")
     return path
@@ -173,20 +171,21 @@ def weight_files(folder: Path, raw: Mapping[str, Any]) -> tuple[list[str], dict[
     files = sorted(set(index.values())) if index is not None else [SINGLE]
     if single and files != [SINGLE]:
         raise UserError(
-            f"{folder} holds two sets of weights: {SINGLE}, which transformers reads, and the shards of {INDEX} "
-            f"({files[0]}{', ...' if len(files) > 1 else ''}); delete the one that is out of date, with its index"
+            f"{folder} holds two sets of weights: {SINGLE}, which transformers reads, and the shards of "
+            f"{INDEX} ({files[0]}{', ...' if len(files) > 1 else ''}); delete the one that is out of date, "
+            "with its index"
         )
     read = INDEX if files != [SINGLE] else SINGLE
     if (explicit := raw.get("transformers_weights")) not in (None, read):
         raise UserError(
-            f"{folder / 'config.json'}: transformers_weights is {explicit!r}, which transformers 5 reads, and earlier ones "
-            f"read {read}; delete that field, or the file that you do not mean"
+            f"{folder / 'config.json'}: transformers_weights is {explicit!r}, which transformers 5 reads, "
+            f"and earlier ones read {read}; delete that field, or the file that you do not mean"
         )
     if (folder / ADAPTER).is_file():
         raise UserError(
-            f"{folder} holds a whole model ({read}) and an adapter ({ADAPTER}): with peft installed transformers reads "
-            f"{_adapter_base(folder)} and the adapter, without it {read}; delete adapter_*, or merge the adapter "
-            "(peft: merge_and_unload) and save the result elsewhere"
+            f"{folder} holds a whole model ({read}) and an adapter ({ADAPTER}): with peft installed "
+            f"transformers reads {_adapter_base(folder)} and the adapter, without it {read}; delete "
+            "adapter_*, or merge the adapter (peft: merge_and_unload) and save the result elsewhere"
         )
     return files, index or {}
 
@@ -200,14 +199,16 @@ def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, 
         for name in read_header(inside(folder, folder / file))[0]:
             if name in stored:
                 raise UserError(
-                    f"{folder} holds {name} twice, in {stored[name]} and in {file}; {INDEX} is of other shards"
+                    f"{folder} holds {name} twice, in {stored[name]} and in {file}; {INDEX} is of other "
+                    "shards"
                 )
             stored[name] = file
     for name, file in index.items():
         if stored.get(name) != file:
             there = f"it is in {stored[name]}" if name in stored else "no file has it"
             raise UserError(
-                f"{folder / INDEX}: weight_map says that {name} is in {file}, but {there}; the index is of other shards"
+                f"{folder / INDEX}: weight_map says that {name} is in {file}, but {there}; the index is of "
+                "other shards"
             )
     where, notes = _plain_names(folder, stored, raw.get("tie_word_embeddings") is True)
     return where, (*notes, *_ignored(folder, files))
@@ -228,7 +229,7 @@ def _index(folder: Path) -> dict[str, str]:
 def _plain_names(
     folder: Path, stored: Mapping[str, str], tied: bool
 ) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Without what wrappers and outer modules put before a name; the head of a tied model is its embedding."""
+    """Without what wrappers and outer modules put before; the head of a tied model is its embedding."""
     notes: list[str] = []
     plain: dict[str, tuple[str, str]] = {}
     if lora := next((name for name in stored if ".lora_" in name or ".base_layer." in name), None):
@@ -251,11 +252,9 @@ def _plain_names(
     prefix = prefixes.pop()
     where: dict[str, tuple[str, str]] = {}
     for name, (in_file, file) in plain.items():
-        short = name.removeprefix(prefix)
-        if (
-            short == name and name.removeprefix(prefix.removesuffix("model.")) in HEADS
-        ):  # heads stand outside of `model`
-            short = name.removeprefix(prefix.removesuffix("model."))
+        short, outside = name.removeprefix(prefix), name.removeprefix(prefix.removesuffix("model."))
+        if short == name and outside in HEADS:  # heads stand outside of `model`
+            short = outside
         short = short.removeprefix("model.")  # both usual spellings in one folder
         if short in where:
             raise UserError(f"{folder} holds both {where[short][0]} and {in_file}; keep one")
@@ -264,8 +263,8 @@ def _plain_names(
     if odd:
         short = next((short for short in odd if short not in HEADS), next(iter(odd)))
         notes.append(
-            f"{folder}: its tensors have other names than transformers', which would draw random weights for them: "
-            f"{odd[short]} is read as {short}"
+            f"{folder}: its tensors have other names than transformers', which would draw random weights for "
+            f"them: {odd[short]} is read as {short}"
         )
     head = HEADS[0]
     if EMBEDDING not in where and head in where:
@@ -276,8 +275,8 @@ def _plain_names(
             )
         where[EMBEDDING] = where.pop(head)
         notes.append(
-            f"{folder}: a tied model saved with its head alone: {where[EMBEDDING][0]} is read as the embedding "
-            "(transformers does so for AutoModelForCausalLM; AutoModel draws a random one)"
+            f"{folder}: a tied model saved with its head alone: {where[EMBEDDING][0]} is read as the "
+            "embedding (transformers does so for AutoModelForCausalLM; AutoModel draws a random one)"
         )
     heads = [name for name in HEADS if where.pop(name, None) is not None and name != head]
     if heads:

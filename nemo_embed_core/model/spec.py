@@ -4,7 +4,7 @@ consumer calls them.
     parameter_shapes, tp_dim, tp_unit    our parameters and how tensor parallelism cuts them
     hf_rows, hf_shapes                   Hugging Face's tensors, and whose rows ours are
     ARCHITECTURES, ROPE_TYPES            words of config.json
-    POOLINGS                             hidden states to one vector: words of config.json and sentence-transformers, text for people
+    POOLINGS                             words of config.json and sentence-transformers, text for people
 
 Import, export, checkpoints, merging and proofs read these. No torch import: a model that does not fit is
 refused before anything heavy is loaded. The arithmetic of pooling is model/pooling.py's.
@@ -62,13 +62,9 @@ def tp_dim(name: str) -> int | None:
 def tp_unit(name: str, config: ModelConfig) -> int:
     """Rows or columns of the tp dim that stay together: a rank holds whole units."""
     width = config.intermediate_size // config.mlp_blocks
-    return (
-        2 * width
-        if name.endswith("gate_up_proj.weight")
-        else width
-        if name.endswith("down_proj.weight")
-        else 1
-    )
+    if name.endswith("gate_up_proj.weight"):
+        return 2 * width
+    return width if name.endswith("down_proj.weight") else 1
 
 
 def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
@@ -77,28 +73,15 @@ def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
     G, A = config.num_key_value_heads, config.head_dim
     if plain.endswith("self_attn.qkv_proj.weight"):
         prefix, q = plain.removesuffix("qkv_proj.weight"), config.num_attention_heads // G * A
-        return [
-            source
-            for g in range(G)
-            for source in (
-                (prefix + "q_proj.weight", g * q, q),
-                (prefix + "k_proj.weight", g * A, A),
-                (prefix + "v_proj.weight", g * A, A),
-            )
-        ]
+        heads = (("q_proj.weight", q), ("k_proj.weight", A), ("v_proj.weight", A))
+        return [(prefix + part, g * rows, rows) for g in range(G) for part, rows in heads]
     if plain.endswith("mlp.gate_up_proj.weight"):
         prefix, rows = (
             plain.removesuffix("gate_up_proj.weight"),
             config.intermediate_size // config.mlp_blocks,
         )
-        return [
-            source
-            for m in range(config.mlp_blocks)
-            for source in (
-                (prefix + "gate_proj.weight", m * rows, rows),
-                (prefix + "up_proj.weight", m * rows, rows),
-            )
-        ]
+        parts = ("gate_proj.weight", "up_proj.weight")
+        return [(prefix + part, m * rows, rows) for m in range(config.mlp_blocks) for part in parts]
     return [(plain, 0, parameter_shapes(config)[name][0])]
 
 
@@ -138,7 +121,7 @@ POOLINGS: Mapping[Pooling, PoolingSpec] = {
 }
 
 # All that sentence-transformers can: its word since version 5.4 -> (its flag before, words of config.json, as
-# text-embeddings- inference and vLLM read them).
+# text-embeddings-inference and vLLM read them).
 POOLING_MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "cls": ("pooling_mode_cls_token", ("cls",)),
     "mean": ("pooling_mode_mean_tokens", ("avg", "mean")),
@@ -177,7 +160,8 @@ def modes_of(file: object, pooling: Mapping[str, Any]) -> set[str]:
     words = set(given) if isinstance(given, list) else {given} if given is not None else set()
     if flags and words and flags != words:
         raise UserError(
-            f"{file} has pooling_mode={given!r} and the flags of {', '.join(sorted(flags))}; delete one spelling"
+            f"{file} has pooling_mode={given!r} and the flags of {', '.join(sorted(flags))}; delete one "
+            "spelling"
         )
     return flags or {str(word) for word in words}
 

@@ -447,7 +447,7 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
         x[0], x[1, D // 2], x[2, 0] = 0, float("nan"), -float("inf")
     before = x.clone()
     with poisoned_memory():
-        got, scale, square, error = module._quantize_rows(x, stored)
+        got, scale, square, error = module.quantize_rows_kernel(x, stored)
     want, want_scale, _, _ = module.quantize_rows_ref(x, stored)
     assert torch.equal(x.nan_to_num(7), before.nan_to_num(7)) and got.dtype == stored and got.shape == x.shape
     assert torch.equal(scale.isnan(), ~x.isfinite().all(1)) and torch.equal(scale.isnan(), want_scale.isnan())
@@ -469,7 +469,7 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
     ):
         assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-30), f"{name}: {ours} {truth}"
     with poisoned_memory():
-        alone = module._square_rows(x)
+        alone = module.square_rows_kernel(x)
     assert torch.allclose(alone.double(), exact.square().sum(1), rtol=1e-4, atol=1e-30), (
         f"square_rows: {alone} {square}"
     )
@@ -485,7 +485,7 @@ def rotate_quantize(module, N, D, dtype="fp32", device="cpu", scale=1.0):
         x[3] = torch.where(torch.arange(D, device=device) == 5, x[3], 0)
     signs = (torch.randint(0, 2, (D,), device=device) * 2 - 1).float()
     with poisoned_memory():
-        values, scale, square, error = module._rotate_quantize(x, signs)
+        values, scale, square, error = module.rotate_quantize_kernel(x, signs)
     assert values.dtype == torch.int8 and values.shape == x.shape
     whole = x.isfinite().all(1)
     assert torch.equal(scale.isnan(), ~whole) and (square[~whole] == 0).all() and (error[~whole] == 0).all()
@@ -531,12 +531,12 @@ def pair_scores(module, M, D, dtype="fp32", q_dtype="fp32", device="cpu"):
         rows[4], rows[-1] = rows[-1].item(), rows[0].item()  # neighbours of different queries
         ids[:10] = torch.arange(-1, 9, device=device)
     with poisoned_memory():
-        got = module._pair_scores(q, rows, d, ids)
+        got = module.pair_scores_kernel(q, rows, d, ids)
     want = module.pair_scores_ref(q, rows, d, ids)
     assert torch.equal(got.isnan(), want.isnan()), f"{got} {want}"
     got, want = got.nan_to_num(7), want.nan_to_num(7)
     assert torch.equal(got.view(torch.int32), want.view(torch.int32)), f"{got} {want}"
-    nothing = module._pair_scores(q, rows, d[:0], torch.full_like(ids, -1))
+    nothing = module.pair_scores_kernel(q, rows, d[:0], torch.full_like(ids, -1))
     assert nothing.isnan().all(), "without documents every pair is a missing one"
 
 
@@ -661,13 +661,13 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), None, 1e-5)
         yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), x(3, 16), 1e-5)
     elif name == "swiglu":
-        yield operator_of(module._swiglu_fwd), (x(3, 32), 2)
+        yield operator_of(module.swiglu_kernel), (x(3, 32), 2)
     elif name == "rope":
-        yield operator_of(module._split_rope_fwd), (x(3, 64), torch.rand(3, 4), torch.rand(3, 4), 4, 2, 8)
+        yield operator_of(module.split_rope_kernel), (x(3, 64), torch.rand(3, 4), torch.rand(3, 4), 4, 2, 8)
     elif name == "quantize_rows":
-        yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.int8)
-        yield operator_of(module._quantize_rows), (x(3, 16).detach(), torch.bfloat16)
-        yield operator_of(module._square_rows), (x(3, 16).detach(),)
+        yield operator_of(module.quantize_rows_kernel), (x(3, 16).detach(), torch.int8)
+        yield operator_of(module.quantize_rows_kernel), (x(3, 16).detach(), torch.bfloat16)
+        yield operator_of(module.square_rows_kernel), (x(3, 16).detach(),)
     elif name == "adamw":
         halves = [module.split_master(torch.randn(n)) for n in (5, 3)]
         moments = [[torch.rand(n) for n in (5, 3)] for _ in range(3)]
@@ -688,17 +688,17 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
     elif name == "filter_scores":
         rows, vector = torch.randint(-9, 10, (4, 32), dtype=torch.int8), torch.ones(4)
         yield (
-            operator_of(module._filter_scores),
+            operator_of(module.filter_scores_kernel),
             (rows, rows, -1e9 * vector, 1e9 * vector, 4, vector, vector, None, vector, vector),
         )  # all of the lists is written
     elif name == "rotate_quantize":
-        yield operator_of(module._rotate_quantize), (x(3, 256).detach(), torch.ones(256))
+        yield operator_of(module.rotate_quantize_kernel), (x(3, 256).detach(), torch.ones(256))
     elif name == "pair_scores":
         ids = torch.tensor([1, 1, 0])
-        yield operator_of(module._pair_scores), (x(3, 16).detach(), ids, x(2, 16).detach(), ids)
+        yield operator_of(module.pair_scores_kernel), (x(3, 16).detach(), ids, x(2, 16).detach(), ids)
     elif name == "mean_pool":
         cu_seqlens = torch.tensor([0, 2, 3])
-        yield operator_of(module._segment_sum_fwd), (x(3, 16), cu_seqlens, 0)
+        yield operator_of(module.segment_sum_kernel), (x(3, 16), cu_seqlens, 0)
         yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, True)
         yield operator_of(module._mean_pool_fwd), (x(3, 16), cu_seqlens, False)
     elif name == "info_nce_own":

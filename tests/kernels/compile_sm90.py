@@ -139,11 +139,13 @@ def launch_everything(names: list[str], recipe: bool) -> None:
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 for stored in (torch.int8, torch.bfloat16):
                     quantize_rows.quantize_rows_kernel(empty(16, hidden_size).detach(), stored)
-                quantize_rows._square_rows(empty(16, hidden_size).detach())
+                quantize_rows.square_rows_kernel(empty(16, hidden_size).detach())
         if "rotate_quantize" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (256, 512, 1024, 2048, 4096, 8192, 16384):
                 if rotate_quantize.is_rotatable(hidden_size, dtype):
-                    rotate_quantize._rotate_quantize(empty(16, hidden_size).detach(), torch.ones(hidden_size))
+                    rotate_quantize.rotate_quantize_kernel(
+                        empty(16, hidden_size).detach(), torch.ones(hidden_size)
+                    )
         if "pair_scores" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (384, 1024, 2048, 4096, 8192, 16384):
                 rows, ids = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)

@@ -295,13 +295,13 @@ MUTANTS = {
     "in batch: rows of every group of row blocks are those of the first": (
         "info_nce_in_batch",
         {"B": 70, "P": 37, "D": 32, "constants": SMALL_GROUPS},
-        "first_row = (group * GROUP + within % group_size) * BLOCK_B",
-        "first_row = (within % group_size) * BLOCK_B",
+        "return (group * GROUP + within % group_size) * BLOCK",
+        "return (within % group_size) * BLOCK",
     ),
     "in batch: the last group of row blocks is taken for a whole one": (
         "info_nce_in_batch",
         {"B": 70, "P": 67, "D": 32, "constants": SMALL_GROUPS},
-        "tl.minimum(tl.cdiv(B, BLOCK_B) - group * GROUP, GROUP)",
+        "tl.minimum(tl.cdiv(num_rows, BLOCK) - group * GROUP, GROUP)",
         "GROUP",
     ),
     "in batch: only the first split counts": (
@@ -384,8 +384,8 @@ MUTANTS = {
     "filter: rows of every group are those of the first": (
         "filter_scores",
         {"Q": 70, "N": 70, "D": 32},
-        "first_row = (group * GROUP + within % group_size) * BLOCK_Q",
-        "first_row = (within % group_size) * BLOCK_Q",
+        "return (group * GROUP + within % group_size) * BLOCK",
+        "return (within % group_size) * BLOCK",
     ),
     "filter: columns of D past the first block": (
         "filter_scores",
