@@ -23,6 +23,7 @@ setup(
         "nemo_embed_core.config",
         "nemo_embed_core.data",
         "nemo_embed_core.data.formats",
+        "nemo_embed_core.demo",
         "nemo_embed_core.encoders",
         "nemo_embed_core.evaluation",
         "nemo_embed_core.export",

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processo
 
 from nemo_embed_core.data import cuts
 from nemo_embed_core.data import tokenizer as tokenizer_module
-from nemo_embed_core.data.tokenizer import Tokenizer, from_sentencepiece
+from nemo_embed_core.data.sentencepiece import from_sentencepiece
+from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
 
 CORPUS = [

@@ -15,15 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    _merges,
-    from_sentencepiece,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from nemo_embed_core.data.sentencepiece import BYTE, CONTROL, NORMAL, _merges, from_sentencepiece
+from nemo_embed_core.data.tokenizer import load_tokenizer, train_sentencepiece
 from nemo_embed_core.errors import DataError, UserError
 
 PARTS = ["a", "aa", " ", "  ", "\n", "\t", "-", "--", "====", "é", "日本", "▁", "the", " the", "<s>", "</s>",

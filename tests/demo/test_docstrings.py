@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemo_embed_core.config import DatasetConfig
-from nemo_embed_core.data.docstrings import (
+from nemo_embed_core.data.readers import read_beir, read_rows
+from nemo_embed_core.demo.docstrings import (
     Doc,
     default_roots,
     extract,
@@ -15,7 +16,6 @@ from nemo_embed_core.data.docstrings import (
     split_docstring,
     write_demo_data,
 )
-from nemo_embed_core.data.readers import read_beir, read_rows
 from nemo_embed_core.errors import UserError
 
 REST = (
@@ -171,7 +171,7 @@ def test_written_data_is_read_by_our_readers(tmp_path: Path) -> None:
 def test_corpus_is_filled_with_distractors_up_to_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_embed_core.data.docstrings.TEST_CORPUS_SIZE", 50)
+    monkeypatch.setattr("nemo_embed_core.demo.docstrings.TEST_CORPUS_SIZE", 50)
     counts = write_demo_data(tmp_path, num_test_queries=20, num_dev_queries=10, docs=_docs(200, 6))
     assert counts["test_corpus"] == 50 and counts["test_rows"] > 50
 

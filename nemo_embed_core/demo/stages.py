@@ -1,0 +1,134 @@
+"""The stages of the demo; each is one of the public launchers, printed as the command that it is, or an end of the path.
+
+prepare_data(data)  ->  train, mine, train twice, merge, evaluate  ->  table and plots
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nemo_embed_core.files.strict_json import read_object
+
+TASK = "Find the rest of the docstring"
+RUNS = ("stage1", "stage2", "stage2-seed2")  # that have steps
+
+
+class Demo:
+    """root: the repository, whose launch/ and configs/ the commands name; output: the folder of all that they make."""
+
+    def __init__(self, root: Path, output: Path):
+        self.root, self.output, self.data = root, output, output / "data"
+
+    def run(self) -> None:
+        prepare_data(self.data)
+        pairs, mined = self.data / "stage1.jsonl", self.output / "mined.jsonl"
+        self._train("untrained", "configs/train-demo-stage1.yaml", pairs, "--steps", "0")
+        self._train("stage1", "configs/train-demo-stage1.yaml", pairs)
+        mine = ["launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK]
+        mine += ["--model", self._path("stage1"), "--data", str(self.data / "stage2.jsonl")]
+        self._command([sys.executable, *mine, "--output", str(mined)])
+        for name, seed in (("stage2", "1"), ("stage2-seed2", "2")):
+            start_from = ("--init_from", self._path("stage1"), "--seed", seed)
+            self._train(name, "configs/train-demo-stage2.yaml", mined, *start_from)
+        merge = [
+            "launch/merge.py",
+            self._path("stage2"),
+            self._path("stage2-seed2"),
+            "-o",
+            self._path("merged"),
+        ]
+        self._command([sys.executable, *merge])
+        evaluate = [
+            "launch/evaluate.py",
+            "--config",
+            "configs/evaluate-demo.yaml",
+            "--data",
+            str(self.data / "test"),
+        ]
+        evaluate += ["--output", self._path("evaluation.json"), "--models"]
+        models = [self._path(name) for name in ("untrained", *RUNS, "merged")]
+        self._command([sys.executable, *evaluate, *models, "bm25"])
+
+    def _path(self, name: str) -> str:
+        return str(self.output / name)
+
+    def _train(self, name: str, config: str, dataset: Path, *options: str) -> None:
+        """torchrun with tp=2 and sequence parallelism, on two GPUs or on a CPU whose cores both ranks share; one GPU: tp=1."""
+        import torch
+
+        ranks = "1" if torch.cuda.device_count() == 1 else "2"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        command += ["launch/train.py", "--config", config, "--parallel.tp_size", ranks]
+        command += ["--output_dir", self._path(name), "--tokenizer", str(self.data / "tokenizer")]
+        command += ["--data.cache_dir", self._path("cache")]
+        command += ["--data.datasets", json.dumps([{"path": str(dataset), "task": TASK}])]
+        threads = max(1, (os.cpu_count() or 2) // 2)
+        self._command([*command, *options], {"OMP_NUM_THREADS": str(threads)})
+
+    def _command(self, command: list[str], env: dict[str, str] | None = None) -> None:
+        """Prints and runs one launcher; its failure ends the demo."""
+        shown = [part.replace(sys.executable, "python") for part in command]
+        print(f"\n$ {shlex.join(shown)}", flush=True)
+        start = time.monotonic()
+        code = subprocess.run(command, cwd=self.root, env=os.environ | (env or {})).returncode
+        if code:
+            raise SystemExit(f"demo: the command above failed with exit code {code}")
+        print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def prepare_data(folder: Path) -> None:
+    """Rows of both stages, the BEIR folders dev and test, and a tokenizer trained on the rows."""
+    from nemo_embed_core.config import DatasetConfig
+    from nemo_embed_core.data.readers import read_rows
+    from nemo_embed_core.data.tokenizer import train_sentencepiece
+    from nemo_embed_core.demo.docstrings import write_demo_data
+
+    counts = write_demo_data(folder)
+    # Stage 2 gets rows that stage 1 has not seen, as in the paper: on rows seen before it lost on dev (docs/log.md).
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    cut = len(lines) * 7 // 10
+    (folder / "stage1.jsonl").write_text("".join(lines[:cut]), encoding="utf-8")
+    (folder / "stage2.jsonl").write_text("".join(lines[cut:]), encoding="utf-8")
+    rows = read_rows(DatasetConfig(path=str(folder / "train.jsonl")))
+    texts = (text for row in rows for text in (row.query, *row.pos))
+    tokenizer = train_sentencepiece(texts, 8192, folder / "tokenizer")
+    print(f"docstrings: {json.dumps(counts)}; sentencepiece vocabulary {tokenizer.vocab_size}", flush=True)
+
+
+def plot(output: Path) -> None:
+    """loss.png of the training runs and mined-scores.png."""
+    import matplotlib
+
+    from nemo_embed_core.mine.report import plot_report
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in RUNS:
+        metrics = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
+        axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], label=name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
+    axes.legend()
+    figure.savefig(output / "loss.png", dpi=120, bbox_inches="tight")
+    plot_report(read_object(output / "mined.jsonl.report.json"), str(output / "mined-scores.png"))
+
+
+def report(output: Path) -> str:
+    """The table of all models over the test split, from evaluation.json; written to report.json by model name too."""
+    scores = {Path(name).name: values for name, values in read_object(output / "evaluation.json").items()}
+    (output / "report.json").write_text(json.dumps(scores, indent=1) + "\n")
+    lines = [f"{'held-out docstrings':22}{'nDCG@10':>9}{'recall@10':>11}{'MRR@10':>9}"]
+    for name, at_10 in scores.items():
+        lines.append(
+            f"{name:22}{at_10['ndcg_at_10']:9.4f}{at_10['recall_at_10']:11.4f}{at_10['mrr_at_10']:9.4f}"
+        )
+    return "\n".join(lines)
