@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nemo_embed_core.config.data import DatasetConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
 
@@ -24,6 +25,10 @@ class MineDatasetConfig(Options, section="datasets"):
     on_missing: Literal["error", "allow"] = "error"
     """In a BEIR folder, a judgement of a text that does not exist, an empty text: "error" refuses it, "allow"
     leaves it out, counted."""
+
+    def as_data(self) -> DatasetConfig:
+        """As the readers of training data take it."""
+        return DatasetConfig(path=self.path, split=self.split, on_missing=self.on_missing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
 from nemo_embed_core.data.normal_form import exact_key, normal_key
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import Findings, read_beir, read_documents, read_rows, source_files
-from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.data.readers import BadLines, Findings, read_beir, read_documents, read_rows
 from nemo_embed_core.encoders.precomputed import precomputed_sides
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
@@ -34,11 +33,11 @@ from nemo_embed_core.mine.formats import FORMATS, convert_all
 from nemo_embed_core.mine.negatives import mine_negatives
 from nemo_embed_core.mine.pool import Document, Known
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
-from nemo_embed_core.mine.teachers import Teacher, open_precomputed
+from nemo_embed_core.mine.teachers import Teachers, check_source, using
 
-DEFAULT_MAX_LENGTH = 512  # tokens, of a model that says nothing
 NEEDS_PYARROW = {"sentence-transformers", "automodel"}
 Log = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,8 @@ class Plan:
     excluded: set[bytes] = field(default_factory=set)
 
     def output(self, name: str) -> Path:
-        return (
-            Path(self.config.output) / f"{name}.jsonl" if len(self.datasets) > 1 else Path(self.config.output)
-        )
+        output = Path(self.config.output)
+        return output / f"{name}.jsonl" if len(self.datasets) > 1 else output
 
 
 def make_plan(config: MineConfig, log: Log = print) -> Plan:
@@ -68,8 +66,8 @@ def make_plan(config: MineConfig, log: Log = print) -> Plan:
         name: [using(source, name, dataset, config, log) for source in sources]
         for name, dataset in datasets.items()
     }
-    for source in sources:
-        _check_source(source, datasets, [of[sources.index(source)] for of in usage.values()])
+    for i, source in enumerate(sources):
+        check_source(source, datasets.values(), [of_dataset[i] for of_dataset in usage.values()])
     known, excluded, counts = _read_all(config, datasets, log)
     plan = Plan(config, datasets, sources, usage, known, excluded)
     _check_disk(plan, counts)
@@ -81,28 +79,24 @@ def _check_options(config: MineConfig) -> None:
     if unknown:
         raise UserError(f"formats={unknown}: none of {', '.join(FORMATS)}")
     if NEEDS_PYARROW & set(config.formats) and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(
-            f"formats={config.formats}: {', '.join(sorted(NEEDS_PYARROW))} need pyarrow: pip install pyarrow"
-        )
-    single = len(config.datasets) <= 1
-    if config.output and Path(config.output).exists() and Path(config.output).is_dir() == single:
-        what = (
-            "a folder, and one dataset is written to a file"
-            if single
-            else "a file, and several need a folder"
-        )
+        both = ", ".join(sorted(NEEDS_PYARROW))
+        raise UserError(f"formats={config.formats}: {both} need pyarrow: pip install pyarrow")
+    if not config.output:
+        return
+    output, is_single = Path(config.output), len(config.datasets) <= 1
+    if output.exists() and output.is_dir() == is_single:
+        what = "a file, and several need a folder"
+        what = "a folder, and one dataset is written to a file" if is_single else what
         raise UserError(f"output {config.output} is {what}: choose another name")
-    if config.output:
-        folder = next(p for p in Path(config.output).absolute().parents if p.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"output {config.output}: {folder} cannot be written to; choose another place")
+    folder = next(p for p in output.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"output {config.output}: {folder} cannot be written to; choose another place")
 
 
 def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
     """The name of each dataset's file or folder, with a number where two have the same."""
-    base = {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(MineDatasetConfig) if f.name != "path"
-    }
+    names = {f.name for f in dataclasses.fields(MineDatasetConfig)} - {"path"}
+    base = {name: getattr(config, name) for name in names}
     named: dict[str, MineDatasetConfig] = {}
     for dataset in config.datasets or [MineDatasetConfig(path=config.data, **base)]:
         stem = Path(dataset.path).name.removesuffix(".gz").removesuffix(".jsonl")
@@ -113,123 +107,7 @@ def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
     return named
 
 
-# ------------------------------------------------------------------------------------------ how a model encodes
-
-
-def using(
-    source: Source, name: str, dataset: MineDatasetConfig, config: MineConfig, log: Log
-) -> dict[str, Any]:
-    """What a Teacher of this model gets for this data set, and says where each of it comes from."""
-    own, model = source.usage, str(source.path)
-    similarity = config.similarity or own.similarity
-    if similarity not in ("cosine", "dot"):
-        raise UserError(
-            f"{model} compares by {similarity}: a threshold x the positive's score needs scores that grow with likeness. "
-            "Mine with --similarity cosine (of rows of unit length the order is that of the euclidean distance), or another model"
-        )
-    if source.kind == "precomputed":
-        if dataset.task or dataset.document_task:
-            log(f"model {model}: the instruction is not added to embeddings, which have been made already")
-        log(f"model {model} (precomputed): {similarity}")
-        return {"similarity": similarity, "name": model}
-    if (
-        source.kind == "llama"
-        and own.similarity == "dot"
-        and config.similarity is None
-        and not _normalizes(source.folder)
-    ):
-        raise UserError(
-            f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama folders normalises: "
-            "--similarity cosine to mine by cosines"
-        )
-    prompts = own.prompts.get(name, own.default)
-    where = "the model's" if own.prompts else "none known"
-    if len(own.prompts) > 1:
-        where = (
-            f"of {name}"
-            if name in own.prompts
-            else f"of {next(iter(own.prompts))}, {name} is no task of the model's"
-        )
-    sides: dict[str, Any] = {}
-    for side, task, prompt, length, limit in (
-        ("query", dataset.task, prompts.query, config.query_max_length, own.query_max_length),
-        (
-            "document",
-            dataset.document_task,
-            prompts.document,
-            config.document_max_length,
-            own.document_max_length,
-        ),
-    ):
-        option, whose = "task" if side == "query" else "document_task", where
-        if task is not None:
-            instead = f" in place of its own {prompt!r}" if prompt and query_prompt(task) != prompt else ""
-            prompt, whose = query_prompt(task), f"{option}{instead}"
-        tokens = length or limit or DEFAULT_MAX_LENGTH
-        origin = "option" if length else "the model's" if limit else "none known"
-        if source.kind == "sentence-transformers" and limit and tokens > limit:
-            tokens, origin = limit, f"the folder's limit, below {side}_max_length={length}"
-        sides |= {"prompt" if side == "query" else "document_prompt": prompt, f"{side}_max_length": tokens}
-        log(
-            f"model {model}, {name}: {side} prompt {prompt!r} ({whose}), {tokens} tokens ({origin}), {similarity}"
-        )
-    return {**sides, "similarity": similarity, "name": model}
-
-
-def _normalizes(folder: Path) -> bool:
-    file = folder / "modules.json"
-    return not file.is_file() or "Normalize" in file.read_text(encoding="utf-8")
-
-
-def _check_source(
-    source: Source, datasets: dict[str, MineDatasetConfig], usages: list[dict[str, Any]]
-) -> None:
-    """Tokenizer, prompts that leave room for text, libraries, embeddings: without loading a weight."""
-    if source.kind == "precomputed":
-        for dataset in datasets.values():
-            precomputed_sides(source.folder, _plain(dataset))
-        return
-    if source.kind == "sentence-transformers" and importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError(f"{source.path} needs sentence-transformers: pip install nemo_embed_core[eval]")
-    folder = source.folder
-    if source.kind == "sentence-transformers" and not (folder / "tokenizer.json").is_file():
-        return  # the library has the only reader of it; the prompt is checked when the model is loaded
-    tokenizer = load_tokenizer(folder)
-    for usage in usages:
-        for side, prompt in (("query", usage["prompt"]), ("document", usage["document_prompt"])):
-            tokenizer.check_prompt(prompt, usage[f"{side}_max_length"], f"{side}_max_length")
-
-
-class Teachers:
-    """The models of a plan, one in memory at a time; a single one is loaded once for all data sets."""
-
-    def __init__(self, plan: Plan, load: Callable[[Source], Any]):
-        self.plan, self.load = plan, load
-        self.kept: dict[Path, Any] = {}
-
-    def of(self, name: str) -> Iterator[Teacher]:
-        dataset = self.plan.datasets[name]
-        for source, usage in zip(self.plan.sources, self.plan.usage[name], strict=True):
-            if source.kind == "precomputed":
-                yield open_precomputed(source.folder, _plain(dataset), usage["similarity"])
-                continue
-            if source.path not in self.kept:
-                self.kept.clear()  # before the next one is loaded
-                self.kept[source.path] = self.load(source)
-            encoder = self.kept[source.path]
-            if source.kind == "sentence-transformers":
-                for side, prompt in (("query", usage["prompt"]), ("document", usage["document_prompt"])):
-                    encoder.check_prompt(prompt, usage[f"{side}_max_length"], f"{side}_max_length")
-                yield Teacher.of_encoder(encoder, **usage)
-            else:
-                yield Teacher.of(encoder, **usage)
-
-
 # ------------------------------------------------------------------------------------------ what is read
-
-
-def _plain(dataset: MineDatasetConfig, split: str | None = None) -> DatasetConfig:
-    return DatasetConfig(path=dataset.path, split=split or dataset.split, on_missing=dataset.on_missing)
 
 
 def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Document]:
@@ -247,33 +125,39 @@ def _read_all(
     """(known relevance over all data sets and all splits of their folders, keys of --exclude, (documents,
     queries) by name).
 
-    DataError with the first 20 bad lines of all files and the number of them all.
+    UserError with every file that does not exist, the first 20 bad lines of all others and their number.
     """
     known, findings, excluded = Known(), Findings(log=log), set[bytes]()
-    counts: dict[str, tuple[int, int]] = {}
-    for dataset in datasets.values():
-        source_files(_plain(dataset))  # a missing file is said before the first one is read
-    num_corpus = (
-        sum(1 for _ in read_documents(config.corpus, config.on_missing, findings)) if config.corpus else 0
-    )
+    unread: list[str] = []
+
+    def readable(items: Iterable[T]) -> Iterator[T]:
+        try:
+            yield from items
+        except UserError as error:  # the file is missing, say; its bad lines go to `findings`
+            unread.append(str(error))
+
+    corpus = read_documents(config.corpus, config.on_missing, findings) if config.corpus else ()
+    num_corpus = sum(1 for _ in readable(corpus))
     for path in config.exclude:
-        excluded.update(_excluded(path, findings))
+        excluded.update(readable(_excluded(path, findings)))
+    counts: dict[str, tuple[int, int]] = {}
     for name, dataset in datasets.items():
         documents, num_rows = set[int](), 0
-        for row in read_rows(_plain(dataset), findings):
+        for row in readable(read_rows(dataset.as_data(), findings)):
             known.add(row.query, row.pos)
             documents.update(hash(text) for text in (*row.pos, *row.neg))
             num_rows += 1
-        num_documents = len(documents)
-        if Path(dataset.path).is_dir():
-            num_documents = len(
-                read_beir(dataset.path, dataset.split, dataset.on_missing, Findings(log=log)).corpus
-            )
-        counts[name] = (num_documents + num_corpus, num_rows)
+        counts[name] = (len(documents) + num_corpus, num_rows)
+    if unread:
+        bad = [str(BadLines(findings.named, findings.num_bad))] if findings.num_bad else []
+        raise UserError("\n".join([*dict.fromkeys(unread), *bad]))
     findings.raise_bad()
     for line in findings.lines():
         log(line)
     for name, dataset in datasets.items():
+        if Path(dataset.path).is_dir():
+            whole = read_beir(dataset.path, dataset.split, dataset.on_missing, Findings(log=log))
+            counts[name] = (len(whole.corpus) + num_corpus, counts[name][1])
         _read_other_splits(config, name, dataset, known, log)
     if excluded:
         log(f"--exclude: {len(excluded):,} documents are not searched")
@@ -299,13 +183,13 @@ def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
 def _read_other_splits(
     config: MineConfig, name: str, dataset: MineDatasetConfig, known: Known, log: Log
 ) -> None:
-    """What another split of the same BEIR folder judges relevant is known too; how much of the corpus only
-    others judge."""
+    """Adds to `known` the judgements of the other splits of the same BEIR folder, and says how many documents
+    only they find relevant."""
     files = sorted((Path(dataset.path) / "qrels").glob("*.tsv*"))
     splits = sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in files} - {dataset.split})
     if not splits:
         return
-    own = {key for row in read_rows(_plain(dataset)) for key in row.pos_ids}
+    own = {key for row in read_rows(dataset.as_data()) for key in row.pos_ids}
     for split in splits:
         findings, judged = Findings(), set[str]()
         for row in read_rows(DatasetConfig(path=dataset.path, split=split, on_missing="allow"), findings):
@@ -316,11 +200,8 @@ def _read_other_splits(
                 "relevant is not all known")  # fmt: skip
         option = f"{dataset.path}:{split}"
         if only := len(judged - own):
-            what = (
-                "not searched"
-                if option in config.exclude
-                else f"searched too; --exclude {option} leaves them out"
-            )
+            what = f"searched too; --exclude {option} leaves them out"
+            what = "not searched" if option in config.exclude else what
             log(f"{name}: {only:,} documents are relevant in split {split} only: {what}")
 
 
@@ -358,33 +239,31 @@ def _hidden_size(source: Source) -> int:
 
 
 def write_texts(config: MineConfig, log: Log = print) -> None:
-    """What a run embeds, once each, for those who embed elsewhere; then --model takes the folder with the two
-    .npy."""
+    """The texts that a run embeds, once each, for embedding elsewhere; --model then takes the folder with the
+    two .npy."""
     _check_options(config)
     folder = Path(config.write_texts)
     folder.mkdir(parents=True, exist_ok=True)
     datasets = named_datasets(config).values()
 
-    def documents() -> Iterable[str]:
+    def documents() -> Iterator[str]:
         for dataset in datasets:
-            for row in read_rows(_plain(dataset)):
+            for row in read_rows(dataset.as_data()):
                 yield from (*row.pos, *row.neg)
             yield from (document.text for document in documents_of(config, dataset))
 
-    def queries() -> Iterable[str]:
-        return (row.query for dataset in datasets for row in read_rows(_plain(dataset)))
-
-    for side, texts in (("documents", documents()), ("queries", queries())):
+    queries = (row.query for dataset in datasets for row in read_rows(dataset.as_data()))
+    for side, texts in (("documents", documents()), ("queries", queries)):
         seen: set[bytes] = set()
-
-        def lines(texts: Iterable[str] = texts, seen: set[bytes] = seen) -> Iterator[bytes]:
-            for text in texts:
-                if (key := exact_key(text)) not in seen:
-                    seen.add(key)
-                    yield (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
-
-        write_atomically(folder / f"{side}.jsonl", lines())
+        write_atomically(folder / f"{side}.jsonl", _lines_once(texts, seen))
         log(f"wrote {folder / side}.jsonl: {len(seen):,} texts; put {side}.npy beside it, row i for line i")
+
+
+def _lines_once(texts: Iterable[str], seen: set[bytes]) -> Iterator[bytes]:
+    for text in texts:
+        if (key := exact_key(text)) not in seen:
+            seen.add(key)
+            yield (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
 
 
 def mine(
@@ -392,18 +271,18 @@ def mine(
 ) -> dict[str, Any]:
     """Every data set of the plan into its file; the reports by name. load: Source -> encoder, for what is not
     precomputed."""
-    config, single = plan.config, len(plan.datasets) == 1
+    config, is_single = plan.config, len(plan.datasets) == 1
     can_plot = importlib.util.find_spec("matplotlib") is not None
     say = log if ranks.rank == 0 else (lambda _: None)
-    teachers, reports = Teachers(plan, load), {}
+    teachers, reports = Teachers(plan.sources, load), {}
     failed: dict[str, str] = {}  # files of other formats, and why
     for name, dataset in plan.datasets.items():
         output = plan.output(name)
-        if not single:
+        if not is_single:
             say(f"\n{name}: {dataset.path}")
         reports[name] = mine_negatives(
-            read_rows(_plain(dataset)),
-            teachers.of(name),
+            read_rows(dataset.as_data()),
+            teachers.of(dataset, plan.usage[name]),
             output,
             documents=documents_of(config, dataset),
             selection=config,
@@ -425,7 +304,7 @@ def mine(
             if can_plot:
                 plot_report(reports[name], f"{output}.report.png")
             failed |= _convert(plan, name, output, say)
-    if ranks.rank == 0 and not single:
+    if ranks.rank == 0 and not is_single:
         folder = Path(config.output)
         say("")
         print_groups("dataset", reports, config.num_negatives, say)
@@ -444,11 +323,11 @@ def mine(
 def _convert(plan: Plan, name: str, output: Path, say: Log) -> dict[str, str]:
     """The files of other trainers, with the instructions of the data set: given ones, else those of a model
     of ours."""
-    dataset, config = plan.datasets[name], plan.config
+    dataset, config, usage = plan.datasets[name], plan.config, plan.usage[name][0]
     prompts = {
         "prompt": query_prompt(dataset.task or ""),
         "document_prompt": query_prompt(dataset.document_task or ""),
     }
     if plan.sources[0].kind in ("checkpoint", "llama"):
-        prompts = {key: plan.usage[name][0][key] for key in prompts}
+        prompts = {key: usage[key] for key in prompts}
     return convert_all(output, config.formats, say, num_negatives=config.num_negatives, **prompts)

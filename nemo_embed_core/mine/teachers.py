@@ -11,17 +11,25 @@ A score is a dot product: of rows brought to unit length (similarity "cosine"), 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.checkpoint.source import Source
+from nemo_embed_core.checkpoint.weights import open_weights
+from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
+from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.encoders.precomputed import Lookup, Similarity, precomputed_sides, scaled
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
+
+DEFAULT_MAX_LENGTH = 512  # tokens, of a model that says nothing
+PROMPT_OF = {"query": "prompt", "document": "document_prompt"}  # of a Teacher, by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +110,105 @@ def open_precomputed(
     """
     sides = precomputed_sides(folder, dataset)
     return precomputed(*sides[0], *sides[1], name=str(folder), similarity=similarity)
+
+
+# ------------------------------------------------------------------------------------------ the models of a run
+
+
+def using(
+    source: Source, name: str, dataset: MineDatasetConfig, config: MineConfig, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """The options of this model's Teacher for this data set; log is told where each of them comes from."""
+    own, model = source.usage, str(source.path)
+    similarity = config.similarity or own.similarity
+    if similarity not in ("cosine", "dot"):
+        raise UserError(
+            f"{model} compares by {similarity}: a threshold x the positive's score needs scores that grow with likeness. "
+            "Mine with --similarity cosine (of rows of unit length the order is that of the euclidean distance), or another model"
+        )
+    if source.kind == "precomputed":
+        if dataset.task or dataset.document_task:
+            log(f"model {model}: the instruction is not added to embeddings, which have been made already")
+        log(f"model {model} (precomputed): {similarity}")
+        return {"similarity": similarity, "name": model}
+    is_own_dot = config.similarity is None and own.similarity == "dot"
+    if source.kind == "llama" and is_own_dot and not _normalizes(source.folder):
+        raise UserError(
+            f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama folders normalises: "
+            "--similarity cosine to mine by cosines"
+        )
+    prompts = own.prompts.get(name, own.default)
+    where = "the model's" if own.prompts else "none known"
+    if len(own.prompts) > 1:
+        other = f"of {next(iter(own.prompts))}, {name} is no task of the model's"
+        where = f"of {name}" if name in own.prompts else other
+    usage: dict[str, Any] = {"similarity": similarity, "name": model}
+    for side, option in (("query", "task"), ("document", "document_task")):
+        task, prompt, whose = getattr(dataset, option), getattr(prompts, side), where
+        if task is not None:
+            instead = f" in place of its own {prompt!r}" if prompt and query_prompt(task) != prompt else ""
+            prompt, whose = query_prompt(task), f"{option}{instead}"
+        length, limit = (getattr(options, f"{side}_max_length") for options in (config, own))
+        tokens = length or limit or DEFAULT_MAX_LENGTH
+        origin = "option" if length else "the model's" if limit else "none known"
+        if source.kind == "sentence-transformers" and limit and tokens > limit:
+            tokens, origin = limit, f"the folder's limit, below {side}_max_length={length}"
+        usage |= {PROMPT_OF[side]: prompt, f"{side}_max_length": tokens}
+        used = f"{side} prompt {prompt!r} ({whose}), {tokens} tokens ({origin}), {similarity}"
+        log(f"model {model}, {name}: {used}")
+    return usage
+
+
+def _normalizes(folder: Path) -> bool:
+    file = folder / "modules.json"
+    return not file.is_file() or "Normalize" in file.read_text(encoding="utf-8")
+
+
+def check_source(
+    source: Source, datasets: Iterable[MineDatasetConfig], usages: Iterable[dict[str, Any]]
+) -> None:
+    """Tokenizer, prompts that leave room for text, libraries, embeddings, names and shapes of weights:
+    without reading a weight. usages: of `using`, for each data set."""
+    folder = source.folder
+    if source.kind == "precomputed":
+        for dataset in datasets:
+            precomputed_sides(folder, dataset.as_data())
+        return
+    is_foreign = source.kind == "sentence-transformers"
+    if is_foreign and importlib.util.find_spec("sentence_transformers") is None:
+        raise UserError(f"{source.path} needs sentence-transformers: pip install nemo_embed_core[eval]")
+    if is_foreign and not (folder / "tokenizer.json").is_file():
+        return  # the library has the only reader of it; the prompt is checked when the model is loaded
+    tokenizer = load_tokenizer(folder)
+    if not is_foreign:
+        tokenizer.check_fits(open_weights(source, hashed=False).model.vocab_size)
+    for usage in usages:
+        _check_prompts(tokenizer, usage)
+
+
+def _check_prompts(reader: Any, usage: dict[str, Any]) -> None:
+    for side, prompt in PROMPT_OF.items():
+        reader.check_prompt(usage[prompt], usage[f"{side}_max_length"], f"{side}_max_length")
+
+
+class Teachers:
+    """The models of a run, one in memory at a time; a single one is loaded once for all data sets."""
+
+    def __init__(self, sources: list[Source], load: Callable[[Source], TextEncoder]):
+        self.sources, self.load = sources, load
+        self.kept: dict[Path, Any] = {}
+
+    def of(self, dataset: MineDatasetConfig, usages: list[dict[str, Any]]) -> Iterator[Teacher]:
+        """usages: of `using`, for each model."""
+        for source, usage in zip(self.sources, usages, strict=True):
+            if source.kind == "precomputed":
+                yield open_precomputed(source.folder, dataset.as_data(), usage["similarity"])
+                continue
+            if source.path not in self.kept:
+                self.kept.clear()  # before the next one is loaded; no local name may hold it either
+                self.kept[source.path] = self.load(source)
+            if source.kind == "sentence-transformers":
+                _check_prompts(self.kept[source.path], usage)
+                yield Teacher.of_encoder(self.kept[source.path], **usage)
+            else:
+                yield Teacher.of(self.kept[source.path], **usage)

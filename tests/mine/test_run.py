@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tiny import llama_tensors, write_tokenizer
 from toy_mining import FakeEmbedder
 
 from nemo_embed_core.checkpoint.source import Prompts, Source, Usage
@@ -15,7 +19,8 @@ from nemo_embed_core.config import MineConfig, MineDatasetConfig
 from nemo_embed_core.errors import DataError, UserError
 from nemo_embed_core.mine import run
 from nemo_embed_core.mine.corpus import Ranks
-from nemo_embed_core.mine.run import make_plan, mine, using
+from nemo_embed_core.mine.run import make_plan, mine
+from nemo_embed_core.mine.teachers import using
 
 SMALL = ("--query_max_length", "48", "--document_max_length", "48", "--method", "fp32")
 
@@ -51,7 +56,7 @@ def mined(tmp_path, monkeypatch, said=None, **options):
     set aside."""
     source = Source(Path("toy"), Path("toy"), "llama", options.pop("usage", Usage()))
     monkeypatch.setattr(run, "resolve", lambda path: source)
-    monkeypatch.setattr(run, "_check_source", lambda *arguments: None)
+    monkeypatch.setattr(run, "check_source", lambda *arguments: None)
     (tmp_path / "toy").mkdir(exist_ok=True)
     log = said.append if said is not None else lambda _: None
     config = MineConfig(
@@ -279,13 +284,59 @@ def test_every_file_is_read_before_the_first_is_mined_and_all_bad_lines_are_name
     for path in bad:
         assert f"{path}:2: " in str(error.value) and f"{path}:3: " in str(error.value)
     assert "4 bad lines in all" in str(error.value) and not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
-        mined(
-            tmp_path,
-            monkeypatch,
-            datasets=[datasets[0], MineDatasetConfig(path=str(tmp_path / "nowhere.jsonl"))],
-        )
+    missing = [str(tmp_path / f"{name}.jsonl") for name in ("nowhere", "no-corpus", "no-exclude")]
+    datasets = [MineDatasetConfig(path=missing[0]), *datasets]
+    with pytest.raises(UserError) as error:
+        mined(tmp_path, monkeypatch, datasets=datasets, corpus=missing[1], exclude=missing[2:])
+    said = str(error.value)
+    assert all(f"{path} does not exist" in said for path in missing), "and the others' bad lines with them"
+    assert all(f"{path}:3: " in said for path in bad) and "4 bad lines in all" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit_and_a_causal_model_are_said_before_anything_is_encoded(tmp_path, capsys):
+    model = {
+        "model_type": "llama", "architectures": ["LlamaModel"], "vocab_size": 512, "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    folder = write_tokenizer(tmp_path / "llama")
+    (folder / "config.json").write_text(json.dumps(model))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in llama_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors")
+    data = write(tmp_path / "a.jsonl", {"query": "alpha", "pos": ["beta"]})
+    config = MineConfig(model=[str(folder)], data=data, output=str(tmp_path / "out"))
+    make_plan(config, lambda _: None)
+    assert f"note: {folder}: config.json does not say is_causal: false" in capsys.readouterr().out
+    (folder / "config.json").write_text(json.dumps({**model, "vocab_size": 300}))
+    embedding = next(name for name in tensors if "embed_tokens" in name)
+    save_file({**tensors, embedding: tensors[embedding][:300]}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"300"):
+        make_plan(config, lambda _: None)
+    save_file({name: x for name, x in tensors.items() if "norm" not in name}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"norm"):
+        make_plan(config, lambda _: None)
+
+
+def test_one_model_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    alive: list[weakref.ref] = []
+
+    def load(source):
+        assert not any(model() for model in alive), "the one before is gone"
+        encoder = FakeEmbedder(digest=str(source.path))
+        alive.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(run, "resolve", lambda path: Source(Path(path), Path(path), "llama", Usage()))
+    monkeypatch.setattr(run, "check_source", lambda *arguments: None)
+    data = write(tmp_path / "a.jsonl", {"query": "w1", "pos": ["w1 w2"], "neg": ["w1 w3", "w4 w5"]})
+    models = [str(tmp_path / name) for name in ("m1", "m2", "m3")]
+    for model in models:
+        Path(model).mkdir()
+    config = MineConfig(model=models, data=data, output=str(tmp_path / "out"))
+    mine(make_plan(config, lambda _: None), Ranks(), "cpu", load, lambda _: None)
+    assert len(alive) == 3
 
 
 def test_embeddings_that_do_not_fit_the_disk_are_refused_before_they_are_made(tmp_path, monkeypatch):

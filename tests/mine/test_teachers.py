@@ -19,9 +19,9 @@ from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.encoders.precomputed import as_rows
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Ranks
-from nemo_embed_core.mine.run import Teachers, make_plan
+from nemo_embed_core.mine.run import make_plan
 from nemo_embed_core.mine.run import mine as run_mine
-from nemo_embed_core.mine.teachers import Teacher, open_precomputed, precomputed
+from nemo_embed_core.mine.teachers import Teacher, Teachers, open_precomputed, precomputed
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +99,8 @@ def test_sentence_transformers_folder_mines_what_the_library_itself_ranks(tmp_pa
         loads.append(source.kind)
         return SentenceTransformerEncoder(source.path, "cpu", "fp32")
 
-    teachers = Teachers(plan, load)
-    (loaded,), (again,) = list(teachers.of("rows")), list(teachers.of("rows"))
+    teachers, both = Teachers(plan.sources, load), (plan.datasets["rows"], plan.usage["rows"])
+    (loaded,), (again,) = list(teachers.of(*both)), list(teachers.of(*both))
     assert (
         loads == ["sentence-transformers"]
         and loaded.queries.digest == teacher.queries.digest == again.queries.digest
