@@ -1,9 +1,9 @@
-"""The whole path on data that is on every machine: train, mine, retrain, merge, evaluate. `make demo` runs it.
+"""The whole path on data that is on every machine: train, mine, retrain, merge, evaluate (`make demo`).
 
     python launch/demo.py --output runs/demo
 
-Texts: docstrings of the installed Python packages (query: the summary line, document: the rest), split by module. Every
-stage is one of the public launchers, printed as the command that it is, so each can be run again by itself.
+Texts: docstrings of the installed Python packages (query: the summary line, document: the rest), split by
+module. Every stage is one of the public launchers, printed as a command that can be run again.
 """
 
 import argparse

@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant("rows without a candidate count as hits", CONTRASTIVE, "(ranked & ~outranked).sum()", "(~outranked).sum()", f"tests/loss {ORACLE}"),
     Mutant("known positives of the batch are negatives", CONTRASTIVE, "known_ids_BJ=known", "known_ids_BJ=None", ORACLE),
     Mutant("known positives among the row's own are negatives", CONTRASTIVE, "self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])", "self.mask_BM[:, 1:]", f"tests/loss {ORACLE}"),
-    Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_], room", "pad_to_multiple, None, room", f"tests/data/test_packing.py {ORACLE}"),
+    Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_], most", "pad_to_multiple, None, most", f"tests/data/test_packing.py {ORACLE}"),
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
     Mutant("a temperature that never arrives", CONTRASTIVE, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", LOSS),
     Mutant("in-batch mode that never arrives", CONTRASTIVE, "loss.temperature, loss.in_batch", 'loss.temperature, "none"', LOSS),

@@ -1,55 +1,34 @@
-"""Builds the token store: every source checked, then tokenised with progress, then judged as a whole, then
-published.
+"""Which token store a run reads: named by a digest of all that makes it, opened where it is, else built.
 
-    open_store(config, tokenizer)      opened when cache_dir has it, else built
+    open_store(config, tokenizer)      opened when cache_dir has it, else compiled, verified, published
 
-While it is built a store is a folder cache_dir/.building-*, which its process holds with a file lock. What
-stood there at the last commit survives a kill: the next build of the same store goes on from it and ends with
-the same bytes.
+While it is built a store is a folder cache_dir/.building-*, which its process holds with a lock.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
 import time
-from array import array
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nemo_embed_core.config import DataConfig, DatasetConfig
-from nemo_embed_core.data.building import Log, building, publish, read_state
-from nemo_embed_core.data.judge import EMPTY_KEY, judge
-from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_key
+from nemo_embed_core.data.building import Log, building, publish
+from nemo_embed_core.data.compile import compile_store
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import check_sources, read_rows, reading, source_files
-from nemo_embed_core.data.store import (
-    ARRAY_FILES,
-    FORMAT_VERSION,
-    TOKEN_FILES,
-    Store,
-    damaged,
-    read_manifest,
-    report,
-)
+from nemo_embed_core.data.readers import reading, source_files
+from nemo_embed_core.data.store import FORMAT_VERSION, Store, damaged, read_manifest, report
 from nemo_embed_core.data.tokenizer import Tokenizer
-from nemo_embed_core.errors import DataError, UserError, failpoint
-from nemo_embed_core.files.durable import fsync, make_folder, sha256_file, write_atomically
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.durable import make_folder, sha256_file, write_atomically
 from nemo_embed_core.files.strict_json import read_object
-
-COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
-PENDING = 2 << 20  # characters that wait for the tokenizer
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> Store:
-    """The store of these datasets, tokenizer and lengths: opened when cache_dir has it, else built, verified,
-    published.
+    """The store of these datasets, tokenizer and lengths.
 
     With config.store it is opened by its digest or folder and the sources are not looked at. Several
     processes may call this at once: each builds its own copy and one rename wins, so to save work let one
@@ -69,40 +48,13 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
     except UserError as error:
         raise UserError(f"{error}{_stores_of(config)}") from None
     stamps = _stamps(config)
-    hashes = _hashes([file for group in files for file in group], Path(config.cache_dir))
-    sources: list[dict[str, Any]] = [
-        {
-            "path": str(dataset.path),
-            "task": dataset.task,
-            "document_task": dataset.document_task,
-            "files": {str(file): hashes[file] for file in group},
-            "reading": reading(dataset),
-            "row_file": str(group[-1]),  # of a BEIR folder the qrels
-        }
-        for dataset, group in zip(config.datasets, files, strict=True)
-    ]
-    made_of = {
-        "version": FORMAT_VERSION,
-        "tokenizer": tokenizer.digest,
-        "query_max_length": config.query_max_length,
-        "document_max_length": config.document_max_length,
-        # The content of the files, not their names: a moved data set keeps its store.
-        "sources": [
-            [*source["files"].values(), source["task"], source["document_task"], *source["reading"]]
-            for source in sources
-        ],
-    }
-    digest = _digest(made_of)
-    header = {**made_of, "sources": sources, "digest": digest, "end_tokens": tokenizer.end_tokens}
-    if not any(source["reading"] for source in sources):
-        header["digest_v1"] = _digest(
-            {**made_of, "version": 1}
-        )  # what a checkpoint from before has, where nothing is left out
+    header = _header(config, tokenizer, files)
+    digest = header["digest"]
     folder = Path(config.cache_dir) / digest[:32]
     if not folder.exists():
         try:
             with building(folder, log) as temporary:
-                _build(temporary, config, tokenizer, header, log)
+                compile_store(temporary, config, tokenizer, header, log)
                 if _stamps(config) != stamps:
                     raise UserError(
                         "a data file changed while it was being tokenised; start again when it is complete"
@@ -127,11 +79,43 @@ def check_prompts(config: DataConfig, tokenizer: Tokenizer) -> None:
         tokenizer.check_prompt(prompt, config.document_max_length, "data.document_max_length")
 
 
+def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -> dict[str, Any]:
+    """The beginning of the manifest: all that makes the store, and its digest. files: of each dataset."""
+    hashes = _hashes([file for group in files for file in group], Path(config.cache_dir))
+    sources: list[dict[str, Any]] = [
+        {
+            "path": str(dataset.path),
+            "task": dataset.task,
+            "document_task": dataset.document_task,
+            "files": {str(file): hashes[file] for file in group},
+            "reading": reading(dataset),
+            "row_file": str(group[-1]),  # of a BEIR folder the qrels
+        }
+        for dataset, group in zip(config.datasets, files, strict=True)
+    ]
+    made_of = {
+        "version": FORMAT_VERSION,
+        "tokenizer": tokenizer.digest,
+        "query_max_length": config.query_max_length,
+        "document_max_length": config.document_max_length,
+        # The content of the files, not their names: a moved data set keeps its store.
+        "sources": [
+            [*source["files"].values(), source["task"], source["document_task"], *source["reading"]]
+            for source in sources
+        ],
+    }
+    header = {**made_of, "sources": sources, "digest": _digest(made_of), "end_tokens": tokenizer.end_tokens}
+    if not any(source["reading"] for source in sources):
+        # What a checkpoint from before has, where nothing is left out.
+        header["digest_v1"] = _digest({**made_of, "version": 1})
+    return header
+
+
 def _digest(made_of: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------ without the sources
+# ------------------------------------------------------------------------------------ without the sources
 
 
 def store_folder(config: DataConfig) -> Path:
@@ -145,42 +129,35 @@ def store_folder(config: DataConfig) -> Path:
     if len(found) != 1:
         have = ", ".join(path.name for path in found or sorted(Path(config.cache_dir).glob("[0-9a-f]*"))[:10])
         raise UserError(
-            f"data.store={config.store} is neither the folder of a store nor the beginning of {'one' if found else 'a'} digest "
-            f"in data.cache_dir={config.cache_dir}, which has: {have or 'none'}"
+            f"data.store={config.store} is neither the folder of a store nor the beginning of "
+            f"{'one' if found else 'a'} digest in data.cache_dir={config.cache_dir}, which has: "
+            f"{have or 'none'}"
         )
     return found[0]
 
 
 def with_store(config: DataConfig) -> DataConfig:
-    """config with the datasets of its store where it names none: instructions belong to the run and travel
-    with the model."""
+    """config with its store's datasets where it names none: instructions belong to the run."""
     if not config.store or config.datasets:
         return config
-    sources = read_manifest(store_folder(config))["sources"]
-    return replace(
-        config,
-        datasets=[
-            DatasetConfig(path=source["path"], task=source["task"], document_task=source["document_task"])
-            for source in sources
-        ],
-    )
+    sources, keys = read_manifest(store_folder(config))["sources"], ("path", "task", "document_task")
+    return replace(config, datasets=[DatasetConfig(**{key: s[key] for key in keys}) for s in sources])
 
 
 def _check_same_made(store: Store, config: DataConfig, tokenizer: Tokenizer) -> None:
-    m = store.manifest
-    for name, was, now in (
-        ("the tokenizer (sha256)", m["tokenizer"], tokenizer.digest),
-        ("data.query_max_length", m["query_max_length"], config.query_max_length),
-        ("data.document_max_length", m["document_max_length"], config.document_max_length),
-        *(
-            (f"data.datasets (its {name}s)", [source[name] for source in m["sources"]], [getattr(d, name) for d in config.datasets])
-            for name in ("task", "document_task")
-            if config.datasets
-        ),
-    ):  # fmt: skip
-        if was != now:
+    was = store.manifest
+    facts: list[tuple[str, Any, Any]] = [
+        ("the tokenizer (sha256)", was["tokenizer"], tokenizer.digest),
+        ("data.query_max_length", was["query_max_length"], config.query_max_length),
+        ("data.document_max_length", was["document_max_length"], config.document_max_length),
+    ]
+    for name in ("task", "document_task") if config.datasets else ():
+        now = [getattr(dataset, name) for dataset in config.datasets]
+        facts.append((f"data.datasets (its {name}s)", [source[name] for source in was["sources"]], now))
+    for name, before, now in facts:
+        if before != now:
             raise UserError(
-                f"data.store={config.store} was built with other options: {name} was {was!r}, now {now!r}"
+                f"data.store={config.store} was built with other options: {name} was {before!r}, now {now!r}"
             )
 
 
@@ -193,9 +170,9 @@ def _stores_of(config: DataConfig) -> str:
             manifest = read_object(path)
             if [source.get("path") for source in manifest["sources"]] == wanted:
                 found.append(path.parent.name)
-    return (
-        f". A store was built of it: --data.store {found[-1]} opens that without the sources" if found else ""
-    )
+    if not found:
+        return ""
+    return f". A store was built of it: --data.store {found[-1]} opens that without the sources"
 
 
 # ------------------------------------------------------------------------------------------ sources
@@ -208,8 +185,7 @@ def _stamps(config: DataConfig) -> list[tuple[str, int, int]]:
 
 
 def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
-    """sha256 of each file; one that is as cache_dir/sources.json knows it (size, times, inode) is not read
-    again."""
+    """sha256 of each file; one that sources.json knows by size, times and inode is not read again."""
     record = cache_dir / "sources.json"
     known: dict[str, list[Any]] = {}
     with suppress(UserError):
@@ -223,227 +199,11 @@ def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
             hashes[file] = entry[4]
             continue
         hashes[file] = sha256_file(file)
-        if (
-            time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000
-        ):  # else a write may not show in the times
+        # A write within the clock's step may not show in the times.
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
             known[name], new = [*stamp, hashes[file]], True
     if new:
         with suppress(OSError):  # a cache_dir that cannot be written to serves the stores that it has
             make_folder(cache_dir)
             write_atomically(record, json.dumps(known).encode(), shared=True)
     return hashes
-
-
-# ------------------------------------------------------------------------------------------ building
-
-# Files that only a build has: raw int64, or 16 bytes a text. judge() makes the arrays of the store of them.
-PARTS = (
-    "query_lengths", "query_hashes", "query_keys", "group_keys", "row_lines", "num_positives", "positives", "num_negatives",
-    "negatives", "document_lengths", "document_hashes", "document_keys", "document_texts", "document_rows",
-)  # fmt: skip
-
-
-class _Files:
-    """The files of a build, appended to; sizes at the last commit are those that a kill leaves."""
-
-    def __init__(self, folder: Path, sizes: dict[str, int]):
-        self._folder = folder
-        self._files = {}
-        for name in (*TOKEN_FILES, *(f"{part}.part" for part in PARTS)):
-            file = open(folder / name, "ab")  # noqa: SIM115  (closed in close)
-            file.truncate(sizes.get(name, 0))
-            self._files[name] = file
-
-    def add(self, part: str, data: bytes) -> None:
-        self._files[f"{part}.part"].write(data)
-
-    def add_tokens(self, name: str, tokens: np.ndarray) -> None:
-        self._files[name].write(tokens.astype("<i4").tobytes())
-
-    def commit(self, state: dict[str, Any]) -> None:
-        sizes = {}
-        for name, file in self._files.items():
-            file.flush()
-            fsync(file.fileno())
-            sizes[name] = os.fstat(file.fileno()).st_size
-        write_atomically(self._folder / "state.json", json.dumps({**state, "sizes": sizes}).encode())
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-class _Texts:
-    """Texts of one side on their way into the token file: lengths, and a hash of the tokens, beside it."""
-
-    def __init__(
-        self, files: _Files, side: str, tokenizer: Tokenizer, max_length: int, state: dict[str, Any]
-    ):
-        self._files, self._side, self._tokenizer, self._max_length = files, side, tokenizer, max_length
-        self._pending: list[str] = []
-        self._origins: list[tuple[str, int]] = []
-        self._size = 0
-        self.truncated: int = state.get(f"truncated_{side}", 0)
-        self.max_token_id: int = state.get("max_token_id", 0)
-
-    def add(self, text: str, path: str, line: int) -> None:
-        self._pending.append(text)
-        self._origins.append((path, line))
-        self._size += len(text)
-        if self._size > PENDING:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._pending:
-            return
-        before = self._tokenizer.num_truncated
-        try:
-            arrays = self._tokenizer.encode(self._pending, self._max_length)
-        except UserError:
-            for text, (path, line) in zip(self._pending, self._origins, strict=True):
-                try:
-                    self._tokenizer.encode([text], self._max_length)
-                except UserError as error:
-                    raise DataError(path, line, str(error)) from None
-            raise
-        self.truncated += self._tokenizer.num_truncated - before
-        tokens = np.concatenate(arrays)
-        self.max_token_id = max(self.max_token_id, int(tokens.max()))
-        self._files.add_tokens(f"{self._side}_tokens.bin", tokens)
-        self._files.add(f"{self._side}_lengths", array("q", map(len, arrays)).tobytes())
-        self._files.add(f"{self._side}_hashes", b"".join(bytes_key(ids.tobytes()) for ids in arrays))
-        self._pending, self._origins, self._size = [], [], 0
-
-
-def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log) -> None:
-    """Writes all files of the store into the folder, the manifest last, going on from what stands there."""
-    state = read_state(folder) or {}
-    if state:
-        log(
-            f"going on with {folder}: {state['rows']:,} of {state['total']:,} rows were done when its process ended"
-        )
-    else:
-        findings = check_sources(config.datasets, log)
-        for line in findings.lines():
-            log(line)
-        state = {
-            "rows": 0,
-            "total": findings.num_rows,
-            "source_rows": [0] * len(config.datasets),
-            "merged": 0,
-        }
-    files = _Files(folder, state.get("sizes", {}))
-    try:
-        _tokenise(folder, files, config, tokenizer, state, log)
-    finally:
-        files.close()
-    for source, rows in zip(header["sources"], state["source_rows"], strict=True):
-        source["rows"] = rows
-    row_files = [source["row_file"] for source in header["sources"]]
-    arrays, noise = judge(folder, row_files, state["source_rows"])
-    for name in ARRAY_FILES:
-        np.save(folder / name, arrays[name])
-    left_out = int(noise.pop("left out")["count"])
-    if left_out:
-        header.pop("digest_v1", None)
-    manifest = {
-        **header,
-        "rows": state["rows"],
-        "documents": len(arrays["same_as.npy"]),
-        "groups": len(arrays["known_offsets.npy"]) - 1,
-        "query_tokens": int(arrays["query_offsets.npy"][-1]),
-        "document_tokens": int(arrays["document_offsets.npy"][-1]),
-        "positives": len(arrays["positives.npy"]),
-        "negatives": len(arrays["negatives.npy"]),
-        "rows_without_negatives": int((np.diff(arrays["negative_offsets.npy"]) == 0).sum()),
-        "negatives_left_out": left_out,
-        "merged_repeats": state["merged"],
-        "truncated_queries": state["truncated_query"],
-        "truncated_documents": state["truncated_document"],
-        "max_token_id": state["max_token_id"],
-        "noise": noise,
-        "files": {
-            name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-            for name in (*TOKEN_FILES, *ARRAY_FILES)
-        },
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for name in ("state.json", *(f"{part}.part" for part in PARTS)):
-        (folder / name).unlink()
-
-
-def _tokenise(
-    folder: Path, files: _Files, config: DataConfig, tokenizer: Tokenizer, state: dict[str, Any], log: Log
-) -> None:
-    """Reads the rows that `state` does not have yet; brings state and files up to date."""
-    queries = _Texts(files, "query", tokenizer, config.query_max_length, state)
-    documents = _Texts(files, "document", tokenizer, config.document_max_length, state)
-    known = (folder / "document_texts.part").read_bytes()
-    ids = {
-        known[at : at + 16]: at // 16 for at in range(0, len(known), 16)
-    }  # hash of a document with its prompt -> its id
-    rows, source_rows = state["rows"], list(state["source_rows"])
-    begun, first_row = time.monotonic(), rows
-    last = begun
-
-    def document_id(prompt: str, text: str, path: str, line: int) -> int:
-        key = exact_key(prompt + text)
-        doc_id = ids.get(key)
-        if doc_id is None:
-            doc_id = ids[key] = len(ids)
-            documents.add(prompt + text, path, line)
-            files.add("document_texts", key)
-            files.add("document_keys", normal_key(text) if has_content(text) else EMPTY_KEY)
-            files.add("document_rows", _int(rows))
-        return doc_id
-
-    def commit() -> None:
-        queries.flush()
-        documents.flush()
-        max_token_id = max(queries.max_token_id, documents.max_token_id)
-        state.update(rows=rows, source_rows=source_rows, max_token_id=max_token_id)
-        state.update(truncated_query=queries.truncated, truncated_document=documents.truncated)
-        files.commit(state)
-
-    for i, dataset in enumerate(config.datasets):
-        query_prefix, document_prefix = query_prompt(dataset.task), query_prompt(dataset.document_task)
-        for row in itertools.islice(read_rows(dataset), source_rows[i], None):
-            failpoint("store.row", rows)
-            queries.add(query_prefix + row.query, row.path, row.line)
-            pos = [document_id(document_prefix, text, row.path, row.line) for text in row.pos]
-            neg = [document_id(document_prefix, text, row.path, row.line) for text in row.neg]
-            # A text twice in one list would count twice in the softmax: once is enough, and it is reported.
-            unique_pos, unique_neg = list(dict.fromkeys(pos)), list(dict.fromkeys(neg))
-            state["merged"] += len(pos) + len(neg) - len(unique_pos) - len(unique_neg)
-            key = normal_key(row.query) if has_content(row.query) else EMPTY_KEY
-            files.add("query_keys", key)
-            files.add("group_keys", bytes_key(query_prefix.encode("utf-8") + b"\0" + key))
-            files.add("row_lines", _int(row.line))
-            for part, values in (("positives", unique_pos), ("negatives", unique_neg)):
-                files.add(f"num_{part}", _int(len(values)))
-                files.add(part, array("q", values).tobytes())
-            rows, source_rows[i] = rows + 1, source_rows[i] + 1
-            now = time.monotonic()
-            if now - last >= COMMIT_S:
-                commit()
-                left = (state["total"] - rows) * (now - begun) / (rows - first_row)
-                log(
-                    f"tokenised {rows:,} of {state['total']:,} rows ({rows / max(1, state['total']):.1%}), {len(ids):,} documents; "
-                    f"about {_duration(left)} left"
-                )
-                last = time.monotonic()
-    commit()
-
-
-def _int(value: int) -> bytes:
-    return value.to_bytes(8, "little", signed=True)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds > 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )

@@ -1,5 +1,4 @@
-"""The folder in which a token store is built: held by one process, gone on with after a kill, published by
-one rename.
+"""The folder in which a token store is built: of one process, surviving a kill, published by a rename.
 
     with building(cache_dir / name, log) as folder: ...; publish(folder, cache_dir / name)
 
@@ -29,8 +28,7 @@ Log = Callable[[str], None]
 
 @contextmanager
 def building(folder: Path, log: Log) -> Iterator[Path]:
-    """A folder for building that this process alone holds: what a killed build of the same store left, or a
-    new one.
+    """A folder that this process alone holds: what a killed build of the same store left, or a new one.
 
     Left by a killed process, by Ctrl-C or by a full disk, it stays; after bad data it goes.
     """
@@ -42,9 +40,7 @@ def building(folder: Path, log: Log) -> Iterator[Path]:
         temporary.mkdir()
         lock = hold(temporary)
         if lock is None:
-            log(
-                f"WARNING: {folder.parent} is on a file system without locks; a killed build there starts anew"
-            )
+            log(f"WARNING: {folder.parent} has a file system without locks; a killed build there starts anew")
     try:
         yield temporary
     except (UserError, AssertionError):
@@ -56,13 +52,10 @@ def building(folder: Path, log: Log) -> Iterator[Path]:
 
 
 def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None]:
-    """Takes the leftover of a killed build with this prefix that has come furthest; removes the others, or
-    names them."""
+    """Takes the leftover with this prefix that has come furthest; removes the others, or names them."""
     mine: list[tuple[int, Path, int]] = []
     for leftover in sorted(parent.glob(".building-*")):
-        age = time.time() - max(
-            (path.stat().st_mtime for path in [leftover, *leftover.glob("*")]), default=0.0
-        )
+        age = time.time() - max(path.stat().st_mtime for path in [leftover, *leftover.glob("*")])
         if not (leftover / "lock").exists():  # of an older version, or being made right now
             if age > 3600:
                 log(f"removing {leftover}, left by an older version")
@@ -77,8 +70,8 @@ def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None
             continue
         if rows and age < STALE_S:
             log(
-                f"{leftover} is of a killed build of other data: starting that again goes on from its {rows:,} rows; it is "
-                "removed when it is a day old"
+                f"{leftover} is of a killed build of other data: starting that again goes on from its "
+                f"{rows:,} rows; it is removed when it is a day old"
             )
         else:
             log(f"removing {leftover}, left by a process that is gone")
@@ -102,8 +95,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Renames a built store into place, durably; losing the race to another builder of the same digest is
-    fine."""
+    """Renames a built store into place, durably; losing the race to another builder of it is fine."""
     durable.fsync_files(temporary)
     durable.publish(temporary, folder, first_wins=True)
     (folder / "lock").unlink(missing_ok=True)

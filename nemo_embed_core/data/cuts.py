@@ -1,7 +1,6 @@
-"""Where a text may be cut before it is tokenised: `boundary(tokenizer)` -> a pattern, or None where nothing
-is provable.
+"""Where a text may be cut before it is tokenised: `boundary(tokenizer)` -> pattern or None.
 
-    end = pattern.search(text, n).start();  ids(text[:end]) is how ids(text) begins      (special tokens at the end apart)
+    end = pattern.search(text, n).start();  ids(text[:end]) begins ids(text), special tokens at its end apart
 
 A match is a place between two characters where (1) every step of the normaliser looks at either side alone,
 (2) no match of the pre-tokeniser spans it or looks over it, or, without one, no piece of the vocabulary has a
@@ -37,21 +36,16 @@ _WORDS = (
 _SPACES = rf"(?<=[!-~{_LETTERS}]) (?=[0-9{_LETTERS}])"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PATTERNS = {_GPT2, _CL100K % "{1,3}", _CL100K % ""}  # GPT-2; Llama 3; Qwen 2
 
 MARKER = "\u2581"  # the word marker of sentencepiece, made of a space
 # One character or one composition at a time.
 _LOCAL_NORMALIZERS = {
-    "NFC",
-    "NFD",
-    "NFKC",
-    "NFKD",
-    "Lowercase",
-    "StripAccents",
-    "Nmt",
-    "Precompiled",
-    "Prepend",
+    *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled", "Prepend")
 }
 _REPLACEMENTS = [({"String": " "}, MARKER), ({"Regex": "^ +| +$"}, ""), ({"Regex": " {2,}"}, " ")]
 
@@ -72,15 +66,12 @@ def boundary(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     if not _keeps_letters_apart(backend):
         return None
     if any(step["type"] == "Split" or step.get("use_regex") for step in splits):
-        return re.compile(
-            _WORDS if all(step["type"] in ("NFC", "NFKC", "Lowercase") for step in normalizers) else _SPACES
-        )
+        keeps_marks = all(step["type"] in ("NFC", "NFKC", "Lowercase") for step in normalizers)
+        return re.compile(_WORDS if keeps_marks else _SPACES)
     if any(step["type"] == "WhitespaceSplit" or step.get("split") for step in splits):
         return re.compile(_SPACES)
     # Words that are not split, sentencepiece's way: the vocabulary decides.
-    has_marker = any(step.get("content") == MARKER for step in normalizers) or any(
-        step.get("replacement") == MARKER for step in splits
-    )
+    has_marker = any(MARKER in (s.get("content"), s.get("replacement")) for s in (*normalizers, *splits))
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     crosses = re.compile(rf"[^{MARKER}]{MARKER}")
     if model["type"] == "BPE" and has_marker and not affixes and MARKER in model["vocab"]:
@@ -92,11 +83,9 @@ def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     """The steps of a (nested) sequence, flat."""
     if step is None:
         return []
-    return (
-        [inner for part in step[name] for inner in _steps(part, name)]
-        if step["type"] == "Sequence"
-        else [step]
-    )
+    if step["type"] != "Sequence":
+        return [step]
+    return [inner for part in step[name] for inner in _steps(part, name)]
 
 
 def _is_local(step: dict[str, Any]) -> bool:
@@ -105,27 +94,21 @@ def _is_local(step: dict[str, Any]) -> bool:
 
 
 def _is_known(step: dict[str, Any]) -> bool:
-    """Whether a pre-tokeniser splits by neighbouring characters alone, each step of a sequence what the last
-    one left."""
+    """Whether a pre-tokeniser splits by neighbouring characters alone."""
     if step["type"] == "Split":
-        return (
-            step["pattern"].get("Regex") in _PATTERNS
-            and step["behavior"] == "Isolated"
-            and not step["invert"]
-        )
+        is_plain = step["behavior"] == "Isolated" and not step["invert"]
+        return is_plain and step["pattern"].get("Regex") in _PATTERNS
     if step["type"] == "Metaspace":
         return step["replacement"] == MARKER
     return step["type"] in ("ByteLevel", "WhitespaceSplit")
 
 
 def _keeps_letters_apart(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the normaliser leaves one piece of each character of the patterns between spaces (a charsmap
-    may hold anything)."""
+    """Whether the normaliser leaves one piece of each character of the patterns."""
     if backend.normalizer is None:
         return True
     characters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     characters += [chr(c) for first, last in _RANGES[2:] for c in range(first, last + 1)]
-    pieces = re.split(
-        f"[ {MARKER}]", backend.normalizer.normalize_str(" ".join(characters)).removeprefix(MARKER)
-    )
+    text = backend.normalizer.normalize_str(" ".join(characters)).removeprefix(MARKER)
+    pieces = re.split(f"[ {MARKER}]", text)
     return len(pieces) == len(characters) and all(pieces)

@@ -1,5 +1,4 @@
-"""A tokenised data set judged as a whole: which documents are the same, what is no negative of a row, which
-rows teach nothing.
+"""A tokenised data set judged as a whole: equal documents, false negatives, rows that teach nothing.
 
 Two documents are the same when their texts have one normal form (data/normal_form.py) or when their tokens
 are equal after truncation, and so are two that are the same as a third. A negative that is the same as a
@@ -26,8 +25,7 @@ NAMED = 3  # rows of each kind that the report names
 def judge(
     folder: Path, row_files: list[str], source_rows: list[int]
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    """(arrays of the store by file name, kind -> {"count", "of", "first": [path:line]}) from the .part files
-    of a build."""
+    """(arrays by file name, kind -> {"count", "of", "first": [path:line]}) from a build's .part files."""
 
     def ints(part: str) -> np.ndarray:
         return np.fromfile(folder / f"{part}.part", dtype="<i8").astype(np.int64, copy=False)
@@ -51,11 +49,9 @@ def judge(
 
     # What is never a negative: pairs (group, document) as one number.
     known = [group_R[row_P] * D + same_D[positives_P]]
-    known += [
-        group_R[is_one] * D + same_D[by_R[is_one]]
-        for by_R in (by_text_R, by_token_R)
-        for is_one in [by_R >= 0]
-    ]
+    for by_R in (by_text_R, by_token_R):
+        is_one = by_R >= 0
+        known.append(group_R[is_one] * D + same_D[by_R[is_one]])
     known_pairs = np.unique(np.concatenate(known))
     known_offsets, known_ids = by_group(known_pairs, int(group_R.max()) + 1, D)
 
@@ -71,60 +67,42 @@ def judge(
     kept_N = ~is_known_N
     kept_R = np.bincount(row_N[kept_N], minlength=R)
 
+    N = len(negatives_N)
+    is_sibling_N = is_known_N & ~is_own_N & ~is_query_N
+    lost_R = np.flatnonzero((num_negatives_R > 0) & (kept_R == 0))
+    repeated_R = _repeats(group_R, same_D, positives_P, num_positives_R, negatives_N, num_negatives_R)
+    empty = np.frombuffer(EMPTY_KEY, dtype="<u8")
+    empty_R = np.flatnonzero((keys("query_keys") == empty).all(1))
+    empty_D = document_rows_D[(keys("document_keys") == empty).all(1)]
+    left, cut = "negatives left out", "after truncation"
+    # kind -> (the row of each entry, out of how many)
+    kinds = {
+        "left out": (row_N[is_known_N], N),
+        f"{left}, equal to a positive of the row up to case, spaces and spelling": (row_N[is_own_text_N], N),
+        f"{left}, equal to a positive of the row {cut}": (row_N[is_own_N & ~is_own_text_N], N),
+        f"{left}, equal to the query": (row_N[is_query_N & ~is_own_N], N),
+        f"{left}, a positive of another row with the same query": (row_N[is_sibling_N], N),
+        "rows that lost all their negatives so": (lost_R, R),
+        "rows whose query is a positive of theirs": (np.unique(row_P[is_query_P]), R),
+        "rows that stand there already": (repeated_R, R),
+        "queries without content (zero-width, control or unreadable characters)": (empty_R, R),
+        "documents without content": (empty_D, D),
+        f"queries with the tokens of a different query {cut}": (
+            np.flatnonzero(_collide(token_all[D:], group_R)),
+            R,
+        ),
+        f"documents with the tokens of a different document {cut}": (
+            document_rows_D[_collide(token_D, text_D)],
+            D,
+        ),
+    }
     source_ends = np.cumsum(source_rows)
     noise: dict[str, dict[str, Any]] = {}
-
-    def count(kind: str, rows: np.ndarray, of: int) -> None:
-        first = (
-            list(dict.fromkeys(np.sort(rows).tolist()))[:NAMED]
-            if len(rows) < 1000
-            else np.unique(rows)[:NAMED].tolist()
-        )
-        names = [
-            f"{row_files[int(np.searchsorted(source_ends, row, side='right'))]}:{lines_R[row]}"
-            for row in first
-        ]
-        noise[kind] = {"count": len(rows), "of": of, "first": names}
-
-    N = len(negatives_N)
-    count("left out", row_N[is_known_N], N)
-    count(
-        "negatives left out, equal to a positive of the row up to case, spaces and spelling",
-        row_N[is_own_text_N],
-        N,
-    )
-    count(
-        "negatives left out, equal to a positive of the row after truncation",
-        row_N[is_own_N & ~is_own_text_N],
-        N,
-    )
-    count("negatives left out, equal to the query", row_N[is_query_N & ~is_own_N], N)
-    is_sibling_N = is_known_N & ~is_own_N & ~is_query_N
-    count("negatives left out, a positive of another row with the same query", row_N[is_sibling_N], N)
-    count("rows that lost all their negatives so", np.flatnonzero((num_negatives_R > 0) & (kept_R == 0)), R)
-    count("rows whose query is a positive of theirs", np.unique(row_P[is_query_P]), R)
-    count(
-        "rows that stand there already",
-        _repeats(group_R, same_D, positives_P, num_positives_R, negatives_N, num_negatives_R),
-        R,
-    )
-    empty = np.frombuffer(EMPTY_KEY, dtype="<u8")
-    count(
-        "queries without content (zero-width, control or unreadable characters)",
-        np.flatnonzero((keys("query_keys") == empty).all(1)),
-        R,
-    )
-    count("documents without content", document_rows_D[(keys("document_keys") == empty).all(1)], D)
-    count(
-        "queries with the tokens of a different query after truncation",
-        np.flatnonzero(_collide(token_all[D:], group_R)),
-        R,
-    )
-    count(
-        "documents with the tokens of a different document after truncation",
-        document_rows_D[_collide(token_D, text_D)],
-        D,
-    )
+    for kind, (rows, of) in kinds.items():
+        first = np.unique(rows)[:NAMED]
+        files = [row_files[i] for i in np.searchsorted(source_ends, first, side="right").tolist()]
+        named = [f"{file}:{line}" for file, line in zip(files, lines_R[first].tolist(), strict=True)]
+        noise[kind] = {"count": len(rows), "of": of, "first": named}
 
     arrays = {
         "query_offsets.npy": _offsets(ints("query_lengths")),

@@ -1,5 +1,4 @@
-"""Lines, JSON objects, texts and ids of the files that people write, read strictly; what was met is kept in
-Findings."""
+"""Lines, JSON objects, texts and ids of files that people write, read strictly; Findings has what was met."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ class BadLines(DataError):
 
 
 class Findings:
-    """What reading met: bad lines, and what is read but has to be said (`lines()`). One serves all sources of
-    a run.
+    """Bad lines, and what is read but has to be said (`lines()`). One serves all sources of a run.
 
     strict: the first bad line raises DataError. Otherwise reading goes on with the next line, the first 20
     bad ones are named, all are counted, and `raise_bad()` raises them together. log: gets a line of progress
@@ -101,21 +99,18 @@ def check_file(path: Path) -> None:
             f"{path} is an address; only files and folders of this machine are read: download it first"
         )
     near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
-    where = (
-        f"{path.parent} holds: {', '.join(near) or 'nothing'}"
-        if path.parent.is_dir()
-        else "nor does its folder"
-    )
+    holds = f"{path.parent} holds: {', '.join(near) or 'nothing'}"
+    where = holds if path.parent.is_dir() else "nor does its folder"
     if re.fullmatch(r"[\w.-]+/[\w-]+(\.\d[\w.-]*)?", str(path)) and not near:
         where += (
-            f'. A data set of the Hugging Face hub has to be downloaded ("hf download {path} --repo-type dataset '
-            '--local-dir DIR") and written as JSONL rows or a BEIR folder'
+            f'. A data set of the Hugging Face hub has to be downloaded ("hf download {path} --repo-type '
+            'dataset --local-dir DIR") and written as JSONL rows or a BEIR folder'
         )
     raise UserError(f"{path} does not exist; {where}")
 
 
 def raw_lines(path: Path, findings: Findings) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes with their newline); split on \\n only (U+2028 may stand inside a string)."""
+    """(line number from 1, bytes with their newline); split on \\n only: a string may hold U+2028."""
     check_file(path)
     line, start, size = 0, time.monotonic(), max(1, path.stat().st_size)
     try:
@@ -143,7 +138,7 @@ def raw_lines(path: Path, findings: Findings) -> Iterator[tuple[int, bytes]]:
 
 
 def json_lines(path: Path, findings: Findings, wanted: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, JSON object) of every line. wanted: an object of this file as an example, for messages."""
+    """(line number, JSON object) of every line. wanted: an example for messages."""
     for line, raw in raw_lines(path, findings):
         try:
             text = decode(raw)
@@ -181,10 +176,7 @@ _MAGIC = (
     (b"SQLite format 3", "an SQLite database"),
     (b"\x89HDF", "an HDF5 file"),
     (b"\x93NUMPY", "a NumPy array"),
-    (b"\x80\x02", "a pickle, which is never opened"),
-    (b"\x80\x03", "a pickle, which is never opened"),
-    (b"\x80\x04", "a pickle, which is never opened"),
-    (b"\x80\x05", "a pickle, which is never opened"),
+    *((bytes([0x80, protocol]), "a pickle, which is never opened") for protocol in range(2, 6)),
     (b"version https://git-lfs", "a Git LFS pointer: fetch the file with git lfs pull"),
     (b"<", "HTML or XML (an error page saved instead of the file?)"),
     (b"%PDF", "a PDF file"),
@@ -192,16 +184,15 @@ _MAGIC = (
 
 
 def binary_format(raw: bytes) -> str | None:
-    """What a file with this first line is, if not UTF-8 text: "a Parquet file"; None where it cannot be told."""
+    """ "a Parquet file" and the like, of a first line that is not UTF-8 text; else None."""
     for magic, what in _MAGIC:
         if raw.startswith(magic):
             return what
     if raw[257:262] == b"ustar":
         return "a tar archive"
     head = raw[:64]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (
-        head.count(0) > len(head) // 3 and b"\0\0" not in head
-    ):
+    alternates = head.count(0) > len(head) // 3 and b"\0\0" not in head
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or alternates:
         return "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"
     return None
 
@@ -251,8 +242,7 @@ def check_text(value: Any, field: str) -> str:
 
 
 def is_noise(text: str) -> bool:
-    """Not empty, and yet nothing to read: zero-width, control or replacement characters only. Read, counted
-    and said."""
+    """Nothing but zero-width, control or replacement characters, which is read, counted and said."""
     return not (has_content(text[:64]) or has_content(text))  # the beginning of a long text mostly settles it
 
 
@@ -266,7 +256,8 @@ def check_unicode(value: str, field: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"field {field!r} has a lone surrogate at character {error.start + 1}: not Unicode text, remove it"
+            f"field {field!r} has a lone surrogate at character {error.start + 1}: not Unicode text, remove "
+            "it"
         ) from None
 
 

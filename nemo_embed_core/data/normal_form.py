@@ -1,8 +1,8 @@
 """When are two texts the same text? One rule for the store, mining, reports and overlap.
 
-    normal_form(text)  NFKC, case folded, format characters (zero-width, soft hyphen, byte order mark) removed, curly quotes and
-                       dashes as in ASCII, runs of white space as one space, and no space, closing
-                       punctuation, quote or bracket at either end
+    normal_form(text)  NFKC, case folded, format characters (zero-width, soft hyphen, byte order mark)
+                       removed, curly quotes and dashes as in ASCII, runs of white space as one space,
+                       and no space, closing punctuation, quote or bracket at either end
 
 Inner punctuation stays ("1.5" is not "15"), and so do symbols ("C++" is not "C"). A text that is nothing but
 punctuation keeps it.
@@ -20,13 +20,12 @@ _SPELLINGS = (
 _SPELLINGS |= dict.fromkeys(map(ord, "‐‑‒–—―−"), "-") | {ord("…"): "..."}
 _ENDS = " .,;:!?'\"()[]{}<>" + "。、，．：；！？؟،؛।॥·¿¡「」『』【】〈〉《》"
 _FORMAT = re.compile(
-    "[\u00ad\u034f\u061c\u070f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+    "[\u00ad\u034f\u061c\u070f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
 
 
 def normal_form(text: str) -> str:
-    """Equal for two texts that a reader would call the same; "" for a text without content (see has_content)."""
+    """Equal for two texts that a reader would call the same; "" without content (has_content)."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", _FORMAT.sub("", text)).translate(_SPELLINGS)
         text = unicodedata.normalize("NFKC", text.casefold())  # folding may leave what NFKC composes again
@@ -50,8 +49,7 @@ def bytes_key(data: bytes) -> bytes:
 
 
 def has_content(text: str) -> bool:
-    """Whether anything is left without white space, control and format characters and U+FFFD (a decoder's
-    "unreadable")."""
+    """Whether more than white space, control and format characters and U+FFFD ("unreadable") is in it."""
     if text.isascii():
         return any(character > " " and character != "\x7f" for character in text)
     return any(

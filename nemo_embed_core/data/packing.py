@@ -1,5 +1,4 @@
-"""Rows into micro-batches: split over ranks by tokens, packed whole groups at a time, queries and passages
-together.
+"""Rows into micro-batches: split over ranks by tokens, whole groups, queries and documents together.
 
 A group is a query with its positive and hard negatives. Every rank computes the plan of all ranks from the
 lengths alone, so all agree on the number of micro-batches without talking.
@@ -41,7 +40,7 @@ class PackedBatch:
     num_tokens: int  # real ones
 
     def to(self: P, device: torch.device | str) -> P:
-        """The same batch with its tensors on `device` (from pinned memory where that lets the copy overlap)."""
+        """The same batch with its tensors on `device`, from pinned memory where the copy then overlaps."""
         device = torch.device(device)
         if device.type == "cpu":
             return self
@@ -56,16 +55,15 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch(PackedBatch):
-    """A packed batch of b whole groups. query_index and document_index are rows of the pooled [N, D] matrix."""
+    """A packed batch of b whole groups. query_index, document_index: rows of the pooled [N, D]."""
 
     query_index: torch.Tensor  # [b] int64
     document_index: torch.Tensor  # [b, 1 + K] int64; column 0 the positive; 0 where missing
     document_mask: torch.Tensor  # [b, 1 + K] bool; False: the row has fewer negatives
     # [b, 1 + K] int64; the same text has the same id (Store.same_as); -1 where missing.
     document_ids: torch.Tensor
-    known_ids: (
-        torch.Tensor
-    )  # [b, J] int64; ids within the global batch that are no negatives of the row; -2 in empty places
+    # [b, J] int64; ids within the global batch that are no negatives of the row; -2 in empty places.
+    known_ids: torch.Tensor
     rows: np.ndarray  # [b] int64 rows of the store, to name a sample in an error
 
 
@@ -73,8 +71,7 @@ class MicroBatch(PackedBatch):
 
 
 def split_over_ranks(tokens_B: np.ndarray, dp_size: int) -> list[np.ndarray]:
-    """Positions in the global batch per dp rank: B / dp_size each, tokens as even as longest-first assignment
-    makes them.
+    """Positions in the global batch per dp rank: B / dp_size each, tokens as even as longest-first gets.
 
     The next longest group goes to the rank with the fewest tokens that still has room; ties to the lower
     rank.
@@ -96,8 +93,7 @@ def split_over_ranks(tokens_B: np.ndarray, dp_size: int) -> list[np.ndarray]:
 
 
 def plan(tokens_per_group_per_rank: list[np.ndarray], max_tokens: int) -> list[list[np.ndarray]]:
-    """[rank][micro-batch] -> group indices of that rank: at most max_tokens each, as many micro-batches on
-    every rank.
+    """[rank][micro-batch] -> groups of that rank: at most max_tokens each, equally many bins on every rank.
 
     Best-fit decreasing on every rank; ranks that need fewer bins split their fullest ones. All ranks must
     have the same number of groups (that makes the equal count always possible). Bins are ordered fullest
@@ -170,8 +166,7 @@ def _halve(tokens: np.ndarray, groups: list[int]) -> list[list[int]]:
 
 
 def shapes_cost_memory(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether every new T costs memory for good: oneDNN keeps some 2 MB for each GEMM in bf16 with another
-    number of rows.
+    """Whether every new T costs memory for good: oneDNN keeps some 2 MB for each bf16 GEMM of another size.
 
     Nothing else does by the shape: fp32 on a CPU keeps nothing, Triton specialises its kernels on whether an
     integer is 1 or a multiple of 16, and CUDA's caching allocator hands freed blocks out again.
@@ -200,16 +195,12 @@ def _pack(
     parts = list(sequences)
     # A multiple of tp_size: reduce-scatter over tokens needs equal slices on every rank. One extra real
     # sequence (not padding inside the last one) keeps the pooled rows of the others untouched.
-    pad = (
-        padded(num_tokens, pad_to_multiple, room or num_tokens + pad_to_multiple, room is not None)
-        - num_tokens
-    )
-    if pad:
+    T = padded(num_tokens, pad_to_multiple, room or num_tokens + pad_to_multiple, room is not None)
+    if pad := T - num_tokens:
         parts.append(np.zeros(pad, np.int32))
         lengths = np.append(lengths, pad)
     cu_seqlens = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    T = int(cu_seqlens[-1])
     assert T < 2**31, f"{T} tokens do not fit int32 cu_seqlens"
     input_ids = np.empty(T, np.int64)
     np.concatenate(parts, out=input_ids, casting="same_kind")
@@ -261,7 +252,8 @@ def build_micro_batch(
 ) -> MicroBatch:
     """One micro-batch of the groups (rows_b [b], doc_ids [b, 1 + K], -1: missing).
 
-    room: the most tokens that there may be, where T is to be one of few values.  known_ids [b, J]: of the global batch that this is a part of; without it this is all there is.
+    room: the most tokens that there may be, where T is to be one of few values.
+    known_ids [b, J]: of the global batch that this is a part of; without it this is all there is.
 
     A document that several groups bring is encoded once: the same text has the same embedding, and its
     gradient is the sum, as autograd's index_select makes it. Sequences stand shortest first, queries and
@@ -296,8 +288,7 @@ def build_micro_batch(
 def pack_texts(
     token_arrays: Sequence[np.ndarray], max_tokens: int, pad_to_multiple: int = 1, few_shapes: bool = False
 ) -> Iterator[tuple[np.ndarray, PackedBatch]]:
-    """(indices [n], batch): pooled row i of the batch belongs to token_arrays[indices[i]]; at most max_tokens
-    each.
+    """(indices [n], batch): pooled row i is of token_arrays[indices[i]]; at most max_tokens each.
 
     Texts of similar length travel together, longest batches first (running out of memory shows at once).
     few_shapes: T is one of some 40 values (shapes_cost_memory).
@@ -307,8 +298,8 @@ def pack_texts(
     if len(lengths) and int(lengths.max()) > room:
         i = int(lengths.argmax())
         raise UserError(
-            f"text {i} has {int(lengths[i])} tokens, more than max_tokens={max_tokens} (in whole multiples of "
-            f"{pad_to_multiple}: {room}); raise max_tokens or lower max_length"
+            f"text {i} has {int(lengths[i])} tokens, more than max_tokens={max_tokens} (in whole multiples "
+            f"of {pad_to_multiple}: {room}); raise max_tokens or lower max_length"
         )
     order = np.argsort(lengths, kind="stable")
     end = len(order)
@@ -316,13 +307,8 @@ def pack_texts(
     while end:
         start = int(np.searchsorted(cumulated, cumulated[end] - room, side="left"))
         indices = order[start:end]
-        packed = _pack(
-            [token_arrays[i] for i in indices.tolist()],
-            lengths[indices],
-            pad_to_multiple,
-            room if few_shapes else None,
-        )
-        yield indices, PackedBatch(**packed)
+        arrays, most = [token_arrays[i] for i in indices.tolist()], room if few_shapes else None
+        yield indices, PackedBatch(**_pack(arrays, lengths[indices], pad_to_multiple, most))
         end = start
 
 
@@ -349,8 +335,7 @@ def load_batch(
     seed: int = 0,
     few_shapes: bool = False,
 ) -> tuple[list[MicroBatch], int]:
-    """(micro-batches of this dp rank, real tokens of the global batch); a pure function, the same on all tp
-    ranks.
+    """(micro-batches of this dp rank, real tokens of the global batch): pure, the same on all tp ranks.
 
     Every rank gets the same number of queries and of micro-batches. The token count is that of the sequences
     really encoded on all ranks, without dummies and with a document repeated within a micro-batch counted
@@ -366,9 +351,10 @@ def load_batch(
     if int(tokens_B.max()) > room:
         worst = int(tokens_B.argmax())
         raise UserError(
-            f"row {int(rows_B[worst])} of the store (0-based) has {int(tokens_B[worst])} tokens with its passages, more than "
-            f"data.max_tokens={config.max_tokens} (in whole multiples of {pad_to_multiple}: {room}); raise data.max_tokens, "
-            "or lower data.document_max_length or data.num_hard_negatives"
+            f"row {int(rows_B[worst])} of the store (0-based) has {int(tokens_B[worst])} tokens with its "
+            f"passages, more than data.max_tokens={config.max_tokens} (in whole multiples of "
+            f"{pad_to_multiple}: {room}); raise data.max_tokens, or lower data.document_max_length or "
+            "data.num_hard_negatives"
         )
     positions = split_over_ranks(tokens_B, dp_size)
     plans = plan([tokens_B[p] for p in positions], room)
@@ -379,10 +365,9 @@ def load_batch(
             num_tokens += int(store.document_lengths[ids[ids >= 0]].sum(dtype=np.int64))
     mine = positions[dp_rank]
     known_BJ = known_in_batch(store, rows_B, _same_ids(store, doc_ids))
+    most = room if few_shapes else None
     micro_batches = [
-        build_micro_batch(
-            store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_], room if few_shapes else None
-        )
+        build_micro_batch(store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_], most)
         for bin_ in (mine[bin_] for bin_ in plans[dp_rank])
     ]
     return micro_batches, num_tokens

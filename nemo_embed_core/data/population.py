@@ -1,5 +1,4 @@
-"""Which rows of a store a run draws from, and how long their documents are: decided once, before the first
-step.
+"""Which rows of a store a run draws, and how long their documents are: decided before the first step.
 
 population(store, config, in_batch) -> rows [n], and the store's document_lengths shortened where
 config.on_long_row says so
@@ -28,7 +27,7 @@ MIN_LENGTH = 16  # tokens that on_long_row=truncate leaves of a document at leas
 
 @dataclass(frozen=True)
 class Population:
-    """rows [n] int64, ascending: what the sampler permutes. digest: "" for all rows as they are in the store."""
+    """rows [n] int64, ascending: what the sampler permutes. digest: "" for all rows as in the store."""
 
     rows: np.ndarray
     digest: str
@@ -48,43 +47,25 @@ def population(
     pad_to_multiple: tensor-parallel ranks, which take equal slices of a micro-batch.
     keep_lone: draw rows without a candidate too, as a run did that was begun before they were left out.
     """
-    rows = np.arange(len(store))
-    if in_batch == "none":
-        lone = np.diff(store.negative_offsets) == 0
-        if lone.all():
-            raise UserError(
-                f"no negatives: none of the {len(store)} rows has a hard negative and loss.in_batch=none, so every loss "
-                "is 0; mine negatives first (launch/mine.py) or set loss.in_batch=positives"
-            )
-        if lone.any() and keep_lone:
-            log(
-                f"WARNING: {lone.sum():,} of {len(store):,} rows have no negative and loss.in_batch=none: their loss is 0. This "
-                "run was begun by a version that drew them, so it goes on to; a new run (--init_from) leaves them out"
-            )
-        elif lone.any():
-            log(
-                f"WARNING: {lone.sum():,} of {len(store):,} rows have no negative and loss.in_batch=none: their loss would be "
-                f"0, they are left out (first: {_named(store, np.flatnonzero(lone)[:3])}); mine negatives for them or set "
-                "loss.in_batch=positives"
-            )
-            rows = np.flatnonzero(~lone)
+    rows = _with_candidates(store, keep_lone, log) if in_batch == "none" else np.arange(len(store))
     room = config.max_tokens // pad_to_multiple * pad_to_multiple
     tokens_R = longest_draws(store, config.num_hard_negatives)
     long = rows[tokens_R[rows] > room]
     shortened: dict[int, int] = {}
     if len(long):
-        what = f"{len(long):,} of {len(rows):,} rows can have more than data.max_tokens={config.max_tokens} tokens"
-        if config.on_long_row == "error":
-            names = "".join(
-                f"\n  {store.where(row)}: {tokens_R[row]} tokens" for row in long[:NAMED].tolist()
-            )
-            raise UserError(
-                f"{what}, the query with its longest positive and {config.num_hard_negatives} longest negatives:{names}"
-                f"{f'{chr(10)}  and {len(long) - NAMED:,} more' if len(long) > NAMED else ''}\n"
-                f"raise data.max_tokens to at least {-(-int(tokens_R[long].max()) // pad_to_multiple) * pad_to_multiple}, lower "
-                "data.document_max_length or data.num_hard_negatives, or set data.on_long_row to drop or truncate"
-            )
+        most = f"data.max_tokens={config.max_tokens}"
+        what = f"{len(long):,} of {len(rows):,} rows can have more than {most} tokens"
         where = _named(store, long[:3])
+        if config.on_long_row == "error":
+            named = [f"{store.where(row)}: {tokens_R[row]} tokens" for row in long[:NAMED].tolist()]
+            named += [f"and {len(long) - NAMED:,} more"] if len(long) > NAMED else []
+            needed = -(-int(tokens_R[long].max()) // pad_to_multiple) * pad_to_multiple
+            draw = f"the query with its longest positive and {config.num_hard_negatives} longest negatives"
+            names = "\n  ".join([f"{what}, {draw}:", *named])
+            raise UserError(
+                f"{names}\nraise data.max_tokens to at least {needed}, lower data.document_max_length or "
+                "data.num_hard_negatives, or set data.on_long_row to drop or truncate"
+            )
         if config.on_long_row == "drop":
             log(f"WARNING: {what}: left out, as data.on_long_row=drop says (first: {where})")
             rows = np.setdiff1d(rows, long)
@@ -93,14 +74,10 @@ def population(
         else:
             shortened = _shorten(store, long, config.num_hard_negatives, room)
             equal = _join_equal(store, shortened)
+            joined = f"; documents that are equal to another one since, and no negatives of it: {equal:,}"
             log(
                 f"WARNING: {what}: their {len(shortened):,} longest documents are shortened to fit, as "
-                f"data.on_long_row=truncate says (first: {where})"
-                + (
-                    f"; documents that are equal to another one since, and no negatives of it: {equal:,}"
-                    if equal
-                    else ""
-                )
+                f"data.on_long_row=truncate says (first: {where}){joined if equal else ''}"
             )
     if len(rows) == len(store) and not shortened:
         return Population(rows, "", keep_lone)
@@ -108,8 +85,31 @@ def population(
     return Population(rows, hashlib.sha256(content.astype("<i8").tobytes()).hexdigest(), keep_lone)
 
 
+def _with_candidates(store: Store, keep_lone: bool, log: Callable[[str], None]) -> np.ndarray:
+    """Rows that have a hard negative, for loss.in_batch=none; all of them where a run began so."""
+    lone = np.diff(store.negative_offsets) == 0
+    if lone.all():
+        raise UserError(
+            f"no negatives: none of the {len(store)} rows has a hard negative and loss.in_batch=none, so "
+            "every loss is 0; mine negatives first (launch/mine.py) or set loss.in_batch=positives"
+        )
+    what = f"{lone.sum():,} of {len(store):,} rows have no negative and loss.in_batch=none"
+    if lone.any() and keep_lone:
+        log(
+            f"WARNING: {what}: their loss is 0. This run was begun by a version that drew them, so it goes "
+            "on to; a new run (--init_from) leaves them out"
+        )
+    elif lone.any():
+        log(
+            f"WARNING: {what}: their loss would be 0, they are left out (first: "
+            f"{_named(store, np.flatnonzero(lone)[:3])}); mine negatives for them or set "
+            "loss.in_batch=positives"
+        )
+    return np.arange(len(store)) if keep_lone else np.flatnonzero(~lone)
+
+
 def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:
-    """int64 [rows]: tokens of each query, its longest positive and its num_hard_negatives longest negatives."""
+    """int64 [rows]: tokens of each query, its longest positive and num_hard_negatives longest negatives."""
     positive_lengths = store.document_lengths[store.positive_ids].astype(np.int64)
     tokens_R = store.query_lengths + np.maximum.reduceat(positive_lengths, store.positive_offsets[:-1])
     counts_R = np.diff(store.negative_offsets)
@@ -127,8 +127,7 @@ def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:
 
 
 def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int) -> dict[int, int]:
-    """Caps the documents of each long row at the largest length with which its longest draw fits: {document:
-    tokens}.
+    """{document: tokens}: of each long row, capped at the largest length with which its longest draw fits.
 
     A document has one length in all rows and epochs, so that it is encoded once and a run can be resumed.
     """
@@ -147,9 +146,9 @@ def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int)
             low, high = (middle, high) if longest(middle) <= budget else (low, middle - 1)
         if low < MIN_LENGTH:
             raise UserError(
-                f"{store.where(row)}: the query of {store.query_lengths[row]} tokens leaves {max(0, budget)} of "
-                f"data.max_tokens for its documents, {low} tokens for each: too few to shorten them to; raise data.max_tokens "
-                "or set data.on_long_row=drop"
+                f"{store.where(row)}: the query of {store.query_lengths[row]} tokens leaves "
+                f"{max(0, budget)} of data.max_tokens for its documents, {low} tokens for each: too few to "
+                "shorten them to; raise data.max_tokens or set data.on_long_row=drop"
             )
         for doc_id in {*positives.tolist(), *negatives.tolist()}:
             if store.document_lengths[doc_id] > low:
@@ -158,7 +157,7 @@ def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int)
 
 
 def _join_equal(store: Store, shortened: dict[int, int]) -> int:
-    """Texts with equal tokens since they were shortened become one for the loss; how many documents this joined.
+    """Texts with equal tokens since they were shortened become one for the loss; counts the joined documents.
 
     Documents: store.same_as. Queries: the document is known to be right in the query's group (data/judge.py).
     """

@@ -1,5 +1,4 @@
-"""Training and evaluation data as written by people, read strictly: a bad row stops with `path:line: what and
-why`.
+"""Data as people write it, read strictly: a bad row stops with `path:line: what and why`.
 
 Two formats, plain or .gz:
 - JSONL rows {"query": str, "pos": [str, ...], "neg": [str, ...]} (formats/ours.py);
@@ -37,8 +36,7 @@ __all__ = [
 
 
 def read_rows(config: DatasetConfig, findings: Findings | None = None) -> Iterator[Row]:
-    """The rows of a JSONL file or of a BEIR split (one row per judged query: score > 0 is pos, the others are
-    neg).
+    """The rows of a JSONL file or a BEIR split (a row per judged query: score > 0 is pos, the others neg).
 
     DataError at the first bad line of a JSONL file; a BEIR split is read whole before its first row, so at
     all of them. findings: the caller's; with one that is not strict the good rows are given and nothing is
@@ -68,8 +66,7 @@ def source_files(config: DatasetConfig) -> list[Path]:
 
 
 def reading(config: DatasetConfig) -> list[str]:
-    """What decides the rows besides the bytes of source_files, for digests of what is made of them: mostly
-    nothing."""
+    """Options that decide the rows besides the bytes of source_files, for digests: mostly none."""
     path, how = Path(config.path), []
     if path.is_dir():
         if config.on_missing != "error":
@@ -97,8 +94,7 @@ def check_sources(datasets: Iterable[DatasetConfig], log: Callable[[str], None] 
 def read_beir(
     path: str | Path, split: str, on_missing: OnMissing = "error", findings: Findings | None = None
 ) -> Beir:
-    """A whole split: every corpus text, the queries that the split judges, qrels[query id][document id] =
-    score.
+    """A split: every corpus text, the queries that it judges, qrels[query id][document id] = score.
 
     on_missing: see DatasetConfig; allowed empty texts are "", and judgements of documents that do not exist
     stay in the qrels, as they do in mteb. DataError with the first 20 bad lines, unless the caller's
@@ -114,8 +110,7 @@ def read_beir(
 def read_documents(
     path: str | Path, on_missing: OnMissing = "error", findings: Findings | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(id or "", text) of a candidate pool: JSONL lines {"text": str, "title"?: str, "_id"?: str, ...}, one
-    document a line."""
+    """(id or "", text) of a candidate pool: JSONL lines {"text": str, "title"?: str, "_id"?: str, ...}."""
     yield from pool_texts(Path(path), on_missing, findings if findings is not None else Findings(strict=True))
 
 

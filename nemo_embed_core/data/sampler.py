@@ -1,5 +1,4 @@
-"""Which rows make the global batch of a step, and which documents each row brings: pure functions of (seed,
-step).
+"""The rows of a step's global batch, and the documents that each brings: pure functions of (seed, step).
 
 Nothing here knows ranks or has state: any world size draws the same rows, and resuming needs the step alone.
 Randomness is Philox's raw stream and a 64-bit hash, not numpy's `Generator`, whose draws may change between
@@ -21,8 +20,7 @@ if TYPE_CHECKING:  # the tokenizers package is not needed to sample
 
 
 class Sampler:
-    """Epoch after epoch, each a permutation of all rows, cut into global batches; a batch may span an epoch's
-    end.
+    """Epochs, each a permutation of all rows, cut into global batches; a batch may span an epoch's end.
 
     permutation(e) = argsort(Philox(key=[seed, e]).random_raw(num_rows)); position p of the run is row
     rows[permutation(p // num_rows)[p % num_rows]]; step s takes positions [s * B, (s + 1) * B).
@@ -75,17 +73,14 @@ class Sampler:
 def choose_documents(
     store: Store, rows_B: np.ndarray, epochs_B: np.ndarray, num_hard_negatives: int, seed: int
 ) -> np.ndarray:
-    """int64 [B, 1 + K] document ids: one positive of each row, then K of its negatives, -1 where it has
-    fewer.
+    """int64 [B, 1 + K] document ids: a positive of each row, then K of its negatives, -1 where it has fewer.
 
     A uniform draw without replacement keyed by (seed, epoch, row): the candidates with the smallest hashes,
     so a row gets the same documents in any batch and at any world size, and others in the next epoch.
     """
     assert rows_B.shape == epochs_B.shape, f"{rows_B.shape=} {epochs_B.shape=}"
-    key_B = splitmix64(
-        splitmix64(splitmix64(np.array([seed % 2**64], np.uint64)) ^ epochs_B.astype(np.uint64))
-        ^ rows_B.astype(np.uint64)
-    )
+    key = splitmix64(np.array([seed % 2**64], np.uint64))
+    key_B = splitmix64(splitmix64(key ^ epochs_B.astype(np.uint64)) ^ rows_B.astype(np.uint64))
     positive_B1 = _draw(store.positive_offsets, store.positive_ids, rows_B, key_B, 1)
     negative_BK = _draw(store.negative_offsets, store.negative_ids, rows_B, ~key_B, num_hard_negatives)
     return np.concatenate([positive_B1, negative_BK], axis=1)

@@ -17,8 +17,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def from_sentencepiece(model_file: str | Path) -> tokenizers.Tokenizer:
-    """A sentencepiece BPE model (Llama-2's kind) as a `tokenizers.Tokenizer` with the same ids and BOS in
-    front.
+    """A BPE model as a `tokenizers.Tokenizer` with the same ids and BOS in front.
 
     The same normalisation (charsmap, extra spaces, dummy prefix), pieces, merge order and byte fallback.
     Refused, because tokenizers has no exact counterpart: other model types, user-defined and unused pieces.
@@ -52,15 +51,9 @@ def from_sentencepiece(model_file: str | Path) -> tokenizers.Tokenizer:
     has_bytes = any(kind == BYTE for _, _, kind in pieces)
     if unknown is None:
         raise DataError(path, None, "the model has no unknown piece")
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_merges(pieces),
-            unk_token=pieces[unknown][0],
-            fuse_unk=True,
-            byte_fallback=has_bytes,
-        )
-    )
+    merges, unk_token = _merges(pieces), pieces[unknown][0]
+    bpe = models.BPE(vocab=vocab, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=has_bytes)
+    backend = tokenizers.Tokenizer(bpe)
     steps: list[normalizers.Normalizer] = []
     if normalizer["charsmap"]:
         steps.append(normalizers.Precompiled(normalizer["charsmap"]))
@@ -116,7 +109,8 @@ def _parse_model(proto: bytes) -> tuple[list[tuple[str, float, int]], int, dict[
     model_type, suffix = 1, False
     seen = set()
     normalizer: dict[str, Any] = {
-        "charsmap": b"", "add_dummy_prefix": True, "remove_extra_whitespaces": True, "escape_whitespaces": True,
+        "charsmap": b"", "add_dummy_prefix": True, "remove_extra_whitespaces": True,
+        "escape_whitespaces": True,
     }  # fmt: skip
     for number, value in _fields(proto):
         seen.add(number)

@@ -1,5 +1,4 @@
-"""Training data tokenised once: flat files of token ids, memory-mapped, named by a digest of all that made
-them.
+"""Training data tokenised once: files of token ids, memory-mapped, named by a digest of all that made them.
 
     store = open_store(config, tokenizer)      # builds cache_dir/<digest>/ when it is missing (data/build.py)
     store.query_tokens(row), store.positives(row), store.negatives(row), store.document_tokens(doc_id)
@@ -39,8 +38,7 @@ ARRAY_FILES = (
 
 
 class Store:
-    """A built store, opened read-only. Every length and count is checked on opening; verify() also reads the
-    bytes."""
+    """A built store, read-only. Lengths and counts are checked on opening; verify() also reads the bytes."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -58,15 +56,12 @@ class Store:
             arrays = {name: _map_array(self.folder / name) for name in ARRAY_FILES}
         except (OSError, ValueError) as error:
             raise damaged(self.folder, str(error)) from None
-        self.query_offsets, self.document_offsets = (
-            arrays["query_offsets.npy"],
-            arrays["document_offsets.npy"],
-        )
+        self.query_offsets = arrays["query_offsets.npy"]
+        self.document_offsets = arrays["document_offsets.npy"]
         self.positive_offsets, self.positive_ids = arrays["positive_offsets.npy"], arrays["positives.npy"]
         self.negative_offsets, self.negative_ids = arrays["negative_offsets.npy"], arrays["negatives.npy"]
-        self.row_lines, self.same_as, self.row_groups = (
-            arrays[f"{name}.npy"] for name in ("row_lines", "same_as", "row_groups")
-        )
+        self.row_lines, self.row_groups = arrays["row_lines.npy"], arrays["row_groups.npy"]
+        self.same_as = arrays["same_as.npy"]
         self.known_offsets, self.known_ids = arrays["known_offsets.npy"], arrays["known.npy"]
         rows, documents, groups = (self.manifest[key] for key in ("rows", "documents", "groups"))
         for name, offsets, entries, values in (
@@ -104,8 +99,7 @@ class Store:
         return self._query_tokens[self.query_offsets[row] : self.query_offsets[row + 1]]
 
     def document_tokens(self, doc_id: int) -> np.ndarray:
-        """The first document_lengths[doc_id] tokens, and where that is not all, the special ones at its end
-        instead."""
+        """The first document_lengths[doc_id] tokens; where that is not all, the last are the special ones."""
         start = self.document_offsets[doc_id]
         tokens = self._document_tokens[start : start + self.document_lengths[doc_id]]
         end = self.manifest["end_tokens"]
@@ -128,11 +122,11 @@ class Store:
 
     def where(self, row: int) -> str:
         """path:line of the row."""
-        return f"{self._row_files[int(np.searchsorted(self._source_ends, row, side='right'))]}:{self.row_lines[row]}"
+        source = int(np.searchsorted(self._source_ends, row, side="right"))
+        return f"{self._row_files[source]}:{self.row_lines[row]}"
 
     def verify(self) -> None:
-        """UserError naming the file when the content is not what was built: sha256 of every file, ids within
-        range."""
+        """UserError naming the file whose sha256 is not the one that was built; ids are within range."""
         for name, entry in self.manifest["files"].items():
             if sha256_file(self.folder / name) != entry["sha256"]:
                 raise damaged(self.folder, f"the sha256 of {name} differs from the manifest's")
@@ -143,18 +137,23 @@ class Store:
         assert self.row_groups.min() >= 0 and self.row_groups.max() < self.manifest["groups"]
 
 
+NOISE_SHARE = 0.01  # from which on the report says WARNING
+
+
 def report(store: Store) -> str:
     """What is in the store, for people: rows, documents, tokens, what was cut, what teaches nothing."""
     m = store.manifest
+    rows, documents = m["rows"], m["documents"]
+    cut_queries, cut_documents = m["truncated_queries"], m["truncated_documents"]
     lines = [
-        f"store {store.folder}: {m['rows']:,} rows, {m['documents']:,} documents, "
-        f"{m['query_tokens'] + m['document_tokens']:,} tokens "
-        f"(mean {m['query_tokens'] / m['rows']:.1f} a query, {m['document_tokens'] / m['documents']:.1f} a document)",
-        f"  truncated: {m['truncated_queries']:,} queries ({m['truncated_queries'] / m['rows']:.2%}) at "
-        f"{m['query_max_length']} tokens, {m['truncated_documents']:,} documents "
-        f"({m['truncated_documents'] / m['documents']:.2%}) at {m['document_max_length']}",
-        f"  negatives: {m['negatives'] / m['rows']:.1f} a row, {m['rows_without_negatives']:,} rows without; "
-        f"repeated texts within a row merged: {m['merged_repeats']:,}",
+        f"store {store.folder}: {_counted(rows, 'row')}, {_counted(documents, 'document')}, "
+        f"{m['query_tokens'] + m['document_tokens']:,} tokens (mean {m['query_tokens'] / rows:.1f} a query, "
+        f"{m['document_tokens'] / documents:.1f} a document)",
+        f"  truncated: {_counted(cut_queries, 'query', 'queries')} ({cut_queries / rows:.2%}) at "
+        f"{m['query_max_length']} tokens, {_counted(cut_documents, 'document')} "
+        f"({cut_documents / documents:.2%}) at {m['document_max_length']}",
+        f"  negatives: {m['negatives'] / rows:.1f} a row, {_counted(m['rows_without_negatives'], 'row')} "
+        f"without; repeated texts within a row merged: {m['merged_repeats']:,}",
     ]
     for kind, entry in m["noise"].items():
         if entry["count"]:
@@ -163,11 +162,12 @@ def report(store: Store) -> str:
             warning = "WARNING: " if share > NOISE_SHARE else ""
             lines.append(f"  {warning}{kind}: {entry['count']:,} of {entry['of']:,} ({share:.2%}): {first}")
     if len(m["sources"]) > 1:
-        lines += [f"  {source['rows']:,} rows from {', '.join(source['files'])}" for source in m["sources"]]
+        lines += [f"  {_counted(s['rows'], 'row')} from {', '.join(s['files'])}" for s in m["sources"]]
     return "\n".join(lines)
 
 
-NOISE_SHARE = 0.01  # from which on the report says WARNING
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -181,9 +181,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder} has store format {manifest['version']}, this code reads {FORMAT_VERSION}"
             )
         counts = ("rows", "documents", "groups", "max_token_id")
-        if not all(isinstance(manifest[key], int) for key in counts) or not isinstance(
-            manifest["digest"], str
-        ):
+        is_counted = all(isinstance(manifest[key], int) for key in counts)
+        if not is_counted or not isinstance(manifest["digest"], str):
             raise ValueError("wrong types in manifest.json")
         if set(manifest["files"]) != {*TOKEN_FILES, *ARRAY_FILES}:
             raise ValueError("manifest.json does not list the files of a store")

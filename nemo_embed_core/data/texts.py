@@ -1,5 +1,4 @@
-"""list[str] and dict[str, str] whose texts stand on disk: a corpus costs 8 bytes of memory a text, and its
-ids.
+"""list[str] and dict[str, str] of texts on disk: a corpus takes 8 bytes of memory a text, and its ids.
 
 texts = Texts()            # in the folder for temporary files (TMPDIR), gone with the process
 index = texts.append("a document")
@@ -23,8 +22,7 @@ BLOCK = 1 << 20  # bytes that are written, and read by an iteration, at a time
 
 
 class Texts(Sequence[str]):
-    """list[str] over an unlinked temporary file of UTF-8 in `folder`; append and read in any order, also
-    after a fork.
+    """list[str] over an unlinked UTF-8 file in `folder`; append and read in any order, also after a fork.
 
     Only valid Unicode is taken: a lone surrogate is a UnicodeEncodeError. UserError when the disk is full.
     """
@@ -103,7 +101,8 @@ class Texts(Sequence[str]):
 
     def _error(self, error: OSError) -> UserError:
         return UserError(
-            f"texts cannot be kept in {self._folder}: {error.strerror}; set TMPDIR to a folder with room for the whole text"
+            f"texts cannot be kept in {self._folder}: {error.strerror}; set TMPDIR to a folder with room "
+            "for the whole text"
         )
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""Texts to token ids with the `tokenizers` library alone; sentencepiece models are converted (sentencepiece.py).
+"""Texts to token ids with the `tokenizers` library alone; sentencepiece models are converted.
 
 A special token's string inside a text (`<|end_of_text|>` in a web page) stays ordinary text: only the
 post-processor of the tokenizer adds special ids (BOS for Llama).
@@ -26,12 +26,11 @@ CHARACTERS_PER_TOKEN = 8  # the first guess at the prefix of a text that has eno
 
 
 class Tokenizer:
-    """`tokenizers.Tokenizer` with our rules: no padding, truncation to max_length, text never becomes a
-    special id.
+    """`tokenizers.Tokenizer` without padding, truncating to max_length; text never becomes a special id.
 
     vocab_size: largest id + 1, added tokens included.  digest: sha256 of tokenizer.json (hex).
     files: tokenizer.json and tokenizer_config.json as bytes, to be written beside exported weights.
-    num_encoded, num_truncated: how many texts were encoded so far, and how many of them lost tokens; take differences.
+    num_encoded, num_truncated: texts encoded so far, and how many of them lost tokens; take differences.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes]):
@@ -55,8 +54,7 @@ class Tokenizer:
     def encode(
         self, texts: Iterable[str], max_length: int, prompt: str = "", name: str = "max_length"
     ) -> list[np.ndarray]:
-        """ids of prompt + text, one int32 array per text: special tokens added, at most max_length ids, never
-        empty.
+        """ids of prompt + text, an int32 array per text: special tokens added, at most max_length ids.
 
         Texts are taken one batch after another, so they may come from a disk; memory and time do not grow
         with what is cut off, where a text can be cut before it is tokenised (data/cuts.py). Raises UserError
@@ -65,8 +63,8 @@ class Tokenizer:
         """
         if max_length <= self._num_special:
             raise UserError(
-                f"{name}={max_length} leaves no room for text: the tokenizer adds {self._num_special} special "
-                f"token(s); use at least {self._num_special + 1}"
+                f"{name}={max_length} leaves no room for text: the tokenizer adds {self._num_special} "
+                f"special token(s); use at least {self._num_special + 1}"
             )
         self.check_prompt(prompt, max_length, name)
         out: list[np.ndarray] = []
@@ -75,8 +73,7 @@ class Tokenizer:
         return out
 
     def _encode_batch(self, texts: list[str], first: int, max_length: int, prompt: str) -> list[np.ndarray]:
-        """encode() of texts that messages call text `first` and so on: prefixes, longer ones until max_length
-        is filled."""
+        """encode() of texts that messages call `first` and on: of longer and longer prefixes."""
         out: list[np.ndarray] = [_NOTHING] * len(texts)
         todo, num_characters, truncated = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length, 0
         while todo:
@@ -104,8 +101,7 @@ class Tokenizer:
         return out
 
     def _cut(self, text: str, num_characters: int) -> int:
-        """The first place after num_characters where cutting leaves the ids before it as they are; else the
-        end."""
+        """The first place after num_characters where a cut leaves the ids before it, or the end."""
         if self._boundary is None or len(text) <= num_characters:
             return len(text)
         found = self._boundary.search(text, num_characters)
@@ -130,8 +126,7 @@ class Tokenizer:
                 yield ids, len(ids) == max_length and bool(encoding.overflowing)
 
     def check_fits(self, vocab_size: int) -> None:
-        """Every id has a row of the embedding table: on a GPU a missing one is a device-side assert, hours
-        in."""
+        """Every id has an embedding: on a GPU a missing one is a device-side assert, hours in."""
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"the tokenizer makes ids up to {self.vocab_size - 1}, but model.vocab_size={vocab_size}; "
@@ -139,8 +134,7 @@ class Tokenizer:
             )
 
     def check_prompt(self, prompt: str, max_length: int, name: str) -> None:
-        """UserError when the prompt leaves fewer than MIN_ROOM of max_length: every text would be cut to the
-        same tokens.
+        """UserError when the prompt leaves fewer than MIN_ROOM of max_length: texts would become the same.
 
         encode() asks this of every prompt; callers ask it before they read or embed anything.
         """
@@ -150,9 +144,10 @@ class Tokenizer:
         room = max_length - len(ids)
         if room < MIN_ROOM:
             raise UserError(
-                f"{name}={max_length} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has {len(ids)}"
-                f"{f' and {room} for the text tell few texts apart' if room > 0 else ''}; raise {name} to at least "
-                f"{len(ids) + MIN_ROOM} (better: {len(ids)} plus the length of the texts)"
+                f"{name}={max_length} tokens leaves no room for text: the instruction {prompt[:60]!r} alone "
+                f"has {len(ids)}{f' and {room} for the text tell few texts apart' if room > 0 else ''}; "
+                f"raise {name} to at least {len(ids) + MIN_ROOM} (better: {len(ids)} plus the length of the "
+                "texts)"
             )
         self._prompts.add((prompt, max_length))
 
@@ -230,8 +225,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _tokenizer_config(backend: tokenizers.Tokenizer, model_max_length: int = 131072) -> bytes:
-    """tokenizer_config.json for AutoTokenizer: the backend as it is, with a pad token when the vocabulary has
-    one."""
+    """tokenizer_config.json for AutoTokenizer: the backend as it is, a pad token where there is one."""
     vocab = backend.get_vocab(with_added_tokens=True)
     names = {
         "bos_token": ("<s>", "<|begin_of_text|>", "[CLS]"),
@@ -258,8 +252,7 @@ def _tokenizer_config(backend: tokenizers.Tokenizer, model_max_length: int = 131
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, folder: str | Path, max_length: int = 512
 ) -> Tokenizer:
-    """Trains a BPE model with byte fallback and writes tokenizer.model, tokenizer.json and
-    tokenizer_config.json.
+    """Trains a BPE model with byte fallback; writes tokenizer.model, tokenizer.json, tokenizer_config.json.
 
     Ids: 0 <unk>, 1 <s> (BOS, added to every text), 2 </s>, 3 <pad>, 4..259 the bytes, then pieces. Text is
     taken as it is (no Unicode normalisation, spaces kept), digits one by one, as Llama's own. max_length:

@@ -1,5 +1,4 @@
-"""tokenizer.json is the only truth about a tokenizer: the files of an export that say so to every reader, and
-when two agree.
+"""tokenizer.json is the only truth about a tokenizer: files of an export that say so, and when two agree.
 
 What a reader could take from elsewhere is not written or says the same: a tokenizer_class that rebuilds the
 pipeline by its own rules (LlamaTokenizer), add_bos_token and add_eos_token (transformers 4 appends the token,
@@ -9,7 +8,6 @@ inside tokenizer.json, a chat template, and a tokenizer.model beside it.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,8 +22,7 @@ FAITHFUL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def check_servable(files: Mapping[str, bytes]) -> list[str]:
-    """UserError for a tokenizer that no export could hand on; else what its tokenizer_config.json asks for in
-    vain, to be said.
+    """UserError for a tokenizer that no export could hand on; else what its config asks for in vain.
 
     files: tokenizer.json and tokenizer_config.json. For the start of a run: later it would be found when the
     model is merged.
@@ -41,9 +38,8 @@ def check_servable(files: Mapping[str, bytes]) -> list[str]:
         "truncation_side": "right",
         "do_lower_case": False,
     }
-    vain = [
-        f"{key}: {json.dumps(config[key])}" for key, value in does.items() if config.get(key, value) != value
-    ]
+    differ = [key for key, value in does.items() if config.get(key, value) != value]
+    vain = [f"{key}: {json.dumps(config[key])}" for key in differ]
     given = config.get("tokenizer_class") or FAITHFUL_CLASSES[0]
     if given not in FAITHFUL_CLASSES:
         vain.append(f"tokenizer_class: {json.dumps(given)}")
@@ -52,28 +48,24 @@ def check_servable(files: Mapping[str, bytes]) -> list[str]:
         tokens = config.get(key) or []
         extra += [_content(t) for t in (tokens.values() if isinstance(tokens, dict) else tokens)]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    vain += [
-        f"special token {json.dumps(t)}"
-        for t in dict.fromkeys(extra)
-        if t is not None and t not in vocabulary
-    ]
+    unknown = [t for t in dict.fromkeys(extra) if t is not None and t not in vocabulary]
+    vain += [f"special token {json.dumps(t)}" for t in unknown]
     if not vain:
         return []
     return [
-        f"tokenizer_config.json says {', '.join(vain)}, which is not in tokenizer.json: texts are encoded as tokenizer.json "
-        f"alone says, in training and in exported folders, which leave the rest out"
+        f"tokenizer_config.json says {', '.join(vain)}, which is not in tokenizer.json: texts are encoded "
+        "as tokenizer.json alone says, in training and in exported folders, which leave the rest out"
     ]
 
 
 def export_files(
     given: Mapping[str, bytes], *, max_length: int, transformers_4: bool = False
 ) -> tuple[dict[str, bytes], dict[str, int | None]]:
-    """(tokenizer.json and tokenizer_config.json to write, {"bos_token_id", "eos_token_id", "pad_token_id"} of
-    config.json).
+    """({file name: bytes} to write, {"bos_token_id", "eos_token_id", "pad_token_id"} of config.json).
 
     tokenizer.json is written byte for byte, unless it truncates or pads, which nobody should. max_length:
-    tokens at which texts are cut. transformers_4: whether that loads them too. UserError when there is no token to pad with, a named one is missing, or
-    encoding is random.
+    tokens at which texts are cut. transformers_4: whether that loads them too. UserError when there is no
+    token to pad with, a named one is missing, or encoding is random.
     """
     if "tokenizer.json" not in given:
         raise UserError(
@@ -84,43 +76,37 @@ def export_files(
     padding = raw.get("padding") or {}
     if raw.get("model", {}).get("dropout"):
         raise UserError(
-            f"tokenizer.json: model.dropout is {raw['model']['dropout']}, so a text has other tokens each time; set it to null"
+            f"tokenizer.json: model.dropout is {raw['model']['dropout']}, so a text has other tokens each "
+            "time; set it to null"
         )
     if raw.get("truncation") is not None or raw.get("padding") is not None:
         raw |= {"truncation": None, "padding": None}
         content = json_bytes(raw)
     tokenizer = Tokenizer.from_buffer(content)
     given_config = _config(given)
-    names = {
-        key: _content(given_config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")
-    }
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    names = {role: _content(given_config.get(role)) for role in roles}
     if names["pad_token"] is None:
         # Padding is masked in attention and pooling, so any token serves; sentence-transformers cannot batch
         # without one.
         special = [t.content for _, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special]
-        choices = [
-            padding.get("pad_token"),
-            names["eos_token"],
-            names["bos_token"],
-            names["unk_token"],
-            *special,
-        ]
+        choices = [padding.get("pad_token"), *(names[f"{k}_token"] for k in ("eos", "bos", "unk")), *special]
         names["pad_token"] = next((t for t in choices if t and tokenizer.token_to_id(t) is not None), None)
         if names["pad_token"] is None:
             raise UserError(
-                "the tokenizer has no special token that could pad a batch; name one as pad_token in tokenizer_config.json"
+                "the tokenizer has no special token that could pad a batch; name one as pad_token in "
+                "tokenizer_config.json"
             )
     for key, token in names.items():
         if token is not None and tokenizer.token_to_id(token) is None:
             raise UserError(
-                f"tokenizer_config.json names {key} {token!r}, which tokenizer.json does not have; name one that it has"
+                f"tokenizer_config.json names {key} {token!r}, which tokenizer.json does not have; name one "
+                "that it has"
             )
     is_new = given_config.get("tokenizer_class") in (None, "", "TokenizersBackend")
     config: dict[str, Any] = {
         # Transformers 4 refuses TokenizersBackend, which is right where it would run the model causally.
-        "tokenizer_class": "TokenizersBackend"
-        if is_new and not transformers_4
-        else "PreTrainedTokenizerFast",
+        "tokenizer_class": FAITHFUL_CLASSES[is_new and not transformers_4],
         **{key: token for key, token in names.items() if token is not None},
         "model_max_length": max_length,
         # The library's default has token_type_ids, which LlamaModel.forward does not take.
@@ -135,11 +121,8 @@ def export_files(
     if "add_prefix_space" in pre_tokenizer:
         # Transformers 4 sets the pre-tokeniser to what this says, and to false where it says nothing.
         config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
-    ids = {
-        f"{k}_id": None if t is None else tokenizer.token_to_id(t)
-        for k, t in names.items()
-        if k != "unk_token"
-    }
+    named = {role: token for role, token in names.items() if role != "unk_token"}
+    ids = {f"{r}_id": None if t is None else tokenizer.token_to_id(t) for r, t in named.items()}
     return {"tokenizer.json": content, "tokenizer_config.json": json_bytes(config)}, ids
 
 
@@ -147,26 +130,16 @@ def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the post-processor puts before and after the tokens of a single text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    text = next(
-        (
-            word
-            for word in ("a", "1", " ", *tokenizer.get_vocab())
-            if tokenizer.encode(word, add_special_tokens=False).ids
-        ),
-        "",
-    )
+    words = ("a", "1", " ", *tokenizer.get_vocab())
+    text = next((word for word in words if tokenizer.encode(word, add_special_tokens=False).ids), "")
     encoding = tokenizer.encode(text, add_special_tokens=True)
-    is_added = encoding.special_tokens_mask
-    before = list(itertools.takewhile(lambda i: is_added[i], range(len(is_added))))
-    after = list(itertools.takewhile(lambda i: is_added[i], reversed(range(len(before), len(is_added)))))[
-        ::-1
-    ]
-    return [encoding.ids[i] for i in before], [encoding.ids[i] for i in after]
+    is_text = [i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added]
+    begin, end = (is_text[0], is_text[-1] + 1) if is_text else (len(encoding.ids),) * 2
+    return encoding.ids[:begin], encoding.ids[end:]
 
 
 def difference(a: bytes, b: bytes) -> str | None:
-    """The first thing in which two tokenizer.json give other ids for a text, with its entries; None where
-    they never do.
+    """The first thing by which two tokenizer.json give other ids for a text, with its entries, or None.
 
     Compared: normaliser, pre-tokeniser, model with vocabulary and merges, added tokens, the ids that the
     post-processor adds. Not compared, as no id depends on it: layout and order of the JSON, decoder,
@@ -195,11 +168,9 @@ def _parts(content: bytes) -> Iterator[tuple[str, Any]]:
     tokens = {}
     for token in raw["added_tokens"]:
         # A special one is never found in a text, so how it would be found is nothing.
-        how = (
-            {}
-            if token["special"]
-            else {k: v for k, v in token.items() if k not in ("id", "content", "special")}
-        )
+        how = {
+            k: v for k, v in token.items() if not token["special"] and k not in ("id", "content", "special")
+        }
         tokens[token["content"]] = {"id": token["id"], "special": token["special"], **how}
     yield "added tokens", tokens
     yield "normalizer", _steps(raw["normalizer"], "normalizers")

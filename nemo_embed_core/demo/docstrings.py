@@ -43,18 +43,9 @@ PACKAGES = (
         "matplotlib",
         "narwhals",
     ),
+    *("networkx", "numpy", "pandas", "polars", "pyarrow", "pydantic", "scipy", "sentence_transformers"),
     *(
-        "networkx",
-        "numpy",
-        "pandas",
-        "polars",
-        "pyarrow",
-        "pydantic",
-        "scipy",
-        "sentence_transformers",
         "setuptools",
-    ),
-    *(
         "sklearn",
         "sympy",
         "tensorboard",
@@ -63,9 +54,8 @@ PACKAGES = (
         "tqdm",
         "transformers",
         "triton",
-        "urllib3",
-        "werkzeug",
     ),
+    *("urllib3", "werkzeug"),
 )
 # Copies of other packages and tests; then the sources that cost most to parse for what they give:
 # transformers/models is fifty megabytes in which each docstring stands dozens of times with another model's
@@ -92,7 +82,7 @@ class Doc:
 
     @property
     def group(self) -> str:
-        """What is kept in one split: "torch/nn", "scipy/stats", "argparse.py"; never less than a whole file."""
+        """ "torch/nn", "scipy/stats", "argparse.py": all of it is in one split."""
         path = self.id.split(":")[0].split("/")
         return "/".join(path[:2])
 
@@ -100,16 +90,15 @@ class Doc:
 def default_roots() -> list[Path]:
     """The standard library's modules and the installed folders of PACKAGES."""
     paths = sysconfig.get_paths()
-    stdlib = [
-        p for p in Path(paths["stdlib"]).iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
-    ]
+    files = [p for p in Path(paths["stdlib"]).iterdir() if p.name not in SKIPPED_FOLDERS]
+    stdlib = [p for p in files if p.suffix == ".py" or (p / "__init__.py").is_file()]
     site = {Path(paths["purelib"]), Path(paths["platlib"])}
     installed = [folder / name for folder in site for name in PACKAGES if (folder / name).is_dir()]
-    return sorted(p for p in stdlib if p.name not in SKIPPED_FOLDERS) + sorted(installed)
+    return sorted(stdlib) + sorted(installed)
 
 
 def _sources(root: Path) -> Iterator[tuple[str, Path]]:
-    """(path from the package on, file) of every Python source under a package folder or of one module file."""
+    """(path from the package on, file) of every source under a package folder, or of one module file."""
     if root.is_file():
         yield root.name, root
         return
@@ -125,8 +114,7 @@ _MAY_HAVE_DOCSTRINGS = re.compile(rb':[^\n]*\n(?:[ \t]*#[^\n]*\n|[ \t]*\n)*[ \t]
 
 
 def _docstrings(source: bytes) -> Iterator[tuple[str, str]]:
-    """("line:qualified name", docstring) of the classes and functions of a source, in its order; not of
-    nested functions.
+    """("line:qualified name", docstring) of a source's classes and functions in order, not of nested ones.
 
     By hand because ast.walk visits every expression, which takes longer than the parsing.
     """
@@ -201,8 +189,7 @@ def _rows(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
 
 @contextmanager
 def _many_small_objects() -> Iterator[None]:
-    """No garbage collection: looking for cycles among millions of AST nodes, which have none, takes a third
-    of the time."""
+    """No garbage collection: looking for cycles among millions of AST nodes takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -221,9 +208,8 @@ def split(docs: Sequence[Doc]) -> dict[str, list[Doc]]:
     splits: dict[str, list[Doc]] = {"train": [], "dev": [], "test": [], "dropped": []}
     for doc in docs:
         bucket = hashlib.sha256((SPLIT_SALT + doc.group).encode()).digest()[0] * 100 // 256
-        splits[
-            "test" if bucket < TEST_SHARE else "dev" if bucket < TEST_SHARE + DEV_SHARE else "train"
-        ].append(doc)
+        name = "test" if bucket < TEST_SHARE else "dev" if bucket < TEST_SHARE + DEV_SHARE else "train"
+        splits[name].append(doc)
     taken = {text for doc in splits["train"] for text in (doc.query, doc.passage)}
     for name in ("dev", "test"):
         rows, splits[name] = splits[name], []
@@ -254,16 +240,11 @@ def write_demo_data(
     folder.mkdir(parents=True, exist_ok=True)
     passages_of = _passages_by_query(splits["train"])
     _write_jsonl(folder / "train.jsonl", [{"query": q, "pos": p, "neg": []} for q, p in passages_of.items()])
-    counts = {f"{name}_rows": len(rows) for name, rows in splits.items()} | {
-        "train_queries": len(passages_of)
-    }
-    for name, num_queries, corpus_size in (
-        ("dev", num_dev_queries, DEV_CORPUS_SIZE),
-        ("test", num_test_queries, TEST_CORPUS_SIZE),
-    ):
-        corpus, queries = _write_beir(
-            folder / name, splits[name], num_queries, corpus_size, random.Random(seed)
-        )
+    counts = {f"{name}_rows": len(rows) for name, rows in splits.items()}
+    counts["train_queries"] = len(passages_of)
+    sizes = {"dev": (num_dev_queries, DEV_CORPUS_SIZE), "test": (num_test_queries, TEST_CORPUS_SIZE)}
+    for name, size in sizes.items():
+        corpus, queries = _write_beir(folder / name, splits[name], *size, random.Random(seed))
         counts |= {f"{name}_corpus": corpus, f"{name}_queries": queries}
     return counts
 
@@ -282,15 +263,14 @@ def _write_beir(
     passages_of = _passages_by_query(docs)
     if len(passages_of) < num_queries:
         raise UserError(
-            f"{folder}: {num_queries} queries asked for, but the installed packages give {len(passages_of)} for this "
-            f"split; install the [eval,demo,log,dev] extras or ask for fewer"
+            f"{folder}: {num_queries} queries asked for, but the installed packages give {len(passages_of)} "
+            "for this split; install the [eval,demo,log,dev] extras or ask for fewer"
         )
     queries = sorted(rng.sample(sorted(passages_of), num_queries))
     chosen = set(queries)
     relevant = {passage for query in queries for passage in passages_of[query]}
-    others = sorted(
-        {passage for query, ps in passages_of.items() if query not in chosen for passage in ps} - relevant
-    )
+    unasked = {passage for query, ps in passages_of.items() if query not in chosen for passage in ps}
+    others = sorted(unasked - relevant)
     distractors = rng.sample(others, min(len(others), max(0, corpus_size - len(relevant))))
     id_of: dict[str, str] = {}  # one id per distinct text: its first place in the sources
     for doc in docs:
@@ -298,9 +278,8 @@ def _write_beir(
     corpus = sorted([*relevant, *distractors], key=id_of.__getitem__)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     _write_jsonl(folder / "corpus.jsonl", [{"_id": id_of[p], "title": "", "text": p} for p in corpus])
-    _write_jsonl(
-        folder / "queries.jsonl", [{"_id": f"q{i}", "text": query} for i, query in enumerate(queries)]
-    )
+    rows = [{"_id": f"q{i}", "text": query} for i, query in enumerate(queries)]
+    _write_jsonl(folder / "queries.jsonl", rows)
     lines = ["query-id\tcorpus-id\tscore"]
     lines += [f"q{i}\t{id_of[p]}\t1" for i, query in enumerate(queries) for p in passages_of[query]]
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The stages of the demo; each is one of the public launchers, printed as the command that it is, or an end of the path.
+"""The stages of the demo: public launchers, printed as the commands that they are, between two ends.
 
 prepare_data(data)  ->  train, mine, train twice, merge, evaluate  ->  table and plots
 """
@@ -21,7 +21,7 @@ RUNS = ("stage1", "stage2", "stage2-seed2")  # that have steps
 
 
 class Demo:
-    """root: the repository, whose launch/ and configs/ the commands name; output: the folder of all that they make."""
+    """root: the repository, whose launch/ and configs/ the commands name; output: all that they make."""
 
     def __init__(self, root: Path, output: Path):
         self.root, self.output, self.data = root, output, output / "data"
@@ -60,7 +60,7 @@ class Demo:
         return str(self.output / name)
 
     def _train(self, name: str, config: str, dataset: Path, *options: str) -> None:
-        """torchrun with tp=2 and sequence parallelism, on two GPUs or on a CPU whose cores both ranks share; one GPU: tp=1."""
+        """torchrun with tp=2, on two GPUs or on a CPU whose cores both ranks share; on one GPU tp=1."""
         import torch
 
         ranks = "1" if torch.cuda.device_count() == 1 else "2"
@@ -91,7 +91,7 @@ def prepare_data(folder: Path) -> None:
     from nemo_embed_core.demo.docstrings import write_demo_data
 
     counts = write_demo_data(folder)
-    # Stage 2 gets rows that stage 1 has not seen, as in the paper: on rows seen before it lost on dev (docs/log.md).
+    # Stage 2 gets rows that stage 1 has not seen, as in the paper: on others it lost on dev (docs/log.md).
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(lines)
     cut = len(lines) * 7 // 10
@@ -123,7 +123,7 @@ def plot(output: Path) -> None:
 
 
 def report(output: Path) -> str:
-    """The table of all models over the test split, from evaluation.json; written to report.json by model name too."""
+    """The table of all models over the test split, from evaluation.json; report.json has it too."""
     scores = {Path(name).name: values for name, values in read_object(output / "evaluation.json").items()}
     (output / "report.json").write_text(json.dumps(scores, indent=1) + "\n")
     lines = [f"{'held-out docstrings':22}{'nDCG@10':>9}{'recall@10':>11}{'MRR@10':>9}"]

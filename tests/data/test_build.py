@@ -53,11 +53,11 @@ def content(folder: Path) -> dict[str, bytes]:
 SCRIPT = """
 import json, sys
 from nemo_embed_core.config import DataConfig, DatasetConfig
-from nemo_embed_core.data import build
+from nemo_embed_core.data import build, compile
 from nemo_embed_core.data.tokenizer import load_tokenizer
 options = json.loads(sys.argv[1])
 options["datasets"] = [DatasetConfig(**dataset) for dataset in options["datasets"]]
-build.COMMIT_S = 0.0
+compile.COMMIT_S = 0.0
 build.open_store(DataConfig(**options), load_tokenizer(sys.argv[2]))
 """
 

@@ -82,7 +82,7 @@ def test_round_trip_of_two_datasets(config, tokenizer, tmp_path):
     assert (m["rows"], m["documents"], m["rows_without_negatives"], m["merged_repeats"]) == (4, 7, 1, 1)
     assert (m["truncated_queries"], m["truncated_documents"]) == (1, 1)
     assert [source["rows"] for source in m["sources"]] == [3, 1]
-    assert "4 rows, 7 documents" in lines[0] and "1 queries (25.00%) at 48 tokens" in lines[0]
+    assert "4 rows, 7 documents" in lines[0] and "1 query (25.00%) at 48 tokens" in lines[0]
 
 
 def test_special_strings_in_the_data_do_not_become_special_ids(config, tokenizer):
@@ -92,7 +92,7 @@ def test_special_strings_in_the_data_do_not_become_special_ids(config, tokenizer
 
 def test_second_opening_reads_the_built_files(config, tokenizer, monkeypatch):
     first = build(config, tokenizer)
-    monkeypatch.setattr(build_module, "_build", lambda *args: pytest.fail("built twice"))
+    monkeypatch.setattr(build_module, "compile_store", lambda *args: pytest.fail("built twice"))
     second = build(config, tokenizer)
     assert second.folder == first.folder and second.digest == first.digest
     second.verify()
@@ -155,14 +155,14 @@ def test_no_datasets(config, tokenizer):
 
 
 def test_file_that_changes_while_it_is_read(config, tokenizer, monkeypatch):
-    original = build_module._build
+    original = build_module.compile_store
 
     def build_while_somebody_writes(*args):
         original(*args)
         with open(config.datasets[0].path, "a") as file:
             file.write(json.dumps(ROWS[0]) + "\n")
 
-    monkeypatch.setattr(build_module, "_build", build_while_somebody_writes)
+    monkeypatch.setattr(build_module, "compile_store", build_while_somebody_writes)
     with pytest.raises(UserError, match="changed while it was being tokenised"):
         build(config, tokenizer)
 

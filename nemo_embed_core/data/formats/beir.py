@@ -1,5 +1,4 @@
-"""A BEIR folder: corpus.jsonl and queries.jsonl {"_id", "title", "text"}, qrels/{split}.tsv, each plain or
-.gz.
+"""A BEIR folder: corpus.jsonl, queries.jsonl {"_id", "title", "text"}, qrels/{split}.tsv, plain or .gz.
 
 Read as published: null titles, qrels without a header, TREC's four columns and, with on_missing "allow",
 judgements of texts that do not exist and empty texts. What is read in such a way is noted in Findings.
@@ -35,8 +34,7 @@ ALLOW = "or set on_missing to allow"
 
 
 class Beir(NamedTuple):
-    """One split of a BEIR folder. corpus: id -> `title + " " + text`; queries: those with judgements in the
-    split.
+    """One split of a BEIR folder. corpus: id -> `title + " " + text`; queries: those that it judges.
 
     What read_beir returns has its texts on disk (data/texts.py).
     """
@@ -59,8 +57,7 @@ class _Split(NamedTuple):
 
 
 def beir_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings) -> Beir:
-    """The whole split. With on_missing "allow" empty texts are "" and judgements of documents that do not
-    exist stay.
+    """With on_missing "allow" empty texts are "" and judgements of documents that do not exist stay.
 
     So does mteb: such a document is never found, and counts in the ideal ranking. A judgement of a query that
     does not exist counts nowhere.
@@ -96,32 +93,24 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
                 findings.note("judgements of empty documents, left out", s.file, s.lines[qid, doc])
         if not pos:
             if on_missing == "error":
-                message = f"query {short(qid)} has no document with a score above 0: remove its judgements from this training split"
-                findings.bad(s.file, line, f"{message}, give it a positive {ALLOW}, which leaves it out")
+                what = f"query {short(qid)} has no document with a score above 0"
+                fix = f"remove its judgements from this training split, give it a positive {ALLOW}"
+                findings.bad(s.file, line, f"{what}: {fix}, which leaves it out")
             else:
-                findings.note(
-                    "rows left out, as their query has no document with a score above 0", s.file, line
-                )
+                what = "rows left out, as their query has no document with a score above 0"
+                findings.note(what, s.file, line)
             continue
-        texts = set(pos.values())
-        if both := [doc for doc, text in neg.items() if text in texts]:
-            findings.note(
-                "documents judged irrelevant with the text of a relevant one, left out",
-                s.file,
-                line,
-                len(both),
-            )
-        neg = {doc: text for doc, text in neg.items() if text not in texts}
+        relevant = set(pos.values())
+        if both := [doc for doc, text in neg.items() if text in relevant]:
+            what = "documents judged irrelevant with the text of a relevant one, left out"
+            findings.note(what, s.file, line, len(both))
+        neg = {doc: text for doc, text in neg.items() if text not in relevant}
         lang, num_rows = s.languages.get(qid, ""), num_rows + 1
-        yield Row(
-            query, list(pos.values()), list(neg.values()), str(s.file), line, lang, qid, "", list(pos), list(neg)
-        )  # fmt: skip
+        texts = (query, list(pos.values()), list(neg.values()))
+        yield Row(*texts, str(s.file), line, lang, qid, pos_ids=list(pos), neg_ids=list(neg))
     if not num_rows and findings.num_met == before:
-        findings.bad(
-            s.file,
-            1,
-            "no row is left: no judgement has a query, and a document with a score above 0, that exist",
-        )
+        what = "no judgement has a query, and a document with a score above 0, that exist"
+        findings.bad(s.file, 1, f"no row is left: {what}")
 
 
 def has_irrelevant(folder: Path, split: str) -> bool:
@@ -138,20 +127,17 @@ def _read_split(folder: Path, split: str, on_missing: OnMissing, findings: Findi
     judged = {doc for scores in qrels.values() for doc in scores}
     languages: dict[str, str] = {}
     queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages)
-    corpus = _read_texts(
-        corpus_file, judged.__contains__ if not whole else lambda _: True, on_missing, findings
-    )
-    whole_split = _Split(file, qrels, lines, queries, corpus, languages)
+    keep = (lambda _: True) if whole else judged.__contains__
+    corpus = _read_texts(corpus_file, keep, on_missing, findings)
+    read = _Split(file, qrels, lines, queries, corpus, languages)
     if findings.num_met == before:  # a text behind a bad line seems not to exist
-        _check_dangling(
-            whole_split, on_missing, findings, "kept, as nothing can find them" if whole else "left out"
-        )
-    return whole_split
+        happens = "kept, as nothing can find them" if whole else "left out"
+        _check_dangling(read, on_missing, findings, happens)
+    return read
 
 
 def _check_dangling(s: _Split, on_missing: OnMissing, findings: Findings, what_happens: str) -> None:
-    """Judgements whose query or document does not exist: the first one, with the count of all of them, or
-    notes."""
+    """Judgements whose query or document does not exist: the first one and the count of all, or notes."""
     bad = [pair for pair in s.lines if pair[0] not in s.queries or pair[1] not in s.corpus]
     if not bad:
         return
@@ -167,9 +153,8 @@ def _check_dangling(s: _Split, on_missing: OnMissing, findings: Findings, what_h
             fix = "it is there without the quotes: remove them from the qrels"
         elif all_queries:
             fix = "do queries and qrels belong together?"
-        findings.bad(
-            s.file, s.lines[qid, doc], f"{what}; {len(bad)} of {len(s.lines)} judgements dangle: {fix}"
-        )
+        message = f"{what}; {len(bad)} of {len(s.lines)} judgements dangle: {fix}"
+        findings.bad(s.file, s.lines[qid, doc], message)
         return
     for qid, doc in bad:
         what = f"judgements of documents that are not in corpus.jsonl, {what_happens}"
@@ -183,7 +168,7 @@ def _unquoted(key: str) -> str:
     return key[1:-1] if len(key) > 2 and key[0] == key[-1] == '"' else ""
 
 
-# ------------------------------------------------------------------------------------------ corpus and queries
+# -------------------------------------------------------------------------------------- corpus and queries
 
 
 def _read_texts(
@@ -193,8 +178,7 @@ def _read_texts(
     findings: Findings,
     languages: dict[str, str] | None = None,
 ) -> TextsById:
-    """{id: text} of a corpus or queries file in file order, every line checked; text "" where keep(id) is
-    False.
+    """{id: text} of a corpus or queries file in its order, every line checked; "" where keep(id) is False.
 
     languages: gets {id: lang} of the lines that say so.
     """
@@ -224,8 +208,7 @@ def _read_texts(
 def document_text(
     row: dict[str, Any], kind: str, on_missing: OnMissing, findings: Findings, path: Path, line: int
 ) -> str:
-    """`title + " " + text` where there is a title, as BEIR's own code joins them; "" for an empty one that is
-    allowed."""
+    """`title + " " + text` where there is a title, as in BEIR's code; "" for an empty one that is allowed."""
     title, text = row.get("title", ""), row.get("text")
     if "text" not in row:
         raise ValueError("field 'text' is missing")
@@ -259,8 +242,7 @@ def document_text(
 
 
 def pool_texts(path: Path, on_missing: OnMissing, findings: Findings) -> Iterator[tuple[str, str]]:
-    """(id or "", text) of a candidate pool: lines {"text", "title"?, "_id"?, ...}; empty ones are left out
-    where allowed."""
+    """(id or "", text) of lines {"text", "title"?, "_id"?, ...}; empty ones are left out where allowed."""
     for line, row in json_lines(path, findings, '{"text": "..."}'):
         try:
             key = check_id(row["_id"], "_id") if "_id" in row else ""
@@ -328,11 +310,8 @@ def _read_qrels(
             if len(cells) != columns.width:
                 between = "tab-separated" if columns.separator else "space-separated"
                 raise ValueError(f"expected {columns.width} {between} columns as on line 1, got {len(cells)}")
-            qid, doc = (
-                check_id(cells[columns.query], "query-id"),
-                check_id(cells[columns.document], "corpus-id"),
-            )
-            score = cells[columns.score]
+            qid = check_id(cells[columns.query], "query-id")
+            doc, score = check_id(cells[columns.document], "corpus-id"), cells[columns.score]
             if not SCORE.fullmatch(score):
                 raise ValueError(f"score must be a whole number, got {short(score)}")
             if (qid, doc) in lines:
@@ -360,17 +339,17 @@ def _columns(text: str) -> tuple[_Columns, list[str]]:
     cells = text.split(separator)
     names = [re.sub(r"[\s_]+", "-", cell.strip().strip('"').lower()) for cell in cells]
     at = {role: [i for i, name in enumerate(names) if name in known] for role, known in NAMES.items()}
-    has_score = SCORE.fullmatch(cells[-1].strip())
-    if (any(at.values()) and not has_score) or (at["query"] and at["document"]):
+    ends_in_score = SCORE.fullmatch(cells[-1].strip())
+    is_header = (any(at.values()) and not ends_in_score) or (at["query"] and at["document"])
+    if is_header:
         if any(len(found) != 1 for found in at.values()) or len(names) > 3 + len(ITERATION & set(names)):
             raise ValueError(f"header {short(text)}: write {QRELS}")
         columns = _Columns(separator, len(cells), *(at[role][0] for role in ("query", "document", "score")))
         if columns[2:] != (0, 1, 2):
             return columns, ["qrels files with other columns than BEIR's, read by their names"]
-        is_beirs = names == ["query-id", "corpus-id", "score"]
-        return columns, [] if is_beirs else [
-            "qrels files with other names than BEIR's in the header, read by them"
-        ]
+        if names != ["query-id", "corpus-id", "score"]:
+            return columns, ["qrels files with other names than BEIR's in the header, read by them"]
+        return columns, []
     if len(cells) == 3 and SCORE.fullmatch(cells[2].strip()):
         return _Columns(separator, 3, 0, 1, 2), [f"qrels files with no header, read as {QRELS}"]
     if len(cells) == 4 and SCORE.fullmatch(cells[3].strip()):
@@ -394,14 +373,11 @@ def beir_files(folder: Path, split: str) -> list[Path]:
     names = sorted(p.name for p in folder.iterdir())
     if not {"qrels", "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"} & set(names):
         raise UserError(
-            f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){_kind_of_folder(names)}; it holds: "
-            f"{', '.join(names[:10]) or 'nothing'}"
+            f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){_kind_of_folder(names)}; it "
+            f"holds: {', '.join(names[:10]) or 'nothing'}"
         )
-    return [
-        _file(folder, "corpus.jsonl", names),
-        _file(folder, "queries.jsonl", names),
-        _qrels_file(folder, split),
-    ]
+    texts = [_file(folder, name, names) for name in ("corpus.jsonl", "queries.jsonl")]
+    return [*texts, _qrels_file(folder, split)]
 
 
 def _kind_of_folder(names: list[str]) -> str:
@@ -421,11 +397,10 @@ def _file(folder: Path, name: str, names: list[str]) -> Path:
     if len(found) == 2:
         raise UserError(f"{folder} has both {name} and {name}.gz: remove one")
     if not found:
-        other = (
-            "; Parquet is not read: write it as JSONL" if any(n.endswith(".parquet") for n in names) else ""
-        )
+        is_parquet = any(other.endswith(".parquet") for other in names)
+        fix = "; Parquet is not read: write it as JSONL" if is_parquet else ""
         raise UserError(
-            f"{folder / name} (or .gz) does not exist; the folder holds: {', '.join(names[:10])}{other}"
+            f"{folder / name} (or .gz) does not exist; the folder holds: {', '.join(names[:10])}{fix}"
         )
     return found[0]
 

@@ -21,8 +21,7 @@ from nemo_embed_core.data.lines import (
 
 
 class Row(NamedTuple):
-    """One training row, texts as they are in the file (no instruction); line: where it stands (of a qrels
-    file: BEIR)."""
+    """One training row, texts as in the file, without instruction; line: of a BEIR folder in the qrels."""
 
     query: str
     pos: list[str]
@@ -54,20 +53,17 @@ def jsonl_rows(path: Path, findings: Findings) -> Iterator[Row]:
         try:
             result = _row(row, str(path), line)
             if result.id:
-                if result.id in ids:
+                if first := ids.get(result.id):
                     raise ValueError(
-                        f"id {short(result.id)} is already the id of line {ids[result.id]}: make ids unique"
+                        f"id {short(result.id)} is already the id of line {first}: make ids unique"
                     )
                 ids[result.id] = line
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
         if any(not text[0].isalnum() and is_noise(text) for text in (result.query, *result.pos, *result.neg)):
-            for name, texts in (
-                ("queries", [result.query]),
-                ("positives", result.pos),
-                ("negatives", result.neg),
-            ):
+            sides = {"queries": [result.query], "positives": result.pos, "negatives": result.neg}
+            for name, texts in sides.items():
                 if count := sum(map(is_noise, texts)):
                     findings.note(f"{name} {NOISE}", path, line, count)
         yield result
@@ -79,7 +75,8 @@ def _row(row: dict[str, Any], path: str, line: int) -> Row:
     hint = "".join(f"; {HINTS[field]}" for field in unknown if field in HINTS)
     if unknown and missing:
         raise ValueError(
-            f"not a training row: it has {short(unknown)} and no {', '.join(missing)}; write rows like {EXAMPLE}{hint}"
+            f"not a training row: it has {short(unknown)} and no {', '.join(missing)}; write rows like "
+            f"{EXAMPLE}{hint}"
         )
     if unknown:
         raise ValueError(
@@ -95,8 +92,8 @@ def _row(row: dict[str, Any], path: str, line: int) -> Row:
     if both:
         text = next(text for text in pos if text in both)
         raise ValueError(
-            f"pos[{pos.index(text)}] is also neg[{neg.index(text)}]: remove it from 'neg' (the loss would push the "
-            "positive away)"
+            f"pos[{pos.index(text)}] is also neg[{neg.index(text)}]: remove it from 'neg' (the loss would "
+            "push the positive away)"
         )
     for scores, texts in (("pos_scores", pos), ("neg_scores", neg)):
         if scores in row:
@@ -127,11 +124,8 @@ def _document_ids(row: dict[str, Any], field: str, count: int) -> list[str]:
 
 def _check_scores(value: Any, field: str, count: int) -> None:
     for i, score in enumerate(_list(value, field, "numbers", count)):
-        if (
-            isinstance(score, bool)
-            or not isinstance(score, int | float)
-            or not abs(score) <= sys.float_info.max
-        ):
+        is_number = isinstance(score, int | float) and not isinstance(score, bool)
+        if not is_number or not abs(score) <= sys.float_info.max:
             raise ValueError(f"{field}[{i}] must be a finite number, got {short(score)}")
 
 

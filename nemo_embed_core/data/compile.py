@@ -1,0 +1,235 @@
+"""Rows into the files of a token store: all checked, then tokenised with progress, then judged as a whole.
+
+What stands in the folder at the last commit survives a kill: the next build of the same store goes on from it
+and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_embed_core.config import DataConfig
+from nemo_embed_core.data.building import Log, read_state
+from nemo_embed_core.data.judge import EMPTY_KEY, judge
+from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_key
+from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.data.readers import check_sources, read_rows
+from nemo_embed_core.data.store import ARRAY_FILES, TOKEN_FILES
+from nemo_embed_core.data.tokenizer import Tokenizer
+from nemo_embed_core.errors import DataError, UserError, failpoint
+from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
+
+COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
+PENDING = 2 << 20  # characters that wait for the tokenizer
+
+# Files that only a build has: raw int64, or 16 bytes a text. judge() makes the arrays of the store of them.
+PARTS = (
+    "query_lengths", "query_hashes", "query_keys", "group_keys", "row_lines", "num_positives", "positives",
+    "num_negatives", "negatives", "document_lengths", "document_hashes", "document_keys", "document_texts",
+    "document_rows",
+)  # fmt: skip
+
+
+class _Files:
+    """The files of a build, appended to; sizes at the last commit are those that a kill leaves."""
+
+    def __init__(self, folder: Path, sizes: dict[str, int]):
+        self._folder = folder
+        self._files = {}
+        for name in (*TOKEN_FILES, *(f"{part}.part" for part in PARTS)):
+            file = open(folder / name, "ab")  # noqa: SIM115  (closed in close)
+            file.truncate(sizes.get(name, 0))
+            self._files[name] = file
+
+    def add(self, part: str, data: bytes) -> None:
+        self._files[f"{part}.part"].write(data)
+
+    def add_tokens(self, name: str, tokens: np.ndarray) -> None:
+        self._files[name].write(tokens.astype("<i4").tobytes())
+
+    def commit(self, state: dict[str, Any]) -> None:
+        sizes = {}
+        for name, file in self._files.items():
+            file.flush()
+            fsync(file.fileno())
+            sizes[name] = os.fstat(file.fileno()).st_size
+        write_atomically(self._folder / "state.json", json.dumps({**state, "sizes": sizes}).encode())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class _Texts:
+    """Texts of one side on their way into the token file: lengths, and a hash of the tokens, beside it."""
+
+    def __init__(
+        self, files: _Files, side: str, tokenizer: Tokenizer, max_length: int, state: dict[str, Any]
+    ):
+        self._files, self._side, self._tokenizer, self._max_length = files, side, tokenizer, max_length
+        self._pending: list[str] = []
+        self._origins: list[tuple[str, int]] = []
+        self._size = 0
+        self.truncated: int = state.get(f"truncated_{side}", 0)
+        self.max_token_id: int = state.get("max_token_id", 0)
+
+    def add(self, text: str, path: str, line: int) -> None:
+        self._pending.append(text)
+        self._origins.append((path, line))
+        self._size += len(text)
+        if self._size > PENDING:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        before = self._tokenizer.num_truncated
+        try:
+            arrays = self._tokenizer.encode(self._pending, self._max_length)
+        except UserError:
+            for text, (path, line) in zip(self._pending, self._origins, strict=True):
+                try:
+                    self._tokenizer.encode([text], self._max_length)
+                except UserError as error:
+                    raise DataError(path, line, str(error)) from None
+            raise
+        self.truncated += self._tokenizer.num_truncated - before
+        tokens = np.concatenate(arrays)
+        self.max_token_id = max(self.max_token_id, int(tokens.max()))
+        self._files.add_tokens(f"{self._side}_tokens.bin", tokens)
+        self._files.add(f"{self._side}_lengths", array("q", map(len, arrays)).tobytes())
+        self._files.add(f"{self._side}_hashes", b"".join(bytes_key(ids.tobytes()) for ids in arrays))
+        self._pending, self._origins, self._size = [], [], 0
+
+
+def compile_store(
+    folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
+) -> None:
+    """Writes all files of the store into the folder, the manifest last, going on from what stands there."""
+    state = read_state(folder) or {}
+    if state:
+        done = f"{state['rows']:,} of {state['total']:,} rows"
+        log(f"going on with {folder}: {done} were done when its process ended")
+    else:
+        findings = check_sources(config.datasets, log)
+        for line in findings.lines():
+            log(line)
+        no_rows = [0] * len(config.datasets)
+        state = {"rows": 0, "total": findings.num_rows, "source_rows": no_rows, "merged": 0}
+    files = _Files(folder, state.get("sizes", {}))
+    try:
+        _tokenise(folder, files, config, tokenizer, state, log)
+    finally:
+        files.close()
+    for source, rows in zip(header["sources"], state["source_rows"], strict=True):
+        source["rows"] = rows
+    row_files = [source["row_file"] for source in header["sources"]]
+    arrays, noise = judge(folder, row_files, state["source_rows"])
+    for name in ARRAY_FILES:
+        np.save(folder / name, arrays[name])
+    left_out = int(noise.pop("left out")["count"])
+    if left_out:
+        header.pop("digest_v1", None)
+    manifest = {
+        **header,
+        "rows": state["rows"],
+        "documents": len(arrays["same_as.npy"]),
+        "groups": len(arrays["known_offsets.npy"]) - 1,
+        "query_tokens": int(arrays["query_offsets.npy"][-1]),
+        "document_tokens": int(arrays["document_offsets.npy"][-1]),
+        "positives": len(arrays["positives.npy"]),
+        "negatives": len(arrays["negatives.npy"]),
+        "rows_without_negatives": int((np.diff(arrays["negative_offsets.npy"]) == 0).sum()),
+        "negatives_left_out": left_out,
+        "merged_repeats": state["merged"],
+        "truncated_queries": state["truncated_query"],
+        "truncated_documents": state["truncated_document"],
+        "max_token_id": state["max_token_id"],
+        "noise": noise,
+        "files": {
+            name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+            for name in (*TOKEN_FILES, *ARRAY_FILES)
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for name in ("state.json", *(f"{part}.part" for part in PARTS)):
+        (folder / name).unlink()
+
+
+def _tokenise(
+    folder: Path, files: _Files, config: DataConfig, tokenizer: Tokenizer, state: dict[str, Any], log: Log
+) -> None:
+    """Reads the rows that `state` does not have yet; brings state and files up to date."""
+    queries = _Texts(files, "query", tokenizer, config.query_max_length, state)
+    documents = _Texts(files, "document", tokenizer, config.document_max_length, state)
+    known = (folder / "document_texts.part").read_bytes()
+    # Key of a document with its prompt -> its id.
+    ids = {known[at : at + 16]: at // 16 for at in range(0, len(known), 16)}
+    rows, source_rows = state["rows"], list(state["source_rows"])
+    begun, first_row = time.monotonic(), rows
+    last = begun
+
+    def document_id(prompt: str, text: str, path: str, line: int) -> int:
+        key = exact_key(prompt + text)
+        doc_id = ids.get(key)
+        if doc_id is None:
+            doc_id = ids[key] = len(ids)
+            documents.add(prompt + text, path, line)
+            files.add("document_texts", key)
+            files.add("document_keys", normal_key(text) if has_content(text) else EMPTY_KEY)
+            files.add("document_rows", _int(rows))
+        return doc_id
+
+    def commit() -> None:
+        queries.flush()
+        documents.flush()
+        max_token_id = max(queries.max_token_id, documents.max_token_id)
+        state.update(rows=rows, source_rows=source_rows, max_token_id=max_token_id)
+        state.update(truncated_query=queries.truncated, truncated_document=documents.truncated)
+        files.commit(state)
+
+    for i, dataset in enumerate(config.datasets):
+        query_prefix, document_prefix = query_prompt(dataset.task), query_prompt(dataset.document_task)
+        for row in itertools.islice(read_rows(dataset), source_rows[i], None):
+            failpoint("store.row", rows)
+            queries.add(query_prefix + row.query, row.path, row.line)
+            pos = [document_id(document_prefix, text, row.path, row.line) for text in row.pos]
+            neg = [document_id(document_prefix, text, row.path, row.line) for text in row.neg]
+            # A text twice in one list would count twice in the softmax: once is enough, and it is reported.
+            unique_pos, unique_neg = list(dict.fromkeys(pos)), list(dict.fromkeys(neg))
+            state["merged"] += len(pos) + len(neg) - len(unique_pos) - len(unique_neg)
+            key = normal_key(row.query) if has_content(row.query) else EMPTY_KEY
+            files.add("query_keys", key)
+            files.add("group_keys", bytes_key(query_prefix.encode("utf-8") + b"\0" + key))
+            files.add("row_lines", _int(row.line))
+            for part, values in (("positives", unique_pos), ("negatives", unique_neg)):
+                files.add(f"num_{part}", _int(len(values)))
+                files.add(part, array("q", values).tobytes())
+            rows, source_rows[i] = rows + 1, source_rows[i] + 1
+            now = time.monotonic()
+            if now - last >= COMMIT_S:
+                commit()
+                left = (state["total"] - rows) * (now - begun) / (rows - first_row)
+                share = rows / max(1, state["total"])
+                done = f"tokenised {rows:,} of {state['total']:,} rows ({share:.1%}), {len(ids):,} documents"
+                log(f"{done}; about {_duration(left)} left")
+                last = time.monotonic()
+    commit()
+
+
+def _int(value: int) -> bytes:
+    return value.to_bytes(8, "little", signed=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
