@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data import lines
-from nemo_embed_core.data.formats import beir
+from nemo_embed_core.data.formats import beir, qrels
 from nemo_embed_core.data.readers import Findings, read_beir, read_rows
 from nemo_embed_core.errors import DataError
 
@@ -143,18 +143,18 @@ def test_folders_are_read_as_meant_or_refused_by_path_and_line(tmp_path: Path) -
 PLANTED = {
     "titles dropped": (beir, "document_text", lambda row, *_: str(row.get("text"))),
     "header order ignored": (
-        beir,
+        qrels,
         "_Columns",
         lambda separator, width, *_: _columns_in_order(separator, width),
     ),
-    "first judgement taken for a header": (beir, "SCORE", re.compile("never")),
+    "first judgement taken for a header": (qrels, "SCORE", re.compile("never")),
     "numbers are other ids": (
         beir,
         "check_id",
         lambda value, field: str(value) if isinstance(value, str) else f"n{value}",
     ),
     "bad bytes replaced": (lines, "decode", lambda raw: raw.decode("utf-8", "replace")),
-    "carriage returns kept": (beir, "decode", lambda raw: raw.decode().rstrip("\n").replace("\r", "_")),
+    "carriage returns kept": (qrels, "decode", lambda raw: raw.decode().rstrip("\n").replace("\r", "_")),
 }
 
 
