@@ -1,4 +1,4 @@
-"""Judgements: BEIR's qrels/{split}.tsv, TREC's four columns, and either without a header or with other names."""
+"""Judgements: BEIR's qrels/{split}.tsv, TREC's four columns, either without a header or with other names."""
 
 from __future__ import annotations
 
