@@ -332,7 +332,9 @@ def nearly_good_lines(draw) -> bytes:
         fields["query"] = "q\ud83d"
     elif how == "blank":
         return draw(st.sampled_from([b"", b"  ", b"\t"]))
-    line = json.dumps(fields, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    line = json.dumps(fields, ensure_ascii=how == "surrogate" or draw(st.booleans())).encode(
+        "utf-8", "surrogatepass"
+    )
     if draw(st.integers(0, 5)) == 0:
         line = line.replace(b'"p"', b'"p\xe9"')  # a latin-1 byte inside a string
     return line
