@@ -48,7 +48,8 @@ LOSS, OPTIM_OPTIONS, DATA, REST = (
 )
 LAYOUT = f"{ORACLE}::test_a_layout_trains_as_the_oracle"
 TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1-dp2]"
-BF16 = "tests/parallel/test_bf16.py"
+HSDP = f"{LAYOUT}[tp1-dp2-replicate2]"
+BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
 
 
 class Mutant(NamedTuple):
@@ -91,8 +92,9 @@ MUTANTS = [
     Mutant("in-batch mode that never arrives", CONTRASTIVE, "loss.temperature, loss.in_batch", 'loss.temperature, "none"', LOSS),
     Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
     Mutant("GradCache forgets the first micro-batch", STEP, "again.backward(e.grad)", "again.backward(e.grad * min(i, 1))", LOSS),
-    Mutant("a reduce-scatter after every micro-batch", STEP, "set_requires_gradient_sync(i == count - 1)", "set_requires_gradient_sync(True)", LOSS,
-           no_bug="the sum over ranks of the sum over micro-batches is the same; only communication is wasted"),
+    Mutant("a reduce-scatter after every micro-batch", FSDP, "set_requires_gradient_sync(is_last or not whole)", "set_requires_gradient_sync(True)", WIRE),
+    Mutant("an all-gather for every micro-batch", FSDP, "set_reshard_after_backward(is_last or not whole)", "set_reshard_after_backward(True)", WIRE),
+    Mutant("a sum over copies after every micro-batch", FSDP, "set_requires_all_reduce(is_last)", "set_requires_all_reduce(True)", WIRE),
     # ---- the optimizer and the loop
     Mutant("AdamW ignores beta1 and beta2", OPTIM, "betas=(config.beta1, config.beta2), ", "", OPTIM_OPTIONS),
     Mutant("AdamW ignores eps", OPTIM, ", eps=config.eps", "", OPTIM_OPTIONS),
@@ -114,11 +116,13 @@ MUTANTS = [
     Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIM_OPTIONS),
     Mutant("clipping without its 1e-6", GRAD_NORM, "max_norm / (norm + 1e-6)", "max_norm / norm", OPTIM_OPTIONS),
     Mutant("replicated gradients count on every rank", GRAD_NORM, "_sum_of_squares(replicated, mesh.device) / mesh.tp.size", "_sum_of_squares(replicated, mesh.device)", TP2_SP),
-    Mutant("the norm is this dp rank's", GRAD_NORM, "    all_reduce_(total, mesh.dp_group)\n", "", DP2),
+    Mutant("the norm is this dp rank's", GRAD_NORM, "    all_reduce_(total, mesh.shard_group)\n", "", DP2),
+    Mutant("the norm counts every copy of the state", GRAD_NORM, "all_reduce_(total, mesh.shard_group)", "all_reduce_(total, mesh.dp_group)", HSDP),
     Mutant("the norm is this tp rank's", GRAD_NORM, "        all_reduce_(total, mesh.tp.group)\n", "        pass\n", TP2),
     Mutant("norm gradients are not summed over tp", GRAD_NORM, "if not mesh.tp.sequence_parallel:", "if True:", TP2_SP),
-    Mutant("bf16 gradient reduction", FSDP, "reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16", BF16),
-    Mutant("rotary tables cast to bf16 by FSDP2", FSDP, "reduce_dtype=torch.float32,\n        cast_forward_inputs=False", "reduce_dtype=torch.float32,\n        cast_forward_inputs=True", BF16),
+    Mutant("bf16 gradient reduction", FSDP, "reduce_dtype=reduce_dtype,\n        cast", "reduce_dtype=torch.bfloat16,\n        cast", BF16),
+    Mutant("rotary tables cast to bf16 by FSDP2", FSDP, "reduce_dtype=reduce_dtype,\n        cast_forward_inputs=False", "reduce_dtype=reduce_dtype,\n        cast_forward_inputs=True", BF16),
+    Mutant("half-reduced gradients outlive a dropped step", FSDP, "group._partial_reduce_output = None", "pass", "tests/train/test_dropped_step.py"),
     Mutant("half-done gradients outlive a dropped step", FSDP, "parameter.unsharded_accumulated_grad = None", "pass", "tests/train/test_dropped_step.py"),
     Mutant("f is the identity both ways", COLLECTIVES, "return all_reduce_sum(grads[0], ctx.group), None", "return grads[0], None", TP2),
     Mutant("g sums both ways", COLLECTIVES, "        return grads[0], None\n\n\nclass _GatherTokens", "        return all_reduce_sum(grads[0], group=dist.group.WORLD), None\n\n\nclass _GatherTokens", TP2),

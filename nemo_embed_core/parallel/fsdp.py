@@ -1,4 +1,4 @@
-"""FSDP2 over the data-parallel axis, always, also at dp_size = 1: it carries the mixed-precision policy."""
+"""FSDP2 over the data-parallel axes, always, also at dp_size = 1: it carries the mixed-precision policy."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def shard(
     *,
     dtype: torch.dtype,
     reshard_after_forward: bool,
+    reduce_dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool,
 ) -> None:
     """Wrap in place: (activation checkpointing) -> each block -> root. Weights stay fp32; `dtype` is what
@@ -29,7 +30,7 @@ def shard(
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
+        reduce_dtype=reduce_dtype,
         cast_forward_inputs=False,
     )
     if dtype == torch.float64:  # tests: keep fp64 end to end
@@ -37,8 +38,27 @@ def shard(
     for i, block in enumerate(blocks):
         if activation_checkpointing:
             blocks[i] = block = checkpoint_wrapper(block)  # non-reentrant
-        fully_shard(block, mesh=mesh.dp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh.dp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    model.keeps_whole = not reshard_after_forward  # type: ignore[assignment]
+
+
+def begin_micro_batch(model: nn.Module, is_last: bool) -> None:
+    """Before a forward and the backward that follows it: what of weights and gradients outlives them.
+
+    W bytes of weights as they run, G of gradients, n micro-batches of a step; the wire carries
+
+        kept whole       W + G          one gather, one reduction; W + G stay on the rank between micro-batches
+        reshard          n (2 W + G)    nothing stays
+
+    With dp_replicate the sum over copies waits for the last micro-batch either way: shards of it are small.
+    """
+    assert isinstance(model, FSDPModule)
+    whole = model.keeps_whole
+    model.set_requires_gradient_sync(is_last or not whole)
+    model.set_requires_all_reduce(is_last)
+    model.set_is_last_backward(is_last or not whole)
+    model.set_reshard_after_backward(is_last or not whole)
 
 
 def drop_step(model: nn.Module) -> None:
@@ -53,6 +73,8 @@ def drop_step(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
             group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                group._partial_reduce_output = None  # reduced over dp_shard, not yet over dp_replicate
             for parameter in group.fsdp_params if group is not None else ():
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):  # not before the first gather

@@ -44,7 +44,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     """torch.nn.utils.clip_grad_norm_ over all shards: returns the norm before clipping; max_norm 0 only
     measures.
 
-    sum over dp and tp of |sharded|^2 + |replicated|^2 / tp_size: every tp rank holds the replicated ones.
+    sum over dp_shard and tp of |sharded|^2 + |replicated|^2 / tp_size: every tp rank holds the replicated
+    ones, and every dp_replicate rank all of them.
     """
     sharded: list[Tensor] = []
     replicated: list[Tensor] = []
@@ -54,7 +55,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     total = _sum_of_squares(sharded, mesh.device) + _sum_of_squares(replicated, mesh.device) / mesh.tp.size
     if mesh.tp.size > 1:
         all_reduce_(total, mesh.tp.group)
-    all_reduce_(total, mesh.dp_group)
+    all_reduce_(total, mesh.shard_group)
     norm = total.sqrt()
     grads = sharded + replicated
     if max_norm > 0 and grads:

@@ -1,4 +1,4 @@
-"""The process grid [dp, tp]: set up on NCCL or gloo, and torn down."""
+"""The process grid [dp_replicate, dp_shard, tp]: set up on NCCL or gloo, and torn down."""
 
 from __future__ import annotations
 
@@ -43,13 +43,20 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks as [dp, tp] with tp fastest: the tp ranks of one replica are neighbours on NVLink."""
+    """Ranks as [dp_replicate, dp_shard, tp] with tp fastest: what talks most are neighbours on NVLink.
+
+    The batch is split over all dp_size = replicate x shard ranks; a state is sharded over shard_size of them.
+    """
 
     device: torch.device
-    dp: DeviceMesh
+    fsdp: DeviceMesh  # [dp_replicate, dp_shard], or [dp_shard] of one copy
     tp: TensorParallel
     dp_size: int
     dp_rank: int
+    shard_size: int
+    shard_rank: int
+    dp_group: Any
+    shard_group: Any
 
     @property
     def rank(self) -> int:
@@ -60,8 +67,8 @@ class Mesh:
         return self.dp_size * self.tp.size
 
     @property
-    def dp_group(self) -> Any:
-        return self.dp.get_group()
+    def replicate_rank(self) -> int:
+        return self.dp_rank // self.shard_size
 
 
 def pick_device(device: str) -> torch.device:
@@ -123,18 +130,37 @@ def distributed(
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
         )
-        yield build_mesh(target, dp_size, parallel.tp_size, parallel.sequence_parallel)
+        yield build_mesh(
+            target, dp_size, parallel.tp_size, parallel.sequence_parallel, parallel.dp_replicate
+        )
     # Not after an error: NCCL's destroy waits for the other ranks, and the process ends in any case.
     dist.destroy_process_group()
 
 
-def build_mesh(device: torch.device, dp_size: int, tp_size: int, sequence_parallel: bool) -> Mesh:
+def build_mesh(
+    device: torch.device, dp_size: int, tp_size: int, sequence_parallel: bool, dp_replicate: int = 1
+) -> Mesh:
     """The grid over an initialised process group."""
-    grid = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    shape, names = (dp_replicate, dp_size // dp_replicate, tp_size), ("dp_replicate", "dp_shard", "tp")
+    first = 1 if dp_replicate == 1 else 0  # FSDP2 all-reduces over a second axis whatever its size
+    grid = init_device_mesh(device.type, shape[first:], mesh_dim_names=names[first:])
+    fsdp = grid[names[first:2]] if first == 0 else grid["dp_shard"]
     tp = TensorParallel(
         mesh=grid["tp"],
         size=tp_size,
         rank=grid["tp"].get_local_rank(),
         sequence_parallel=sequence_parallel and tp_size > 1,
     )
-    return Mesh(device=device, dp=grid["dp"], tp=tp, dp_size=dp_size, dp_rank=grid["dp"].get_local_rank())
+    shard = grid["dp_shard"]
+    replicate_rank = 0 if first else grid["dp_replicate"].get_local_rank()
+    return Mesh(
+        device=device,
+        fsdp=fsdp,
+        tp=tp,
+        dp_size=dp_size,
+        dp_rank=replicate_rank * shard.size() + shard.get_local_rank(),
+        shard_size=shard.size(),
+        shard_rank=shard.get_local_rank(),
+        dp_group=shard.get_group() if first else fsdp._flatten("dp").get_group(),
+        shard_group=shard.get_group(),
+    )

@@ -45,6 +45,7 @@ class Engine:
             mesh,
             dtype=self.dtype,
             reshard_after_forward=config.parallel.reshard_after_forward,
+            reduce_dtype=DTYPES[config.parallel.reduce_dtype],
             activation_checkpointing=config.activation_checkpointing,
         )
         self.model.to_empty(device=mesh.device)

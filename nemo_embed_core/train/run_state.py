@@ -114,7 +114,7 @@ def fill_engine(engine: Engine, reader: BoxReader) -> None:
             reader,
             engine.model_config,
             (mesh.tp.rank, mesh.tp.size),
-            (mesh.dp_rank, mesh.dp_size),
+            (mesh.shard_rank, mesh.shard_size),
         )
     except UserError as error:
         failure = str(error)
@@ -181,13 +181,16 @@ class RunState:
         """Of this rank."""
         plain, mesh = parameter_of(name), self.engine.mesh
         return local_box(
-            self.shapes[plain], tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.dp_rank, mesh.dp_size,
+            self.shapes[plain], tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.shard_rank, mesh.shard_size,
             tp_unit(plain, self.engine.model_config),
         )  # fmt: skip
 
     def pieces(self) -> dict[str, Piece]:
-        """What this rank writes: its boxes, and those of replicated parameters on tp rank 0."""
-        pieces = {}
+        """What this rank writes: its boxes, and those of replicated parameters on tp rank 0; of several copies
+        the first."""
+        pieces: dict[str, Piece] = {}
+        if self.engine.mesh.replicate_rank:
+            return pieces
         replicated = {
             fsdp.plain_name(n) for n, p in self.engine.model.named_parameters() if is_tp_replicated(p)
         }
@@ -204,7 +207,11 @@ class RunState:
         rows_per_dataset = [source["rows"] for source in self.store.manifest["sources"]]
         pooling = self.engine.model_config.pooling
         return {
-            "layout": {"tp_size": mesh.tp.size, "dp_size": mesh.dp_size},
+            "layout": {
+                "tp_size": mesh.tp.size,
+                "dp_size": mesh.dp_size,
+                "dp_replicate": mesh.dp_size // mesh.shard_size,
+            },
             "model": model,
             "export_dtype": str(self.export_dtype).removeprefix("torch."),
             "config": {**options, "optim": to_dict(self.optim)},

@@ -18,6 +18,7 @@ from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.loss.contrastive import Groups, objective
 from nemo_embed_core.model.attention import Segments
 from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.parallel.fsdp import begin_micro_batch
 from nemo_embed_core.parallel.mesh import Mesh
 
 
@@ -71,7 +72,7 @@ def forward_backward(
     losses, stats = [], []
     for i, batch in enumerate(batches):
         before("forward", i)
-        _sync_on_last(model, i, len(batches))
+        begin_micro_batch(model, i == len(batches) - 1)
         groups = group(embed(model, batch), batch)
         losses_B, sums = objective(groups, loss, mesh.dp_group, mesh.dp_rank)
         before("backward", i)
@@ -100,14 +101,8 @@ def _grad_cache(
     (losses_B.sum() / rows).backward()
     for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
         before("forward", i)
-        _sync_on_last(model, i, len(batches))
+        begin_micro_batch(model, i == len(batches) - 1)
         again = embed(model, batch)
         before("backward", i)
         again.backward(e.grad)
     return losses_B.detach(), sums
-
-
-def _sync_on_last(model: Encoder, i: int, count: int) -> None:
-    """One reduce-scatter per step: gradients of earlier micro-batches stay on the rank in fp32."""
-    model.set_requires_gradient_sync(i == count - 1)  # type: ignore[operator]
-    model.set_is_last_backward(i == count - 1)  # type: ignore[operator]

@@ -243,8 +243,10 @@ class Trainer:
             self.log(f"step {self.step} of steps={self.config.steps} is done: nothing is left to train")
             return
         parameters = sum(torch.Size(s).numel() for s in parameter_shapes(self.model_config).values())
+        copies = self.mesh.dp_size // self.mesh.shard_size
         self.log(
-            f"{parameters / 1e6:,.1f} M parameters on {self.mesh.dp_size} dp x {self.mesh.tp.size} tp "
+            f"{parameters / 1e6:,.1f} M parameters on {self.mesh.dp_size} dp "
+            f"{f'({copies} copies) ' if copies > 1 else ''}x {self.mesh.tp.size} tp "
             f"{self.mesh.device.type} ranks ({'sequence parallel, ' if self.mesh.tp.sequence_parallel else ''}"
             f"{str(self.engine.dtype).removeprefix('torch.')}); {self.sampler.num_rows:,} rows, "
             f"{self.config.global_batch_size} queries a step, steps {self.step + 1} to {self.config.steps}"

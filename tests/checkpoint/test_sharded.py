@@ -717,21 +717,23 @@ def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("loss, dtype, tolerance", ROUNDINGS)
-def test_tensor_parallelism_1_2_4_1(
+def test_layouts_from_hop_to_hop(
     tmp_path: Path, server: Server, loss: dict[str, float], dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Four hops of ten steps; the model has 4 KV heads."""
+    """Five hops of eight steps over tp_size, dp_size, dp_replicate; the model has 4 KV heads."""
     fixed: dict[str, Any] = {"steps": 40, "loss": loss, "checkpoint": {"every": 40, "keep": 9}}
     assert codes(server.run(load_then_train, 1, config_for(tmp_path, "calm", **fixed), dtype, 40)) == [0]
-    for hop, tp_size in enumerate((1, 2, 4, 1)):
+    for hop, sizes in enumerate(((1, 1, 1), (2, 1, 1), (1, 4, 2), (4, 1, 1), (2, 2, 2))):
         beside = tmp_path / f"beside-{hop}"
         beside.mkdir()
-        config = config_for(tmp_path, "moved", **fixed, parallel={"tp_size": tp_size})
-        outcomes = server.run(load_then_train, tp_size, config, dtype, 10 * hop + 10, str(beside))
-        assert codes(outcomes) == [0] * tp_size
+        layout = dict(zip(("tp_size", "dp_size", "dp_replicate"), sizes, strict=True))
+        config = config_for(tmp_path, "moved", **fixed, parallel=layout)
+        world_size = sizes[0] * sizes[1]
+        outcomes = server.run(load_then_train, world_size, config, dtype, 8 * hop + 8, str(beside))
+        assert codes(outcomes) == [0] * world_size
         if hop:
-            step = f"step-{10 * hop:08d}"
-            assert read_manifest(beside / step)["layout"] == {"tp_size": tp_size, "dp_size": 1}
+            step = f"step-{8 * hop:08d}"
+            assert read_manifest(beside / step)["layout"] == layout
             same_bits(tmp_path / "moved" / step, beside / step)
     close_losses(tmp_path / "calm", tmp_path / "moved", tolerance, 40)
     ledgers = {read_manifest(checkpoints(tmp_path / n)[0])["ledger"] for n in ("calm", "moved")}

@@ -18,8 +18,11 @@ from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
-# Tp_size, sequence_parallel, dp_size.
-LAYOUTS = {"tp1": (1, False, 1), "tp2+sp": (2, True, 1), "dp2": (1, False, 2)}
+# tp_size, sequence_parallel, dp_size, reduce_dtype.
+LAYOUTS = {
+    "tp1": (1, False, 1, "fp32"), "tp2+sp": (2, True, 1, "fp32"), "dp2": (1, False, 2, "fp32"),
+    "dp2 reduced in bf16": (1, False, 2, "bf16"),
+}  # fmt: skip
 ROWS, EACH = 16, 4  # of a step, and of a micro-batch
 TEMPERATURE = 0.05
 # Of a row's largest value, for stages in fp32; one rounding to bf16 on the way would cost 2e-3.
@@ -30,8 +33,8 @@ LIMITS = {
 
 
 def config_of(folder: Path, layout: tuple, name: str) -> Any:
-    tp, sp, dp = layout
-    parallel = {"tp_size": tp, "sequence_parallel": sp, "dp_size": dp}
+    tp, sp, dp, reduce_dtype = layout
+    parallel = {"tp_size": tp, "sequence_parallel": sp, "dp_size": dp, "reduce_dtype": reduce_dtype}
     loss = {"temperature": TEMPERATURE}
     return train_config(
         folder, init_from=str(folder / "model"), output_dir=str(folder / name), precision="bf16",
@@ -58,7 +61,7 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo")
-    tp, sp, dp = layout
+    tp, sp, dp, _ = layout
     config = config_of(Path(folder), layout, name)
     mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
     trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
@@ -167,7 +170,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def peers(folder: Path) -> dict[torch.dtype, tuple[dict, dict]]:
     """(embeddings, gradients) of Hugging Face's model in fp64, which is the truth, and in bf16."""
-    config = config_of(folder, (1, False, 1), "peer")
+    config = config_of(folder, LAYOUTS["tp1"], "peer")
     store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
     rows = np.arange(ROWS)
     ids = choose_documents(store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
@@ -226,6 +229,7 @@ def test_bf16_is_as_good_as_hugging_face_and_rounds_nothing_else(
     for outcome in outcomes:
         assert outcome.result["errors"].keys() == LIMITS.keys()
         for stage, error in outcome.result["errors"].items():
-            assert error <= LIMITS[stage], (
-                f"{name}: {stage} is off by {error:.1e} of a row; fp32 allows {LIMITS[stage]:.0e}"
-            )
+            low, limit = 0.0, LIMITS[stage]
+            if layout[3] == "bf16" and stage == "sum over micro-batches and ranks":
+                low, limit = 1e-4, 2e-2  # a rounding for each micro-batch and rank
+            assert low <= error <= limit, f"{name}: {stage} is off by {error:.1e} of a row, not {limit:.0e}"

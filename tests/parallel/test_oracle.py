@@ -27,9 +27,9 @@ from nemo_embed_core.data.tokenizer import load_tokenizer
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 # Of a row's largest value, and of the tensor's: what rounding loses of a row that is nearly cancelled.
 TOLERANCE = {"fp64": (1e-11, 1e-13), "fp32": (1e-4, 1e-5)}
-LAYOUTS = [  # tp_size, sequence_parallel, dp_size
-    (1, False, 1), (2, True, 1), (2, False, 1), (1, False, 2), (4, True, 1), (2, True, 2), (2, False, 2),
-    (1, False, 4),
+LAYOUTS = [  # tp_size, sequence_parallel, dp_size, dp_replicate
+    (1, False, 1, 1), (2, True, 1, 1), (2, False, 1, 1), (1, False, 2, 1), (4, True, 1, 1), (2, True, 2, 1),
+    (2, False, 2, 1), (1, False, 4, 1), (1, False, 2, 2), (1, False, 4, 2), (2, True, 2, 2),
 ]  # fmt: skip
 # 380 and 40: whole rows and whole MLP blocks on 4 ranks; 381 and 27: padding on 2 and on 4.
 MODELS = {"even": (380, 40), "odd": (381, 27)}
@@ -70,7 +70,8 @@ def mixed_cases() -> list[dict[str, Any]]:
     rng = random.Random(0)
     cases = []
     for layout in LAYOUTS:
-        times = 4 if layout[0] * layout[2] < 4 else 2  # four ranks on two cores take their time
+        # Four ranks on two cores take their time.
+        times = 4 if layout[0] * layout[2] < 4 and layout[3] == 1 else 2
         modes = ["none", "positives", "all"] * times + [rng.choice(["none", "all"])]
         for i, in_batch in enumerate(modes):
             lr = rng.choice([1e-3, 3e-3])
@@ -107,9 +108,9 @@ MIXED = mixed_cases()
 
 
 def configure(folder: Path, case: dict[str, Any], name: str) -> TrainConfig:
-    tp, sp, dp = case["layout"]
+    tp, sp, dp, replicate = case["layout"]
     changes = {key: value for key, value in case.items() if key not in ("layout", "model", "dtype")}
-    changes["parallel"] = {**case["parallel"], "tp_size": tp, "sequence_parallel": sp, "dp_size": dp}
+    changes["parallel"] = {**case["parallel"], "tp_size": tp, "sequence_parallel": sp, "dp_size": dp, "dp_replicate": replicate}
     return train_config(
         folder, init_from=str(folder / case["model"]), output_dir=str(folder / f"runs-{name}"), **changes
     )
@@ -137,7 +138,7 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
 
     dist.init_process_group("gloo")
     results = []
-    mesh = build_mesh(torch.device("cpu"), *(cases[0][1]["layout"][i] for i in (2, 0, 1)))
+    mesh = build_mesh(torch.device("cpu"), *(cases[0][1]["layout"][i] for i in (2, 0, 1, 3)))
     for name, case in cases:
         dtype = DTYPES[case["dtype"]]
         torch.set_default_dtype(dtype)
@@ -290,7 +291,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(server: Server, folder: Path, cases: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    tp, _, dp = cases[0]["layout"]
+    tp, _, dp, _ = cases[0]["layout"]
     named = [(f"{name}-{i}", case) for i, case in enumerate(cases)]
     outcomes = server.run(train_cases, tp * dp, str(folder), named)
     assert [outcome.code for outcome in outcomes] == [0] * (tp * dp), outcomes[0].output[-3000:]
@@ -299,7 +300,9 @@ def run(server: Server, folder: Path, cases: list[dict[str, Any]], name: str) ->
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "layout", LAYOUTS, ids=lambda layout: f"tp{layout[0]}{'+sp' * layout[1]}-dp{layout[2]}"
+    "layout",
+    LAYOUTS,
+    ids=lambda lay: f"tp{lay[0]}{'+sp' * lay[1]}-dp{lay[2]}{f'-replicate{lay[3]}' * (lay[3] > 1)}",
 )
 def test_a_layout_trains_as_the_oracle(layout: tuple, server: Server, folder: Path) -> None:
     cases = [case for case in MIXED if case["layout"] == layout]
@@ -328,7 +331,7 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
     """A new field of these must come into CHANGES, or be known here to decide no number of a step."""
     elsewhere = {
         DataConfig: {"datasets", "cache_dir", "store", "on_long_row"},
-        ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "timeout_s"},
+        ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s"},
         LossConfig: set(), OptimConfig: set(),
         TrainConfig: {
             "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",

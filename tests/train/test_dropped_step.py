@@ -9,8 +9,14 @@ import torch
 from ranks import run_ranks
 from tiny import MODEL, train_config
 
-# precision, in_batch, reshard_after_forward; FSDP2 keeps fp32 and bf16 gradients in different places.
-CASES = [("fp32", "none", False), ("fp32", "positives", True), ("bf16", "none", True)]
+# precision, in_batch, reshard_after_forward, dp_replicate; FSDP2 keeps fp32, bf16 and half-reduced gradients in
+# different places.
+CASES = [
+    ("fp32", "none", False, 1),
+    ("fp32", "positives", True, 1),
+    ("bf16", "none", False, 1),
+    ("fp32", "none", True, 2),
+]
 
 
 class Left(Exception):
@@ -32,8 +38,9 @@ def leave_everywhere(
     from nemo_embed_core.train.trainer import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
-    mesh, results = build_mesh(torch.device("cpu"), world_size, 1, False), []
-    for precision, in_batch, reshard in CASES:
+    results = []
+    for precision, in_batch, reshard, replicate in CASES:
+        mesh = build_mesh(torch.device("cpu"), world_size, 1, False, replicate)
         options: dict[str, Any] = {
             "precision": precision,
             "loss": {"in_batch": in_batch},
@@ -49,7 +56,7 @@ def leave_everywhere(
         assert len(batches) >= 3, "the places in between are the point"
 
         def gradients(
-            leave_at: int = -1, t: Any = trainer, b: Any = batches, c: Any = config
+            leave_at: int = -1, t: Any = trainer, b: Any = batches, c: Any = config, m: Any = mesh
         ) -> tuple[list, dict]:
             def before(phase: str, i: int) -> None:
                 if len(places) == leave_at:
@@ -58,7 +65,7 @@ def leave_everywhere(
 
             places: list[str] = []
             t.engine.optimizer.zero_grad(set_to_none=True)
-            forward_backward(t.engine.model, b, mesh, c.loss, before)
+            forward_backward(t.engine.model, b, m, c.loss, before)
             return places, {n: p.grad.full_tensor().clone() for n, p in t.engine.model.named_parameters()}
 
         places, right = gradients()
@@ -68,7 +75,7 @@ def leave_everywhere(
             fsdp.drop_step(trainer.engine.model)
             _, again = gradients()
             wrong = [name for name, grad in right.items() if not torch.equal(again[name], grad)]
-            results.append((f"{precision} {in_batch} {reshard=}", place, wrong))
+            results.append((f"{precision} {in_batch} {reshard=} {replicate=}", place, wrong))
         trainer.close()
     return results
 

@@ -1,0 +1,168 @@
+"""What a training step sends: calls and bytes of every collective of the engine, by axis, as formulas.
+
+    traffic = step_traffic(Wire(...), micro_batches)          {("dp_shard", "all_gather"): Traffic(33, 15.0e9), ...}
+
+Bytes are those of the whole buffer, gathered or before it is scattered; of a group of n ranks each sends (n - 1) / n
+of it, of an all-reduce twice that. `Counted` counts what really happens, under the same keys.
+
+L layers · D hidden_size · T tokens and N sequences of a micro-batch, padding included · n micro-batches
+W bytes of a unit's weights on a tp rank, as they run, padded to equal shards · G the same of its gradients
+
+axis           operation        calls x bytes, over the L blocks and the root as units
+dp_shard       all_gather       W of each unit, once a step; with reshard in each forward and backward
+               reduce_scatter   G of each unit, once a step; with reshard in each backward
+dp_replicate   all_reduce       G / shard of each unit, once a step
+tp (SP)        all_gather       of T D: embedding 1 in backward; a block 2 forward, 4 backward
+               reduce_scatter   of T D: embedding 1 forward; a block 2 forward, 2 backward
+               all_reduce       of N D: pooling 1 forward; once a step the gradients of the 2 L + 1 norms
+tp (no SP)     all_reduce       of T D: embedding 1 forward; a block 2 forward, 2 backward
+dp             all_gather       with in-batch negatives: documents, their ids and which exist, once a step
+               reduce_scatter   the gradients of those documents, once a step
+dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
+
+GradCache (in-batch negatives and n > 1) runs each forward twice. An axis of one rank sends nothing. The trainer adds
+an all-reduce of some hundred bytes over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nemo_embed_core.parallel.mesh import Mesh
+
+
+class Traffic(NamedTuple):
+    calls: int
+    bytes: int
+
+
+Key = tuple[str, str]  # axis, operation
+
+
+def sent(operation: str, whole: float, ranks: int) -> float:
+    """Bytes that each rank sends of buffers of `whole` bytes, by the ring algorithm."""
+    return (2 if operation == "all_reduce" else 1) * (ranks - 1) / ranks * whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """units: of the root and of each block, the shapes of its parameters on a tp rank."""
+
+    units: Sequence[Sequence[Sequence[int]]]
+    hidden_size: int
+    dp_shard: int
+    dp_replicate: int = 1
+    tp: int = 1
+    sequence_parallel: bool = True
+    reshard: bool = False
+    recompute: bool = False
+    in_batch_columns: int = 0  # documents of a rank that its queries and others' are contrasted with; 0: own alone
+    known_rows: int = 0
+    weight_bytes: int = 2  # of an element: as weights run, gradients are reduced, and rows are pooled and scored
+    reduce_bytes: int = 4
+    row_bytes: int = 4
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.units) - 1
+
+
+def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[Key, Traffic]:
+    """Of micro-batches of (T, N), by the formulas above."""
+    found: dict[Key, list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(axis: str, operation: str, calls: int, each: int) -> None:
+        found[axis, operation][0] += calls
+        found[axis, operation][1] += calls * each
+
+    n, s, L, D = len(micro_batches), wire.dp_shard, wire.num_layers, wire.hidden_size
+    passes = 2 if wire.in_batch_columns and n > 1 else 1  # forwards of a micro-batch
+    gathers, reductions = (n * (passes + 1), n) if wire.reshard else (1, 1)
+    for shapes in wire.units:
+        numel = sum(-(-rows // s) * s * torch.Size(rest).numel() for rows, *rest in shapes)
+        if s > 1:
+            add("dp_shard", "all_gather", gathers, numel * wire.weight_bytes)
+            add("dp_shard", "reduce_scatter", reductions, numel * wire.reduce_bytes)
+        if wire.dp_replicate > 1:
+            add("dp_replicate", "all_reduce", 1, numel // s * wire.reduce_bytes)
+    if wire.tp > 1:
+        # What a block does again in backward: up to the last tensor that backward needs, which the row-parallel
+        # product after it makes no more.
+        again = 1 if wire.recompute else 0
+        for T, N in micro_batches:
+            hidden = T * D * wire.weight_bytes
+            if wire.sequence_parallel:
+                add("tp", "all_gather", (2 * L) * passes + (4 * L + 1) + again * 2 * L, hidden)
+                add("tp", "reduce_scatter", (2 * L + 1) * passes + 2 * L + again * L, hidden)
+                add("tp", "all_reduce", passes, N * D * wire.row_bytes)
+            else:
+                add("tp", "all_reduce", (2 * L + 1) * passes + 2 * L + again * L, hidden)
+        if wire.sequence_parallel:
+            add("tp", "all_reduce", 1, (2 * L + 1) * -(-D // s) * 4)
+        add("tp", "all_reduce", 1, 4)
+    if s > 1:
+        add("dp_shard", "all_reduce", 1, 4)
+    dp = s * wire.dp_replicate
+    if wire.in_batch_columns and dp > 1:
+        axis = "dp_shard" if wire.dp_replicate == 1 else "dp"  # the same ranks
+        columns = dp * wire.in_batch_columns
+        add(axis, "all_gather", 1, columns * D * wire.row_bytes)
+        add(axis, "all_gather", 2, columns * 8)
+        add(axis, "reduce_scatter", 1, columns * D * wire.row_bytes)
+    return {key: Traffic(*values) for key, values in sorted(found.items())}
+
+
+# ------------------------------------------------------------------------------------------ what happens
+
+_OPERATIONS = {
+    "allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce", "all_reduce": "all_reduce",
+}  # fmt: skip
+
+
+class Counted(TorchDispatchMode):
+    """`with Counted(mesh) as counted: ...; counted.traffic`: every collective of this process, on whatever backend,
+    fake tensors included. A group that is none of the mesh's has its own name as axis."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self._found: dict[Key, list[int]] = defaultdict(lambda: [0, 0])
+        self._axes = axes(mesh)
+
+    @property
+    def traffic(self) -> Mapping[Key, Traffic]:
+        return {key: Traffic(*values) for key, values in sorted(self._found.items())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        namespace, _, name = func.name().partition("::")
+        name = name.lstrip("_")
+        operation = next((op for start, op in _OPERATIONS.items() if name.startswith(start)), None)
+        if operation is not None and namespace in ("c10d", "_c10d_functional"):
+            leaves = tree_leaves((args, kwargs))
+            tensors = [x for x in [*leaves, *tree_leaves(out)] if isinstance(x, torch.Tensor)]
+            group = next(x for x in reversed(leaves) if isinstance(x, str | torch.ScriptObject))
+            if not isinstance(group, str):
+                group = dist.ProcessGroup.unbox(group).group_name
+            entry = self._found[self._axes.get(group, group), operation]
+            entry[0] += 1
+            entry[1] += max(x.numel() * x.element_size() for x in tensors)
+        return out
+
+
+def axes(mesh: Mesh) -> dict[str, str]:
+    """Name of a process group -> its axis."""
+    found = {mesh.dp_group.group_name: "dp", mesh.shard_group.group_name: "dp_shard"}
+    if mesh.fsdp.ndim > 1:
+        found[mesh.fsdp.get_group("dp_replicate").group_name] = "dp_replicate"
+    if mesh.tp.mesh is not None:
+        found[mesh.tp.group.group_name] = "tp"
+    return found
