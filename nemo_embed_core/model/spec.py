@@ -2,6 +2,7 @@
 consumer calls them.
 
     parameter_shapes, tp_dim, tp_unit    our parameters and how tensor parallelism cuts them
+    rank_units                           what a rank gathers together
     hf_rows, hf_shapes                   Hugging Face's tensors, and whose rows ours are
     ARCHITECTURES, ROPE_TYPES            words of config.json
     POOLINGS                             words of config.json and sentence-transformers, text for people
@@ -18,6 +19,7 @@ from typing import Any
 
 from nemo_embed_core.config import ModelConfig, Pooling
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.parallel.layout import tp_chunk
 
 # ------------------------------------------------------------------------------------------ config.json
 
@@ -65,6 +67,18 @@ def tp_unit(name: str, config: ModelConfig) -> int:
     if name.endswith("gate_up_proj.weight"):
         return 2 * width
     return width if name.endswith("down_proj.weight") else 1
+
+
+def rank_units(config: ModelConfig, tp_size: int) -> list[list[tuple[int, ...]]]:
+    """Shapes on a tp rank of what FSDP2 gathers together: of the root and of each block."""
+    units: list[list[tuple[int, ...]]] = [[] for _ in range(1 + config.num_hidden_layers)]
+    for name, shape in parameter_shapes(config).items():
+        local, dim = list(shape), tp_dim(name)
+        if dim is not None:
+            local[dim] = tp_chunk(shape[dim], tp_size, tp_unit(name, config))
+        layer = name.removeprefix("model.layers.")
+        units[0 if layer == name else 1 + int(layer.split(".")[0])].append(tuple(local))
+    return units
 
 
 def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:

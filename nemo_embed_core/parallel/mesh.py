@@ -130,9 +130,7 @@ def distributed(
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
         )
-        yield build_mesh(
-            target, dp_size, parallel.tp_size, parallel.sequence_parallel, parallel.dp_replicate
-        )
+        yield build_mesh(target, dp_size, parallel.tp_size, parallel.sequence_parallel, parallel.dp_replicate)
     # Not after an error: NCCL's destroy waits for the other ranks, and the process ends in any case.
     dist.destroy_process_group()
 

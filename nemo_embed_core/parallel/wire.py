@@ -64,9 +64,12 @@ class Wire:
     sequence_parallel: bool = True
     reshard: bool = False
     recompute: bool = False
-    in_batch_columns: int = 0  # documents of a rank that its queries and others' are contrasted with; 0: own alone
-    known_rows: int = 0
-    weight_bytes: int = 2  # of an element: as weights run, gradients are reduced, and rows are pooled and scored
+    in_batch_columns: int = (
+        0  # documents of a rank that its queries and others' are contrasted with; 0: own alone
+    )
+    weight_bytes: int = (
+        2  # of an element: as weights run, gradients are reduced, and rows are pooled and scored
+    )
     reduce_bytes: int = 4
     row_bytes: int = 4
 
@@ -112,7 +115,8 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         add("dp_shard", "all_reduce", 1, 4)
     dp = s * wire.dp_replicate
     if wire.in_batch_columns and dp > 1:
-        axis = "dp_shard" if wire.dp_replicate == 1 else "dp"  # the same ranks
+        # The same ranks have one name.
+        axis = "dp_shard" if wire.dp_replicate == 1 else "dp_replicate" if s == 1 else "dp"
         columns = dp * wire.in_batch_columns
         add(axis, "all_gather", 1, columns * D * wire.row_bytes)
         add(axis, "all_gather", 2, columns * 8)
@@ -149,13 +153,19 @@ class Counted(TorchDispatchMode):
         if operation is not None and namespace in ("c10d", "_c10d_functional"):
             leaves = tree_leaves((args, kwargs))
             tensors = [x for x in [*leaves, *tree_leaves(out)] if isinstance(x, torch.Tensor)]
-            group = next(x for x in reversed(leaves) if isinstance(x, str | torch.ScriptObject))
-            if not isinstance(group, str):
-                group = dist.ProcessGroup.unbox(group).group_name
+            group = _group_name(leaves)
             entry = self._found[self._axes.get(group, group), operation]
             entry[0] += 1
             entry[1] += max(x.numel() * x.element_size() for x in tensors)
         return out
+
+
+def _group_name(arguments: Sequence[Any]) -> str:
+    """Functional collectives take the group's name last, the others a boxed group."""
+    for x in reversed(arguments):
+        if isinstance(x, torch.ScriptObject) and "ProcessGroup" in x._type().qualified_name():  # type: ignore[attr-defined]
+            return dist.ProcessGroup.unbox(x).group_name
+    return next(x for x in reversed(arguments) if isinstance(x, str))
 
 
 def axes(mesh: Mesh) -> dict[str, str]:

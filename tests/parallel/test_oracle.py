@@ -110,7 +110,13 @@ MIXED = mixed_cases()
 def configure(folder: Path, case: dict[str, Any], name: str) -> TrainConfig:
     tp, sp, dp, replicate = case["layout"]
     changes = {key: value for key, value in case.items() if key not in ("layout", "model", "dtype")}
-    changes["parallel"] = {**case["parallel"], "tp_size": tp, "sequence_parallel": sp, "dp_size": dp, "dp_replicate": replicate}
+    changes["parallel"] = {
+        **case["parallel"],
+        "tp_size": tp,
+        "sequence_parallel": sp,
+        "dp_size": dp,
+        "dp_replicate": replicate,
+    }
     return train_config(
         folder, init_from=str(folder / case["model"]), output_dir=str(folder / f"runs-{name}"), **changes
     )

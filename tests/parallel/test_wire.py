@@ -1,0 +1,110 @@
+"""Collectives that the engine really makes, on gloo and on fake groups of many ranks, against the formulas of
+parallel/wire.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import Server
+from tiny import MODEL, train_config
+
+# tp_size, sequence_parallel, dp_size, dp_replicate
+REAL = {
+    2: [(2, True, 1, 1), (2, False, 1, 1), (1, False, 2, 1), (1, False, 2, 2)],
+    4: [(2, True, 2, 1), (1, False, 4, 1), (1, False, 4, 2), (2, True, 2, 2)],
+}
+FAKE = [(4, True, 16, 2), (4, False, 16, 1)]
+# in_batch, reshard_after_forward, activation_checkpointing, max_tokens, precision, reduce_dtype
+ALL_MODES = [
+    (in_batch, reshard, recompute, max_tokens, *dtypes)
+    for in_batch in ("none", "positives", "all")
+    for reshard in (False, True)
+    for recompute, max_tokens, dtypes in (
+        (False, 4000, ("bf16", "fp32")),
+        (True, 150, ("bf16", "bf16")),
+        (False, 150, ("fp32", "fp32")),
+    )
+]
+FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)]
+
+
+def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[str, int, dict, dict]]:
+    """(case, number of micro-batches, counted, by the formulas) of rank 0."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from nemo_embed_core.checkpoint.weights import RandomReader, fill
+    from nemo_embed_core.data.build import open_store
+    from nemo_embed_core.data.packing import load_batch
+    from nemo_embed_core.data.sampler import Sampler
+    from nemo_embed_core.data.tokenizer import load_tokenizer
+    from nemo_embed_core.model.spec import rank_units
+    from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.parallel.wire import Counted, Wire, step_traffic
+    from nemo_embed_core.train.engine import Engine
+
+    world_size = layouts[0][0] * layouts[0][2]
+    if backend == "fake":
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    else:
+        dist.init_process_group("gloo")
+    found = []
+    for tp, sp, dp, replicate in layouts:
+        mesh = build_mesh(torch.device("cpu"), dp, tp, sp, replicate)
+        for in_batch, reshard, recompute, max_tokens, precision, reduce_dtype in modes:
+            parallel = {"tp_size": tp, "sequence_parallel": sp, "dp_replicate": replicate}
+            parallel |= {"reshard_after_forward": reshard, "reduce_dtype": reduce_dtype}
+            config = train_config(
+                Path(folder), parallel=parallel, loss={"in_batch": in_batch}, data={"max_tokens": max_tokens},
+                activation_checkpointing=recompute, precision=precision, global_batch_size=6 * dp,
+            )  # fmt: skip
+            store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
+            ranks, rank = (1, 0) if backend == "fake" else (dp, mesh.dp_rank)  # data for so many
+            sampler = Sampler(torch.arange(61).numpy(), 6 * ranks, 0)
+            engine = Engine(config, MODEL, mesh)
+            place = (mesh.tp.rank, tp), (mesh.shard_rank, mesh.shard_size)
+            fill(engine.model, RandomReader(MODEL, 0), MODEL, *place)
+            batches, _ = load_batch(store, sampler, 0, rank, ranks, config.data, tp, 0)
+            with Counted(mesh) as counted:
+                engine.forward_backward(batches)
+                engine.clip()
+                engine.update(1e-4)
+            queries = sum(len(batch.query_index) for batch in batches)
+            wire = Wire(
+                units=rank_units(MODEL, tp), hidden_size=MODEL.hidden_size, dp_shard=dp // replicate,
+                dp_replicate=replicate, tp=tp, sequence_parallel=sp, reshard=reshard, recompute=recompute,
+                in_batch_columns={"none": 0, "positives": queries, "all": 3 * queries}[in_batch],
+                weight_bytes=2 if precision == "bf16" else 4, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
+            )  # fmt: skip
+            sizes = [(len(batch.input_ids), len(batch.lengths)) for batch in batches]
+            case = f"{tp=} {sp=} {dp=} {replicate=} {in_batch} {reshard=} {recompute=} {precision} {reduce_dtype}"
+            found.append((case, len(batches), dict(counted.traffic), step_traffic(wire, sizes)))
+    return found if dist.get_rank() == 0 else []
+
+
+def check(server: Server, folder: Path, layouts: list, modes: list, backend: str) -> None:
+    train_config(folder)  # writes the data, before several ranks would
+    ranks = 1 if backend == "fake" else layouts[0][0] * layouts[0][2]
+    outcomes = server.run(count, ranks, str(folder), layouts, modes, backend)
+    assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].output[-3000:]
+    found: list[Any] = outcomes[0].result
+    assert {number > 1 for _, number, _, _ in found} == {True, False}, "one micro-batch, and several"
+    wrong = [
+        f"{case} in {number} micro-batches, {key}: {counted.get(key)}, not {formulas.get(key)}"
+        for case, number, counted, formulas in found
+        for key in sorted({*counted, *formulas})
+        if counted.get(key) != formulas.get(key)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", REAL)
+def test_gloo_carries_what_the_formulas_say(world_size: int, server: Server, tmp_path: Path) -> None:
+    check(server, tmp_path, REAL[world_size], FEW_MODES, "gloo")
+
+
+@pytest.mark.parametrize("layout", FAKE, ids=str)
+def test_many_ranks_would_carry_what_the_formulas_say(layout: tuple, server: Server, tmp_path: Path) -> None:
+    check(server, tmp_path, [layout], ALL_MODES, "fake")
