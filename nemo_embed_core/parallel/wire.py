@@ -163,7 +163,7 @@ class Counted(TorchDispatchMode):
 def _group_name(arguments: Sequence[Any]) -> str:
     """Functional collectives take the group's name last, the others a boxed group."""
     for x in reversed(arguments):
-        if isinstance(x, torch.ScriptObject) and "ProcessGroup" in x._type().qualified_name():  # type: ignore[attr-defined]
+        if isinstance(x, torch.ScriptObject) and "ProcessGroup" in x._type().qualified_name():
             return dist.ProcessGroup.unbox(x).group_name
     return next(x for x in reversed(arguments) if isinstance(x, str))
 

@@ -9,6 +9,9 @@ import torch
 from forked import Server
 from tiny import MODEL, train_config
 
+from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.tokenizer import load_tokenizer
+
 # tp_size, sequence_parallel, dp_size, dp_replicate
 REAL = {
     2: [(2, True, 1, 1), (2, False, 1, 1), (1, False, 2, 1), (1, False, 2, 2)],
@@ -35,10 +38,8 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from nemo_embed_core.checkpoint.weights import RandomReader, fill
-    from nemo_embed_core.data.build import open_store
     from nemo_embed_core.data.packing import load_batch
     from nemo_embed_core.data.sampler import Sampler
-    from nemo_embed_core.data.tokenizer import load_tokenizer
     from nemo_embed_core.model.spec import rank_units
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.parallel.wire import Counted, Wire, step_traffic
@@ -84,7 +85,8 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
 
 
 def check(server: Server, folder: Path, layouts: list, modes: list, backend: str) -> None:
-    train_config(folder)  # writes the data, before several ranks would
+    data = train_config(folder)  # written and built before several ranks would
+    open_store(data.data, load_tokenizer(data.tokenizer), log=lambda message: None)
     ranks = 1 if backend == "fake" else layouts[0][0] * layouts[0][2]
     outcomes = server.run(count, ranks, str(folder), layouts, modes, backend)
     assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].output[-3000:]
