@@ -150,6 +150,8 @@ def build_mesh(
         sequence_parallel=sequence_parallel and tp_size > 1,
     )
     shard = grid["dp_shard"]
+    # No communicator beside one of the same ranks.
+    dp = shard if first else grid["dp_replicate"] if shard.size() == 1 else fsdp._flatten("dp")
     replicate_rank = 0 if first else grid["dp_replicate"].get_local_rank()
     return Mesh(
         device=device,
@@ -159,6 +161,6 @@ def build_mesh(
         dp_rank=replicate_rank * shard.size() + shard.get_local_rank(),
         shard_size=shard.size(),
         shard_rank=shard.get_local_rank(),
-        dp_group=shard.get_group() if first else fsdp._flatten("dp").get_group(),
+        dp_group=dp.get_group(),
         shard_group=shard.get_group(),
     )
