@@ -40,8 +40,7 @@ def _alone(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share the work. gather(value) -> every rank's value, in rank order; called by all
-    ranks."""
+    """The processes that share the work. gather(value) -> every rank's value, in rank order; all call it."""
 
     rank: int = 0
     size: int = 1
@@ -53,8 +52,7 @@ class Ranks:
 
 
 class Corpus:
-    """np.concatenate(arrays) without the copy: .shape, [a:b] and [ids], read from memory maps as they are
-    touched."""
+    """np.concatenate(arrays) without the copy: .shape, [a:b] and [ids], read from memory maps on touch."""
 
     def __init__(self, arrays: list[np.ndarray], start: int = 0, stop: int | None = None):
         self.arrays = arrays
@@ -109,12 +107,10 @@ def encode_corpus(
     name: str = "texts",
     log: Callable[[str], None] = print,
 ) -> Corpus:
-    """np.concatenate([embedder.encode(texts[i : i + shard_size], prompt, max_length).astype(dtype) ...]),
-    resumable.
+    """np.concatenate([embedder.encode(texts[i : i + shard_size], prompt, max_length).astype(dtype) ...]).
 
     unit: rows of another length than 1 are refused; else only rows that are zero, or not finite in dtype.
-    With several ranks, rank r encodes shards r, r + size, ... of one folder that all of them see; all return
-    the whole.
+    With several ranks, rank r encodes shards r, r + size, ... of one shared folder; all return the whole.
     """
     if not len(texts):
         raise UserError(f"{folder}: there are no {name} to encode")
@@ -177,8 +173,7 @@ def open_corpus(folder: Path, num_shards: int) -> Corpus:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Of the texts of a corpus: how many lost tokens (None: the model does not say), and which fill the
-    length with what."""
+    """How many texts of a corpus lost tokens (None: not known), and which fill the length with what."""
 
     num_truncated: int | None
     numbers: list[int]
@@ -224,8 +219,7 @@ def _batches(texts: Sequence[str], first: int, count: int) -> Iterator[list[str]
 
 
 class _Cuts:
-    """What truncation did to the texts of a shard, as its sidecar has it: texts with the same key are the
-    same to the model."""
+    """Truncation of a shard's texts, as its sidecar has it; texts with one key are one to the model."""
 
     def __init__(self, embedder: Any, prompt: str, max_length: int):
         self.embedder, self.prompt, self.max_length = embedder, prompt, max_length

@@ -40,8 +40,7 @@ ROWS_PER_GROUP, CHARACTERS_PER_GROUP = 4096, 32 << 20  # of a parquet file, at m
 def convert_all(
     mined: str | Path, forms: Sequence[str], log: Callable[[str], None] = print, **options: Any
 ) -> dict[str, str]:
-    """convert(mined, f"{mined}.{form}{suffix}", form, **options) for every form; {path: why} of those that
-    failed."""
+    """convert(mined, f"{mined}.{form}{suffix}", form, **options) of every form; {path: why} of failures."""
     failed = {}
     for form in forms:
         path = f"{mined}.{form}{SUFFIXES[form]}"
@@ -64,8 +63,7 @@ def convert(
     prompt: str = "",
     document_prompt: str = "",
 ) -> dict[str, int]:
-    """Write `mined` (a JSONL of launch/mine.py) at `output` in another format: {"rows": written, "left_out":
-    not}.
+    """Write `mined` (a JSONL of launch/mine.py) at `output` in another format: {"rows", "left_out"} counted.
 
     prompt, document_prompt: put before every query and every document.
     """
@@ -165,8 +163,7 @@ def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, d
     data = path.with_name(f".{path.name}.data.tmp")
 
     def texts() -> Iterator[dict[str, str]]:
-        # One pass over the rows: their ids go to a file of their own while the texts they introduce go to the
-        # corpus.
+        # One pass over the rows: ids go to a file of their own while their new texts go to the corpus.
         with open(data, "w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
                 question = {

@@ -1,5 +1,4 @@
-"""topk_below over blocks of queries, resumable; one teacher's lists under several ceilings; several teachers'
-lists as one."""
+"""topk_below over blocks of queries, resumable; a teacher's lists under several ceilings; teachers joined."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ class TeacherSearch:
     num_again: int = 0  # queries that were searched a second time, for a lower ceiling
 
     def scores(self, pairs: Exclude, rows: np.ndarray | None = None) -> np.ndarray:
-        """The score of every pair (query rows[i], document) of the CSR, by the same function as the
-        negatives' scores."""
+        """The score of each pair (query rows[i], document) of the CSR, as negatives are scored."""
         of_query = np.repeat(np.arange(len(pairs.indptr) - 1), np.diff(pairs.indptr))
         of_query = of_query if rows is None else rows[of_query]
         scores = np.empty(len(of_query), np.float32)
@@ -64,8 +62,7 @@ class TeacherSearch:
     def top(
         self, ceilings: np.ndarray, k: int, rows: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """topk_below for these query rows (None: all), each block published when it is done; documents split
-        over ranks."""
+        """topk_below for these query rows (None: all), published block by block; ranks split documents."""
         rows = np.arange(len(self.queries)) if rows is None else rows
         k = min(k, self.num_searched)
         digest = self._digest(ceilings, k, rows)
@@ -77,8 +74,7 @@ class TeacherSearch:
         starts = range(0, len(rows), size)
         first, last = ranks.span(self.num_searched)
         documents = None
-        # Rank 0 says which blocks are there: a block that appears meanwhile must not be skipped by some ranks
-        # only.
+        # Rank 0 says which blocks are there: one that appears meanwhile must be skipped by all ranks or none.
         found = [_read_block(folder, s // size, digest) for s in starts] if ranks.rank == 0 else None
         done = ranks.gather(found)[0]
         progress = Progress("searched", "queries", len(rows), self.log, shown=ranks.rank == 0)
@@ -126,8 +122,7 @@ class TeacherSearch:
         method: str,
         stats: SearchStats | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """topk_below for these query rows, as many at a time as have MAX_EXCLUDED documents that they must
-        not be given."""
+        """topk_below for these query rows, as many at a time as have MAX_EXCLUDED excluded documents."""
         parts = []
         group = np.cumsum(self.exclude.counts(rows)) // MAX_EXCLUDED
         for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
@@ -144,8 +139,7 @@ class TeacherSearch:
         return torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
 
     def _digest(self, ceilings: np.ndarray, k: int, rows: np.ndarray) -> str:
-        """Names one search: the embeddings (by their sidecars, which hold their sha256) and every argument
-        that matters."""
+        """Names one search: the embeddings (by their sidecars with the sha256) and every other argument."""
         digest = hashlib.sha256(f"{k} {self.num_searched} {self.block_queries}".encode())
         for sidecar in sorted([*self.work.glob("documents/*.json"), *self.work.glob("queries/*.json")]):
             digest.update(sidecar.read_bytes())
@@ -177,8 +171,7 @@ def _read_block(folder: Path, index: int, digest: str) -> tuple[np.ndarray, np.n
 
 
 class CandidateLists:
-    """One teacher's best documents under ever lower ceilings, exactly, from one search that kept more than k
-    of them.
+    """One teacher's best documents under ever lower ceilings, exactly, from one search that kept more than k.
 
     A list has every document between its last score and the ceiling that it was searched under. Cut at a
     lower ceiling it therefore begins with the right documents. It ends too early only where it was full and
@@ -223,8 +216,7 @@ def find(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scores, ids, below), all [Q, n] with n <= selection.num_searched: `choose` takes negatives from these.
 
-    lists, lowest: per teacher. below: found, and below the ceiling of every teacher. Scores are the first
-    teacher's.
+    lists, lowest: per teacher. below: found, and below every teacher's ceiling. Scores: the first teacher's.
     """
     ceilings = [ceilings_of(selection, s) for s in lowest]
     limits = [np.full(len(c), np.inf) if selection.by_rank else c for c in ceilings]
@@ -248,8 +240,7 @@ def combine(
     rows: np.ndarray,
     selection: Selection,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One list per query out of the lists of several teachers: (scores of the first teacher, ids, below), [R,
-    n].
+    """One list per query out of several teachers' lists: (scores of the first teacher, ids, below), [R, n].
 
     tops [R, M] per teacher: the ids of its M = combine_depth best passages below its ceiling, best first, -1
     in free places. In a list of m passages they have the ranks 0 .. m - 1, and any other passage has rank m.
@@ -258,8 +249,7 @@ def combine(
     mean_rank: the passages that are in some list, and below the ceiling of every teacher.
 
     Both in the order (mean of the ranks, id), the first n = selection.num_searched of them. With range_min or
-    range_max the lists hold the best passages whatever they score, n counts those too, and `below` says which
-    may be taken.
+    range_max the lists hold the best documents whatever they score, n counts all, `below` says which may go.
     """
     n, num_rows = selection.num_searched, len(rows)
     ordered = [
@@ -274,8 +264,7 @@ def combine(
         open_rows = [i for i in range(num_rows) if filled[i] < n and len(ordered[i]) > looked_at]
         if not open_rows:
             return scores, ids, below
-        # A passage that one list lacks may be above that teacher's ceiling or merely further down: its score
-        # tells.
+        # A document that one list lacks is above that teacher's ceiling or further down: its score tells.
         pairs = Exclude.from_lists([ordered[i][looked_at : looked_at + n].tolist() for i in open_rows])
         by_teacher = [search.scores(pairs, rows[open_rows]) for search in searches]
         of_row = np.repeat(np.array(open_rows), np.diff(pairs.indptr))

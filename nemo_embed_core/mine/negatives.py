@@ -8,8 +8,7 @@ A document may be a negative of a query when its score is below `ceiling(positiv
 With several positives the lowest-scoring one gives the ceiling: nothing returned beats any positive by the
 margin. Never returned: a document that any data of the run judges relevant for the query; the query itself; a
 document of the query's group; one that is the same as a positive once both are cut at the model's length; and
-what equals one of them in normal form (data/normal_form.py). Of texts equal in that sense only the first is
-searched.
+what equals one of them in normal form (data/normal_form.py), in which sense a text is searched once.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ def mine_negatives(
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The rows again, in order, with neg = the best-scoring documents below the ceiling, into `output`; the
-    report.
+    """The rows again, in order, with neg = the best documents below the ceiling, into `output`; the report.
 
     teachers: one or several (`selection.combine`), asked for one after the other: each may be loaded then.
     sweep: further thresholds to report on. Searched are `documents` and (rows_are_searched) all documents, pos
@@ -249,8 +247,7 @@ def _storage(
     ceilings: np.ndarray,
     scores: np.ndarray,
 ) -> dict[str, Any]:
-    """Scores, and so ceilings, are of the stored rows; score_error: how far the scores of the model's own can
-    be from them.
+    """Scores and ceilings are of the stored rows; score_error bounds the distance to the model's own scores.
 
     float16: |x - x^| <= 2^-11 |x| + 2^-25 sqrt(D) on either side, for rows of unit length. None: not known.
     """
@@ -269,8 +266,7 @@ def _storage(
 
 @dataclass(frozen=True)
 class Given:
-    """The negatives that the rows brought: scores, and which may be kept (none that is known to be relevant,
-    none twice)."""
+    """The negatives of the rows: scores, and which may be kept (none known to be relevant, none twice)."""
 
     documents: Exclude
     scores: np.ndarray
@@ -306,8 +302,7 @@ class Given:
         return cls(given, scores, may_be_kept, counts)
 
     def before(self, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, ids), [Q, n], of those that may be kept, then of the mined ones, up to as many as were
-        mined for."""
+        """(scores, ids), [Q, n]: those that may be kept, then mined ones, at least as many as mined for."""
         k = ids.shape[1]
         starts = self.documents.indptr
         kept = [self.documents.ids[a:b][self.may_be_kept[a:b]] for a, b in pairwise(starts)]
@@ -348,8 +343,7 @@ def _short(score: np.float32) -> float:
 
 
 def random_scores(search: TeacherSearch) -> np.ndarray:
-    """Scores of queries with documents drawn without looking: what a document scores that has nothing to do
-    with it."""
+    """Scores of queries with documents drawn without looking: the score of having nothing in common."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, len(search.queries), NUM_RANDOM_PAIRS)
     ids = rng.integers(0, search.num_searched, NUM_RANDOM_PAIRS)
@@ -359,8 +353,7 @@ def random_scores(search: TeacherSearch) -> np.ndarray:
 def suspects(
     rows: Rows, search: TeacherSearch, lowest: np.ndarray, ceilings: np.ndarray, judged: Exclude | None
 ) -> dict[str, Any]:
-    """What the first model's ceiling keeps out of a sample of rows: of how many, and some to read. Unlabelled
-    positives?
+    """In how many sampled rows the first model's ceiling keeps documents out, and some to read: mislabelled?
 
     judged: per row documents that are known to be irrelevant, so none.
     """

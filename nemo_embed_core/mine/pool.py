@@ -1,8 +1,6 @@
-"""The documents that are searched: every text once; the rows they are mined for; and what a query must never
-be given.
+"""The documents that are searched, every text once; the rows; and the documents that no query may be given.
 
-All texts are on disk (data/texts.py), all comparisons are of 16-byte keys, and "the same text" is
-data/normal_form.py.
+All texts are on disk (data/texts.py), keys have 16 bytes, and data/normal_form.py says which are equal.
 """
 
 from __future__ import annotations
@@ -80,8 +78,7 @@ class Pool:
         self.num_searched = 0
 
     def add(self, text: str, document_id: str = "", is_of_a_row: bool = True) -> int:
-        """The place of the text, the same for the same text: `number` has its number once all texts are
-        there.
+        """The place of the text, one for equal texts: `number` has its number once all texts are there.
 
         Of no row and not searched: it is counted, and not kept (-1).
         """
@@ -121,8 +118,7 @@ class Pool:
         self._is_open = False
 
     def close(self) -> Pool:
-        """All texts are there: those that are searched get the first numbers, in the order in which they were
-        met."""
+        """All texts are there: the searched ones get the first numbers, in the order of their arrival."""
         aside = np.frombuffer(self._aside, np.uint8).astype(bool)
         order = np.concatenate([np.flatnonzero(~aside), np.flatnonzero(aside)])
         self._number = np.empty(len(order), np.int64)
@@ -147,8 +143,7 @@ class Pool:
         return None if place is None or self._aside[place] else int(self._number[place])
 
     def searched(self, numbers: np.ndarray) -> np.ndarray:
-        """Of documents the searched ones that are the same text; those of which none is searched are left
-        out."""
+        """The searched documents that are the same texts; a document of which none is searched has none."""
         assert isinstance(self.texts, _Ordered)
         found = self._number[np.frombuffer(self._stands, np.int64)[self.texts.order[numbers]]]
         return found[found < self.num_searched]
@@ -186,8 +181,7 @@ class Rows:
     """
 
     def __init__(self, rows: Iterable[Row], pool: Pool, known: Known | None = None):
-        """known: of the whole run; None: of these rows. Texts are added to the pool, which is closed by the
-        caller."""
+        """known: of the whole run; None: of these rows. Adds texts to the pool, which the caller closes."""
         self.pool = pool
         self.queries = Texts()
         self.keys = bytearray()  # of the queries, 16 bytes each
@@ -264,8 +258,7 @@ class Rows:
 
 
 class Exclusions:
-    """Per row the documents that it must not be given, as classes that rows share: 8 bytes a row and member,
-    not a pair.
+    """Per row the documents that it must not be given, as classes that rows share: bytes by row, not by pair.
 
     of_row: CSR, the classes of each row; members: CSR, the documents of each class.
     """

@@ -9,8 +9,7 @@ from typing import Any
 
 
 class Progress:
-    """`encoded 32,768 of 120,000 documents, 1,234 documents/s, 00:01:11 left`, or tqdm's bar when stderr is a
-    terminal."""
+    """`encoded 32,768 of 120,000 documents, 1,234 documents/s, 00:01:11 left`, or tqdm's bar."""
 
     def __init__(self, verb: str, unit: str, total: int, log: Callable[[str], None], *, shown: bool = True):
         self.verb, self.unit, self.total, self.log, self.shown = verb, unit, total, log, shown

@@ -29,8 +29,7 @@ def build_report(
     sweep: list[dict[str, Any]],
     num_searched_again: int,
 ) -> dict[str, Any]:
-    """positive_scores: all pairs; lowest [Q]: each query's lowest; scores [Q, >= k]: of the negatives, -inf
-    where there is none."""
+    """positive_scores: all pairs; lowest [Q]: each query's; scores [Q, >= k]: of negatives, -inf if none."""
     found = np.isfinite(scores)
     counts = found.sum(1)
     k = settings["num_negatives"]
@@ -43,8 +42,7 @@ def build_report(
         **settings,
         **_shares(counts, k),
         "negatives": int(counts.sum()),
-        # No harder than half of the passages drawn without looking at the query: nothing is learnt from
-        # these.
+        # No harder than half of the documents drawn without looking at the query: they teach nothing.
         "trivial_negatives": int((negatives <= np.median(random_scores)).sum()),
         "positive_score_quantiles": _quantiles(positive_scores),
         "negative_score_quantiles": _quantiles(negatives),
@@ -71,8 +69,7 @@ def build_report(
 
 
 def sweep_entry(threshold: float, scores: np.ndarray, lowest: np.ndarray) -> dict[str, Any]:
-    """What a run at this threshold finds. margin: lowest positive's score - hardest negative's, of queries
-    with one."""
+    """The result of a run at this threshold. margin: lowest positive's - hardest negative's score."""
     found = np.isfinite(scores)
     some = found[:, 0]
     margin = lowest[some].astype(np.float64) - scores[some, 0]
@@ -103,8 +100,7 @@ def by_group(labels: Sequence[str], counts: np.ndarray, k: int) -> dict[str, dic
 
 
 def script(text: str) -> str:
-    """The script that most letters of a text are written in: "Latin", "Han", "Cyrillic", ...; not its
-    language."""
+    """The script that most letters of a text are written in: "Latin", "Han", "Cyrillic"; not its language."""
     scripts: Counter[str] = Counter()
     for character, count in Counter(text).items():
         name = _script_of(character)
@@ -198,8 +194,7 @@ NOISE_SHARE, CUT_SHARE = 0.01, 0.05  # of rows, and of texts: above these it is 
 
 
 def _cautions(report: dict[str, Any]) -> list[str]:
-    """What the data or the lengths do to the result: truncation, rows that teach nothing, given negatives,
-    rounding."""
+    """Effects of data and lengths on the result: truncation, rows that teach nothing, rounding."""
     lines = []
     for model in report["models"]:
         for side, option in (("queries", "query_max_length"), ("documents", "document_max_length")):
@@ -265,8 +260,7 @@ def _share_line(name: str, group: dict[str, Any], log: Callable[[str], None], mo
 
 
 def plot_report(report: dict[str, Any], path: str) -> None:
-    """The score histograms, and beside them the shares per threshold (sweep) and per language or script, as a
-    PNG.
+    """The score histograms, and beside them the shares per threshold and per language or script, as a PNG.
 
     Needs matplotlib.
     """

@@ -3,8 +3,7 @@
     plan = make_plan(config)         # reads every file once; UserError with all that is wrong
     mine(plan, ranks, device, load)  # load(source) -> an encoder
 
-Prompts, lengths and similarity are the model's own (checkpoint/source.py: Usage) unless an option says
-otherwise.
+Prompts, lengths and similarity are the model's own (checkpoint/source.py) unless an option says otherwise.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Plan:
 
 
 def make_plan(config: MineConfig, log: Log = print) -> Plan:
-    """Everything that will be read, checked: options, models, prompts, outputs, every row of every file, free
-    disk."""
+    """The run, checked: options, models, prompts, outputs, every row of every file, free disk."""
     _check_options(config)
     datasets = named_datasets(config)
     sources = [resolve(model) for model in config.models]
@@ -122,8 +120,7 @@ def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Doc
 def _read_all(
     config: MineConfig, datasets: dict[str, MineDatasetConfig], log: Log
 ) -> tuple[Known, set[bytes], dict[str, tuple[int, int]]]:
-    """(known relevance over all data sets and all splits of their folders, keys of --exclude, (documents,
-    queries) by name).
+    """(known relevance over all data sets and splits, keys of --exclude, (documents, queries) by name).
 
     UserError with every file that does not exist, the first 20 bad lines of all others and their number.
     """
@@ -165,8 +162,7 @@ def _read_all(
 
 
 def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
-    """Normal keys of the documents of `file.jsonl[.gz]` ({"text"} lines), or those that a split judges:
-    `beir/folder:split`."""
+    """Normal keys of the documents of `file.jsonl[.gz]`, or of those judged in `beir/folder:split`."""
     folder, _, split = path.rpartition(":")
     if folder and Path(folder).is_dir():
         beir = read_beir(folder, split, "allow", findings)
@@ -183,8 +179,7 @@ def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
 def _read_other_splits(
     config: MineConfig, name: str, dataset: MineDatasetConfig, known: Known, log: Log
 ) -> None:
-    """Adds to `known` the judgements of the other splits of the same BEIR folder, and says how many documents
-    only they find relevant."""
+    """Adds the judgements of a BEIR folder's other splits to `known`; says how many only they have."""
     files = sorted((Path(dataset.path) / "qrels").glob("*.tsv*"))
     splits = sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in files} - {dataset.split})
     if not splits:
@@ -239,8 +234,7 @@ def _hidden_size(source: Source) -> int:
 
 
 def write_texts(config: MineConfig, log: Log = print) -> None:
-    """The texts that a run embeds, once each, for embedding elsewhere; --model then takes the folder with the
-    two .npy."""
+    """The texts that a run embeds, once each, for embedding elsewhere; --model takes them with the .npy."""
     _check_options(config)
     folder = Path(config.write_texts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,8 +263,7 @@ def _lines_once(texts: Iterable[str], seen: set[bytes]) -> Iterator[bytes]:
 def mine(
     plan: Plan, ranks: Ranks, device: Any, load: Callable[[Source], Any], log: Log = print
 ) -> dict[str, Any]:
-    """Every data set of the plan into its file; the reports by name. load: Source -> encoder, for what is not
-    precomputed."""
+    """Every data set of the plan into its file; the reports by name. load: an encoder of a Source."""
     config, is_single = plan.config, len(plan.datasets) == 1
     can_plot = importlib.util.find_spec("matplotlib") is not None
     say = log if ranks.rank == 0 else (lambda _: None)
@@ -321,8 +314,7 @@ def mine(
 
 
 def _convert(plan: Plan, name: str, output: Path, say: Log) -> dict[str, str]:
-    """The files of other trainers, with the instructions of the data set: given ones, else those of a model
-    of ours."""
+    """The files of other trainers, with the data set's instructions: given ones, else our model's."""
     dataset, config, usage = plan.datasets[name], plan.config, plan.usage[name][0]
     prompts = {
         "prompt": query_prompt(dataset.task or ""),

@@ -5,8 +5,7 @@
     precomputed(documents, document_texts, queries, query_texts)          # arrays: numpy, memory maps, torch, CuPy
     open_precomputed("embeddings/", dataset)                  # documents.npy and queries.npy
 
-A score is a dot product: of rows brought to unit length (similarity "cosine"), or of the rows as they are
-("dot").
+A score is a dot product of rows brought to unit length (similarity "cosine"), or as they are ("dot").
 """
 
 from __future__ import annotations
@@ -101,8 +100,7 @@ def precomputed(
 def open_precomputed(
     folder: str | Path, dataset: DatasetConfig | None = None, similarity: Similarity = "cosine"
 ) -> Teacher:
-    """documents.npy and queries.npy of a folder, memory-mapped; which text a row belongs to is said by, first
-    of these:
+    """documents.npy and queries.npy of a folder, memory-mapped. A row's text is said by, first of these:
 
     - documents.jsonl and queries.jsonl (or .jsonl.gz) in that folder, lines {"text": ...}: row i is line i
       (`launch/mine.py --write_texts FOLDER` writes them);

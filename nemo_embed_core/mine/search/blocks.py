@@ -33,8 +33,7 @@ class Documents:
             yield self.first_id + start, rows
 
     def growing_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Of documents in memory: from a sixteenth of a block, each as large as all before it, up to eight
-        blocks.
+        """Of documents in memory: from a sixteenth of a block, each as large as all before, up to eight.
 
         A filtered block adds as many candidates as it is larger than what came before it, and costs a merge.
         """
@@ -65,8 +64,7 @@ class Documents:
         )
 
     def scores(self, queries_QD: Tensor, ids_QC: Tensor) -> Tensor:
-        """[Q, C] scores of each query's documents, NaN where the id is -1: in one pass, without a random
-        read."""
+        """[Q, C] scores of each query's documents, NaN where the id is -1: one pass, no random read."""
         exact = torch.full(ids_QC.shape, torch.nan, device=self.device)
         for first, documents_nD in [(self.first_id, self.rows)] if self.is_on_device else self.blocks():
             here = (ids_QC >= first) & (ids_QC < first + len(documents_nD))
@@ -81,8 +79,7 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 def blocks_of(documents: Any, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows as they are stored, on the device): `encode` reads two bytes of a number rather than
-    four."""
+    """(first row, rows as they are stored, on the device): two bytes a number are read rather than four."""
     blocks = slices(documents.shape[0], size)
     if isinstance(documents, Tensor):
         for rows in blocks:
@@ -109,11 +106,9 @@ def blocks_of(documents: Any, size: int, device: torch.device) -> Iterator[tuple
 
 
 def resident(documents: Any, device: torch.device | str, share: float = 0.4) -> Any:
-    """The documents as one tensor on the GPU when they take at most `share` of its free memory; else as they
-    are.
+    """The documents as one tensor on the GPU if they take at most `share` of its free memory; else unchanged.
 
-    For several searches of the same documents: the bus carries them once. On a CPU a memory map is resident
-    as it is.
+    For several searches of the same documents: the bus carries them once. On a CPU a memory map will do.
     """
     device = torch.device(device)
     if device.type != "cuda" or isinstance(documents, Tensor) or documents.shape[0] == 0:

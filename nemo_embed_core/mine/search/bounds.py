@@ -30,8 +30,7 @@ UNDERFLOW = 1.2e-19
 
 @dataclass(frozen=True)
 class Rows:
-    """n rows as values * scale[:, None], with norm >= |row| and residual >= |row - values * scale| (both
-    finite)."""
+    """n rows as values * scale[:, None]; norm >= |row|, residual >= |row - values * scale| (both finite)."""
 
     values: Tensor  # [n, D] fp32, bf16 or int8
     scale: Tensor | None  # [n] fp32; None: 1
@@ -44,8 +43,7 @@ class Rows:
 
 
 class Rounding:
-    """|computed - exact| <= relative |q^| |d^| + ABSOLUTE for the GEMM, its scaling and the final rounding to
-    fp32."""
+    """|computed - exact| <= relative |q^| |d^| + ABSOLUTE for GEMM, scaling and the rounding to fp32."""
 
     ABSOLUTE = 1e-30  # products below the smallest normal fp32, flushed to zero
 
@@ -122,8 +120,7 @@ def split_bound(q: Rows, block: Rows, rounding: Rounding) -> tuple[Tensor, Tenso
 
 
 def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
-    """q.values @ block.values.T (+ add[:, None]), before the scales: [q, n] fp32, or int32 (and no add) for
-    int8."""
+    """q.values @ block.values.T (+ add[:, None]) before scales: [q, n] fp32; int32, no add, for int8."""
     a, b = q.values, block.values
     if a.dtype == torch.int8:
         return _int8_mm(a, b)
@@ -137,8 +134,7 @@ def matmul(q: Rows, block: Rows, add: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, limit: float = math.inf) -> Tensor:
-    """(x @ weight.T).clamp(-limit, limit), fp32 on a CPU: by oneDNN, because MKL is half as fast on an AMD
-    CPU."""
+    """(x @ weight.T).clamp(-limit, limit), fp32; on a CPU by oneDNN: MKL is half as fast on an AMD CPU."""
     if torch.backends.mkldnn.is_available():
         after = ("none", []) if math.isinf(limit) else ("hardtanh", [-limit, limit])
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, *after, "")
@@ -167,8 +163,7 @@ def check_norms(document_norm: Tensor, query_norm: Tensor) -> None:
 
 
 def root_above(square_n: Tensor, hidden_size: int) -> Tensor:
-    """An upper bound of the norm whose square was summed in fp32; infinite where the squares overflow, which
-    is refused."""
+    """An upper bound of a norm whose square was summed in fp32; infinite on overflow, which is refused."""
     return square_n.sqrt() * (1 + 2 * hidden_size * UNIT)
 
 

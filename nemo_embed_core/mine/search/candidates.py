@@ -1,5 +1,4 @@
-"""The C best upper bounds of every query's scores, kept while the documents stream past, and whether C were
-enough.
+"""The C best upper bounds of each query's scores, kept while documents stream past; and were C enough?
 
 A key is an upper bound of a document's score: what a GEMM of rounded rows gives, plus the bound of bounds.py.
 The score is no further below it than two such bounds. Once all documents have passed, the kept ones are
@@ -17,8 +16,7 @@ from nemo_embed_core.mine.search.bounds import METHODS, Rounding, Rows, check_no
 from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude
 from nemo_embed_core.mine.search.streaming import best_first, merge_lists_, streaming_topk_
 
-# Q queries · D hidden_size · q, n rows of a tile of queries and documents · k asked for · C candidates kept
-# (k + slack)
+# Q queries · D hidden_size · q, n rows of a tile · k asked for · C candidates kept (k + slack)
 
 # C - k: candidates beyond k; the bound of int8 is 100x wider (docs/mining.md)
 SLACK = {"fp32": 32, "bf16": 64, "int8": 128}
@@ -71,8 +69,7 @@ class Candidates:
         self.largest_norm = torch.maximum(self.largest_norm, block.norm.max())
         bound = pair_bound(self.rows, block, self.rounding)
         self.bound = torch.maximum(self.bound, bound)
-        # A document is above the ceiling for sure only when its lower bound, key - 2 bound, reaches the
-        # ceiling.
+        # A document is surely above the ceiling only when its lower bound, key - 2 bound, reaches it.
         return block, bound, next_after(self.ceilings + 2 * bound)
 
     def add_tiles(self, first: int, documents_nD: Tensor) -> None:
@@ -88,16 +85,14 @@ class Candidates:
             )  # fmt: skip
 
     def raise_floor(self, by_scores: bool = False) -> None:
-        """By the candidates' lower bounds, or by the exact scores of the k best that are below the ceiling
-        for sure."""
+        """By the candidates' lower bounds, or by exact scores of the k best surely below the ceiling."""
         k = min(self.k, self.keys.shape[1])
         if by_scores:
             self.floor = torch.maximum(self.floor, self._kth_score())
         self.floor = torch.maximum(self.floor, kth_lower_bound(self.keys, self.bound, self.ceilings, k))
 
     def _kth_score(self) -> Tensor:
-        """[Q]: the lowest of the scores of the k best keys below the ceiling; -inf where there are fewer than
-        k.
+        """[Q]: the lowest score of the k best keys below the ceiling; -inf where there are fewer than k.
 
         Each of these k may be returned, so the k-th best of all is at least as good.
         """

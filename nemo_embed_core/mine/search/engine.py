@@ -1,5 +1,4 @@
-"""From the fastest way to the surest: each query is searched again until a certificate says that its answer
-is exact.
+"""From the fastest way to the surest: a query is searched again until its answer is certified exact.
 
 Candidates                  every score of every tile; any method, any device
 FilteredCandidates          GPU, bf16 and int8: keys are compared inside the GEMM

@@ -52,8 +52,7 @@ class DeviceExclude:
         return (None if self.indptr is None else self.indptr[rows.start : rows.stop + 1]), self.ids
 
     def positions(self, rows: slice, first_id: int, num_columns: int) -> tuple[Tensor, Tensor] | None:
-        """(row, column) in the tile of these queries and the documents from first_id on; None: nothing is
-        excluded."""
+        """(row, column) in the tile of these queries and documents from first_id; None: no exclusions."""
         return excluded_positions(*self.of(rows), first_id, num_columns)
 
 

@@ -1,5 +1,4 @@
-"""Candidates on a GPU: tiles are compared with each query's floor inside the GEMM, and few scores are ever
-written.
+"""Candidates on a GPU: the GEMM compares its tile with each query's floor and writes few scores.
 
 After a first block the best C keys are known. Of later blocks few can enter, and writing a tile of scores to
 read it back takes as long as its products. So the kernel (kernels/filter_scores.py) appends the keys between
@@ -23,8 +22,7 @@ LIST = 1024  # places of a query's list beyond C
 
 
 class FilteredCandidates(Candidates):
-    """As Candidates; `overflowed` [Q]: queries that lost candidates to a full list, whose results do not
-    count."""
+    """As Candidates; `overflowed` [Q]: queries whose full list lost candidates: their results are void."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)

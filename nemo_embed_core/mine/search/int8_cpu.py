@@ -2,11 +2,9 @@
 
 One scale for a whole block of documents: then what a document's product must reach to matter is one integer
 per query, and a tile of products is read once, as integers, for the maxima of FOLD neighbours. The few
-documents that reach it are scored in fp32 while the block is in the cache, and those that can still be among
-the k best are kept.
+documents that reach it are scored in fp32 while the block is cached; possible members of the k best are kept.
 
-q, n rows of a tile of queries and of a block of documents · D = a b hidden_size · C candidates kept of the W
-= 4 C places
+q, n rows of a tile of queries and documents · D = a b hidden_size · C candidates kept of the W = 4 C places
 """
 
 from __future__ import annotations
@@ -62,8 +60,7 @@ class Rotation:
         self.error = left_error + right_error + 1.01 * (self.a + self.b + 4) * UNIT * math.sqrt(hidden_size)
 
     def __call__(self, x_nD: Tensor, factor: float, limit: float = math.inf) -> Tensor:
-        """factor (A (x) B) x, cut to -limit..limit, a column per row of x: [D, n]. Both products come out
-        transposed."""
+        """factor (A (x) B) x, cut to -limit..limit: [D, n]. Both products come out transposed."""
         n = len(x_nD)
         half = linear(self.right * factor, x_nD.reshape(n * self.a, self.b))  # [b, n a]
         return linear(self.left, half.view(self.b * n, self.a), limit).view(-1, n)
@@ -71,8 +68,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Block:
-    """Documents x with |R x - scale codes| <= residual and |x| <= norm; those with NaN or infinity have codes
-    0."""
+    """Documents x with |R x - scale codes| <= residual, |x| <= norm; with NaN or infinity codes are 0."""
 
     x_nD: Tensor  # fp32
     codes_Dn: Tensor  # int8
@@ -135,8 +131,7 @@ class Quantiser:
         return Block(x_nD, codes, scale, norm, residual + self.rotation.error * norm)
 
     def quantise(self, x_nD: Tensor, codes_Dn: Tensor) -> tuple[Tensor, Tensor]:
-        """codes = R x / scale, rounded and within 127; (the largest norm of a row, the largest square of what
-        one lost / scale)"""
+        """codes = R x / scale, rounded, within 127; (largest norm, largest square of a row's loss / scale)"""
         norm_n = norm_above(x_nD)
         norm = norm_n.max()
         check_norms(norm, self.query_norm)
@@ -304,8 +299,7 @@ class Tile:
         self.buffer.floor[self.rows.start + some[known]] = floor[known]
 
     def survivors(self, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, columns) of the products that the bounds do not rule out, and [q] which rows have too many
-        and are left out."""
+        """(rows, columns) of products that no bound rules out; [q] rows with too many, which are left out."""
         floor = self.buffer.floor[self.rows]
         least = integers((floor - self.bound) / self.slope - 1)
         fold = math.gcd(FOLD, self.num_columns)

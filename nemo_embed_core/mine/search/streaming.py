@@ -1,5 +1,4 @@
-"""The streaming top-k of csrc/topk.h as two ops: CUDA tensors -> the kernels, CPU tensors -> plain torch, the
-same bits.
+"""The streaming top-k of csrc/topk.h as two ops: kernels for CUDA, torch for CPU tensors, the same bits.
 
 q, n rows of a tile of queries and documents · C places of the state · L places of a list
 """
@@ -28,8 +27,7 @@ FOLD = 32  # keys whose maximum is compared first, on a CPU
 
 @functools.cache
 def kernel_is_available() -> bool:
-    """CuPy compiles csrc at first use; without it CUDA tensors take the torch implementation, and the report
-    says so."""
+    """CuPy compiles csrc at first use; without it torch serves CUDA tensors, and the report says so."""
     return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 
 
@@ -46,10 +44,9 @@ def streaming_topk_(
     col_scale: Tensor | None = None,
     row_add: Tensor | None = None,
 ) -> None:
-    """keys = scores * col_scale * row_scale[:, None] + row_add[:, None]; state = top C of state and keys, in
-    place.
+    """keys = scores * col_scale * row_scale[:, None] + row_add[:, None]; state = top C of state and keys.
 
-    Kept: finite keys < ceilings[:, None] of documents not excluded, by (key descending, id ascending).
+    In place. Kept: finite keys < ceilings[:, None], not excluded, by (key descending, id ascending).
     scores [q, n] fp32, bf16 or int32: column j is document first_id + j.  ceilings [q] fp32.
     state_keys [q, C] fp32, state_ids [q, C] int64: best first; -inf and -1 in free places.
     exclude_indptr [q + 1], exclude_ids: CSR of int64 document ids, ascending within a row.
@@ -153,8 +150,7 @@ def _alive(
         alive[excluded] = False
     has_room = bool(torch.isneginf(state_keys[:, -1]).any())
     if has_room and int(alive.sum(1, dtype=torch.int32).max()) > 2 * num_kept:
-        # An early tile: cut at its own C-th best first (ties at the cut stay, and are ordered by the
-        # insertion).
+        # An early tile: cut at its own C-th best first (ties at the cut stay; the insertion orders them).
         cut = torch.where(alive, keys, -torch.inf).topk(num_kept, dim=1).values[:, -1]
         alive &= keys >= cut[:, None]
     rows, columns = alive.nonzero(as_tuple=True)
@@ -177,8 +173,7 @@ def _few_not_below(keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_ids: Tensor) -> None:
-    """state row r = the first C of itself and the (keys[i], ids[i]) with rows[i] == r, best first; rows
-    ascend."""
+    """state row r = the first C of itself and the (keys[i], ids[i]) with rows[i] == r; rows ascend."""
     if len(rows) == 0:
         return
     num_kept = state_keys.shape[1]
@@ -209,8 +204,7 @@ def _run(
     state_keys: Tensor,
     state_ids: Tensor,
 ) -> None:
-    """The kernel `name`, one block per row of the state: its own inputs, then the arguments that all kernels
-    end with."""
+    """The kernel `name`, one block per row of the state: its own inputs, then the common arguments."""
     import cupy
 
     num_rows, kept = state_keys.shape

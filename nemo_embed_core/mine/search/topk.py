@@ -50,15 +50,14 @@ def topk_below(
     device: torch.device | str = "cpu",
     stats: SearchStats | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """s = queries @ documents.T; s[excluded or s >= ceilings[:, None] or not finite] = -inf; s.topk(k), ties
-    by lower id.
+    """s = queries @ documents.T; s[excluded, s >= ceilings[:, None] or not finite] = -inf; s.topk(k).
 
     queries [Q, D], documents [N, D]: numpy arrays, memory maps, tensors, what has __dlpack__ (CuPy, JAX), or
     anything with .shape, [a:b] and [ids]; float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores
     are strictly below; +inf keeps all. method: how candidates are found, "fp32", "bf16", "int8" or "auto"
     (`pick_method`); never what is found. exclude: ids never returned, per query.  first_id: id of
-    documents[0] when they are one rank's shard. Returns scores [Q, k] fp32, best first, and ids [Q, k] int64,
-    on CPU; -inf and -1 where fewer than k qualify. Memory: block_queries x (C x 12 bytes + a row) +
+    documents[0] when they are one rank's shard. Returns scores [Q, k] fp32, best first, ties by lower
+    id, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify. Memory: block_queries x (C x 12 bytes + a row) +
     block_documents rows + tile_queries x block_documents x 9 bytes (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768
     on a GPU), whatever N is; docs/mining.md has int8 and what a GPU adds.
     """
@@ -137,8 +136,7 @@ def _check(
 
 def pick_method(device: torch.device, num_queries: int) -> str:
     """The fastest way to find candidates here: bf16 tensor cores on a GPU; int8 on a CPU that multiplies it
-    (VNNI), where the queries are as many as it takes to win back that every document is rotated and
-    quantised."""
+    (VNNI), where so many queries win back that every document is rotated and quantised."""
     if device.type == "cuda":
         return "bf16"
     return "int8" if num_queries >= MANY_QUERIES and _int8_is_exact() and _int8_is_fast() else "fp32"
@@ -146,8 +144,7 @@ def pick_method(device: torch.device, num_queries: int) -> str:
 
 @functools.cache
 def _int8_is_exact() -> bool:
-    """Whether this CPU's int8 GEMM keeps the largest sums: without VNNI pairs of products may be summed in 16
-    bits."""
+    """Whether this CPU's int8 GEMM keeps the largest sums: without VNNI 16 bits may hold two products."""
     a = torch.full((64, 256), 127, dtype=torch.int8)
     return bool((torch._int_mm(a, a.T) == 256 * 127**2).all()) and bool(
         (torch._int_mm(a, -a.T) == -256 * 127**2).all()
@@ -156,8 +153,7 @@ def _int8_is_exact() -> bool:
 
 @functools.cache
 def _int8_is_fast() -> bool:
-    """Whether the int8 GEMM of this CPU takes less than half the time of that in fp32: candidates are scored
-    twice."""
+    """Whether this CPU's int8 GEMM takes less than half the time of fp32: candidates are scored twice."""
     a, b = torch.ones(512, 512), torch.ones(2048, 512)
     a8, b8 = a.to(torch.int8), b.to(torch.int8)
 
@@ -179,8 +175,7 @@ def merge_topk(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tens
 
 
 def _round_up_fp32(values: Any) -> Tensor:
-    """The smallest fp32 not below each value: for fp32 s, s < value exactly when s < round_up(value). NaN:
-    -inf."""
+    """The smallest fp32 not below each value: fp32 s < value exactly when s < round_up(value). Not NaN."""
     exact = np.asarray(values.cpu() if isinstance(values, Tensor) else values, np.float64)
     if np.isnan(exact).any():
         row = int(np.isnan(exact).nonzero()[0][0])
