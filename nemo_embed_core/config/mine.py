@@ -116,7 +116,7 @@ class Selection(Options):
 
     @property
     def by_rank(self) -> bool:
-        """Ranks count documents above the ceiling too: the search runs without it, and the bounds come after."""
+        """Ranks count documents above the ceiling too: the search runs without it, bounds come after."""
         return self.range_min > 0 or self.range_max is not None
 
     @property

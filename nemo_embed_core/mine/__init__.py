@@ -1,1 +1,1 @@
-"""Hard negatives: encode a corpus once, search it exactly, keep what scores below the positive by a margin."""
+"""Hard negatives: encode a corpus once, search it exactly, keep what scores a margin below the positive."""

@@ -1,7 +1,7 @@
 """Texts encoded once into memory-mapped shards, so that no failure costs more than one shard.
 
     folder/00000.npy     [n, D] float16 or float32, readable by numpy.load
-    folder/00000.json    what it is: model, texts, prompt, max_length, dtype, rows, sha256 of the .npy; and of the texts that
+    folder/00000.json    model, texts, prompt, max_length, dtype, rows, sha256 of the .npy; and of the texts that
                          fill max_length the indices and keys of their tokens, where the model tells them
 
 Texts are read a few megabytes at a time, so a shard of long ones need not fit in memory.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,17 +35,13 @@ UNIT_TOLERANCE = 1e-3  # of |row| - 1; bf16 activations, normalised in fp32, sta
 BATCH_CHARACTERS = 4 << 20  # of the texts that are in memory at once
 
 
-def _alone(value: Any) -> list[Any]:
-    return [value]
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share the work. gather(value) -> every rank's value, in rank order; all call it."""
 
     rank: int = 0
     size: int = 1
-    gather: Callable[[Any], list[Any]] = _alone
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def span(self, count: int) -> tuple[int, int]:
         """This rank's contiguous share of count items."""
@@ -134,18 +131,17 @@ def encode_corpus(
             "dtype": dtype,
             "shape": shape,
         }
+        cuts = _Cuts(embedder, prompt, max_length) if hasattr(embedder, "tokenize") else None
         if _is_done(folder, i, sidecar, log):
             reused += 1
             progress.skip(size)
             have = read_sidecar(path) or {}
             # Of a run from before it was counted.
-            if hasattr(embedder, "tokenize") and "truncated" not in have:
-                late = _Cuts(embedder, prompt, max_length)
+            if cuts is not None and "truncated" not in have:
                 for part in _batches(texts, first, size):
-                    late.add(part)
-                _publish_sidecar(path, have | late.found())
+                    cuts.add(part)
+                _publish_sidecar(path, have | cuts.found())
             continue
-        cuts = _Cuts(embedder, prompt, max_length) if hasattr(embedder, "tokenize") else None
         once, pieces = hasattr(embedder, "encode_tokens"), []
         for part in _batches(texts, first, size):
             if cuts is not None:
@@ -156,19 +152,14 @@ def encode_corpus(
             pieces.append(np.asarray(embedder.encode_tokens(cuts.tokens)))  # type: ignore[attr-defined]
         rows = _checked(np.concatenate(pieces), texts, first, shape, dtype, unit)
         failpoint(f"{name}.encoded", i)
-        publish(path, npy_bytes(rows), sidecar | (cuts.found() if cuts is not None else {}))
+        publish(path, _npy_bytes(rows), sidecar | (cuts.found() if cuts is not None else {}))
         progress.step(size)
     progress.close()
     if reused and ranks.rank == 0:
         log(f"{reused} of {len(mine)} shards of {name} were already there")
     ranks.gather(None)  # a shard is opened only when every rank has published its own
-    return open_corpus(folder, num_shards)
-
-
-def open_corpus(folder: Path, num_shards: int) -> Corpus:
-    return Corpus(
-        [np.load(folder / f"{i:05d}.npy", mmap_mode="r", allow_pickle=False) for i in range(num_shards)]
-    )
+    paths = [folder / f"{i:05d}.npy" for i in range(num_shards)]
+    return Corpus([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
 
 
 @dataclass(frozen=True)
@@ -257,24 +248,21 @@ def _checked(
         what = "unit vectors" if unit else "finite vectors other than 0"
         raise UserError(
             f"{len(bad)} of {len(rows)} embeddings are not {what}; the first is text {first + i} "
-            f"({texts[first + i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows (try --precision fp32 and "
-            "look at the last lines of its metrics.jsonl), or the row of a precomputed embedding is"
+            f"({texts[first + i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows (try "
+            "--precision fp32 and look at the last lines of its metrics.jsonl), or the row of a precomputed embedding is"
         )
     with np.errstate(over="ignore"):
         stored = rows.astype(dtype)
     if not np.isfinite(stored).all():
-        raise UserError(
-            f"embeddings have values up to {np.abs(rows).max():.4g}, which {dtype} cannot hold: --dtype float32"
-        )
+        most = f"{np.abs(rows).max():.4g}"
+        raise UserError(f"embeddings have values up to {most}, which {dtype} cannot hold: --dtype float32")
     return stored
 
 
 # ------------------------------------------------------------------------------------------ published files
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    import io
-
+def _npy_bytes(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
@@ -309,13 +297,14 @@ def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str]
         return False
     for key, value in want.items():
         if have.get(key) != value:
-            what = {
+            how = {
                 "texts": "of other texts (or other options that choose them)",
                 "format": "in another format",
-            }.get(key, f"with {key} {have.get(key)!r}, and this run has {value!r}")
+            }
+            what = how.get(key, f"with {key} {have.get(key)!r}, and this run has {value!r}")
             raise UserError(
-                f"{path} was encoded {what}. Shards of another model or data are never reused: delete the folder "
-                f"{folder} to encode again, or choose another output"
+                f"{path} was encoded {what}. Shards of another model or data are never reused: delete the "
+                f"folder {folder} to encode again, or choose another output"
             )
     if path.exists() and sha256_file(path) == have.get("sha256"):
         return True

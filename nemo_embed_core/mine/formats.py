@@ -1,12 +1,11 @@
 """Mined rows in the files that other trainers read. Our own JSONL needs no conversion.
 
 flagembedding          JSONL {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt": ""}
-tevatron               JSONL {"query_id", "query", "positive_passages": [{"docid", "text", "score"}], "negative_passages"}
-sentence-transformers  parquet, columns query, positive, negative_1 .. negative_n, scores (of positive and negatives), as
-                       its own mine_hard_negatives writes them: losses of texts leave `scores` alone, others
-                       learn from it
-automodel              JSON {"corpus", "data"} of {"id", "score"}, beside a folder with the texts (train.parquet,
-                       merlin_metadata.json)
+tevatron               JSONL {"query_id", "query", "positive_passages", "negative_passages"}, each a list of
+                       {"docid", "text", "score"}
+sentence-transformers  parquet, columns query, positive, negative_1 .. negative_n, scores (of positive and
+                       negatives), as its own mine_hard_negatives writes them; some losses learn from `scores`
+automodel              JSON {"corpus", "data"} of {"id", "score"}, beside a folder of texts (train.parquet)
 
 The prompts stand in the texts: each peer has fields for them and ignores those under some of its options. A
 document's id is the row's where it has one, else (Automodel: always, it masks equal ids over all its files)
@@ -78,10 +77,9 @@ def convert(
             f"{mined}: none of {len(counts)} rows has the {least} negatives that {form} needs; the most is "
             f"{max(counts, default=0)}: mine with a higher threshold or a smaller num_negatives"
         )
-    whole = (
-        _prompted(row, prompt, document_prompt) for row in _read(Path(mined)) if len(row["neg"]) >= least
-    )
-    writers[form](whole, Path(output), num_negatives, sha256_file(Path(mined)))
+    whole = (row for row in _read(Path(mined)) if len(row["neg"]) >= least)
+    prompted = (_prompted(row, prompt, document_prompt) for row in whole)
+    writers[form](prompted, Path(output), num_negatives, sha256_file(Path(mined)))
     return {"rows": num_whole, "left_out": len(counts) - num_whole}
 
 
@@ -192,9 +190,8 @@ def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, d
     }
     try:
         _parquet(texts(), corpus / "train.parquet")
-        write_atomically(
-            corpus / "merlin_metadata.json", json.dumps(metadata, indent=1, ensure_ascii=False).encode()
-        )
+        described = json.dumps(metadata, indent=1, ensure_ascii=False)
+        write_atomically(corpus / "merlin_metadata.json", described.encode())
         write_atomically(path, whole())
     finally:
         data.unlink(missing_ok=True)

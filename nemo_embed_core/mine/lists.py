@@ -88,11 +88,9 @@ class TeacherSearch:
                 top = self.below(documents, rows[part], ceilings[part], k, first, self.method, local)
                 gathered = ranks.gather((top[0].numpy(), top[1].numpy(), local))
                 merged = merge_topk([(torch.from_numpy(s), torch.from_numpy(i)) for s, i, _ in gathered], k)
-                counts = [
-                    min(s.num_certified for *_, s in gathered),
-                    max(s.num_exhaustive for *_, s in gathered),
-                ]
-                block = (merged[0].numpy(), merged[1].numpy(), np.array(counts))
+                num_certified = min(s.num_certified for *_, s in gathered)
+                counts = np.array([num_certified, max(s.num_exhaustive for *_, s in gathered)])
+                block = (merged[0].numpy(), merged[1].numpy(), counts)
                 failpoint("searched", start // size)
                 if ranks.rank == 0:
                     _publish_block(folder, start // size, digest, block)
@@ -252,9 +250,8 @@ def combine(
     range_max the lists hold the best documents whatever they score, n counts all, `below` says which may go.
     """
     n, num_rows = selection.num_searched, len(rows)
-    ordered = [
-        _by_mean_rank([top[i] for top in tops], selection.combine == "intersection") for i in range(num_rows)
-    ]
+    in_all = selection.combine == "intersection"
+    ordered = [_by_mean_rank([top[i] for top in tops], in_all) for i in range(num_rows)]
     scores = np.full((num_rows, n), -np.inf, np.float32)
     ids = np.full((num_rows, n), -1, np.int64)
     below = np.zeros((num_rows, n), bool)

@@ -3,7 +3,7 @@
 A document may be a negative of a query when its score is below `ceiling(positive's score)`:
 
     threshold * s              for s >= 0    ("percentage to positive"; 0.95 in the paper)
-    s - (1 - threshold) * |s|  in general    (threshold * s would lie ABOVE a negative s and let everything through)
+    s - (1 - threshold) * |s|  in general    (threshold * s would lie ABOVE a negative s: no ceiling)
 
 With several positives the lowest-scoring one gives the ceiling: nothing returned beats any positive by the
 margin. Never returned: a document that any data of the run judges relevant for the query; the query itself; a
@@ -64,9 +64,9 @@ def mine_negatives(
     """The rows again, in order, with neg = the best documents below the ceiling, into `output`; the report.
 
     teachers: one or several (`selection.combine`), asked for one after the other: each may be loaded then.
-    sweep: further thresholds to report on. Searched are `documents` and (rows_are_searched) all documents, pos
-    and neg, of the rows. known: documents relevant for a query; None: those of the rows. excluded: normal keys
-    of documents not to search. keep_negatives: a row's own come first, whatever they score.
+    sweep: further thresholds to report on. Searched are `documents` and (rows_are_searched) all pos and neg of
+    the rows. known: documents relevant for a query; None: those of the rows. excluded: normal keys of
+    documents not to search. keep_negatives: a row's own come first, whatever they score.
     negatives_are_judged: they are known to be irrelevant (score 0 in qrels), so no suspects. dtype of the
     stored embeddings: None for float16, and float32 where rows are not of unit length. Work in progress lies
     in `<output>.work` (one file per shard and per block of queries): a run that was killed continues when it
@@ -118,8 +118,8 @@ def mine_negatives(
         "positives_excluded": table.num_excluded, "noise": table.noise | _same_when_cut(table, cuts),
     }  # fmt: skip
     report = build_report(
-        positive_scores=positive_scores[0], lowest=lowest[0], scores=scores, random_scores=random_scores(first),
-        query_texts=table.queries, languages=table.langs, settings=settings, stats=first.stats, sweep=swept,
+        positive_scores=positive_scores[0], lowest=lowest[0], scores=scores,
+        random_scores=random_scores(first), query_texts=table.queries, languages=table.langs, settings=settings, stats=first.stats, sweep=swept,
         num_searched_again=sum(search.num_again for search in searches),
     )  # fmt: skip
     if ranks.rank == 0:
@@ -206,7 +206,7 @@ def _encode(teacher: Teacher, table: Rows, folder: Path, dtype: str | None, **op
 def _search(
     searches: list[TeacherSearch], lowest: list[np.ndarray], selection: Selection, sweep: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
-    """(scores, ids), [Q, num_negatives], of the negatives; the report's entries of `sweep`, the lowest first."""
+    """(scores, ids), [Q, num_negatives], of the negatives; the report's entries of `sweep`, lowest first."""
     depth = selection.num_searched
     if len(searches) > 1:
         depth = max(depth, selection.combine_depth)
@@ -225,7 +225,7 @@ def _search(
 
 
 def _same_when_cut(rows: Rows, cuts: list[Cut]) -> dict[str, int]:
-    """Rows with a given negative, and given negatives, that a model cannot tell from a positive of the row."""
+    """Rows with given negatives, and their number, that a model cannot tell from a positive of the row."""
     num_rows = num_negatives = 0
     for i in range(len(rows)):
         same: set[int] = set()

@@ -10,7 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
-from typing import NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ KEY = 16  # bytes
 
 
 class Row(Protocol):
-    """One row of data/readers.py; `id`, `lang`, `group`, `pos_ids` and `neg_ids` are used where it has them."""
+    """One row of data/readers.py; `id`, `lang`, `group`, `pos_ids` and `neg_ids` are used if it has them."""
 
     @property
     def query(self) -> str: ...
@@ -39,7 +39,7 @@ class Document(NamedTuple):
 
 
 class Known:
-    """Which documents are relevant for a query, over all data of a run: 16 bytes a document, by normal form."""
+    """Which documents are relevant for a query, over all data of a run: 16 bytes a document."""
 
     def __init__(self) -> None:
         self.of_query: dict[bytes, bytearray] = {}
@@ -123,6 +123,7 @@ class Pool:
         order = np.concatenate([np.flatnonzero(~aside), np.flatnonzero(aside)])
         self._number = np.empty(len(order), np.int64)
         self._number[order] = np.arange(len(order))
+        self._order = order  # number -> place
         self.num_searched = len(order) - int(aside.sum())
         self.texts = _Ordered(self._store, order)
         return self
@@ -144,14 +145,12 @@ class Pool:
 
     def searched(self, numbers: np.ndarray) -> np.ndarray:
         """The searched documents that are the same texts; a document of which none is searched has none."""
-        assert isinstance(self.texts, _Ordered)
-        found = self._number[np.frombuffer(self._stands, np.int64)[self.texts.order[numbers]]]
+        found = self._number[np.frombuffer(self._stands, np.int64)[self._order[numbers]]]
         return found[found < self.num_searched]
 
     def document_ids(self, numbers: Iterable[int]) -> list[str | None]:
         """The ids of these documents, None where it is not known; [] where none is."""
-        assert isinstance(self.texts, _Ordered)
-        ids = [self._ids.get(int(self.texts.order[number])) for number in numbers]
+        ids = [self._ids.get(int(self._order[number])) for number in numbers]
         return ids if any(ids) else []
 
 
@@ -164,11 +163,7 @@ class _Ordered(Sequence[str]):
     def __len__(self) -> int:
         return len(self.order)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self.stored[int(i)] for i in self.order[index]]
         return self.stored[int(self.order[index])]
@@ -200,9 +195,8 @@ class Rows:
         seen_queries: set[bytes] = set()
         for i, row in enumerate(rows):
             if not row.pos:
-                raise UserError(
-                    f"row {i} ({row.query[:60]!r}) has no positive: without one there is no ceiling"
-                )
+                which = f"row {i} ({row.query[:60]!r})"
+                raise UserError(f"{which} has no positive: without one there is no ceiling")
             if known is None:
                 self.known.add(row.query, row.pos)
             for side, texts in (("pos", row.pos), ("neg", row.neg)):
@@ -219,9 +213,8 @@ class Rows:
         """The key of its query, after `noise` has taken note of the row."""
         query = normal_key(row.query)
         pos, neg = [normal_key(text) for text in row.pos], [normal_key(text) for text in row.neg]
-        whole = hashlib.blake2b(
-            b"|".join([query, *sorted(pos), b"-", *sorted(neg)]), digest_size=KEY
-        ).digest()
+        parts = [query, *sorted(pos), b"-", *sorted(neg)]
+        whole = hashlib.blake2b(b"|".join(parts), digest_size=KEY).digest()
         self.num_excluded += not self.pool.excluded.isdisjoint(pos)
         found = {
             "duplicate_rows": whole in seen,

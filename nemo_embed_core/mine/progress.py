@@ -20,9 +20,7 @@ class Progress:
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(
-                total=total, desc=f"{verb} {unit}", unit=f" {unit}", unit_scale=True, file=sys.stderr
-            )
+            self.bar = tqdm(total=total, desc=f"{verb} {unit}", unit=f" {unit}", unit_scale=True)
 
     def skip(self, count: int) -> None:
         """These were done in an earlier run."""
@@ -40,9 +38,8 @@ class Progress:
             rate = self.worked / max(time.monotonic() - self.began, 1e-9)
             left = int((self.total - self.done) / rate)
             clock = f"{left // 3600:02}:{left // 60 % 60:02}:{left % 60:02}"
-            self.log(
-                f"{self.verb} {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s, {clock} left"
-            )
+            done = f"{self.verb} {self.done:,} of {self.total:,} {self.unit}"
+            self.log(f"{done}, {rate:,.0f} {self.unit}/s, {clock} left")
 
     def close(self) -> None:
         if self.bar is not None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from nemo_embed_core.mine.search.engine import SearchStats
 
+SHARES = ("with_no_negatives", "with_fewer_than_k", "with_k_negatives")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 60
 
@@ -31,12 +32,9 @@ def build_report(
 ) -> dict[str, Any]:
     """positive_scores: all pairs; lowest [Q]: each query's; scores [Q, >= k]: of negatives, -inf if none."""
     found = np.isfinite(scores)
-    counts = found.sum(1)
-    k = settings["num_negatives"]
-    negatives = scores[found]
-    low, high = float(positive_scores.min()), float(positive_scores.max())
-    if len(negatives):
-        low, high = min(low, float(negatives.min())), max(high, float(negatives.max()))
+    counts, negatives, k = found.sum(1), scores[found], settings["num_negatives"]
+    both = np.concatenate([positive_scores, negatives])
+    low, high = float(both.min()), float(both.max())
     edges = np.linspace(low, high if high > low else low + 1e-6, NUM_BINS + 1)
     return {
         **settings,
@@ -83,11 +81,8 @@ def sweep_entry(threshold: float, scores: np.ndarray, lowest: np.ndarray) -> dic
 
 
 def _shares(counts: np.ndarray, k: int) -> dict[str, int]:
-    return {
-        "with_no_negatives": int((counts == 0).sum()),
-        "with_fewer_than_k": int(((counts > 0) & (counts < k)).sum()),
-        "with_k_negatives": int((counts >= k).sum()),
-    }
+    groups = (counts == 0, (counts > 0) & (counts < k), counts >= k)
+    return {key: int(group.sum()) for key, group in zip(SHARES, groups, strict=True)}
 
 
 def by_group(labels: Sequence[str], counts: np.ndarray, k: int) -> dict[str, dict[str, int]]:
@@ -139,37 +134,30 @@ def _quantiles(values: np.ndarray) -> dict[str, float] | None:
 def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> None:
     total, k = report["queries"], report["num_negatives"]
     log(f"{total:,} queries, {report['documents']:,} documents, threshold {report['threshold']}")
-    for key, words in [
-        ("with_no_negatives", "no negative below the ceiling"),
-        ("with_fewer_than_k", f"1 to {k - 1} negatives"),
-        ("with_k_negatives", f"{k} negatives"),
-    ]:
+    words = ("no negative below the ceiling", f"1 to {k - 1} negatives", f"{k} negatives")
+    for key, said in zip(SHARES, words, strict=True):
         if key != "with_fewer_than_k" or k > 1:
-            log(f"  {words:<32}{report[key]:>10,}  {report[key] / total:>7.1%}")
+            log(f"  {said:<32}{report[key]:>10,}  {report[key] / total:>7.1%}")
     log(f"  {'scores':<22}" + "".join(f"{'q' + q:>9}" for q in map("{:g}".format, QUANTILES)))
-    for key, words in [
+    for key, said in [
         ("positive_score_quantiles", "positives"),
         ("negative_score_quantiles", "mined negatives"),
         ("hardest_negative_to_positive", "hardest / positive"),
         ("random_pair_score_quantiles", "random pairs"),
     ]:
         if report[key] is not None:
-            log(f"  {words:<22}" + "".join(f"{v:>9.3f}" for v in report[key].values()))
-    kept_out = report["kept_out"]
+            log(f"  {said:<22}" + "".join(f"{v:>9.3f}" for v in report[key].values()))
+    sampled, above = report["kept_out"].values()
     log(
-        f"  of {kept_out['sampled_queries']:,} queries looked at {kept_out['with_a_passage_above_the_ceiling']:,} have a "
-        "passage at or above the ceiling that is no known positive: read `suspects` in the report"
+        f"  of {sampled:,} queries looked at {above:,} have a passage at or above the ceiling that is no "
+        "known positive: read `suspects` in the report"
     )
     for line in _cautions(report):
         log(f"  {line}")
-    if report["trivial_negatives"]:
-        log(
-            f"  {report['trivial_negatives']:,} of {report['negatives']:,} negatives score no higher than a random pair"
-        )
-    if report["negative_positive_scores"]:
-        log(
-            f"  {report['negative_positive_scores']:,} queries have a positive that scores below 0: is the model trained?"
-        )
+    if trivial := report["trivial_negatives"]:
+        log(f"  {trivial:,} of {report['negatives']:,} negatives score no higher than a random pair")
+    if below := report["negative_positive_scores"]:
+        log(f"  {below:,} queries have a positive that scores below 0: is the model trained?")
     for name, groups in (("language", report["by_language"]), ("script", report["by_script"])):
         if len(groups) > 1:
             print_groups(f"{name} of the query", groups, k, log)
@@ -198,43 +186,38 @@ def _cautions(report: dict[str, Any]) -> list[str]:
     lines = []
     for model in report["models"]:
         for side, option in (("queries", "query_max_length"), ("documents", "document_max_length")):
-            count, total = (
-                model[f"{side}_truncated"],
-                report["queries" if side == "queries" else "documents_encoded"],
-            )
+            count, tokens = model[f"{side}_truncated"], model[option]
+            total = report["queries" if side == "queries" else "documents_encoded"]
             if count is None:
-                lines.append(
-                    f"how many {side} were cut is not known: {model['name'] or 'the model'} does not say"
-                )
+                name = model["name"] or "the model"
+                lines.append(f"how many {side} were cut is not known: {name} does not say")
             elif count:
                 warning = "warning: " if count > CUT_SHARE * total else ""
-                lines.append(
-                    f"{warning}{count / total:.1%} of the {side} are cut at {model[option]} tokens; --{option} sets it"
-                )
+                share = f"{count / total:.1%} of the {side}"
+                lines.append(f"{warning}{share} are cut at {tokens} tokens; --{option} sets it")
         if same := model["documents_same_when_cut"]:
             lines.append(
-                f"warning: {same:,} documents are the same as another one once they are cut at {model['document_max_length']} "
+                f"warning: {same:,} documents are the same as another one once they are cut at {tokens} "
                 "tokens; where one is a positive none is a negative: raise --document_max_length"
             )
     for key, words in NOISE.items():
         if count := report["noise"][key]:
             warning = "warning: " if count > NOISE_SHARE * report["queries"] else ""
             lines.append(f"{warning}{count:,} {words}")
-    if report["positives_excluded"]:
+    if count := report["positives_excluded"]:
+        lines.append(f"warning: {count:,} rows have a positive that --exclude names: does the data leak?")
+    total, again, above, relevant, is_kept = report["given_negatives"].values()
+    if total:
+        kept = "come first" if is_kept else "are replaced; --keep_negatives keeps them"
         lines.append(
-            f"warning: {report['positives_excluded']:,} rows have a positive that --exclude names: does the data leak?"
+            f"{total:,} negatives were given and {kept}: {again:,} mined again, {above:,} at or above the "
+            f"ceiling, {relevant:,} known to be relevant"
         )
-    given = report["given_negatives"]
-    if given["given"]:
-        kept = "come first" if given["kept"] else "are replaced; --keep_negatives keeps them"
+    dtype, error, near = report["storage"].values()
+    if near:
         lines.append(
-            f"{given['given']:,} negatives were given and {kept}: {given['mined_again']:,} mined again, "
-            f"{given['at_or_above_the_ceiling']:,} at or above the ceiling, {given['known_to_be_relevant']:,} known to be relevant"
-        )
-    if near := report["storage"]["negatives_within_it"]:
-        lines.append(
-            f"{near:,} negatives are nearer to the ceiling than rounding to {report['storage']['dtype']} can move scores "
-            f"({report['storage']['score_error']:.1e}); --dtype float32 rounds nothing"
+            f"{near:,} negatives are nearer to the ceiling than rounding to {dtype} can move scores "
+            f"({error:.1e}); --dtype float32 rounds nothing"
         )
     return lines
 
@@ -254,8 +237,7 @@ def _header(title: str, k: int, log: Callable[[str], None], more: str = "") -> N
 
 
 def _share_line(name: str, group: dict[str, Any], log: Callable[[str], None], more: str = "") -> None:
-    keys = ("with_no_negatives", "with_fewer_than_k", "with_k_negatives")
-    shares = "".join(f"{group[key] / group['queries']:>9.1%}" for key in keys)
+    shares = "".join(f"{group[key] / group['queries']:>9.1%}" for key in SHARES)
     log(f"  {name[:21]:<22}{group['queries']:>10,}{shares}{more}")
 
 
@@ -303,11 +285,8 @@ def plot_datasets(reports: dict[str, dict[str, Any]], path: str) -> None:
 def plot_shares(axes: Any, title: str, groups: dict[str, dict[str, Any]], k: int) -> None:
     """Stacked bars: % of the queries with no, few and k negatives, a bar for each group."""
     bottom = np.zeros(len(groups))
-    for key, label, color in [
-        ("with_no_negatives", "none", "tab:red"),
-        ("with_fewer_than_k", "fewer", "tab:orange"),
-        ("with_k_negatives", f"{k}", "tab:green"),
-    ]:
+    labels, colors = ("none", "fewer", f"{k}"), ("tab:red", "tab:orange", "tab:green")
+    for key, label, color in zip(SHARES, labels, colors, strict=True):
         share = np.array([100 * g[key] / g["queries"] for g in groups.values()])
         axes.bar(list(groups), share, bottom=bottom, label=label, color=color, alpha=0.7)
         bottom += share

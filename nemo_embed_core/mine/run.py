@@ -169,9 +169,8 @@ def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
         judged = dict.fromkeys(doc for scores in beir.qrels.values() for doc in scores)
         yield from (normal_key(beir.corpus[doc]) for doc in judged if doc in beir.corpus)
     elif Path(path).is_dir():
-        raise UserError(
-            f"exclude {path} is a folder: add the split whose documents are meant, as {path}:test"
-        )
+        add = f"add the split whose documents are meant, as {path}:test"
+        raise UserError(f"exclude {path} is a folder: {add}")
     else:
         yield from (normal_key(text) for _, text in read_documents(path, "allow", findings))
 
@@ -191,8 +190,8 @@ def _read_other_splits(
             known.add(row.query, row.pos)
             judged.update(row.pos_ids)
         if findings.num_bad:
-            log(f"{name}: split {split} has {findings.num_bad:,} bad lines, the first {findings.named[0]}: what it judges "
-                "relevant is not all known")  # fmt: skip
+            bad = f"{findings.num_bad:,} bad lines, the first {findings.named[0]}"
+            log(f"{name}: split {split} has {bad}: what it judges relevant is not all known")
         option = f"{dataset.path}:{split}"
         if only := len(judged - own):
             what = f"searched too; --exclude {option} leaves them out"
@@ -214,10 +213,8 @@ def _check_disk(plan: Plan, counts: dict[str, tuple[int, int]]) -> None:
     folder = next(p for p in Path(plan.config.output).absolute().parents if p.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"the embeddings take {needed / 2**30:,.1f} GiB and {folder} has {free / 2**30:,.1f} GiB free: choose another "
-            "--output, or make room"
-        )
+        sizes = f"take {needed / 2**30:,.1f} GiB and {folder} has {free / 2**30:,.1f} GiB free"
+        raise UserError(f"the embeddings {sizes}: choose another --output, or make room")
 
 
 def _hidden_size(source: Source) -> int:

@@ -1,4 +1,4 @@
-"""Which documents may be negatives of a query, and which of those are taken: config/mine.py's Selection, applied."""
+"""Which documents may be negatives of a query, and which are taken: the Selection of config/mine.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Who scores the pairs: an encoder for each side, and how the texts of that side are given to it.
 
     Teacher.of(embedder, prompt="Instruct: ...")              # any TextEncoder of unit rows
-    Teacher.of_encoder(encoder, "dot")                        # any TextEncoder, whose rows need not have length 1
-    precomputed(documents, document_texts, queries, query_texts)          # arrays: numpy, memory maps, torch, CuPy
+    Teacher.of_encoder(encoder, "dot")                  # any TextEncoder, rows of any length
+    precomputed(documents, document_texts, queries, query_texts)   # arrays of numpy, torch, CuPy
     open_precomputed("embeddings/", dataset)                  # documents.npy and queries.npy
 
 A score is a dot product of rows brought to unit length (similarity "cosine"), or as they are ("dot").
@@ -33,7 +33,7 @@ PROMPT_OF = {"query": "prompt", "document": "document_prompt"}  # of a Teacher, 
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """An encoder for each side, the text that stands before every text of that side, and where texts are cut."""
+    """An encoder for each side, the prompt before its texts, and where they are cut."""
 
     queries: TextEncoder
     documents: TextEncoder
@@ -90,10 +90,8 @@ def precomputed(
     by_query = Lookup(queries, query_texts, f"{name}: queries", similarity)
     by_document = Lookup(documents, document_texts, f"{name}: documents", similarity)
     if by_query.hidden_size != by_document.hidden_size:
-        raise UserError(
-            f"{name}: queries have {by_query.hidden_size} columns and documents {by_document.hidden_size}: they come from "
-            "different models"
-        )
+        columns = f"queries have {by_query.hidden_size} columns and documents {by_document.hidden_size}"
+        raise UserError(f"{name}: {columns}: they come from different models")
     return Teacher(queries=by_query, documents=by_document, similarity=similarity, name=name)
 
 
@@ -110,7 +108,7 @@ def open_precomputed(
     return precomputed(*sides[0], *sides[1], name=str(folder), similarity=similarity)
 
 
-# ------------------------------------------------------------------------------------------ the models of a run
+# ------------------------------------------------------------------------------------------ models of a run
 
 
 def using(
@@ -121,8 +119,9 @@ def using(
     similarity = config.similarity or own.similarity
     if similarity not in ("cosine", "dot"):
         raise UserError(
-            f"{model} compares by {similarity}: a threshold x the positive's score needs scores that grow with likeness. "
-            "Mine with --similarity cosine (of rows of unit length the order is that of the euclidean distance), or another model"
+            f"{model} compares by {similarity}: a threshold x the positive's score needs scores that grow with "
+            "likeness. Mine with --similarity cosine (of rows of unit length the order is that of the euclidean "
+            "distance), or another model"
         )
     if source.kind == "precomputed":
         if dataset.task or dataset.document_task:
@@ -132,8 +131,8 @@ def using(
     is_own_dot = config.similarity is None and own.similarity == "dot"
     if source.kind == "llama" and is_own_dot and not _normalizes(source.folder):
         raise UserError(
-            f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama folders normalises: "
-            "--similarity cosine to mine by cosines"
+            f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama folders "
+            "normalises: --similarity cosine to mine by cosines"
         )
     prompts = own.prompts.get(name, own.default)
     where = "the model's" if own.prompts else "none known"

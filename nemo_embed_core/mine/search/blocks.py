@@ -55,13 +55,10 @@ class Documents:
         if self.is_on_device:
             return pair_scores(queries_QD, rows, self.rows, ids - self.first_id)
         step = max(1, GATHERED // queries_QD.shape[1])
-        parts = zip(rows.split(step), ids.split(step), strict=True)
-        return torch.cat(
-            [
-                pair_scores(queries_QD, r, self.gather(i), torch.arange(len(i), device=i.device))
-                for r, i in parts
-            ]
-        )
+        scores = []
+        for r, i in zip(rows.split(step), ids.split(step), strict=True):
+            scores.append(pair_scores(queries_QD, r, self.gather(i), torch.arange(len(i), device=i.device)))
+        return torch.cat(scores)
 
     def scores(self, queries_QD: Tensor, ids_QC: Tensor) -> Tensor:
         """[Q, C] scores of each query's documents, NaN where the id is -1: one pass, no random read."""
@@ -131,11 +128,9 @@ def _read_only(rows: np.ndarray) -> Tensor:
 
 def fp32_rows(array: Any, index: Any, device: torch.device | str) -> Tensor:
     """array[index] as an fp32 tensor: numpy, memory map, tensor or corpus."""
-    rows = (
-        array[torch.from_numpy(index)]
-        if isinstance(array, Tensor) and isinstance(index, np.ndarray)
-        else array[index]
-    )
+    if isinstance(array, Tensor) and isinstance(index, np.ndarray):
+        index = torch.from_numpy(index)
+    rows = array[index]
     if not isinstance(rows, Tensor):
         rows = torch.from_numpy(np.array(rows, dtype=np.float32))
     return rows.to(device=device, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """How a GEMM sees a block of embeddings, and how far its result can be from the score.
 
-    |q.d - q^.d^| <= |q - q^| |d| + |q^| |d - d^|        (Cauchy-Schwarz; residual norms known exactly per row)
+    |q.d - q^.d^| <= |q - q^| |d| + |q^| |d - d^|       (Cauchy-Schwarz; residual norms known exactly per row)
 
 fp32: the rows themselves, no residual; what is left is the rounding of the GEMM. bf16: the rows rounded,
 products accumulated in fp32 on tensor cores. int8: rows rotated by a random orthogonal matrix, then one scale
@@ -24,6 +24,7 @@ from nemo_embed_core.kernels.quantize_rows import quantize_rows, square_rows
 from nemo_embed_core.kernels.rotate_quantize import SHRINK
 
 UNIT = 2.0**-24  # rounding unit of fp32
+ROTATION_SEED = 20240817
 # Numbers below it may count as 0 in a norm: their squares are below the smallest normal fp32.
 UNDERFLOW = 1.2e-19
 
@@ -72,9 +73,8 @@ def bf16(hidden_size: int, device: torch.device) -> Callable[[Tensor], Rows]:
             norm = root_above(square_rows(x_nD), hidden_size) + lost
             return Rows(x_nD, None, norm, torch.full_like(norm, lost))
         values, _, square, error = quantize_rows(x_nD, torch.bfloat16)
-        return Rows(
-            values, None, root_above(square, hidden_size) + lost, root_above(error, hidden_size) + lost
-        )
+        norm, residual = (root_above(x, hidden_size) + lost for x in (square, error))
+        return Rows(values, None, norm, residual)
 
     return encode
 
@@ -156,10 +156,9 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def check_norms(document_norm: Tensor, query_norm: Tensor) -> None:
     if not bool(torch.isfinite(document_norm * query_norm * 1e6)):
-        raise UserError(
-            f"embeddings have norms up to {float(document_norm):.1e} and {float(query_norm):.1e}: their products overflow "
-            "float32; normalise the rows"
-        )
+        norms = f"{float(document_norm):.1e} and {float(query_norm):.1e}"
+        why = "their products overflow float32; normalise the rows"
+        raise UserError(f"embeddings have norms up to {norms}: {why}")
 
 
 def root_above(square_n: Tensor, hidden_size: int) -> Tensor:
@@ -170,9 +169,8 @@ def root_above(square_n: Tensor, hidden_size: int) -> Tensor:
 def norm_above(x_nD: Tensor) -> Tensor:
     """An upper bound of each row's norm; 0 for rows with NaN or infinity, which have no score."""
     hidden_size = x_nD.shape[1]
-    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * hidden_size * UNIT) + UNDERFLOW * math.sqrt(
-        hidden_size
-    )
+    norm = torch.linalg.vector_norm(x_nD, dim=1) * (1 + 2 * hidden_size * UNIT)
+    norm = norm + UNDERFLOW * math.sqrt(hidden_size)
     finite = torch.isfinite(norm)
     if not x_nD.is_cuda and bool(finite.all()):  # the second pass over the rows is rarely needed
         return norm
@@ -187,26 +185,35 @@ def _rotation(hidden_size: int, device: torch.device) -> tuple[Callable[[Tensor]
     A [a, a] and B [b, b] with a b = D: Hadamard matrices for powers of two (together the randomised Hadamard
     transform), random orthogonal ones otherwise. Two small GEMMs: D (a + b) products a row instead of D^2.
     """
-    a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
-    b = hidden_size // a
-    generator = torch.Generator().manual_seed(20240817)
-    signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(
-        device, torch.float32
-    ) / SHRINK
-    left, left_error = orthogonal(a, generator)
-    right, right_error = orthogonal(b, generator)
-    # Both products round: relative to |x|, gamma_(a+b) |A||B| entrywise, at most sqrt(D) times in the norm.
-    error = left_error + right_error + 1.01 * (a + b + 2) * UNIT * math.sqrt(hidden_size)
-    left, right = left.to(device), right.to(device)
+    generator = torch.Generator().manual_seed(ROTATION_SEED)
+    signs = (torch.randint(0, 2, (hidden_size,), generator=generator) * 2 - 1).to(device, torch.float32)
+    left, right, error = rotation_factors(hidden_size, generator)
+    left, right, shrunk = left.to(device), right.to(device), signs / SHRINK
 
     def rotate(x_nD: Tensor) -> Tensor:
-        x = (x_nD * signs).view(-1, a, b)
+        x = (x_nD * shrunk).view(-1, len(left), len(right))
         return torch.matmul(left, torch.matmul(x, right.T)).reshape(len(x_nD), hidden_size)
 
-    return rotate, error, signs * SHRINK
+    return rotate, error, signs
 
 
-def orthogonal(n: int, generator: torch.Generator) -> tuple[Tensor, float]:
+def rotation_factors(
+    hidden_size: int, generator: torch.Generator, roundings: int = 2
+) -> tuple[Tensor, Tensor, float]:
+    """A [a, a] and B [b, b], orthogonal, a b = hidden_size; |computed - exact (A (x) B) x| / |x| at most.
+
+    roundings: on the way beside those of the sums.
+    """
+    a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
+    b = hidden_size // a
+    left, left_error = _orthogonal(a, generator)
+    right, right_error = _orthogonal(b, generator)
+    # Both products round: relative to |x|, gamma_(a+b) |A||B| entrywise, at most sqrt(D) times in the norm.
+    error = left_error + right_error + 1.01 * (a + b + roundings) * UNIT * math.sqrt(hidden_size)
+    return left, right, error
+
+
+def _orthogonal(n: int, generator: torch.Generator) -> tuple[Tensor, float]:
     if n & (n - 1) == 0:
         h = torch.ones(1, 1, dtype=torch.float64)
         while len(h) < n:

@@ -41,13 +41,8 @@ class Engine:
     """One rank's documents and the ways to search them."""
 
     def __init__(self, documents: Documents, k: int, method: str, tile_queries: int, stats: SearchStats):
-        self.documents, self.k, self.method, self.tile_queries, self.stats = (
-            documents,
-            k,
-            method,
-            tile_queries,
-            stats,
-        )
+        self.documents, self.k, self.method = documents, k, method
+        self.tile_queries, self.stats = tile_queries, stats
 
     def search(
         self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
@@ -81,7 +76,7 @@ class Engine:
         query = (queries_QD, ceilings_Q, exclude)
         filters = self.documents.device.type in FILTERING
         if method == "int8" and self.documents.device.type == "cpu" and not filters:
-            return int8_cpu.search(self.documents, self.k, self.tile_queries, *query)
+            return int8_cpu.search(*search[1:], *query)
         if method == "fp32" or not filters or queries_QD.shape[1] % 16:
             return Candidates(*search, *query).search()
         filtered = FilteredCandidates(*search, *query)
@@ -96,7 +91,7 @@ class Engine:
     def exhaustive(
         self, queries_QD: Tensor, ceilings_Q: Tensor, exclude: Exclude | None
     ) -> tuple[Tensor, Tensor]:
-        """Every document whose fp32 bound allows it is scored: slow for masses of ties, right for any input."""
+        """Every document whose fp32 bound allows it is scored: slow for many ties, right for any input."""
         (num_queries, hidden_size), device = queries_QD.shape, self.documents.device
         scores = torch.full((num_queries, self.k), -torch.inf, device=device)
         ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Exclude(NamedTuple):
-    """CSR of document ids that a query must not be given: those of query i are ids[indptr[i]:indptr[i + 1]]."""
+    """CSR: query i must not be given the documents ids[indptr[i] : indptr[i + 1]]."""
 
     indptr: np.ndarray  # [Q + 1] int64
     ids: np.ndarray  # int64
@@ -67,3 +67,8 @@ def excluded_positions(
     rows = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts)
     here = (columns >= 0) & (columns < num_columns)
     return rows[here], columns[here]
+
+
+def not_excluded(rows: Tensor, columns: Tensor, excluded: tuple[Tensor, Tensor], num_columns: int) -> Tensor:
+    """Which of (rows, columns) are none of the excluded ones."""
+    return torch.isin(rows * num_columns + columns, excluded[0] * num_columns + excluded[1], invert=True)

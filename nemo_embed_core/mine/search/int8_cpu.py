@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
 from nemo_embed_core.mine.search.blocks import Documents, slices
 from nemo_embed_core.mine.search.bounds import (
+    ROTATION_SEED,
     SHRINK,
     UNDERFLOW,
     UNIT,
@@ -27,12 +28,12 @@ from nemo_embed_core.mine.search.bounds import (
     check_norms,
     linear,
     norm_above,
-    orthogonal,
     pair_bound,
     root_above,
+    rotation_factors,
 )
 from nemo_embed_core.mine.search.candidates import SLACK
-from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude
+from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude, not_excluded
 from nemo_embed_core.mine.search.streaming import best_first
 
 ROTATED = 512  # documents whose fp32 entries fit into the cache
@@ -49,21 +50,17 @@ class Rotation:
     """
 
     def __init__(self, hidden_size: int):
-        self.a = max(i for i in range(1, math.isqrt(hidden_size) + 1) if hidden_size % i == 0)
-        self.b = hidden_size // self.a
-        generator = torch.Generator().manual_seed(20240817)
-        self.left, left_error = orthogonal(self.a, generator)
-        self.right, right_error = orthogonal(self.b, generator)
+        generator = torch.Generator().manual_seed(ROTATION_SEED)
+        # 4: two more than in bounds.py, for the rounding of right * factor.
+        self.left, self.right, self.error = rotation_factors(hidden_size, generator, roundings=4)
         for matrix in (self.left, self.right):
             matrix *= torch.randint(0, 2, (len(matrix),), generator=generator) * 2 - 1
-        # As in bounds.py, and the rounding of right * factor.
-        self.error = left_error + right_error + 1.01 * (self.a + self.b + 4) * UNIT * math.sqrt(hidden_size)
 
     def __call__(self, x_nD: Tensor, factor: float, limit: float = math.inf) -> Tensor:
         """factor (A (x) B) x, cut to -limit..limit: [D, n]. Both products come out transposed."""
-        n = len(x_nD)
-        half = linear(self.right * factor, x_nD.reshape(n * self.a, self.b))  # [b, n a]
-        return linear(self.left, half.view(self.b * n, self.a), limit).view(-1, n)
+        n, a, b = len(x_nD), len(self.left), len(self.right)
+        half = linear(self.right * factor, x_nD.reshape(n * a, b))  # [b, n a]
+        return linear(self.left, half.view(b * n, a), limit).view(-1, n)
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,8 @@ class Quantiser:
         """One scale per row; that of a row with NaN or infinity is NaN."""
         parts = []
         for x_qD in x_QD.split(DENSE_ROWS):
-            values, scale, _, error = quantize_rows(
-                self.rotation(x_qD, 1 / SHRINK).T.contiguous(), torch.int8
-            )
+            rotated_qD = self.rotation(x_qD, 1 / SHRINK).T.contiguous()
+            values, scale, _, error = quantize_rows(rotated_qD, torch.int8)
             norm = norm_above(x_qD)
             lost = root_above(error, self.hidden_size) + UNDERFLOW * math.sqrt(self.hidden_size)
             residual = lost * SHRINK + (self.rotation.error + 2 * UNIT) * norm
@@ -231,15 +227,8 @@ class Tile:
         first: int,
         excluded: tuple[Tensor, Tensor] | None,
     ):
-        self.buffer, self.rows, self.x_qD, self.q, self.block, self.first = (
-            buffer,
-            rows,
-            x_qD,
-            q,
-            block,
-            first,
-        )
-        self.excluded = excluded  # (row, column)
+        self.buffer, self.rows, self.x_qD, self.q = buffer, rows, x_qD, q
+        self.block, self.first, self.excluded = block, first, excluded  # (row, column)
         self.num_rows, self.num_columns = len(x_qD), len(block.x_nD)
         self.ceilings = buffer.ceilings[rows]
         self.has_ceilings = bool((self.ceilings < torch.inf).any())
@@ -252,9 +241,8 @@ class Tile:
 
     def search(self, memory: Tensor) -> None:
         buffer = self.buffer
-        products = torch._int_mm(
-            self.q.values, self.block.codes_Dn, out=memory.view(self.num_rows, self.num_columns)
-        )
+        out = memory.view(self.num_rows, self.num_columns)
+        products = torch._int_mm(self.q.values, self.block.codes_Dn, out=out)
         if self.num_columns >= buffer.k:
             for some in chunks(torch.isneginf(buffer.floor[self.rows])):
                 self.seed_floor(some, products)
@@ -265,8 +253,7 @@ class Tile:
         if self.has_ceilings:
             enter &= keys - 2 * narrow < self.ceilings[rows]
         if self.excluded is not None:
-            out = self.excluded[0] * self.num_columns + self.excluded[1]
-            enter &= torch.isin(rows * self.num_columns + columns, out, invert=True)
+            enter &= not_excluded(rows, columns, self.excluded, self.num_columns)
         enter = enter.nonzero()[:, 0]
         if len(enter):
             at = torch.arange(self.rows.start, self.rows.stop)
@@ -277,14 +264,14 @@ class Tile:
     def excluded_of(self, some: Tensor) -> tuple[Tensor, Tensor]:
         """(position in `some`, column) of what is excluded for these rows."""
         if self.excluded is None:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+            return (torch.empty(0, dtype=torch.int64),) * 2
         position = torch.full((self.num_rows,), -1)
         position[some] = torch.arange(len(some))
         rows, columns = position[self.excluded[0]], self.excluded[1]
         return rows[rows >= 0], columns[rows >= 0]
 
     def seed_floor(self, some: Tensor, products: Tensor) -> None:
-        """The k largest products of these rows are scored: the k-th best is no worse than the worst of them."""
+        """The k largest products of these rows are scored: the k-th best is no worse than the last of them."""
         k = self.buffer.k
         sure = integers((self.ceilings - self.bound) / self.slope - 1)[some, None]
         lowest = torch.iinfo(torch.int32).min
@@ -325,13 +312,12 @@ class Tile:
         return rows, columns, crowded
 
     def score_all(self, some: Tensor) -> None:
-        """Every document for these rows, in fp32: the best num_kept of those that can be below the ceiling."""
+        """Every document for these rows, in fp32: the best num_kept that can be below the ceiling."""
         buffer, at, narrow = self.buffer, self.rows.start + some, self.narrow[some, None]
         keys = linear(self.x_qD[some], self.block.x_nD).add_(narrow)
         keys[self.excluded_of(some)] = -torch.inf
-        keys = torch.where(
-            (keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys), keys, -torch.inf
-        )
+        may_count = (keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys)
+        keys = torch.where(may_count, keys, -torch.inf)
         columns = torch.arange(self.num_columns).expand_as(keys)
         if self.num_columns > buffer.num_kept:
             keys, columns = keys.topk(buffer.num_kept + 1, dim=1)

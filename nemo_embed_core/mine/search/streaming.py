@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.mine.search.exclude import excluded_positions
+from nemo_embed_core.mine.search.exclude import excluded_positions, not_excluded
 
 CSRC = Path(__file__).parents[2] / "csrc"
 THREADS, STEP = 128, 1024  # TOPK_THREADS, TOPK_THREADS * TOPK_ITEMS
@@ -107,7 +107,7 @@ def merge_lists_(
     width = 2**31  # no int32 column reaches it
     out = excluded_positions(exclude_indptr, exclude_ids, first_id, width)
     if out is not None:
-        left = _not_excluded(rows, columns, out, width)
+        left = not_excluded(rows, columns, out, width)
         rows, places, columns = rows[left], places[left], columns[left]
     _insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
 
@@ -126,15 +126,10 @@ def best_first(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, order), ids.gather(1, order)
 
 
-def _not_excluded(rows: Tensor, columns: Tensor, excluded: tuple[Tensor, Tensor], num_columns: int) -> Tensor:
-    """Which of (rows, columns) are none of the excluded ones."""
-    return torch.isin(rows * num_columns + columns, excluded[0] * num_columns + excluded[1], invert=True)
-
-
 def _alive(
     keys: Tensor, ceilings: Tensor, state_keys: Tensor, excluded: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the keys that may enter the state, rows ascending; ties with the last place enter."""
+    """(rows, columns) of the keys that may enter the state, rows ascending; ties with the last enter."""
     num_kept = state_keys.shape[1]
     # The lowest finite number where a place is free: any finite key takes it, and no infinity.
     floor = state_keys[:, -1].clamp(min=torch.finfo(torch.float32).min)
@@ -143,7 +138,7 @@ def _alive(
         rows, columns = few
         enter = keys[rows, columns] < ceilings[rows]
         if excluded is not None:
-            enter &= _not_excluded(rows, columns, excluded, keys.shape[1])
+            enter &= not_excluded(rows, columns, excluded, keys.shape[1])
         return rows[enter], columns[enter]
     alive = (keys >= floor[:, None]) & (keys < ceilings[:, None])
     if excluded is not None:

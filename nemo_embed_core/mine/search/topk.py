@@ -57,25 +57,29 @@ def topk_below(
     are strictly below; +inf keeps all. method: how candidates are found, "fp32", "bf16", "int8" or "auto"
     (`pick_method`); never what is found. exclude: ids never returned, per query.  first_id: id of
     documents[0] when they are one rank's shard. Returns scores [Q, k] fp32, best first, ties by lower
-    id, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify. Memory: block_queries x (C x 12 bytes + a row) +
-    block_documents rows + tile_queries x block_documents x 9 bytes (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768
+    id, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify. Memory: block_queries x
+    (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768
     on a GPU), whatever N is; docs/mining.md has int8 and what a GPU adds.
     """
     queries, documents = (
         torch.from_dlpack(x) if not isinstance(x, np.ndarray | Tensor) and hasattr(x, "__dlpack__") else x
         for x in (queries, documents)
     )
-    device = torch.device(device)
-    _check(queries, documents, ceilings, k, exclude, first_id, device)
-    num_queries = len(ceilings)
+    device, num_queries = torch.device(device), len(ceilings)
+    _check(queries, documents, num_queries, k, exclude)
+    # On a GPU ids share a 64-bit word with their key, and a rank's own places are int32.
+    num_documents = documents.shape[0]
+    if device.type == "cuda" and (first_id + num_documents > MAX_ID or num_documents >= 2**31):
+        limits = f"a GPU searches ids up to {MAX_ID:,} and fewer than 2^31 of them"
+        found = f"{num_documents:,} documents from id {first_id:,} on"
+        raise UserError(f"{found}: {limits}; use more ranks, or device=cpu")
     if method == "auto":
         method = pick_method(device, min(num_queries, block_queries))
     if method not in METHODS:
         raise UserError(f"method={method!r} is none of auto, {', '.join(METHODS)}")
     if method == "int8" and device.type == "cpu" and not _int8_is_exact():
-        raise UserError(
-            "int8 products saturate here, as oneDNN's do when ONEDNN_MAX_CPU_ISA takes VNNI away; unset it or choose fp32"
-        )
+        why = "as oneDNN's do when ONEDNN_MAX_CPU_ISA takes VNNI away"
+        raise UserError(f"int8 products saturate here, {why}; unset it or choose fp32")
     tile_queries = tile_queries or (4096 if device.type == "cuda" else 1024)
     if not block_documents:
         block_documents = 32768 if device.type == "cuda" else (4096 if method == "int8" else 2048)
@@ -92,46 +96,27 @@ def topk_below(
     ceilings_Q = _round_up_fp32(ceilings)
     with ieee_fp32_matmul(), torch.inference_mode():
         for rows in slices(num_queries, block_queries):
-            excluded = (
-                exclude.take(np.arange(rows.start, rows.stop)).ascending() if exclude is not None else None
-            )
-            scores[rows], ids[rows] = engine.search(
-                fp32_rows(queries, rows, device), ceilings_Q[rows], excluded
-            )
+            excluded = None if exclude is None else exclude.take(np.arange(rows.start, rows.stop)).ascending()
+            top = engine.search(fp32_rows(queries, rows, device), ceilings_Q[rows], excluded)
+            scores[rows], ids[rows] = top
     return scores, ids
 
 
-def _check(
-    queries: Any,
-    documents: Any,
-    ceilings: Any,
-    k: int,
-    exclude: Exclude | None,
-    first_id: int,
-    device: torch.device,
-) -> None:
-    (num_queries, hidden_size), num_documents = queries.shape, documents.shape[0]
+def _check(queries: Any, documents: Any, num_ceilings: int, k: int, exclude: Exclude | None) -> None:
+    num_queries, hidden_size = queries.shape
     if k < 1:
         raise UserError(f"k={k} must be at least 1")
     if documents.shape[1] != hidden_size:
-        raise UserError(
-            f"queries have {hidden_size} columns and documents {documents.shape[1]}: they come from different models"
-        )
-    if len(ceilings) != num_queries:
-        raise UserError(f"{len(ceilings)} ceilings for {num_queries} queries: give one per query")
+        both = f"queries have {hidden_size} columns and documents {documents.shape[1]}"
+        raise UserError(f"{both}: they come from different models")
+    if num_ceilings != num_queries:
+        raise UserError(f"{num_ceilings} ceilings for {num_queries} queries: give one per query")
     if exclude is not None and len(exclude.indptr) != num_queries + 1:
-        raise UserError(
-            f"exclude.indptr has {len(exclude.indptr)} entries for {num_queries} queries: give Q + 1"
-        )
+        found = len(exclude.indptr)
+        raise UserError(f"exclude.indptr has {found} entries for {num_queries} queries: give Q + 1")
     for name, rows in (("queries", queries), ("documents", documents)):
         if (dtype := str(getattr(rows, "dtype", "float32")).removeprefix("torch.")) not in _DTYPES:
             raise UserError(f"{name} are {dtype}: convert them to one of {', '.join(_DTYPES)}")
-    # On a GPU ids share a 64-bit word with their key, and a rank's own places are int32.
-    if device.type == "cuda" and (first_id + num_documents > MAX_ID or num_documents >= 2**31):
-        raise UserError(
-            f"{num_documents:,} documents from id {first_id:,} on: a GPU searches ids up to {MAX_ID:,} and fewer than 2^31 of "
-            "them; use more ranks, or device=cpu"
-        )
 
 
 def pick_method(device: torch.device, num_queries: int) -> str:
@@ -146,9 +131,8 @@ def pick_method(device: torch.device, num_queries: int) -> str:
 def _int8_is_exact() -> bool:
     """Whether this CPU's int8 GEMM keeps the largest sums: without VNNI 16 bits may hold two products."""
     a = torch.full((64, 256), 127, dtype=torch.int8)
-    return bool((torch._int_mm(a, a.T) == 256 * 127**2).all()) and bool(
-        (torch._int_mm(a, -a.T) == -256 * 127**2).all()
-    )
+    largest = 256 * 127**2
+    return all(bool((torch._int_mm(a, sign * a.T) == sign * largest).all()) for sign in (1, -1))
 
 
 @functools.cache
@@ -170,7 +154,7 @@ def _int8_is_fast() -> bool:
 
 
 def merge_topk(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The top k of the union of (scores [Q, k], ids [Q, k]) of disjoint sets of documents, ties by lower id."""
+    """The top k of the union of (scores [Q, k], ids [Q, k]) of disjoint documents, ties by lower id."""
     return best_first(torch.cat([s for s, _ in parts], 1), torch.cat([i for _, i in parts], 1), k)
 
 
