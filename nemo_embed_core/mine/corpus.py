@@ -1,14 +1,13 @@
 """Texts encoded once into memory-mapped shards, so that no failure costs more than one shard.
 
     folder/00000.npy     [n, D] float16 or float32, readable by numpy.load
-    folder/00000.json    model, texts, prompt, max_length, dtype, rows, sha256 of the .npy; and of the texts that
+    folder/00000.json    model, texts, prompt, max_length, dtype, rows, sha256 of the .npy; and of texts that
                          fill max_length the indices and keys of their tokens, where the model tells them
 
-Texts are read a few megabytes at a time, so a shard of long ones need not fit in memory.
-
-Both are written beside, synced and renamed, the sidecar last: a shard without a sidecar does not exist. A
-shard whose sidecar says what this run would write, and whose bytes have the sha256 it gives, is not encoded
-again; one that says something else is refused by name, never reused.
+Texts are read a few megabytes at a time, so a shard of long ones need not fit in memory. Both files are
+written beside, synced and renamed, the sidecar last: a shard without a sidecar does not exist. A shard whose
+sidecar says what this run would write, and whose bytes have the sha256 it gives, is not encoded again; one
+that says something else is refused by name, never reused.
 """
 
 from __future__ import annotations
@@ -248,8 +247,9 @@ def _checked(
         what = "unit vectors" if unit else "finite vectors other than 0"
         raise UserError(
             f"{len(bad)} of {len(rows)} embeddings are not {what}; the first is text {first + i} "
-            f"({texts[first + i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows (try "
-            "--precision fp32 and look at the last lines of its metrics.jsonl), or the row of a precomputed embedding is"
+            f"({texts[first + i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows "
+            "(try --precision fp32 and look at the last lines of its metrics.jsonl), or the row of a precomputed "
+            "embedding is"
         )
     with np.errstate(over="ignore"):
         stored = rows.astype(dtype)

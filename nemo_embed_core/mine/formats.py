@@ -164,12 +164,9 @@ def _automodel(rows: Iterable[dict[str, Any]], path: Path, num_negatives: int, d
         # One pass over the rows: ids go to a file of their own while their new texts go to the corpus.
         with open(data, "w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
-                question = {
-                    "question_id": str(row.get("id", f"q{i}")),
-                    "question": row["query"],
-                    "corpus_id": corpus_id,
-                }
-                line = {**question, "pos_doc": documents(row, "pos"), "neg_doc": documents(row, "neg")}
+                question = {"question_id": str(row.get("id", f"q{i}")), "question": row["query"]}
+                lists = {"pos_doc": documents(row, "pos"), "neg_doc": documents(row, "neg")}
+                line = {**question, "corpus_id": corpus_id, **lists}
                 file.write((",\n" if i else "") + json.dumps(line, ensure_ascii=False))
                 yield from new
                 new.clear()

@@ -124,16 +124,8 @@ class TeacherSearch:
         parts = []
         group = np.cumsum(self.exclude.counts(rows)) // MAX_EXCLUDED
         for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
-            exclude = self.exclude.take(rows[part])
-            options: dict[str, Any] = {
-                "first_id": first,
-                "method": method,
-                "device": self.device,
-                "stats": stats,
-            }
-            parts.append(
-                topk_below(self.queries[rows[part]], documents, ceilings[part], k, exclude, **options)
-            )
+            what = (self.queries[rows[part]], documents, ceilings[part], k, self.exclude.take(rows[part]))
+            parts.append(topk_below(*what, first_id=first, method=method, device=self.device, stats=stats))
         return torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
 
     def _digest(self, ceilings: np.ndarray, k: int, rows: np.ndarray) -> str:

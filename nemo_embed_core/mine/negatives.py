@@ -1,14 +1,10 @@
 """Rows in, rows with mined negatives out: positive-aware mining after NV-Retriever (arXiv:2407.15831).
 
-A document may be a negative of a query when its score is below `ceiling(positive's score)`:
-
-    threshold * s              for s >= 0    ("percentage to positive"; 0.95 in the paper)
-    s - (1 - threshold) * |s|  in general    (threshold * s would lie ABOVE a negative s: no ceiling)
-
-With several positives the lowest-scoring one gives the ceiling: nothing returned beats any positive by the
-margin. Never returned: a document that any data of the run judges relevant for the query; the query itself; a
-document of the query's group; one that is the same as a positive once both are cut at the model's length; and
-what equals one of them in normal form (data/normal_form.py), in which sense a text is searched once.
+A document may be a negative of a query when its score is below the ceiling (selection.py) of the query's
+lowest-scoring positive: nothing returned beats any positive by the margin. Never returned: a document that
+any data of the run judges relevant for the query; the query itself; a document of the query's group; one that
+is the same as a positive once both are cut at the model's length; and what equals one of them in normal form
+(data/normal_form.py), in which sense a text is searched once.
 """
 
 from __future__ import annotations
@@ -64,9 +60,9 @@ def mine_negatives(
     """The rows again, in order, with neg = the best documents below the ceiling, into `output`; the report.
 
     teachers: one or several (`selection.combine`), asked for one after the other: each may be loaded then.
-    sweep: further thresholds to report on. Searched are `documents` and (rows_are_searched) all pos and neg of
-    the rows. known: documents relevant for a query; None: those of the rows. excluded: normal keys of
-    documents not to search. keep_negatives: a row's own come first, whatever they score.
+    sweep: further thresholds to report on. Searched are `documents` and (rows_are_searched) the rows'.
+    known: documents relevant for a query; None: those of the rows. excluded: normal keys of documents not
+    to search. keep_negatives: a row's own come first, whatever they score.
     negatives_are_judged: they are known to be irrelevant (score 0 in qrels), so no suspects. dtype of the
     stored embeddings: None for float16, and float32 where rows are not of unit length. Work in progress lies
     in `<output>.work` (one file per shard and per block of queries): a run that was killed continues when it
@@ -118,9 +114,9 @@ def mine_negatives(
         "positives_excluded": table.num_excluded, "noise": table.noise | _same_when_cut(table, cuts),
     }  # fmt: skip
     report = build_report(
-        positive_scores=positive_scores[0], lowest=lowest[0], scores=scores,
-        random_scores=random_scores(first), query_texts=table.queries, languages=table.langs, settings=settings, stats=first.stats, sweep=swept,
-        num_searched_again=sum(search.num_again for search in searches),
+        positive_scores=positive_scores[0], lowest=lowest[0], scores=scores, settings=settings, sweep=swept,
+        random_scores=random_scores(first), query_texts=table.queries, languages=table.langs,
+        stats=first.stats, num_searched_again=sum(search.num_again for search in searches),
     )  # fmt: skip
     if ranks.rank == 0:
         judged = table.neg if negatives_are_judged else None

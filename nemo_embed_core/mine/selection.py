@@ -10,7 +10,10 @@ from nemo_embed_core.config import Selection
 
 
 def ceiling(positive_scores: Any, threshold: float) -> np.ndarray:
-    """s - (1 - threshold) * |s|, which is threshold * s for s >= 0; in fp64."""
+    """s - (1 - threshold) * |s|, in fp64: threshold * s for s >= 0, "percentage to positive" in the paper.
+
+    Below 0 threshold * s would lie above s and let everything through.
+    """
     s = np.asarray(positive_scores, np.float64)
     return np.where(s >= 0, threshold * s, (2 - threshold) * s)
 

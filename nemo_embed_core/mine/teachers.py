@@ -68,9 +68,8 @@ class _Rows:
     def encode(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
     ) -> np.ndarray:
-        return scaled(
-            np.asarray(self.encoder.encode(texts, prompt, max_length, self.side), np.float32), self.similarity
-        )
+        rows = self.encoder.encode(texts, prompt, max_length, self.side)
+        return scaled(np.asarray(rows, np.float32), self.similarity)
 
 
 def precomputed(
@@ -98,11 +97,9 @@ def precomputed(
 def open_precomputed(
     folder: str | Path, dataset: DatasetConfig | None = None, similarity: Similarity = "cosine"
 ) -> Teacher:
-    """documents.npy and queries.npy of a folder, memory-mapped. A row's text is said by, first of these:
-
-    - documents.jsonl and queries.jsonl (or .jsonl.gz) in that folder, lines {"text": ...}: row i is line i
-      (`launch/mine.py --write_texts FOLDER` writes them);
-    - corpus.jsonl and queries.jsonl of the dataset, when it is a BEIR folder: row i is line i.
+    """documents.npy and queries.npy of a folder, memory-mapped. Row i is the text of line i: of
+    documents.jsonl and queries.jsonl in that folder (`--write_texts` writes them), else of the BEIR
+    folder's corpus and queries.
     """
     sides = precomputed_sides(folder, dataset)
     return precomputed(*sides[0], *sides[1], name=str(folder), similarity=similarity)
@@ -119,9 +116,9 @@ def using(
     similarity = config.similarity or own.similarity
     if similarity not in ("cosine", "dot"):
         raise UserError(
-            f"{model} compares by {similarity}: a threshold x the positive's score needs scores that grow with "
-            "likeness. Mine with --similarity cosine (of rows of unit length the order is that of the euclidean "
-            "distance), or another model"
+            f"{model} compares by {similarity}: a threshold x the positive's score needs scores that grow "
+            "with likeness. Mine with --similarity cosine (of rows of unit length the order is that of the "
+            "euclidean distance), or another model"
         )
     if source.kind == "precomputed":
         if dataset.task or dataset.document_task:
@@ -131,8 +128,8 @@ def using(
     is_own_dot = config.similarity is None and own.similarity == "dot"
     if source.kind == "llama" and is_own_dot and not _normalizes(source.folder):
         raise UserError(
-            f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama folders "
-            "normalises: --similarity cosine to mine by cosines"
+            f"{model} compares by dot products of rows that are not normalised, and our encoder of Llama "
+            "folders normalises: --similarity cosine to mine by cosines"
         )
     prompts = own.prompts.get(name, own.default)
     where = "the model's" if own.prompts else "none known"

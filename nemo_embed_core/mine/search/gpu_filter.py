@@ -50,17 +50,9 @@ class FilteredCandidates(Candidates):
         if self.method == "int8":  # bf16 documents have no residual, others nearly the same
             (add, slope), spread = split_bound(self.rows, block, self.rounding), block.residual
         length = LIST + self.keys.shape[1]
+        rows_and_limits = (self.rows.values, block.values, enters, limit, length)
         keys, columns, counts = filter_scores(
-            self.rows.values,
-            block.values,
-            enters,
-            limit,
-            length,
-            self.rows.scale,
-            block.scale,
-            add,
-            slope,
-            spread,
+            *rows_and_limits, self.rows.scale, block.scale, add, slope, spread
         )
         self.overflowed |= counts > length
         everyone = slice(0, len(self.queries_QD))

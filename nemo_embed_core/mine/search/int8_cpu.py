@@ -271,7 +271,7 @@ class Tile:
         return rows[rows >= 0], columns[rows >= 0]
 
     def seed_floor(self, some: Tensor, products: Tensor) -> None:
-        """The k largest products of these rows are scored: the k-th best is no worse than the last of them."""
+        """The k largest products of these rows are scored: the k-th best is no worse than the last."""
         k = self.buffer.k
         sure = integers((self.ceilings - self.bound) / self.slope - 1)[some, None]
         lowest = torch.iinfo(torch.int32).min

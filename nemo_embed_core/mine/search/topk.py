@@ -5,9 +5,7 @@
 The score of a pair is a function of its two rows alone (kernels/pair_scores.py: fp64, one fixed order of
 summation, rounded to fp32), never of the block a GEMM happened to compute it in. So the answer is the same
 bits for every block size, order of blocks, number of ranks, device, and for the int8 path. A GEMM only finds
-candidates: its result is within a proven bound of the score, the best C > k upper bounds are kept while the
-documents stream past, the kept ones are scored, and a certificate (everything dropped is below the k-th kept)
-says whether that was enough. Rows without it are searched again (engine.py).
+candidates (candidates.py); rows whose answer is not certified are searched again (engine.py).
 """
 
 # Q queries · N documents · D hidden_size · k asked for · C candidates kept (k + slack)
@@ -58,8 +56,8 @@ def topk_below(
     (`pick_method`); never what is found. exclude: ids never returned, per query.  first_id: id of
     documents[0] when they are one rank's shard. Returns scores [Q, k] fp32, best first, ties by lower
     id, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify. Memory: block_queries x
-    (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes (0: 1,024 x 2,048 on a CPU, 4,096 x 32,768
-    on a GPU), whatever N is; docs/mining.md has int8 and what a GPU adds.
+    (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes (0: 1,024 x 2,048
+    on a CPU, 4,096 x 32,768 on a GPU), whatever N is; docs/mining.md has int8 and what a GPU adds.
     """
     queries, documents = (
         torch.from_dlpack(x) if not isinstance(x, np.ndarray | Tensor) and hasattr(x, "__dlpack__") else x
