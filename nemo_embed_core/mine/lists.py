@@ -232,11 +232,11 @@ def combine(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One list per query out of several teachers' lists: (scores of the first teacher, ids, below), [R, n].
 
-    tops [R, M] per teacher: the ids of its M = combine_depth best passages below its ceiling, best first, -1
-    in free places. In a list of m passages they have the ranks 0 .. m - 1, and any other passage has rank m.
+    tops [R, M] per teacher: the ids of its M = combine_depth best documents below its ceiling, best first, -1
+    in free places. In a list of m documents they have the ranks 0 .. m - 1, and any other document has rank m.
 
-    intersection: the passages that are in every list, so below the ceiling of every teacher.
-    mean_rank: the passages that are in some list, and below the ceiling of every teacher.
+    intersection: the documents that are in every list, so below the ceiling of every teacher.
+    mean_rank: the documents that are in some list, and below the ceiling of every teacher.
 
     Both in the order (mean of the ranks, id), the first n = selection.num_searched of them. With range_min or
     range_max the lists hold the best documents whatever they score, n counts all, `below` says which may go.

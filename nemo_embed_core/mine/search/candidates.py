@@ -103,42 +103,6 @@ class Candidates:
         exact = self.documents.scores(self.queries_QD, ids)
         return torch.where(exact < self.ceilings[:, None], exact, -torch.inf).amin(1)
 
-    def _possible_scores(self, k: int) -> Tensor:
-        """[Q, C] exact scores, on a CPU, of the candidates that can be among the k best; -inf elsewhere.
-
-        Keys of rounded rows are far above the scores, so fp32 products, which are within `error`, replace
-        them first. Exact scores are fp64 and take several times as long.
-        """
-        (num_queries, num_kept), hidden_size = self.ids.shape, self.queries_QD.shape[1]
-        relative = Rounding("fp32", hidden_size).relative
-        error_Q = relative * self.rows.norm * self.largest_norm + Rounding.ABSOLUTE
-        exact = torch.full(self.ids.shape, -torch.inf)
-        # 64 MiB of gathered rows.
-        for rows in slices(num_queries, max(1, (16 << 20) // (num_kept * hidden_size))):
-            queries_qD, ids, upper, error = (
-                self.queries_QD[rows],
-                self.ids[rows],
-                self.keys[rows],
-                error_Q[rows, None],
-            )
-            ceilings, found, gathered = self.ceilings[rows, None], ids >= 0, None
-            if self.method != "fp32":
-                gathered = self.documents.gather(ids.clamp(min=self.documents.first_id).flatten())
-                near = torch.bmm(gathered.view(*ids.shape, hidden_size), queries_qD[:, :, None])[:, :, 0]
-                upper = torch.where(found, near + error, -torch.inf)
-            lower = upper - 2 * error
-            # An upper bound below the k-th lower bound of documents surely below the ceiling is out.
-            sure = torch.where(found & (upper < ceilings), lower, -torch.inf)
-            kth = sure.topk(k, dim=1).values[:, -1]
-            may_count = found & (lower < ceilings) & (upper >= kth[:, None])
-            at, column = may_count.nonzero(as_tuple=True)
-            if gathered is None:
-                scores = self.documents.pair_scores(queries_qD, at, ids[at, column])
-            else:
-                scores = pair_scores(queries_qD, at, gathered, at * num_kept + column)
-            exact[at + rows.start, column] = scores
-        return exact
-
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(scores [Q, k], ids [Q, k], certified [Q]) of the candidates, on the CPU."""
         check_norms(self.largest_norm, self.rows.norm.max())
@@ -151,7 +115,10 @@ class Candidates:
             possible = torch.where(self.keys >= self.floor[:, None], self.ids, -1)
             exact = self.documents.scores(self.queries_QD, possible)
         else:
-            exact = self._possible_scores(k)
+            relative = Rounding("fp32", self.queries_QD.shape[1]).relative
+            error = relative * self.rows.norm * self.largest_norm + Rounding.ABSOLUTE
+            candidates = (self.ceilings, self.keys, self.ids, self.method != "fp32")
+            exact = possible_scores(self.documents, k, self.queries_QD, error, *candidates)
         keep = torch.isfinite(exact) & (exact < self.ceilings[:, None])
         scores = torch.full((num_queries, self.k), -torch.inf, device=device)
         ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=device)
@@ -177,6 +144,45 @@ def kth_lower_bound(keys: Tensor, bound: Tensor, ceilings: Tensor, k: int) -> Te
     place = (keys >= ceilings[:, None]).sum(1) + k - 1
     kth = keys.gather(1, place.clamp(max=keys.shape[1] - 1)[:, None])[:, 0] - 2 * bound
     return torch.where(place < keys.shape[1], kth, -torch.inf)
+
+
+def possible_scores(
+    documents: Documents,
+    k: int,
+    queries_QD: Tensor,
+    error_Q: Tensor,
+    ceilings: Tensor,
+    keys: Tensor,
+    ids: Tensor,
+    rescore: bool,
+) -> Tensor:
+    """[Q, C] exact scores of the candidates that can be among the k best, -inf elsewhere.
+
+    rescore: the keys are of rounded rows and far above the scores, so fp32 products, which are within
+    error_Q, replace them first. Exact scores are fp64 and take several times as long.
+    """
+    (num_queries, num_kept), hidden_size = ids.shape, queries_QD.shape[1]
+    exact = torch.full(ids.shape, -torch.inf)
+    # 64 MiB of gathered rows.
+    for rows in slices(num_queries, max(1, (16 << 20) // (num_kept * hidden_size))):
+        found, upper, error = ids[rows] >= 0, keys[rows], error_Q[rows, None]
+        gathered = None
+        if rescore:
+            gathered = documents.gather(ids[rows].clamp(min=documents.first_id).flatten())
+            near = torch.bmm(gathered.view(*found.shape, hidden_size), queries_QD[rows, :, None])[:, :, 0]
+            upper = torch.where(found, near + error, -torch.inf)
+        lower = upper - 2 * error
+        # An upper bound below the k-th lower bound of documents that are below the ceiling for sure is out.
+        sure = torch.where(found & (upper < ceilings[rows, None]), lower, -torch.inf)
+        kth = sure.topk(k, dim=1).values[:, -1]
+        may_count = found & (lower < ceilings[rows, None]) & (upper >= kth[:, None])
+        at_row, at_column = may_count.nonzero(as_tuple=True)
+        if gathered is None:
+            scores = documents.pair_scores(queries_QD[rows], at_row, ids[rows][at_row, at_column])
+        else:
+            scores = pair_scores(queries_QD[rows], at_row, gathered, at_row * num_kept + at_column)
+        exact[at_row + rows.start, at_column] = scores
+    return exact
 
 
 def next_after(x: Tensor) -> Tensor:
