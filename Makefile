@@ -2,6 +2,8 @@
 # make gpu      tests and benchmarks on a CUDA device, with $(PYTHON) as it is; installs nothing
 # make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
 # make mutants  bugs planted one at a time: does a test notice? A table; some 20 minutes (MUTANTS="clip bf16": these only)
+# make coverage how much of the package the tests run, forks and spawned processes counted; twice the time of make test
+# make same     nine commands under BASE=commit and under this tree: is every file that they write the same?
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 #
 # make docs     the pages and notebooks that commands make     make constraints   constraints.txt, from .venv
@@ -18,7 +20,7 @@ BENCHMARKS ?= ceilings kernels mining step
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint faults mutants gpu bench compat docs constraints clean
+.PHONY: help demo test lint coverage same faults mutants gpu bench compat docs constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -34,6 +36,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A process that is killed leaves no figures, so the failpoints' own lines are not all counted.
+coverage: $(INSTALLED)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+BASE ?= HEAD
+
+same: $(INSTALLED)
+	$(BIN)/python tests/same_behaviour.py $(BASE)
 
 FAULTS ?= fault and not slow
 
@@ -108,5 +122,5 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 
 # Keeps .venv, .venv-compat, runs/ and data-cache/: they cost time, not space for mistakes.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

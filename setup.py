@@ -63,6 +63,7 @@ setup(
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",
+            "coverage>=7.10",
             "hypothesis>=6.150",
             "ruff>=0.17,<0.18",  # the next minor release formats differently
             "mypy>=2.4,<3",

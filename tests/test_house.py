@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -304,10 +305,12 @@ _OTHER_PIPE = "import os; reader, writer = os.pipe(); os.close(reader); os.write
     [
         (["launch/merge.py", "--help"], 0, r""),
         (["-m", "nemo_embed_core.cli", "--help"], 0, r""),
-        (["-c", _WORK + "for i in range(9999): print(i)"], 128 + 13, r"stopped: the reader of stdout has ended\n"),
+        (["-c", _WORK + "for i in range(9999): print(i)"], 128 + 13,
+         r"stopped: the reader of stdout has ended\n"),
         (["-c", _WORK + "print(1, flush=True)"], 128 + 13, r"stopped: .*\n"),
         (["-c", _WORK + "raise SystemExit(print(1))"], 0, r""),
-        (["-c", f"import sys; sys.stdout = sys.stderr\n{_WORK}{_OTHER_PIPE}"], 1, r"Traceback.*BrokenPipeError.*\n"),
+        (["-c", f"import sys; sys.stdout = sys.stderr\n{_WORK}{_OTHER_PIPE}"], 1,
+         r"Traceback.*BrokenPipeError.*\n"),
     ],
 )  # fmt: skip
 def test_a_reader_that_has_ended_ends_the_work_without_a_traceback(
@@ -380,3 +383,65 @@ def test_a_planted_upward_import_is_refused(tmp_path: Path, where: str, line: st
         file.write(f"\n{line}\n")
     planted = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
     assert planted.returncode == 1 and "BROKEN" in planted.stdout, planted.stdout + planted.stderr
+
+
+# Around the package, from top to bottom: a file imports what stands below it; none is left out.
+AROUND = (
+    ("tests/test_*.py", "tests/*/test_*.py"),
+    ("tests/conftest.py", "tests/*/conftest.py", "tests/mutants.py", "tests/same_behaviour.py"),
+    ("tests/crash.py",),  # runs that are killed, on
+    ("tests/forked.py",),  # a server of forks, warmed by
+    ("tests/tiny.py", "tests/toy_*.py"),  # toys
+    ("tests/kernels/checks.py", "tests/kernels/compile_sm90.py"),
+    ("docs/*.py", "benchmarks/*.py"),
+    ("benchmarks/ceilings.py", "benchmarks/__init__.py"),  # below the others of their folder
+    ("launch/*.py", "setup.py", ".ci/*.py"),
+    ("nemo_embed_core/*.py", "kernels/*.py"),  # among themselves: import-linter's
+    # Truths to compare with, and what runs elsewhere: they import nothing of ours.
+    ("tests/oracle.py", "tests/mine/reference.py", "tests/export/flash_stand_in.py"),
+)
+PACKAGE = len(AROUND) - 2
+
+
+def _layer(path: str) -> int:
+    fitting = [i for i, globs in enumerate(AROUND) if any(fnmatch(path, glob) for glob in globs)]
+    assert fitting, f"{path}: give it a layer of AROUND"
+    return fitting[-1]
+
+
+def _imported_files(path: str, source: str, files: set[str]) -> set[str]:
+    """Of `files`; a helper of the tests is imported by its bare name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for module in (name.replace(".", "/") for name in modules):
+            found |= {f"{module}.py", f"{module}/__init__.py", f"tests/{module}.py"} & files
+    return found - {path}
+
+
+def _wrong_imports(path: str, source: str, files: set[str]) -> list[str]:
+    layer = _layer(path)
+    found = sorted(_imported_files(path, source, files))
+    return [f"{path} imports {other}" for other in found if not layer < _layer(other) + (layer == PACKAGE)]
+
+
+@pytest.mark.parametrize(
+    "path, line",
+    [
+        ("tests/tiny.py", "from forked import Server"),  # upwards
+        ("tests/oracle.py", "from nemo_embed_core.config import TrainConfig"),  # what it is to judge
+        ("benchmarks/step.py", "from benchmarks import kernels"),  # between siblings
+        ("launch/train.py", "import benchmarks.step"),
+        ("nemo_embed_core/errors.py", "from launch import merge"),
+        ("kernels/rope.py", "import tiny"),
+    ],
+)
+def test_a_planted_import_around_the_package_is_refused(path: str, line: str) -> None:
+    assert _wrong_imports(path, line, set(_tracked()))
+
+
+def test_imports_around_the_package_point_one_way() -> None:
+    files = {path for path in _tracked() if path.endswith(".py") and (ROOT / path).exists()}
+    assert not [wrong for path in files for wrong in _wrong_imports(path, (ROOT / path).read_text(), files)]

@@ -2,14 +2,11 @@
 change."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from forked import Outcome, Server
 from safetensors.torch import save_file
 from tiny import write_rows, write_tokenizer
 
@@ -21,19 +18,13 @@ SHAPE = {
 
 
 class Launcher:
-    def __init__(self, folder: Path):
-        self.folder = folder
-        command = [sys.executable, str(ROOT / "tests/launch_worker.py")]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+    def __init__(self, folder: Path, server: Server):
+        self.folder, self.server = folder, server
 
-    def __call__(self, argv: list[str], env: dict[str, str] | None = None) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"argv": argv, "env": env or {}}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+    def __call__(self, argv: list[str], env: dict[str, str] | None = None) -> Outcome:
+        return self.server.launch(argv, env)
 
-    def train(self, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+    def train(self, *options: str, env: dict[str, str] | None = None) -> Outcome:
         shape = [f"--model.{k}={v}" for k, v in SHAPE.items()]
         base = [
             "launch/train.py",
@@ -51,24 +42,21 @@ class Launcher:
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def launch(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     folder = tmp_path_factory.mktemp("wrong")
     write_tokenizer(folder / "tok")
     write_rows(folder / "train.jsonl")
-    launcher = Launcher(folder)
-    yield launcher
-    launcher.process.kill()
-    launcher.process.communicate()
+    return Launcher(folder, server)
 
 
-def refuses(result: dict[str, Any], *fragments: str) -> None:
-    text = result["stderr"]
-    assert result["code"] == 2, f"exit code {result['code']}\n{text[-3000:]}"
+def refuses(result: Outcome, *fragments: str) -> None:
+    text = result.output
+    assert result.code == 2, f"exit code {result.code}\n{text[-3000:]}"
     paragraph = [line for line in text.splitlines() if "error: " in line][-1]
     for fragment in fragments:
         assert fragment in paragraph, f"{fragment!r} is not in: {paragraph}"
     assert "Traceback" not in text and len(paragraph) < 700, text
-    assert result["cpu_s"] < 5
+    assert result.cpu_s < 5
 
 
 OPTIONS: list[tuple[list[str], list[str]]] = [
@@ -215,7 +203,7 @@ def test_wrong_base_models(launch: Launcher) -> None:
 
 def test_a_run_is_never_overwritten(launch: Launcher) -> None:
     output = str(launch.folder / "once")
-    assert launch.train("--output_dir", output)["code"] == 0
+    assert launch.train("--output_dir", output).code == 0
     refuses(launch.train("--output_dir", output), "already holds checkpoints", "--checkpoint.resume auto")
     changed = launch.train("--output_dir", output, "--checkpoint.resume", "auto", "--seed", "5")
     refuses(changed, "cannot be continued", "seed was 0, now 5")

@@ -127,7 +127,7 @@ def test_truncate_makes_every_draw_fit_and_takes_no_more_than_needed(store, conf
 
 
 def test_documents_that_truncation_makes_equal_are_no_negatives_of_each_other(tmp_path, tokenizer):
-    """Three documents with one beginning: two of one row, shortened to one length, and one of another row, to another."""
+    """Three documents with one beginning: two of one row, cut to one length, one of another row."""
     long = words(60, 1)
     rows = [
         {"query": "first question", "pos": [long + " alpha beta"], "neg": [long + " gamma", words(5, 9)]},

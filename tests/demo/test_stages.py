@@ -1,4 +1,4 @@
-"""The demo's commands: options that their launchers take, files that an earlier one made, and the table at the end."""
+"""The demo's commands: options that their launchers take, files that an earlier one made, the last table."""
 
 import json
 import subprocess

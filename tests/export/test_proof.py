@@ -4,16 +4,15 @@ rest must not."""
 import importlib.util
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Server
 from safetensors.torch import load_file, save_file
 from tiny import llama_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -105,41 +104,20 @@ def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "folder")
 
 
-@pytest.fixture(scope="module")
-def reload_worker(tmp_path_factory) -> Iterator[Callable]:
-    """subprocess.run for reload.py, in forks of one process that has the libraries: ten seconds less for each
-    folder."""
-    errors = (tmp_path_factory.mktemp("worker") / "stderr").open("w+")
-    real_run = subprocess.run
-    modules = str(tmp_path_factory.mktemp("modules"))  # this constant of transformers is read at its import
-    with subprocess.Popen(
-        [sys.executable, str(TESTS / "export" / "reload_worker.py")],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "HF_MODULES_CACHE": modules},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-    ) as worker:
-
-        def run(argv, *, env=None, **others):
-            if argv[0] != sys.executable:  # git
-                return real_run(argv, env=env, **others)
-            worker.stdin.write(json.dumps({"argv": argv[1:], "env": env}) + "\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
-            if not answer:
-                errors.seek(0)
-                raise AssertionError(errors.read())
-            answer = json.loads(answer)
-            return subprocess.CompletedProcess(argv, answer["code"], "", answer["stderr"])
-
-        yield run
-        worker.stdin.close()
-
-
 @pytest.fixture
-def warm(reload_worker, monkeypatch):
-    monkeypatch.setattr(consumers.subprocess, "run", reload_worker)
+def warm(server: Server, monkeypatch):
+    """Where a folder is reloaded: in forks of a process that has the libraries, ten seconds less for each."""
+    names = "AutoModel", "AutoTokenizer", "LlamaModel"
+    server.preload(*(f"transformers:{n}" for n in names), "sentence_transformers:SentenceTransformer")
+    real_run = subprocess.run
+
+    def run(argv, *, env=None, **others):
+        if argv[0] != sys.executable:  # git
+            return real_run(argv, env=env, **others)
+        ended = server.launch(argv[1:], env)
+        return subprocess.CompletedProcess(argv, ended.code, "", ended.output)
+
+    monkeypatch.setattr(consumers.subprocess, "run", run)
 
 
 @pytest.fixture

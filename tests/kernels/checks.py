@@ -1,17 +1,13 @@
 """What the kernels must satisfy, as functions: run by Triton's interpreter on the CPU and by the compiler on
 a GPU.
 
-    TRITON_INTERPRET=1 PYTHONPATH=. python tests/kernels/checks.py < requests > replies
-
 Every check takes the module under test, so that mutated copies go through exactly the same checks, and
 compares outputs and all gradients with the plain-torch reference in float64 under an error budget: no worse
 than twice what plain torch loses in the same dtype, plus an ulp. Uninitialised memory is NaN while the
 launchers run, so an element that no program wrote shows.
 
-The interpreter is set up when triton is imported, hence a process of its own, which `conftest.py` starts
-once: a line of JSON {"check", "arguments", "mutation", "constants"} in, a line of JSON {"error": traceback or
-null} out. Known limits of the interpreter: bf16 dots are garbage and bf16 casts truncate, so it checks fp32
-and fp16; bf16 is for the GPU.
+The interpreter is set up when triton is imported, hence in a server of forks of its own (conftest.py). Known
+limits of it: bf16 dots are garbage and bf16 casts truncate, so it checks fp32 and fp16; bf16 is for the GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import re
 import sys
 import tempfile
@@ -190,8 +185,9 @@ def split_rope(module, T, num_heads, num_kv_heads, head_dim, dtype="fp32", devic
 
 
 def adamw(module, sizes, grad="fp32", factor=0.37, steps=3, scale=1.0, device="cpu"):
-    """Some steps on several parameters beside AdamW's formula in fp64, written again here: no value loses more than its
-    roundings to fp32. factor 0: no bit changes, whatever the gradients are. scale: of the gradients."""
+    """Some steps on several parameters beside AdamW's formula in fp64, written again here: no value loses
+    more than its roundings to fp32. factor 0: no bit changes, whatever the gradients are. scale: of the
+    gradients."""
     options = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
     masters = [torch.randn(n, dtype=torch.float64).mul(0.02).float() for n in sizes]
     for master in masters:
@@ -239,7 +235,8 @@ def adamw(module, sizes, grad="fp32", factor=0.37, steps=3, scale=1.0, device="c
                 budget = 0 * budget
             worst = int((error - budget).nan_to_num(float("inf")).argmax())
             assert bool((error <= budget).all()), (
-                f"{name} {worst} of parameter {i}: {x[worst]:.9e}, exactly {exact[worst]:.9e}: error {error[worst]:.2e} is "
+                f"{name} {worst} of parameter {i}: {x[worst]:.9e}, exactly {exact[worst]:.9e}: "
+                f"error {error[worst]:.2e} is "
                 f"above the budget {budget[worst]:.2e}"
             )
 
@@ -831,23 +828,16 @@ def benchmark_rehearsal(folder: str) -> None:
     }
 
 
-def serve() -> None:
-    replies, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        error = None
-        try:
-            if request["check"] in ("opcheck", "compiled_gradients", "benchmark_rehearsal"):
-                globals()[request["check"]](**request["arguments"])
-            else:
-                run(request["check"], request["arguments"], request["mutation"], request["constants"])
-        except AssertionError as failure:
-            error = f"AssertionError: {failure}\n{traceback.format_exc()}"
-        except Exception:  # whatever it is, the test that asked shows it
-            error = traceback.format_exc()
-        print(json.dumps({"error": error}), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+def error_of(
+    check: str, arguments: dict, mutation: tuple[str, str] | None, constants: dict | None
+) -> str | None:
+    try:
+        if check in ("opcheck", "compiled_gradients", "benchmark_rehearsal"):
+            globals()[check](**arguments)
+        else:
+            run(check, arguments, mutation, constants)
+    except AssertionError as failure:
+        return f"AssertionError: {failure}\n{traceback.format_exc()}"
+    except Exception:  # whatever it is, the test that asked shows it
+        return traceback.format_exc()
+    return None

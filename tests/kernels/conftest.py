@@ -1,45 +1,36 @@
-"""One child process in Triton's interpreter for all kernel tests of a session (see checks.py)."""
+"""A server of forks in Triton's interpreter, which is set up when triton is imported (see checks.py)."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forked import Server
 
-ROOT = Path(__file__).resolve().parents[2]
+CHECKS = Path(__file__).with_name("checks.py")
 
 
 @pytest.fixture(scope="session")
-def interpreted() -> Iterator[Callable[..., str | None]]:
+def interpreter() -> Iterator[Server]:
+    server = Server(TRITON_INTERPRET="1", PYTHONWARNINGS="ignore::RuntimeWarning")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def interpreted(interpreter: Server) -> Callable[..., str | None]:
     """interpreted(check, mutation=None, constants=None, **arguments) -> the error, or None."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore::RuntimeWarning", str(Path(__file__).with_name("checks.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
 
     def ask(
-        check: str, mutation: tuple[str, str] | None = None, constants: dict | None = None, **arguments
+        check: str, mutation: tuple[str, str] | None = None, constants: dict | None = None, **arguments: Any
     ) -> str | None:
-        request = {"check": check, "arguments": arguments, "mutation": mutation, "constants": constants}
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        reply = process.stdout.readline()
-        assert reply, f"the interpreter process died (exit code {process.wait()}); its stderr is above"
-        return json.loads(reply)["error"]
+        outcome = interpreter.call((CHECKS, "error_of"), check, arguments, mutation, constants)
+        assert outcome.code == 0, outcome.output
+        return outcome.result
 
-    yield ask
-    process.stdin.close()
-    process.wait(timeout=60)
+    return ask
 
 
 @pytest.fixture

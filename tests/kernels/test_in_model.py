@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from forked import Server
 from tiny import MODEL, train_config
 
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
 
-def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch: str) -> dict:
+def both_paths(folder: str, in_batch: str) -> dict:
     import torch.distributed as dist
 
     from nemo_embed_core.data.packing import load_batch
@@ -29,12 +29,13 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
     from nemo_embed_core.train.step import forward_backward
     from nemo_embed_core.train.trainer import Trainer
 
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
     loss = {"in_batch": in_batch, "temperature": 0.05}
     data = {"document_max_length": 8, "num_hard_negatives": 1}  # the interpreter takes milliseconds a program
     config = train_config(
         Path(folder), loss=loss, data=data, global_batch_size=2, output_dir=f"{folder}/{in_batch}"
     )
+    world_size = dist.get_world_size()
     mesh = build_mesh(torch.device("cpu"), 1, world_size, True)
     trainer = Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None)
     batches, _ = load_batch(trainer.store, trainer.sampler, 0, 0, 1, config.data, world_size, config.seed)
@@ -72,12 +73,10 @@ def both_paths(rank: int, world_size: int, init_file: str, folder: str, in_batch
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size, in_batch", [(1, "positives"), (2, "none")])
 def test_a_step_with_kernels_equals_the_reference_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, in_batch: str
+    tmp_path: Path, interpreter: Server, world_size: int, in_batch: str
 ) -> None:
-    # Of the ranks; this process has imported triton already or never will.
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     train_config(tmp_path)
-    for got in run_ranks(both_paths, world_size, str(tmp_path), in_batch):
+    for got in interpreter.results(both_paths, world_size, str(tmp_path), in_batch):
         assert all(got["calls"].values()), f"a kernel was not used: {got['calls']}"
         (want_loss, want), (loss, grads) = got["reference"], got["kernels"]
         assert (loss - want_loss).abs().max() <= 1e-5 * want_loss.abs().max()

@@ -64,8 +64,10 @@ MUTANTS = {
     "in batch: fp16 accumulation of the scores": (
         "info_nce_in_batch",
         {"B": 5, "P": 37, "D": 100},
-        "            acc = tl.dot(rows, docs.load([first_column, d_start]).T, acc, input_precision=PRECISION)\n",
-        "            acc = tl.dot(rows, docs.load([first_column, d_start]).T, acc).to(tl.float16).to(tl.float32)\n",
+        "            acc = tl.dot(rows, docs.load([first_column, d_start]).T, acc, "
+        "input_precision=PRECISION)\n",
+        "            acc = tl.dot(rows, docs.load([first_column, d_start]).T, "
+        "acc).to(tl.float16).to(tl.float32)\n",
     ),
     "in batch: fp16 accumulation where rows are not multiples of 16 bytes": (
         "info_nce_in_batch",

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import Server
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, train_config, write_rows, write_tokenizer
 
@@ -58,7 +56,7 @@ def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfi
     return folder
 
 
-def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, sources: list[str]) -> None:
+def save_on_mesh(folder: str, sources: list[str]) -> None:
     """Load each source under tp = 1, 2, 4 (the rest of the ranks are dp) and save it untrained (steps = 0);
     then that again under tp = 2, 4, 1."""
     from nemo_embed_core.checkpoint.weights import read_model_config
@@ -67,7 +65,7 @@ def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, source
     from nemo_embed_core.train.preflight import Prepared
     from nemo_embed_core.train.trainer import Trainer
 
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
     for source in sources:
         for tp in (1, 2, 4):
             output = f"{folder}/saved-{Path(source).name}-{tp}"
@@ -76,13 +74,13 @@ def save_on_mesh(rank: int, world_size: int, init_file: str, folder: str, source
                 (output, output + "-again", tp % 4 * 2 or 1),
             ):
                 config = train_config(Path(folder), init_from=init_from, steps=0, output_dir=output_dir)
-                mesh = build_mesh(torch.device("cpu"), world_size // size, size, True)
+                mesh = build_mesh(torch.device("cpu"), dist.get_world_size() // size, size, True)
                 prepared = Prepared(read_model_config(source), load_tokenizer(config.tokenizer))
                 Trainer(config, mesh, prepared, lambda message: None).run()
 
 
 @pytest.mark.dist
-def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path) -> None:
+def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path, server: Server) -> None:
     train_config(tmp_path)
     folders = [
         (write_hf(tmp_path / str(d).removeprefix("torch."), d), d) for d in (torch.bfloat16, torch.float32)
@@ -91,7 +89,7 @@ def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path) -> None:
     # has.
     odd = dataclasses.replace(MODEL, vocab_size=509, intermediate_size=99)
     folders.append((write_hf(tmp_path / "odd", torch.float32, config=odd), torch.float32))
-    run_ranks(save_on_mesh, 4, str(tmp_path), [str(folder) for folder, _ in folders])
+    server.results(save_on_mesh, 4, str(tmp_path), [str(folder) for folder, _ in folders])
     for folder, dtype in folders:
         want = load_file(folder / "model.safetensors")
         for tp, name in [(tp, f"{tp}") for tp in (1, 2, 4)] + [
@@ -601,7 +599,6 @@ def test_a_folder_that_is_used_in_another_way_is_not_merged(
 
 def save_checkpoint(folder: str, data: dict[str, Any] | None = None) -> None:
     """folder/saved: a checkpoint of one rank."""
-    init = tempfile.mktemp()
     changes = {"init_from": f"{folder}/hf", "steps": 0, "output_dir": f"{folder}/saved", "data": data or {}}
     config = train_config(Path(folder), **changes)
     from nemo_embed_core.data.tokenizer import load_tokenizer
@@ -609,8 +606,7 @@ def save_checkpoint(folder: str, data: dict[str, Any] | None = None) -> None:
     from nemo_embed_core.train.preflight import Prepared
     from nemo_embed_core.train.trainer import Trainer
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{init}", rank=0, world_size=1)
+    dist.init_process_group("gloo")
     mesh = build_mesh(torch.device("cpu"), 1, 1, True)
     Trainer(config, mesh, Prepared(MODEL, load_tokenizer(config.tokenizer)), lambda message: None).run()
 

@@ -1,18 +1,12 @@
-"""launch(): launch/mine.py in a forked process of a server that has imported torch once, on a toy model and
-its data."""
+"""miner(): launch/mine.py in a forked process, on a toy model and its data."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from forked import Outcome, Server
 from tiny import MODEL, write_rows, write_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 # What a run imports on the way; torch._dynamo at the first call of a custom op.
 WARM = ["jsonargparse", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo"]
 WARM += [
@@ -21,17 +15,12 @@ WARM += [
 
 
 class Miner:
-    """model, data: what to give the launcher; miner(*options, env=...) -> {"code", "stderr", "cpu_s"}."""
+    """model, data: what to give the launcher; miner(*options, env=...) is its Outcome."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, server: Server):
         self.folder, self.model, self.data = folder, str(folder / "run"), str(folder / "train.jsonl")
-        pipe, env = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
-        command = (
-            f"import {', '.join(WARM)}, runpy; runpy.run_path('tests/launch_worker.py', run_name='__main__')"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", command], stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=env
-        )
+        self.server = server
+        server.preload(*WARM)
         write_tokenizer(folder / "tokenizer")
         write_rows(folder / "train.jsonl")
         self.shape = shape = [
@@ -56,22 +45,13 @@ class Miner:
             "cpu",
         ]
         rest += ["--global_batch_size", "8"]
-        made = self.run(["launch/train.py", *rest, *data, *shape])
-        assert made["code"] == 0, made["stderr"]
+        made = server.launch(["launch/train.py", *rest, *data, *shape])
+        assert made.code == 0, made.output
 
-    def run(self, argv: list[str], env: dict[str, str] | None = None) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"argv": argv, "env": env or {}}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def __call__(self, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
-        return self.run(["launch/mine.py", "--device", "cpu", *options], env)
+    def __call__(self, *options: str, env: dict[str, str] | None = None) -> Outcome:
+        return self.server.launch(["launch/mine.py", "--device", "cpu", *options], env)
 
 
 @pytest.fixture(scope="session")
-def miner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Miner]:
-    one = Miner(tmp_path_factory.mktemp("miner"))
-    yield one
-    one.process.kill()
-    one.process.communicate()
+def miner(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Miner:
+    return Miner(tmp_path_factory.mktemp("miner"), server)

@@ -45,7 +45,7 @@ POINTS = [
 def calm(miner, tmp_path_factory):
     output = tmp_path_factory.mktemp("calm") / "mined.jsonl"
     result = miner("--model", miner.model, "--data", miner.data, "--output", str(output), *SMALL)
-    assert result["code"] == 0, result["stderr"]
+    assert result.code == 0, result.output
     assert any(json.loads(line)["neg"] for line in output.read_text().splitlines())
     return output
 
@@ -68,7 +68,7 @@ def test_killed_at_ten_points_one_after_the_other_and_resumed(miner, calm, tmp_p
     for point in POINTS:
         name = point.format(search=search, folder=tmp_path.name)
         result = miner(*options, env={"NEMO_EMBED_FAIL": name})
-        assert result["code"] == KILLED, f"{name} was not reached:\n{result['stderr'][-2000:]}"
+        assert result.code == KILLED, f"{name} was not reached:\n{result.output[-2000:]}"
         now = shards(work)
         assert before.items() <= now.items(), f"{name}: what was published is gone or changed"
         assert len(now) > len(before) or point in POINTS[:1] + POINTS[-2:], (
@@ -77,14 +77,14 @@ def test_killed_at_ten_points_one_after_the_other_and_resumed(miner, calm, tmp_p
         assert output.exists() == (point == POINTS[-1])
         before = now
     result = miner(*options)
-    assert result["code"] == 0, result["stderr"]
+    assert result.code == 0, result.output
     assert output.read_bytes() == calm.read_bytes()
     assert shards(work) == shards(calm.parent / "mined.jsonl.work")
     report, expected = (
         json.loads(p.with_name("mined.jsonl.report.json").read_text()) for p in (output, calm)
     )
     assert report == expected
-    assert not re.search(r"^(encoded|searched) ", result["stderr"], re.M), "all of it was there"
+    assert not re.search(r"^(encoded|searched) ", result.output, re.M), "all of it was there"
 
 
 def test_killed_with_several_datasets_the_finished_ones_are_not_done_again(miner, calm, tmp_path):
@@ -94,13 +94,13 @@ def test_killed_with_several_datasets_the_finished_ones_are_not_done_again(miner
     config.write_text(f"datasets:\n- {{path: {miner.data}}}\n- {{path: {other}, task: find it}}\n")
     options = ("--config", str(config), "--model", miner.model, "--output", str(tmp_path / "mined"), *SMALL)
     killed = miner(*options, env={"NEMO_EMBED_FAIL": "rename@mined/other.jsonl"})
-    assert killed["code"] == KILLED, killed["stderr"]
+    assert killed.code == KILLED, killed.output
     assert (tmp_path / "mined/train.jsonl").read_bytes() == calm.read_bytes() and not (
         tmp_path / "mined/other.jsonl"
     ).exists()
     result = miner(*options)
-    assert result["code"] == 0, result["stderr"]
-    assert not re.search(r"^(encoded|searched) ", result["stderr"], re.M)
+    assert result.code == 0, result.output
+    assert not re.search(r"^(encoded|searched) ", result.output, re.M)
     alone = miner(
         "--model",
         miner.model,
@@ -112,15 +112,13 @@ def test_killed_with_several_datasets_the_finished_ones_are_not_done_again(miner
         str(tmp_path / "o"),
         *SMALL,
     )
-    assert (
-        alone["code"] == 0 and (tmp_path / "mined/other.jsonl").read_bytes() == (tmp_path / "o").read_bytes()
-    )
+    assert alone.code == 0 and (tmp_path / "mined/other.jsonl").read_bytes() == (tmp_path / "o").read_bytes()
     report = json.loads((tmp_path / "mined/report.json").read_text())
     assert list(report) == ["train", "other"] and report["other"]["queries"] == 20
     assert (
         report["train"]["models"][0]["prompt"] == "" and "find it" in report["other"]["models"][0]["prompt"]
     )
-    assert re.search(r"^  other +20 ", result["stderr"], re.M), "the table has a line for it"
+    assert re.search(r"^  other +20 ", result.output, re.M), "the table has a line for it"
 
 
 @pytest.mark.fault(21)
@@ -134,9 +132,9 @@ def test_what_was_altered_or_is_of_something_else_is_refused_or_made_again_but_n
 
     def refused(*fragments: str, extra: tuple[str, ...] = ()) -> None:
         result = miner(*options, *extra)
-        assert result["code"] == 2 and "Traceback" not in result["stderr"], result["stderr"]
+        assert result.code == 2 and "Traceback" not in result.output, result.output
         for fragment in (*fragments, "never reused"):
-            assert fragment in result["stderr"], result["stderr"]
+            assert fragment in result.output, result.output
         assert not output.exists()
 
     # Another model, other texts, another prompt, another length.
@@ -159,7 +157,7 @@ def test_what_was_altered_or_is_of_something_else_is_refused_or_made_again_but_n
         re.sub(r'"sha256": "..', '"sha256": "zz', (work / "documents/00003.json").read_text())
     )
     result = miner(*options)
-    assert result["code"] == 0, result["stderr"]
+    assert result.code == 0, result.output
     for name in ("documents/00002.npy", "queries/00001.npy", "documents/00003.npy"):
-        assert f"{name} is damaged or missing" in result["stderr"]
+        assert f"{name} is damaged or missing" in result.output
     assert output.read_bytes() == calm.read_bytes()

@@ -23,7 +23,7 @@ def lines_of(path):
 def test_texts_written_embedded_elsewhere_and_mined_give_what_the_model_gives(miner, tmp_path):
     data, folder = ("--data", miner.data), tmp_path / "embeddings"
     written = miner(*data, "--write_texts", str(folder))
-    assert written["code"] == 0 and "row i for line i" in written["stderr"], written["stderr"]
+    assert written.code == 0 and "row i for line i" in written.output, written.output
     embedder = Embedder.load(miner.model, "cpu")
     for side in ("documents", "queries"):
         texts = [line["text"] for line in lines_of(folder / f"{side}.jsonl")]
@@ -31,7 +31,7 @@ def test_texts_written_embedded_elsewhere_and_mined_give_what_the_model_gives(mi
         np.save(folder / f"{side}.npy", 3 * embedder.encode(texts, max_length=48))  # of no particular length
     ours = miner(*data, "--model", miner.model, "--output", str(tmp_path / "a.jsonl"), *SMALL)
     theirs = miner(*data, "--model", str(folder), "--output", str(tmp_path / "b.jsonl"), *SMALL)
-    assert ours["code"] == theirs["code"] == 0, theirs["stderr"]
+    assert ours.code == theirs.code == 0, theirs.output
     a, b = lines_of(tmp_path / "a.jsonl"), lines_of(tmp_path / "b.jsonl")
     assert [line["query"] for line in a] == [line["query"] for line in b]
     for x, y in zip(a, b, strict=True):
@@ -45,15 +45,15 @@ def test_texts_written_embedded_elsewhere_and_mined_give_what_the_model_gives(mi
     # In the way of one format, which ends neither the run nor the others.
     (tmp_path / "c.jsonl.automodel.json").mkdir()
     result = miner(*data, *both, *more, *SMALL)
-    assert result["code"] == 2 and "Traceback" not in result["stderr"], result["stderr"]
-    assert "all is mined, but 1 of --formats could not be written: " in result["stderr"]
+    assert result.code == 2 and "Traceback" not in result.output, result.output
+    assert "all is mined, but 1 of --formats could not be written: " in result.output
     assert sum(
         x["neg"] == y["neg"] for x, y in zip(a, lines_of(tmp_path / "c.jsonl"), strict=True)
     ) > 0.9 * len(a)
     report = json.loads((tmp_path / "c.jsonl.report.json").read_text())
     assert [entry["threshold"] for entry in report["sweep"]] == [0.5, 0.98] and len(report["models"]) == 2
     for threshold in ("0.5 ", "0.98"):
-        assert f"\n  {threshold} " in result["stderr"], "the table has a line for it"
+        assert f"\n  {threshold} " in result.output, "the table has a line for it"
     assert (tmp_path / "c.jsonl.report.png").read_bytes()[:4] == b"\x89PNG"
     assert len(lines_of(tmp_path / "c.jsonl.tevatron.jsonl")) <= len(a)
     assert (tmp_path / "c.jsonl.sentence-transformers.parquet").exists()
@@ -90,8 +90,8 @@ def test_wrong_options_are_refused_before_anything_is_read(miner, tmp_path):
         ),
     ]:
         result = miner(*options)
-        assert result["code"] == 2 and "Traceback" not in result["stderr"], (options, result["stderr"])
-        assert words in result["stderr"], (options, result["stderr"])
+        assert result.code == 2 and "Traceback" not in result.output, (options, result.output)
+        assert words in result.output, (options, result.output)
     assert not (tmp_path / "o.jsonl").exists()
 
 

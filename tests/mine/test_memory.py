@@ -67,7 +67,8 @@ def run(method: str, num_documents: int) -> None:
         documents = (Document(f"passage {i} " + "x" * 40) for i in range(num_documents))
         rows = [Query(i) for i in range(QUERIES)]
         mine_negatives(
-            rows, [Teacher.of(Line())], Path(folder, "out.jsonl"), documents=documents, method=method, shard_size=SHARD,
+            rows, [Teacher.of(Line())], Path(folder, "out.jsonl"), documents=documents, method=method,
+            shard_size=SHARD,
             block_queries=BLOCK_QUERIES, log=lambda _: None,
         )  # fmt: skip
 

@@ -155,16 +155,16 @@ def test_similarity_is_the_folders_and_what_has_no_ceiling_is_refused_with_what_
 def test_a_checkpoint_is_mined_with_the_instruction_and_lengths_that_it_was_trained_with(miner, tmp_path):
     data = [{"path": miner.data, "task": "find it", "document_task": "a text"}]
     shape = [a for a in miner.shape if a.startswith("--model.")]
-    made = miner.run(
+    made = miner.server.launch(
         ["launch/train.py", "--output_dir", str(tmp_path / "run"), "--tokenizer",
         str(miner.folder / "tokenizer"),
          "--steps", "0", "--device", "cpu", "--global_batch_size", "8", "--data.datasets", json.dumps(data),
          "--data.query_max_length", "40", "--data.document_max_length", "56", *shape]
     )  # fmt: skip
-    assert made["code"] == 0, made["stderr"]
+    assert made.code == 0, made.output
     options = ("--data", miner.data, "--model", str(tmp_path / "run"), "--method", "fp32")
     result = miner(*options, "--output", str(tmp_path / "own.jsonl"))
-    assert result["code"] == 0, result["stderr"]
+    assert result.code == 0, result.output
     report = json.loads((tmp_path / "own.jsonl.report.json").read_text())
     assert report["models"][0]["prompt"] == "Instruct: find it\nQuery: "
     assert report["models"][0]["document_prompt"] == "Instruct: a text\nQuery: "
@@ -180,11 +180,9 @@ def test_a_checkpoint_is_mined_with_the_instruction_and_lengths_that_it_was_trai
         "56",
     )
     other = miner(*options, *same, "--output", str(tmp_path / "same.jsonl"))
-    assert (
-        other["code"] == 0 and (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
-    )
+    assert other.code == 0 and (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
     refused = miner(*options, "--output", str(tmp_path / "no.jsonl"), "--query_max_length", "8")
-    assert refused["code"] == 2 and "query_max_length=8 tokens leaves no room for text" in refused["stderr"]
+    assert refused.code == 2 and "query_max_length=8 tokens leaves no room for text" in refused.output
     assert not list(tmp_path.glob("no.jsonl*")), "nothing was encoded"
 
 

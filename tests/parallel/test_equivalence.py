@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from forked import Server
 from tiny import MODEL, train_config, write_rows
 
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
@@ -161,9 +161,7 @@ def without_padding(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tenso
     return inside
 
 
-def train_on_mesh(
-    rank: int, world_size: int, init_file: str, folder: str, layouts: list, cases: dict
-) -> list[dict]:
+def train_on_mesh(folder: str, layouts: list, cases: dict) -> list[dict]:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
@@ -176,7 +174,7 @@ def train_on_mesh(
     from nemo_embed_core.train.step import forward_backward
     from nemo_embed_core.train.trainer import Trainer
 
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
     results = []
     for tp, sp, dp in layouts:
         for (dtype, in_batch, model), steps in cases.items():
@@ -243,10 +241,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_every_layout_trains_like_one_process(world_size: int, reference: tuple[Path, dict]) -> None:
+def test_every_layout_trains_like_one_process(
+    world_size: int, server: Server, reference: tuple[Path, dict]
+) -> None:
     folder, truths = reference
     layouts = LAYOUTS[world_size]
-    results = run_ranks(train_on_mesh, world_size, str(folder), layouts, CASES)[0]
+    results = server.results(train_on_mesh, world_size, str(folder), layouts, CASES)[0]
     for (layout, case), got in zip([(lay, c) for lay in layouts for c in CASES], results, strict=True):
         truth, (loss_tol, grad_tol, curve_tol) = truths[case], TOLERANCE[case[0]]
         where = f"(tp, sp, dp)={layout} {case}"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from forked import Server
 
 from nemo_embed_core.parallel.collectives import (
     copy_to_tp,
@@ -37,10 +37,11 @@ def _inputs() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def check_layers(rank: int, world_size: int, init_file: str) -> None:
+def check_layers() -> None:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_default_dtype(torch.float64)
     i = _inputs()
     for sequence_parallel in (False, True):
@@ -116,5 +117,5 @@ def check_layers(rank: int, world_size: int, init_file: str) -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_sharded_layers_equal_their_plain_twins(world_size: int) -> None:
-    run_ranks(check_layers, world_size)
+def test_sharded_layers_equal_their_plain_twins(world_size: int, server: Server) -> None:
+    server.results(check_layers, world_size)

@@ -1,12 +1,8 @@
-from collections.abc import Iterator
-
 import pytest
 from crash import Worker
+from forked import Server
 
 
 @pytest.fixture(scope="session")
-def worker() -> Iterator[Worker]:
-    w = Worker()
-    yield w
-    w.process.kill()
-    w.process.communicate()
+def worker(server: Server) -> Worker:
+    return Worker(server)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from forked import Server
 from tiny import MODEL, train_config
 
 # precision, in_batch, reshard_after_forward, dp_replicate; FSDP2 keeps fp32, bf16 and half-reduced gradients in
@@ -23,9 +23,7 @@ class Left(Exception):
     pass
 
 
-def leave_everywhere(
-    rank: int, world_size: int, init_file: str, folder: str
-) -> list[tuple[str, str, list[str]]]:
+def leave_everywhere(folder: str) -> list[tuple[str, str, list[str]]]:
     """(case, place, names of the gradients that differ) for every place where a step may be left."""
     import torch.distributed as dist
 
@@ -37,8 +35,8 @@ def leave_everywhere(
     from nemo_embed_core.train.step import forward_backward
     from nemo_embed_core.train.trainer import Trainer
 
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
-    results = []
+    dist.init_process_group("gloo")
+    world_size, results = dist.get_world_size(), []
     for precision, in_batch, reshard, replicate in CASES:
         mesh = build_mesh(torch.device("cpu"), world_size, 1, False, replicate)
         options: dict[str, Any] = {
@@ -81,9 +79,9 @@ def leave_everywhere(
 
 
 @pytest.mark.dist
-def test_the_next_step_has_the_gradients_of_a_run_that_never_left_one(tmp_path: Path) -> None:
+def test_the_next_step_has_the_gradients_of_a_run_that_never_left_one(tmp_path: Path, server: Server) -> None:
     train_config(tmp_path)  # writes the data, before two ranks would
-    for results in run_ranks(leave_everywhere, 2, str(tmp_path)):
+    for results in server.results(leave_everywhere, 2, str(tmp_path)):
         assert len({place.split()[0] for _, place, _ in results}) == 4  # embedding, loss, forward, backward
         for case, place, wrong in results:
             assert not wrong, f"{case}: left before {place}, these gradients differ: {wrong}"
