@@ -63,7 +63,8 @@ def adamw_ref(
         state_step = torch.tensor(float(step), device=master.device)
         torch._fused_adamw_(
             [master], [grad.float() * factor], [exp_avg], [exp_avg_sq], [], [state_step],
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False,
+            maximize=False,
         )  # fmt: skip
         for half, value in zip((weight, remainder), split_master(master), strict=True):
             half.copy_(value)
@@ -106,9 +107,9 @@ def _adamw_kernel(
     "nemo_embed_core::adamw", mutates_args=("weights", "remainders", "exp_avgs", "exp_avg_sqs")
 )
 def _adamw(
-    weights: Sequence[Tensor], remainders: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], factor: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float,
+    weights: Sequence[Tensor], remainders: Sequence[Tensor], grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], factor: Tensor, step: int, lr: float,
+    beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     scalars = (
         1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
@@ -120,8 +121,8 @@ def _adamw(
     ):
         if size := weight.numel():
             _adamw_kernel[(triton.cdiv(size, block),)](
-                weight.view(torch.int16), remainder, grad.contiguous(), exp_avg, exp_avg_sq, factor, size, *scalars,
-                BLOCK=block, num_warps=num_warps,
+                weight.view(torch.int16), remainder, grad.contiguous(), exp_avg, exp_avg_sq, factor, size,
+                *scalars, BLOCK=block, num_warps=num_warps,
             )  # fmt: skip
 
 
@@ -161,9 +162,9 @@ def adamw(
 ) -> None:
     """torch.optim.AdamW(fused=True).step() on join_master(weight, remainder) with factor * grad, in place.
 
-    Of each parameter in one shape: weight bf16, remainder int16, grad bf16 or fp32, exp_avg and exp_avg_sq fp32, all
-    contiguous but grad.  factor: fp32 scalar on their device; 0 leaves everything as it is.  step: 1, 2, ..., of this update;
-    lr, beta1, beta2, eps, weight_decay: as torch's.  CUDA: Triton.
+    Of each parameter in one shape: weight bf16, remainder int16, grad bf16 or fp32, exp_avg and exp_avg_sq
+    fp32, all contiguous but grad.  factor: fp32 scalar on their device; 0 leaves everything as it is.  step:
+    1, 2, ..., of this update; lr, beta1, beta2, eps, weight_decay: as torch's.  CUDA: Triton.
     """
     for weight, remainder, grad, *moments in zip(
         weights, remainders, grads, exp_avgs, exp_avg_sqs, strict=True
@@ -171,7 +172,8 @@ def adamw(
         dtypes = (weight.dtype, remainder.dtype, *(m.dtype for m in moments))
         if dtypes != (torch.bfloat16, torch.int16, torch.float32, torch.float32):
             raise ValueError(
-                f"adamw wants weights, remainders, exp_avgs, exp_avg_sqs in bf16, int16, fp32, fp32, not {dtypes}"
+                "adamw wants weights, remainders, exp_avgs, exp_avg_sqs in bf16, int16, fp32, fp32, not "
+                f"{dtypes}"
             )
         if any(x.shape != weight.shape for x in (remainder, grad, *moments)):
             raise ValueError(

@@ -1,6 +1,6 @@
-"""nemo-embed train|mine|merge|evaluate|prepare: the launchers under one name, wherever the package is installed.
+"""nemo-embed train|mine|merge|evaluate|prepare: the launchers under one name, where the package is installed.
 
-nemo-embed train --config run.yaml                                        the same as python launch/train.py ...
+nemo-embed train --config run.yaml                                    the same as python launch/train.py ...
 torchrun --nproc-per-node 8 -m nemo_embed_core.cli train --config run.yaml
 """
 

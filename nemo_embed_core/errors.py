@@ -31,7 +31,7 @@ class DataError(UserError):
 def user_errors() -> Iterator[None]:
     """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with code 2.
 
-    Where the reader of stdout has ended (`launch/merge.py --help | head -1`), so does the work, without a traceback.
+    Where the reader of stdout has ended (`merge.py --help | head -1`), the work ends without traceback.
     """
     try:
         yield

@@ -65,7 +65,7 @@ def objective(groups: Groups, loss: LossConfig, dp_group: Any, dp_rank: int) -> 
 
 
 def figures(totals: Mapping[str, float]) -> dict[str, float | None]:
-    """What metrics.jsonl says of the loss, from SUMS of a global batch, "rows" and "loss", the sum over rows."""
+    """What metrics.jsonl says of the loss, from SUMS of a global batch, "rows" and "loss" (their sum)."""
     return {
         "loss": totals["loss"] / totals["rows"],
         # Of rows that have a candidate; None where no row of the step has one.
@@ -118,9 +118,9 @@ def contrastive_loss(
 
 @torch.no_grad()
 def retrieval_stats(groups: Groups, in_batch: InBatch) -> Tensor:
-    """SUMS [5] in fp64, to be added over micro-batches and ranks: rows whose positive outranks every candidate at
-    hand, sum of positive similarities, sum of negative similarities, number of negatives, rows with a
-    candidate.
+    """SUMS [5] in fp64, to be added over micro-batches and ranks: rows whose positive outranks every
+    candidate at hand, sum of positive similarities, sum of negative similarities, number of negatives, rows
+    with a candidate.
 
     Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same
     micro-batch, but for documents that are right for the row. A row without one is neither a hit nor a miss.

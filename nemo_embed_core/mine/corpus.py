@@ -248,8 +248,8 @@ def _checked(
         raise UserError(
             f"{len(bad)} of {len(rows)} embeddings are not {what}; the first is text {first + i} "
             f"({texts[first + i][:60]!r}...) with norm {norms[i]:.4g}. The model is broken or overflows "
-            "(try --precision fp32 and look at the last lines of its metrics.jsonl), or the row of a precomputed "
-            "embedding is"
+            "(try --precision fp32 and look at the last lines of its metrics.jsonl), or the row of a "
+            "precomputed embedding is"
         )
     with np.errstate(over="ignore"):
         stored = rows.astype(dtype)

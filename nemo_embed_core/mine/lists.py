@@ -233,7 +233,7 @@ def combine(
     """One list per query out of several teachers' lists: (scores of the first teacher, ids, below), [R, n].
 
     tops [R, M] per teacher: the ids of its M = combine_depth best documents below its ceiling, best first, -1
-    in free places. In a list of m documents they have the ranks 0 .. m - 1, and any other document has rank m.
+    in free places. In a list of m documents they have the ranks 0 .. m - 1, any other document has rank m.
 
     intersection: the documents that are in every list, so below the ceiling of every teacher.
     mean_rank: the documents that are in some list, and below the ceiling of every teacher.

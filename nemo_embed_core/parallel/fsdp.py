@@ -48,7 +48,7 @@ def begin_micro_batch(model: nn.Module, is_last: bool) -> None:
 
     W bytes of weights as they run, G of gradients, n micro-batches of a step; the wire carries
 
-        kept whole       W + G          one gather, one reduction; W + G stay on the rank between micro-batches
+        kept whole       W + G          one gather, one reduction; W + G stay between micro-batches
         reshard          n (2 W + G)    nothing stays
 
     With dp_replicate the sum over copies waits for the last micro-batch either way: shards of it are small.

@@ -24,13 +24,13 @@ def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig |
     dp = parallel.dp_size or world_size // tp
     if dp * tp != world_size:
         raise UserError(
-            f"parallel.dp_size={dp} x parallel.tp_size={tp} = {dp * tp} processes, but {world_size} were started; "
-            f"leave dp_size at 0 to use {world_size // tp}"
+            f"parallel.dp_size={dp} x parallel.tp_size={tp} = {dp * tp} processes, but {world_size} were "
+            f"started; leave dp_size at 0 to use {world_size // tp}"
         )
     if dp % parallel.dp_replicate:
         raise UserError(
-            f"parallel.dp_replicate={parallel.dp_replicate} does not divide the {dp} data-parallel ranks; every copy of the "
-            f"state is sharded over equally many: use a divisor of {dp}"
+            f"parallel.dp_replicate={parallel.dp_replicate} does not divide the {dp} data-parallel ranks; "
+            f"every copy of the state is sharded over equally many: use a divisor of {dp}"
         )
     if model is not None:
         # And so the query heads; what else a rank holds is padded (tp_chunk).

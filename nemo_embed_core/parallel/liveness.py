@@ -89,7 +89,8 @@ def _connect(world_size: int, timeout_s: float, serve: bool = False) -> dist.TCP
 
 def _attempt() -> str:
     """Tells the keys of a restart by torchrun from those of its earlier attempts in the same store."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    get = os.environ.get
+    return f"{get('TORCHELASTIC_RUN_ID', '')}/attempt_{get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _report(beat: int) -> str:
@@ -130,8 +131,9 @@ def join(rank: int, world_size: int, timeout_s: float) -> dist.Store:
             )
         _end(
             rank,
-            f"rank {', '.join(map(str, missing))} of {world_size} did not join at {address} within {timeout_s:g} s. It did "
-            "not start, ended early (look for its own message), or still tokenises (launch/prepare.py does that beforehand)",
+            f"rank {', '.join(map(str, missing))} of {world_size} did not join at {address} within "
+            f"{timeout_s:g} s. It did not start, ended early (look for its own message), or still "
+            "tokenises (launch/prepare.py does that beforehand)",
         )
     return store
 
@@ -141,7 +143,7 @@ def _end(rank: int, message: str) -> NoReturn:
     raise SystemExit(OTHER_RANK_EXIT_CODE)
 
 
-# ------------------------------------------------------------------------------------------ restarts by torchrun
+# --------------------------------------------------------------------------------------- restarts by torchrun
 
 
 def _begun() -> str:
@@ -284,7 +286,8 @@ class Watch:
         if self._silent():
             silence = f"{'gone' if self._lost else 'silent'} for {now - self._answered:.0f} s"
             if _agent_has_store():
-                text = f"torchrun on {os.environ['MASTER_ADDR']}, which holds the ranks' store, has been {silence}, at {here}"
+                address = os.environ["MASTER_ADDR"]
+                text = f"torchrun on {address}, which holds the ranks' store, has been {silence}, at {here}"
                 return [Suspect(None, text, gone=True)]
             return [
                 Suspect(
@@ -298,7 +301,8 @@ class Watch:
             if rank == self.rank or report["phase"] == "done":
                 continue
             seen = _name(report["phase"], report["step"]) + report["code"]
-            seen = f"last seen at {seen}, {report['age'] + now - self._moved[rank]:.0f} s ago, on {report['host']}"
+            age = report["age"] + now - self._moved[rank]
+            seen = f"last seen at {seen}, {age:.0f} s ago, on {report['host']}"
             if self._read - self._moved[rank] > 3 * self.interval:
                 text = f"rank {rank} did not reach {here} ({seen}; its process is stopped or gone)"
                 gone.append(Suspect(rank, text, gone=True))
@@ -341,7 +345,7 @@ class Watch:
         os._exit(OTHER_RANK_EXIT_CODE)
 
     def _let_others_know(self) -> None:
-        """The rank that serves the store stays until all know the first error, but not long: one may be dead."""
+        """The rank that serves the store stays until all know the first error, for a while: one may be dead."""
         if self.rank or _agent_has_store():
             return
         deadline = time.monotonic() + 2 * self.interval + 0.5
@@ -360,7 +364,7 @@ class Watch:
     # ---- the main thread, on an error
 
     def failed(self, error: BaseException) -> None:
-        """Called with the error that ends this rank: SystemExit with one line when another rank is its cause."""
+        """Called with the error that ends this rank: SystemExit with one line when another rank caused it."""
         where = place()
         message = f"at {where}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
         if _is_lost_connection(error):

@@ -108,9 +108,9 @@ def console_line(m: Mapping[str, Any], steps: int) -> str:
     if m["rows_without_candidates"]:
         accuracy += f" ({m['rows_without_candidates']} rows without a candidate)"
     line = (
-        f"step {m['step']}/{steps}  loss {m['loss']:.4f}  acc {accuracy}  "
-        f"pos {m['positive_similarity']:.3f}  neg {m['negative_similarity']:.3f}  "
-        f"gnorm {m['grad_norm']:.3f}  lr {m['lr']:.2e}  {m['tokens_per_s']:,.0f} tok/s  fill {m['packing_density']:.1%}"
+        f"step {m['step']}/{steps}  loss {m['loss']:.4f}  acc {accuracy}  pos "
+        f"{m['positive_similarity']:.3f}  neg {m['negative_similarity']:.3f}  gnorm {m['grad_norm']:.3f}  "
+        f"lr {m['lr']:.2e}  {m['tokens_per_s']:,.0f} tok/s  fill {m['packing_density']:.1%}"
     )
     if m["mfu"] is not None:
         line += f"  MFU {m['mfu']:.1%}"

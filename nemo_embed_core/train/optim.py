@@ -1,4 +1,4 @@
-"""AdamW over fp32 masters (the FSDP2 shards), weight decay on matrices only, linear warm-up and linear decay."""
+"""AdamW over fp32 masters (the FSDP2 shards), weight decay on matrices only, linear warm-up and decay."""
 
 from __future__ import annotations
 

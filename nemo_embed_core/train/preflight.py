@@ -67,8 +67,9 @@ def prepare(config: TrainConfig) -> Prepared:
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
     if config.global_batch_size % dp_size:
         raise UserError(
-            f"global_batch_size={config.global_batch_size} is not a multiple of the {dp_size} data-parallel ranks; every "
-            f"rank takes equally many queries: use {max(1, config.global_batch_size // dp_size) * dp_size}"
+            f"global_batch_size={config.global_batch_size} is not a multiple of the {dp_size} "
+            "data-parallel ranks; every rank takes equally many queries: use "
+            f"{max(1, config.global_batch_size // dp_size) * dp_size}"
         )
     tokenizer = load_tokenizer(config.tokenizer or tokenizer_folder(config.init_from))
     tokenizer.check_fits(model.vocab_size)
@@ -121,8 +122,9 @@ def _warn_of_keep_every(config: CheckpointConfig) -> None:
     both = math.lcm(config.every, config.keep_every)
     if config.keep_every and both != config.keep_every:
         print(
-            f"WARNING: checkpoint.keep_every={config.keep_every} is no multiple of checkpoint.every={config.every}: of the steps "
-            f"that are saved only every {both:,}th is kept for ever; make keep_every a multiple of every",
+            f"WARNING: checkpoint.keep_every={config.keep_every} is no multiple of "
+            f"checkpoint.every={config.every}: of the steps that are saved only every {both:,}th is kept "
+            "for ever; make keep_every a multiple of every",
             flush=True,
         )
 
@@ -138,8 +140,9 @@ def checkpoint_by_name(config: TrainConfig) -> tuple[Path | None, bool]:
     found = None if resume == "none" else find_checkpoint(Path(resume))
     if present and (found is None or found.resolve() != present[0].resolve()):
         raise CheckpointError(
-            f"{output} already holds checkpoints (newest {present[0].name}), which checkpoint.resume={resume} would leave "
-            "behind; continue with --checkpoint.resume auto or choose another output_dir"
+            f"{output} already holds checkpoints (newest {present[0].name}), which "
+            f"checkpoint.resume={resume} would leave behind; continue with --checkpoint.resume auto or "
+            "choose another output_dir"
         )
     return found, False
 
@@ -163,8 +166,8 @@ def open_same_store(config: TrainConfig, prepared: Prepared) -> Store:
     raise_first(
         None
         if folder.is_dir()
-        else f"the token store {folder} is not on node {socket.gethostname()}: data.cache_dir={config.data.cache_dir} has to be "
-        "a folder that all nodes share"
+        else f"the token store {folder} is not on node {socket.gethostname()}: "
+        f"data.cache_dir={config.data.cache_dir} has to be a folder that all nodes share"
     )
     return Store(folder)
 

@@ -43,14 +43,16 @@ def refuse_other_model(
     """A checkpoint is continued by the model that wrote it, and forward."""
     if manifest["step"] > config.steps:
         raise UserError(
-            f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one asked for; "
-            f"set steps above {manifest['step']} to train on, or use it as it is (launch/merge.py, launch/evaluate.py)"
+            f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one "
+            f"asked for; set steps above {manifest['step']} to train on, or use it as it is "
+            "(launch/merge.py, launch/evaluate.py)"
         )
     was = model_from_dict(manifest["model"], folder / MANIFEST)
     if was.pooling != model.pooling:
         raise UserError(
-            f"{folder} was trained with model.pooling={was.pooling} and this run has model.pooling={model.pooling}, whose vectors "
-            f"are others; continue with {was.pooling}, or start a new run with --init_from and this checkpoint"
+            f"{folder} was trained with model.pooling={was.pooling} and this run has "
+            f"model.pooling={model.pooling}, whose vectors are others; continue with {was.pooling}, or "
+            "start a new run with --init_from and this checkpoint"
         )
     if was != model:
         raise UserError(f"{folder} holds a model of another shape: {to_dict(was)}, not {to_dict(model)}")
@@ -59,7 +61,7 @@ def refuse_other_model(
 def changed_samples(
     config: TrainConfig, folder: Path, manifest: dict[str, Any], store: Store, population: str
 ) -> list[str]:
-    """What differs of the options that decide the sequence of samples; UserError where that is not allowed."""
+    """What differs of the options that decide the sequence of samples; UserError where it must not."""
     old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
     hard = "num_hard_negatives"
     # Begun before stores left out negatives: the same samples where none was left out.
@@ -84,9 +86,10 @@ def changed_samples(
     refused = {option: text for option, text in changed if option not in config.checkpoint.allow_changed}
     if refused:
         raise UserError(
-            f"{folder} cannot be continued: {'; '.join(refused.values())}. With these changed the samples of a step are "
-            "others; restore them, start a new run with --init_from and this checkpoint, or accept that samples are "
-            f"seen twice or left out: --checkpoint.allow_changed {' '.join(refused)}"
+            f"{folder} cannot be continued: {'; '.join(refused.values())}. With these changed the samples "
+            "of a step are others; restore them, start a new run with --init_from and this checkpoint, or "
+            "accept that samples are seen twice or left out: --checkpoint.allow_changed "
+            f"{' '.join(refused)}"
         )
     return [text for _, text in changed]
 
@@ -186,8 +189,8 @@ class RunState:
         )  # fmt: skip
 
     def pieces(self) -> dict[str, Piece]:
-        """What this rank writes: its boxes, and those of replicated parameters on tp rank 0; of several copies
-        the first."""
+        """What this rank writes: its boxes, and those of replicated parameters on tp rank 0; of several
+        copies the first."""
         pieces: dict[str, Piece] = {}
         if self.engine.mesh.replicate_rank:
             return pieces
@@ -259,8 +262,9 @@ class RunState:
         for text in changed_samples(config, folder, manifest, self.store, self.population):
             self.overrides.append({"step": manifest["step"], "changed": text})
             log(
-                f"WARNING: {text}, as checkpoint.allow_changed permits: from step {manifest['step'] + 1} on the samples of a "
-                "step are others, and no promise holds any more that each is seen once an epoch; the manifest records it"
+                f"WARNING: {text}, as checkpoint.allow_changed permits: from step {manifest['step'] + 1} "
+                "on the samples of a step are others, and no promise holds any more that each is seen "
+                "once an epoch; the manifest records it"
             )
         old = manifest["config"]
         if self.optim.warmup_steps is None:  # left out: the run keeps the one that it began with

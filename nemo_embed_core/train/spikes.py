@@ -42,12 +42,14 @@ def refuse_non_finite(
     advice = "Lower optim.lr, or look at these rows."
     if not updates:  # of every step so far the update was left out, or there was none
         advice = (
-            "No update was made yet, so optim.lr is not the cause: the weights that were read are finite, but too large for "
-            "their activations, or these rows are special; precision=fp32 tells a range of numbers from a wrong model."
+            "No update was made yet, so optim.lr is not the cause: the weights that were read are finite, "
+            "but too large for their activations, or these rows are special; precision=fp32 tells a range "
+            "of numbers from a wrong model."
         )
     raise NonFiniteError(
-        f"step {step + 1}: loss {totals['loss'] / totals['rows']}, gradient norm {totals['grad_norm']}; the step "
-        f"was refused and the weights are those of step {step}. {where} (rows of the step: {shown(rows)}). {advice}"
+        f"step {step + 1}: loss {totals['loss'] / totals['rows']}, gradient norm {totals['grad_norm']}; "
+        f"the step was refused and the weights are those of step {step}. {where} (rows of the step: "
+        f"{shown(rows)}). {advice}"
     )
 
 

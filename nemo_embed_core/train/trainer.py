@@ -127,7 +127,8 @@ class Trainer:
                     values, stop = self.train_step()
                 except _Stopped as place:
                     self.log(
-                        f"asked to stop: left step {self.step + 1} before {place}, it runs again after the resume"
+                        f"asked to stop: left step {self.step + 1} before {place}, it runs again after the "
+                        "resume"
                     )
                     self.engine.drop_step()
                     stop = True
@@ -192,8 +193,8 @@ class Trainer:
         note("data", self.step + 1)
         rows = self.sampler.rows(self.step)
         batches, num_tokens = load_batch(
-            self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size, config.seed,
-            few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
+            self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size,
+            config.seed, few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
         )  # fmt: skip
         failpoint("step.begin", self.step)
         self._num_micro_batches = len(batches)
@@ -233,8 +234,9 @@ class Trainer:
         if zscore is None or zscore <= self.state.losses.limit or mode == "ignore":
             return zscore, False
         self.log(
-            f"WARNING: step {self.step + 1}: loss {loss:.4f} is {zscore:.1f} standard deviations above that of the last "
-            f"steps{'; its update is skipped' if mode == 'skip' else ''}. Rows of the step: {shown(rows)}"
+            f"WARNING: step {self.step + 1}: loss {loss:.4f} is {zscore:.1f} standard deviations above "
+            f"that of the last steps{'; its update is skipped' if mode == 'skip' else ''}. Rows of the "
+            f"step: {shown(rows)}"
         )
         return zscore, mode == "skip"
 
@@ -247,13 +249,15 @@ class Trainer:
         self.log(
             f"{parameters / 1e6:,.1f} M parameters on {self.mesh.dp_size} dp "
             f"{f'({copies} copies) ' if copies > 1 else ''}x {self.mesh.tp.size} tp "
-            f"{self.mesh.device.type} ranks ({'sequence parallel, ' if self.mesh.tp.sequence_parallel else ''}"
+            f"{self.mesh.device.type} ranks "
+            f"({'sequence parallel, ' if self.mesh.tp.sequence_parallel else ''}"
             f"{str(self.engine.dtype).removeprefix('torch.')}); {self.sampler.num_rows:,} rows, "
             f"{self.config.global_batch_size} queries a step, steps {self.step + 1} to {self.config.steps}"
         )
         if self.config.optim.warmup_steps is None:
             self.log(
-                f"optim.warmup_steps is not set: the rate rises for {self.state.optim.warmup_steps} of {self.config.steps} steps"
+                f"optim.warmup_steps is not set: the rate rises for {self.state.optim.warmup_steps} of "
+                f"{self.config.steps} steps"
             )
 
     def _saver(self) -> Saver:

@@ -9,8 +9,8 @@ import torch
 from forked import Server
 from tiny import MODEL, train_config
 
-# precision, in_batch, reshard_after_forward, dp_replicate; FSDP2 keeps fp32, bf16 and half-reduced gradients in
-# different places.
+# precision, in_batch, reshard_after_forward, dp_replicate; FSDP2 keeps fp32, bf16 and half-reduced gradients
+# in different places.
 CASES = [
     ("fp32", "none", False, 1),
     ("fp32", "positives", True, 1),
