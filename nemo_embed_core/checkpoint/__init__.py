@@ -1,2 +1,1 @@
-"""Sharded checkpoints that are published whole or not at all, and the merger that turns them into Hugging
-Face weights."""
+"""Sharded checkpoints, published whole or not at all, and what reads them and other model folders."""

@@ -137,8 +137,7 @@ def step_of(name: str) -> int:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json, checked so far that no reader leaves the folder or meets a missing field or another
-    type."""
+    """manifest.json, checked: no reader leaves the folder or meets a missing field or another type."""
     path = folder / MANIFEST
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"{path} is not a regular file")
@@ -194,8 +193,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(folder: Path, weights_only: bool = False, hashed: bool = True) -> dict[str, Any]:
-    """The manifest, when every file is there with its size and sha256 and every tensor is covered exactly
-    once.
+    """The manifest, when every file has its size and sha256 and every tensor is covered exactly once.
 
     weights_only: files that hold nothing but moments are not looked at; they may be missing.  hashed=False: the caller
     compares the sha256 of files with weights itself (`check_digest`).

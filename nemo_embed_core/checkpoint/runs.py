@@ -36,8 +36,7 @@ def unfinished(root: Path) -> list[Path]:
 
 
 def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | None = None) -> Path | None:
-    """The newest checkpoint that verifies; a damaged one is named and skipped, never deleted. None: there is
-    none.
+    """The newest checkpoint that verifies, or None; a damaged one is named and skipped, never deleted.
 
     If there are checkpoints and all are damaged, that is an error: a run never starts over silently. The
     names of the damaged ones are added to `damaged`.
@@ -81,8 +80,7 @@ def is_checkpoint(path: Path) -> bool:
 def prune(
     root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]
 ) -> None:
-    """A folder loses its name durably before its files go: neither a kill nor a power cut leaves half a
-    checkpoint."""
+    """A folder loses its name durably before its files go: no kill or power cut leaves half a checkpoint."""
     try:
         whole = [p for p in checkpoints(root) if p.name not in damaged]
         gone = []

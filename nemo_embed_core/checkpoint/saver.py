@@ -15,8 +15,7 @@ from nemo_embed_core.checkpoint.write import Piece
 
 
 class Saver:
-    """save_checkpoint() behind training's back: the caller's thread copies to host memory, another thread
-    writes and publishes.
+    """save_checkpoint() behind training's back: the caller copies to host memory, a thread writes.
 
         saver = Saver(partial(save_checkpoint, root, rank=..., ...), log)
         saver.save(step, pieces, meta=..., extra_files=...)   # returns when the values are copied; weights may change

@@ -32,8 +32,7 @@ from nemo_embed_core.parallel.layout import rank_from_env
 Kind = Literal["checkpoint", "llama", "sentence-transformers", "precomputed"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 
-# Of config_sentence_transformers.json, beside its own keys, which have one length for both sides: ours are
-# kept there.
+# Our own key in config_sentence_transformers.json, whose others have one length for both sides.
 USAGE_KEY = "nemo_embed_core"
 PRECOMPUTED = ("documents.npy", "queries.npy")
 # Names of prompts for documents, in the order in which sentence-transformers looks for them.
@@ -75,40 +74,31 @@ class Usage:
         query_max_length: int | None = None,
         document_max_length: int | None = None,
     ) -> tuple[Usage, dict[str, Any]]:
-        """(what options make of it, with one pair of prompts; {option: value} of those that differ from the
-        model's own).
+        """(what options make of it, with one pair of prompts; {option: value} of those that change it).
 
         None is the model's own, "" no instruction. UserError for a prompt_name that it does not have.
         """
         if prompt_name and prompt_name not in self.prompts:
             raise UserError(f"prompt_name={prompt_name!r}: it has {', '.join(self.prompts) or 'no prompts'}")
         own = self.prompts[prompt_name] if prompt_name else self.default
-        prompts = Prompts(
-            own.query if task is None else query_prompt(task),
-            own.document if document_task is None else query_prompt(document_task),
-        )
-        given = {
-            "prompt_name": prompt_name if own != self.default else None,
-            "task": task if prompts.query != own.query else None,
-            "document_task": document_task if prompts.document != own.document else None,
-            "query_max_length": query_max_length if query_max_length != self.query_max_length else None,
-            "document_max_length": document_max_length
-            if document_max_length != self.document_max_length
-            else None,
+        query = own.query if task is None else query_prompt(task)
+        document = own.document if document_task is None else query_prompt(document_task)
+        lengths = {"query_max_length": query_max_length, "document_max_length": document_max_length}
+        lengths = {
+            name: getattr(self, name) if length is None else length for name, length in lengths.items()
         }
-        usage = replace(
-            self,
-            prompts={prompt_name or next(iter(self.prompts), "query"): prompts},
-            query_max_length=query_max_length if query_max_length is not None else self.query_max_length,
-            document_max_length=document_max_length
-            if document_max_length is not None
-            else self.document_max_length,
-        )
-        return usage, {option: value for option, value in given.items() if value is not None}
+        changed = {
+            "prompt_name": prompt_name if own != self.default else None,
+            "task": task if query != own.query else None,
+            "document_task": document_task if document != own.document else None,
+            **{name: length for name, length in lengths.items() if length != getattr(self, name)},
+        }
+        name = prompt_name or next(iter(self.prompts), "query")
+        usage = replace(self, prompts={name: Prompts(query, document)}, **lengths)
+        return usage, {option: value for option, value in changed.items() if value is not None}
 
     def named_prompts(self) -> dict[str, str]:
-        """Prompts as sentence-transformers names them: query and document, and where there are several tasks
-        each one's.
+        """Prompts as sentence-transformers names them: query and document, and of several tasks each one's.
 
         "query" and "document" are the default's; NAME is a task's prompt before queries, NAME-document the
         one before its documents, also "" where it has none and the default has one: who asks for
@@ -123,44 +113,31 @@ class Usage:
         return named
 
     def lines(self, mark: str = "") -> list[str]:
-        """For people: prompts of both sides, the default's and of each task, lengths, pooling and similarity;
-        mark: around prompts."""
-        rows = [("", self.default)]
-        rows += (
-            [(f" of {name}", prompts) for name, prompts in self.prompts.items()]
-            if len(self.prompts) > 1
-            else []
-        )
-        lines = []
+        """For people: prompts of each task, lengths, pooling and similarity; mark: around prompts."""
+        rows, lines = [("", self.default)], []
+        if len(self.prompts) > 1:
+            rows += [(f" of {name}", prompts) for name, prompts in self.prompts.items()]
         for of, prompts in rows:
-            query, document = (
-                f"{mark}{json.dumps(t, ensure_ascii=False)}{mark}" if t else "none" for t in prompts
-            )
-            lines.append(f"prompt{of} before queries: {query}; before documents: {document}")
-        lengths = [
-            f"{n} tokens" if n else "not known" for n in (self.query_max_length, self.document_max_length)
-        ]
+            shown = [f"{mark}{json.dumps(t, ensure_ascii=False)}{mark}" if t else "none" for t in prompts]
+            lines.append(f"prompt{of} before queries: {shown[0]}; before documents: {shown[1]}")
+        limits = (self.query_max_length, self.document_max_length)
+        lengths = [f"{n} tokens" if n else "not known" for n in limits]
         lines.append(f"longest query: {lengths[0]}; longest document: {lengths[1]}; longer ones are cut")
         return [*lines, f"pooling: {self.pooling}; similarity: {self.similarity}"]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "prompts": {name: prompts._asdict() for name, prompts in self.prompts.items()},
-        }
+        return {**asdict(self), "prompts": {name: p._asdict() for name, p in self.prompts.items()}}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], pooling: str) -> Usage:
-        """Of what to_json gave, with the model's own pooling; ValueError, KeyError or TypeError for anything
-        else."""
+        """Of what to_json gave, with the model's own pooling; ValueError, KeyError or TypeError otherwise."""
         prompts = {name: Prompts(str(p["query"]), str(p["document"])) for name, p in value["prompts"].items()}
         return cls(**{**value, "prompts": prompts, "pooling": pooling})
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder: `folder` is the checkpoint itself where `path` was a run, the snapshot where it was the
-    hub's cache.
+    """A model folder: `folder` is the checkpoint where `path` was a run, the snapshot of a hub's cache.
 
     model: its shape, of a checkpoint or a Llama.  where: the tensors of a Llama folder (hf_folder.py).  foreign: what a
     sentence-transformers folder asks for beyond a bidirectional Llama with mean pooling.
@@ -176,8 +153,7 @@ class Source:
 
 
 def resolve(path: str | Path | Source) -> Source:
-    """What the folder is and how its texts are encoded, without touching a weight; UserError when it is no
-    model folder.
+    """What the folder is and how its texts are encoded, without touching a weight; UserError: no model.
 
     The gate of every launcher: a folder in which two things contradict is refused by both names, and what is
     read in another way than its files' names say is said once. A Source is what it was when it was asked.
@@ -257,9 +233,7 @@ def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | N
         order.sort(key=lambda item: -rows[item[0]])  # stable: of equals the first
     prompts: dict[str, Prompts] = {}
     for _, dataset in order:
-        entry = Prompts(
-            query_prompt(dataset.get("task") or ""), query_prompt(dataset.get("document_task") or "")
-        )
+        entry = Prompts(*(query_prompt(dataset.get(side) or "") for side in ("task", "document_task")))
         if entry in prompts.values():
             continue
         stem = Path(dataset.get("path", "")).name.removesuffix(".gz").removesuffix(".jsonl") or "query"
@@ -268,12 +242,8 @@ def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | N
             count += 1
             name = f"{stem}-{count}"
         prompts[name] = entry
-    return Usage(
-        prompts=prompts,
-        query_max_length=data["query_max_length"],
-        document_max_length=data["document_max_length"],
-        pooling=pooling,
-    )
+    lengths = {side: data[side] for side in ("query_max_length", "document_max_length")}
+    return Usage(prompts=prompts, pooling=pooling, **lengths)
 
 
 def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:
@@ -288,9 +258,8 @@ def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:
 
 
 def usage_of_folder(folder: Path) -> Usage:
-    """From the sentence-transformers files of a folder: ours say it all, others have prompts, one length and
-    a similarity."""
-    pooling = _pooling(_modules(folder), folder)
+    """From the sentence-transformers files: ours say it all, others prompts, one length and a similarity."""
+    pooling = _pooling(modules_of(folder), folder)
     settings = read_object(file) if (file := folder / "config_sentence_transformers.json").is_file() else {}
     if USAGE_KEY in settings:
         try:
@@ -306,41 +275,28 @@ def usage_of_folder(folder: Path) -> Usage:
     # NAME-document: as named_prompts writes.
     sides = {"query", *DOCUMENT_NAMES, *(f"{name}-document" for name in own)}
     others = {n: Prompts(own[n], own.get(f"{n}-document", document)) for n in own if n not in sides}
-    prompts = (
-        {"query": Prompts(own.get("query", ""), document), **others}
-        if own.get("query") or document or others
-        else {}
-    )
-    limit = None
-    if (length_file := folder / "sentence_bert_config.json").is_file():
-        limit = read_object(length_file).get("max_seq_length")
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise UserError(
-                f"{length_file}: max_seq_length is {json.dumps(limit)} and must be a number of tokens"
-            )
-        if limit is None:  # as sentence-transformers finds it
-            places = (
-                ("tokenizer_config.json", "model_max_length"),
-                ("config.json", "max_position_embeddings"),
-            )
-            values = [
-                read_object(folder / file).get(key) for file, key in places if (folder / file).is_file()
-            ]
-            limit = min(
-                (value for value in values if type(value) is int and 0 < value < 1 << 30), default=None
-            )
-    return Usage(
-        prompts=prompts,
-        query_max_length=limit,
-        document_max_length=limit,
-        pooling=pooling,
-        similarity=settings.get("similarity_fn_name") or "cosine",
-    )
+    is_known = own.get("query") or document or others
+    prompts = {"query": Prompts(own.get("query", ""), document), **others} if is_known else {}
+    similarity, limit = settings.get("similarity_fn_name") or "cosine", _limit_of(folder)
+    lengths = {"query_max_length": limit, "document_max_length": limit}
+    return Usage(prompts=prompts, pooling=pooling, similarity=similarity, **lengths)
+
+
+def _limit_of(folder: Path) -> int | None:
+    """Tokens at which sentence-transformers cuts, found as it finds them; None where no file of its says."""
+    file = folder / "sentence_bert_config.json"
+    if not file.is_file():
+        return None
+    limit = read_object(file).get("max_seq_length")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise UserError(f"{file}: max_seq_length is {json.dumps(limit)} and must be a number of tokens")
+    places = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
+    stated = [read_object(folder / file).get(key) for file, key in places if (folder / file).is_file()]
+    return limit or min((n for n in stated if type(n) is int and 0 < n < 1 << 30), default=None)
 
 
 def check_prompts(file: Path, settings: Mapping[str, Any], usage: Usage) -> None:
-    """UserError where the keys that sentence-transformers reads say something else than ours beside them: one
-    was edited."""
+    """UserError where the keys that sentence-transformers reads and ours differ: one was edited."""
     theirs, ours = settings.get("prompts"), usage.named_prompts()
     if theirs != ours:
         theirs = theirs if isinstance(theirs, dict) else {}
@@ -358,14 +314,22 @@ def check_prompts(file: Path, settings: Mapping[str, Any], usage: Usage) -> None
 
 
 class Modules(NamedTuple):
-    """modules.json: the kind of each, and how they pool in sentence-transformers' words, empty without a
-    Pooling."""
+    """modules.json: the kind of each, and how they pool in sentence-transformers' words, empty without a Pooling."""
 
     kinds: list[str]
     pooling_modes: set[str]
+    include_prompt: bool = True
+
+    def unlike_ours(self) -> str:
+        """Which modules an encoder of ours does not compute; "" where it computes them all."""
+        if not is_ours(self.kinds):
+            return f"modules {', '.join(self.kinds)}"
+        if pooling_of_modes(self.pooling_modes) is None:
+            return f"pooling by {', '.join(sorted(self.pooling_modes)) or 'nothing'}"
+        return ""
 
 
-def _modules(folder: Path) -> Modules | None:
+def modules_of(folder: Path) -> Modules | None:
     """None without modules.json; UserError where config.json says another pooling."""
     file = folder / "modules.json"
     if not file.is_file():
@@ -379,14 +343,14 @@ def _modules(folder: Path) -> Modules | None:
     if not places:
         return Modules(kinds, set())
     pooling = folder / places[0] / "config.json"
-    modes = modes_of(pooling, read_object(pooling) if pooling.is_file() else {})
-    word = _config(folder).get("pooling")
+    settings = read_object(pooling) if pooling.is_file() else {}
+    modes, word = modes_of(pooling, settings), _config(folder).get("pooling")
     if (mode := mode_of_config(word)) is not None and modes != {mode}:
         raise UserError(
             f"{pooling} pools by {', '.join(sorted(modes)) or 'nothing'}, which sentence-transformers reads, and "
             f"{folder / 'config.json'} says pooling={word!r}, which servers read; correct one"
         )
-    return Modules(kinds, modes)
+    return Modules(kinds, modes, settings.get("include_prompt", True) is True)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -395,33 +359,24 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _pooling(modules: Modules | None, folder: Path) -> str:
     """Our name for how a folder pools, else the words of who computes it."""
-    modes = (
-        modules.pooling_modes
-        if modules is not None
-        else {mode_of_config(_config(folder).get("pooling")) or ""}
-    )
-    return (
-        pooling_of_modes(modes)
-        or ", ".join(sorted(modes))
-        or (ModelConfig.pooling if modules is None else "none")
-    )
+    if modules is not None:
+        return pooling_of_modes(modules.pooling_modes) or ", ".join(sorted(modules.pooling_modes)) or "none"
+    mode = mode_of_config(_config(folder).get("pooling"))
+    return (pooling_of_modes({mode}) or mode) if mode else ModelConfig.pooling
 
 
 def _foreign(folder: Path) -> str:
-    """Why a model folder needs sentence-transformers: it has modules.json and they are not ours; "" when they
-    are.
+    """Why a model folder needs sentence-transformers: its modules.json is not ours; "" when it is.
 
     Ours are a Llama that is not causal, a pooling of ours, and at most a normalisation; so a bare Llama
     folder and our own exports are not foreign, whatever they are called.
     """
-    modules = _modules(folder)
+    modules = modules_of(folder)
     if modules is None:
         return ""
     config = _config(folder)
     if config.get("model_type") not in ARCHITECTURES:
         return f"model_type {config.get('model_type')!r}"
-    if not is_ours(modules.kinds):
-        return f"modules {', '.join(modules.kinds)}"
-    if pooling_of_modes(modules.pooling_modes) is None:
-        return f"pooling by {', '.join(sorted(modules.pooling_modes)) or 'nothing'}"
+    if unlike := modules.unlike_ours():
+        return unlike
     return "" if config.get("is_causal") is False else "causal attention"

@@ -1,5 +1,4 @@
-"""Where weights come from: a Hugging Face folder, one of our checkpoints or runs, or a seed. One way to fill
-a model."""
+"""Weights of a Hugging Face folder, a checkpoint or run of ours, or a seed; and how they fill a model."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class FileReader(BoxReader, Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """The shape of a model, boxes of its parameters, the folder with its tokenizer and what identifies the
-    values."""
+    """The shape of a model, boxes of its parameters, its tokenizer's folder and the digest of its values."""
 
     model: ModelConfig
     reader: FileReader
@@ -97,8 +95,7 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
 
 
 def _is_causal(folder: Path) -> bool:
-    """Whether transformers and servers mask what comes later: a plain Llama, unless its config.json says
-    otherwise."""
+    """Whether transformers and servers run it causally: a plain Llama whose config.json says nothing else."""
     raw = read_object(folder / "config.json")
     return raw["model_type"] == "llama" and not (
         raw.get("is_causal") is False or raw.get("use_bidirectional_attention") is True
@@ -152,8 +149,7 @@ class _Segment:
 
 
 class Rows:
-    """Rows of Hugging Face tensors from plain reads into the caller's memory, whatever the source; for many
-    threads.
+    """Rows of Hugging Face tensors by plain reads into the caller's memory, of any source; thread-safe.
 
     Nothing is mapped: pages of a mapped file count as this process's memory. `sha256` has what the files
     should hash to, where the source says it (checkpoints of ours); who compares reads the same files.
@@ -250,8 +246,7 @@ class Rows:
 
 
 def _is_cached(fd: int) -> bool:
-    """Whether the end of the file, which reading its header does not bring there, is in the page cache;
-    afterwards it may be."""
+    """Whether the end of the file, which its header's reader does not touch, is in the page cache."""
     try:
         return os.preadv(fd, [bytearray(1)], os.fstat(fd).st_size - 1, os.RWF_NOWAIT) == 1
     except OSError:  # it would have to wait, or the file system cannot say

@@ -38,8 +38,7 @@ from nemo_embed_core.parallel.collectives import gather_objects
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one tensor that this rank writes; of boxes that several ranks hold (tp replicas) one
-    writes."""
+    """The part of one tensor that this rank writes; of boxes that tp replicas hold one rank writes."""
 
     shape: tuple[int, ...]
     box: Box
@@ -143,8 +142,7 @@ def save_checkpoint(
 def _on_all_ranks(
     work: Callable[[], Any] | None, what: str, path: Path, needed: int, gather: Callable[[Any], list[Any]]
 ) -> list[Any]:
-    """Run `work` on the ranks that have it; an error anywhere becomes a CheckpointError everywhere (no rank
-    hangs)."""
+    """Run `work` on the ranks that have it; an error anywhere is a CheckpointError everywhere: none hangs."""
     result, error = None, None
     caught: Exception | None = None
     try:

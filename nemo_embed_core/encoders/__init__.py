@@ -1,5 +1,4 @@
-"""Whatever makes vectors of texts: `open_encoder(path)` for models; embeddings that lie in files,
-encoders/precomputed.py.
+"""Encoders, which make vectors of texts: `open_encoder(path)`; vectors in files: precomputed.py.
 
 encoder = open_encoder("runs/stage1")      # or a checkpoint, an export, a sentence-transformers folder
 vectors = encoder.encode(["a text"])       # [1, D] fp32

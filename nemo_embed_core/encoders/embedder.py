@@ -46,8 +46,7 @@ class Embedder:
     def load(
         cls, path: str | Path | Source, device: str = "auto", precision: str = "auto", max_tokens: int = 16384
     ) -> Embedder:
-        """A checkpoint or run of ours (the newest checkpoint, every file verified), or any Hugging Face Llama
-        folder.
+        """A run (its newest checkpoint), a checkpoint (all files verified), or any Hugging Face Llama folder.
 
         precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
         """
@@ -91,8 +90,7 @@ class Embedder:
     def encode(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
     ) -> np.ndarray:
-        """normalize(pool(hidden states of prompt + text)): [len(texts), D] fp32 unit rows, in the given
-        order.
+        """normalize(pool(hidden states of prompt + text)): [len(texts), D] fp32 unit rows, in their order.
 
         side changes nothing: one model encodes both.  Texts longer than max_length tokens (prompt and special tokens included) are cut there; `num_truncated` counts them.
         UserError when the prompt leaves no room for text: check_prompt asks that before anything is read.

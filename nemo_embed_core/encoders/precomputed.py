@@ -31,8 +31,7 @@ def scaled(rows: np.ndarray, similarity: Similarity) -> np.ndarray:
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """rows / |rows| in fp32, a function of each row alone; NaN for a zero row, which encode_corpus refuses by
-    its text."""
+    """rows / |rows| in fp32, each row by itself; a zero row gives NaN, which encode_corpus refuses."""
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (rows / norms[:, None]).astype(np.float32)
@@ -134,8 +133,7 @@ class Lookup:
 
 
 def as_rows(array: Any, name: str = "embeddings") -> np.ndarray | Tensor:
-    """A 2-D array of floats as numpy (memory maps stay on disk) or torch, without a copy: numpy, torch, or
-    DLPack."""
+    """A 2-D array of floats (numpy, torch, DLPack) as numpy or torch, without a copy; maps stay on disk."""
     if not isinstance(array, np.ndarray | Tensor):
         if not hasattr(array, "__dlpack__"):
             raise UserError(

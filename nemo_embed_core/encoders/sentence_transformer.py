@@ -62,8 +62,7 @@ class SentenceTransformerEncoder:
     def encode(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512, side: str | None = None
     ) -> np.ndarray:
-        """[n, D] float32 in the given order, cut at max_length tokens or at the folder's own limit, whichever
-        is less.
+        """[n, D] float32 in the given order, cut at max_length tokens or the folder's own limit if less.
 
         side: "query" or "document", for folders that have a path of modules for each (Router); others give
         the same for both.

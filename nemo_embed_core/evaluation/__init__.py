@@ -1,2 +1,1 @@
-"""Retrieval quality through mteb's own evaluator, offline, with BM25 beside it so that a number means
-something."""
+"""Retrieval quality by mteb's own evaluator, offline, with BM25 beside it as a baseline."""

@@ -1,5 +1,4 @@
-"""A model to evaluate: what it is, how its texts are encoded, and that both can be had, before any text is
-encoded.
+"""A model to evaluate: what it is and how its texts are encoded, checked before any text is encoded.
 
 subject = Subject.of("exports/model", config)      # options override the folder's own prompts and lengths
 encoder = subject.check(config)                    # a TextEncoder where the check had to load it, else None
@@ -62,8 +61,7 @@ class Subject:
 
     @property
     def is_ours(self) -> bool:
-        """Whether our encoder gives its vectors: always of length 1, so not where another similarity than
-        cosine is meant."""
+        """Whether our encoder gives its vectors: always of length 1, so only where cosine is meant."""
         return self.source.kind != "sentence-transformers" and self.source.usage.similarity == "cosine"
 
     def check(self, config: EvaluateConfig) -> TextEncoder | None:

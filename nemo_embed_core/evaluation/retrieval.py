@@ -39,8 +39,7 @@ MAX_SCORES = 16 << 20  # fp32 query-document scores held at a time, 64 MB
 def evaluate_retrieval(
     encoder: TextEncoder, beir: Beir, usage: Usage | None = None, *, ignore_identical_ids: bool = False
 ) -> dict[str, Any]:
-    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"}: means over the queries, and "truncated": {"query",
-    "document"}, shares.
+    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"} over the queries, and "truncated", the share of each side.
 
     usage: the default prompts, the lengths and the similarity of it. A share is None where the encoder cannot
     say it. ignore_identical_ids: a document with the query's own id is not counted as found, mteb's flag of
@@ -164,8 +163,7 @@ def rank_of_ids(ids: Sequence[str]) -> np.ndarray:
 def evaluate_bm25(
     beir: Beir, k1: float = 1.2, b: float = 0.75, *, ignore_identical_ids: bool = False
 ) -> dict[str, float]:
-    """The same figures, from the same evaluator, for words instead of vectors. Documents without a word of it
-    are not found."""
+    """The same figures for words instead of vectors; a document without a word of the query is not found."""
     _check(beir)
     bm25 = Bm25(beir.corpus.values(), k1, b, queries=beir.queries.values())
     ids = list(beir.corpus)
@@ -186,6 +184,11 @@ def _check(beir: Beir) -> None:
             f"{len(unjudged)} of {len(beir.queries)} queries have no relevance judgement, the first is {min(unjudged)}; "
             f"give them one in the qrels or leave them out of the queries"
         )
+
+
+# Fields of mteb's TaskMetadata that it wants to be given.
+_UNSTATED = ("reference", "date", "domains", "task_subtypes", "license", "annotations_creators", "dialect")
+_UNSTATED += ("sample_creation", "bibtex_citation")
 
 
 def _figures(
@@ -219,15 +222,7 @@ def _figures(
                 modalities=["text"],
                 eval_splits=["test"],
                 eval_langs=["eng-Latn"],  # a required field that nothing here depends on
-                reference=None,
-                date=None,
-                domains=None,
-                task_subtypes=None,
-                license=None,
-                annotations_creators=None,
-                dialect=None,
-                sample_creation=None,
-                bibtex_citation=None,
+                **dict.fromkeys(_UNSTATED),
             )
 
             def load_data(self, *_: Any, **__: Any) -> None:
@@ -254,36 +249,22 @@ def _figures(
 
 
 def _model_meta(digest: str, kind: str) -> Any:
-    """mteb's description of a model. The digest as revision tells two checkpoints apart wherever mteb writes
-    results."""
+    """mteb's description of a model; the digest as revision tells two checkpoints apart."""
     from mteb.models import ModelMeta
 
-    return ModelMeta(
-        loader=None,
-        name="local/model",
-        revision=digest,
-        release_date=None,
-        languages=None,
-        n_parameters=None,
-        memory_usage_mb=None,
-        max_tokens=None,
-        embed_dim=None,
-        license=None,
-        open_weights=None,
-        public_training_code=None,
-        public_training_data=None,
-        framework=[],
-        similarity_fn_name="cosine" if kind == "dense" else None,
-        use_instructions=None,
-        training_datasets=None,
-        model_type=[kind],
-    )
+    similarity = "cosine" if kind == "dense" else None
+    values = {
+        "name": "local/model",
+        "revision": digest,
+        "similarity_fn_name": similarity,
+        "model_type": [kind],
+    }
+    return ModelMeta.create_empty(overwrites=values)
 
 
 @contextmanager
 def mteb_imported() -> Iterator[None]:
-    """mteb without its side effects: it asks the hub, seeds every global generator (at import too), draws
-    bars."""
+    """mteb without side effects: it asks the hub, seeds every global generator, draws bars."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub, which reads it once
     import torch
 

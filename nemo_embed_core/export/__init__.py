@@ -1,2 +1,1 @@
-"""What leaves the house: the Hugging Face folder around the weights, and the proof that it gives our
-embeddings."""
+"""Exports: the Hugging Face folder around the weights, and the proof that it gives our embeddings."""

@@ -1,5 +1,4 @@
-"""README.md of an export. Facts come from the sources' own files; nothing is invented: what is not known is
-not written."""
+"""README.md of an export, of facts in the sources' own files; an unknown fact is not written."""
 
 from __future__ import annotations
 
@@ -81,8 +80,7 @@ def describe(sources: Sequence[Weights], report: Mapping[str, Any] | None = None
 
 
 def _origin(source: Weights) -> tuple[list[str], Path | None]:
-    """(runs of ours before this one, the folder that the first of them started from; None: random weights or
-    not known)."""
+    """(runs of ours before this one, the folder that the first of them started from, None: none known)."""
     manifest = source.reader.manifest
     if manifest is None:
         return [], source.folder
@@ -323,8 +321,7 @@ def _one_limit(usage: Usage) -> list[str]:
 
 
 def _why_llama(card: Card) -> str:
-    """The fact that makes these weights a derivative of Meta's Llama; "": none is known. Our architecture
-    alone is none."""
+    """The fact that makes these weights a derivative of Meta's Llama, "": none; the shape alone is none."""
     names = [name.rsplit("/", 1)[-1] for name in (card.get("base_model", ""), *card.get("parents", []))]
     name = names[0]
     if card.get("license", "").startswith("llama"):

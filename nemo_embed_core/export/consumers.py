@@ -99,8 +99,7 @@ def reload_request(
 
 
 def reload_folder(path: Path, *request: Any, partly: bool = False) -> dict[str, np.ndarray]:
-    """reload.py's arrays. A fresh interpreter: nothing that this one has imported, patched or cached takes
-    part.
+    """reload.py's arrays, of a fresh interpreter: nothing that this one imported or patched takes part.
 
     partly: where only sentence-transformers does not load it, what transformers gave, and the reason as
     "error".

@@ -1,5 +1,4 @@
-"""Everything around the weights of a Hugging Face folder: config, tokenizer, sentence-transformers files,
-model card.
+"""The files around the weights of an export: config, tokenizer, sentence-transformers files, card.
 
 The weights themselves (model.safetensors or shards of it, names without `model.`) are streamed by
 merge/stream.py; export/proof.py re-opens the whole folder and proves it. Spellings are chosen for their
@@ -46,8 +45,7 @@ def write_folder(
     usage: Usage,
     card: Card,
 ) -> None:
-    """Write config.json, the tokenizer, the sentence-transformers files and README.md into `output` (made if
-    missing).
+    """Write config.json, tokenizer, sentence-transformers files and README.md into `output`.
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  format: "native" for transformers >= 5.2, "compat" adds the
     code that 4.51 and later need.  usage: prompts, lengths and similarity, all known.  UserError when the tokenizer does not
@@ -85,8 +83,7 @@ def write_folder(
 
 
 def check_mergeable(source: Source) -> None:
-    """UserError for a folder of vectors of any length that are compared by anything but cosines: an export
-    normalises."""
+    """UserError for vectors of any length compared by anything but cosines: an export normalises."""
     modules = source.folder / "modules.json"
     if (
         source.usage.similarity != "cosine"
@@ -140,14 +137,12 @@ def hf_config(
 
 
 def max_length(usage: Usage) -> int:
-    """sentence-transformers has one limit for both sides: the larger, so that it cuts nothing that training
-    did not cut."""
+    """sentence-transformers has one limit for both sides: the larger cuts nothing that training kept."""
     return max(usage.query_max_length or 0, usage.document_max_length or 0)
 
 
 def sentence_transformers_files(model: ModelConfig, usage: Usage) -> dict[str, Any]:
-    """{file: JSON} for Transformer -> the model's pooling -> Normalize, prompt tokens pooled too
-    (`include_prompt`)."""
+    """{file: JSON} for Transformer -> the model's pooling, prompt tokens included -> Normalize."""
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import safe_open
 
-from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
+from nemo_embed_core.checkpoint.source import Modules, Usage, modules_of, resolve, usage_of_folder
+from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.consumers import (
@@ -35,15 +35,11 @@ from nemo_embed_core.export.files import (
     check_code,
     check_config,
     check_sentence_transformers_files,
-    check_tensor,
     check_weights,
-    expected_tensors,
-    modules_of,
-    other_pooling,
 )
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf_folder import has_weights, open_folder, weight_files
-from nemo_embed_core.model.spec import ARCHITECTURES, hf_shapes
+from nemo_embed_core.model.spec import ARCHITECTURES, pooling_of_config
 
 # Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference
 # of one coordinate, and distance. The distance is what binds for wide models: at 4096 channels a coordinate
@@ -96,14 +92,13 @@ def verify_folder(
 
 
 def _verify_ours(path: Path, config: Config, embed: Embed | None, has_code: bool, say: Say) -> Report:
-    dtype = check_config(path, config)
-    expected = expected_tensors(config)
-    check_weights(path, expected, dtype)
-    max_length = check_sentence_transformers_files(path, config)
+    opened, dtype = open_folder(path), check_config(path, config)
+    shapes, dtypes = check_weights(opened, dtype)
+    max_length = check_sentence_transformers_files(path, opened.model.hidden_size, opened.model.pooling)
     usage = usage_of_folder(path)
     tokenizer, texts = backend(path, max_length)
     vectors = reload_folder(path, texts, max_length, has_code)
-    say(_weights_line(expected, {dtype}))
+    say(_weights_line(shapes, dtypes))
     check_bidirectional(path, config, vectors, has_code)
     say(_attention_line(vectors))
     if reason := str(vectors["tokenizer_error"]):
@@ -117,8 +112,8 @@ def _verify_ours(path: Path, config: Config, embed: Embed | None, has_code: bool
     everywhere = "tokenizer.json, transformers and sentence-transformers"
     say(f"tokens: {len(texts)} texts and one that is cut, equal in {everywhere}")
     check_prompts(path, vectors, usage)
-    compared = _compare(path, texts, usage, max_length, vectors, embed, {dtype}, say)
-    return {"dtype": dtype, **compared, **_measured(expected, vectors)}
+    compared = _compare(path, texts, usage, max_length, vectors, embed, dtypes, say)
+    return {"dtype": dtype, **compared, **_measured(shapes, vectors)}
 
 
 # ------------------------------------------------------------------------------------------ anybody's folder
@@ -143,81 +138,77 @@ def _verify_anybodys(path: Path, config: Config, embed: Embed | None, has_code: 
     stated = usage.document_max_length and max(usage.query_max_length or 0, usage.document_max_length)
     positions = config.get("max_position_embeddings")
     max_length = stated or min(DEFAULT_LENGTH, positions if type(positions) is int else DEFAULT_LENGTH)
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: set[str] = set()
-
-    def weights() -> None:
-        opened = open_folder(path)
-        shapes.update(hf_shapes(opened.model))
-        for name, (stored, file) in opened.where.items():
-            if name in shapes:
-                with safe_open(path / file, framework="pt") as tensors:
-                    tensor = tensors.get_slice(stored)
-                    dtypes.add(check_tensor(path / file, stored, tensor, shapes[name], None))
-
     found = faults.attempt(lambda: backend(path, max_length, load_tokenizer(path).files["tokenizer.json"]))
     tokenizer, texts = found or (None, list(TEXTS))
     has_modules = modules is not None
     try:
         vectors = reload_folder(path, texts, max_length, has_code, not stated, has_modules, partly=True)
     except UserError:
-        weights()  # says more, where a file is the reason
+        check_weights(open_folder(path))  # says more, where a file is the reason
         raise
     say(_attention_line(vectors))
     faults.attempt(lambda: check_bidirectional(path, config, vectors, has_code))
-    faults.attempt(weights)
+    shapes, dtypes = faults.attempt(lambda: check_weights(open_folder(path))) or ({}, set())
     if dtypes:
         say(_weights_line(shapes, dtypes))
-    report: dict[str, Any] = {}
     if reason := str(vectors["tokenizer_error"]):
         faults.append(f"{path}: AutoTokenizer does not load: {reason}")
     if "error" in vectors:
         faults.append(f"{path} does not load in sentence-transformers: {vectors['error']}")
+    report: Report = {}
     if "transformers_ND" not in vectors:
         say("tokens and vectors: not compared, because of the above")
     elif tokenizer is not None:
-        pooling = other_pooling(path, modules) if modules is not None else ""
-        if modules is None:
-            stands = "prompts, limit and pooling are nowhere stated"
-            say(f"sentence-transformers: not there (no modules.json); {stands}")
-        elif pooling:
-            unlike = "which is not what this package computes; its vectors are not compared"
-            say(f"sentence-transformers: {pooling}, {unlike}")
-        if modules is not None and not stated:
-            say(f"limit: the folder states none; compared at {max_length} tokens")
+        unlike = _say_what_is_stated(modules, bool(stated), max_length, say)
         faults.attempt(lambda: check_tokens(path, vectors, tokenizer, texts))
         others = texts_of_other_rules(tokenizer, texts, vectors)
-        if pooling:
-            embed = None  # ours pools by the mean
         if others:
             say(
-                f"tokens: {len(others)} of {len(texts)} texts hold special tokens, which this folder's "
-                "transformers tokenizer takes for tokens and we for text (split_special_tokens); not "
-                "compared with our encoder"
+                f"tokens: {len(others)} of {len(texts)} texts hold special tokens, which this folder's transformers "
+                "tokenizer takes for tokens and we for text (split_special_tokens); not compared with our encoder"
             )
         if "prompts" in vectors:
             # Of other tasks only their texts are known, not their sides.
             default = replace(usage, prompts={"query": usage.default})
             faults.attempt(lambda: check_prompts(path, vectors, default))
         if not faults:
-            theirs = not pooling and has_modules
-
-            def compare() -> Report:
-                return _compare(path, texts, usage, max_length, vectors, embed, dtypes, say, others, theirs)
-
-            report = faults.attempt(compare) or {}
-    spelling: list[Callable[[], object]] = [lambda: check_config(path, config)]
-    if modules is not None:
-        spelling.append(lambda: check_sentence_transformers_files(path, config))
-    readers = "text-embeddings-inference, llama.cpp and older libraries"
-    for check in spelling:
-        try:
-            check()
-        except UserError as error:
-            say(f"not proven for {readers}, which read other spellings: {error}")
+            ours, theirs = None if unlike else embed, has_modules and not unlike
+            compared = (path, texts, usage, max_length, vectors, ours, dtypes, say, others, theirs)
+            report = faults.attempt(lambda: _compare(*compared)) or {}
+    _say_other_spellings(path, config, has_modules, say)
     if faults:
         raise UserError("; ".join(dict.fromkeys(faults)))
     return {**report, **_measured(shapes, vectors)}
+
+
+def _say_what_is_stated(modules: Modules | None, has_limit: bool, max_length: int, say: Say) -> str:
+    """What of modules.json our encoder does not compute; "" where it computes the same."""
+    if modules is None:
+        say(
+            "sentence-transformers: not there (no modules.json); prompts, limit and pooling are nowhere stated"
+        )
+        return ""
+    unlike = modules.unlike_ours() or ("" if modules.include_prompt else "pooling that leaves the prompt out")
+    if unlike:
+        say(
+            f"sentence-transformers: {unlike}, which is not what this package computes; its vectors are not compared"
+        )
+    if not has_limit:
+        say(f"limit: the folder states none; compared at {max_length} tokens")
+    return unlike
+
+
+def _say_other_spellings(path: Path, config: Config, has_modules: bool, say: Say) -> None:
+    """What readers that know one spelling would miss; no fault of the folder."""
+    spelling = _Faults()
+    spelling.attempt(lambda: check_config(path, config))
+    if has_modules:
+        pooling = pooling_of_config(config.get("pooling")) or ModelConfig.pooling
+        hidden_size = config.get("hidden_size", 0)
+        spelling.attempt(lambda: check_sentence_transformers_files(path, hidden_size, pooling))
+    readers = "text-embeddings-inference, llama.cpp and older libraries"
+    for fault in spelling:
+        say(f"not proven for {readers}, which read other spellings: {fault}")
 
 
 # ------------------------------------------------------------------------------ what is said and measured

@@ -1,5 +1,4 @@
-"""Run in a fresh process by consumers.py: what transformers and sentence-transformers make of a folder, on
-the CPU.
+"""What transformers and sentence-transformers make of a folder on the CPU, in a fresh process.
 
     python reload.py FOLDER REQUEST.json OUTPUT.npz
 
