@@ -23,6 +23,7 @@ from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.safetensors import DTYPES
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf import Box
+from nemo_embed_core.options import short
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -90,12 +91,12 @@ def _conform(value: Any, schema: Any, where: str) -> None:
     """CheckpointError unless the JSON value has the types of the schema; fields beyond it are allowed."""
     if isinstance(schema, tuple):
         if type(value) is not int or value < 0:
-            raise CheckpointError(f"{where} is {_short(value)}, not {schema[1]}; the checkpoint is damaged")
+            raise CheckpointError(f"{where} is {short(value)}, not {schema[1]}; the checkpoint is damaged")
         return
     kind: type = schema if isinstance(schema, type) else type(schema)
     if type(value) is not kind:
         raise CheckpointError(
-            f"{where} is {_short(value)}, not of type {kind.__name__}; the checkpoint is damaged"
+            f"{where} is {short(value)}, not of type {kind.__name__}; the checkpoint is damaged"
         )
     fields: Any = value
     if isinstance(schema, list):
@@ -109,11 +110,6 @@ def _conform(value: Any, schema: Any, where: str) -> None:
             if key not in fields:
                 raise CheckpointError(f"{where}: field {key!r} is missing; the checkpoint is damaged")
             _conform(fields[key], item, f"{where}: {key}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def model_from_dict(values: dict[str, Any], path: Path | str = MANIFEST) -> ModelConfig:
@@ -144,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_object(path)
     if manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format {_short(manifest.get('format'))}, this version reads {FORMAT_VERSION}; "
+            f"{path}: format {short(manifest.get('format'))}, this version reads {FORMAT_VERSION}; "
             "merge it with the version that wrote it"
         )
     if manifest.get("digest") != _digest(manifest):
@@ -160,19 +156,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     for name in manifest["files"]:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
-            raise CheckpointError(f"{path}: {_short(name)} is not a plain file name")
+            raise CheckpointError(f"{path}: {short(name)} is not a plain file name")
     if manifest["export_dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{path}: export_dtype {_short(manifest['export_dtype'])} is not a floating type"
+            f"{path}: export_dtype {short(manifest['export_dtype'])} is not a floating type"
         )
     if manifest["pieces"].keys() != manifest["tensors"].keys():
         name = next(iter(manifest["pieces"].keys() ^ manifest["tensors"].keys()))
-        raise CheckpointError(f"{path}: {_short(name)} is among the tensors or the pieces, but not both")
+        raise CheckpointError(f"{path}: {short(name)} is among the tensors or the pieces, but not both")
     model = model_from_dict(manifest["model"], path)
     if model.num_hidden_layers > len(manifest["tensors"]):
         raise CheckpointError(
             f"{path}: {model.num_hidden_layers} layers in {len(manifest['tensors'])} tensors"
         )
+    _check_pieces(path, manifest)
+    return manifest
+
+
+def _check_pieces(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, tensor in manifest["tensors"].items():
         if tensor["dtype"] not in ("float32", "float64"):
             raise CheckpointError(
@@ -186,10 +187,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: {name} is in {piece['file']!r}, which is not among its files")
             if not len(piece["offset"]) == len(piece["size"]) == len(tensor["shape"]):
                 raise CheckpointError(
-                    f"{path}: a piece of {name} has {len(piece['offset'])} offsets and {len(piece['size'])} sizes, "
-                    f"the tensor has {len(tensor['shape'])} dims"
+                    f"{path}: a piece of {name} has {len(piece['offset'])} offsets and {len(piece['size'])} "
+                    f"sizes, the tensor has {len(tensor['shape'])} dims"
                 )
-    return manifest
 
 
 def verify_checkpoint(folder: Path, weights_only: bool = False, hashed: bool = True) -> dict[str, Any]:
@@ -200,19 +200,19 @@ def verify_checkpoint(folder: Path, weights_only: bool = False, hashed: bool = T
     """
     manifest = read_manifest(folder)
     tensors = {n: t for n, t in manifest["tensors"].items() if not (weights_only and is_state(n))}
-    wanted = {piece["file"] for name in tensors for piece in manifest["pieces"][name]}
-    unwanted = {
-        p["file"] for n in manifest["tensors"].keys() - tensors for p in manifest["pieces"][n]
-    } - wanted
+    wanted, named = (
+        {piece["file"] for name in names for piece in manifest["pieces"][name]}
+        for names in (tensors, manifest["tensors"])
+    )
+    unwanted = named - wanted
 
     def check(name: str) -> None:
         path, expected = folder / name, manifest["files"][name]
         if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["size"]:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {expected['size']}"
-            )
+            have = path.stat().st_size
+            raise CheckpointError(f"{path} has {have} bytes, the manifest says {expected['size']}")
         if hashed or not name.startswith(("model-", "optim-")):  # a tokenizer is small
             check_digest(path, expected["sha256"])
 

@@ -35,16 +35,11 @@ class Reader:
         found = {n: tuple(t["shape"]) for n, t in self.manifest["tensors"].items()}
         problems = [f"{n} is missing" for n in expected if n not in found]
         problems += [f"{n} is not part of this model" for n in found if n not in expected]
-        problems += [
-            f"{n} has shape {found[n]}, expected {shape}"
-            for n, shape in expected.items()
-            if found.get(n, shape) != shape
-        ]
+        others = [(n, shape) for n, shape in expected.items() if found.get(n, shape) != shape]
+        problems += [f"{n} has shape {found[n]}, expected {shape}" for n, shape in others]
         if problems:
             more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-            raise CheckpointError(
-                f"{self.folder} does not fit this model: " + "; ".join(problems[:10]) + more
-            )
+            raise CheckpointError(f"{self.folder} does not fit this model: {'; '.join(problems[:10])}{more}")
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
         """(Hugging Face name, where rows of it stand), in the order of our parameters."""
@@ -57,11 +52,8 @@ class Reader:
                     low, high = max(row, offset), min(row + count, offset + size[0])
                     if low < high:
                         at = (start + low - row, low - offset, columns[0] if columns else 0)
-                        digest = self.manifest["files"][piece["file"]]["sha256"]
-                        yield (
-                            name,
-                            Stored(self.folder / piece["file"], parameter, size, high - low, *at, digest),
-                        )
+                        file, digest = piece["file"], self.manifest["files"][piece["file"]]["sha256"]
+                        yield name, Stored(self.folder / file, parameter, size, high - low, *at, digest)
                 row += count
 
     def read_box(self, name: str, box: Box) -> Tensor:
@@ -81,11 +73,10 @@ class Reader:
                 if file not in self._open:
                     self._open[file] = safe_open(path, framework="pt")
                 stored = self._open[file].get_slice(name)
-                have = (stored.get_dtype(), stored.get_shape())
-                if have != (DTYPES[dtype_name(dtype)], piece["size"]):  # a smaller one would be broadcast
-                    raise CheckpointError(
-                        f"{path}: {name} is {have[0]} {have[1]}, the manifest says {DTYPES[dtype_name(dtype)]} {piece['size']}"
-                    )
+                have, kind = (stored.get_dtype(), stored.get_shape()), DTYPES[dtype_name(dtype)]
+                if have != (kind, piece["size"]):  # a smaller one would be broadcast
+                    said = f"the manifest says {kind} {piece['size']}"
+                    raise CheckpointError(f"{path}: {name} is {have[0]} {have[1]}, {said}")
                 out[tuple(target)] = stored[tuple(source)]
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from None

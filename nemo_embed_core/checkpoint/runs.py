@@ -54,9 +54,8 @@ def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | Non
         return folder
     if reasons:
         raise AllDamagedError(
-            f"every checkpoint of {root} is damaged: "
-            + "; ".join(reasons)
-            + ". Restore one of them, or start again in another output_dir; nothing was changed here"
+            f"every checkpoint of {root} is damaged: {'; '.join(reasons)}. Restore one of them, or start again in "
+            "another output_dir; nothing was changed here"
         )
     return None
 

@@ -54,24 +54,18 @@ class Saver:
             return
         snapshot = self.snapshot(pieces)
         self.stall_s = time.perf_counter() - start
-        self._thread = threading.Thread(
-            target=self._publish,
-            args=(step, snapshot, rest, start, self.stall_s),
-            name="checkpoint",
-            daemon=True,
-        )
+        work = (step, snapshot, rest, start, self.stall_s)
+        self._thread = threading.Thread(target=self._publish, args=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def snapshot(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
         """Pieces of the same values in host memory, complete on return."""
         copies = {}
         for name, piece in pieces.items():
-            cuda = piece.tensor.is_cuda
+            tensor = piece.tensor.detach()
             if name not in self._buffers:
-                self._buffers[name] = torch.empty(
-                    piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=cuda
-                )
-            self._buffers[name].copy_(piece.tensor.detach(), non_blocking=cuda)
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name].copy_(tensor, non_blocking=tensor.is_cuda)
             copies[name] = Piece(piece.shape, piece.box, self._buffers[name])
         if any(piece.tensor.is_cuda for piece in pieces.values()):
             torch.cuda.current_stream().synchronize()
@@ -82,9 +76,8 @@ class Saver:
     ) -> None:
         try:
             path = self._write(step, pieces, **rest)
-            self._log(
-                f"saved {path}: copied in {copied:.2f} s, published after {time.perf_counter() - start:.2f} s"
-            )
+            took = time.perf_counter() - start
+            self._log(f"saved {path}: copied in {copied:.2f} s, published after {took:.2f} s")
         except BaseException as error:  # raised by wait() on the caller's thread
             self._error = error
 

@@ -65,6 +65,11 @@ class Usage:
     def default(self) -> Prompts:
         return next(iter(self.prompts.values()), Prompts())
 
+    @property
+    def longest(self) -> int:
+        """The limit of sentence-transformers, which has one for both sides: the larger cuts nothing more."""
+        return max(self.query_max_length or 0, self.document_max_length or 0)
+
     def override(
         self,
         *,
@@ -83,6 +88,7 @@ class Usage:
         own = self.prompts[prompt_name] if prompt_name else self.default
         query = own.query if task is None else query_prompt(task)
         document = own.document if document_task is None else query_prompt(document_task)
+        lengths: dict[str, Any]
         lengths = {"query_max_length": query_max_length, "document_max_length": document_max_length}
         lengths = {
             name: getattr(self, name) if length is None else length for name, length in lengths.items()
@@ -277,7 +283,8 @@ def usage_of_folder(folder: Path) -> Usage:
     others = {n: Prompts(own[n], own.get(f"{n}-document", document)) for n in own if n not in sides}
     is_known = own.get("query") or document or others
     prompts = {"query": Prompts(own.get("query", ""), document), **others} if is_known else {}
-    similarity, limit = settings.get("similarity_fn_name") or "cosine", _limit_of(folder)
+    similarity: Any = settings.get("similarity_fn_name") or "cosine"
+    limit = _limit_of(folder)
     lengths = {"query_max_length": limit, "document_max_length": limit}
     return Usage(prompts=prompts, pooling=pooling, similarity=similarity, **lengths)
 

@@ -87,8 +87,9 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
         )
     if not base:
         raise UserError(
-            f"{source.folder} is a sentence-transformers model with {source.foreign}; its weights in a bidirectional Llama with "
-            "mean pooling would give other embeddings: train them as one first, or delete modules.json if it is out of date"
+            f"{source.folder} is a sentence-transformers model with {source.foreign}; its weights in a bidirectional "
+            "Llama with mean pooling would give other embeddings: train them as one first, or delete modules.json "
+            "if it is out of date"
         )
     opened = open_folder(source.folder)
     return opened.model, opened.where
@@ -97,9 +98,8 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
 def _is_causal(folder: Path) -> bool:
     """Whether transformers and servers run it causally: a plain Llama whose config.json says nothing else."""
     raw = read_object(folder / "config.json")
-    return raw["model_type"] == "llama" and not (
-        raw.get("is_causal") is False or raw.get("use_bidirectional_attention") is True
-    )
+    is_said = raw.get("is_causal") is False or raw.get("use_bidirectional_attention") is True
+    return raw["model_type"] == "llama" and not is_said
 
 
 def tokenizer_folder(path: str) -> Path:
@@ -120,17 +120,15 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
         expected = parameter_shapes(config)
         # Whichever optimizer's.
         states = sorted({n.rsplit("/", 1)[0] for n in manifest["tensors"] if is_state(n)})
-        reader.check(
-            {**expected, **{state_name(s, n): shape for n, shape in expected.items() for s in states}}
-        )
+        reader.check(expected | {state_name(s, n): shape for n, shape in expected.items() for s in states})
         digests = sorted(f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-"))
         dtype = getattr(torch, manifest["export_dtype"])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
         return Weights(config, reader, folder, dtype, digest)
     if not base and _is_causal(folder):
+        here = "here it is run as a bidirectional Llama"
         say_note(
-            f"{folder}: config.json does not say is_causal: false, so transformers runs it causally; here it is run as a "
-            "bidirectional Llama"
+            f"{folder}: config.json does not say is_causal: false, so transformers runs it causally; {here}"
         )
     hf = HFReader(folder, config, where)
     return Weights(config, hf, folder, hf.dtype, hf.digest() if hashed else "")
@@ -298,6 +296,6 @@ def non_finite_weights(folder: object, names: Sequence[str]) -> str:
     names = sorted(set(names))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
-        f"{folder}: NaN or infinite values in {', '.join(names[:5])}{more}; the file is damaged or the run that wrote it "
-        "diverged: no loss could be finite. Use another copy or an earlier checkpoint"
+        f"{folder}: NaN or infinite values in {', '.join(names[:5])}{more}; the file is damaged or the run that "
+        "wrote it diverged: no loss could be finite. Use another copy or an earlier checkpoint"
     )

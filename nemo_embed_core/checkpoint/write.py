@@ -119,9 +119,8 @@ def save_checkpoint(
         failpoint("save.before_rename", step)
         check()
         if aside := publish(tmp, final):
-            log(
-                f"WARNING: the damaged checkpoint of step {step} is kept as {aside}; delete it when you need it no more"
-            )
+            kept = f"the damaged checkpoint of step {step} is kept as {aside}"
+            log(f"WARNING: {kept}; delete it when you need it no more")
         (damaged or set()).discard(final.name)
         failpoint("save.after_rename", step)
 
@@ -162,7 +161,7 @@ def _on_all_ranks(
             raise caught  # with its traceback
         rank, message = next(iter(failures.items()))
         raise CheckpointError(
-            f"{what} {path} failed on rank {rank}: {message}. Nothing was published and what was saved before is as it "
-            "was; when the cause is gone, continue with --checkpoint.resume auto"
+            f"{what} {path} failed on rank {rank}: {message}. Nothing was published and what was saved before is "
+            "as it was; when the cause is gone, continue with --checkpoint.resume auto"
         ) from caught
     return [result for result, _ in outcomes]

@@ -65,9 +65,8 @@ class Embedder:
         if shape["pooling"] == ModelConfig.pooling:  # vectors from before it was a field are the same
             del shape["pooling"]
         known = json.dumps([weights.digest, shape, tokenizer.digest, precision])
-        return cls(
-            encoder, weights.model, tokenizer, hashlib.sha256(known.encode()).hexdigest(), target, max_tokens
-        )
+        digest = hashlib.sha256(known.encode()).hexdigest()
+        return cls(encoder, weights.model, tokenizer, digest, target, max_tokens)
 
     @property
     def hidden_size(self) -> int:
@@ -92,7 +91,8 @@ class Embedder:
     ) -> np.ndarray:
         """normalize(pool(hidden states of prompt + text)): [len(texts), D] fp32 unit rows, in their order.
 
-        side changes nothing: one model encodes both.  Texts longer than max_length tokens (prompt and special tokens included) are cut there; `num_truncated` counts them.
+        side changes nothing: one model encodes both.  Texts longer than max_length tokens, prompt and special
+        tokens included, are cut there; `num_truncated` counts them.
         UserError when the prompt leaves no room for text: check_prompt asks that before anything is read.
         """
         return self.encode_tokens(self.tokenize(texts, prompt, max_length)[0])

@@ -47,16 +47,15 @@ def precomputed_sides(
     sides: list[tuple[np.ndarray, Iterable[str]]] = []
     for side, beir in (("documents", 0), ("queries", 1)):
         rows = _open_npy(folder / f"{side}.npy")
-        found = next(
-            (f for f in (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz") if f.is_file()), None
-        )
+        names = (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz")
+        found = next((file for file in names if file.is_file()), None)
         if found is None and dataset is not None and Path(dataset.path).is_dir():
             found = source_files(dataset)[beir]
         if found is None:
             raise UserError(
                 f"{folder}: which texts do the rows of {side}.npy belong to? Put {side}.jsonl beside it, line i "
-                '{"text": ...} for row i: launch/mine.py --write_texts FOLDER writes the texts that a run needs, to be '
-                "embedded in that order"
+                '{"text": ...} for row i: launch/mine.py --write_texts FOLDER writes the texts that a run needs, '
+                "to be embedded in that order"
             )
         sides.append((rows, _Counted(found, len(rows), folder / f"{side}.npy")))
     return sides
@@ -120,15 +119,14 @@ class Lookup:
         places = [self.places.get(exact_key(text), -1) for text in texts]
         missing = [text for text, place in zip(texts, places, strict=True) if place < 0]
         if missing:
+            more = f"and {len(missing) - 1} more of {len(texts)} texts"
             raise UserError(
-                f"{self.name} have no row for {missing[0][:60]!r}... and {len(missing) - 1} more of {len(texts)} texts: "
-                "were they embedded from other data? launch/mine.py --write_texts FOLDER writes the texts that this run "
-                "needs"
+                f"{self.name} have no row for {missing[0][:60]!r}... {more}: were they embedded from other data? "
+                "launch/mine.py --write_texts FOLDER writes the texts that this run needs"
             )
         index = np.array(places, np.int64)
-        rows = self.rows[
-            torch.from_numpy(index).to(self.rows.device) if isinstance(self.rows, Tensor) else index
-        ]
+        is_torch = isinstance(self.rows, Tensor)
+        rows = self.rows[torch.from_numpy(index).to(self.rows.device) if is_torch else index]
         return scaled(_numpy(rows), self.similarity)
 
 

@@ -41,9 +41,8 @@ class SentenceTransformerEncoder:
         self.device = pick_device(device)
         precision = pick_precision(precision, self.device)
         try:
-            self._model = SentenceTransformer(
-                str(path), device=str(self.device), model_kwargs={"dtype": DTYPES[precision]}
-            )
+            dtype = {"dtype": DTYPES[precision]}
+            self._model = SentenceTransformer(str(path), device=str(self.device), model_kwargs=dtype)
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{path} does not load in sentence-transformers: {reason[0]}") from error
@@ -69,15 +68,10 @@ class SentenceTransformerEncoder:
         """
         if self.limit is not None:
             self._model.max_seq_length = min(self.limit, max_length)
-        options: dict[str, Any] = {
-            "prompt": prompt,
-            "batch_size": self._batch_size,
-            "show_progress_bar": False,
-        }
-        encode = {"query": self._model.encode_query, "document": self._model.encode_document}.get(
-            side or "", self._model.encode
-        )
-        return encode(list(texts), convert_to_numpy=True, **options).astype(np.float32)
+        of_side = {"query": self._model.encode_query, "document": self._model.encode_document}
+        encode = of_side.get(side or "", self._model.encode)
+        options: dict[str, Any] = {"batch_size": self._batch_size, "show_progress_bar": False}
+        return encode(list(texts), prompt=prompt, convert_to_numpy=True, **options).astype(np.float32)
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512
@@ -102,14 +96,11 @@ class SentenceTransformerEncoder:
         self._tokenizer.no_truncation()
         length, limit = len(self._tokenizer.encode(prompt).ids), min(self.limit, max_length)
         if limit - length < MIN_ROOM:
-            fix = (
-                f"raise it to at least {length + MIN_ROOM}"
-                if limit < self.limit
-                else "the folder takes no more tokens"
-            )
+            raised = f"raise it to at least {length + MIN_ROOM}"
+            fix = raised if limit < self.limit else "the folder takes no more tokens"
             raise UserError(
-                f"{name}={limit} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has {length}; {fix}, or "
-                "take a shorter instruction"
+                f"{name}={limit} tokens leaves no room for text: the instruction {prompt[:60]!r} alone has "
+                f"{length}; {fix}, or take a shorter instruction"
             )
 
 

@@ -47,14 +47,9 @@ class Subject:
                 f"{name}: similarity_fn_name is {source.usage.similarity!r}, and only {', '.join(get_args(Similarity))} of one "
                 "vector a text are evaluated"
             )
+        options = ("prompt_name", "task", "document_task", "query_max_length", "document_max_length")
         try:
-            usage, overridden = source.usage.override(
-                prompt_name=config.prompt_name,
-                task=config.task,
-                document_task=config.document_task,
-                query_max_length=config.query_max_length,
-                document_max_length=config.document_max_length,
-            )
+            usage, overridden = source.usage.override(**{name: getattr(config, name) for name in options})
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         return cls(name, source, usage, overridden)
@@ -74,14 +69,11 @@ class Subject:
         else:
             encoder = self.load(config)
             check_prompt = encoder.check_prompt
-        usage, prompts = self.usage_with(encoder), self.usage.default
-        for prompt, length, option in (
-            (prompts.query, usage.query_max_length, "query_max_length"),
-            (prompts.document, usage.document_max_length, "document_max_length"),
-        ):
-            if length is not None:
+        usage = self.usage_with(encoder)
+        for side in ("query", "document"):
+            if (length := getattr(usage, f"{side}_max_length")) is not None:
                 try:
-                    check_prompt(prompt, length, option)
+                    check_prompt(getattr(usage.default, side), length, f"{side}_max_length")
                 except UserError as error:
                     raise UserError(f"{self.name}: {error}") from None
         return encoder

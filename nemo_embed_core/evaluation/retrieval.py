@@ -21,7 +21,7 @@ import numpy as np
 from nemo_embed_core.checkpoint.source import Similarity, Usage
 from nemo_embed_core.data.readers import Beir
 from nemo_embed_core.encoders.protocol import TextEncoder
-from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder, pieces
+from nemo_embed_core.encoders.sentence_transformer import pieces
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.bm25 import Bm25
 
@@ -78,16 +78,14 @@ def _encode(
     encoder: TextEncoder, texts: list[str], prompt: str, max_length: int, side: str
 ) -> tuple[np.ndarray, int | None]:
     """(rows, how many texts lost tokens or None)."""
-    cut = None
-    if isinstance(encoder, SentenceTransformerEncoder):
-        vectors = encoder.encode(texts, prompt, max_length, side)
-        if hasattr(encoder, "tokenize"):
-            cut = encoder.tokenize(texts, prompt, max_length)[1]
+    tokenize, cut = getattr(encoder, "tokenize", None), None
+    if tokenize is not None and hasattr(encoder, "encode_tokens"):
+        ids, cut = tokenize(texts, prompt, max_length)
+        vectors = encoder.encode_tokens(ids)
     else:
-        tokenizer = getattr(encoder, "tokenizer", None)
-        before = getattr(tokenizer, "num_truncated", None)
-        vectors = encoder.encode(texts, prompt=prompt, max_length=max_length)
-        cut = None if before is None else tokenizer.num_truncated - before  # type: ignore[union-attr]
+        vectors = encoder.encode(texts, prompt, max_length, side)
+        if tokenize is not None:
+            cut = tokenize(texts, prompt, max_length)[1]
     assert len(vectors) == len(texts), f"{len(texts)} texts, {len(vectors)} embeddings"
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():  # NaN would be sorted to the top
@@ -187,8 +185,10 @@ def _check(beir: Beir) -> None:
 
 
 # Fields of mteb's TaskMetadata that it wants to be given.
-_UNSTATED = ("reference", "date", "domains", "task_subtypes", "license", "annotations_creators", "dialect")
-_UNSTATED += ("sample_creation", "bibtex_citation")
+_UNSTATED = (
+    *("reference", "date", "domains", "task_subtypes", "license", "annotations_creators", "dialect"),
+    *("sample_creation", "bibtex_citation"),
+)
 
 
 def _figures(

@@ -96,21 +96,16 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     total, sampled = len(beir.queries), ""
     if 0 < config.max_queries < total:
         chosen = set(random.Random(config.seed).sample(list(beir.queries), config.max_queries))
-        beir = Beir(
-            beir.corpus, {q: beir.queries[q] for q in beir.queries if q in chosen}, beir.qrels, beir.languages
-        )
+        queries = {query: text for query, text in beir.queries.items() if query in chosen}
+        beir = Beir(beir.corpus, queries, beir.qrels, beir.languages)
         sampled = f", a sample of {total} (seed {config.seed})"
-    languages = (
-        Counter(beir.languages.get(query) or "unknown" for query in beir.queries)
-        if beir.languages
-        else Counter()
-    )
+    spoken = beir.languages and [beir.languages.get(query) or "unknown" for query in beir.queries]
+    languages = dict(Counter(spoken or ()).most_common())
     sizes = f"{len(beir.queries)} queries of split {config.split}{sampled}, {len(beir.corpus)} documents"
     print(f"{sizes} of {config.data}", flush=True)
     if languages:
         print(
-            "languages of the queries: "
-            + ", ".join(f"{name} {count}" for name, count in languages.most_common())
+            f"languages of the queries: {', '.join(f'{name} {count}' for name, count in languages.items())}"
         )
     for line in findings.lines():
         print(line)
@@ -119,14 +114,13 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     if identical:
         same = sum(normal_form(beir.queries[q]) in normal_form(beir.corpus[q]) for q in identical)
         judged = sum(beir.qrels[q].get(q, 0) > 0 for q in identical)
-        shown = f"{len(identical)} of {len(beir.queries)} queries have the id of a document, {same} of them are in its text"
-        shown += f", {judged} judge it relevant"
+        shown = f"{len(identical)} of {len(beir.queries)} queries have the id of a document, "
+        shown += f"{same} of them are in its text, {judged} judge it relevant"
         if config.ignore_identical_ids:
             print(f"{shown}: these documents are not counted as found (ignore_identical_ids)")
         else:
-            print(
-                f"warning: {shown}; where the query is its own document (mteb: ArguAna, Quora) --ignore_identical_ids true"
-            )
+            own = "where the query is its own document (mteb: ArguAna, Quora)"
+            print(f"warning: {shown}; {own} --ignore_identical_ids true")
     elif config.ignore_identical_ids:
         print("ignore_identical_ids changes nothing: no query has the id of a document")
     facts = {
@@ -136,7 +130,7 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
         "queries_of_the_split": total,
         "seed": config.seed if sampled else None,
         "documents": len(beir.corpus),
-        "languages": dict(languages.most_common()),  # of the queries, where they say it
+        "languages": languages,  # of the queries, where they say it
         "found": findings.counts,
         "ignore_identical_ids": config.ignore_identical_ids,
         "identical_ids": len(identical),

@@ -110,13 +110,9 @@ def _base(folder: Path) -> Card:
         card["license"] = str(front["license"])
     if folder.is_dir():
         names = re.compile(r"(licen[cs]e|notice|use_policy)[\w-]*(\.txt|\.md|\.pdf)?", re.IGNORECASE)
-        files = {
-            f.name: f.read_bytes()
-            for f in sorted(folder.iterdir())
-            if f.is_file() and names.fullmatch(f.name)
-        }
-        if files:
-            card["license_files"] = files
+        found = [f for f in sorted(folder.iterdir()) if f.is_file() and names.fullmatch(f.name)]
+        if found:
+            card["license_files"] = {f.name: f.read_bytes() for f in found}
     return card
 
 
@@ -174,9 +170,8 @@ def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     recipe = {}
     for key in dict.fromkeys(key for options in flat for key in options):
         values = [options.get(key, "") for options in flat]
-        recipe[key] = (
-            values[0] if all(value == values[0] for value in values) else " / ".join(map(str, values))
-        )
+        is_one = all(value == values[0] for value in values)
+        recipe[key] = values[0] if is_one else " / ".join(map(str, values))
     return recipe
 
 
@@ -195,9 +190,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
 
     base = card.get("base_model", "")
     title = card.get("title") or "Bidirectional Llama text embedding model"
-    parents = [
-        Path(parent).name if Path(parent).is_absolute() else parent for parent in card.get("parents", [])
-    ]
+    parents = [Path(name).name if Path(name).is_absolute() else name for name in card.get("parents", [])]
     is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
     front: dict[str, Any] = {
         "library_name": "sentence-transformers",
@@ -209,15 +202,16 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     if is_hub_id:
         front["base_model"] = base
 
-    shape = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, {model.num_attention_heads} query and "
-    shape += f"{model.num_key_value_heads} key/value heads, vocabulary {model.vocab_size}, {dtype}"
-    length = max(usage.query_max_length or 0, usage.document_max_length or 0)
+    heads = f"{model.num_attention_heads} query and {model.num_key_value_heads} key/value heads"
+    shape = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, {heads}, "
+    shape += f"vocabulary {model.vocab_size}, {dtype}"
     method = card.get("method", "Average") if len(parents) > 1 else "Weights"
     says_llama = _why_llama(card)
     trained_here = " Trained with nemo_embed_core." if card.get("runs") else ""
     pooling = POOLINGS[model.pooling]
     computes = f"Text embeddings from a Llama without its causal mask: {pooling.words}"
     trust = ", trust_remote_code=True" if FORMATS[format].code else ""
+    one_limit = f"- sentence-transformers has one limit for both and cuts at {usage.longest} tokens"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
@@ -229,7 +223,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "",
         f"- Shape: {shape}",
         *(f"- {line[0].upper()}{line[1:]}" for line in usage.lines(mark="`")),
-        *_one_limit(usage),
+        *([one_limit] if usage.query_max_length != usage.document_max_length else []),
         *(f"- {line[0].upper()}{line[1:]}" for line in card.get("choices", [])),
         *([f"- Base model: {base if is_hub_id else Path(base).name}"] if base else []),
         *([f"- Earlier stages: {', '.join(card['ancestors'])}"] if card.get("ancestors") else []),
@@ -258,7 +252,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         f'model = AutoModel.from_pretrained("path/to/this/folder"{trust}).eval()',
         f"query_prompt, document_prompt = {usage.default.query!r}, {usage.default.document!r}",
         'texts = [query_prompt + "how do plants turn light into sugar?"]',
-        f'batch = tokenizer(texts, padding=True, truncation=True, max_length={length}, return_tensors="pt")',
+        f'batch = tokenizer(texts, padding=True, truncation=True, max_length={usage.longest}, return_tensors="pt")',
         "with torch.no_grad():",
         "    hidden = model(**batch).last_hidden_state.float()",
         'mask = batch["attention_mask"][..., None]',
@@ -268,26 +262,13 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     for heading, rows in (("Training runs", card.get("runs")), ("Training data", card.get("datasets"))):
         if rows:
             columns = list(dict.fromkeys(key for row in rows for key in row))
-            lines += [
-                "",
-                f"## {heading}",
-                "",
-                *_table(columns, [[row.get(c, "") for c in columns] for row in rows]),
-            ]
+            lines += _table(heading, columns, [[row.get(c, "") for c in columns] for row in rows])
     if card.get("recipe"):
-        lines += [
-            "",
-            "## Recipe",
-            "",
-            *_table(["option", "value"], [[k, v] for k, v in _flat(card["recipe"])]),
-        ]
+        lines += _table("Recipe", ["option", "value"], [[k, v] for k, v in _flat(card["recipe"])])
     if card.get("metrics"):
-        cells = [
-            [name, metric, value]
-            for name, values in card["metrics"].items()
-            for metric, value in values.items()
-        ]
-        lines += ["", "## Results", "", *_table(["evaluation", "metric", "value"], cells)]
+        metrics = card["metrics"].items()
+        cells = [[name, metric, value] for name, values in metrics for metric, value in values.items()]
+        lines += _table("Results", ["evaluation", "metric", "value"], cells)
     facts = {
         "trained with commit": card.get("commit"),
         "exported with": card.get("exported_with"),
@@ -297,6 +278,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         lines += ["", "## Provenance", ""]
         lines += [f"- {name}: `{fact}`" for name, fact in facts.items() if fact]
     if says_llama:
+        does_not_begin = "" if title.startswith("Llama") else ' (does not begin with "Llama")'
         copies = ", ".join(sorted(card.get("license_files", {}))) or "missing, none lay beside the base model"
         lines += [
             "",
@@ -307,38 +289,28 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
             'prominently, and to begin the name of the derived model with "Llama".',
             "",
             f"- Copy of the licence: {copies}",
-            f"- Name of this model: {title}"
-            + ("" if title.startswith("Llama") else ' (does not begin with "Llama")'),
+            f"- Name of this model: {title}{does_not_begin}",
         ]
     return "\n".join(lines) + "\n"
-
-
-def _one_limit(usage: Usage) -> list[str]:
-    limits = {usage.query_max_length, usage.document_max_length}
-    return [
-        f"- sentence-transformers has one limit for both and cuts at {max(n or 0 for n in limits)} tokens"
-    ] * (len(limits) > 1)
 
 
 def _why_llama(card: Card) -> str:
     """The fact that makes these weights a derivative of Meta's Llama, "": none; the shape alone is none."""
     names = [name.rsplit("/", 1)[-1] for name in (card.get("base_model", ""), *card.get("parents", []))]
-    name = names[0]
+    base = f"The base model, {names[0]}," if names[0] else "The base model"
     if card.get("license", "").startswith("llama"):
-        return f"The base model{f', {name},' if name else ''} is published under the licence `{card['license']}`."
+        return f"{base} is published under the licence `{card['license']}`."
     for file, content in card.get("license_files", {}).items():
         if re.search(rb"llama[\w. -]*community license", content, re.IGNORECASE):
-            return (
-                f"The base model{f', {name},' if name else ''} came with a Llama community licence ({file})."
-            )
+            return f"{base} came with a Llama community licence ({file})."
     name = next((name for name in names if "llama" in name.lower()), "")
     return f"The base model, {name}, says Llama in its name." if name else ""
 
 
-def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
+def _table(heading: str, header: list[str], rows: list[list[Any]]) -> list[str]:
     cells = [[str(cell).replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in [header, *rows]]
     body = ["| " + " | ".join(row) + " |" for row in cells]
-    return [body[0], "|" + " --- |" * len(header), *body[1:]]
+    return ["", f"## {heading}", "", body[0], "|" + " --- |" * len(header), *body[1:]]
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

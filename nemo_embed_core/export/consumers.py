@@ -57,10 +57,9 @@ NUM_PROMPTED = 4  # of TEXTS, the first ones: encoded with the folder's prompts 
 # ------------------------------------------------------------------------------------------ another process
 
 
-Run = subprocess.CompletedProcess[str]
-
-
-def run_reload(python: str, path: Path, output: Path, request: dict[str, Any]) -> Run:
+def run_reload(
+    python: str, path: Path, output: Path, request: dict[str, Any]
+) -> subprocess.CompletedProcess[str]:
     """reload.py on the folder with this interpreter; its arrays into `output`, their files beside it."""
     file = output.with_name("request.json")
     file.write_text(json.dumps(request))
@@ -186,7 +185,7 @@ def check_tokens(path: Path, vectors: dict[str, np.ndarray], tokenizer: Tokenize
         if f"{prefix}token_ids" not in vectors:
             continue
         for text, theirs in zip([*texts, long_text], _rows(vectors, prefix), strict=True):
-            ours = list(tokenizer.encode(text).ids)
+            ours = tokenizer.encode(text).ids
             if len(ours) != len(theirs) and text is long_text:
                 raise UserError(
                     f"{path}: {who} cuts a long text at {len(theirs)} tokens, not at {len(ours)}; check "

@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nemo_embed_core.checkpoint.source import USAGE_KEY, Source, Usage
+from nemo_embed_core.checkpoint.source import USAGE_KEY, Source, Usage, modules_of
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
 from nemo_embed_core.errors import UserError
@@ -56,9 +56,9 @@ def write_folder(
     unknown = set(card) - set(Card.__annotations__)
     assert not unknown, f"model card has no place for {sorted(unknown)}"
     assert usage.query_max_length and usage.document_max_length, usage
-    code, transformers_4 = FORMATS[format].code, FORMATS[format].transformers_4
+    transformers_4 = FORMATS[format].transformers_4
     files, special_ids = export_files(
-        tokenizer_files, max_length=max_length(usage), transformers_4=transformers_4
+        tokenizer_files, max_length=usage.longest, transformers_4=transformers_4
     )
     largest = max(Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab(with_added_tokens=True).values())
     if largest >= model.vocab_size:
@@ -67,7 +67,7 @@ def write_folder(
             f"use the tokenizer that the model was trained with (vocab_size must be at least {largest + 1})"
         )
     files |= card.get("license_files", {})
-    if code is not None:
+    if (code := FORMATS[format].code) is not None:
         files[code.name] = code.read_bytes()
 
     output.mkdir(parents=True, exist_ok=True)
@@ -84,15 +84,11 @@ def write_folder(
 
 def check_mergeable(source: Source) -> None:
     """UserError for vectors of any length compared by anything but cosines: an export normalises."""
-    modules = source.folder / "modules.json"
-    if (
-        source.usage.similarity != "cosine"
-        and modules.is_file()
-        and "Normalize" not in modules.read_text(encoding="utf-8")
-    ):
+    modules = modules_of(source.folder) if source.usage.similarity != "cosine" else None
+    if modules is not None and "Normalize" not in modules.kinds:
         raise UserError(
-            f"{source.path} compares vectors of any length by {source.usage.similarity} ({modules.name} has no Normalize); an "
-            f"export's are normalised, so its scores would be others"
+            f"{source.path} compares vectors of any length by {source.usage.similarity} (modules.json has no "
+            "Normalize); an export's are normalised, so its scores would be others"
         )
 
 
@@ -136,11 +132,6 @@ def hf_config(
     }
 
 
-def max_length(usage: Usage) -> int:
-    """sentence-transformers has one limit for both sides: the larger cuts nothing that training kept."""
-    return max(usage.query_max_length or 0, usage.document_max_length or 0)
-
-
 def sentence_transformers_files(model: ModelConfig, usage: Usage) -> dict[str, Any]:
     """{file: JSON} for Transformer -> the model's pooling, prompt tokens included -> Normalize."""
     return {
@@ -153,7 +144,7 @@ def sentence_transformers_files(model: ModelConfig, usage: Usage) -> dict[str, A
             **flags_of(model.pooling),
             "include_prompt": True,
         },
-        "sentence_bert_config.json": {"max_seq_length": max_length(usage), "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": usage.longest, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "prompts": usage.named_prompts(),  # strings only: TEI reads a map of strings
             "default_prompt_name": None,
@@ -161,9 +152,6 @@ def sentence_transformers_files(model: ModelConfig, usage: Usage) -> dict[str, A
             USAGE_KEY: usage.to_json(),  # which no version of sentence-transformers looks at
         },
     }
-
-
-# ------------------------------------------------------------------------------------------ files
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -135,7 +135,7 @@ def _verify_anybodys(path: Path, config: Config, embed: Embed | None, has_code: 
     faults.attempt(lambda: resolve(path))  # what contradicts in it, also where our encoder is not compared
     modules = faults.attempt(lambda: modules_of(path))
     usage = faults.attempt(lambda: usage_of_folder(path)) or Usage()
-    stated = usage.document_max_length and max(usage.query_max_length or 0, usage.document_max_length)
+    stated = usage.document_max_length and usage.longest
     positions = config.get("max_position_embeddings")
     max_length = stated or min(DEFAULT_LENGTH, positions if type(positions) is int else DEFAULT_LENGTH)
     found = faults.attempt(lambda: backend(path, max_length, load_tokenizer(path).files["tokenizer.json"]))

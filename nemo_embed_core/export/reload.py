@@ -48,11 +48,8 @@ def first_state_changes(model, ids: list[int], replacement: int) -> dict[str, fl
             model.set_attn_implementation(attention)
         else:  # transformers 4.51
             model.config._attn_implementation = attention
-        for case, left, right in (
-            ("alone", 0, 0),
-            ("padded on the left", 3, 0),
-            ("padded on the right", 0, 3),
-        ):
+        cases = {"alone": (0, 0), "padded on the left": (3, 0), "padded on the right": (0, 3)}
+        for case, (left, right) in cases.items():
             states = []
             for row in (before, after):
                 padded = torch.nn.functional.pad(row, (left, right), value=ids[0])
@@ -71,13 +68,8 @@ def embeddings(model, tokenizer, texts: list[str], request: dict[str, Any], padd
     tokenizer.padding_side = padding_side
     if tokenizer.pad_token is None:  # anybody's folder; which token it is does not matter, it is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    how = {
-        "padding": True,
-        "truncation": True,
-        "max_length": request["max_seq_length"],
-        "return_tensors": "pt",
-    }
-    batch = tokenizer(texts, **how)
+    how = {"padding": True, "truncation": True, "max_length": request["max_seq_length"]}
+    batch = tokenizer(texts, return_tensors="pt", **how)
     hidden_NLD = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     pooling = Pooling(hidden_NLD.shape[-1], pooling_mode=request["pooling"])
     pooled_ND = pooling({"token_embeddings": hidden_NLD, "attention_mask": batch["attention_mask"]})[
@@ -88,10 +80,8 @@ def embeddings(model, tokenizer, texts: list[str], request: dict[str, Any], padd
 
 def flat(prefix: str, rows: list[list[int]]) -> dict[str, np.ndarray]:
     ids = np.array([i for row in rows for i in row], dtype=np.int64)
-    return {
-        f"{prefix}token_ids": ids,
-        f"{prefix}token_counts": np.array([len(row) for row in rows], dtype=np.int64),
-    }
+    counts = np.array([len(row) for row in rows], dtype=np.int64)
+    return {f"{prefix}token_ids": ids, f"{prefix}token_counts": counts}
 
 
 def sentence_transformers(folder: str, request: dict[str, Any], long_text: str) -> dict[str, Any]:
@@ -139,13 +129,11 @@ def main(folder: str, request_file: str, output: str) -> None:
     # fp32 whatever the weights are: what then differs from our encoder is a fault and no rounding.
     model = AutoModel.from_pretrained(folder, trust_remote_code=trusted).eval().float()
 
-    token_ids = [list(range(12))]
+    token_ids = [list(range(12))]  # which surely exist
     if tokenizer is not None:
-        token_ids = [
-            tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"] for text in texts
-        ]
-    # A short text, so that even a wide model's attention gives the last token a weight that shows; ids that
-    # surely exist.
+        cut = {"truncation": True, "max_length": max_seq_length}
+        token_ids = [tokenizer(text, **cut)["input_ids"] for text in texts]
+    # A short text, so that even a wide model's attention gives the last token a weight that shows.
     probe = token_ids[request["probe"] if tokenizer is not None else 0]
     replacement = next(i for row in token_ids for i in row if i != probe[-1])
     with torch.no_grad():
@@ -161,13 +149,12 @@ def main(folder: str, request_file: str, output: str) -> None:
             return
         num_repeats = max_seq_length // (len(tokenizer(texts[-1])["input_ids"]) // 2) + 2
         long_text = texts[-1] * num_repeats
-        token_ids.append(tokenizer(long_text, truncation=True, max_length=max_seq_length)["input_ids"])
+        token_ids.append(tokenizer(long_text, **cut)["input_ids"])
         found |= flat("", token_ids)
         found["num_repeats"] = np.array(num_repeats)
         found["default_length"] = np.array(len(tokenizer(long_text, truncation=True)["input_ids"]))
         left_ND = embeddings(model, tokenizer, texts[:-1], request, "left")
-        # The long one apart, so that the others need not be as long; sentence-transformers pads some of them
-        # so far.
+        # The long one apart, so that the others need not be padded to its length.
         parts = [embeddings(model, tokenizer, part, request, "right") for part in (texts[:-1], texts[-1:])]
         found |= {"transformers_ND": np.concatenate(parts), "left_padded_ND": left_ND}
     del model  # one copy of the weights at a time

@@ -19,16 +19,10 @@ from nemo_embed_core.export.folder import check_mergeable, write_folder
 from nemo_embed_core.export.formats import FORMATS, Format
 from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.files.durable import new_folder, writing
+from nemo_embed_core.files.safetensors import dtype_name
+from nemo_embed_core.merge import recipes
 from nemo_embed_core.merge.output import weight_bytes
-from nemo_embed_core.merge.recipes import (
-    Method,
-    Score,
-    check_recipe,
-    check_weights,
-    greedy_soup,
-    score_name,
-    score_of,
-)
+from nemo_embed_core.merge.recipes import Method, Score
 from nemo_embed_core.merge.report import report_lines, write_report
 from nemo_embed_core.merge.sources import DTYPES, dtype_of, one_tokenizer, open_sources
 from nemo_embed_core.merge.stream import write_weights
@@ -81,7 +75,7 @@ def merge(
     pooling or similarity, for values that are not finite, and for a proof that fails; nothing is left behind
     then.
     """
-    check_recipe(method, weights, t, evaluate)
+    recipes.check_recipe(method, weights, t, evaluate)
     for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, FORMATS)):
         if value not in known:
             raise UserError(f"{option}={value!r} must be one of {', '.join(known)}")
@@ -94,9 +88,9 @@ def merge(
         check_mergeable(origin)
     opened = open_sources(paths, say)
     if weights is not None:
-        check_weights(weights, len(opened))
+        recipes.check_weights(weights, len(opened))
     torch_dtype = dtype_of(dtype, opened)
-    dtype_name = str(torch_dtype).removeprefix("torch.")
+    dtype_text = dtype_name(torch_dtype)
 
     def encoded(members: Sequence[int]) -> tuple[Usage, list[str]]:
         """How their average encodes texts, and what is to be said of it: other sources have no say in it."""
@@ -121,14 +115,14 @@ def merge(
         if metrics:
             card["metrics"] = metrics
         model = chosen[0].model
-        write_folder(folder, model, dtype_name, tokenizer_files, format=format, usage=usage, card=card)
+        write_folder(folder, model, dtype_text, tokenizer_files, format=format, usage=usage, card=card)
         return report
 
     with writing(output, needed, "the merged model"), new_folder(output) as folder:
         if evaluate is None:
             report = write(folder, members, weights=weights, slerp=t)
         else:
-            how_scored = score_name(evaluate)
+            how_scored = recipes.score_name(evaluate)
             named = list(zip(paths, [source.name for source in opened], strict=True))
             members, decisions = _soup(named, folder / "candidate", write, evaluate, say)
             score = next(decision["score"] for decision in decisions if decision["members"] == members)
@@ -142,7 +136,7 @@ def merge(
             write_report(folder, report)
             say("\n".join(report_lines(report)))
     how = "converted" if len(members) == 1 else f"{report['method']} of {len(members)}"
-    say(f"wrote {output} ({dtype_name}, {how})")
+    say(f"wrote {output} ({dtype_text}, {how})")
     return report
 
 
@@ -156,13 +150,13 @@ def _soup(
         candidate.mkdir()
         try:
             write(candidate, members, hashed=len(members) == 1)  # each source is hashed once, alone
-            value = score_of(candidate, evaluate, paths)
+            value = recipes.score_of(candidate, evaluate, paths)
         finally:
             shutil.rmtree(candidate)
         say(f"  {value:.6g}  {paths}")
         return value
 
-    return greedy_soup([name for _, name in named], score)
+    return recipes.greedy_soup([name for _, name in named], score)
 
 
 def check(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.files.durable import write_bytes
+from nemo_embed_core.files.safetensors import dtype_name
 from nemo_embed_core.model.spec import hf_shapes
 
 REPORT = "merge-report.json"
@@ -57,10 +58,10 @@ def make_report(
     n, pairs = len(sources), source_pairs(len(sources))
     shapes = hf_shapes(sources[0].model)
     report: dict[str, Any] = {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "num_tensors": len(shapes),
         "num_parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
-        "sources": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch.")} for s in sources],
+        "sources": [{"name": s.name, "dtype": dtype_name(s.dtype)} for s in sources],
     }
     if n == 1:
         return report

@@ -12,6 +12,7 @@ from nemo_embed_core.checkpoint.weights import Weights, open_weights
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable, difference
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.safetensors import dtype_name
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.options import to_dict
 
@@ -58,7 +59,7 @@ def dtype_of(name: str, sources: Sequence[Weights]) -> torch.dtype:
         return DTYPES[name]
     kinds = {source.dtype for source in sources}
     if len(kinds) > 1 or torch.float64 in kinds:
-        named = ", ".join(f"{s.folder}: {str(s.dtype).removeprefix('torch.')}" for s in sources)
+        named = ", ".join(f"{s.folder}: {dtype_name(s.dtype)}" for s in sources)
         raise UserError(
             f"the sources' dtypes do not say which one to write ({named}); choose one with --dtype"
         )
@@ -75,7 +76,6 @@ def one_tokenizer(paths: Sequence[str], sources: Sequence[Weights]) -> tuple[dic
         if tokenizer.digest == first.digest:
             continue
         if how := difference(first.files["tokenizer.json"], tokenizer.files["tokenizer.json"]):
-            both = f"{paths[0]} and {path}"
-            differ = f"the tokenizers of {both} differ: {how}"
+            differ = f"the tokenizers of {paths[0]} and {path} differ: {how}"
             raise UserError(f"{differ}; only models that share one are averaged")
     return first.files, said

@@ -13,9 +13,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +23,10 @@ from nemo_embed_core.checkpoint.manifest import check_digest
 from nemo_embed_core.checkpoint.weights import Rows, Weights
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import check_free_space
+from nemo_embed_core.files.safetensors import dtype_name
 from nemo_embed_core.merge.average import CHUNK_ELEMENTS, Combiner, NonFinite, widest
 from nemo_embed_core.merge.output import Output, weight_bytes
-from nemo_embed_core.merge.recipes import check_weights, slerp_weights
+from nemo_embed_core.merge.recipes import slerp_weights
 from nemo_embed_core.merge.report import make_report, source_pairs, squares
 from nemo_embed_core.model.spec import hf_shapes
 
@@ -56,8 +56,6 @@ def write_weights(
     source without distances. UserError names the tensor and the source of a NaN or an infinity.
     """
     shapes = hf_shapes(sources[0].model)
-    if weights is not None:
-        check_weights(weights, len(sources))
     check_free_space(folder, weight_bytes(shapes, dtype) + beside, "the merged model")
     with ExitStack() as stack:
         # Threads are at most as many blocks apart as there are of them; slerp reads everything twice.
@@ -86,7 +84,7 @@ def write_weights(
 
         def blame(error: NonFinite) -> str:
             if error.source is None:
-                return f"the average (it overflows {str(dtype).removeprefix('torch.')})"
+                return f"the average (it overflows {dtype_name(dtype)})"
             return str(sources[error.source].folder)
 
         try:
@@ -126,8 +124,7 @@ def _slerp_weights(stream: _Pass, t: float) -> dict[str, tuple[tuple[float, floa
 # ------------------------------------------------------------------------------------------ the pass
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """Rows of one tensor."""
 
     name: str
