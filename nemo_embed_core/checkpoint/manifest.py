@@ -44,7 +44,7 @@ def parameter_of(name: str) -> str:
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is damaged, incomplete or of another model: names the file and what is wrong with it."""
+    """A checkpoint that is damaged, incomplete or of another model: names the file and the fault."""
 
 
 _COUNT = (int, "a whole number >= 0")
@@ -152,7 +152,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if step_of(folder.name) not in (-1, manifest["step"]):
         name = folder_name(manifest["step"])
         raise CheckpointError(
-            f"{folder} holds step {manifest['step']}: name it {name}, or another way than {re.sub('[0-9]', 'N', name)}"
+            f"{folder} holds step {manifest['step']}: name it {name}, or another way than "
+            f"{re.sub('[0-9]', 'N', name)}"
         )
     for name in manifest["files"]:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
@@ -195,8 +196,8 @@ def _check_pieces(path: Path, manifest: Mapping[str, Any]) -> None:
 def verify_checkpoint(folder: Path, weights_only: bool = False, hashed: bool = True) -> dict[str, Any]:
     """The manifest, when every file has its size and sha256 and every tensor is covered exactly once.
 
-    weights_only: files that hold nothing but moments are not looked at; they may be missing.  hashed=False: the caller
-    compares the sha256 of files with weights itself (`check_digest`).
+    weights_only: files that hold nothing but moments are not looked at; they may be missing.
+    hashed=False: the caller compares the sha256 of files with weights itself (`check_digest`).
     """
     manifest = read_manifest(folder)
     tensors = {n: t for n, t in manifest["tensors"].items() if not (weights_only and is_state(n))}

@@ -1,4 +1,4 @@
-"""Boxes of a checkpoint's tensors, under any layout, and where its tensors stand for those who stream them."""
+"""Boxes of a checkpoint's tensors, under any layout, and the places of its tensors for streaming."""
 
 from __future__ import annotations
 

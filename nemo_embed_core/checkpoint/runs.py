@@ -54,8 +54,8 @@ def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | Non
         return folder
     if reasons:
         raise AllDamagedError(
-            f"every checkpoint of {root} is damaged: {'; '.join(reasons)}. Restore one of them, or start again in "
-            "another output_dir; nothing was changed here"
+            f"every checkpoint of {root} is damaged: {'; '.join(reasons)}. Restore one of them, or start "
+            "again in another output_dir; nothing was changed here"
         )
     return None
 
@@ -67,7 +67,8 @@ def find_checkpoint(path: Path) -> Path:
     found = checkpoints(path)
     if not found:
         raise UserError(
-            f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints ({folder_name(0)})"
+            f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints "
+            f"({folder_name(0)})"
         )
     return found[0]
 

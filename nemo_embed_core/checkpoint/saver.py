@@ -18,8 +18,8 @@ class Saver:
     """save_checkpoint() behind training's back: the caller copies to host memory, a thread writes.
 
         saver = Saver(partial(save_checkpoint, root, rank=..., ...), log)
-        saver.save(step, pieces, meta=..., extra_files=...)   # returns when the values are copied; weights may change
-        saver.failed                                          # looked at every step: the background has met an error
+        saver.save(step, pieces, meta=..., extra_files=...)   # returns when the values are copied
+        saver.failed                                          # looked at every step: the thread met an error
         saver.wait()                                          # until it is published; raises that error
 
     One save is in flight: the next one waits for it. The host buffers (pinned beside a GPU) are made once, as

@@ -1,10 +1,10 @@
 """What a model folder is, asked once: `resolve(path)`; and how its texts are to be encoded: `Usage`.
 
-    kind                       what it is                                                        who reads the weights
-    "checkpoint"               a checkpoint of ours, or the newest one of a run                  checkpoint/runs.py
-    "llama"                    a Hugging Face Llama that we run bidirectionally, our exports     model/hf.py
-    "sentence-transformers"    modules.json of another architecture or other modules             sentence-transformers
-    "precomputed"              documents.npy and queries.npy                                     encoders/precomputed.py
+    kind                       what it is                                                    who reads it
+    "checkpoint"               a checkpoint of ours, or the newest one of a run              Reader
+    "llama"                    a Hugging Face Llama that we run bidirectionally, export     HFReader
+    "sentence-transformers"    modules.json of another architecture or other modules         the library itself
+    "precomputed"              documents.npy and queries.npy                                 precomputed.py
 
 Prompts, lengths and similarity belong to the run that trained the model: they go from the training options to
 the manifest, from there to the exported folder and its card, and every launcher uses them unless an option
@@ -50,9 +50,9 @@ class Prompts(NamedTuple):
 class Usage:
     """How texts of both sides become vectors that may be compared, as training did it.
 
-    prompts: by name of the task's data set, the default one first; empty where nothing is known (a bare Llama folder).
-    *_max_length: tokens, special tokens and prompt included; None where nothing is known.  pooling: as the model has it, or of
-    a folder that is not ours in sentence-transformers' words.
+    prompts: by name of the task's data set, the default one first; empty of a bare Llama.
+    *_max_length: tokens, special tokens and prompt included; None where nothing is known.
+    pooling: as the model has it, or of a folder that is not ours in sentence-transformers' words.
     """
 
     prompts: Mapping[str, Prompts] = field(default_factory=dict)
@@ -145,8 +145,8 @@ class Usage:
 class Source:
     """A model folder: `folder` is the checkpoint where `path` was a run, the snapshot of a hub's cache.
 
-    model: its shape, of a checkpoint or a Llama.  where: the tensors of a Llama folder (hf_folder.py).  foreign: what a
-    sentence-transformers folder asks for beyond a bidirectional Llama with mean pooling.
+    model: its shape, of a checkpoint or a Llama.  where: the tensors of a Llama folder (hf_folder.py).
+    foreign: what a sentence-transformers folder asks for beyond a bidirectional Llama with mean pooling.
     """
 
     path: Path
@@ -309,19 +309,20 @@ def check_prompts(file: Path, settings: Mapping[str, Any], usage: Usage) -> None
         theirs = theirs if isinstance(theirs, dict) else {}
         name = next(n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n))
         raise UserError(
-            f"{file}: the prompt {name!r} is {json.dumps(theirs.get(name))} in prompts, which sentence-transformers reads, and "
-            f"{json.dumps(ours.get(name))} by {USAGE_KEY}, which says how the model was trained; the file was edited: make them "
-            f"agree, or delete the key {USAGE_KEY} to have prompts count alone"
+            f"{file}: the prompt {name!r} is {json.dumps(theirs.get(name))} in prompts, which "
+            "sentence-transformers reads, and "
+            f"{json.dumps(ours.get(name))} by {USAGE_KEY}, which says how the model was trained; the file "
+            f"was edited: make them agree, or delete the key {USAGE_KEY} to have prompts count alone"
         )
     if (found := settings.get("similarity_fn_name") or "cosine") != usage.similarity:
         raise UserError(
-            f"{file}: similarity_fn_name is {json.dumps(found)} and similarity by {USAGE_KEY} {json.dumps(usage.similarity)}; "
-            f"the file was edited: make them agree"
+            f"{file}: similarity_fn_name is {json.dumps(found)} and similarity by {USAGE_KEY} "
+            f"{json.dumps(usage.similarity)}; the file was edited: make them agree"
         )
 
 
 class Modules(NamedTuple):
-    """modules.json: the kind of each, and how they pool in sentence-transformers' words, empty without a Pooling."""
+    """modules.json: each one's kind; how they pool in sentence-transformers' words, empty without Pooling."""
 
     kinds: list[str]
     pooling_modes: set[str]
@@ -354,8 +355,8 @@ def modules_of(folder: Path) -> Modules | None:
     modes, word = modes_of(pooling, settings), _config(folder).get("pooling")
     if (mode := mode_of_config(word)) is not None and modes != {mode}:
         raise UserError(
-            f"{pooling} pools by {', '.join(sorted(modes)) or 'nothing'}, which sentence-transformers reads, and "
-            f"{folder / 'config.json'} says pooling={word!r}, which servers read; correct one"
+            f"{pooling} pools by {', '.join(sorted(modes)) or 'nothing'}, which sentence-transformers "
+            f"reads, and {folder / 'config.json'} says pooling={word!r}, which servers read; correct one"
         )
     return Modules(kinds, modes, settings.get("include_prompt", True) is True)
 

@@ -83,13 +83,15 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
         return source.model, source.where or {}
     if source.kind == "precomputed":
         raise UserError(
-            f"{source.folder} holds embeddings and no model; give a Hugging Face folder, a checkpoint or a run"
+            f"{source.folder} holds embeddings and no model; give a Hugging Face folder, a checkpoint or a "
+            "run"
         )
     if not base:
         raise UserError(
-            f"{source.folder} is a sentence-transformers model with {source.foreign}; its weights in a bidirectional "
-            "Llama with mean pooling would give other embeddings: train them as one first, or delete modules.json "
-            "if it is out of date"
+            f"{source.folder} is a sentence-transformers model with {source.foreign}; its weights in a "
+            "bidirectional "
+            "Llama with mean pooling would give other embeddings: train them as one first, or delete "
+            "modules.json if it is out of date"
         )
     opened = open_folder(source.folder)
     return opened.model, opened.where
@@ -109,8 +111,8 @@ def tokenizer_folder(path: str) -> Path:
 def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = False) -> Weights:
     """Names and shapes are checked; of a checkpoint of ours the sha256 of every file with weights too.
 
-    hashed=False: nothing but headers is read; who reads the rest compares `Rows.sha256` itself.  base=True: training starts
-    from them, so that how the folder pools does not matter.
+    hashed=False: nothing but headers is read; who reads the rest compares `Rows.sha256` itself.
+    base=True: training starts from them, so that how the folder pools does not matter.
     """
     source = resolve(path)
     folder, (config, where) = source.folder, _llama(source, base)
@@ -136,7 +138,7 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
 
 @dataclass(frozen=True)
 class _Segment:
-    """Rows of a Hugging Face tensor that stand together in a file: [rows, columns] from `offset` (bytes) on."""
+    """Rows of a Hugging Face tensor together in a file: [rows, columns] from `offset` (bytes) on."""
 
     first: int  # row of the tensor
     rows: int
@@ -200,7 +202,7 @@ class Rows:
         self._segments.setdefault(name, []).append(segment)
 
     def read(self, name: str, first: int, out_RC: Tensor) -> None:
-        """Rows first, first + 1, ... of the tensor (a vector is one column) into `out_RC`, of dtypes[name]."""
+        """Rows first, first + 1, ... of the tensor (a vector: one column) into `out_RC`, of dtypes[name]."""
         R, C = out_RC.shape
         filled = 0
         for segment in self._segments[name]:
@@ -296,6 +298,6 @@ def non_finite_weights(folder: object, names: Sequence[str]) -> str:
     names = sorted(set(names))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
-        f"{folder}: NaN or infinite values in {', '.join(names[:5])}{more}; the file is damaged or the run that "
-        "wrote it diverged: no loss could be finite. Use another copy or an earlier checkpoint"
+        f"{folder}: NaN or infinite values in {', '.join(names[:5])}{more}; the file is damaged or the run "
+        "that wrote it diverged: no loss could be finite. Use another copy or an earlier checkpoint"
     )

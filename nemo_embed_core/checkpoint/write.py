@@ -61,7 +61,7 @@ def save_checkpoint(
     gather: Callable[[Any], list[Any]] = gather_objects,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Write and publish root/folder_name(step); every rank calls it. Returns only when the checkpoint is durable.
+    """Write and publish root/folder_name(step); every rank calls it. On return it is durable.
 
     `pieces` are what this rank writes (an owner per box); an optimizer's state goes to the optim file. A
     failure on any rank is raised on all of them, and leaves nothing. Then the oldest beyond the `keep` newest
@@ -161,7 +161,7 @@ def _on_all_ranks(
             raise caught  # with its traceback
         rank, message = next(iter(failures.items()))
         raise CheckpointError(
-            f"{what} {path} failed on rank {rank}: {message}. Nothing was published and what was saved before is "
-            "as it was; when the cause is gone, continue with --checkpoint.resume auto"
+            f"{what} {path} failed on rank {rank}: {message}. Nothing was published and what was saved "
+            "before is as it was; when the cause is gone, continue with --checkpoint.resume auto"
         ) from caught
     return [result for result, _ in outcomes]

@@ -27,9 +27,10 @@ def open_encoder(
 ) -> Embedder | SentenceTransformerEncoder:
     """The encoder of a model folder, loaded.
 
-    device: "cpu", "cuda" or "auto".  precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).  max_tokens: of a
-    packed batch of ours.  by: "auto" takes ours for checkpoints and bidirectional Llamas and the library for what it alone
-    can run; "ours" refuses the latter; "sentence-transformers" takes the library, also for rows that are not of length 1.
+    device: "cpu", "cuda" or "auto".  precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
+    max_tokens: of a packed batch of ours.  by: "auto" takes ours for checkpoints and bidirectional Llamas,
+    else the library; "ours" refuses other models; "sentence-transformers" takes the library, also for rows
+    that are not of length 1.
     """
     source = resolve(path)
     if source.kind == "precomputed":

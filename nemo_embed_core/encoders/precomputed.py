@@ -1,7 +1,7 @@
 """Vectors that were made elsewhere: rows of arrays, looked up by the texts that they belong to.
 
     precomputed_sides("embeddings/", dataset)                 # documents.npy and queries.npy, mapped
-    Lookup(rows, texts, "embeddings", "cosine")               # a TextEncoder; rows: numpy, memory maps, torch, CuPy
+    Lookup(rows, texts, "embeddings", "cosine")               # a TextEncoder; rows: numpy, torch, CuPy
 
 similarity: "cosine" brings rows to unit length, "dot" gives them as they are.
 """
@@ -40,7 +40,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def precomputed_sides(
     folder: str | Path, dataset: DatasetConfig | None = None, texts: bool = True
 ) -> list[tuple[np.ndarray, Iterable[str]]]:
-    """[(documents, their texts), (queries, their texts)], mapped and not read; texts: they have to be there."""
+    """[(documents, their texts), (queries, their texts)], mapped and not read; texts: they must be there."""
     folder = Path(folder)
     if not texts:
         return [(_open_npy(folder / f"{side}.npy"), ()) for side in ("documents", "queries")]
@@ -53,8 +53,10 @@ def precomputed_sides(
             found = source_files(dataset)[beir]
         if found is None:
             raise UserError(
-                f"{folder}: which texts do the rows of {side}.npy belong to? Put {side}.jsonl beside it, line i "
-                '{"text": ...} for row i: launch/mine.py --write_texts FOLDER writes the texts that a run needs, '
+                f"{folder}: which texts do the rows of {side}.npy belong to? Put {side}.jsonl beside it, "
+                "line i "
+                '{"text": ...} for row i: launch/mine.py --write_texts FOLDER writes the texts that a run '
+                "needs, "
                 "to be embedded in that order"
             )
         sides.append((rows, _Counted(found, len(rows), folder / f"{side}.npy")))
@@ -89,7 +91,8 @@ class _Counted:
             yield text
         if count != self.num_rows:
             raise UserError(
-                f"{self.array} has {self.num_rows} rows and {self.path} {count} lines: row i must be the embedding of line i"
+                f"{self.array} has {self.num_rows} rows and {self.path} {count} lines: row i must be the "
+                "embedding of line i"
             )
 
 
@@ -121,8 +124,8 @@ class Lookup:
         if missing:
             more = f"and {len(missing) - 1} more of {len(texts)} texts"
             raise UserError(
-                f"{self.name} have no row for {missing[0][:60]!r}... {more}: were they embedded from other data? "
-                "launch/mine.py --write_texts FOLDER writes the texts that this run needs"
+                f"{self.name} have no row for {missing[0][:60]!r}... {more}: were they embedded from other "
+                "data? launch/mine.py --write_texts FOLDER writes the texts that this run needs"
             )
         index = np.array(places, np.int64)
         is_torch = isinstance(self.rows, Tensor)
@@ -141,8 +144,8 @@ def as_rows(array: Any, name: str = "embeddings") -> np.ndarray | Tensor:
     is_float = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
     if array.ndim != 2 or not is_float or 0 in array.shape:
         raise UserError(
-            f"{name} have shape {tuple(array.shape)} and dtype {array.dtype}: they must be [rows, columns] of float16, "
-            "float32 or float64"
+            f"{name} have shape {tuple(array.shape)} and dtype {array.dtype}: they must be [rows, columns] "
+            "of float16, float32 or float64"
         )
     return array
 

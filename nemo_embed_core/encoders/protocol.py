@@ -11,8 +11,8 @@ import numpy as np
 class TextEncoder(Protocol):
     """Texts to vectors. Some have more, which is asked for with hasattr:
 
-    tokenize(texts, prompt, max_length) -> (ids of each text, how many lost tokens)      truncated texts are counted
-    encode_tokens(ids)                                                                   a text is tokenised once
+    tokenize(texts, prompt, max_length) -> (ids of each text, how many lost tokens)   truncation is counted
+    encode_tokens(ids)                                                                a text is tokenised once
     """
 
     @property

@@ -1,6 +1,7 @@
 """BM25 as Lucene computes it, on plain words: the baseline that an embedding model has to beat.
 
-score(q, d) = sum over words w of q (as often as they occur in q) of  idf(w) * tf(w, d) / (tf(w, d) + k1 * (1 - b + b * |d| / mean |d|))
+score(q, d) = sum over words w of q, as often as they occur, of
+              idf(w) * tf(w, d) / (tf(w, d) + k1 * (1 - b + b * |d| / mean |d|))
 idf(w) = ln(1 + (N - df(w) + 0.5) / (df(w) + 0.5))
 
 k1 = 1.2 and b = 0.75 are Lucene's and Elasticsearch's defaults, never tuned on the data at hand. Words are

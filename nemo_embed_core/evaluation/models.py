@@ -26,7 +26,7 @@ DEFAULT_LENGTH = 512  # tokens, where neither the folder nor an option says one
 
 @dataclass(frozen=True)
 class Subject:
-    """usage: with the one pair of prompts that is used.  overridden: {option: value} of those that differ from the folder's."""
+    """usage: with the one pair of prompts that is used.  overridden: options that changed the folder's."""
 
     name: str
     source: Source
@@ -44,8 +44,8 @@ class Subject:
             raise UserError(f"{name} holds embeddings of other texts: give the model that made them")
         if source.usage.similarity not in get_args(Similarity):
             raise UserError(
-                f"{name}: similarity_fn_name is {source.usage.similarity!r}, and only {', '.join(get_args(Similarity))} of one "
-                "vector a text are evaluated"
+                f"{name}: similarity_fn_name is {source.usage.similarity!r}, and only "
+                f"{', '.join(get_args(Similarity))} of one vector a text are evaluated"
             )
         options = ("prompt_name", "task", "document_task", "query_max_length", "document_max_length")
         try:
@@ -60,7 +60,7 @@ class Subject:
         return self.source.kind != "sentence-transformers" and self.source.usage.similarity == "cosine"
 
     def check(self, config: EvaluateConfig) -> TextEncoder | None:
-        """UserError when it cannot be loaded or a prompt leaves no room. Of ours nothing but headers is read."""
+        """UserError when it cannot be loaded or a prompt leaves no room; of ours only headers are read."""
         encoder = None
         if self.is_ours:
             tokenizer = load_tokenizer(self.source.folder)

@@ -97,7 +97,7 @@ def _encode(
 
 
 def similarity_of(name: Similarity) -> Callable[[Tensor, Tensor], Tensor]:
-    """(queries [Q, D], documents [N, D]) -> scores [Q, N], greater for nearer; sentence-transformers' four."""
+    """(queries [Q, D], documents [N, D]) -> scores [Q, N], greater for nearer."""
     import torch
     from torch.nn.functional import normalize
 
@@ -179,8 +179,8 @@ def _check(beir: Beir) -> None:
     unjudged = beir.queries.keys() - beir.qrels.keys()
     if unjudged:
         raise UserError(
-            f"{len(unjudged)} of {len(beir.queries)} queries have no relevance judgement, the first is {min(unjudged)}; "
-            f"give them one in the qrels or leave them out of the queries"
+            f"{len(unjudged)} of {len(beir.queries)} queries have no relevance judgement, the first is "
+            f"{min(unjudged)}; give them one in the qrels or leave them out of the queries"
         )
 
 

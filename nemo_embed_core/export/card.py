@@ -238,7 +238,8 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "",
         f'model = SentenceTransformer("path/to/this/folder"{trust})',
         'queries = model.encode(["how do plants turn light into sugar?"], prompt_name="query")',
-        'documents = model.encode(["Photosynthesis stores the energy of light in glucose."], prompt_name="document")',
+        'documents = model.encode(["Photosynthesis stores the energy of light in glucose."], '
+        'prompt_name="document")',
         "print(model.similarity(queries, documents))",
         "```",
         "",
@@ -252,7 +253,8 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         f'model = AutoModel.from_pretrained("path/to/this/folder"{trust}).eval()',
         f"query_prompt, document_prompt = {usage.default.query!r}, {usage.default.document!r}",
         'texts = [query_prompt + "how do plants turn light into sugar?"]',
-        f'batch = tokenizer(texts, padding=True, truncation=True, max_length={usage.longest}, return_tensors="pt")',
+        f"batch = tokenizer(texts, padding=True, truncation=True, max_length={usage.longest}, "
+        'return_tensors="pt")',
         "with torch.no_grad():",
         "    hidden = model(**batch).last_hidden_state.float()",
         'mask = batch["attention_mask"][..., None]',
@@ -284,8 +286,10 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
             "",
             "## Licence of the base model",
             "",
-            f"{says_llama} Weights derived from Meta's Llama models stay under the licence of their version. Since Llama 3 it asks",
-            'whoever distributes a derived model to pass on a copy of that licence and its notice, to show "Built with Llama"',
+            f"{says_llama} Weights derived from Meta's Llama models stay under the licence of their version. "
+            "Since Llama 3 it asks",
+            "whoever distributes a derived model to pass on a copy of that licence and its notice, to show "
+            '"Built with Llama"',
             'prominently, and to begin the name of the derived model with "Llama".',
             "",
             f"- Copy of the licence: {copies}",

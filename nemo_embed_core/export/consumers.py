@@ -32,7 +32,8 @@ TEXTS = (
     "How do neural networks learn patterns from examples?",
     "Instruct: Given a question, retrieve passages that answer the question\nQuery: who wrote the Iliad?",
     "  two spaces before, two behind  ",
-    "Deep learning models adjust their weights through backpropagation, using gradient descent to minimize error.",
+    "Deep learning models adjust their weights through backpropagation, "
+    "using gradient descent to minimize error.",
     "Das Wetter in Zürich ist heute schön, naïveté coûte cher.",
     "Zu\u0308rich nai\u0308vete\u0301, decomposed; \ufb01ne ligature",
     "东京是日本的首都。 Привет, мир! مرحبا 🦙",

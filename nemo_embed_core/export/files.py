@@ -114,7 +114,7 @@ def check_sentence_transformers_files(path: Path, hidden_size: int, pooling: Poo
 
 
 def check_weights(opened: HFFolder, dtype: str | None = None) -> tuple[Shapes, set[str]]:
-    """(shapes by name, dtypes) of the weights: every tensor that config.json implies, of its shape and finite.
+    """(shapes by name, dtypes) of the weights: all that config.json implies, of their shape and finite.
 
     dtype: of a folder that we wrote, which has it throughout, and no other tensors, names and files.
     """

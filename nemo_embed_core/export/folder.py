@@ -4,15 +4,13 @@ The weights themselves (model.safetensors or shards of it, names without `model.
 merge/stream.py; export/proof.py re-opens the whole folder and proves it. Spellings are chosen for their
 readers:
 
-- `is_causal: false` makes transformers >= 5.2 run LlamaModel bidirectionally; older ones ignore it and are silently causal.
+- `is_causal: false` makes transformers >= 5.2 run LlamaModel bidirectionally; older ones are silently causal.
 - `use_bidirectional_attention` and `pooling` are what text-embeddings-inference and vLLM look at.
-- RoPE in both spellings: transformers 4 and TEI know `rope_theta` + `rope_scaling`, transformers 5 `rope_parameters`.
-- sentence-transformers files in the verbose spelling of its versions before 5.4: what 5.4 and later save themselves is not
-  understood by TEI, llama.cpp's converter and older vLLM (which then pools the last token without a word).
+- RoPE in both spellings: `rope_theta` and `rope_scaling` for transformers 4 and TEI, `rope_parameters` for 5.
+- sentence-transformers files in the verbose spelling of its versions before 5.4: the later one is not read by
+  TEI, llama.cpp's converter and older vLLM (which then pools the last token without a word).
 
-Two formats with the same tensors: "native" is a plain LlamaModel and needs no code; "compat" is a
-`llama_bidirec` with remote/modeling_llama_bidirec.py beside the weights, for transformers that do not know
-`is_causal` in config.json.
+The formats of one set of tensors: export/formats.py.
 """
 
 from __future__ import annotations
@@ -47,9 +45,8 @@ def write_folder(
 ) -> None:
     """Write config.json, tokenizer, sentence-transformers files and README.md into `output`.
 
-    dtype: of the weights, "float32", "bfloat16" or "float16".  format: "native" for transformers >= 5.2, "compat" adds the
-    code that 4.51 and later need.  usage: prompts, lengths and similarity, all known.  UserError when the tokenizer does not
-    fit the model or cannot be served.
+    dtype: of the weights, "float32", "bfloat16" or "float16".  usage: prompts, lengths, similarity: all.
+    UserError when the tokenizer does not fit the model or cannot be served.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} of an export must be one of {', '.join(DTYPES)}")

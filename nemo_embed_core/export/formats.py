@@ -31,7 +31,8 @@ FORMATS: Mapping[Format, ExportFormat] = {
         model_type="llama",
         readers="transformers >= 5.2",
         requirements=(
-            "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, run the model with a causal",
+            "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, "
+            "run the model with a causal",
             "mask and return other vectors without an error.",
         ),
     ),
@@ -46,7 +47,8 @@ FORMATS: Mapping[Format, ExportFormat] = {
         },
         requirements=(
             "It needs transformers >= 4.51 and `trust_remote_code=True`, which runs the fifty lines of",
-            "`modeling_llama_bidirec.py` in this folder: transformers before 5.2 has no Llama without a causal mask.",
+            "`modeling_llama_bidirec.py` in this folder: transformers before 5.2 has no Llama without a "
+            "causal mask.",
         ),
     ),
 }

@@ -164,8 +164,10 @@ def _verify_anybodys(path: Path, config: Config, embed: Embed | None, has_code: 
         others = texts_of_other_rules(tokenizer, texts, vectors)
         if others:
             say(
-                f"tokens: {len(others)} of {len(texts)} texts hold special tokens, which this folder's transformers "
-                "tokenizer takes for tokens and we for text (split_special_tokens); not compared with our encoder"
+                f"tokens: {len(others)} of {len(texts)} texts hold special tokens, which this folder's "
+                "transformers "
+                "tokenizer takes for tokens and we for text (split_special_tokens); not compared with our "
+                "encoder"
             )
         if "prompts" in vectors:
             # Of other tasks only their texts are known, not their sides.
@@ -185,13 +187,15 @@ def _say_what_is_stated(modules: Modules | None, has_limit: bool, max_length: in
     """What of modules.json our encoder does not compute; "" where it computes the same."""
     if modules is None:
         say(
-            "sentence-transformers: not there (no modules.json); prompts, limit and pooling are nowhere stated"
+            "sentence-transformers: not there (no modules.json); prompts, limit and pooling are nowhere "
+            "stated"
         )
         return ""
     unlike = modules.unlike_ours() or ("" if modules.include_prompt else "pooling that leaves the prompt out")
     if unlike:
         say(
-            f"sentence-transformers: {unlike}, which is not what this package computes; its vectors are not compared"
+            f"sentence-transformers: {unlike}, which is not what this package computes; its vectors are not "
+            "compared"
         )
     if not has_limit:
         say(f"limit: the folder states none; compared at {max_length} tokens")

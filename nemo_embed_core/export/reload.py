@@ -9,10 +9,10 @@ so max_seq_length is set for it; pooling: as sentence-transformers calls it.
 
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
-    case_names, first_state_changes   how much the first token's last hidden state moves when the last token is replaced, for
-                                      each way of attention and padding; 0: causal mask, NaN: no
+    case_names, first_state_changes   how much the first token's last hidden state moves when the last token is
+                                      replaced, for each way of attention and padding; 0: causal mask, NaN: no
                                       answer, and then nothing else is tried
-    tokenizer_error                   why AutoTokenizer does not load ("" where it does); nothing else is tried then either
+    tokenizer_error                   why AutoTokenizer does not load, "" where it does; else nothing is tried
     token_ids, token_counts           of all texts in a row, and of the long one repeated until it must be cut
     num_repeats                       how often that is
     default_length                    tokens of the latter, cut where the tokenizer itself says
@@ -22,7 +22,7 @@ OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
     st_token_ids, st_token_counts     as above, of the texts as it passes them to its tokenizer
     sentence_transformers_ND          rows of the model in fp32
     as_loaded_ND                      the same in the type in which sentence-transformers loads these weights
-    queries_MD, documents_MD          what encode_query and encode_document give (before they existed: prompt_name)
+    queries_MD, documents_MD          what encode_query and encode_document give, or once prompt_name
     prompts, similarity               as sentence-transformers has them; JSON, text
 """
 

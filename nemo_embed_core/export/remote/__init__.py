@@ -1,1 +1,1 @@
-"""Source files that are copied into exports and run there by transformers; this package imports none of them."""
+"""Source files that exports get and transformers runs; this package imports none of them."""
