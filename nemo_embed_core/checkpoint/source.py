@@ -2,7 +2,7 @@
 
     kind                       what it is                                                    who reads it
     "checkpoint"               a checkpoint of ours, or the newest one of a run              Reader
-    "llama"                    a Hugging Face Llama that we run bidirectionally, export     HFReader
+    "llama"                    a Hugging Face Llama that we run bidirectionally, an export   HFReader
     "sentence-transformers"    modules.json of another architecture or other modules         the library itself
     "precomputed"              documents.npy and queries.npy                                 precomputed.py
 

@@ -9,7 +9,7 @@ so max_seq_length is set for it; pooling: as sentence-transformers calls it.
 
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
-    case_names, first_state_changes   how much the first token's last hidden state moves when the last token is
+    case_names, first_state_changes   how much the first token's last state moves when the last token is
                                       replaced, for each way of attention and padding; 0: causal mask, NaN: no
                                       answer, and then nothing else is tried
     tokenizer_error                   why AutoTokenizer does not load, "" where it does; else nothing is tried
