@@ -121,6 +121,7 @@ def test_a_recipe_names_at_most_three_files_besides_tests() -> None:
         "A data format",
         "A base model",
         "A pooling",
+        "An export format",
         "A loss term",
         "An evaluation task",
         "A kernel",
