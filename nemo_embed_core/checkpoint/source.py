@@ -135,10 +135,13 @@ class Usage:
         return {**asdict(self), "prompts": {name: p._asdict() for name, p in self.prompts.items()}}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], pooling: str) -> Usage:
-        """Of what to_json gave, with the model's own pooling; ValueError, KeyError or TypeError otherwise."""
-        prompts = {name: Prompts(str(p["query"]), str(p["document"])) for name, p in value["prompts"].items()}
-        return cls(**{**value, "prompts": prompts, "pooling": pooling})
+    def from_json(cls, value: Any, pooling: str, where: str) -> Usage:
+        """Of what to_json gave, with the model's own pooling; UserError names the place of a damaged value."""
+        try:
+            prompts = {n: Prompts(str(p["query"]), str(p["document"])) for n, p in value["prompts"].items()}
+            return cls(**{**value, "prompts": prompts, "pooling": pooling})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where} is damaged: {error!r}") from None
 
 
 @dataclass(frozen=True)
@@ -256,10 +259,7 @@ def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:
     """The manifest's own; of a checkpoint from before it had one, from its options."""
     pooling = model_from_dict(manifest["model"]).pooling
     if "usage" in manifest:
-        try:
-            return Usage.from_json(manifest["usage"], pooling)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"manifest.json: usage is damaged: {error!r}") from None
+        return Usage.from_json(manifest["usage"], pooling, "manifest.json: usage")
     return usage_of_training(manifest["config"]["data"], pooling)
 
 
@@ -268,10 +268,7 @@ def usage_of_folder(folder: Path) -> Usage:
     pooling = _pooling(modules_of(folder), folder)
     settings = read_object(file) if (file := folder / "config_sentence_transformers.json").is_file() else {}
     if USAGE_KEY in settings:
-        try:
-            usage = Usage.from_json(settings[USAGE_KEY], pooling)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: {USAGE_KEY} is damaged: {error!r}") from None
+        usage = Usage.from_json(settings[USAGE_KEY], pooling, f"{file}: {USAGE_KEY}")
         check_prompts(file, settings, usage)
         return usage
     own = settings.get("prompts") or {}

@@ -104,10 +104,6 @@ def _is_causal(folder: Path) -> bool:
     return raw["model_type"] == "llama" and not is_said
 
 
-def tokenizer_folder(path: str) -> Path:
-    return resolve(path).folder
-
-
 def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = False) -> Weights:
     """Names and shapes are checked; of a checkpoint of ours the sha256 of every file with weights too.
 

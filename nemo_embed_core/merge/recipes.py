@@ -100,7 +100,7 @@ def score_of(folder: Path, evaluate: Score, sources: str) -> float:
     """
     if not isinstance(evaluate, str):
         score = float(evaluate(folder))
-        if score != score:
+        if math.isnan(score):
             raise UserError(f"evaluate={score_name(evaluate)} returned nan for the average of {sources}")
         return score
     command = [word.replace("{folder}", str(folder)) for word in shlex.split(evaluate)]
@@ -108,14 +108,13 @@ def score_of(folder: Path, evaluate: Score, sources: str) -> float:
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     except OSError as error:
         raise UserError(f"--evaluate: {command[0]} does not start: {error}") from None
-    lines = run.stdout.split("\n") if run.returncode == 0 else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    last = run.stdout.strip().split("\n")[-1].strip()
     try:
-        score = float(last)
-        if score != score:
-            raise ValueError
+        score = math.nan if run.returncode else float(last)
     except ValueError:
+        score = math.nan
+    if math.isnan(score):
         failed = f"ended with code {run.returncode}"
         ended = failed if run.returncode else f"printed {last!r} on its last line, not a number"
-        raise UserError(f"--evaluate {evaluate!r} {ended} for the average of {sources}") from None
+        raise UserError(f"--evaluate {evaluate!r} {ended} for the average of {sources}")
     return score

@@ -15,7 +15,8 @@ import torch
 
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, verify_checkpoint
 from nemo_embed_core.checkpoint.runs import AllDamagedError, checkpoints, find_checkpoint, newest_whole
-from nemo_embed_core.checkpoint.weights import open_weights, read_model_config, tokenizer_folder
+from nemo_embed_core.checkpoint.source import resolve
+from nemo_embed_core.checkpoint.weights import open_weights, read_model_config
 from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import Sampler
@@ -71,7 +72,7 @@ def prepare(config: TrainConfig) -> Prepared:
             "data-parallel ranks; every rank takes equally many queries: use "
             f"{max(1, config.global_batch_size // dp_size) * dp_size}"
         )
-    tokenizer = load_tokenizer(config.tokenizer or tokenizer_folder(config.init_from))
+    tokenizer = load_tokenizer(config.tokenizer or resolve(config.init_from).folder)
     tokenizer.check_fits(model.vocab_size)
     for line in check_servable(tokenizer.files):  # what no export could hand on is not trained with
         if rank_from_env() == 0:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nemo_embed_core.checkpoint.source import resolve
-from nemo_embed_core.checkpoint.weights import fill, open_weights, read_model_config, tokenizer_folder
+from nemo_embed_core.checkpoint.weights import fill, open_weights, read_model_config
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.attention import Segments, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
@@ -266,7 +266,7 @@ def test_the_hubs_cache_is_read_at_the_snapshot_that_main_names(
     (outer / "refs" / "main").write_text("0123\n")
     assert torch.equal(ours(outer), ours(plain))
     assert "reading snapshots/0123 (refs/main names it)" in capsys.readouterr().out
-    assert tokenizer_folder(str(outer)) == resolve(outer).folder == outer / "snapshots" / "0123"
+    assert resolve(str(outer)).folder == resolve(outer).folder == outer / "snapshots" / "0123"
 
 
 def test_what_is_no_folder_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
