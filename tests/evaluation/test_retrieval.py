@@ -28,7 +28,7 @@ class TableEncoder:
         self.table, self.digest = table, digest
         self.calls: list[tuple[int, str, int]] = []
 
-    def encode(self, texts, prompt="", max_length=512):
+    def encode(self, texts, prompt="", max_length=512, side=None):
         self.calls.append((len(texts), prompt, max_length))
         return np.array([self.table[text] for text in texts], dtype=np.float32)
 
