@@ -97,7 +97,7 @@ def test_load_save_merge_is_bitwise_the_identity(tmp_path: Path, server: Server)
         ]:
             saved = open_weights(str(tmp_path / f"saved-{folder.name}-{name}"))
             layout = saved.reader.manifest["layout"]
-            assert layout == {"tp_size": tp, "dp_size": 4 // tp} and saved.dtype == dtype
+            assert layout == {"tp_size": tp, "dp_size": 4 // tp, "dp_replicate": 1} and saved.dtype == dtype
             out = tmp_path / f"merged-{folder.name}-{name}"
             out.mkdir()
             write_weights(out, [saved], dtype_of("auto", [saved]))
