@@ -345,7 +345,7 @@ class Watch:
         os._exit(OTHER_RANK_EXIT_CODE)
 
     def _let_others_know(self) -> None:
-        """The rank that serves the store stays until all know the first error, for a while: one may be dead."""
+        """The rank that serves the store stays until all know the first error, not long: one may be dead."""
         if self.rank or _agent_has_store():
             return
         deadline = time.monotonic() + 2 * self.interval + 0.5

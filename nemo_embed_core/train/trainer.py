@@ -193,8 +193,8 @@ class Trainer:
         note("data", self.step + 1)
         rows = self.sampler.rows(self.step)
         batches, num_tokens = load_batch(
-            self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size,
-            config.seed, few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
+            self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data,
+            mesh.tp.size, config.seed, few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
         )  # fmt: skip
         failpoint("step.begin", self.step)
         self._num_micro_batches = len(batches)
