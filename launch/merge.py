@@ -1,26 +1,23 @@
 """Sharded checkpoints to a Hugging Face folder; several sources are averaged.
 
 python launch/merge.py runs/stage2 -o exports/model
-python launch/merge.py runs/a runs/b runs/c -o exports/average                       (the mean)
-python launch/merge.py runs/a runs/b runs/c --weights 0.5 0.3 0.2 -o exports/average
+python launch/merge.py runs/a runs/b runs/c [--weights 0.5 0.3 0.2] -o exports/average       (or else the mean)
 python launch/merge.py runs/a runs/b --method slerp --t 0.3 -o exports/between
 python launch/merge.py runs/a runs/b runs/c --method soup --evaluate "python f.py {folder}" -o exports/soup
 python launch/merge.py runs/stage2 --format compat -o exports/compat  (transformers >= 4.51; brings its code)
 python launch/merge.py --check exports/model        (prove any exported folder, also somebody else's)
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from nemo_embed_core.errors import user_errors
 from nemo_embed_core.export.formats import FORMATS
 from nemo_embed_core.merge.recipes import check_recipe
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sources", nargs="*", help="runs, checkpoints or Hugging Face folders; several are averaged")
     add("-o", "--output", help="folder to make; must not exist or be empty")
@@ -28,17 +25,16 @@ def options() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own")
     formats = "; ".join(f"{name}: {format.readers}" for name, format in FORMATS.items())
     add("--format", choices=FORMATS, default="native", help=formats)
-    add(
-        "--trust-remote-code", action="store_true", help="with --check: run code in DIR that we did not write"
-    )
+    add("--trust-remote-code", action="store_true", help="with --check: run code in DIR that is not ours")
     add("--task", help="instruction of the default query prompt; default: the sources' own")
     add("--document-task", help="the same of documents")
     add("--weights", type=float, nargs="+", metavar="W", help="one per source, sum 1; default: the mean")
     methods = "soup: of the sources that --evaluate scores best together; slerp: between two, on the arc"
     add("--method", choices=("average", "slerp", "soup"), default="average", help=methods)
     add("--t", type=float, help="slerp: 0 is the first source, 1 the second")
-    scores = "soup: prints a score on its last line, higher is better; {folder} is filled in"
-    add("--evaluate", metavar="COMMAND", help=scores)
+    add(
+        "--evaluate", metavar="COMMAND", help="soup: prints a score last, higher is better; {folder} is given"
+    )
     return parser
 
 

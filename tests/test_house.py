@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -445,3 +446,51 @@ def test_a_planted_import_around_the_package_is_refused(path: str, line: str) ->
 def test_imports_around_the_package_point_one_way() -> None:
     files = {path for path in _tracked() if path.endswith(".py") and (ROOT / path).exists()}
     assert not [wrong for path in files for wrong in _wrong_imports(path, (ROOT / path).read_text(), files)]
+
+
+# ---------------------------------------------------------------------------------- sizes, no line twice
+
+PACKAGE_FILES = [p for p in SOURCES if ROOT / "benchmarks" not in p.parents and not p.is_symlink()]
+LARGE = {"nemo_embed_core/parallel/liveness.py": "notes, watchdog and errors are one protocol over one store"}
+OF_AN_OP = "a custom op's schema is its signature, and the public function names the same arguments"
+TWICE = {  # file: first line
+    "kernels/adamw.py: weights: Sequence[Tensor],": OF_AN_OP,
+    "kernels/filter_scores.py: queries_QD: torch.Tensor,": OF_AN_OP,
+    "kernels/rope.py: qkv_TE: torch.Tensor,": OF_AN_OP,
+}
+
+
+def test_files_stay_small() -> None:
+    lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in PACKAGE_FILES}
+    assert {name for name, count in lines.items() if count > 400} == LARGE.keys() and len(LARGE) <= 2, lines
+    assert statistics.median(lines.values()) <= 130
+    assert max(len(p.read_text().splitlines()) for p in LAUNCHERS) <= 60
+
+
+def _twice(files: dict[str, str], length: int = 6) -> set[tuple[str, str]]:
+    """(file, first line) of every run of equal lines that stands twice; spaces, comments, imports and brackets
+    aside."""
+    seen: dict[tuple[str, ...], tuple[str, int]] = {}
+    found: set[tuple[str, str]] = set()
+    for name, text in files.items():
+        lines = [line.strip() for line in text.splitlines()]
+        lines = [line for line in lines if len(line) > 3 and not line.startswith(("#", "import ", "from "))]
+        reported = -1
+        for i in range(len(lines) - length + 1):
+            run = tuple(lines[i : i + length])
+            if seen.setdefault(run, (name, i)) != (name, i):
+                if i > reported:
+                    found.add((name, lines[i]))
+                reported = i + length
+    return found
+
+
+def test_six_lines_that_stand_twice_are_found() -> None:
+    lines = "\n".join(f"value_{i} = {i}" for i in range(6))
+    assert _twice({"a": lines, "b": f"def f():\n# why\n{lines}"}) == {("b", "value_0 = 0")}
+    assert not _twice({"a": lines, "b": lines.replace("3", "4")})
+
+
+def test_no_six_lines_stand_twice() -> None:
+    found = _twice({str(p.relative_to(ROOT)): p.read_text() for p in PACKAGE_FILES})
+    assert {f"{name}: {line}" for name, line in found} == TWICE.keys()
