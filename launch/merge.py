@@ -1,7 +1,7 @@
 """Sharded checkpoints to a Hugging Face folder; several sources are averaged.
 
 python launch/merge.py runs/stage2 -o exports/model
-python launch/merge.py runs/a runs/b runs/c [--weights 0.5 0.3 0.2] -o exports/average       (or else the mean)
+python launch/merge.py runs/a runs/b runs/c [--weights 0.5 0.3 0.2] -o exports/average    (or else the mean)
 python launch/merge.py runs/a runs/b --method slerp --t 0.3 -o exports/between
 python launch/merge.py runs/a runs/b runs/c --method soup --evaluate "python f.py {folder}" -o exports/soup
 python launch/merge.py runs/stage2 --format compat -o exports/compat  (transformers >= 4.51; brings its code)

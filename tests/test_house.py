@@ -468,8 +468,8 @@ def test_files_stay_small() -> None:
 
 
 def _twice(files: dict[str, str], length: int = 6) -> set[tuple[str, str]]:
-    """(file, first line) of every run of equal lines that stands twice; spaces, comments, imports and brackets
-    aside."""
+    """(file, first line) of every run of equal lines that stands twice, but for spaces, comments, imports,
+    brackets."""
     seen: dict[tuple[str, ...], tuple[str, int]] = {}
     found: set[tuple[str, str]] = set()
     for name, text in files.items():

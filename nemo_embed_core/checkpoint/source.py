@@ -3,7 +3,7 @@
     kind                       what it is                                                    who reads it
     "checkpoint"               a checkpoint of ours, or the newest one of a run              Reader
     "llama"                    a Hugging Face Llama that we run bidirectionally, an export   HFReader
-    "sentence-transformers"    modules.json of another architecture or other modules         the library itself
+    "sentence-transformers"    modules.json of another architecture or other modules         its library
     "precomputed"              documents.npy and queries.npy                                 precomputed.py
 
 Prompts, lengths and similarity belong to the run that trained the model: they go from the training options to
@@ -136,7 +136,7 @@ class Usage:
 
     @classmethod
     def from_json(cls, value: Any, pooling: str, where: str) -> Usage:
-        """Of what to_json gave, with the model's own pooling; UserError names the place of a damaged value."""
+        """Of what to_json gave, with the model's own pooling; UserError names where a damaged value is."""
         try:
             prompts = {n: Prompts(str(p["query"]), str(p["document"])) for n, p in value["prompts"].items()}
             return cls(**{**value, "prompts": prompts, "pooling": pooling})

@@ -183,8 +183,8 @@ class TrainConfig(Options):
         warmup_steps = self.optim.warmup_steps
         if self.steps and warmup_steps is not None and warmup_steps >= self.steps:
             raise UserError(
-                f"optim.warmup_steps={warmup_steps} is not below steps={self.steps}: the rate would never be at "
-                f"optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
+                f"optim.warmup_steps={warmup_steps} is not below steps={self.steps}: the rate would never "
+                f"be at optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
             )
         if not self.spike_zscore > 0:
             raise UserError(

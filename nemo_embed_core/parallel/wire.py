@@ -1,9 +1,9 @@
 """What a training step sends: calls and bytes of every collective of the engine, by axis, as formulas.
 
-    traffic = step_traffic(Wire(...), micro_batches)          {("dp_shard", "all_gather"): Traffic(33, 15.0e9), ...}
+    traffic = step_traffic(Wire(...), micro_batches)    {("dp_shard", "all_gather"): Traffic(33, 15.0e9), ...}
 
-Bytes are those of the whole buffer, gathered or before it is scattered; of a group of n ranks each sends (n - 1) / n
-of it, of an all-reduce twice that. `Counted` counts what really happens, under the same keys.
+Bytes are those of the whole buffer, gathered or before it is scattered; of a group of n ranks each sends
+(n - 1) / n of it, of an all-reduce twice that. `Counted` counts what really happens, under the same keys.
 
 L layers · D hidden_size · T tokens and N sequences of a micro-batch, padding included · n micro-batches
 W bytes of a unit's weights on a tp rank, as they run, padded to equal shards · G the same of its gradients
@@ -20,8 +20,8 @@ dp             all_gather       with in-batch negatives: documents, their ids an
                reduce_scatter   the gradients of those documents, once a step
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 
-GradCache (in-batch negatives and n > 1) runs each forward twice. An axis of one rank sends nothing. The trainer adds
-an all-reduce of some hundred bytes over all ranks.
+GradCache (in-batch negatives and n > 1) runs each forward twice. An axis of one rank sends nothing. The
+trainer adds an all-reduce of some hundred bytes over all ranks.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         if wire.dp_replicate > 1:
             add("dp_replicate", "all_reduce", 1, numel // s * wire.reduce_bytes)
     if wire.tp > 1:
-        # What a block does again in backward: up to the last tensor that backward needs, which the row-parallel
-        # product after it makes no more.
+        # What a block does again in backward: up to the last tensor that backward needs, which the
+        # row-parallel product after it makes no more.
         again = 1 if wire.recompute else 0
         for T, N in micro_batches:
             hidden = T * D * wire.weight_bytes
@@ -133,8 +133,8 @@ _OPERATIONS = {
 
 
 class Counted(TorchDispatchMode):
-    """`with Counted(mesh) as counted: ...; counted.traffic`: every collective of this process, on whatever backend,
-    fake tensors included. A group that is none of the mesh's has its own name as axis."""
+    """`with Counted(mesh) as counted: ...; counted.traffic`: every collective of this process, on whatever
+    backend, fake tensors included. A group that is none of the mesh's has its own name as axis."""
 
     def __init__(self, mesh: Mesh):
         super().__init__()

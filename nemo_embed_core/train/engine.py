@@ -74,9 +74,10 @@ class Engine:
     def _memory_note(self, batches: Sequence[MicroBatch], at: int) -> str:
         batch, peak = batches[at], peak_memory(self.mesh.device)
         return (
-            f"rank {self.mesh.rank} was in micro-batch {at + 1} of {len(batches)}: {batch.num_tokens} tokens "
-            f"in {batch.num_sequences} sequences, the longest of {batch.max_seqlen}; peak memory {peak / 1e9:.2f} GB. Lower "
-            f"data.max_tokens={self.config.data.max_tokens}, set activation_checkpointing=true or use more ranks"
+            f"rank {self.mesh.rank} was in micro-batch {at + 1} of {len(batches)}: {batch.num_tokens} "
+            f"tokens in {batch.num_sequences} sequences, the longest of {batch.max_seqlen}; peak memory "
+            f"{peak / 1e9:.2f} GB. Lower data.max_tokens={self.config.data.max_tokens}, set "
+            "activation_checkpointing=true or use more ranks"
         )
 
     def clip(self) -> Tensor:

@@ -337,7 +337,9 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
     """A new field of these must come into CHANGES, or be known here to decide no number of a step."""
     elsewhere = {
         DataConfig: {"datasets", "cache_dir", "store", "on_long_row"},
-        ParallelConfig: {"tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s"},
+        ParallelConfig: {
+            "tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s",
+        },
         LossConfig: set(), OptimConfig: set(),
         TrainConfig: {
             "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",

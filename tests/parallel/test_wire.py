@@ -79,7 +79,8 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
                 weight_bytes=2 if precision == "bf16" else 4, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
             )  # fmt: skip
             sizes = [(len(batch.input_ids), len(batch.lengths)) for batch in batches]
-            case = f"{tp=} {sp=} {dp=} {replicate=} {in_batch} {reshard=} {recompute=} {precision} {reduce_dtype}"
+            case = f"{tp=} {sp=} {dp=} {replicate=} {in_batch} {reshard=} {recompute=}"
+            case += f" {precision} {reduce_dtype}"
             found.append((case, len(batches), dict(counted.traffic), step_traffic(wire, sizes)))
     return found if dist.get_rank() == 0 else []
 
