@@ -45,7 +45,7 @@ import triton
 from torch import Tensor, nn
 
 from benchmarks.ceilings import ResultsFile, matmul_rates
-from nemo_embed_core.config import DataConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig
+from nemo_embed_core.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch, load_batch, pack_texts
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.errors import UserError
@@ -228,11 +228,19 @@ def fill_random(encoder: nn.Module, seed: int, std: float) -> None:
 class Ours:
     """train/engine.py with random weights, and the finite check of the trainer."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, dtype: torch.dtype, seed: int = 0, std: float = 0.02):
-        config = TrainConfig(output_dir="", steps=1, loss=LossConfig(temperature=TEMPERATURE))
+    def __init__(
+        self,
+        model: ModelConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        std: float = 0.02,
+        checkpointing: str = "none",
+    ):
+        options = {"activation_checkpointing": checkpointing, "loss": {"temperature": TEMPERATURE}}
+        config = TrainConfig.from_dict({"output_dir": "", "steps": 1, **options})
         self.mesh, self.engine, self.lr = mesh, Engine(config, model, mesh, dtype), config.optim.lr
         self.encoder = self.engine.model
-        fill_random(self.encoder, seed, std)
+        fill_random(self.encoder, 0, std)
 
     def backward(self, batch: GlobalBatch) -> Tensor:
         """loss [B] in the order of the micro-batches; gradients are left on the parameters."""
@@ -764,9 +772,12 @@ def run_training(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
     groups = Groups(NUM_BATCHES * args.queries, 4, model.vocab_size, seed=0)
     batches = global_batches(groups, model, args.queries, args.tokens)
     start = allocated(device)
-    ours = Ours(model, mesh, dtype)
+    ours = Ours(model, mesh, dtype, checkpointing=args.activation_checkpointing)
     label, common = describe(shape, model, sum(p.numel() for p in ours.encoder.parameters()))
     common |= {"queries": args.queries, "precision": str(dtype).removeprefix("torch.")}
+    common["activation_checkpointing"] = args.activation_checkpointing
+    if args.activation_checkpointing != "none":
+        label += f", {args.activation_checkpointing} recomputation"
     counts = [len(batch.micro_batches) for batch in batches]
     density = sum(batch.num_tokens for batch in batches) / (sum(counts) * args.tokens)
     packed = Variant(
@@ -978,6 +989,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--peer-batches", type=_numbers, default=[], help="queries per micro-batch, as 1,4,16"
+    )
+    parser.add_argument(
+        "--activation-checkpointing", default="none", choices=["none", "selective", "full"], help="of ours"
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip the compiled peer")
     parser.add_argument("--seconds", type=float, default=0, help="per comparison; default: 8, 20 on a CPU")

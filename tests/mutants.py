@@ -50,6 +50,7 @@ LAYOUT = f"{ORACLE}::test_a_layout_trains_as_the_oracle"
 TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1-dp2]"
 HSDP = f"{LAYOUT}[tp1-dp2-replicate2]"
 BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
+RECOMPUTE = "tests/parallel/test_recompute.py"
 
 
 class Mutant(NamedTuple):
@@ -91,7 +92,7 @@ MUTANTS = [
     Mutant("a temperature that never arrives", CONTRASTIVE, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", LOSS),
     Mutant("in-batch mode that never arrives", CONTRASTIVE, "loss.temperature, loss.in_batch", 'loss.temperature, "none"', LOSS),
     Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
-    Mutant("GradCache forgets the first micro-batch", STEP, "again.backward(e.grad)", "again.backward(e.grad * min(i, 1))", LOSS),
+    Mutant("GradCache forgets the first micro-batch", STEP, "with_graph.backward(e.grad)", "with_graph.backward(e.grad * min(i, 1))", LOSS),
     Mutant("a reduce-scatter after every micro-batch", FSDP, "set_requires_gradient_sync(is_last or not whole)", "set_requires_gradient_sync(True)", WIRE),
     Mutant("an all-gather for every micro-batch", FSDP, "set_reshard_after_backward(is_last or not whole)", "set_reshard_after_backward(True)", WIRE),
     Mutant("a sum over copies after every micro-batch", FSDP, "set_requires_all_reduce(is_last)", "set_requires_all_reduce(True)", WIRE),
@@ -138,7 +139,9 @@ MUTANTS = [
     Mutant("rope scaling without its linear part", LLAMA, ".clamp(0, 1)", ".round().clamp(0, 1)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("query heads share the wrong KV heads", ATTENTION, "k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)", "k_TGA.repeat(1, r, 1), v_TGA.repeat(1, r, 1)", f"{LAYOUT}[tp1-dp1]"),
-    Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD), residual_TD", "return self.mlp(x_TD), x_TD", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD, again), residual_TD", "return self.mlp(x_TD), x_TD", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("selective recomputation saves it all", LAYERS, "return again if", "return saved if", RECOMPUTE),
+    Mutant("a norm is made again of what stands before it", LLAMA, "(lambda: norm(kept)[0])", "(lambda: norm(kept)[1])", RECOMPUTE),
     Mutant("sums instead of means under sequence parallelism", POOLING, "unit(sums_ND / segments.cu_seqlens.diff()[:, None].to(sums_ND.dtype))", "unit(sums_ND)", TP2_SP,
            no_bug="the rows are scaled to unit length next, and their length is no part of the gradient; the division keeps sums in range"),
     Mutant("pooled rows are gathered and their gradients doubled", POOLING, "return reduce_from_tp(shares_ND, tp.group)", "return reduce_from_tp(shares_ND, tp.group) * 2 - reduce_from_tp(shares_ND, tp.group).detach()", TP2_SP),

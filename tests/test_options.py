@@ -17,7 +17,7 @@ from tiny import train_config
 from nemo_embed_core import config as c
 from nemo_embed_core.command_line import load_config
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.options import Options, to_dict
+from nemo_embed_core.options import Options, dump_yaml, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -61,6 +61,24 @@ def test_a_dict_gives_the_config_that_it_came_from_and_stays_as_it_was(tmp_path:
     scaling = config.model.rope_scaling
     mixed = c.TrainConfig.from_dict({**values, "data": config.data, "model": {"rope_scaling": scaling}})
     assert mixed.data == config.data and mixed.model == c.ModelConfig(rope_scaling=scaling)
+
+
+@pytest.mark.parametrize("old, word", [(True, "full"), (False, "none")])
+def test_activation_checkpointing_is_still_true_or_false(tmp_path: Path, old: bool, word: str) -> None:
+    """As files of options and checkpoints from before `selective` say it."""
+    text = str(old).lower()
+    path = tmp_path / "old.yaml"
+    path.write_text(f"output_dir: a\nsteps: 7\nactivation_checkpointing: {text}\n")
+    argv = ["--output_dir=a", "--steps=7", "--activation_checkpointing", text]
+    for config in (
+        c.TrainConfig(output_dir="a", steps=7, activation_checkpointing=old),
+        c.TrainConfig.from_yaml(path),
+        load_config(c.TrainConfig, ["--config", str(path)]),
+        load_config(c.TrainConfig, argv),
+    ):
+        assert config.activation_checkpointing == word
+    dump_yaml(config, path)
+    assert c.TrainConfig.from_yaml(path) == config
 
 
 @pytest.mark.parametrize("cls", NEEDED, ids=lambda cls: cls.__name__)

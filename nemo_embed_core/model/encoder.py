@@ -19,10 +19,12 @@ from nemo_embed_core.parallel.mesh import TensorParallel
 class Encoder(nn.Module):
     """The root module that FSDP2 wraps; everything goes through forward."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
+    def __init__(
+        self, config: ModelConfig, tp: TensorParallel, attention: Attention, selective: bool = False
+    ):
         super().__init__()
         self.tp, self.pooling = tp, config.pooling
-        self.model = Llama(config, tp, attention)
+        self.model = Llama(config, tp, attention, selective)
 
     def forward(
         self, input_ids_T: Tensor, position_ids_T: Tensor, segments: Segments, return_hidden: bool = False

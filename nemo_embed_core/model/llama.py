@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,9 @@ def rope_table(inv_freq: Tensor, position_ids_T: Tensor, dtype: torch.dtype) -> 
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+Again = Callable[[], Tensor] | None  # of parallel/layers.py: remade
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
         super().__init__()
@@ -68,8 +72,10 @@ class LlamaAttention(nn.Module):
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, qkv_rows, tp)
         self.o_proj = RowParallelLinear(config.num_attention_heads * config.head_dim, config.hidden_size, tp)
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        qkv = self.qkv_proj(x_TD)  # [T, (H + 2G) / tp * A]
+    def forward(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, segments: Segments, again: Again = None
+    ) -> Tensor:
+        qkv = self.qkv_proj(x_TD, again)  # [T, (H + 2G) / tp * A]
         q_THA, k_TGA, v_TGA = split_rope(qkv, cos, sin, self.num_heads, self.num_kv_heads, self.head_dim)
         return self.o_proj(self.attention(q_THA, k_TGA, v_TGA, segments).flatten(1))
 
@@ -82,13 +88,23 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(config.hidden_size, 2 * F, tp, unit=2 * width)
         self.down_proj = RowParallelLinear(F, config.hidden_size, tp, unit=width)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x_TD), self.num_blocks))
+    def forward(self, x_TD: Tensor, again: Again = None) -> Tensor:
+        gate_up = self.gate_up_proj(x_TD, again)  # [T, 2 F / tp]
+        kept = gate_up.detach()
+        remake = None if again is None else lambda: swiglu(kept, self.num_blocks)
+        return self.down_proj(swiglu(gate_up, self.num_blocks), remake)
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
+    """selective: outputs of norms and SwiGLU are made again in backward and not saved. Of a token are then
+    saved, with H A = D and E = (H + 2 G) A qkv columns, 3 D + E + 2 F numbers instead of 5 D + E + 3 F:
+    residual sums and outputs of GEMMs and attention."""
+
+    def __init__(
+        self, config: ModelConfig, tp: TensorParallel, attention: Attention, selective: bool = False
+    ):
         super().__init__()
+        self.selective = selective
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         self.self_attn = LlamaAttention(config, tp, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
@@ -99,20 +115,28 @@ class LlamaBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) -> (x, residual): the addition of x waits for the next norm, where it is fused."""
         x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, cos, sin, segments)
+        x_TD = self.self_attn(x_TD, cos, sin, segments, self._again(self.input_layernorm, residual_TD))
         x_TD, residual_TD = self.post_attention_layernorm(x_TD, residual_TD)
-        return self.mlp(x_TD), residual_TD
+        again = self._again(self.post_attention_layernorm, residual_TD)
+        return self.mlp(x_TD, again), residual_TD
+
+    def _again(self, norm: RMSNorm, sum_TD: Tensor) -> Again:
+        """The output of the norm once more, from the sum that its own backward needs too."""
+        kept = sum_TD.detach()
+        return (lambda: norm(kept)[0]) if self.selective else None
 
 
 class Llama(nn.Module):
     """input_ids [T], position_ids [T], segments -> hidden states after the final norm."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
+    def __init__(
+        self, config: ModelConfig, tp: TensorParallel, attention: Attention, selective: bool = False
+    ):
         super().__init__()
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(
-            LlamaBlock(config, tp, attention) for _ in range(config.num_hidden_layers)
+            LlamaBlock(config, tp, attention, selective) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         self.inv_freq: Tensor | None = None  # made on first use: built on the meta device it would stay there

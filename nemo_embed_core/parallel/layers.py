@@ -12,6 +12,8 @@ Ranks hold equally much: where tp_size does not divide a dim, the last ranks' pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -67,6 +69,22 @@ def local(w: Tensor) -> Tensor:
     return _Local.apply(w)
 
 
+def remade(x: Tensor, again: Callable[[], Tensor] | None) -> AbstractContextManager[Any]:
+    """Within, autograd keeps `again` where it would save x, or a view of all of it, and calls it in backward.
+
+    Selective recomputation: x frees its memory as soon as nothing else holds it. again() must give the bits
+    of x and may hold only memory that is saved anyway. None: x is saved.
+    """
+    if again is None:
+        return nullcontext()
+    storage = x.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Any:
+        return again if saved.untyped_storage()._cdata == storage else saved
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept() if kept is again else kept)
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x**2) + eps) * weight after adding a residual; under sequence parallelism on [T/tp,
     D]."""
@@ -83,31 +101,32 @@ class RMSNorm(nn.Module):
 
 class ColumnParallelLinear(nn.Module):
     """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is
-    all-gathered."""
+    all-gathered. `again`: of `remade`."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
         self.tp = tp
         self.weight = tp_parameter(tp, (out_features, in_features), 0, unit)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.tp.size == 1:
-            return F.linear(x, local(self.weight))
-        if self.tp.sequence_parallel:
-            return column_linear(x, local(self.weight), self.tp.group)
-        return F.linear(copy_to_tp(x, self.tp.group), local(self.weight))
+    def forward(self, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+        with remade(x, again):
+            if self.tp.size > 1 and self.tp.sequence_parallel:
+                return column_linear(x, local(self.weight), self.tp.group)
+            return F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, local(self.weight))
 
 
 class RowParallelLinear(nn.Module):
-    """y = g(x_local @ W_local.T): columns of W over tp; all-reduce, or reduce-scatter to [T/tp, D]."""
+    """y = g(x_local @ W_local.T): columns of W over tp; all-reduce, or reduce-scatter to [T/tp, D].
+    `again`: of `remade`."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
         self.tp = tp
         self.weight = tp_parameter(tp, (out_features, in_features), 1, unit)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, local(self.weight))
+    def forward(self, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+        with remade(x, again):
+            y = F.linear(x, local(self.weight))
         if self.tp.size == 1:
             return y
         if self.tp.sequence_parallel:

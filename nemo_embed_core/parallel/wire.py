@@ -20,8 +20,9 @@ dp             all_gather       with in-batch negatives: documents, their ids an
                reduce_scatter   the gradients of those documents, once a step
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 
-GradCache (in-batch negatives and n > 1) runs each forward twice. An axis of one rank sends nothing. The
-trainer adds an all-reduce of some hundred bytes over all ranks.
+GradCache (in-batch negatives and n > 1) runs each forward but the first micro-batch's twice; full
+recomputation runs a block's forward in its backward, selective none of its collectives. An axis of one rank
+sends nothing. The trainer adds an all-reduce of some hundred bytes over all ranks.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         found[axis, operation][1] += calls * each
 
     n, s, L, D = len(micro_batches), wire.dp_shard, wire.num_layers, wire.hidden_size
-    passes = 2 if wire.in_batch_columns and n > 1 else 1  # forwards of a micro-batch
-    gathers, reductions = (n * (passes + 1), n) if wire.reshard else (1, 1)
+    passes = [1] + [2 if wire.in_batch_columns else 1] * (n - 1)  # forwards of each micro-batch
+    gathers, reductions = (sum(passes) + n, n) if wire.reshard else (1, 1)
     for shapes in wire.units:
         numel = sum(-(-rows // s) * s * torch.Size(rest).numel() for rows, *rest in shapes)
         if s > 1:
@@ -100,14 +101,14 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         # What a block does again in backward: up to the last tensor that backward needs, which the
         # row-parallel product after it makes no more.
         again = 1 if wire.recompute else 0
-        for T, N in micro_batches:
+        for (T, N), forwards in zip(micro_batches, passes, strict=True):
             hidden = T * D * wire.weight_bytes
             if wire.sequence_parallel:
-                add("tp", "all_gather", (2 * L) * passes + (4 * L + 1) + again * 2 * L, hidden)
-                add("tp", "reduce_scatter", (2 * L + 1) * passes + 2 * L + again * L, hidden)
-                add("tp", "all_reduce", passes, N * D * wire.row_bytes)
+                add("tp", "all_gather", (2 * L) * forwards + (4 * L + 1) + again * 2 * L, hidden)
+                add("tp", "reduce_scatter", (2 * L + 1) * forwards + 2 * L + again * L, hidden)
+                add("tp", "all_reduce", forwards, N * D * wire.row_bytes)
             else:
-                add("tp", "all_reduce", (2 * L + 1) * passes + 2 * L + again * L, hidden)
+                add("tp", "all_reduce", (2 * L + 1) * forwards + 2 * L + again * L, hidden)
         if wire.sequence_parallel:
             add("tp", "all_reduce", 1, (2 * L + 1) * -(-D // s) * 4)
         add("tp", "all_reduce", 1, 4)

@@ -37,8 +37,10 @@ class Engine:
     def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh, dtype: torch.dtype | None = None):
         self.config, self.model_config, self.mesh = config, model, mesh
         self.dtype = dtype or run_dtype(config, mesh.device)
+        attention = pick_attention(config.attention, mesh.device, self.dtype)
         with torch.device("meta"):  # no memory before it is sharded
-            self.model = Encoder(model, mesh.tp, pick_attention(config.attention, mesh.device, self.dtype))
+            selective = config.activation_checkpointing == "selective"
+            self.model = Encoder(model, mesh.tp, attention, selective)
         fsdp.shard(
             self.model,
             self.model.model.layers,
@@ -46,7 +48,7 @@ class Engine:
             dtype=self.dtype,
             reshard_after_forward=config.parallel.reshard_after_forward,
             reduce_dtype=DTYPES[config.parallel.reduce_dtype],
-            activation_checkpointing=config.activation_checkpointing,
+            activation_checkpointing=config.activation_checkpointing == "full",
         )
         self.model.to_empty(device=mesh.device)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -76,8 +78,9 @@ class Engine:
         return (
             f"rank {self.mesh.rank} was in micro-batch {at + 1} of {len(batches)}: {batch.num_tokens} "
             f"tokens in {batch.num_sequences} sequences, the longest of {batch.max_seqlen}; peak memory "
-            f"{peak / 1e9:.2f} GB. Lower data.max_tokens={self.config.data.max_tokens}, set "
-            "activation_checkpointing=true or use more ranks"
+            f"{peak / 1e9:.2f} GB. Lower data.max_tokens={self.config.data.max_tokens}, recompute "
+            f"more (activation_checkpointing={self.config.activation_checkpointing}: next is selective, then "
+            "full) or use more ranks"
         )
 
     def clip(self) -> Tensor:

@@ -36,7 +36,7 @@ MODELS = {"even": (380, 40), "odd": (381, 27)}
 
 # No default among them, and a clip_norm that clips.
 BASE: dict[str, Any] = {
-    "steps": 3, "global_batch_size": 8, "seed": 3, "activation_checkpointing": False, "attention": "auto",
+    "steps": 3, "global_batch_size": 8, "seed": 3, "activation_checkpointing": "none", "attention": "auto",
     "loss": {"temperature": 0.05, "in_batch": "positives"},
     "optim": {
         "lr": 2e-3, "min_lr": 5e-4, "warmup_steps": 1, "weight_decay": 0.3, "beta1": 0.7, "beta2": 0.9,
@@ -54,7 +54,8 @@ CHANGES: list[tuple[str, Any, bool]] = [
     ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True), ("optim.clip_norm", 0.25, True),
     ("optim.clip_norm", 1e6, True), ("data.num_hard_negatives", 1, True), ("data.query_max_length", 19, True),
     ("data.document_max_length", 7, True), ("data.max_tokens", 4000, False),
-    ("attention", "reference", False), ("activation_checkpointing", True, False),
+    ("attention", "reference", False), ("activation_checkpointing", "full", False),
+    ("activation_checkpointing", "selective", False),
     ("parallel.reshard_after_forward", False, False),
 ]  # fmt: skip
 
@@ -89,7 +90,7 @@ def mixed_cases() -> list[dict[str, Any]]:
             case = {
                 **BASE, "layout": layout, "model": rng.choice(["even", "odd"]), "dtype": "fp64", "seed": i,
                 "steps": rng.choice([2, 3]), "optim": optim, "data": {**BASE["data"], **data}, "loss": loss,
-                "activation_checkpointing": rng.random() < 0.4,
+                "activation_checkpointing": ("full", "selective", *["none"] * 3)[int(rng.random() * 5)],
                 "parallel": {"reshard_after_forward": rng.random() < 0.5},
             }  # fmt: skip
             if (

@@ -24,9 +24,9 @@ ALL_MODES = [
     for in_batch in ("none", "positives", "all")
     for reshard in (False, True)
     for recompute, max_tokens, dtypes in (
-        (False, 4000, ("bf16", "fp32")),
-        (True, 150, ("bf16", "bf16")),
-        (False, 150, ("fp32", "fp32")),
+        ("none", 4000, ("bf16", "fp32")),
+        ("full", 150, ("bf16", "bf16")),
+        ("selective", 150, ("fp32", "fp32")),
     )
 ]
 FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)]
@@ -74,7 +74,8 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
             queries = sum(len(batch.query_index) for batch in batches)
             wire = Wire(
                 units=rank_units(MODEL, tp), hidden_size=MODEL.hidden_size, dp_shard=dp // replicate,
-                dp_replicate=replicate, tp=tp, sequence_parallel=sp, reshard=reshard, recompute=recompute,
+                dp_replicate=replicate, tp=tp, sequence_parallel=sp, reshard=reshard,
+                recompute=recompute == "full",
                 in_batch_columns={"none": 0, "positives": queries, "all": 3 * queries}[in_batch],
                 weight_bytes=2 if precision == "bf16" else 4, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
             )  # fmt: skip

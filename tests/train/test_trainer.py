@@ -23,14 +23,18 @@ from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, 
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig
+from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.loss.contrastive import Groups, objective
 from nemo_embed_core.model.spec import hf_shapes
+from nemo_embed_core.parallel.fsdp import begin_micro_batch
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import preflight
 from nemo_embed_core.train.metrics import MetricsLog, training_flops
 from nemo_embed_core.train.optim import build_optimizer, learning_rate
 from nemo_embed_core.train.preflight import prepare
 from nemo_embed_core.train.spikes import LossWindow, NonFiniteError
+from nemo_embed_core.train.step import embed, group
 from nemo_embed_core.train.trainer import Trainer
 
 
@@ -394,9 +398,39 @@ def run_losses(folder: Path, **changes: object) -> tuple[list[float], dict[str, 
 
 def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     plain, state = run_losses(tmp_path)
-    recomputed, same_state = run_losses(tmp_path, activation_checkpointing=True)
-    assert plain == recomputed and state.keys() == same_state.keys()
-    assert all(torch.equal(state[name], same_state[name]) for name in state)
+    for word in ("selective", "full"):
+        recomputed, same_state = run_losses(tmp_path, activation_checkpointing=word)
+        assert plain == recomputed and state.keys() == same_state.keys()
+        assert all(torch.equal(state[name], same_state[name]) for name in state)
+
+
+def test_grad_cache_takes_one_forward_less_for_the_same_bits(tmp_path: Path) -> None:
+    """Its own graph in the last forward of the first pass, beside a second forward of every micro-batch."""
+    config = train_config(tmp_path, loss={"in_batch": "all"}, data={"max_tokens": 200})
+    with distributed(config.parallel, "cpu", MODEL) as mesh:
+        trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+        engine, forwards = trainer.engine, []
+        model = engine.model
+        model.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+        batches, _ = load_batch(trainer.store, trainer.sampler, 0, 0, 1, config.data, 1, config.seed)
+        n = len(batches)
+        losses_B, _ = engine.forward_backward(batches)
+        assert n >= 3 and forwards == [False] * (n - 1) + [True] * n
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+        engine.optimizer.zero_grad()
+        with torch.no_grad():
+            embeddings = [embed(model, batch).requires_grad_() for batch in batches]
+        each = [group(e, batch) for e, batch in zip(embeddings, batches, strict=True)]
+        names = [f.name for f in dataclasses.fields(Groups)]
+        whole = Groups(*(torch.cat([getattr(g, name) for g in each]) for name in names))
+        want_B, _ = objective(whole, config.loss, mesh.dp_group, mesh.dp_rank)
+        want_B.mean().backward()
+        for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
+            begin_micro_batch(model, i == n - 1)
+            embed(model, batch).backward(e.grad)
+        assert torch.equal(losses_B, want_B.detach())
+        assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters())
 
 
 def test_bf16_follows_fp32_and_keeps_fp32_masters(tmp_path: Path) -> None:
