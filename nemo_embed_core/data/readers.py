@@ -26,7 +26,8 @@ from nemo_embed_core.data.formats.beir import (
     has_irrelevant,
     pool_texts,
 )
-from nemo_embed_core.data.formats.ours import Row, jsonl_rows
+from nemo_embed_core.data.formats.ours import jsonl_rows
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import BadLines, Findings, check_file
 
 __all__ = [

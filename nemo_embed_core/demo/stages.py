@@ -37,21 +37,10 @@ class Demo:
         for name, seed in (("stage2", "1"), ("stage2-seed2", "2")):
             start_from = ("--init_from", self._path("stage1"), "--seed", seed)
             self._train(name, "configs/train-demo-stage2.yaml", mined, *start_from)
-        merge = [
-            "launch/merge.py",
-            self._path("stage2"),
-            self._path("stage2-seed2"),
-            "-o",
-            self._path("merged"),
-        ]
-        self._command([sys.executable, *merge])
-        evaluate = [
-            "launch/evaluate.py",
-            "--config",
-            "configs/evaluate-demo.yaml",
-            "--data",
-            str(self.data / "test"),
-        ]
+        merge = ["launch/merge.py", self._path("stage2"), self._path("stage2-seed2")]
+        self._command([sys.executable, *merge, "-o", self._path("merged")])
+        evaluate = ["launch/evaluate.py", "--config", "configs/evaluate-demo.yaml"]
+        evaluate += ["--data", str(self.data / "test")]
         evaluate += ["--output", self._path("evaluation.json"), "--models"]
         models = [self._path(name) for name in ("untrained", *RUNS, "merged")]
         self._command([sys.executable, *evaluate, *models, "bm25"])

@@ -24,8 +24,7 @@ from nemo_embed_core.errors import UserError
 
 @dataclass(frozen=True)
 class Segments:
-    """Where sequences begin and end. `lengths` is the host's copy: reading cu_seqlens would synchronise the
-    stream."""
+    """Where sequences begin and end. `lengths` is the host's copy: reading cu_seqlens would synchronise."""
 
     cu_seqlens: Tensor  # [N+1] int32, on the tokens' device
     lengths: Sequence[int]  # [N]
@@ -73,8 +72,7 @@ def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segm
     """torch.nn.attention.varlen (FlashAttention-2 inside torch >= 2.11, CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 has no such argument and hands the heads as they are to FlashAttention, which divides them
-    # into groups.
+    # torch 2.11 has no such argument and hands the heads to FlashAttention, which divides them into groups.
     gqa: dict[str, Any] = {}
     if q_THA.shape[1] != k_TGA.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         gqa = {"enable_gqa": True}
@@ -111,8 +109,7 @@ _BACKENDS: dict[str, Attention] = {
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend called `name`; "auto" is the first of flash, varlen, sdpa that runs on this device in this
-    dtype."""
+    """The backend called `name`; "auto" is the first of flash, varlen, sdpa that runs here in this dtype."""
     fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     flash = any(importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn"))
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.search import candidates, engine, gpu_filter
-from nemo_embed_core.mine.search.blocks import Documents
 from nemo_embed_core.mine.search.bounds import METHODS, Rounding, pair_bound, split_bound
+from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.engine import SearchStats
 from nemo_embed_core.mine.search.exclude import Exclude
 from nemo_embed_core.mine.search.streaming import streaming_topk_

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nemo_embed_core.data.formats.ours import Row
 from nemo_embed_core.data.formats.qrels import read_qrels
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import (
     NOISE,
     Findings,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import (
     NOISE,
     Findings,
@@ -18,22 +19,6 @@ from nemo_embed_core.data.lines import (
     short,
     type_name,
 )
-
-
-class Row(NamedTuple):
-    """One training row, texts as in the file, without instruction; line: of a BEIR folder in the qrels."""
-
-    query: str
-    pos: list[str]
-    neg: list[str]
-    path: str
-    line: int
-    lang: str = ""  # of the query, where the file says so: only reports group by it
-    id: str = ""  # the row's own; of a BEIR folder the query's _id
-    group: str = ""  # its class: documents of the same group are not negatives of each other
-    pos_ids: Sequence[str] = ()  # of the documents, one per text where the file has them; "": not known
-    neg_ids: Sequence[str] = ()
-
 
 EXAMPLE = '{"query": "...", "pos": ["..."], "neg": []}'
 REQUIRED = ("query", "pos", "neg")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.kernels.pair_scores import pair_scores
-from nemo_embed_core.mine.search.blocks import Documents, slices
+from nemo_embed_core.mine.search.blocks import slices
 from nemo_embed_core.mine.search.bounds import METHODS, Rounding, Rows, check_norms, matmul, pair_bound
+from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude
 from nemo_embed_core.mine.search.streaming import best_first, merge_lists_, streaming_topk_
 

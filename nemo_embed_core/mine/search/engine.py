@@ -15,9 +15,10 @@ from torch import Tensor
 
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.search import int8_cpu
-from nemo_embed_core.mine.search.blocks import Documents, slices
+from nemo_embed_core.mine.search.blocks import slices
 from nemo_embed_core.mine.search.bounds import METHODS, Rounding, matmul, pair_bound
 from nemo_embed_core.mine.search.candidates import Candidates
+from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude
 from nemo_embed_core.mine.search.gpu_filter import FilteredCandidates
 from nemo_embed_core.mine.search.streaming import streaming_topk_

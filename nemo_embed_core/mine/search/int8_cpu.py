@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
-from nemo_embed_core.mine.search.blocks import Documents, slices
+from nemo_embed_core.mine.search.blocks import slices
 from nemo_embed_core.mine.search.bounds import (
     ROTATION_SEED,
     SHRINK,
@@ -33,6 +33,7 @@ from nemo_embed_core.mine.search.bounds import (
     rotation_factors,
 )
 from nemo_embed_core.mine.search.candidates import SLACK
+from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude, not_excluded
 from nemo_embed_core.mine.search.streaming import best_first
 

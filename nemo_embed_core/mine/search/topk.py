@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.mine.search.blocks import Documents, fp32_rows, slices
+from nemo_embed_core.mine.search.blocks import fp32_rows, slices
 from nemo_embed_core.mine.search.bounds import METHODS, linear
+from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.engine import Engine, SearchStats
 from nemo_embed_core.mine.search.exclude import Exclude
 from nemo_embed_core.mine.search.streaming import MAX_ID, best_first
