@@ -15,7 +15,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
-BENCHMARKS ?= ceilings kernels mining step
+BENCHMARKS ?= ceilings kernels mining step optimizer
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -139,11 +139,34 @@ def mining(rows: list[Row]) -> list[str]:
     return lines + table(["", "variant", "shape", "seconds", "ids right", "certified"], cells)
 
 
+def optimizer(rows: list[Row]) -> list[str]:
+    """An AdamW update of ours and of its peers."""
+    lines = [
+        "One update of fp32 masters. Bytes are what a variant has to read and write once;",
+        "the share is that of a copy. `torch, whole` has what ours does beside the update: clipping, and the",
+        "bf16 weights that the next forward reads.",
+        "",
+    ]
+    cells = (
+        [
+            row["variant"],
+            f"{row['parameters']:,}",
+            str(row["bytes_a_parameter"]),
+            number(row["ms"]),
+            percent(row["share"]),
+        ]
+        for row in rows
+        if "error" not in row
+    )
+    return lines + table(["variant", "parameters", "bytes a parameter", "ms", "of a copy"], cells)
+
+
 SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "ceilings": ceilings,
     "kernels": kernels,
     "step": step,
     "mining": mining,
+    "optimizer": optimizer,
 }
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.step --shape 8b --layers 4 --only train,profile
     python -m benchmarks.step --shape tiny --device cpu      what a machine without a GPU runs by itself
 
-Ours is the code that trains: FSDP2 in a world of one, packed micro-batches, train/engine.py, clipping, AdamW
-with fp32 masters. The peers get the same groups (a query, its positive, its hard negatives) and the same
-loss, as it is commonly written: queries and passages as two forwards, padded to the longest of the
+Ours is the code that trains: packed micro-batches, train/engine.py, clipping, AdamW with fp32 masters, kept
+as --master-weights says. The peers get the same groups (a query, its positive, its hard negatives) and the
+same loss, as it is commonly written: queries and passages as two forwards, padded to the longest of the
 micro-batch, SDPA, fused AdamW with weights and moments in bf16 (fewer bytes than ours: the comparison is
 against the cheaper optimizer). Before anything is timed, losses, embeddings and gradients of both are
 compared.
@@ -56,7 +56,7 @@ from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.mesh import Mesh, TensorParallel, distributed, pick_device
 from nemo_embed_core.train.engine import Engine
-from nemo_embed_core.train.metrics import device_peak_flops, training_flops
+from nemo_embed_core.train.metrics import ToHost, device_peak_flops, training_flops
 from nemo_embed_core.train.step import embed
 
 SHAPES = {
@@ -235,8 +235,10 @@ class Ours:
         dtype: torch.dtype,
         std: float = 0.02,
         checkpointing: str = "none",
+        master_weights: str = "fp32",
     ):
         options = {"activation_checkpointing": checkpointing, "loss": {"temperature": TEMPERATURE}}
+        options["optim"] = {"master_weights": master_weights}
         config = TrainConfig.from_dict({"output_dir": "", "steps": 1, **options})
         self.mesh, self.engine, self.lr = mesh, Engine(config, model, mesh, dtype), config.optim.lr
         self.encoder = self.engine.model
@@ -249,10 +251,11 @@ class Ours:
     def step(self, batch: GlobalBatch) -> float:
         losses_B = self.backward(batch)
         norm = self.engine.clip()
-        # Before the update, as the trainer's finite check.
-        loss, _ = torch.stack([losses_B.mean(), norm]).tolist()
-        self.engine.update(self.lr)
-        return loss
+        # As the trainer: the device refuses a step that is not finite, and the host asks after the launch.
+        loss = losses_B.mean()
+        read = ToHost(torch.stack([loss, norm]))
+        self.engine.update(self.lr, loss.isfinite())
+        return read.tolist()[0]
 
     @torch.no_grad()
     def groups(self, batch: GlobalBatch) -> tuple[Tensor, np.ndarray]:
@@ -603,7 +606,7 @@ OWN_PARTS = {
 # are; FSDP's copies and the gradient norm are multi_tensor_apply kernels, as Adam is.
 OTHER_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("flash", "fmha", "attention", "sdpa")),
-    ("optimizer", ("FusedAdam",)),
+    ("optimizer", ("FusedAdam", "_adamw_kernel")),
     ("GEMM", ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitKreduce")),
     (
         "copies (FSDP, casts, host)",
@@ -772,12 +775,17 @@ def run_training(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
     groups = Groups(NUM_BATCHES * args.queries, 4, model.vocab_size, seed=0)
     batches = global_batches(groups, model, args.queries, args.tokens)
     start = allocated(device)
-    ours = Ours(model, mesh, dtype, checkpointing=args.activation_checkpointing)
+    ours = Ours(
+        model, mesh, dtype, checkpointing=args.activation_checkpointing, master_weights=args.master_weights
+    )
     label, common = describe(shape, model, sum(p.numel() for p in ours.encoder.parameters()))
     common |= {"queries": args.queries, "precision": str(dtype).removeprefix("torch.")}
     common["activation_checkpointing"] = args.activation_checkpointing
+    common["master_weights"] = args.master_weights
     if args.activation_checkpointing != "none":
         label += f", {args.activation_checkpointing} recomputation"
+    if args.master_weights != "fp32":
+        label += f", {args.master_weights} masters"
     counts = [len(batch.micro_batches) for batch in batches]
     density = sum(batch.num_tokens for batch in batches) / (sum(counts) * args.tokens)
     packed = Variant(
@@ -998,6 +1006,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument(
+        "--master-weights", default="fp32", choices=["fp32", "split"],
+        help="optim.master_weights of ours; split: the bf16 weights and 16-bit remainders, bf16 alone",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", default="", help="JSON lines of a run on a CPU; on a GPU they go to benchmarks/results/"
     )
     args = parser.parse_args(argv)
@@ -1017,6 +1029,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.rounds = (2, 20) if cuda else (1, 5)
     args.compile = args.compile and cuda
     half = args.precision == "bf16" or (args.precision == "auto" and cuda)
+    if args.master_weights == "split" and not half:
+        parser.error("--master-weights split keeps bf16 weights: give --precision bf16 too")
     args.dtype = torch.bfloat16 if half else torch.float32
     return args
 

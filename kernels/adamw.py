@@ -106,7 +106,7 @@ def _adamw_kernel(
 @torch.library.custom_op(
     "nemo_embed_core::adamw", mutates_args=("weights", "remainders", "exp_avgs", "exp_avg_sqs")
 )
-def _adamw(
+def adamw_kernel(
     weights: Sequence[Tensor], remainders: Sequence[Tensor], grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], factor: Tensor, step: int, lr: float,
     beta1: float, beta2: float, eps: float, weight_decay: float,
@@ -126,29 +126,9 @@ def _adamw(
             )  # fmt: skip
 
 
-@_adamw.register_fake
-def _(weights, remainders, grads, exp_avgs, exp_avg_sqs, factor, step, lr, beta1, beta2, eps, weight_decay):
+@adamw_kernel.register_fake
+def _(*arguments, **options):
     return None
-
-
-def adamw_kernel(
-    weights: Sequence[Tensor],
-    remainders: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    factor: Tensor,
-    *,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    _adamw(
-        weights, remainders, grads, exp_avgs, exp_avg_sqs, factor, step, lr, beta1, beta2, eps, weight_decay
-    )
 
 
 def adamw(

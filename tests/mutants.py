@@ -51,6 +51,7 @@ TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1
 HSDP = f"{LAYOUT}[tp1-dp2-replicate2]"
 BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
 RECOMPUTE = "tests/parallel/test_recompute.py"
+MASTERS = "tests/train/test_master_weights.py"
 
 
 class Mutant(NamedTuple):
@@ -97,22 +98,32 @@ MUTANTS = [
     Mutant("an all-gather for every micro-batch", FSDP, "set_reshard_after_backward(is_last or not whole)", "set_reshard_after_backward(True)", WIRE),
     Mutant("a sum over copies after every micro-batch", FSDP, "set_requires_all_reduce(is_last)", "set_requires_all_reduce(True)", WIRE),
     # ---- the optimizer and the loop
-    Mutant("AdamW ignores beta1 and beta2", OPTIM, "betas=(config.beta1, config.beta2), ", "", OPTIM_OPTIONS),
-    Mutant("AdamW ignores eps", OPTIM, ", eps=config.eps", "", OPTIM_OPTIONS),
+    Mutant("AdamW ignores beta1 and beta2", OPTIM, '"betas": (config.beta1, config.beta2)', '"betas": (0.9, 0.999)', OPTIM_OPTIONS),
+    Mutant("AdamW ignores eps", OPTIM, '"eps": config.eps', '"eps": 1e-8', OPTIM_OPTIONS),
     Mutant("norms decay too", OPTIM, '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', OPTIM_OPTIONS),
     Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}', '"weight_decay": 0.0}', OPTIM_OPTIONS),
     Mutant("the warm-up begins at 0", OPTIM, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIM_OPTIONS),
     Mutant("the rate falls to 0 instead of min_lr", OPTIM, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
-    Mutant("the rate never reaches the optimizer", ENGINE, 'param_group["lr"] = lr', "pass", OPTIM_OPTIONS),
-    Mutant("clip_norm never arrives", ENGINE, "self.config.optim.clip_norm, self.mesh)", "1.0, self.mesh)", OPTIM_OPTIONS),
+    Mutant("the rate never reaches the optimizer", OPTIM, 'group["lr"] = lr', "pass", OPTIM_OPTIONS),
+    Mutant("clip_norm never arrives", ENGINE, "clip_factor(norm, self.config.optim.clip_norm)", "clip_factor(norm, 1.0)", OPTIM_OPTIONS),
     Mutant("the seed never reaches the sampler", TRAINER, "sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)", "sampler = Sampler(drawn.rows, config.global_batch_size, 0)", REST),
-    Mutant("the seed never reaches the choice of documents", TRAINER, "mesh.tp.size, config.seed", "mesh.tp.size, 0", REST),
+    Mutant("the seed never reaches the choice of documents", TRAINER, "config.seed, few_shapes", "0, few_shapes", REST),
     Mutant("gradients of the step before are kept", ENGINE, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIM_OPTIONS),
     Mutant("a resumed run corrects the bias anew", OPTIM, "fill_(float(count))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
     Mutant("the sums of a step are not divided by tp", "nemo_embed_core/train/metrics.py", "totals = {name: value / mesh.tp.size", "totals = {name: value", TP2),
     Mutant("a spike is skipped where it should warn", TRAINER, 'mode == "skip"\n', "True\n", "tests/train/test_control.py tests/train/test_trainer.py"),
     Mutant("a loss window without its limit", "nemo_embed_core/train/spikes.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train/test_trainer.py"),
     Mutant("ranks that were not asked to stop go on", TRAINER, "if self._vote(self._stop)", "if self._stop", "tests/train/test_control.py"),
+    # ---- split masters
+    Mutant("split masters lose what a box has beyond bf16", "nemo_embed_core/checkpoint/weights.py", "    if remainder is None:\n        tensor", "    if True:\n        tensor", MASTERS),
+    Mutant("a checkpoint of split masters has their upper halves", "nemo_embed_core/checkpoint/write.py", "else join_master(self.tensor.detach(), self.remainder)", "else self.tensor.float()", MASTERS),
+    Mutant("gradients of bf16 shards are rounded to bf16", FSDP, "group._orig_dtype = torch.float32", "pass", f"{BF16} {MASTERS}"),
+    Mutant("gradients of micro-batches add up in bf16 without FSDP2", FSDP, "is_alone = is_last and p.ndim > 1", "is_alone = p.ndim > 1", BF16),
+    Mutant("tp ranks add the norms' gradients in bf16", FSDP, "is_alone = is_last and p.ndim > 1", "is_alone = is_last", BF16),
+    Mutant("split masters are not clipped", OPTIM, "optimizer.factor = factor", "optimizer.factor = torch.ones_like(factor)", MASTERS),
+    Mutant("a resumed run with split masters corrects the bias anew", OPTIM, "optimizer.num_updates = count", "optimizer.num_updates = 0", MASTERS),
+    Mutant("a step with a gradient that is not finite is taken", OPTIM, "optimizer.found_inf = (factor == 0).float()", "pass", f"{MASTERS} tests/train/test_control.py"),
+    Mutant("a step with a loss that is not finite is taken", ENGINE, "else torch.where(finite, self.factor, 0.0)", "else self.factor", "tests/train/test_control.py"),
     # ---- gradients over ranks
     Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIM_OPTIONS),
     Mutant("clipping without its 1e-6", GRAD_NORM, "max_norm / (norm + 1e-6)", "max_norm / norm", OPTIM_OPTIONS),

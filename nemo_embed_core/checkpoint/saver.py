@@ -62,7 +62,7 @@ class Saver:
         """Pieces of the same values in host memory, complete on return."""
         copies = {}
         for name, piece in pieces.items():
-            tensor = piece.tensor.detach()
+            tensor = piece.values().detach()
             if name not in self._buffers:
                 self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name].copy_(tensor, non_blocking=tensor.is_cuda)

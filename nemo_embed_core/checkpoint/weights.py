@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.safetensors import find_tensors
 from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.kernels.adamw import split_master
 from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded
 from nemo_embed_core.model.hf_folder import open_folder
 from nemo_embed_core.model.llama import initial_weight
@@ -255,9 +256,12 @@ def fill(
     config: ModelConfig,
     tp: tuple[int, int] = (0, 1),
     dp: tuple[int, int] = (0, 1),
+    remainder_of: Callable[[nn.Parameter], Tensor | None] = lambda p: None,
 ) -> None:
     """Read this rank's box of every parameter into it, zeros into its padding; tp and dp are (rank, size).
 
+    remainder_of: the lower half of an fp32 master whose upper half the parameter is (kernels/adamw.py), which
+    is filled with it.
     UserError with the tensors' names when a value is NaN or infinite.
     """
     shapes = parameter_shapes(config)
@@ -266,15 +270,27 @@ def fill(
         for full_name, parameter in model.named_parameters():
             name = plain_name(full_name)
             box = local_box(shapes[name], tp_dim(name), *tp, *dp, tp_unit(name, config))
-            target = local_tensor(parameter)
-            inside = unpadded(target, box)
-            if inside.shape != target.shape:
-                target.zero_()
+            halves = [local_tensor(t) for t in (parameter, remainder_of(parameter)) if t is not None]
+            inside, *remainder = [unpadded(half, box) for half in halves]
+            if inside.shape != halves[0].shape:
+                for half in halves:
+                    half.zero_()
             if inside.numel():
-                inside.copy_(reader.read_box(name, box))
+                write_values(reader.read_box(name, box), inside, *remainder)
                 bad += _non_finite(inside, name, box, config)
     if bad:
         raise UserError(non_finite_weights(getattr(reader, "folder", "the initial weights"), bad))
+
+
+def write_values(values: Tensor, tensor: Tensor, remainder: Tensor | None = None) -> None:
+    """In place: into the tensor, or into the halves of an fp32 master."""
+    if remainder is None:
+        tensor.copy_(values)
+    else:
+        for half, value in zip(
+            (tensor, remainder), split_master(values.float().to(tensor.device)), strict=True
+        ):
+            half.copy_(value)
 
 
 def _non_finite(target: Tensor, name: str, box: Box, config: ModelConfig) -> list[str]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_embed_core.checkpoint.manifest import (
@@ -32,17 +33,33 @@ from nemo_embed_core.checkpoint.runs import prune, unfinished
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
 from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name
+from nemo_embed_core.kernels.adamw import join_master
 from nemo_embed_core.model.hf import Box
 from nemo_embed_core.parallel.collectives import gather_objects
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one tensor that this rank writes; of boxes that tp replicas hold one rank writes."""
+    """The part of one tensor that this rank writes; of boxes that tp replicas hold one rank writes. With a
+    remainder, `tensor` is the upper half of an fp32 one (kernels/adamw.py), which is written."""
 
     shape: tuple[int, ...]
     box: Box
     tensor: Tensor
+    remainder: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.tensor.dtype if self.remainder is None else torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.dtype.itemsize
+
+    def values(self) -> Tensor:
+        """The tensor itself, or its halves joined in memory of its own."""
+        return self.tensor if self.remainder is None else join_master(self.tensor.detach(), self.remainder)
 
 
 def save_checkpoint(
@@ -71,7 +88,7 @@ def save_checkpoint(
     """
     final, tmp = root / folder_name(step), root / f".tmp-{folder_name(step)}"
     failpoint("save.begin", step)
-    needed = sum(gather(sum(p.tensor.nbytes for p in pieces.values())))
+    needed = sum(gather(sum(p.nbytes for p in pieces.values())))
 
     made = False
 
@@ -94,14 +111,14 @@ def save_checkpoint(
         for part in ("model", "optim"):
             mine = {n: p for n, p in pieces.items() if is_state(n) == (part == "optim")}
             name = f"{part}-{rank:05d}-of-{world_size:05d}.safetensors"
-            entries = {n: (p.tensor.dtype, p.box[1]) for n, p in mine.items()}
+            entries = {n: (p.dtype, p.box[1]) for n, p in mine.items()}
             with SafetensorsWriter(tmp / name, entries, {"format": "pt"}) as writer:
                 for piece in mine.values():
-                    writer.write(piece.tensor)
+                    writer.write(piece.values())
                 files[name] = writer.close()
             failpoint(f"save.{part}_written", step)
             boxes.update({n: [{"file": name, "offset": p.box[0], "size": p.box[1]}] for n, p in mine.items()})
-        shapes = {n: {"dtype": dtype_name(p.tensor.dtype), "shape": p.shape} for n, p in pieces.items()}
+        shapes = {n: {"dtype": dtype_name(p.dtype), "shape": p.shape} for n, p in pieces.items()}
         return {"files": files, "pieces": boxes, "tensors": shapes}
 
     def finish() -> None:

@@ -81,6 +81,10 @@ class OptimConfig(Options, section="optim"):
     """Added to the root of that mean."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    master_weights: Literal["fp32", "split"] = "fp32"
+    """How fp32 master weights are kept: "fp32" beside bf16 copies that every step makes (6 bytes a
+    parameter), "split" as the bf16 weights that run and 16-bit remainders (4 bytes, the same masters bit for
+    bit; with precision bf16 alone). A run may change it when it resumes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

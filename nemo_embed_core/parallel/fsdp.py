@@ -1,4 +1,6 @@
-"""FSDP2 over the data-parallel axes, always, also at dp_size = 1: it carries the mixed-precision policy."""
+"""FSDP2 over the data-parallel axes. At dp_size = 1 it carries the mixed-precision policy: weights stored in
+fp32 run in bf16. Weights that run as they are stored go without it there, as it would copy them and their
+gradients."""
 
 from __future__ import annotations
 
@@ -18,12 +20,13 @@ def shard(
     mesh: Mesh,
     *,
     dtype: torch.dtype,
+    runs_as_stored: bool = False,
     reshard_after_forward: bool,
     reduce_dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool,
 ) -> None:
-    """Wrap in place: (activation checkpointing) -> each block -> root. Weights stay fp32; `dtype` is what
-    runs.
+    """Wrap in place: (activation checkpointing) -> each block -> root. `dtype` is what runs; weights are
+    fp32, or with runs_as_stored `dtype` too.
 
     cast_forward_inputs is off: it would turn the fp32 RoPE table into bf16. Inputs are ids, so nothing needs
     a cast.
@@ -35,12 +38,35 @@ def shard(
     )
     if dtype == torch.float64:  # tests: keep fp64 end to end
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if runs_as_stored:
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(p.detach().to(dtype)))
+    is_sharded = mesh.dp_size > 1 or not runs_as_stored
     for i, block in enumerate(blocks):
         if activation_checkpointing:
             blocks[i] = block = checkpoint_wrapper(block)  # non-reentrant
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    model.keeps_whole = not reshard_after_forward  # type: ignore[assignment]
+        if is_sharded:
+            fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    if is_sharded:
+        fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        model.keeps_whole = not reshard_after_forward  # type: ignore[assignment]
+
+
+def keep_gradients_in_fp32(model: nn.Module) -> None:
+    """Of bf16 parameters, once they have memory: FSDP2 would round reduced gradients to the shards' dtype.
+
+    No public setting says otherwise (torch 2.11 to 2.13).
+    """
+    if not isinstance(model, FSDPModule):
+        return  # begin_micro_batch does it
+    model._get_fsdp_state()._lazy_init()  # before the first forward, which would set what is set here
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if group is not None:
+            group._orig_dtype = torch.float32
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
 
 
 def begin_micro_batch(model: nn.Module, is_last: bool) -> None:
@@ -50,10 +76,18 @@ def begin_micro_batch(model: nn.Module, is_last: bool) -> None:
 
         kept whole       W + G          one gather, one reduction; W + G stay between micro-batches
         reshard          n (2 W + G)    nothing stays
+        without FSDP2    0              W + G stay
 
     With dp_replicate the sum over copies waits for the last micro-batch either way: shards of it are small.
+    Without FSDP2 gradients in bf16 are what the only micro-batch computes; those of several are added in
+    fp32, as are the norms' of the tp ranks.
     """
-    assert isinstance(model, FSDPModule)
+    if not isinstance(model, FSDPModule):
+        for p in model.parameters():
+            if p.grad is None:
+                is_alone = is_last and p.ndim > 1
+                p.grad_dtype = p.dtype if is_alone else torch.promote_types(p.dtype, torch.float32)
+        return
     whole = model.keeps_whole
     model.set_requires_gradient_sync(is_last or not whole)
     model.set_requires_all_reduce(is_last)

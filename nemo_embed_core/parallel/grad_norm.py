@@ -40,9 +40,8 @@ def sync_replicated_grads(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Non
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ over all shards: returns the norm before clipping; max_norm 0 only
-    measures.
+def grad_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
+    """torch.nn.utils.get_total_norm of all gradients over all shards, fp32 (fp64 of fp64 gradients).
 
     sum over dp_shard and tp of |sharded|^2 + |replicated|^2 / tp_size: every tp rank holds the replicated
     ones, and every dp_replicate rank all of them.
@@ -56,16 +55,20 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     if mesh.tp.size > 1:
         all_reduce_(total, mesh.tp.group)
     all_reduce_(total, mesh.shard_group)
-    norm = total.sqrt()
-    grads = sharded + replicated
-    if max_norm > 0 and grads:
-        # The clamp keeps the step free of a host sync; a non-finite norm is refused by the trainer before the
-        # step.
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
-    return norm
+    return total.sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_'s factor of the gradients, 1 for max_norm 0.
+
+    0 for a norm that is not finite: the optimizer refuses it, and no answer of the device is waited for.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    return torch.where(norm.isfinite(), factor, 0.0)
 
 
 def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     if not grads:
         return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(grads, 2)).pow(2).sum()
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)  # bf16 sums would lose most of them
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).pow(2).sum()

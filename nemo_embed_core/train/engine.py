@@ -20,10 +20,10 @@ from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.model.attention import pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel import fsdp
-from nemo_embed_core.parallel.grad_norm import clip_grad_norm, sync_replicated_grads
+from nemo_embed_core.parallel.grad_norm import clip_factor, grad_norm, sync_replicated_grads
 from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
 from nemo_embed_core.train.metrics import peak_memory
-from nemo_embed_core.train.optim import build_optimizer, ensure_state
+from nemo_embed_core.train.optim import build_optimizer, check_master_weights, ensure_state, update
 from nemo_embed_core.train.step import forward_backward
 
 
@@ -37,20 +37,25 @@ class Engine:
     def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh, dtype: torch.dtype | None = None):
         self.config, self.model_config, self.mesh = config, model, mesh
         self.dtype = dtype or run_dtype(config, mesh.device)
+        check_master_weights(config.optim, self.dtype)
         attention = pick_attention(config.attention, mesh.device, self.dtype)
         with torch.device("meta"):  # no memory before it is sharded
             selective = config.activation_checkpointing == "selective"
             self.model = Encoder(model, mesh.tp, attention, selective)
+        split = config.optim.master_weights == "split"
         fsdp.shard(
             self.model,
             self.model.model.layers,
             mesh,
             dtype=self.dtype,
+            runs_as_stored=split,
             reshard_after_forward=config.parallel.reshard_after_forward,
             reduce_dtype=DTYPES[config.parallel.reduce_dtype],
             activation_checkpointing=config.activation_checkpointing == "full",
         )
         self.model.to_empty(device=mesh.device)
+        if split:
+            fsdp.keep_gradients_in_fp32(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         ensure_state(self.optimizer)
 
@@ -84,14 +89,17 @@ class Engine:
         )
 
     def clip(self) -> Tensor:
-        """The global gradient norm before clipping; once after each forward_backward."""
+        """The global gradient norm before clipping, which update() does; once after each forward_backward."""
         sync_replicated_grads(self.model.parameters(), self.mesh)
-        return clip_grad_norm(self.model.parameters(), self.config.optim.clip_norm, self.mesh)
+        norm = grad_norm(self.model.parameters(), self.mesh)
+        self.factor = clip_factor(norm, self.config.optim.clip_norm)
+        return norm
 
-    def update(self, lr: float) -> None:
-        for param_group in self.optimizer.param_groups:
-            param_group["lr"] = lr
-        self.optimizer.step()
+    def update(self, lr: float, finite: Tensor | None = None) -> None:
+        """AdamW with the clipped gradients. No weight and no moment changes where the norm is not finite, or
+        `finite`, a bool on the device, is false."""
+        factor = self.factor if finite is None else torch.where(finite, self.factor, 0.0)
+        update(self.optimizer, lr, factor)
 
     def drop_step(self) -> None:
         """Forget a forward_backward that was left half-done; weights and moments were not touched by it."""

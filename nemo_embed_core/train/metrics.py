@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,20 @@ def console_line(m: Mapping[str, Any], steps: int) -> str:
 TOTALS = ("loss", *SUMS, "rows", "tokens", "squares", "stop", "save_failed")
 
 
+class ToHost:
+    """values.tolist(), which waits for these values and not for what the device is given after them."""
+
+    def __init__(self, values: Tensor):
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._host.copy_(values, non_blocking=True)
+        self._done = torch.cuda.current_stream().record_event() if values.is_cuda else None
+
+    def tolist(self) -> list[float]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.tolist()
+
+
 def step_totals(
     losses_B: Tensor,
     stats: Tensor,
@@ -128,8 +142,11 @@ def step_totals(
     mesh: Mesh,
     stop: bool,
     save_failed: bool,
-) -> dict[str, float]:
-    """Sums over dp ranks, exchanged in one small all-reduce; tp ranks hold the same values."""
+) -> tuple[Tensor, Callable[[], dict[str, float]]]:
+    """(whether loss and gradient norm are finite, a bool on the device; what waits for the totals).
+
+    Totals are sums over dp ranks, exchanged in one small all-reduce; tp ranks hold the same values.
+    """
     real = [np.asarray(b.lengths[: b.num_sequences], dtype=np.int64) for b in batches]
     squares = sum(int(np.square(lengths).sum()) for lengths in real)
     host = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(stop), int(save_failed)]
@@ -141,9 +158,14 @@ def step_totals(
         ]
     )
     all_reduce_world_(vector)
-    values = torch.cat([vector, norm.double()[None]]).tolist()  # the only host sync of a step
-    totals = {name: value / mesh.tp.size for name, value in zip(TOTALS, values, strict=False)}
-    return {**totals, "grad_norm": values[-1]}
+    copy = ToHost(torch.cat([vector, norm.double()[None]]))
+
+    def totals() -> dict[str, float]:
+        values = copy.tolist()  # the only host sync of a step
+        totals = {name: value / mesh.tp.size for name, value in zip(TOTALS, values, strict=False)}
+        return {**totals, "grad_norm": values[-1]}
+
+    return vector[0].isfinite() & norm.isfinite(), totals
 
 
 def peak_memory(device: torch.device) -> int:

@@ -35,7 +35,7 @@ from nemo_embed_core.parallel.liveness import begun_before
 from nemo_embed_core.parallel.mesh import pick_device
 from nemo_embed_core.train.engine import run_dtype
 from nemo_embed_core.train.metrics import check_trackers
-from nemo_embed_core.train.optim import BYTES_PER_PARAMETER
+from nemo_embed_core.train.optim import BYTES_PER_PARAMETER, check_master_weights
 from nemo_embed_core.train.run_state import changed_samples, population_of, refuse_other_model
 
 
@@ -81,7 +81,9 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(
             "data.datasets is empty; give at least one {path: ...} of a JSONL file or a BEIR folder"
         )
-    pick_attention(config.attention, device, run_dtype(config, device))
+    dtype = run_dtype(config, device)
+    check_master_weights(config.optim, dtype)
+    pick_attention(config.attention, device, dtype)
     check_trackers(config)
     if rank_from_env() == 0:
         _check_output(Path(config.output_dir), model)

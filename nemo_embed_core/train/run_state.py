@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import torch
 from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, parameter_of, state_name
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import usage_of_training
-from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights
+from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights, write_values
 from nemo_embed_core.checkpoint.write import Piece
-from nemo_embed_core.config import ModelConfig, TrainConfig
+from nemo_embed_core.config import ModelConfig, OptimConfig, TrainConfig
 from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine
-from nemo_embed_core.train.optim import num_warmup_steps, set_num_updates, state_of
+from nemo_embed_core.train.optim import num_warmup_steps, remainder_of, set_num_updates, state_of
 from nemo_embed_core.train.spikes import LossWindow
 
 
@@ -118,6 +119,7 @@ def fill_engine(engine: Engine, reader: BoxReader) -> None:
             engine.model_config,
             (mesh.tp.rank, mesh.tp.size),
             (mesh.shard_rank, mesh.shard_size),
+            partial(remainder_of, engine.optimizer),
         )
     except UserError as error:
         failure = str(error)
@@ -180,6 +182,14 @@ class RunState:
                 named[state_name(state, name)] = local_tensor(tensor)
         return {name: unpadded(tensor, self._box(name)) for name, tensor in named.items()}
 
+    def remainders(self) -> dict[str, torch.Tensor]:
+        """Our parameter name -> the lower half of its split master (optim.master_weights), likewise."""
+        named = {
+            fsdp.plain_name(full_name): remainder_of(self.engine.optimizer, p)
+            for full_name, p in self.engine.model.named_parameters()
+        }
+        return {n: unpadded(local_tensor(t), self._box(n)) for n, t in named.items() if t is not None}
+
     def _box(self, name: str) -> Box:
         """Of this rank."""
         plain, mesh = parameter_of(name), self.engine.mesh
@@ -197,10 +207,11 @@ class RunState:
         replicated = {
             fsdp.plain_name(n) for n, p in self.engine.model.named_parameters() if is_tp_replicated(p)
         }
+        remainders = self.remainders()
         for name, tensor in self.tensors().items():
             plain = parameter_of(name)
             if tensor.numel() and not (plain in replicated and self.engine.mesh.tp.rank):
-                pieces[name] = Piece(self.shapes[plain], self._box(name), tensor)
+                pieces[name] = Piece(self.shapes[plain], self._box(name), tensor, remainders.get(name))
         return pieces
 
     def meta(self) -> dict[str, Any]:
@@ -237,11 +248,11 @@ class RunState:
         reader = Reader(folder)
         self._check_same_run(folder, reader.manifest, log)
         reader.check({name: self.shapes[parameter_of(name)] for name in self.tensors()})
-        bad = []
+        bad, remainders = [], self.remainders()
         with torch.no_grad():
             for name, tensor in self.tensors().items():
                 if tensor.numel():
-                    tensor.copy_(reader.read_box(name, self._box(name)))
+                    write_values(reader.read_box(name, self._box(name)), tensor, remainders.get(name))
                     if not all(x.isfinite() for x in tensor.aminmax()):
                         bad.append(name)
             raise_first(non_finite_weights(folder, bad) if bad else None)
@@ -271,5 +282,8 @@ class RunState:
             self.optim = replace(self.optim, warmup_steps=old["optim"]["warmup_steps"])
         new = json.loads(json.dumps({**to_dict(config), "optim": to_dict(self.optim)}))
         for key in ("steps", "loss", "optim", "precision"):
-            if old.get(key) != new[key]:
-                log(f"WARNING: {key} changed since the checkpoint: {old.get(key)} -> {new[key]}")
+            was = (
+                {**to_dict(OptimConfig()), **old[key]} if key == "optim" else old.get(key)
+            )  # older: fewer options
+            if was != new[key]:
+                log(f"WARNING: {key} changed since the checkpoint: {was} -> {new[key]}")

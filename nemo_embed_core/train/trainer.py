@@ -1,5 +1,6 @@
-"""The training loop: sampler -> packing -> forward and backward -> finite check -> clip -> AdamW -> metrics
--> checkpoint."""
+"""The training loop: sampler -> packing -> forward and backward -> clip -> AdamW -> finite check -> metrics
+-> checkpoint. AdamW is launched before the host knows whether the step is finite; the device refuses one that
+is not."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ from nemo_embed_core.train.metrics import (
     step_totals,
     step_values,
 )
-from nemo_embed_core.train.optim import learning_rate
+from nemo_embed_core.train.optim import learning_rate, set_num_updates
 from nemo_embed_core.train.preflight import Prepared, hold_output, open_same_store
 from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
@@ -204,20 +205,27 @@ class Trainer:
         failpoint("step.backward", self.step)
 
         note("totals")
-        totals = step_totals(losses_B, stats, norm, batches, mesh, self._stop, self.saver.failed)
+        finite, read = step_totals(losses_B, stats, norm, batches, mesh, self._stop, self.saver.failed)
+        lr = learning_rate(self.step, config.steps, self.state.optim)
+        waits = config.on_spike == "skip"  # for the loss, which decides whether there is an update
+        if not waits:
+            self._update(lr, finite)
+        totals = read()
         assert totals["tokens"] == num_tokens, (
             f"{totals['tokens']} tokens were run, the plan said {num_tokens}"
         )
         if totals["save_failed"]:
             self.saver.wait()
             raise CheckpointError("the save in the background failed on another rank, which says why")
-        refuse_non_finite(self.step, self.step - self.state.skipped, totals, losses_B, rows, batches)
+        updates = self.step - self.state.skipped
+        try:
+            refuse_non_finite(self.step, updates, totals, losses_B, rows, batches)
+        except NonFiniteError:
+            set_num_updates(self.engine.optimizer, updates)  # as the device, which made none
+            raise
         zscore, skip = self._judge_loss(totals["loss"] / totals["rows"], rows)
-        lr = learning_rate(self.step, config.steps, self.state.optim)
-        note("optimizer")
-        failpoint("step.optimizer", self.step)
-        if not skip:
-            self.engine.update(lr)
+        if waits and not skip:
+            self._update(lr, finite)
         self.state.count(rows, skip)
         failpoint("step.end", self.step)
         values = step_values(
@@ -226,6 +234,11 @@ class Trainer:
         )  # fmt: skip
         values["checkpoint_stall_s"] = self.saver.take_stall()  # by the save before this step
         return {**values, "loss_zscore": zscore, "skipped": skip}, totals["stop"] > 0
+
+    def _update(self, lr: float, finite: torch.Tensor) -> None:
+        note("optimizer")
+        failpoint("step.optimizer", self.step)
+        self.engine.update(lr, finite)
 
     def _judge_loss(self, loss: float, rows: np.ndarray) -> tuple[float | None, bool]:
         """(z of the loss, whether to leave out the update); the loss is the same number on all ranks."""

@@ -81,12 +81,13 @@ def test_bf16_steps_lower_the_loss_as_fp32_steps_do(mesh, head_dim):
     groups = step.Groups(8, 4, SMALL[head_dim].vocab_size, seed=0)
     (batch,) = step.global_batches(groups, SMALL[head_dim], num_queries=8, max_tokens=2048)
     curves = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        ours = step.Ours(SMALL[head_dim], mesh, dtype)
+    for dtype, masters in ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "split")):
+        ours = step.Ours(SMALL[head_dim], mesh, dtype, master_weights=masters)
         ours.lr = 1e-6
-        curves[dtype] = torch.tensor([ours.step(batch) for _ in range(10)])
-    full, half = curves[torch.float32], curves[torch.bfloat16]
-    assert full[-1] < 0.7 * full[0] and half[-1] < 0.7 * half[0], curves
+        curves[dtype, masters] = torch.tensor([ours.step(batch) for _ in range(10)])
+    full = curves[torch.float32, "fp32"]
+    assert all(curve[-1] < 0.7 * curve[0] for curve in curves.values()), curves
+    half = curves[torch.bfloat16, "fp32"]
     assert ((half - full).abs() / full[0]).max() < 0.1, curves
 
 

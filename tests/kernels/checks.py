@@ -669,7 +669,7 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         halves = [module.split_master(torch.randn(n)) for n in (5, 3)]
         moments = [[torch.rand(n) for n in (5, 3)] for _ in range(3)]
         yield (
-            operator_of(module._adamw),
+            operator_of(module.adamw_kernel),
             (
                 *(list(h) for h in zip(*halves, strict=True)),
                 *moments,

@@ -18,11 +18,12 @@ from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
-# tp_size, sequence_parallel, dp_size, reduce_dtype.
+# tp_size, sequence_parallel, dp_size, reduce_dtype; fp32 masters, and split ones whose parameters are bf16.
 LAYOUTS = {
     "tp1": (1, False, 1, "fp32"), "tp2+sp": (2, True, 1, "fp32"), "dp2": (1, False, 2, "fp32"),
     "dp2 reduced in bf16": (1, False, 2, "bf16"),
 }  # fmt: skip
+LAYOUTS |= {f"{name} split": layout for name, layout in LAYOUTS.items()}
 ROWS, EACH = 16, 4  # of a step, and of a micro-batch
 TEMPERATURE = 0.05
 # Of a row's largest value, for stages in fp32; one rounding to bf16 on the way would cost 2e-3.
@@ -39,6 +40,7 @@ def config_of(folder: Path, layout: tuple, name: str) -> Any:
     return train_config(
         folder, init_from=str(folder / "model"), output_dir=str(folder / name), precision="bf16",
         global_batch_size=ROWS, parallel=parallel, loss=loss,
+        optim={"master_weights": "split" if name.endswith("split") else "fp32"},
     )  # fmt: skip
 
 
@@ -82,7 +84,12 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
         found = {}
         for full_name, p in trainer.engine.model.named_parameters():
             plain = fsdp.plain_name(full_name)
-            assert p.dtype == p.grad.dtype == torch.float32 and p.shape == shapes[plain]
+            # Of one micro-batch without FSDP2 the gradient is what bf16 computed: nothing was added to it.
+            alone = name.endswith("split") and dp == 1 and len(of) == 1 and p.ndim == 2
+            local = p.grad._local_tensor
+            assert local.dtype == p.grad.dtype == (torch.bfloat16 if alone else torch.float32)
+            assert p.dtype == (torch.bfloat16 if name.endswith("split") else torch.float32)
+            assert p.shape == shapes[plain]
             found.update(to_hf(plain, p.grad.full_tensor().clone(), trainer.model_config))
         return found
 
