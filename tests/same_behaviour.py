@@ -136,7 +136,7 @@ def differences(a: Path, b: Path) -> list[str]:
     for name in sorted(files[0] & files[1]):
         fields = list(fields_that_differ(content(a / name), content(b / name)))
         if fields:
-            found.append(f"differs: {name} {', '.join(fields[:8])}{' ...' if len(fields) > 8 else ''}")
+            found.append(" ".join(["differs:", name, *filter(None, fields[:8]), *["..."][: len(fields) > 8]]))
     return found
 
 
