@@ -64,7 +64,8 @@ class Mutant(NamedTuple):
 
 
 CONTRASTIVE, STEP = "nemo_embed_core/loss/contrastive.py", "nemo_embed_core/train/step.py"
-OPTIM, ENGINE, TRAINER = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "engine", "trainer"))
+OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
+ENGINE, TRAINER = (f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer"))
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
@@ -102,8 +103,8 @@ MUTANTS = [
     Mutant("AdamW ignores eps", OPTIM, '"eps": config.eps', '"eps": 1e-8', OPTIM_OPTIONS),
     Mutant("norms decay too", OPTIM, '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', OPTIM_OPTIONS),
     Mutant("nothing decays", OPTIM, '"weight_decay": config.weight_decay}', '"weight_decay": 0.0}', OPTIM_OPTIONS),
-    Mutant("the warm-up begins at 0", OPTIM, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIM_OPTIONS),
-    Mutant("the rate falls to 0 instead of min_lr", OPTIM, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
+    Mutant("the warm-up begins at 0", SCHEDULE, "config.lr * (step + 1) / warmup_steps", "config.lr * step / warmup_steps", OPTIM_OPTIONS),
+    Mutant("the rate falls to 0 instead of min_lr", SCHEDULE, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
     Mutant("the rate never reaches the optimizer", OPTIM, 'group["lr"] = lr', "pass", OPTIM_OPTIONS),
     Mutant("clip_norm never arrives", ENGINE, "clip_factor(norm, self.config.optim.clip_norm)", "clip_factor(norm, 1.0)", OPTIM_OPTIONS),
     Mutant("the seed never reaches the sampler", TRAINER, "sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)", "sampler = Sampler(drawn.rows, config.global_batch_size, 0)", REST),

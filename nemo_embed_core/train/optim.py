@@ -1,4 +1,4 @@
-"""AdamW over fp32 master weights, weight decay on matrices only, linear warm-up and linear decay.
+"""AdamW over fp32 master weights, weight decay on matrices only.
 
     master_weights    a parameter (FSDP2's shard)        what runs
     "fp32"            the master                         a bf16 copy that FSDP2 makes; in fp32 the master
@@ -72,21 +72,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     if config.master_weights == "split":
         return SplitAdamW(groups, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def num_warmup_steps(steps: int, config: OptimConfig) -> int:
-    """warmup_steps, or min(100, steps // 10) where it is left out."""
-    return min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
-
-
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Of step 0, 1, ..., steps - 1: linear from lr / warmup_steps up to lr, then linear down to min_lr after
-    the last."""
-    warmup_steps = num_warmup_steps(steps, config)
-    if step < warmup_steps:
-        return config.lr * (step + 1) / warmup_steps
-    remaining = (steps - step) / max(1, steps - warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * remaining
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, factor: Tensor) -> None:

@@ -34,7 +34,8 @@ from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine
-from nemo_embed_core.train.optim import num_warmup_steps, remainder_of, set_num_updates, state_of
+from nemo_embed_core.train.optim import remainder_of, set_num_updates, state_of
+from nemo_embed_core.train.schedule import num_warmup_steps
 from nemo_embed_core.train.spikes import LossWindow
 
 

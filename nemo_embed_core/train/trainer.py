@@ -38,9 +38,10 @@ from nemo_embed_core.train.metrics import (
     step_totals,
     step_values,
 )
-from nemo_embed_core.train.optim import learning_rate, set_num_updates
+from nemo_embed_core.train.optim import set_num_updates
 from nemo_embed_core.train.preflight import Prepared, hold_output, open_same_store
 from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
+from nemo_embed_core.train.schedule import learning_rate
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
 from nemo_embed_core.version import code_version
 

@@ -28,7 +28,8 @@ from nemo_embed_core.model.attention import Segments, reference_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.mesh import TensorParallel, build_mesh
-from nemo_embed_core.train.optim import build_optimizer, learning_rate
+from nemo_embed_core.train.optim import build_optimizer
+from nemo_embed_core.train.schedule import learning_rate
 
 DTYPES = {"fp64": torch.float64}
 TOLERANCE = {"fp64": (1e-12, 1e-10, 1e-10)}  # loss, gradient, curve: relative

@@ -31,8 +31,9 @@ from nemo_embed_core.parallel.fsdp import begin_micro_batch
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import preflight
 from nemo_embed_core.train.metrics import MetricsLog, training_flops
-from nemo_embed_core.train.optim import build_optimizer, learning_rate
+from nemo_embed_core.train.optim import build_optimizer
 from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.schedule import learning_rate
 from nemo_embed_core.train.spikes import LossWindow, NonFiniteError
 from nemo_embed_core.train.step import embed, group
 from nemo_embed_core.train.trainer import Trainer
