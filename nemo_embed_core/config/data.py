@@ -10,17 +10,31 @@ from nemo_embed_core.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetConfig(Options, section="data.datasets"):
+class RowsConfig(Options):
+    """How the rows of a dataset are read, for training and for mining."""
+
+    format: str = ""
+    """Format of its rows (docs/data-formats.md); "": told by the fields of the first row, and said in the log."""
+    ignore: list[str] = field(default_factory=list)
+    """Fields of its rows that are not read; any other field that the format does not know is an error."""
+    min_grade: float | None = None
+    """Graded pairs (an STS table): grade, on the table's own scale, from which a pair belongs together; the others
+    are left out, counted. null: graded pairs are refused, as the contrastive loss has no use for a grade."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(RowsConfig, section="data.datasets"):
     """One dataset and the instructions of its texts."""
 
     path: str
-    """A .jsonl or .jsonl.gz file of {"query", "pos", "neg"} rows, or a BEIR folder."""
+    """A file of rows (JSON lines, JSON, CSV, TSV, Parquet, Arrow; text also .gz or .zst), a folder or glob of
+    them, or a BEIR folder."""
     task: str = ""
     """Instruction of the queries: "Instruct: {task}\\nQuery: {text}"; "": the query as it is."""
     document_task: str = ""
     """Instruction of the documents, for symmetric tasks only (STS, bitext); "": none."""
     split: str = "train"
-    """Split of a BEIR folder: qrels/{split}.tsv."""
+    """Split of a BEIR folder, qrels/{split}.tsv, and of a folder with files of several splits."""
     on_missing: Literal["error", "allow"] = "error"
     """In a BEIR folder, a judgement of a text that does not exist, an empty text, a query without a relevant
     document: "error" refuses it, "allow" leaves it out of training and mining, counted; evaluation keeps what

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from nemo_embed_core.config.data import DatasetConfig
+from nemo_embed_core.config.data import DatasetConfig, RowsConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
-class MineDatasetConfig(Options, section="datasets"):
+class MineDatasetConfig(RowsConfig, section="datasets"):
     """One dataset whose queries are mined."""
 
     path: str
-    """A .jsonl or .jsonl.gz file of {"query", "pos", "neg"} rows, or a BEIR folder."""
+    """A file of rows (JSON lines, JSON, CSV, TSV, Parquet, Arrow; text also .gz or .zst), a folder or glob of
+    them, or a BEIR folder."""
     task: str | None = None
     """Instruction of the queries; "": none; null: the model's own."""
     document_task: str | None = None
     """Instruction of the documents; "": none; null: the model's own."""
     split: str = "train"
-    """Split of a BEIR folder: qrels/{split}.tsv."""
+    """Split of a BEIR folder, qrels/{split}.tsv, and of a folder with files of several splits."""
     on_missing: Literal["error", "allow"] = "error"
     """In a BEIR folder, a judgement of a text that does not exist, an empty text: "error" refuses it, "allow"
     leaves it out, counted."""
 
     def as_data(self) -> DatasetConfig:
         """As the readers of training data take it."""
-        return DatasetConfig(path=self.path, split=self.split, on_missing=self.on_missing)
+        names = ("path", "split", "on_missing", *(f.name for f in fields(RowsConfig)))
+        return DatasetConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Inputs(Options):
+class _Inputs(RowsConfig):
     """Models, data and output, which --help names first."""
 
     model: list[str] | str = field(default_factory=list)
     """Models whose scores decide, one or several (--model A B): a checkpoint or run of ours, a Hugging Face
     folder, any sentence-transformers folder, or a folder of precomputed documents.npy and queries.npy."""
     data: str = ""
-    """Data whose queries are mined: a .jsonl[.gz] file of {"query", "pos", "neg"} rows, or a BEIR folder."""
+    """Data whose queries are mined: a file, folder or glob of rows, or a BEIR folder."""
     split: str = "train"
-    """Split of a BEIR folder: qrels/{split}.tsv."""
+    """Split of a BEIR folder, qrels/{split}.tsv, and of a folder with files of several splits."""
     on_missing: Literal["error", "allow"] = "error"
     """In a BEIR folder and in --corpus, a judgement of a text that does not exist, an empty text: "error"
     refuses it, "allow" leaves it out, counted."""

@@ -41,7 +41,7 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
         log(report(store))
         return store
     if not config.datasets:
-        raise UserError("data.datasets is empty: name at least one .jsonl file or BEIR folder")
+        raise UserError("data.datasets is empty: name at least one file of rows or BEIR folder")
     check_prompts(config, tokenizer)
     try:
         files = [source_files(dataset) for dataset in config.datasets]
@@ -89,7 +89,7 @@ def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -
             "document_task": dataset.document_task,
             "files": {str(file): hashes[file] for file in group},
             "reading": reading(dataset),
-            "row_file": str(group[-1]),  # of a BEIR folder the qrels
+            "row_file": str(group[-1] if group else dataset.path),  # of a BEIR folder the qrels
         }
         for dataset, group in zip(config.datasets, files, strict=True)
     ]

@@ -21,8 +21,8 @@ from nemo_embed_core.data.building import Log, read_state
 from nemo_embed_core.data.judge import EMPTY_KEY, judge
 from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import check_sources, read_rows
-from nemo_embed_core.data.store import ARRAY_FILES, TOKEN_FILES
+from nemo_embed_core.data.readers import Row, check_sources, read_rows
+from nemo_embed_core.data.store import ARRAY_FILES, TOKEN_FILES, row_parts
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import DataError, UserError, failpoint
 from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
@@ -123,16 +123,19 @@ def compile_store(
         for line in findings.lines():
             log(line)
         no_rows = [0] * len(config.datasets)
-        state = {"rows": 0, "total": findings.num_rows, "source_rows": no_rows, "merged": 0}
+        parts: list[list[Any]] = [[] for _ in config.datasets]
+        state = {"rows": 0, "total": findings.num_rows, "source_rows": no_rows, "parts": parts, "merged": 0}
     files = _Files(folder, state.get("sizes", {}))
     try:
         _tokenise(folder, files, config, tokenizer, state, log)
     finally:
         files.close()
-    for source, rows in zip(header["sources"], state["source_rows"], strict=True):
+    for i, (source, rows) in enumerate(zip(header["sources"], state["source_rows"], strict=True)):
         source["rows"] = rows
-    row_files = [source["row_file"] for source in header["sources"]]
-    arrays, noise = judge(folder, row_files, state["source_rows"])
+        parts = state["parts"][i]
+        if parts != [[source["row_file"], rows]] and sum(count for _, count in parts) == rows:
+            source["parts"] = parts
+    arrays, noise = judge(folder, row_parts(header["sources"]))
     for name in ARRAY_FILES:
         np.save(folder / name, arrays[name])
     left_out = int(noise.pop("left out")["count"])
@@ -174,6 +177,8 @@ def _tokenise(
     # Key of a document with its prompt -> its id.
     ids = {known[at : at + 16]: at // 16 for at in range(0, len(known), 16)}
     rows, source_rows = state["rows"], list(state["source_rows"])
+    # [file, rows of it]; a build that an older version began has none, of sources with one file.
+    parts: list[list[list[Any]]] = state.get("parts") or [[] for _ in config.datasets]
     begun, first_row = time.monotonic(), rows
     last = begun
 
@@ -192,14 +197,29 @@ def _tokenise(
         queries.flush()
         documents.flush()
         max_token_id = max(queries.max_token_id, documents.max_token_id)
-        state.update(rows=rows, source_rows=source_rows, max_token_id=max_token_id)
+        state.update(rows=rows, source_rows=source_rows, parts=parts, max_token_id=max_token_id)
         state.update(truncated_query=queries.truncated, truncated_document=documents.truncated)
         files.commit(state)
 
+    prompts: set[str] = set()  # of rows, that leave room for text
+
+    def query_prefix_of(row: Row) -> str:
+        if row.prompt is None:
+            return query_prompt(dataset.task)
+        if row.prompt not in prompts:
+            prompts.add(row.prompt)
+            try:
+                length = config.query_max_length
+                tokenizer.check_prompt(query_prompt(row.prompt), length, "data.query_max_length")
+            except UserError as error:
+                raise DataError(row.path, row.line, str(error)) from None
+        return query_prompt(row.prompt)
+
     for i, dataset in enumerate(config.datasets):
-        query_prefix, document_prefix = query_prompt(dataset.task), query_prompt(dataset.document_task)
+        document_prefix = query_prompt(dataset.document_task)
         for row in itertools.islice(read_rows(dataset), source_rows[i], None):
             failpoint("store.row", rows)
+            query_prefix = query_prefix_of(row)
             queries.add(query_prefix + row.query, row.path, row.line)
             pos = [document_id(document_prefix, text, row.path, row.line) for text in row.pos]
             neg = [document_id(document_prefix, text, row.path, row.line) for text in row.neg]
@@ -213,6 +233,9 @@ def _tokenise(
             for part, values in (("positives", unique_pos), ("negatives", unique_neg)):
                 files.add(f"num_{part}", _int(len(values)))
                 files.add(part, array("q", values).tobytes())
+            if not parts[i] or parts[i][-1][0] != row.path:
+                parts[i].append([row.path, 0])
+            parts[i][-1][1] += 1
             rows, source_rows[i] = rows + 1, source_rows[i] + 1
             now = time.monotonic()
             if now - last >= COMMIT_S:

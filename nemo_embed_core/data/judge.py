@@ -23,9 +23,12 @@ NAMED = 3  # rows of each kind that the report names
 
 
 def judge(
-    folder: Path, row_files: list[str], source_rows: list[int]
+    folder: Path, parts: list[tuple[str, int]]
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    """(arrays by file name, kind -> {"count", "of", "first": [path:line]}) from a build's .part files."""
+    """(arrays by file name, kind -> {"count", "of", "first": [path:line]}) from a build's .part files.
+
+    parts: (file, rows of it), in order.
+    """
 
     def ints(part: str) -> np.ndarray:
         return np.fromfile(folder / f"{part}.part", dtype="<i8").astype(np.int64, copy=False)
@@ -96,11 +99,11 @@ def judge(
             D,
         ),
     }
-    source_ends = np.cumsum(source_rows)
+    part_ends = np.cumsum([count for _, count in parts])
     noise: dict[str, dict[str, Any]] = {}
     for kind, (rows, of) in kinds.items():
         first = np.unique(rows)[:NAMED]
-        files = [row_files[i] for i in np.searchsorted(source_ends, first, side="right").tolist()]
+        files = [parts[i][0] for i in np.searchsorted(part_ends, first, side="right").tolist()]
         named = [f"{file}:{line}" for file, line in zip(files, lines_R[first].tolist(), strict=True)]
         noise[kind] = {"count": len(rows), "of": of, "first": named}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import re
@@ -96,15 +97,16 @@ def check_file(path: Path) -> None:
         return
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise UserError(
-            f"{path} is an address; only files and folders of this machine are read: download it first"
+            f"{path} is an address; read are files and folders of this machine and hf://user/name: download it "
+            "first"
         )
     near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
     holds = f"{path.parent} holds: {', '.join(near) or 'nothing'}"
     where = holds if path.parent.is_dir() else "nor does its folder"
     if re.fullmatch(r"[\w.-]+/[\w-]+(\.\d[\w.-]*)?", str(path)) and not near:
         where += (
-            f'. A data set of the Hugging Face hub has to be downloaded ("hf download {path} --repo-type '
-            'dataset --local-dir DIR") and written as JSONL rows or a BEIR folder'
+            f'. A data set of the Hugging Face hub is hf://{path}, or downloaded: "hf download {path} --repo-type '
+            'dataset --local-dir DIR"'
         )
     raise UserError(f"{path} does not exist; {where}")
 
@@ -114,7 +116,7 @@ def raw_lines(path: Path, findings: Findings) -> Iterator[tuple[int, bytes]]:
     check_file(path)
     line, start, size = 0, time.monotonic(), max(1, path.stat().st_size)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        with open_bytes(path) as file:
             # readline with a limit: a file without newlines, or a gzip bomb, must not fill the memory.
             while raw := file.readline(MAX_LINE + 1):
                 line += 1
@@ -124,17 +126,57 @@ def raw_lines(path: Path, findings: Findings) -> Iterator[tuple[int, bytes]]:
                     return  # where the next line begins is a guess
                 if line == 1 and raw.startswith(b"\xef\xbb\xbf"):
                     raw = raw[3:]  # byte order mark
-                if line % 1024 == 0:  # fileobj: of a .gz, the compressed bytes
-                    findings.progress(path, line, getattr(file, "fileobj", file).tell() / size, start)
+                if line % 1024 == 0:
+                    findings.progress(path, line, place(file) / size, start)
                 yield line, raw
         if not line:
             findings.bad(path, 1, "the file is empty: at least one line is needed")
-    except EOFError:
-        findings.bad(path, line + 1, "the gzip stream ends early: the file is truncated, copy it again")
-    except (gzip.BadGzipFile, zlib.error) as error:
-        findings.bad(path, line + 1, f"not a whole gzip file: {error}; copy it again or rename it")
-    except OSError as error:
-        findings.bad(path, line + 1, f"cannot be read: {os.strerror(error.errno or 0)}")
+    except (EOFError, OSError, zlib.error) as error:
+        findings.bad(path, line + 1, unreadable(path, error))
+
+
+def open_bytes(path: Path) -> Any:
+    """The bytes of the file, decompressed where its name ends in .gz or .zst."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        return _Zstandard(path)
+    return open(path, "rb")
+
+
+class _Zstandard(io.BufferedReader):
+    """A .zst file through pyarrow, which brings the codec with it."""
+
+    def __init__(self, path: Path):
+        pyarrow = need_pyarrow(path)
+        self.fileobj = pyarrow.OSFile(str(path))
+        super().__init__(pyarrow.CompressedInputStream(self.fileobj, "zstd"), 1 << 20)
+
+
+def place(file: Any) -> int:
+    """Bytes of the file on disk that are read, of what open_bytes gave."""
+    return int(getattr(file, "fileobj", file).tell())  # fileobj: of a compressed file, the compressed bytes
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why open_bytes or a read failed, and what to do."""
+    if isinstance(error, EOFError):
+        return "the gzip stream ends early: the file is truncated, copy it again"
+    if isinstance(error, gzip.BadGzipFile | zlib.error):
+        return f"not a whole gzip file: {error}; copy it again or rename it"
+    if path.suffix == ".zst":
+        return f"not a whole Zstandard file: {str(error).splitlines()[0]}; copy it again or rename it"
+    return f"cannot be read: {os.strerror(getattr(error, 'errno', 0) or 0)}"
+
+
+def need_pyarrow(path: object) -> Any:
+    """The module; UserError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow to be read: pip install pyarrow") from None
+    return pyarrow
 
 
 def json_lines(path: Path, findings: Findings, wanted: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -164,14 +206,17 @@ def json_lines(path: Path, findings: Findings, wanted: str) -> Iterator[tuple[in
 
 
 _MAGIC = (
-    (b"PAR1", "a Parquet file"),
-    (b"ARROW1", "an Arrow file"),
-    (b"\xff\xff\xff\xff", "an Arrow stream (a data set that the datasets library saved)"),
+    (b"PAR1", "a Parquet file: name it .parquet"),
+    (b"ARROW1", "an Arrow file: name it .arrow"),
+    (
+        b"\xff\xff\xff\xff",
+        "an Arrow stream: name it .arrow, or give the folder that the datasets library saved",
+    ),
     (b"PK\x03\x04", "a zip archive or an Excel sheet"),
     (b"\xd0\xcf\x11\xe0", "an Excel sheet"),
     (b"\x1f\x8b", "gzip data: rename it to .jsonl.gz"),
     (b"BZh", "bzip2 data: decompress it"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard data: decompress it"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard data: rename it to .jsonl.zst"),
     (b"\xfd7zXZ", "xz data: decompress it"),
     (b"SQLite format 3", "an SQLite database"),
     (b"\x89HDF", "an HDF5 file"),
@@ -203,18 +248,20 @@ def _other_format(raw: bytes) -> str | None:
         return binary
     text = raw.decode("utf-8", "replace").strip("\r\n ")
     if text.startswith("["):
-        return "a JSON array: write one object a line, without brackets and commas around them"
+        return (
+            "a JSON array: write one object a line, without brackets and commas around them, or name it .json"
+        )
     if text == "{":
-        return "one JSON object over several lines: write each object on one line"
+        return "one JSON object over several lines: write each object on one line, or name it .json"
     if re.search(r"\}\r+\{", text):
         return "text whose lines end in \\r alone: convert it with tr '\\r' '\\n'"
     if not text.startswith(("{", "#", "/")):
         for separator, what in (
-            ("\t", "tab-separated columns (TSV)"),
-            (",", "comma-separated columns (CSV)"),
+            ("\t", "tab-separated columns (TSV): name the file .tsv, its first line names the columns"),
+            (",", "comma-separated columns (CSV): name the file .csv, its first line names the columns"),
         ):
             if separator in text:
-                return f"{what}: convert them"
+                return what
     return None
 
 
@@ -280,7 +327,8 @@ def check_id(value: Any, field: str) -> str:
 
 def type_name(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), f"a number ({type(value).__name__})")
+    kind = type(value).__name__
+    return names.get(type(value), f"a number ({kind})" if isinstance(value, int | float) else f"a {kind}")
 
 
 def short(value: Any) -> str:

@@ -1,8 +1,8 @@
 """Data as people write it, read strictly: a bad row stops with `path:line: what and why`.
 
-Two formats, plain or .gz:
-- JSONL rows {"query": str, "pos": [str, ...], "neg": [str, ...]} (formats/ours.py);
-- a BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (formats/beir.py).
+Two questions: the container (JSON lines, CSV, Parquet, a folder of shards; data/records.py), told by the
+name, and the format of a row (one module of data/formats/ each), told by its fields or named by the dataset.
+A BEIR folder is both (formats/beir.py).
 
 Nothing is skipped, repaired or cast in silence (docs/data-formats.md has the list). What is read but has to
 be said, as a null title, is noted in a Findings; with Findings() reading also goes on after a bad line and
@@ -13,10 +13,25 @@ the caller raises all of them:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.formats import (
+    automodel,
+    bitext,
+    contrastors,
+    f2llm,
+    flagembedding,
+    labels,
+    ms_swift,
+    ours,
+    sentence_transformers,
+    sts,
+    tevatron,
+)
 from nemo_embed_core.data.formats.beir import (
     Beir,
     OnMissing,
@@ -24,32 +39,59 @@ from nemo_embed_core.data.formats.beir import (
     beir_rows,
     beir_split,
     has_irrelevant,
+    is_beir,
     pool_texts,
 )
-from nemo_embed_core.data.formats.ours import jsonl_rows
-from nemo_embed_core.data.formats.row import Row
-from nemo_embed_core.data.lines import BadLines, Findings, check_file
+from nemo_embed_core.data.lines import NOISE, BadLines, Findings, is_noise, short
+from nemo_embed_core.data.records import Record, Source, find, has_rows, hub_address, hub_commit, records
+from nemo_embed_core.data.row import Row
+from nemo_embed_core.errors import UserError
 
 __all__ = [
     "BadLines", "Beir", "Findings", "Row",
-    "check_sources", "read_beir", "read_documents", "read_passages", "read_rows", "reading", "source_files",
+    "check_sources", "is_folder_of_texts", "read_beir", "read_documents", "read_passages", "read_rows", "reading",
+    "source_files",
 ]  # fmt: skip
 
 
-def read_rows(config: DatasetConfig, findings: Findings | None = None) -> Iterator[Row]:
-    """The rows of a JSONL file or a BEIR split (a row per judged query: score > 0 is pos, the others neg).
+class Format(Protocol):
+    """A module of data/formats/: how a record becomes a row.
 
-    DataError at the first bad line of a JSONL file; a BEIR split is read whole before its first row, so at
-    all of them. findings: the caller's; with one that is not strict the good rows are given and nothing is
-    raised.
+    It may also have COLUMNS = True: fields count by their order; NUMBERS: fields that are numbers, also in
+    CSV; scan(records): what row() gets as its fourth argument, of all records.
     """
-    path = Path(config.path)
-    if not path.is_dir():
-        yield from jsonl_rows(path, findings or Findings(strict=True))
+
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def EXAMPLE(self) -> str: ...  # of a row, for messages
+    @property
+    def OPTIONAL(self) -> tuple[str, ...]: ...  # fields that a row may lack: null, then, in a columnar file
+    def sniff(self, fields: dict[str, Any]) -> bool: ...
+    @property
+    def row(self) -> Callable[..., Row]: ...  # (fields, path, line): ValueError says what is wrong
+
+
+FORMATS: tuple[Format, ...] = (
+    ours, flagembedding, sentence_transformers, tevatron, automodel, contrastors, f2llm, ms_swift, sts, labels, bitext,
+)  # fmt: skip
+
+
+def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: bool = False) -> Iterator[Row]:
+    """The rows of a dataset, in the order of its files (of a BEIR split a row per judged query: score > 0 is
+    pos, the others neg).
+
+    DataError at the first bad line; a BEIR split is read whole before its first row, so at all of them.
+    findings: the caller's; with one that is not strict the good rows are given and nothing is raised.
+    graded: also graded pairs, as they are; else those of config.min_grade and above, without it an error.
+    """
+    if not is_folder_of_texts(config):
+        rows = _rows(config, findings or Findings(strict=True))
+        yield from rows if graded else _positive(rows, config.min_grade, findings or Findings(strict=True))
         return
     # Not `findings or`: what the split's files have wrong is collected, then raised before the first row.
     own = findings if findings is not None else Findings()
-    for row in beir_rows(path, config.split, config.on_missing, own):
+    for row in beir_rows(Path(config.path), config.split, config.on_missing, own):
         if findings is None:
             own.raise_bad()
         yield row
@@ -57,23 +99,166 @@ def read_rows(config: DatasetConfig, findings: Findings | None = None) -> Iterat
         own.raise_bad()
 
 
+def is_folder_of_texts(config: DatasetConfig) -> bool:
+    """Whether it is a BEIR folder, which has documents that are in no row."""
+    folder = Path(config.path)
+    if config.format or not folder.is_dir():
+        return config.format == "beir"
+    return is_beir(folder) or not has_rows(folder)  # neither: beir_files says so
+
+
+def _positive(rows: Iterable[Row], min_grade: float | None, findings: Findings) -> Iterator[Row]:
+    """Of graded pairs those that belong together."""
+    found, row = False, None
+    for row in rows:
+        if (row.grade is None) != (min_grade is None):
+            what = f"a graded pair (grade {row.grade:g}), which the contrastive loss has no use for"
+            fix = "set the dataset's min_grade to the grade from which pairs belong together"
+            if row.grade is None:
+                what, fix = "a row without a grade, and the dataset's min_grade is set", "remove that option"
+            findings.bad(Path(row.path), row.line, f"{what}: {fix}")
+            return  # every other line would be as bad
+        if row.grade is not None and min_grade is not None and row.grade < min_grade:
+            findings.note(
+                f"pairs with a grade below min_grade={min_grade:g}, left out", Path(row.path), row.line
+            )
+            continue
+        found = True
+        yield row
+    if row is not None and not found:
+        findings.bad(
+            Path(row.path), row.line, f"no row is left: none has a grade of min_grade={min_grade:g} or more"
+        )
+
+
+def _rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
+    source = find(config.path, config.split)
+    one = _named(config.format) if config.format else None
+    order: list[str] = []
+    ids: dict[str, tuple[Path, int]] = {}
+    more: tuple[Any, ...] | None = None
+    for record in records(source, findings, (one or ours).EXAMPLE):
+        path, line, fields = _without_ignored(record, config.ignore)
+        try:
+            if one is None:
+                one = _sniffed(fields) or ours  # whose messages say how to write rows
+                if one is not ours:
+                    findings.note(
+                        f"data sets read as {one.NAME} (set their format where it is another)", path, line
+                    )
+            if more is None:
+                more = (one.scan(_fields(source, config, one)),) if hasattr(one, "scan") else ()
+            fields = _as_written(fields, source, one)
+            if getattr(one, "COLUMNS", False):
+                order = order or list(fields)
+                fields = _ordered(fields, order)
+            row = one.row(fields, str(path), line, *more)
+            if row.id:
+                first = ids.setdefault(row.id, (path, line))
+                if first != (path, line):
+                    where = f"line {first[1]}" if first[0] == path else f"{first[0]}:{first[1]}"
+                    raise ValueError(f"id {short(row.id)} is already the id of {where}: make ids unique")
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+            continue
+        _note_noise(row, path, line, findings)
+        yield row
+
+
+def _without_ignored(record: Record, ignore: list[str]) -> Record:
+    if not ignore:
+        return record
+    return record._replace(fields={name: v for name, v in record.fields.items() if name not in ignore})
+
+
+def _as_written(fields: dict[str, Any], source: Source, one: Format) -> dict[str, Any]:
+    """Without what the container has to write where a row has nothing, and numbers where it has only text."""
+    if source.is_columnar:
+        return {name: v for name, v in fields.items() if v is not None or name not in one.OPTIONAL}
+    if not source.is_text:
+        return fields
+    fields = {name: v for name, v in fields.items() if v or name not in one.OPTIONAL}
+    for name in getattr(one, "NUMBERS", ()):
+        if re.fullmatch(r"-?\d+(\.\d+)?([eE][-+]?\d+)?", fields.get(name, ""), re.ASCII):
+            fields[name] = float(fields[name])
+    return fields
+
+
+def _fields(source: Source, config: DatasetConfig, one: Format) -> Iterator[dict[str, Any]]:
+    for record in records(source, Findings(), one.EXAMPLE):
+        yield _as_written(_without_ignored(record, config.ignore).fields, source, one)
+
+
+def _ordered(fields: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    """In the order of the first row: columns have one, the keys of a JSON object may not."""
+    if fields.keys() != set(order):
+        raise ValueError(f"columns {short(list(fields))} are not those of the first row, {short(order)}")
+    return {name: fields[name] for name in order}
+
+
+def _named(name: str) -> Format:
+    for one in FORMATS:
+        if name == one.NAME:
+            return one
+    raise UserError(f"format={name!r} is none of {', '.join(['beir', *(one.NAME for one in FORMATS)])}")
+
+
+def _sniffed(fields: dict[str, Any]) -> Format | None:
+    """The format whose fields these are; ValueError where two take them."""
+    found = [one for one in FORMATS if one.sniff(fields)]
+    if len(found) > 1:
+        names = " and ".join(one.NAME for one in found)
+        raise ValueError(
+            f"fields {short(list(fields))} are those of {names}: set the dataset's format to one"
+        )
+    return found[0] if found else None
+
+
+def _format_of(config: DatasetConfig) -> tuple[Format, Source]:
+    """As reading it would find it, of the first record that can be read."""
+    source = find(config.path, config.split)
+    if config.format:
+        return _named(config.format), source
+    for record in records(source, Findings(), ours.EXAMPLE):
+        return _sniffed(_without_ignored(record, config.ignore).fields) or ours, source
+    return ours, source
+
+
+def _note_noise(row: Row, path: Path, line: int, findings: Findings) -> None:
+    if any(not text[0].isalnum() and is_noise(text) for text in (row.query, *row.pos, *row.neg)):
+        for name, texts in {"queries": [row.query], "positives": row.pos, "negatives": row.neg}.items():
+            if count := sum(map(is_noise, texts)):
+                findings.note(f"{name} {NOISE}", path, line, count)
+
+
 def source_files(config: DatasetConfig) -> list[Path]:
     """The files that read_rows(config) reads, in a fixed order."""
-    path = Path(config.path)
-    if path.is_dir():
-        return beir_files(path, config.split)
-    check_file(path)
-    return [path]
+    if is_folder_of_texts(config):
+        return beir_files(Path(config.path), config.split)
+    return find(config.path, config.split).files
 
 
 def reading(config: DatasetConfig) -> list[str]:
-    """Options that decide the rows besides the bytes of source_files, for digests: mostly none."""
-    path, how = Path(config.path), []
-    if path.is_dir():
+    """What decides the rows besides the bytes of source_files, for digests: nothing for files of our rows."""
+    how = []
+    if is_folder_of_texts(config):
         if config.on_missing != "error":
             how.append(f"on_missing={config.on_missing}")
-        if has_irrelevant(path, config.split):
+        if has_irrelevant(Path(config.path), config.split):
             how.append("judged irrelevant: neg")  # what was made before they were read has none
+        return how
+    one, source = _format_of(config)
+    if source.kind == "hf":
+        hub = hub_address(source)
+        how.append(f"hf={hub.name}/{hub.subset or ''}@{hub_commit(source)}:{hub.split}")
+    if one is not ours:
+        how.append(f"format={one.NAME}")
+    if source.kind not in ("jsonl", "json"):
+        how.append(f"container={source.kind}")  # the same bytes under another name are other rows
+    if config.ignore:
+        how.append(f"ignore={','.join(sorted(config.ignore))}")
+    if config.min_grade is not None:
+        how.append(f"min_grade={config.min_grade:g}")
     return how
 
 

@@ -85,8 +85,8 @@ class Store:
         for name, lengths in (("query", self.query_lengths), ("document", self.document_lengths)):
             if len(lengths) == 0 or lengths.min() < 1:
                 raise damaged(self.folder, f"a {name} has no tokens")
-        self._row_files = [source["row_file"] for source in self.manifest["sources"]]
-        self._source_ends = np.cumsum([source["rows"] for source in self.manifest["sources"]])
+        self._parts = row_parts(self.manifest["sources"])
+        self._part_ends = np.cumsum([count for _, count in self._parts])
 
     def __len__(self) -> int:
         return len(self.query_lengths)
@@ -122,8 +122,8 @@ class Store:
 
     def where(self, row: int) -> str:
         """path:line of the row."""
-        source = int(np.searchsorted(self._source_ends, row, side="right"))
-        return f"{self._row_files[source]}:{self.row_lines[row]}"
+        part = int(np.searchsorted(self._part_ends, row, side="right"))
+        return f"{self._parts[part][0]}:{self.row_lines[row]}"
 
     def verify(self) -> None:
         """UserError naming the file whose sha256 is not the one that was built; ids are within range."""
@@ -171,6 +171,15 @@ def _counted(number: int, one: str, many: str = "") -> str:
 
 
 # ------------------------------------------------------------------------------------------ files
+
+
+def row_parts(sources: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """(file, rows of it) in the order of the rows; of a source with one file that has rows, that one."""
+    return [
+        (str(file), int(rows))
+        for source in sources
+        for file, rows in source.get("parts") or [[source["row_file"], source["rows"]]]
+    ]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

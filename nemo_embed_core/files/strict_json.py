@@ -40,6 +40,11 @@ def parse(text: str | bytes) -> Any:
     return _DECODER.decode(text)
 
 
+def raw_decode(text: str, at: int) -> tuple[Any, int]:
+    """(the value that begins at this character, where it ends), for a reader of longer texts."""
+    return _DECODER.raw_decode(text, at)
+
+
 def lfs_pointer(path: Path) -> UserError:
     return UserError(f"{path} is a git-lfs pointer, not the file itself; run git lfs pull in {path.parent}")
 

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,14 @@ from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
 from nemo_embed_core.data.normal_form import exact_key, normal_key
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import BadLines, Findings, read_beir, read_documents, read_rows
+from nemo_embed_core.data.readers import (
+    BadLines,
+    Findings,
+    is_folder_of_texts,
+    read_beir,
+    read_documents,
+    read_rows,
+)
 from nemo_embed_core.encoders.precomputed import precomputed_sides
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
@@ -97,7 +105,8 @@ def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
     base = {name: getattr(config, name) for name in names}
     named: dict[str, MineDatasetConfig] = {}
     for dataset in config.datasets or [MineDatasetConfig(path=config.data, **base)]:
-        stem = Path(dataset.path).name.removesuffix(".gz").removesuffix(".jsonl")
+        stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.(gz|zst))?$", "", Path(dataset.path).name)
+        stem = re.sub(r"[^\w.-]+", "_", stem)  # of a glob
         count = 1
         while (name := stem if count == 1 else f"{stem}-{count}") in named:
             count += 1
@@ -110,7 +119,7 @@ def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
 
 def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Document]:
     """Documents to search beside those of the rows: of a BEIR folder the whole corpus, and --corpus."""
-    if Path(dataset.path).is_dir() and config.pool == "all":
+    if is_folder_of_texts(dataset.as_data()) and config.pool == "all":
         corpus = read_beir(dataset.path, dataset.split, dataset.on_missing).corpus
         yield from (Document(corpus[key], key) for key in corpus)
     if config.corpus:
@@ -152,7 +161,7 @@ def _read_all(
     for line in findings.lines():
         log(line)
     for name, dataset in datasets.items():
-        if Path(dataset.path).is_dir():
+        if is_folder_of_texts(dataset.as_data()):
             whole = read_beir(dataset.path, dataset.split, dataset.on_missing, Findings(log=log))
             counts[name] = (len(whole.corpus) + num_corpus, counts[name][1])
         _read_other_splits(config, name, dataset, known, log)
@@ -280,7 +289,7 @@ def mine(
             known=plan.known,
             excluded=plan.excluded,
             keep_negatives=config.keep_negatives,
-            negatives_are_judged=Path(dataset.path).is_dir(),
+            negatives_are_judged=is_folder_of_texts(dataset.as_data()),
             rows_are_searched=config.pool == "all",
             device=device,
             method=config.method,

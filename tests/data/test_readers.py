@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nemo_embed_core.config import DatasetConfig
-from nemo_embed_core.data import lines
+from nemo_embed_core.data import lines, records
+from nemo_embed_core.data import row as data_row
 from nemo_embed_core.data.formats import ours
 from nemo_embed_core.data.readers import Row, read_beir, read_passages, read_rows, source_files
 from nemo_embed_core.errors import DataError, UserError
@@ -117,7 +118,7 @@ BAD_ROWS = {
     "neg whitespace": (row(neg=["n", "\t"]), 1, "field 'neg[1]' is empty"),
     "positive among negatives": (row(neg=["n", "p"]), 1, "pos[0] is also neg[1]: remove it from 'neg'"),
     "unknown field": (row(negs=["n"]), 1, "unknown fields ['negs']: remove them"),
-    "prompt of FlagEmbedding": (row(prompt="Find"), 1, "set the instruction with the dataset's task option"),
+    "prompt a number": (row() + row(prompt=7), 2, "field 'prompt' must be a string"),
     "too few scores": (row(neg_scores=[0.1]), 1, "'neg_scores' must be a list of 2 numbers (one per text), got 1 entries"),
     "lang a number": (row(lang=7), 1, "field 'lang' must be a string"),
     "scores a string": (row(pos_scores="0.1"), 1, "'pos_scores' must be a list of 1 numbers"),
@@ -417,25 +418,27 @@ def _skipping(path, findings, wanted):
 
 PLANTED = {
     "blank texts accepted": (ours, "check_text", lambda value, field: str(value)),
+    "blank texts of lists accepted": (data_row, "check_text", lambda value, field: str(value)),
     "surrogates accepted": (lines, "check_unicode", lambda value, field: None),
     "bad bytes replaced": (lines, "decode", lambda raw: raw.decode("utf-8", "replace")),
     "a string taken for a list": (ours, "_texts", lambda row, field: list(row.get(field) or ["x"])),
     "empty pos accepted": (ours, "_texts", lambda row, field: [*row[field]] or [""]),
     "error path that fails": (lines, "type_name", lambda value: {int: "a number", str: "a string"}[type(value)]),
-    "whole values in messages": (ours, "short", repr),
+    "whole values in messages": (data_row, "short", repr),
     "lines split at U+2028": (
         lines, "raw_lines",
         lambda path, _: enumerate(
             (s.encode() for s in path.read_bytes().decode("utf-8", "replace").splitlines()), 1
         ),
     ),
-    "bad rows skipped": (ours, "json_lines", _skipping),
+    "bad rows skipped": (records.READERS, "jsonl", _skipping),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_fuzz_catches_planted_bugs(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(*PLANTED[name])
+    place, part, fault = PLANTED[name]
+    (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, part, fault)
     # Several at once.
     wrong = (AssertionError, UnicodeError, LookupError, TypeError, json.JSONDecodeError, ExceptionGroup)
     with pytest.raises(wrong):

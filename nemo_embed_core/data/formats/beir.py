@@ -24,6 +24,7 @@ from nemo_embed_core.data.lines import (
     short,
     type_name,
 )
+from nemo_embed_core.data.row import Row
 from nemo_embed_core.data.texts import Texts, TextsById
 from nemo_embed_core.errors import UserError
 
@@ -255,6 +256,13 @@ def pool_texts(path: Path, on_missing: OnMissing, findings: Findings) -> Iterato
 # ------------------------------------------------------------------------------------------ files
 
 
+MARKS = {"qrels", "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"}
+
+
+def is_beir(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).exists() for name in MARKS)
+
+
 def beir_files(folder: Path, split: str) -> list[Path]:
     """[corpus, queries, qrels of the split]; UserError with what the folder holds instead."""
     if not folder.is_dir():
@@ -262,24 +270,13 @@ def beir_files(folder: Path, split: str) -> list[Path]:
             f"{folder} is not a folder: a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/"
         )
     names = sorted(p.name for p in folder.iterdir())
-    if not {"qrels", "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"} & set(names):
+    if not MARKS & set(names):
         raise UserError(
-            f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){_kind_of_folder(names)}; it "
+            f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){' but a model' if 'config.json' in names else ''}; it "
             f"holds: {', '.join(names[:10]) or 'nothing'}"
         )
     texts = [_file(folder, name, names) for name in ("corpus.jsonl", "queries.jsonl")]
     return [*texts, _qrels_file(folder, split)]
-
-
-def _kind_of_folder(names: list[str]) -> str:
-    ends = {name.rsplit(".", 1)[-1] for name in names}
-    if "arrow" in ends or "dataset_info.json" in names or "dataset_dict.json" in names:
-        return " but a data set that the datasets library saved: write it as JSONL rows"
-    if "parquet" in ends:
-        return " but holds Parquet files: write them as JSONL rows or a BEIR folder"
-    if {"jsonl", "gz"} & ends:
-        return ": give each JSONL file of rows as a data set of its own"
-    return " but a model" if "config.json" in names else ""
 
 
 def _file(folder: Path, name: str, names: list[str]) -> Path:

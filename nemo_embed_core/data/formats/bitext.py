@@ -1,0 +1,236 @@
+"""Bitext: two columns of texts that are translations, or {"translation": {"en": "...", "de": "..."}}.
+
+The first is the query, the second its positive. For both directions give the data twice, the second time with
+the order turned round.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nemo_embed_core.data.lines import check_text, short
+from nemo_embed_core.data.row import Row
+
+NAME = "bitext"
+EXAMPLE = '{"en": "...", "de": "..."}'
+OPTIONAL: tuple[str, ...] = ()
+COLUMNS = True
+PAIRS = {("sentence1", "sentence2"), ("english", "non_english")}
+# ISO 639-1, and codes with a script as in FLORES (deu_Latn) or a region (pt-BR).
+_CODES = frozenset(
+    [
+        "aa",
+        "ab",
+        "af",
+        "ak",
+        "am",
+        "an",
+        "ar",
+        "as",
+        "av",
+        "ay",
+        "az",
+        "ba",
+        "be",
+        "bg",
+        "bh",
+        "bi",
+        "bm",
+        "bn",
+        "bo",
+        "br",
+        "bs",
+        "ca",
+        "ce",
+        "ch",
+        "co",
+        "cr",
+        "cs",
+        "cu",
+        "cv",
+        "cy",
+        "da",
+        "de",
+        "dv",
+        "dz",
+        "ee",
+        "el",
+        "en",
+        "eo",
+        "es",
+        "et",
+        "eu",
+        "fa",
+        "ff",
+        "fi",
+        "fj",
+        "fo",
+        "fr",
+        "fy",
+        "ga",
+        "gd",
+        "gl",
+        "gn",
+        "gu",
+        "gv",
+        "ha",
+        "he",
+        "hi",
+        "ho",
+        "hr",
+        "ht",
+        "hu",
+        "hy",
+        "hz",
+        "ia",
+        "id",
+        "ie",
+        "ig",
+        "ii",
+        "ik",
+        "io",
+        "is",
+        "it",
+        "iu",
+        "ja",
+        "jv",
+        "ka",
+        "kg",
+        "ki",
+        "kj",
+        "kk",
+        "kl",
+        "km",
+        "kn",
+        "ko",
+        "kr",
+        "ks",
+        "ku",
+        "kv",
+        "kw",
+        "ky",
+        "la",
+        "lb",
+        "lg",
+        "li",
+        "ln",
+        "lo",
+        "lt",
+        "lu",
+        "lv",
+        "mg",
+        "mh",
+        "mi",
+        "mk",
+        "ml",
+        "mn",
+        "mr",
+        "ms",
+        "mt",
+        "my",
+        "na",
+        "nb",
+        "nd",
+        "ne",
+        "ng",
+        "nl",
+        "nn",
+        "no",
+        "nr",
+        "nv",
+        "ny",
+        "oc",
+        "oj",
+        "om",
+        "or",
+        "os",
+        "pa",
+        "pi",
+        "pl",
+        "ps",
+        "pt",
+        "qu",
+        "rm",
+        "rn",
+        "ro",
+        "ru",
+        "rw",
+        "sa",
+        "sc",
+        "sd",
+        "se",
+        "sg",
+        "si",
+        "sk",
+        "sl",
+        "sm",
+        "sn",
+        "so",
+        "sq",
+        "sr",
+        "ss",
+        "st",
+        "su",
+        "sv",
+        "sw",
+        "ta",
+        "te",
+        "tg",
+        "th",
+        "ti",
+        "tk",
+        "tl",
+        "tn",
+        "to",
+        "tr",
+        "ts",
+        "tt",
+        "tw",
+        "ty",
+        "ug",
+        "uk",
+        "ur",
+        "uz",
+        "ve",
+        "vi",
+        "vo",
+        "wa",
+        "wo",
+        "xh",
+        "yi",
+        "yo",
+        "za",
+        "zh",
+        "zu",
+    ]
+)
+
+
+def _is_code(name: str) -> bool:
+    return (
+        name in _CODES
+        or (name[:2] in _CODES and bool(re.fullmatch(r"..[-_]([A-Z]{2}|[A-Z][a-z]{3})", name)))
+        or bool(re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", name))
+    )
+
+
+def sniff(fields: dict[str, Any]) -> bool:
+    names = tuple(fields)
+    if names == ("translation",):
+        return True
+    is_pair = len(names) == 2 and all(isinstance(value, str) for value in fields.values())
+    return is_pair and (names in PAIRS or all(map(_is_code, names)))
+
+
+def row(fields: dict[str, Any], path: str, line: int) -> Row:
+    inside = ""
+    if tuple(fields) == ("translation",) and isinstance(fields["translation"], dict):
+        fields, inside = fields["translation"], "translation."
+    if len(fields) != 2:
+        raise ValueError(
+            f"columns {short(list(fields))}: bitext has two, the query's and its translation's; name others in ignore"
+        )
+    (first, query), (second, pos) = fields.items()
+    query, pos = check_text(query, inside + first), check_text(pos, inside + second)
+    return Row(query, [pos], [], path, line, lang=first if _is_code(first) else "")

@@ -1,0 +1,59 @@
+"""tevatron with texts: {"query_id", "query", "positive_passages": [{"docid", "title", "text"}, ...],
+"negative_passages": [...], "answers"?}.
+
+A document is title + " " + text where it has a title. answers are not used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_embed_core.data.lines import check_id, check_text, type_name
+from nemo_embed_core.data.row import Row, check_disjoint, check_known, check_list, check_number, check_string
+
+NAME = "tevatron"
+EXAMPLE = '{"query_id": "1", "query": "...", "positive_passages": [{"docid": "7", "title": "", "text": "..."}], ...}'
+OPTIONAL = ("answers",)
+KNOWN = ("query_id", "query", "positive_passages", "negative_passages", "answers")
+
+
+def sniff(fields: dict[str, Any]) -> bool:
+    return {"query", "positive_passages"} <= fields.keys()
+
+
+def row(fields: dict[str, Any], path: str, line: int) -> Row:
+    check_known(fields, KNOWN)
+    for field in ("query_id", "query", "positive_passages", "negative_passages"):
+        if field not in fields:
+            fix = ": write [] when there are none" if field == "negative_passages" else ""
+            raise ValueError(f"field {field!r} is missing{fix}")
+    query = check_text(fields["query"], "query")
+    pos, pos_ids = _passages(fields["positive_passages"], "positive_passages")
+    neg, neg_ids = _passages(fields["negative_passages"], "negative_passages")
+    if not pos:
+        raise ValueError("field 'positive_passages' is empty: every query needs at least one")
+    check_disjoint(pos, neg, lambda side, i: f"{'positive' if side == 'pos' else 'negative'}_passages[{i}]")
+    key = check_id(fields["query_id"], "query_id")
+    return Row(query, pos, neg, path, line, id=key, pos_ids=pos_ids, neg_ids=neg_ids)
+
+
+def _passages(value: Any, field: str) -> tuple[list[str], list[str]]:
+    texts, ids = [], []
+    for i, passage in enumerate(check_list(value, field, "objects")):
+        name = f"{field}[{i}]"
+        if not isinstance(passage, dict):
+            raise ValueError(
+                f'{name} must be an object {{"docid", "title", "text"}}, got {type_name(passage)}'
+            )
+        check_known(passage, ("docid", "title", "text", "score"))
+        if passage.get("score") is not None:
+            check_number(passage["score"], f"{name}.score")
+        if "text" not in passage:
+            raise ValueError(f"{name} has no field 'text': rows of ids need their corpus")
+        title, text = passage.get("title"), passage["text"]
+        title = "" if title is None else check_string(title, f"{name}.title", '"Plants"')
+        if title.strip():
+            text = f"{title} {check_string(text, f'{name}.text', 'a sentence')}"
+        texts.append(check_text(text, f"{name}.text"))
+        ids.append("" if passage.get("docid") is None else check_id(passage["docid"], f"{name}.docid"))
+    return texts, ids if any(ids) else []

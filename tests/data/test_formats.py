@@ -1,0 +1,595 @@
+"""Rows of every format as its own documentation writes them; what is nearly one; containers; a thousand broken
+rows of each."""
+
+import copy
+import csv
+import gzip
+import io
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from nemo_embed_core.config import DataConfig, DatasetConfig
+from nemo_embed_core.data import readers
+from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.readers import Findings, Row, read_rows, reading, source_files
+from nemo_embed_core.errors import DataError, UserError
+
+# name -> [(record, (query, pos, neg, further fields of the row))]
+GOLDEN = {
+    "ours": [
+        ({"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_scores": [1, 2.5]}, ("q", ["p"], ["n", "m"], {})),
+        ({"query": "q", "pos": ["p"], "neg": [], "id": 3, "group": "g"}, ("q", ["p"], [], {"id": "3", "group": "g"})),
+    ],
+    "flagembedding": [
+        ({"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [0.9], "neg_scores": [0.1], "prompt": "Find answers", "type": "normal"}, ("q", ["p"], ["n"], {"prompt": "Find answers"})),
+        ({"query": "q", "pos": ["p", "r"], "neg": ["n"], "prompt": ""}, ("q", ["p", "r"], ["n"], {"prompt": ""})),
+        ({"query": "q", "pos": ["p"], "neg": ["n"], "type": "symmetric_sts"}, ("q", ["p"], ["n"], {})),
+    ],
+    "sentence-transformers": [
+        ({"anchor": "a", "positive": "p"}, ("a", ["p"], [], {})),
+        ({"anchor": "a", "positive": "p", "negative": "n"}, ("a", ["p"], ["n"], {})),
+        ({"query": "a", "positive": "p", "negative_1": "n", "negative_2": "m", "scores": [0.9, 0.2, 0.1]}, ("a", ["p"], ["n", "m"], {})),
+        ({"question": "a", "answer": "p"}, ("a", ["p"], [], {})),
+    ],
+    "tevatron": [
+        (
+            {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "title": "T", "text": "p"}],
+             "negative_passages": [{"docid": 8, "title": "", "text": "n"}, {"docid": "9", "text": "m", "score": 0.5}]},
+            ("q", ["T p"], ["n", "m"], {"id": "1", "pos_ids": ["7"], "neg_ids": ["8", "9"]}),
+        ),
+        (
+            {"query_id": 2, "query": "q", "answers": ["x"], "positive_passages": [{"docid": "7", "title": None, "text": "p"}], "negative_passages": []},
+            ("q", ["p"], [], {"id": "2", "pos_ids": ["7"]}),
+        ),
+    ],
+    "automodel": [
+        ({"query": "q", "pos_doc": "p", "neg_doc": ["n", "m"]}, ("q", ["p"], ["n", "m"], {})),
+        ({"question": "q", "pos_doc": [{"text": "p"}], "neg_doc": {"text": "n"}}, ("q", ["p"], ["n"], {})),
+        ({"question_id": "5", "question": "q", "pos_doc": [{"id": "a", "text": "p"}], "neg_doc": []}, ("q", ["p"], [], {"id": "5", "pos_ids": ["a"]})),
+    ],
+    "contrastors": [
+        ({"query": "q", "document": "p", "negatives": ["n", "m"], "metadata": {"objective": {"self": [], "paired": [], "triplet": [["query", "document", "negatives"]]}}}, ("q", ["p"], ["n", "m"], {})),
+        ({"query": "q", "document": "p"}, ("q", ["p"], [], {})),
+    ],
+    "f2llm": [
+        ({"query": "q", "passage": "p", **{f"negative_{i}": f"n{i}" for i in range(1, 12)}}, ("q", ["p"], [f"n{i}" for i in range(1, 12)], {})),
+        ({"query": "q", "passage": "p"}, ("q", ["p"], [], {})),
+    ],
+    "ms-swift": [
+        (
+            {"messages": [{"role": "user", "content": "q"}], "positive_messages": [[{"role": "user", "content": "p"}]],
+             "negative_messages": [[{"role": "user", "content": "n"}], [{"role": "assistant", "content": "m"}]]},
+            ("q", ["p"], ["n", "m"], {}),
+        ),
+        ({"query": "q", "response": "p", "rejected_response": ["n", "m"]}, ("q", ["p"], ["n", "m"], {})),
+        ({"query": "q", "response": "p"}, ("q", ["p"], [], {})),
+    ],
+    "sts": [
+        ({"sentence1": "a", "sentence2": "b", "score": 2.5}, ("a", ["b"], [], {"grade": 2.5})),
+        ({"sentence_A": "a", "sentence_B": "b", "score": 4}, ("a", ["b"], [], {"grade": 4.0})),
+    ],
+    "labels": [
+        ({"text": "my card is late", "label": "card_arrival"}, ("my card is late", ["card_arrival"], ["refund", "top up"], {"group": "card_arrival"})),
+        ({"text": "give it back", "label": "refund"}, ("give it back", ["refund"], ["card_arrival", "top up"], {"group": "refund"})),
+        ({"text": "more money", "label": 5, "label_text": "top up"}, ("more money", ["top up"], ["card_arrival", "refund"], {"group": "top up"})),
+    ],
+    "bitext": [
+        ({"en": "dog", "de": "Hund"}, ("dog", ["Hund"], [], {"lang": "en"})),
+        ({"translation": {"de": "Hund", "en": "dog"}}, ("Hund", ["dog"], [], {"lang": "de"})),
+        ({"sentence1": "dog", "sentence2": "Hund"}, ("dog", ["Hund"], [], {})),
+        ({"deu_Latn": "Hund", "pt-BR": "cão"}, ("Hund", ["cão"], [], {"lang": "deu_Latn"})),
+    ],
+}  # fmt: skip
+
+
+def row_of(path: Path, line: int, query: str, pos: list[str], neg: list[str], more: dict) -> Row:
+    return Row(query, pos, neg, str(path), line)._replace(**more)
+
+
+def same(got: Row, right: Row) -> bool:
+    return got._replace(pos_ids=list(got.pos_ids), neg_ids=list(got.neg_ids)) == right._replace(
+        pos_ids=list(right.pos_ids), neg_ids=list(right.neg_ids)
+    )
+
+
+def jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
+    return path
+
+
+def rows_of(path: object, **options: object) -> list[Row]:
+    return list(read_rows(DatasetConfig(path=str(path), **options), graded=True))
+
+
+def uniform(records: list[dict]) -> list[list[dict]]:
+    """Groups of records with the same fields in the same order."""
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault(tuple(record), []).append(record)
+    return list(groups.values())
+
+
+# ------------------------------------------------------------------------------------------ rows and fields
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_rows_as_the_peer_documents_them(tmp_path: Path, name: str) -> None:
+    tables = [[pair] for pair in GOLDEN[name]] if name != "labels" else [GOLDEN[name]]
+    for i, table in enumerate(tables):
+        path, findings = jsonl(tmp_path / f"{i}.jsonl", [record for record, _ in table]), Findings()
+        got = list(read_rows(DatasetConfig(path=str(path)), findings, graded=True))
+        right = [row_of(path, line, *values) for line, (_, values) in enumerate(table, 1)]
+        assert len(got) == len(right) and all(map(same, got, right)), (got, right)
+        said = [f"data sets read as {name} (set their format where it is another): 1 (first: {path}:1)"]
+        assert findings.lines() == (said if name != "ours" else [])
+        assert rows_of(path, format=name) == got, "named, and not sniffed"
+        assert source_files(DatasetConfig(path=str(path))) == [path]
+        assert reading(DatasetConfig(path=str(path))) == ([] if name == "ours" else [f"format={name}"])
+
+
+def test_no_two_formats_take_the_same_record() -> None:
+    for name, table in GOLDEN.items():
+        for record, _ in table:
+            taken = [one.NAME for one in readers.FORMATS if one.sniff(record)]
+            assert taken == [name], (record, taken)
+    rng = random.Random(0)
+    fields = sorted(
+        {
+            (key, json.dumps(value))
+            for table in GOLDEN.values()
+            for record, _ in table
+            for key, value in record.items()
+        }
+    )
+    for _ in range(20_000):  # any mix of their fields: one takes it or none
+        record = {key: json.loads(value) for key, value in rng.sample(fields, rng.randint(1, 4))}
+        taken = [one.NAME for one in readers.FORMATS if one.sniff(record)]
+        if len(taken) > 1:
+            with pytest.raises(
+                ValueError, match=rf"{taken[0]} and {taken[1]}.*: set the dataset's format to one"
+            ):
+                readers._sniffed(record)
+
+
+# record -> the reason, of what is nearly a row
+NEAR = {
+    "ours, a string": ({"query": "q", "pos": "p", "neg": []}, "field 'pos' must be a list of strings, got a string"),
+    "flagembedding, prompt a list": ({"query": "q", "pos": ["p"], "neg": [], "prompt": []}, "field 'prompt' must be a string"),
+    "flagembedding, type null": ({"query": "q", "pos": ["p"], "neg": [], "type": None}, "field 'type' must be a string"),
+    "flagembedding, unknown field": ({"query": "q", "pos": ["p"], "neg": [], "prompt": "x", "source": "nq"}, "unknown fields ['source']"),
+    "st, an id left over": ({"anchor": "a", "positive": "p", "id": "1"}, "columns ['id']: the library would take each for a negative"),
+    "st, a label": ({"premise": "a", "hypothesis": "b", "label": 1}, "set the dataset's format to sts and min_grade"),
+    "st, a pair class": ({"sentence1": "a", "sentence2": "b", "label": 0}, "column 'label' makes it a pair with a label (0)"),
+    "st, a null": ({"anchor": "a", "positive": None}, "field 'positive' must be a string, got null"),
+    "st, too few scores": ({"query": "a", "positive": "p", "negative": "n", "scores": [1.0]}, "must be a list of 2 numbers"),
+    "st, a positive again": ({"anchor": "a", "positive": "p", "negative_1": "n", "negative_2": "p"}, "column 'positive' is also column 'negative_2'"),
+    "tevatron, ids": ({"query_id": "1", "query": "q", "positive_passages": [{"docid": "7"}], "negative_passages": []}, "positive_passages[0] has no field 'text'"),
+    "tevatron, strings": ({"query_id": "1", "query": "q", "positive_passages": ["p"], "negative_passages": []}, "positive_passages[0] must be an object"),
+    "tevatron, no negatives": ({"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "text": "p"}]}, "'negative_passages' is missing: write []"),
+    "tevatron, empty": ({"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "title": " ", "text": ""}], "negative_passages": []}, "positive_passages[0].text' is empty"),
+    "automodel, both": ({"query": "q", "question": "q", "pos_doc": "p", "neg_doc": []}, "either 'query' or 'question'"),
+    "automodel, ids": ({"question": "q", "pos_doc": [{"id": "1"}], "neg_doc": []}, "pos_doc[0] has an id and no text"),
+    "automodel, no positive": ({"question": "q", "pos_doc": [], "neg_doc": ["n"]}, "field 'pos_doc' is empty"),
+    "contrastors, another objective": ({"query": "q", "document": "p", "metadata": {"objective": {"self": ["document"]}}}, "metadata.objective self is of ['document']"),
+    "contrastors, a string": ({"query": "q", "document": "p", "negatives": "n"}, "field 'negatives' must be a list of strings"),
+    "f2llm, a gap": ({"query": "q", "passage": "p", "negative_1": "n", "negative_3": "m"}, "not numbered from 1 to 2"),
+    "f2llm, tokenised": ({"query": "q", "passage": "p", "query_input_ids": [1]}, "unknown fields ['query_input_ids']"),
+    "ms-swift, a conversation": ({"messages": [{"role": "user", "content": "q"}] * 2, "positive_messages": [[{"role": "user", "content": "p"}]]}, "field 'messages' must be one message, got 2 messages"),
+    "ms-swift, a system prompt": ({"messages": [{"role": "system", "content": "q"}], "positive_messages": [[{"role": "user", "content": "p"}]]}, "messages[0].role must be user or assistant"),
+    "ms-swift, a label": ({"query": "q", "response": "p", "label": 0.8}, "makes it a graded pair"),
+    "sts, a text": ({"sentence1": "a", "sentence2": "b", "score": "high"}, "score must be a finite number, got 'high'"),
+    "sts, more columns": ({"sentence1": "a", "sentence2": "b", "score": 1.0, "split": "x"}, "name others in ignore"),
+    "labels, a number": ({"text": "a", "label": 3}, "label 3 is a number, which says nothing about the class: add label_text"),
+    "labels, only one": ({"text": "a", "label": "x"}, "all rows have the label 'x'"),
+    "labels, null": ({"text": "a", "label": None}, "field 'label' must be a string or an integer, got null"),
+    "bitext, empty": ({"en": "a", "de": " "}, "field 'de' is empty or only spaces"),
+    "bitext, three": ({"translation": {"en": "a", "de": "b", "fr": "c"}}, "bitext has two"),
+    "none": ({"title": "a", "body": "b"}, "not a training row: it has ['body', 'title'] and no query, pos, neg"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses_say_what_to_change(tmp_path: Path, name: str) -> None:
+    record, reason = NEAR[name]
+    path = jsonl(tmp_path / "d.jsonl", [record])
+    with pytest.raises(DataError) as caught:
+        rows_of(path)
+    assert str(caught.value).startswith(f"{path}:1: ") and reason in str(caught.value)
+
+
+def test_ignored_fields_are_not_read_and_named_formats_take_any_columns(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "d.jsonl",
+        [{"title": "a", "body": "b", "url": "x"}, {"body": "d", "url": "y", "title": "c"}],
+    )
+    options = {"format": "sentence-transformers", "ignore": ["url"]}
+    assert [(row.query, row.pos) for row in rows_of(path, **options)] == [("a", ["b"]), ("c", ["d"])]
+    config = DatasetConfig(path=str(path), **options)
+    assert reading(config) == ["format=sentence-transformers", "ignore=url"]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: columns \['url'\]"):
+        rows_of(path, format="sentence-transformers")
+    with pytest.raises(
+        UserError, match=r"format='st' is none of beir, ours, flagembedding, sentence-transformers"
+    ):
+        rows_of(path, format="st")
+    jsonl(path, [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d", "negative": "n"}])
+    with pytest.raises(
+        DataError, match=r":2: columns .* are not those of the first row, \['anchor', 'positive'\]"
+    ):
+        rows_of(path)
+
+
+def test_graded_pairs_need_the_grade_from_which_they_belong_together(tmp_path: Path) -> None:
+    records = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "score": i / 2} for i in range(6)]
+    path, findings = jsonl(tmp_path / "sts.jsonl", records), Findings()
+    with pytest.raises(
+        DataError, match=r"sts\.jsonl:1: a graded pair \(grade 0\).*: set the dataset's min_grade"
+    ):
+        list(read_rows(DatasetConfig(path=str(path))))
+    config = DatasetConfig(path=str(path), min_grade=1.5)
+    assert [(row.query, row.line) for row in read_rows(config, findings)] == [("a3", 4), ("a4", 5), ("a5", 6)]
+    assert findings.counts["pairs with a grade below min_grade=1.5, left out"] == 3
+    assert reading(config) == ["format=sts", "min_grade=1.5"]
+    with pytest.raises(DataError, match=r"no row is left: none has a grade of min_grade=9"):
+        list(read_rows(DatasetConfig(path=str(path), min_grade=9.0)))
+    ours = jsonl(tmp_path / "ours.jsonl", [{"query": "q", "pos": ["p"], "neg": []}])
+    with pytest.raises(
+        DataError, match=r"ours\.jsonl:1: a row without a grade, and the dataset's min_grade is set"
+    ):
+        list(read_rows(DatasetConfig(path=str(ours), min_grade=1.0)))
+    pairs = jsonl(
+        tmp_path / "pairs.jsonl",
+        [{"sentence1": "a", "sentence2": "b", "label": 1}, {"sentence1": "c", "sentence2": "d", "label": 0}],
+    )
+    got = read_rows(DatasetConfig(path=str(pairs), format="sts", min_grade=1.0))
+    assert [row.query for row in got] == ["a"]
+
+
+# ------------------------------------------------------------------------------------------ containers
+
+
+def as_table(records: list[dict], path: Path) -> Path:
+    """The records in the container that the name of `path` says."""
+    kind = path.name.split(".")[1]
+    if kind in ("csv", "tsv"):
+        text = io.StringIO()
+        writer = csv.DictWriter(
+            text, list(records[0]), delimiter="," if kind == "csv" else "\t", lineterminator="\r\n"
+        )
+        writer.writeheader()
+        writer.writerows(records)
+        data = text.getvalue().encode()
+    elif kind == "json":
+        data = json.dumps({"data": records} if "data" in path.name else records, indent=1).encode()
+    elif kind == "jsonl":
+        data = jsonl(path, records).read_bytes()
+    else:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        table = pa.Table.from_pylist(records)
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, path, row_group_size=2)
+        else:
+            new = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
+            with new(path, table.schema) as writer:
+                writer.write_table(table, max_chunksize=2)
+        return path
+    if path.suffix == ".zst":
+        data = pytest.importorskip("pyarrow").compress(data, codec="zstd", asbytes=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+TABLE = [
+    {"anchor": f"q{i}, with a comma", "positive": f'p{i} "quoted" é', "negative": f"n{i}"} for i in range(5)
+]
+CONTAINERS = {
+    "d.jsonl": 1,
+    "d.jsonl.zst": 1,
+    "d.jsonl.gz": 1,
+    "d.json": 0,
+    "d.data.json": 0,
+    "d.csv": 2,
+    "d.csv.gz": 2,
+    "d.tsv": 2,
+    "d.parquet": 1,
+    "d.arrow": 1,
+    "d.arrow.stream.arrow": 1,
+}  # fmt: skip  name -> line of the first row
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    records = [{k: v.replace('"', "'") for k, v in r.items()} for r in TABLE] if "tsv" in name else TABLE
+    name = name.replace("d.data.json", "d.json.data.json").replace("d.arrow.stream", "d.arrow.stream")
+    path = as_table(records, tmp_path / name)
+    got = rows_of(path)
+    assert [(row.query, row.pos[0], row.neg[0]) for row in got] == [tuple(r.values()) for r in records]
+    first = CONTAINERS.get(name, 0)
+    if first:
+        assert [row.line for row in got] == list(range(first, first + 5))
+    else:  # a list over lines, indented by one: an object of three fields is five lines
+        assert [row.line for row in got] == [row.line for row in sorted(got, key=lambda row: row.line)]
+        lines = path.read_text().splitlines()
+        assert all(lines[row.line - 1].strip() == "{" for row in got)
+
+
+def test_columns_are_what_the_datasets_library_reads(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for name, table in GOLDEN.items():
+        for i, records in enumerate(uniform([record for record, _ in table])):
+            if name == "labels" and len(records) < 2:
+                continue
+            path = jsonl(tmp_path / f"{name}{i}.jsonl", records)
+            theirs = datasets.Dataset.from_list(records)
+            folder = tmp_path / f"{name}{i}"
+            theirs.save_to_disk(folder)
+            theirs.to_parquet(tmp_path / f"{name}{i}.parquet")
+            right = [row[:3] + row[5:] for row in rows_of(path)]
+            for other in (folder, tmp_path / f"{name}{i}.parquet"):
+                assert [row[:3] + row[5:] for row in rows_of(other)] == right, (name, other)
+
+
+def test_classes_of_the_datasets_library_have_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "d")
+    assert [(row.query, row.pos, row.neg) for row in rows_of(tmp_path / "d")] == [
+        ("a", ["yes"], ["no"]),
+        ("b", ["no"], ["yes"]),
+    ]
+    with pytest.raises(UserError, match=r"has the splits \['train', 'test'\]: set the dataset's split"):
+        rows_of(tmp_path / "d", split="dev")
+
+
+def test_shards_are_read_in_order_and_splits_kept_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, number in (("train", 0), ("train", 1), ("test", 0)):
+        count = 2 if split == "train" else 1
+        records = [{"query": f"{split}{number}{i}", "pos": ["p"], "neg": []} for i in range(2)]
+        jsonl(folder / f"{split}-{number:05}-of-{count:05}.jsonl", records)
+    (folder / "README.md").write_text("x")
+    findings = Findings()
+    got = list(read_rows(DatasetConfig(path=str(folder)), findings))
+    assert [(row.query, Path(row.path).name[:11], row.line) for row in got] == [
+        ("train00", "train-00000", 1), ("train01", "train-00000", 2), ("train10", "train-00001", 1), ("train11", "train-00001", 2),
+    ]  # fmt: skip
+    assert list(findings.counts) == ["files of other splits, left out (test-00000-of-00001.jsonl)"]
+    assert [row.query for row in rows_of(folder, split="test")] == ["test00", "test01"]
+    assert rows_of(f"{folder}/train-*.jsonl") == got
+    with pytest.raises(UserError, match=r"has files of test, train: set the dataset's split"):
+        rows_of(folder, split="dev")
+    (folder / "train-00000-of-00002.jsonl").unlink()
+    with pytest.raises(UserError, match=r"train: 1 of 2 shards are there, number 0 is not"):
+        rows_of(folder)
+    as_table(TABLE, folder / "x.parquet")
+    with pytest.raises(UserError, match=r"files of several kinds"):
+        rows_of(folder)
+    with pytest.raises(UserError, match=r"no file matches"):
+        rows_of(f"{folder}/*.csv")
+
+
+def test_two_files_whose_lines_belong_together(tmp_path: Path) -> None:
+    en, de = tmp_path / "en-de.en", tmp_path / "en-de.de"
+    en.write_text("dog\ncat\n"), de.write_text("Hund\nKatze\n")
+    assert [(row.query, row.pos, row.path, row.line) for row in rows_of(f"{en},{de}")] == [
+        ("dog", ["Hund"], str(en), 1), ("cat", ["Katze"], str(en), 2),
+    ]  # fmt: skip
+    assert [row.query for row in rows_of(f"{de},{en}")] == ["Hund", "Katze"]
+    de.write_text("Hund\nKatze\nMaus\n")
+    with pytest.raises(DataError, match=r"en-de\.de:3: .*en-de\.en has 2 lines and this file more"):
+        rows_of(f"{en},{de}")
+    de.write_text("Hund\n\n")
+    with pytest.raises(DataError, match=r"en-de\.de:2: blank line: remove it, and the line that belongs"):
+        rows_of(f"{en},{de}")
+
+
+# content by name -> (line, what the message has)
+BROKEN = {
+    "ragged.csv": ("anchor,positive\na,b\nc\n", 3, "1 cells and 2 columns"),
+    "blank.csv": ("anchor,positive\na,b\n\n", 3, "blank line: remove it"),
+    "twice.csv": ("anchor,anchor\na,b\n", 1, "column 'anchor' stands twice"),
+    "unnamed.csv": ("anchor,\na,b\n", 1, "not all have a name"),
+    "header.tsv": ("anchor\tpositive\n", 1, "no rows: line 1 names the columns"),
+    "quote.csv": ('anchor,positive\n"a"b,c\n', 2, "expected after"),
+    "empty.csv": ("", 1, "the file is empty"),
+    "latin.csv": (b"anchor,positive\na,b\n" + b"\xe9,x\n", 3, "not UTF-8: byte 0xe9"),
+    "multi.csv": ('anchor,positive\n"a\nb",c\nd\n', 4, "1 cells and 2 columns"),
+    "broken.json": ('[{"anchor": "a", "positive": "p"},\n {"anchor": }]', 2, "not JSON: Expecting value"),
+    "cut.json": ('[{"anchor": "a", "positive": "p"},\n', 2, "not JSON"),
+    "two.json": ('[{"anchor": "a", "positive": "p"}] x', 1, "more text behind the end"),
+    "item.json": ('[{"anchor": "a", "positive": "p"},\n 3]', 2, "a row must be an object"),
+    "meta.json": ('{"data": [{"anchor": "a", "positive": "p"}],\n "version": 1}', 2, "field 'version' beside the list"),
+    "twice.json": ('[{"anchor": "a",\n "anchor": "b"}]', 1, "duplicate key 'anchor'"),
+    "nan.json": ('[{"query": "q", "pos": ["p"], "neg": [], "pos_scores": [NaN]}]', 1, "NaN is not JSON"),
+    "no.parquet": ("anchor,positive\n", 1, "not a whole Parquet file"),
+    "no.arrow": ("anchor,positive\n", 1, "not a whole Arrow file"),
+    "no.jsonl.zst": ("plain text", 1, "not a whole Zstandard file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_named_by_line(tmp_path: Path, name: str) -> None:
+    content, line, reason = BROKEN[name]
+    path, findings = tmp_path / name, Findings()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    list(read_rows(DatasetConfig(path=str(path)), findings))
+    assert findings.num_bad == 1 and findings.named[0].startswith(f"{path}:{line}: "), findings.named
+    assert reason in findings.named[0]
+
+
+def test_cut_columnar_files_and_nulls_are_refused_by_row(tmp_path: Path) -> None:
+    path = as_table(
+        [{**r, "negative": None} if i == 3 else r for i, r in enumerate(TABLE)], tmp_path / "d.parquet"
+    )
+    with pytest.raises(DataError, match=r"d\.parquet:4: field 'negative' must be a string, got null"):
+        rows_of(path)
+    for name in ("d.parquet", "d.arrow"):
+        path = as_table(TABLE, tmp_path / name)
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(DataError, match=rf"{re.escape(name)}:1: not a whole (Parquet|Arrow) file"):
+            rows_of(path)
+    optional = [
+        {"query": "q", "pos": ["p"], "neg": [], "lang": "de"},
+        {"query": "r", "pos": ["p"], "neg": [], "lang": None},
+    ]
+    assert [row.lang for row in rows_of(as_table(optional, tmp_path / "o.parquet"))] == ["de", ""]
+
+
+def test_a_long_list_is_read_item_by_item(tmp_path: Path) -> None:
+    """Items lie across the borders of what is read at once."""
+    records = [{"query": f"{i} " + "é" * 700, "pos": ["p" * 500], "neg": []} for i in range(3000)]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    assert path.stat().st_size > 3 << 20
+    assert [row.query for row in rows_of(path)] == [r["query"] for r in records]
+
+
+def test_rows_of_the_hub_are_streamed_by_the_datasets_library(tmp_path: Path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name, subset, **options):
+        asked.append((name, subset, options))
+        return datasets.Dataset.from_list(TABLE).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    commit = "c" * 40
+    config = DatasetConfig(path=f"hf://user/name/sub@{commit}:dev")
+    got = list(read_rows(config))
+    assert [row.query for row in got] == [r["anchor"] for r in TABLE] and got[2].line == 3
+    assert asked == [("user/name", "sub", {"split": "dev", "revision": commit, "streaming": True})]
+    assert source_files(config) == [] and f"hf=user/name/sub@{commit}:dev" in reading(config)
+    with pytest.raises(UserError, match=r"its commit is not known .*: name the commit"):
+        list(read_rows(DatasetConfig(path="hf://user/name@main")))
+    with pytest.raises(UserError, match=r"write hf://user/name"):
+        list(read_rows(DatasetConfig(path="hf://user")))
+
+
+# ------------------------------------------------------------------------------------------ stores
+
+
+def test_a_store_of_shards_and_prompts_names_rows_and_resumes(tmp_path: Path, tokenizer, monkeypatch) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        records = [
+            {"query": f"q{name}{i}", "pos": [f"p{i}"], "neg": ["n"], "prompt": "Find" * (i % 2)}
+            for i in range(3)
+        ]
+        jsonl(folder / name, records)
+    pairs = as_table(TABLE, tmp_path / "d.parquet")
+    en, de = tmp_path / "x.en", tmp_path / "x.de"
+    en.write_text("dog\n"), de.write_text("Hund\n")
+    sources = [DatasetConfig(path=str(path), task="Task") for path in (folder, pairs, f"{en},{de}")]
+    config = DataConfig(datasets=sources, cache_dir=str(tmp_path / "cache"))
+    log: list[str] = []
+    store = open_store(config, tokenizer, log.append)
+    where = [store.where(row).removeprefix(f"{tmp_path}/") for row in range(len(store))]
+    assert where == [
+        *(f"shards/{n}.jsonl:{i}" for n in "ab" for i in (1, 2, 3)),
+        *(f"d.parquet:{i}" for i in range(1, 6)),
+        "x.en:1",
+    ]
+    texts = [tokenizer.decode(store.query_tokens(row)) for row in (0, 1, 6)]
+    assert "Instruct" not in texts[0] and "Find" in texts[1] and "Task" not in texts[1] and "Task" in texts[2]
+    assert "data sets read as flagembedding (set their format where it is another): 1" in log[0]
+    monkeypatch.setenv("NEMO_EMBED_FAIL", "store.row@4:raise")
+    monkeypatch.setattr("nemo_embed_core.data.compile.COMMIT_S", 0.0)
+    again = DataConfig(datasets=sources, cache_dir=str(tmp_path / "other"))
+    with pytest.raises(RuntimeError, match="injected"):
+        open_store(again, tokenizer, log.append)
+    monkeypatch.delenv("NEMO_EMBED_FAIL")
+    resumed = open_store(again, tokenizer, log.append)
+    assert any("going on with" in line for line in log)
+    for file in store.folder.iterdir():
+        assert file.read_bytes() == (resumed.folder / file.name).read_bytes(), file.name
+    (folder / "a.jsonl").write_text(
+        (folder / "a.jsonl").read_text().replace('"Find"', f'"{"Find it " * 600}"')
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*data\.query_max_length"):
+        open_store(config, tokenizer, log.append)
+
+
+# ------------------------------------------------------------------------------------------ fuzz
+
+ODD = [
+    None,
+    True,
+    7,
+    2.5,
+    "",
+    " ",
+    "\u3000",
+    "\ud83d",
+    [],
+    {},
+    ["x"],
+    {"text": "x"},
+    [None],
+    "x" * 3000,
+    float("nan"),
+    [[]],
+]
+
+
+def mutated(rng: random.Random, record: dict) -> dict:
+    """The record with one thing broken, at any depth."""
+    record = copy.deepcopy(record)
+    place = record
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = rng.choice(keys) if keys else None
+        inner = place[key] if key is not None else None
+        if isinstance(inner, dict | list) and inner and rng.random() < 0.6:
+            place = inner
+            continue
+        how = rng.choice(["value", "drop", "extra", "rename", "copy"])
+        if key is None or (how == "extra" and isinstance(place, dict)):
+            place = record
+            place[rng.choice(["extra", "id", "score", "label", "é"])] = rng.choice(ODD)
+        elif how == "drop":
+            del place[key]
+        elif how == "rename" and isinstance(place, dict):
+            place[f"{key}s"] = place.pop(key)
+        elif how == "copy":
+            place[key] = copy.deepcopy(rng.choice(list(record.values())))
+        else:
+            place[key] = rng.choice(ODD)
+        return record
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_thousand_broken_rows_are_clean_or_refused_by_line(tmp_path: Path, name: str) -> None:
+    rng, good = random.Random(name), [record for record, _ in GOLDEN[name]]
+    path, seen = tmp_path / "d.jsonl", {"read": 0, "refused": 0}
+    others = good if name == "labels" else []
+    records = [mutated(rng, rng.choice(good)) for _ in range(1000)]
+    for named in (name, ""):
+        for record in records:
+            path.write_text("".join(json.dumps(r) + "\n" for r in [record, *others]))
+            findings = Findings()
+            rows = list(read_rows(DatasetConfig(path=str(path), format=named), findings, graded=True))
+            assert len(rows) + findings.num_bad == 1 + len(others), (record, findings.named)
+            for row in rows:
+                assert row.pos and not set(row.pos) & set(row.neg)
+                for text in (row.query, *row.pos, *row.neg):
+                    assert isinstance(text, str) and text.strip() and text.encode()
+                assert row.grade is None or abs(row.grade) < 1e300
+            for message in findings.named:
+                assert re.match(rf"{re.escape(str(path))}:\d+: \S.{{8,}}", message) and len(message) < 600, (
+                    message
+                )
+            seen["refused" if findings.num_bad else "read"] += 1
+    assert min(seen.values()) > 40, seen
