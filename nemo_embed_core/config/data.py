@@ -14,12 +14,12 @@ class RowsConfig(Options):
     """How the rows of a dataset are read, for training and for mining."""
 
     format: str = ""
-    """Format of its rows (docs/data-formats.md); "": told by the fields of the first row, and said in the log."""
+    """Format of its rows (docs/data-formats.md); "": told by the fields of the first row, and logged."""
     ignore: list[str] = field(default_factory=list)
     """Fields of its rows that are not read; any other field that the format does not know is an error."""
     min_grade: float | None = None
-    """Graded pairs (an STS table): grade, on the table's own scale, from which a pair belongs together; the others
-    are left out, counted. null: graded pairs are refused, as the contrastive loss has no use for a grade."""
+    """Graded pairs (an STS table): grade, on the table's own scale, from which a pair belongs together; the
+    others are left out, counted. null: they are refused, as the contrastive loss has no use for a grade."""
 
 
 @dataclass(frozen=True, kw_only=True)

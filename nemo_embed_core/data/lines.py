@@ -97,16 +97,16 @@ def check_file(path: Path) -> None:
         return
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise UserError(
-            f"{path} is an address; read are files and folders of this machine and hf://user/name: download it "
-            "first"
+            f"{path} is an address; only files and folders of this machine and hf://user/name are read: "
+            "download it first"
         )
     near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
     holds = f"{path.parent} holds: {', '.join(near) or 'nothing'}"
     where = holds if path.parent.is_dir() else "nor does its folder"
     if re.fullmatch(r"[\w.-]+/[\w-]+(\.\d[\w.-]*)?", str(path)) and not near:
         where += (
-            f'. A data set of the Hugging Face hub is hf://{path}, or downloaded: "hf download {path} --repo-type '
-            'dataset --local-dir DIR"'
+            f'. A data set of the Hugging Face hub is hf://{path}, or downloaded: "hf download {path} '
+            '--repo-type dataset --local-dir DIR"'
         )
     raise UserError(f"{path} does not exist; {where}")
 

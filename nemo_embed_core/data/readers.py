@@ -42,15 +42,16 @@ from nemo_embed_core.data.formats.beir import (
     is_beir,
     pool_texts,
 )
+from nemo_embed_core.data.hub import hub_address, hub_commit
 from nemo_embed_core.data.lines import NOISE, BadLines, Findings, is_noise, short
-from nemo_embed_core.data.records import Record, Source, find, has_rows, hub_address, hub_commit, records
+from nemo_embed_core.data.records import Record, Source, find, has_rows, records
 from nemo_embed_core.data.row import Row
 from nemo_embed_core.errors import UserError
 
 __all__ = [
     "BadLines", "Beir", "Findings", "Row",
-    "check_sources", "is_folder_of_texts", "read_beir", "read_documents", "read_passages", "read_rows", "reading",
-    "source_files",
+    "check_sources", "is_folder_of_texts", "read_beir", "read_documents", "read_passages", "read_rows",
+    "reading", "source_files",
 ]  # fmt: skip
 
 
@@ -73,7 +74,8 @@ class Format(Protocol):
 
 
 FORMATS: tuple[Format, ...] = (
-    ours, flagembedding, sentence_transformers, tevatron, automodel, contrastors, f2llm, ms_swift, sts, labels, bitext,
+    ours, flagembedding, sentence_transformers, tevatron, automodel, contrastors, f2llm, ms_swift, sts,
+    labels, bitext,
 )  # fmt: skip
 
 
@@ -112,10 +114,10 @@ def _positive(rows: Iterable[Row], min_grade: float | None, findings: Findings) 
     found, row = False, None
     for row in rows:
         if (row.grade is None) != (min_grade is None):
-            what = f"a graded pair (grade {row.grade:g}), which the contrastive loss has no use for"
-            fix = "set the dataset's min_grade to the grade from which pairs belong together"
-            if row.grade is None:
-                what, fix = "a row without a grade, and the dataset's min_grade is set", "remove that option"
+            what, fix = "a row without a grade, and the dataset's min_grade is set", "remove that option"
+            if row.grade is not None:
+                what = f"a graded pair (grade {row.grade:g}), which the contrastive loss has no use for"
+                fix = "set the dataset's min_grade to the grade from which pairs belong together"
             findings.bad(Path(row.path), row.line, f"{what}: {fix}")
             return  # every other line would be as bad
         if row.grade is not None and min_grade is not None and row.grade < min_grade:
@@ -249,8 +251,8 @@ def reading(config: DatasetConfig) -> list[str]:
         return how
     one, source = _format_of(config)
     if source.kind == "hf":
-        hub = hub_address(source)
-        how.append(f"hf={hub.name}/{hub.subset or ''}@{hub_commit(source)}:{hub.split}")
+        hub = hub_address(source.path, source.split)
+        how.append(f"hf={hub.name}/{hub.subset or ''}@{hub_commit(hub)}:{hub.split}")
     if one is not ours:
         how.append(f"format={one.NAME}")
     if source.kind not in ("jsonl", "json"):

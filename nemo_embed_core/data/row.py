@@ -82,8 +82,8 @@ def check_disjoint(
         i = next(i for i, text in enumerate(pos) if text in both)
         j = neg.index(pos[i])
         raise ValueError(
-            f"{name('pos', i)} is also {name('neg', j)}: remove it from 'neg' (the loss would push the positive "
-            "away)"
+            f"{name('pos', i)} is also {name('neg', j)}: remove it from 'neg' (the loss would push the "
+            "positive away)"
         )
 
 

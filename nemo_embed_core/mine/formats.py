@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import replacing, sha256_file, write_atomically
 from nemo_embed_core.files.strict_json import parse
@@ -91,7 +92,8 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 def _prompted(row: dict[str, Any], prompt: str, document_prompt: str) -> dict[str, Any]:
     documents = {kind: [document_prompt + text for text in row[kind]] for kind in ("pos", "neg")}
-    return {**row, "query": prompt + row["query"], **documents}
+    own = query_prompt(row["prompt"]) if "prompt" in row else prompt
+    return {**row, "query": own + row["query"], **documents}
 
 
 def _document_id(text: str) -> str:

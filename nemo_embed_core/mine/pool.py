@@ -183,6 +183,7 @@ class Rows:
         self.ids: list[str] = []
         self.langs: list[str] = []
         self.groups: list[str] = []
+        self.prompts: dict[int, str] = {}  # instructions that rows bring themselves
         self.noise = dict.fromkeys(
             ("duplicate_rows", "same_query_rows", "query_without_content", "document_without_content",
              "query_equals_positive", "query_equals_negative", "negative_equals_positive"), 0,
@@ -207,6 +208,8 @@ class Rows:
             self.keys += self._count(row, seen, seen_queries)
             for name, values in (("id", self.ids), ("lang", self.langs), ("group", self.groups)):
                 values.append(getattr(row, name, ""))
+            if (prompt := getattr(row, "prompt", None)) is not None:
+                self.prompts[i] = prompt
         self._places, self._ends = places, ends
 
     def _count(self, row: Row, seen: set[bytes], seen_queries: set[bytes]) -> bytes:

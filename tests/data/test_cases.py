@@ -45,7 +45,7 @@ JSONL = {
     "carriage returns too": (Q1.replace("\n", "\r\n") * 2, [ROW1, ROW1]),
     "duplicate rows": (Q1 * 3, [ROW1] * 3),
     "empty": ("", (1, "the file is empty")),
-    "extra columns": ('{"query": "q", "pos": ["p"], "neg": [], "source": "nq", "type": "x"}\n', (1, "unknown fields ['source', 'type']: remove them")),
+    "extra columns": ('{"query": "q", "pos": ["p"], "neg": [], "source": "nq", "type": "x"}\n', (1, "unknown fields ['source']: remove them")),
     "gzip named jsonl": (gzip.compress(Q1.encode()), (1, "gzip data: rename it to .jsonl.gz")),
     "zeros after .gz": (gzip.compress(Q1.encode()) + bytes(512), [ROW1]),
     "two members .gz": (gzip.compress(Q1.encode()) * 2, [ROW1, ROW1]),
@@ -85,16 +85,16 @@ JSONL = {
     "JSON array": ('[\n {"query": "q", "pos": ["p"], "neg": []}\n]\n', (1, "a JSON array: write one object a line")),
     "JSON array on one line": ('[{"query": "q", "pos": ["p"], "neg": []}]\n', (1, "a JSON array: write one object a line")),
     "pretty object": ('{\n "query": "q"\n}\n', (1, "one JSON object over several lines")),
-    "prompt": ('{"query": "q", "pos": ["p"], "neg": [], "prompt": "x"}\n', (1, "unknown fields ['prompt']", "the dataset's task option")),
+    "prompt behind rows without": (Q1 + '{"query": "q", "pos": ["p"], "neg": [], "prompt": "x"}\n', [ROW1, ("q", ["p"], [])]),
+    "type behind rows without": (Q1 + '{"query": "q", "pos": ["p"], "neg": [], "type": "x"}\n', (2, "unknown fields ['type']", "the dataset's format flagembedding")),
     "label": ('{"query": "q", "pos": ["p"], "neg": [], "label": "x"}\n', (1, "unknown fields ['label']", "a class label is called group")),
     "score": ('{"query": "q", "pos": ["p"], "neg": [], "score": 0.5}\n', (1, "unknown fields ['score']", "pos_scores and neg_scores")),
     "query a list": ('{"query": ["i", "q"], "pos": [["", "p"]], "neg": []}\n', (1, "field 'query' must be a string, got a list")),
-    "sentence-transformers": ('{"anchor": "q", "positive": "p", "negative": "n"}\n', (1, "not a training row: it has ['anchor', 'negative', 'positive'] and no query, pos, neg", "write rows like")),
-    "tevatron": ('{"query_id": "1", "query": "q", "positive_passages": [], "negative_passages": []}\n', (1, "and no pos, neg")),
-    "graded pairs": ('{"sentence1": "a", "sentence2": "b", "score": 2.5}\n', (1, "not a training row")),
+    "graded pairs": ('{"sentence1": "a", "sentence2": "b", "score": 2.5}\n', (1, "a graded pair (grade 2.5)", "min_grade")),
     "a corpus": ('{"_id": "d1", "text": "a"}\n', (1, "not a training row: it has ['_id', 'text']", "of a BEIR folder give the folder")),
     "surrogate in lang": ('{"query": "q", "pos": ["p"], "neg": [], "lang": "\\ud83d"}\n', (1, "field 'lang' has a lone surrogate")),
-    "labelled texts": ('{"text": "a", "label": "b"}\n', (1, "not a training row")),
+    "labelled texts": ('{"text": "a", "label": "b"}\n', (1, "all rows have the label 'b'")),
+    "of another tool": ('{"title": "a", "body": "b"}\n', (1, "not a training row: it has ['body', 'title'] and no query, pos, neg", "write rows like")),
     "AutoModel": ('{"corpus": [{"path": "c"}], "data": []}\n', (1, "not a training row")),
     "MS MARCO": ("1185869\twhat is x\t7067032\tpassage\n", (1, "not JSON lines but tab-separated columns (TSV)", '{"query": "...", "pos": ["..."], "neg": []}')),
     "CSV": ("anchor,positive,negative\r\nq,p,n\r\n", (1, "not JSON lines but comma-separated columns (CSV)")),
@@ -102,7 +102,7 @@ JSONL = {
     "Arrow stream": (b"\xff\xff\xff\xff\xa8\x01\n", (1, "not JSON lines but an Arrow stream")),
     "Arrow file": (b"ARROW1\0\0\xff", (1, "an Arrow file")),
     "zip": (b"PK\x03\x04\x14\0", (1, "a zip archive or an Excel sheet")),
-    "zstd": (b"\x28\xb5\x2f\xfd\0", (1, "Zstandard data: decompress it")),
+    "zstd": (b"\x28\xb5\x2f\xfd\0", (1, "Zstandard data: rename it to .jsonl.zst")),
     "tar": (b"train.jsonl".ljust(257, b"\0") + b"ustar\0", (1, "a tar archive")),
     "pickle": (b"\x80\x04\x95\n", (1, "a pickle, which is never opened")),
     "LFS pointer": ("version https://git-lfs.github.com/spec/v1\n", (1, "fetch the file with git lfs pull")),
@@ -387,14 +387,10 @@ def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
             (made / name).write_text("x")
         return made
 
-    says(
-        folder("data-00000-of-00001.arrow", "state.json"),
-        "but a data set that the datasets library saved",
-        "state.json",
-    )
-    says(folder("dataset_dict.json", "train/state.json"), "but a data set that the datasets library saved")
-    says(folder("train.parquet", "README.md"), "but holds Parquet files")
-    says(folder("a.jsonl", "b.jsonl"), "give each JSONL file of rows as a data set of its own")
+    says(folder("data-00000-of-00001.arrow", "state.json"), "arrow:1: not a whole Arrow file")
+    says(folder("dataset_dict.json", "train/state.json"), "dataset_dict.json is not valid JSON")
+    says(folder("train.parquet", "README.md"), "train.parquet:1: not a whole Parquet file")
+    says(folder("a.jsonl", "b.csv"), "has files of several kinds (a.jsonl, b.csv)")
     says(folder("config.json", "model.safetensors"), "but a model")
     says(
         folder("corpus-00000-of-00001.parquet", "queries.jsonl", "qrels/test.tsv"),
@@ -406,10 +402,10 @@ def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
         "qrels/test.tsv (or .gz) does not exist",
         "holds: test.jsonl; judgements are read from {split}.tsv",
     )
-    says("BeIR/fiqa", "does not exist", "hf download BeIR/fiqa --repo-type dataset")
+    says("BeIR/fiqa", "does not exist", "hf://BeIR/fiqa", "hf download BeIR/fiqa --repo-type dataset")
     says("mteb/banking77", "hf download mteb/banking77")
     says("https://example.com/train.jsonl", "is an address", "download it first")
-    says("hf://datasets/a/b", "is an address")
+    says("s3://bucket/b.jsonl", "is an address")
     says("nowhere/train.jsonl", "does not exist; nor does its folder")
     (tmp_path / "void").mkdir()
     says(tmp_path / "void", "it holds: nothing")

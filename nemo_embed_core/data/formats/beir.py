@@ -270,9 +270,10 @@ def beir_files(folder: Path, split: str) -> list[Path]:
             f"{folder} is not a folder: a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/"
         )
     names = sorted(p.name for p in folder.iterdir())
+    is_model = " but a model" if "config.json" in names else ""
     if not MARKS & set(names):
         raise UserError(
-            f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){' but a model' if 'config.json' in names else ''}; it "
+            f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){is_model}; it "
             f"holds: {', '.join(names[:10]) or 'nothing'}"
         )
     texts = [_file(folder, name, names) for name in ("corpus.jsonl", "queries.jsonl")]

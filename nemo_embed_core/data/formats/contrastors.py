@@ -1,4 +1,4 @@
-"""contrastors: columns query, document and, for triplets, negatives (a list); metadata holds the objective."""
+"""contrastors: columns query, document and, for triplets, negatives (a list); metadata has the objective."""
 
 from __future__ import annotations
 

@@ -67,6 +67,6 @@ def _class(fields: dict[str, Any]) -> tuple[str, str]:
         return str(label), check_text(fields["label_text"], "label_text")
     if is_number or re.fullmatch(r"\s*-?\d+\s*", str(label)):
         raise ValueError(
-            f"label {short(label)} is a number, which says nothing about the class: add label_text with its name"
+            f"label {short(label)} is a number, which names no class: add label_text with its name"
         )
     return str(label), check_text(label, "label")

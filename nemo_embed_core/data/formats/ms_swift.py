@@ -22,8 +22,8 @@ def sniff(fields: dict[str, Any]) -> bool:
 def row(fields: dict[str, Any], path: str, line: int) -> Row:
     if "label" in fields:
         raise ValueError(
-            "field 'label' makes it a graded pair, and the contrastive loss needs pairs that belong together: keep "
-            "those as rows without label"
+            "field 'label' makes it a graded pair, and the contrastive loss needs pairs that belong "
+            "together: keep those, as rows without label"
         )
     if "messages" in fields:
         check_known(fields, ("messages", "positive_messages", "negative_messages"))

@@ -44,21 +44,21 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
         raise ValueError(f"fields {short(labels)}: the library takes one label; name the others in ignore")
     if len(names) < 2:
         raise ValueError(
-            f"text columns {short(names)}: at least two are needed, the anchor and its positive; a text with a "
-            "class is the format labels"
+            f"text columns {short(names)}: at least two are needed, the anchor and its positive; a text with "
+            "a class is the format labels"
         )
     if odd := [name for name in names[2:] if not _NEGATIVE.fullmatch(name)]:
         raise ValueError(
-            f"columns {short(odd)}: the library would take each for a negative; name it negative or negative_1, "
-            "remove it, or name it in the dataset's ignore"
+            f"columns {short(odd)}: the library would take each for a negative; name it negative or "
+            "negative_1, remove it, or name it in the dataset's ignore"
         )
     texts = [check_text(fields[name], name) for name in names]
     pos, neg = texts[1:2], texts[2:]
     if labels and not isinstance(fields[labels[0]], list):
         raise ValueError(
-            f"column {labels[0]!r} makes it a pair with a label ({short(fields[labels[0]])}), and the contrastive "
-            "loss needs pairs that belong together: set the dataset's format to sts and min_grade to the label "
-            "from which pairs do, or make triplets (anchor, positive, negative) of them"
+            f"column {labels[0]!r} makes it a pair with a label ({short(fields[labels[0]])}), and the "
+            "contrastive loss needs pairs that belong together: set the dataset's format to sts and "
+            "min_grade to the label from which pairs do, or make triplets of them"
         )
     if labels:
         check_scores(fields[labels[0]], labels[0], len(texts) - 1)

@@ -31,7 +31,7 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
     texts = [name for name in fields if name not in NUMBERS]
     if len(numbers) != 1 or len(texts) != 2:
         raise ValueError(
-            f"columns {short(list(fields))}: an STS table has two texts and score or label; name others in ignore"
+            f"columns {short(list(fields))}: an STS table has two texts and a score or label; ignore others"
         )
     query, pos = (check_text(fields[name], name) for name in texts)
     return Row(query, [pos], [], path, line, grade=check_number(fields[numbers[0]], numbers[0]))

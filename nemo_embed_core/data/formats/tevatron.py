@@ -12,7 +12,7 @@ from nemo_embed_core.data.lines import check_id, check_text, type_name
 from nemo_embed_core.data.row import Row, check_disjoint, check_known, check_list, check_number, check_string
 
 NAME = "tevatron"
-EXAMPLE = '{"query_id": "1", "query": "...", "positive_passages": [{"docid": "7", "title": "", "text": "..."}], ...}'
+EXAMPLE = '{"query_id": "1", "query": "...", "positive_passages": [{"docid": "7", "text": "..."}], ...}'
 OPTIONAL = ("answers",)
 KNOWN = ("query_id", "query", "positive_passages", "negative_passages", "answers")
 
