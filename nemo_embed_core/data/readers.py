@@ -42,10 +42,10 @@ from nemo_embed_core.data.formats.beir import (
     is_beir,
     pool_texts,
 )
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.hub import hub_address, hub_commit
 from nemo_embed_core.data.lines import NOISE, BadLines, Findings, is_noise, short
 from nemo_embed_core.data.records import Record, Source, find, has_rows, records
-from nemo_embed_core.data.row import Row
 from nemo_embed_core.errors import UserError
 
 __all__ = [

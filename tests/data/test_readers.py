@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data import containers, lines
-from nemo_embed_core.data import row as data_row
 from nemo_embed_core.data.formats import ours
+from nemo_embed_core.data.formats import row as data_row
 from nemo_embed_core.data.readers import Row, read_beir, read_passages, read_rows, source_files
 from nemo_embed_core.errors import DataError, UserError
 

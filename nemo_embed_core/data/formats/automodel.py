@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_embed_core.data.formats.row import Row, check_disjoint, check_known, optional_id
 from nemo_embed_core.data.lines import check_id, check_text, type_name
-from nemo_embed_core.data.row import Row, check_disjoint, check_known, optional_id
 
 NAME = "automodel"
 EXAMPLE = '{"query": "...", "pos_doc": "...", "neg_doc": ["..."]}'

@@ -24,7 +24,6 @@ from nemo_embed_core.data.lines import (
     short,
     type_name,
 )
-from nemo_embed_core.data.row import Row
 from nemo_embed_core.data.texts import Texts, TextsById
 from nemo_embed_core.errors import UserError
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import check_text, short
-from nemo_embed_core.data.row import Row
 
 NAME = "bitext"
 EXAMPLE = '{"en": "...", "de": "..."}'

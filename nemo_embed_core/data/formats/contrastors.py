@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_embed_core.data.formats.row import Row, check_disjoint, check_known, text_list
 from nemo_embed_core.data.lines import check_text, short, type_name
-from nemo_embed_core.data.row import Row, check_disjoint, check_known, text_list
 
 NAME = "contrastors"
 EXAMPLE = '{"query": "...", "document": "...", "negatives": ["..."]}'

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_embed_core.data.formats import ours
-from nemo_embed_core.data.row import Row, check_string
+from nemo_embed_core.data.formats.row import Row, check_string
 
 NAME = "flagembedding"
 EXAMPLE = '{"query": "...", "pos": ["..."], "neg": ["..."], "prompt": "..."}'

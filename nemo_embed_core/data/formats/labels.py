@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from nemo_embed_core.data.formats.row import Row, check_known, check_string, optional_id
 from nemo_embed_core.data.lines import check_text, short, type_name
-from nemo_embed_core.data.row import Row, check_known, check_string, optional_id
 
 NAME = "labels"
 EXAMPLE = '{"text": "...", "label": "card arrival"}'

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_embed_core.data.lines import check_id, check_text, short
-from nemo_embed_core.data.row import (
+from nemo_embed_core.data.formats.row import (
     Row,
     check_disjoint,
     check_list,
@@ -14,6 +13,7 @@ from nemo_embed_core.data.row import (
     optional_id,
     text_list,
 )
+from nemo_embed_core.data.lines import check_id, check_text, short
 
 NAME = "ours"
 EXAMPLE = '{"query": "...", "pos": ["..."], "neg": []}'

@@ -1,13 +1,21 @@
-"""What every format of training data is read as."""
+"""One training row, whatever format it was written in, and the checks of its fields.
+
+Every format gives rows whose texts are the file's own: strings with content, valid Unicode, at least one
+positive, and no positive among the negatives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from nemo_embed_core.data.lines import check_id, check_text, check_unicode, short, type_name
 
 
 class Row(NamedTuple):
-    """One training row, texts as in the file, without instruction; line: of a BEIR folder in the qrels."""
+    """One training row, texts as in the file, without instruction; line: of a BEIR folder in the qrels, of a
+    columnar file the row from 1."""
 
     query: str
     pos: list[str]
@@ -19,3 +27,65 @@ class Row(NamedTuple):
     group: str = ""  # its class: documents of the same group are not negatives of each other
     pos_ids: Sequence[str] = ()  # of the documents, one per text where the file has them; "": not known
     neg_ids: Sequence[str] = ()
+    prompt: str | None = None  # the row's own instruction, in place of the dataset's task; "": none
+    grade: float | None = None  # of a graded pair (STS): how similar query and pos[0] are
+
+
+def text_list(value: Any, field: str) -> list[str]:
+    """A list of texts; [] is one."""
+    return [check_text(text, f"{field}[{i}]") for i, text in enumerate(check_list(value, field, "strings"))]
+
+
+def check_list(value: Any, field: str, what: str, count: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or count not in (None, len(value)):
+        got = f"{len(value)} entries" if isinstance(value, list) else type_name(value)
+        want = f"a list of {what}" if count is None else f"a list of {count} {what} (one per text)"
+        raise ValueError(f"field {field!r} must be {want}, got {got}")
+    return value
+
+
+def check_number(value: Any, field: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{field} must be a finite number, got {short(value)}")
+    return float(value)
+
+
+def check_scores(value: Any, field: str, count: int) -> None:
+    for i, score in enumerate(check_list(value, field, "numbers", count)):
+        check_number(score, f"{field}[{i}]")
+
+
+def check_string(value: Any, field: str, example: str) -> str:
+    """A string, "" too, of valid Unicode."""
+    if not isinstance(value, str):
+        raise ValueError(f"field {field!r} must be a string such as {example}, got {type_name(value)}")
+    check_unicode(value, field)
+    return value
+
+
+def check_known(fields: dict[str, Any], known: Sequence[str]) -> None:
+    """Every field is one that the format knows: one that is passed over is a mistake that nobody sees."""
+    if unknown := [field for field in fields if field not in known]:
+        raise ValueError(
+            f"unknown fields {short(unknown)}: remove them, or name them in the dataset's ignore (known: "
+            f"{', '.join(known)})"
+        )
+
+
+def check_disjoint(
+    pos: Sequence[str], neg: Sequence[str], name: Callable[[str, int], str] = "{0}[{1}]".format
+) -> None:
+    """name("pos", i) is the field of pos[i], as the file calls it."""
+    both = set(pos).intersection(neg)
+    if both:
+        i = next(i for i, text in enumerate(pos) if text in both)
+        j = neg.index(pos[i])
+        raise ValueError(
+            f"{name('pos', i)} is also {name('neg', j)}: remove it from 'neg' (the loss would push the "
+            "positive away)"
+        )
+
+
+def optional_id(fields: dict[str, Any], field: str) -> str:
+    return check_id(fields[field], field) if field in fields else ""

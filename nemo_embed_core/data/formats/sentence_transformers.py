@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from nemo_embed_core.data.formats.row import Row, check_disjoint, check_scores
 from nemo_embed_core.data.lines import check_text, short
-from nemo_embed_core.data.row import Row, check_disjoint, check_scores
 
 NAME = "sentence-transformers"
 EXAMPLE = '{"anchor": "...", "positive": "...", "negative": "..."}'

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_embed_core.data.formats.row import Row, check_number
 from nemo_embed_core.data.lines import check_text, short
-from nemo_embed_core.data.row import Row, check_number
 
 NAME = "sts"
 EXAMPLE = '{"sentence1": "...", "sentence2": "...", "score": 4.2}'

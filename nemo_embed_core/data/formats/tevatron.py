@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_embed_core.data.formats.row import (
+    Row,
+    check_disjoint,
+    check_known,
+    check_list,
+    check_number,
+    check_string,
+)
 from nemo_embed_core.data.lines import check_id, check_text, type_name
-from nemo_embed_core.data.row import Row, check_disjoint, check_known, check_list, check_number, check_string
 
 NAME = "tevatron"
 EXAMPLE = '{"query_id": "1", "query": "...", "positive_passages": [{"docid": "7", "text": "..."}], ...}'
