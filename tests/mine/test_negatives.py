@@ -12,6 +12,7 @@ from nemo_embed_core.data.readers import Row as ReadRow
 from nemo_embed_core.data.readers import read_rows
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Corpus, encode_corpus
+from nemo_embed_core.mine.formats import _prompted
 from nemo_embed_core.mine.report import plot_report, script
 from nemo_embed_core.mine.selection import ceiling, choose
 
@@ -470,6 +471,26 @@ def test_shares_by_language_are_as_the_rows_say_and_the_output_keeps_it(tmp_path
     again = list(read_rows(DatasetConfig(path=str(tmp_path / "out.jsonl"))))
     assert [row.lang for row in again] == [row.lang for row in rows]
     assert mine(make_rows(20), tmp_path / "other.jsonl")["by_language"] == {}
+
+
+def test_a_row_is_mined_with_its_own_instruction_and_keeps_it(tmp_path):
+    own = [None, "", "Find"]
+    rows = [
+        ReadRow(f"{row.query} {i}", row.pos, row.neg, "f", i, prompt=own[i % 3])
+        for i, row in enumerate(make_rows(24))
+    ]
+    mine(rows, tmp_path / "out.jsonl", prompt="Model: ", num_negatives=1, threshold=None, dtype="float32")
+    vector, mined = FakeEmbedder().vector, lines_of(tmp_path / "out.jsonl")
+    for row, line in zip(rows, mined, strict=True):
+        prefix = {None: "Model: ", "": "", "Find": "Instruct: Find\nQuery: "}[row.prompt]
+        scores = [float(vector(prefix + row.query) @ vector(text)) for text in row.pos]
+        np.testing.assert_allclose(line["pos_scores"], scores, atol=1e-6)
+    again = list(read_rows(DatasetConfig(path=str(tmp_path / "out.jsonl"))))
+    assert [row.prompt for row in again] == [row.prompt for row in rows]
+    converted = [_prompted(line, "Model: ", "") for line in mined[:3]]
+    assert [line["query"].removesuffix(rows[i].query) for i, line in enumerate(converted)] == [
+        "Model: ", "", "Instruct: Find\nQuery: ",
+    ]  # fmt: skip
 
 
 def test_trivial_negatives_are_those_that_score_like_random_pairs(tmp_path):
