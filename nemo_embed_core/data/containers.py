@@ -34,7 +34,7 @@ from nemo_embed_core.data.lines import (
 )
 from nemo_embed_core.files.strict_json import parse, raw_decode
 
-BATCH = 256  # rows of a columnar file that are Python objects at once
+BATCH = 64  # rows of a columnar file that are in memory at once
 
 # ------------------------------------------------------------------------------------------ JSON
 
@@ -228,7 +228,8 @@ def _header_problem(names: list[str]) -> str:
 def _parquet(path: Path, findings: Findings, wanted: str) -> Fields:
     pyarrow = need_pyarrow(path)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # pre_buffer would hold all row groups at once, and without a buffer a whole column chunk.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
             yield from _batches(
                 path, findings, file.schema_arrow, file.metadata.num_rows, file.iter_batches(BATCH)
             )
@@ -267,8 +268,6 @@ def _batches(path: Path, findings: Findings, schema: Any, num_rows: int, batches
                 yield line, fields
             if num_rows:
                 findings.progress(path, line, line / num_rows, start)
-    if not line:
-        findings.bad(path, 1, "the file has no rows")
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

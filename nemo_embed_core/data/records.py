@@ -166,8 +166,12 @@ def records(source: Source, findings: Findings, wanted: str) -> Iterator[Record]
 
 def _of_files(source: Source, findings: Findings, wanted: str) -> Iterator[Record]:
     for file in source.files:
+        before, is_empty = findings.num_met, True
         for line, fields in READERS[source.kind](file, findings, wanted):
+            is_empty = False
             yield Record(file, line, fields)
+        if is_empty and findings.num_met == before:
+            findings.bad(file, 1, "the file has no rows")
 
 
 def _aligned(source: Source, findings: Findings) -> Iterator[Record]:

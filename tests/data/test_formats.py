@@ -574,6 +574,7 @@ BROKEN = {
     ),
     "twice.json": ('[{"anchor": "a",\n "anchor": "b"}]', 1, "duplicate key 'anchor'"),
     "nan.json": ('[{"query": "q", "pos": ["p"], "neg": [], "pos_scores": [NaN]}]', 1, "NaN is not JSON"),
+    "none.json": ("[]", 1, "the file has no rows"),
     "no.parquet": ("anchor,positive\n", 1, "not a whole Parquet file"),
     "no.arrow": ("anchor,positive\n", 1, "not a whole Arrow file"),
     "no.jsonl.zst": ("plain text", 1, "not a whole Zstandard file"),
@@ -606,6 +607,20 @@ def test_cut_columnar_files_and_nulls_are_refused_by_row(tmp_path: Path) -> None
         {"query": "r", "pos": ["p"], "neg": [], "lang": None},
     ]
     assert [row.lang for row in rows_of(as_table(optional, tmp_path / "o.parquet"))] == ["de", ""]
+
+
+def test_row_groups_are_read_one_by_one(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    table = pa.table({"en": [f"{i:04x}" * 8000 for i in range(400)], "de": ["x"] * 400})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=20, compression="none")
+    size = table.nbytes
+    del table
+    before, most = pa.total_allocated_bytes(), 0
+    for count, _ in enumerate(read_rows(DatasetConfig(path=str(tmp_path / "d.parquet"))), 1):  # noqa: B007
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert count == 400 and most < size / 4, (most, size)
 
 
 def test_a_long_list_is_read_item_by_item(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
+from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.readers import read_rows, reading
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.formats import FORMATS, convert, convert_all
 
@@ -60,6 +62,21 @@ def test_flagembedding_reads_every_written_row_under_all_its_options(mined, tmp_
             ("P a", ["D p1", "D n1", "D n2", "D n1"]),
             ("P b", ["D p3", "D n1", "D n1", "D n1"]),
         ]
+
+
+def test_our_readers_read_what_is_written_for_others(mined, tmp_path):
+    names = {"flagembedding": ".jsonl", "tevatron": ".jsonl", "sentence-transformers": ".parquet"}
+    for form, suffix in names.items():
+        path = tmp_path / f"out{suffix}"
+        convert(mined, path, form, num_negatives=1, prompt="P ", document_prompt="D ")
+        config = DatasetConfig(path=str(path), task="not for flagembedding")
+        got = [(row.query, row.pos, row.neg, row.prompt) for row in read_rows(config)]
+        right = [("P a", ["D p1", "D p2"], ["D n1", "D n2"]), ("P b", ["D p3"], ["D n1"])]
+        if form == "sentence-transformers":
+            right = [("P a", ["D p1"], ["D n1"]), ("P a", ["D p2"], ["D n1"]), ("P b", ["D p3"], ["D n1"])]
+        own = "" if form == "flagembedding" else None  # the prompt stands in the text already
+        assert got == [(*row, own) for row in right], form
+        assert reading(config)[0] == f"format={form}"
 
 
 def test_tevatron_reads_the_texts_as_they_are(mined, tmp_path):

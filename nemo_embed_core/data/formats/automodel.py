@@ -47,10 +47,10 @@ def _documents(value: Any, field: str) -> tuple[list[str], list[str]]:
                 raise ValueError(
                     f"{name} has an id and no text: rows of ids need their corpus, give its folder"
                 )
-            key = optional_id(document, "id")
+            key = "" if document.get("id") is None else check_id(document["id"], f"{name}.id")
             document = document["text"]
         elif not isinstance(document, str):
             raise ValueError(f'{name} must be a text or {{"text": "..."}}, got {type_name(document)}')
         texts.append(check_text(document, name))
-        ids.append(check_id(key, name) if key else "")
+        ids.append(key)
     return texts, ids if any(ids) else []
