@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from nemo_embed_core.config import Selection, check_threshold
-from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.mine.corpus import Corpus, Ranks, encode_corpus, read_truncation
@@ -176,10 +175,9 @@ def _encode(teacher: Teacher, table: Rows, folder: Path, dtype: str | None, **op
         table.pool.texts, teacher.documents, folder / "documents", prompt=teacher.document_prompt,
         max_length=teacher.document_max_length, name="documents", **options,
     )  # fmt: skip
-    # Where rows bring their own, the instruction stands in every text.
-    texts: Sequence[str] = _Prompted(table, teacher.prompt) if table.prompts else table.queries
+    texts, prompt = table.prompted(teacher.prompt)
     queries = encode_corpus(
-        texts, teacher.queries, folder / "queries", prompt="" if table.prompts else teacher.prompt,
+        texts, teacher.queries, folder / "queries", prompt=prompt,
         max_length=teacher.query_max_length, name="queries", **options,
     )  # fmt: skip
     of_documents = read_truncation(folder / "documents", len(documents.arrays))
@@ -200,26 +198,6 @@ def _encode(teacher: Teacher, table: Rows, folder: Path, dtype: str | None, **op
         "documents_same_when_cut": sum(map(len, cut.members)),
     }
     return _Encoded(queries, documents, folder, cut, described)
-
-
-class _Prompted(Sequence[str]):
-    """The queries, each with its row's own instruction in front, or the model's."""
-
-    def __init__(self, table: Rows, prompt: str):
-        self.table, self.prompt = table, prompt
-
-    def __len__(self) -> int:
-        return len(self.table.queries)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        own = self.table.prompts.get(range(len(self))[index])
-        return (self.prompt if own is None else query_prompt(own)) + self.table.queries[index]
 
 
 def _search(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
+from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.search.exclude import Exclude
@@ -236,6 +237,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    def prompted(self, prompt: str) -> tuple[Texts, str]:
+        """(queries, prompt) to encode; where rows bring their own instruction it stands in every text."""
+        if not self.prompts:
+            return self.queries, prompt
+        texts = Texts()
+        for i, query in enumerate(self.queries):
+            own = self.prompts.get(i)
+            texts.append((prompt if own is None else query_prompt(own)) + query)
+        return texts, ""
 
     @cached_property
     def pos(self) -> Exclude:  # once the pool is closed
