@@ -102,7 +102,7 @@ def _lists(cls: type[Options]) -> Iterator[tuple[str, type]]:
     for prefix, section in (("", cls), *((f"{name}.", kind) for name, kind in _sections(cls))):
         for name, kind in types_of(section).items():
             for k in (kind, *typing.get_args(kind)):
-                if typing.get_origin(k) is list and typing.get_args(k)[0] in (str, float):
+                if typing.get_origin(k) is list and typing.get_args(k)[0] in (str, float, int):
                     yield f"--{prefix}{name}", typing.get_args(k)[0]
 
 

@@ -8,6 +8,7 @@ from nemo_embed_core.config.data import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.config.evaluate import EvaluateConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig, Selection, check_threshold
 from nemo_embed_core.config.model import ModelConfig, Pooling, RopeScaling
+from nemo_embed_core.config.plan import ClusterConfig, LengthsConfig, PlanConfig
 from nemo_embed_core.config.train import (
     CheckpointConfig,
     LossConfig,
@@ -22,20 +23,24 @@ LAUNCHERS: dict[str, type[Options]] = {
     "prepare": PrepareConfig,
     "mine": MineConfig,
     "evaluate": EvaluateConfig,
+    "plan": PlanConfig,
 }
 
 __all__ = [
     "LAUNCHERS",
     "CheckpointConfig",
+    "ClusterConfig",
     "DataConfig",
     "DatasetConfig",
     "EvaluateConfig",
+    "LengthsConfig",
     "LossConfig",
     "MineConfig",
     "MineDatasetConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlanConfig",
     "Pooling",
     "PrepareConfig",
     "RopeScaling",

@@ -11,13 +11,14 @@ engine.update(lr)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
-from nemo_embed_core.model.attention import pick_attention
+from nemo_embed_core.model.attention import Attention, pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.grad_norm import clip_factor, grad_norm, sync_replicated_grads
@@ -32,13 +33,25 @@ def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 class Engine:
-    """Every rank makes one. dtype: of the forward and backward, where it is not that of config.precision."""
+    """Every rank makes one. dtype: of the forward and backward, where it is not that of config.precision.
 
-    def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh, dtype: torch.dtype | None = None):
+    attention, memory: for a plan, the one of another device and a mode in which nothing is really allocated.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ModelConfig,
+        mesh: Mesh,
+        dtype: torch.dtype | None = None,
+        *,
+        attention: Attention | None = None,
+        memory: AbstractContextManager[object] | None = None,
+    ):
         self.config, self.model_config, self.mesh = config, model, mesh
         self.dtype = dtype or run_dtype(config, mesh.device)
         check_master_weights(config.optim, self.dtype)
-        attention = pick_attention(config.attention, mesh.device, self.dtype)
+        attention = attention or pick_attention(config.attention, mesh.device, self.dtype)
         with torch.device("meta"):  # no memory before it is sharded
             selective = config.activation_checkpointing == "selective"
             self.model = Encoder(model, mesh.tp, attention, selective)
@@ -53,11 +66,12 @@ class Engine:
             reduce_dtype=DTYPES[config.parallel.reduce_dtype],
             activation_checkpointing=config.activation_checkpointing == "full",
         )
-        self.model.to_empty(device=mesh.device)
-        if split:
-            fsdp.keep_gradients_in_fp32(self.model)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        ensure_state(self.optimizer)
+        with memory or nullcontext():
+            self.model.to_empty(device=mesh.device)
+            if split:
+                fsdp.keep_gradients_in_fp32(self.model)
+            self.optimizer = build_optimizer(self.model, config.optim)
+            ensure_state(self.optimizer)
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], before: Callable[[str, int], None] = lambda phase, i: None

@@ -1,0 +1,234 @@
+"""Layouts of a run on a cluster: what each needs, what it sends and how long it takes, the best first.
+
+    found = plan(PlanConfig(...), log)
+    print(report(found))
+
+Memory comes from the engine itself on fake tensors (pretend.py), the wire from formulas that tests hold to
+the real collectives (parallel/wire.py), time from published rates (time.py, hardware.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemo_embed_core.config.model import ModelConfig
+from nemo_embed_core.config.plan import PlanConfig
+from nemo_embed_core.config.train import TrainConfig
+from nemo_embed_core.model.spec import parameter_shapes, rank_units
+from nemo_embed_core.parallel.wire import Key, Traffic, Wire, step_traffic
+from nemo_embed_core.plan.hardware import GPUS
+from nemo_embed_core.plan.lengths import Split, Texts, split, texts_of
+from nemo_embed_core.plan.pretend import Seen, Shape, pretend
+from nemo_embed_core.plan.time import Layout, Recompute, step_seconds
+from nemo_embed_core.train.metrics import training_flops
+
+# What fake tensors do not see: workspaces and fragments grow with what is used, the CUDA context and NCCL do
+# not.
+SLACK_SHARE, SLACK_BYTES = 0.03, 3e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout, and what it needs and takes; `why` it is none, where it is none."""
+
+    layout: Layout
+    recompute: Recompute
+    max_tokens: int
+    why: str = ""
+    peak: int = 0
+    micro_batches: int = 0
+    fill: float = 0.0  # real tokens of the room of a step
+    tokens: float = 0.0  # of a step
+    flops: float = 0.0
+    seconds: tuple[float, float] = (0.0, 0.0)
+    traffic: dict[Key, Traffic] | None = None
+
+    @property
+    def name(self) -> str:
+        lay = self.layout
+        copies = f" in {lay.replicate} copies" if lay.replicate > 1 else ""
+        return f"tp {lay.tp} x dp {lay.dp}{copies}, recompute {self.recompute}, {self.max_tokens:,} tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    config: PlanConfig
+    train: TrainConfig
+    model: ModelConfig
+    model_words: str
+    texts: Texts
+    best: list[Candidate]  # that fit, best first
+    seen: Seen | None  # of the best
+    too_large: list[Candidate]
+    impossible: list[Candidate]
+
+    @property
+    def num_parameters(self) -> int:
+        return num_parameters(self.model)
+
+
+def num_parameters(model: ModelConfig) -> int:
+    return sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+
+
+def needed(peak: float) -> float:
+    return peak * (1 + SLACK_SHARE) + SLACK_BYTES
+
+
+def plan(config: PlanConfig, log: Callable[[str], None] = print) -> Found:
+    train = TrainConfig.from_yaml(config.train)
+    model, words = _model(train)
+    texts = texts_of(
+        config.store, train.data, train.loss.in_batch, config.lengths, train.global_batch_size, train.seed
+    )
+    candidates = list(_candidates(config, train, model))
+    fitting, too_large, impossible = [], [], []
+    for i, candidate in enumerate(candidates):
+        log(f"{i + 1}/{len(candidates)} {candidate.name}")
+        candidate = candidate if candidate.why else _evaluate(config, train, model, texts, candidate)
+        if candidate.why:
+            impossible.append(candidate)
+        elif needed(candidate.peak) > GPUS[config.cluster.gpu].memory:
+            too_large.append(candidate)
+        else:
+            fitting.append(candidate)
+    fitting.sort(key=lambda c: sum(c.seconds) / c.tokens)
+    seen = None
+    if fitting:
+        chosen = fitting[0]
+        seen = pretend(_with(train, chosen), model, config.cluster.world_size, _worst(train, texts, chosen))
+    return Found(
+        config=config, train=train, model=model, model_words=words, texts=texts, best=fitting, seen=seen,
+        too_large=sorted(too_large, key=lambda c: c.peak), impossible=impossible,
+    )  # fmt: skip
+
+
+def _model(train: TrainConfig) -> tuple[ModelConfig, str]:
+    folder = Path(train.init_from)
+    if train.init_from and folder.is_dir():
+        from nemo_embed_core.checkpoint.weights import read_model_config
+
+        return read_model_config(train.init_from), train.init_from
+    if train.init_from:
+        return (
+            train.model,
+            f"init_from={train.init_from} is not here: the shape is that of the options `model`",
+        )
+    return train.model, "the options `model`"
+
+
+def _candidates(config: PlanConfig, train: TrainConfig, model: ModelConfig) -> Iterator[Candidate]:
+    cluster = config.cluster
+    sizes = sorted({train.data.max_tokens, *config.max_tokens})
+    copies = sorted({1, cluster.nodes, train.parallel.dp_replicate})
+    for tp, replicate, recompute, max_tokens in itertools.product(
+        sorted({*config.tp_sizes}), copies, typing.get_args(Recompute), sizes
+    ):
+        layout = Layout(tp, replicate, cluster.world_size)
+        why = ""
+        if model.num_key_value_heads % tp or cluster.per_node % tp:
+            heads, gpus = model.num_key_value_heads, cluster.per_node
+            why = f"tp {tp} must divide the {heads} KV heads and the {gpus} GPUs of a node"
+        elif layout.dp % replicate:
+            why = f"{replicate} copies do not divide dp {layout.dp}"
+        elif train.global_batch_size % layout.dp:
+            why = f"dp {layout.dp} does not divide global_batch_size={train.global_batch_size}"
+        yield Candidate(layout=layout, recompute=recompute, max_tokens=max_tokens, why=why)
+
+
+def _with(train: TrainConfig, candidate: Candidate) -> TrainConfig:
+    layout = candidate.layout
+    parallel = replace(train.parallel, tp_size=layout.tp, dp_size=layout.dp, dp_replicate=layout.replicate)
+    return replace(
+        train, parallel=parallel, activation_checkpointing=candidate.recompute,
+        data=replace(train.data, max_tokens=candidate.max_tokens),
+    )  # fmt: skip
+
+
+def _room(candidate: Candidate) -> int:
+    return candidate.max_tokens // candidate.layout.tp * candidate.layout.tp
+
+
+def _worst(train: TrainConfig, texts: Texts, candidate: Candidate) -> list[Shape]:
+    """The largest micro-batch that training can draw, twice where a step has several: the peak is in
+    accumulating."""
+    room, M = _room(candidate), 1 + train.data.num_hard_negatives
+    rows = train.global_batch_size // candidate.layout.dp
+    tp = candidate.layout.tp
+    most = min(room, -(-rows * texts.longest // tp) * tp)
+    mean = float(np.mean([batch.sum() / (batch > 0).sum() for batch in texts.batches]))
+    queries = max(1, min(rows, round(most / mean / (1 + M))))
+    lengths = [most // (queries * (1 + M))] * (queries * (1 + M))
+    lengths[-1] += most - sum(lengths)
+    shape = Shape(tuple(lengths), queries, M)
+    return [shape] * (2 if candidate.micro_batches > 1 else 1)
+
+
+LAYERS = (2, 4)  # of the models whose peaks are continued to the whole one
+
+
+def _evaluate(
+    config: PlanConfig, train: TrainConfig, model: ModelConfig, texts: Texts, candidate: Candidate
+) -> Candidate:
+    layout = candidate.layout
+    if texts.longest > _room(candidate):
+        return replace(
+            candidate,
+            why=f"a row can have {texts.longest:,} tokens, more than max_tokens={candidate.max_tokens:,}",
+        )
+    splits = [split(batch, layout.dp, _room(candidate)) for batch in texts.batches]
+    candidate = replace(candidate, micro_batches=max(len(s.micro_batches) for s in splits))
+    chosen = _with(train, candidate)
+    peaks = [
+        pretend(
+            chosen,
+            replace(model, num_hidden_layers=n),
+            layout.world_size,
+            _worst(train, texts, candidate),
+            parts=False,
+        ).peak
+        for n in LAYERS
+    ]
+    slope = (peaks[1] - peaks[0]) / (LAYERS[1] - LAYERS[0])
+    times, traffic = [], {}
+    for s in splits:
+        traffic = traffic_of(chosen, model, layout, s)
+        times.append(
+            step_seconds(
+                config.cluster, layout, model, [(t, squares) for t, squares, _ in s.micro_batches], traffic,
+                candidate.recompute, num_parameters(model),
+            )
+        )  # fmt: skip
+    tokens = float(np.mean([s.tokens for s in splits]))
+    rooms = [len(s.micro_batches) * layout.dp * candidate.max_tokens for s in splits]
+    return replace(
+        candidate, peak=round(peaks[0] + slope * (model.num_hidden_layers - LAYERS[0])), traffic=traffic,
+        tokens=tokens, fill=tokens / float(np.mean(rooms)),
+        flops=float(np.mean([training_flops(model, s.tokens, s.squares) for s in splits])),
+        seconds=(float(np.mean([t[0] for t in times])), float(np.mean([t[1] for t in times]))),
+    )  # fmt: skip
+
+
+def traffic_of(train: TrainConfig, model: ModelConfig, layout: Layout, step: Split) -> dict[Key, Traffic]:
+    """Of a step whose micro-batches are as full on every rank as on the fullest."""
+    shapes = [(-(-t // layout.tp) * layout.tp, n + (t % layout.tp > 0)) for t, _, n in step.micro_batches]
+    return step_traffic(wire_of(train, model, layout), shapes)
+
+
+def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
+    queries = train.global_batch_size // layout.dp
+    columns = {"none": 0, "positives": 1, "all": 1 + train.data.num_hard_negatives}[train.loss.in_batch]
+    return Wire(
+        units=rank_units(model, layout.tp), hidden_size=model.hidden_size, dp_shard=layout.shard,
+        dp_replicate=layout.replicate, tp=layout.tp, sequence_parallel=train.parallel.sequence_parallel,
+        reshard=train.parallel.reshard_after_forward,
+        recompute=train.activation_checkpointing == "full",
+        in_batch_columns=columns * queries, reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""How long a step takes: an interval from counted FLOPs and bytes. Nothing here is measured on the cluster.
+
+    step = sum over micro-batches of compute + tp wire + dp wire not hidden by compute + optimizer + host
+
+compute     hardware FLOPs / (tp x peak x rate), rate an interval (hardware.py), less for narrow ones under
+            tp; at least the time in which a GPU reads its weights three times
+tp wire     bytes sent / link + calls x latency: nothing of it is hidden
+dp wire     the same, of which 50 to 90 % of the compute hides as much
+optimizer   28 bytes a parameter that a GPU holds, at its memory's rate
+host        18 ms a step (benchmarks/results: what a step of the 8B was idle)
+
+A ring over several nodes goes at the rate of the network cards of those GPUs of a node that belong to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_embed_core.config.model import ModelConfig
+from nemo_embed_core.config.plan import ClusterConfig
+from nemo_embed_core.parallel.wire import Key, Traffic, sent
+from nemo_embed_core.plan.hardware import GPUS
+from nemo_embed_core.train.metrics import training_flops
+
+HIDDEN = (0.5, 0.9)  # share of the compute behind which data-parallel traffic can hide
+NARROW = {1: 1.0, 2: 0.98, 4: 0.95, 8: 0.92}  # rate of products cut over tp ranks
+LATENCY = {"node": 12e-6, "network": 40e-6}  # seconds a collective
+OPTIMIZER_BYTES = 28  # a parameter: weight, both moments read and written, gradient read
+HOST_S = 0.018
+Recompute = Literal["none", "selective", "full"]  # of activation_checkpointing
+RECOMPUTED: Mapping[Recompute, float] = {
+    "none": 0.0,
+    "selective": 0.01,
+    "full": 1 / 3,
+}  # of the model's FLOPs, run again in backward
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int
+    replicate: int
+    world_size: int
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // self.tp
+
+    @property
+    def shard(self) -> int:
+        return self.dp // self.replicate
+
+
+def link(cluster: ClusterConfig, layout: Layout, axis: str) -> tuple[float, float]:
+    """(bytes/s, latency) of a ring over an axis; tp ranks are neighbours, then come dp_shard and
+    dp_replicate."""
+    node = (cluster.node_link * 1e9) or GPUS[cluster.gpu].node_link
+    network = cluster.network_link * 1e9
+    inner = {"tp": 1, "dp_shard": layout.tp, "dp": layout.tp, "dp_replicate": layout.tp * layout.shard}[axis]
+    size = {"tp": layout.tp, "dp_shard": layout.shard, "dp": layout.dp, "dp_replicate": layout.replicate}[
+        axis
+    ]
+    if inner * size <= cluster.per_node:
+        return node, LATENCY["node"]
+    members = max(1, cluster.per_node // inner)  # of the ring in a node, each with its card
+    return min(node, members * network), LATENCY["network"]
+
+
+def wire_seconds(
+    cluster: ClusterConfig, layout: Layout, traffic: Mapping[Key, Traffic], axes: Sequence[str]
+) -> float:
+    seconds = 0.0
+    ranks = {"tp": layout.tp, "dp_shard": layout.shard, "dp": layout.dp, "dp_replicate": layout.replicate}
+    for (axis, operation), (calls, size) in traffic.items():
+        if axis in axes:
+            rate, latency = link(cluster, layout, axis)
+            seconds += sent(operation, size, ranks[axis]) / rate + calls * latency
+    return seconds
+
+
+def step_seconds(
+    cluster: ClusterConfig,
+    layout: Layout,
+    model: ModelConfig,
+    micro_batches: Sequence[tuple[int, int]],
+    traffic: Mapping[Key, Traffic],
+    recompute: Recompute,
+    num_parameters: int,
+) -> tuple[float, float]:
+    """(least, most) seconds of a step; micro_batches: (tokens, sum of squared lengths) of the fullest rank in
+    each."""
+    gpu = GPUS[cluster.gpu]
+    floor = training_flops(model, 1, 0) / layout.tp / gpu.bandwidth  # 6: 2 bytes of each weight, three times
+    tp = wire_seconds(cluster, layout, traffic, ("tp",))
+    dp = wire_seconds(cluster, layout, traffic, ("dp_shard", "dp_replicate", "dp"))
+    optimizer = OPTIMIZER_BYTES * num_parameters / layout.tp / layout.shard / gpu.bandwidth
+    found = []
+    for rate, hidden in zip(reversed(gpu.rates), reversed(HIDDEN), strict=True):
+        speed = layout.tp * gpu.peak * rate * NARROW.get(layout.tp, min(NARROW.values()))
+        compute = sum(
+            max(training_flops(model, tokens, squares) * (1 + RECOMPUTED[recompute]) / speed, floor)
+            for tokens, squares in micro_batches
+        )
+        found.append(compute + tp + max(0.0, dp - hidden * compute) + optimizer + HOST_S)
+    return found[0], found[1]
