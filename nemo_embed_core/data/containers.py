@@ -210,9 +210,12 @@ def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
                 continue
             yield start, dict(zip(names, row, strict=True))
         if names is not None and line == 1 and findings.num_met == before:
-            findings.bad(path, 1, f"no rows: line 1 names the columns ({short(names)}) and nothing follows")
+            findings.bad(path, 1, f"no rows: line 1 names the columns, {short(names)}; {HEADER}")
 
     return read
+
+
+HEADER = "where it is a row already, put a line such as anchor,positive (in TSV with a tab) above it"
 
 
 def _header_problem(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.containers import HEADER
 from nemo_embed_core.data.formats import (
     automodel,
     bitext,
@@ -143,7 +144,14 @@ def _rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
         path, line, fields = _without_ignored(record, config.ignore)
         try:
             if one is None:
-                one = _sniffed(fields) or ours  # whose messages say how to write rows
+                one = _sniffed(fields)
+                if one is None and source.is_text:
+                    message = (
+                        f"line 1 names the columns, {short(list(fields))}, and no format has these: {HEADER}"
+                    )
+                    findings.bad(path, 1, f"{message}; or rename them, or set the dataset's format")
+                    return
+                one = one or ours  # whose messages say how to write rows
                 if one is not ours:
                     findings.note(
                         f"data sets read as {one.NAME} (set their format where it is another)", path, line

@@ -559,6 +559,11 @@ BROKEN = {
     "twice.csv": ("anchor,anchor\na,b\n", 1, "column 'anchor' stands twice"),
     "unnamed.csv": ("anchor,\na,b\n", 1, "not all have a name"),
     "header.tsv": ("anchor\tpositive\n", 1, "no rows: line 1 names the columns"),
+    "headless.tsv": (
+        "a dog\tein Hund\na cat\teine Katze\n",
+        1,
+        "where it is a row already, put a line such as",
+    ),
     "quote.csv": ('anchor,positive\n"a"b,c\n', 2, "expected after"),
     "empty.csv": ("", 1, "the file is empty"),
     "latin.csv": (b"anchor,positive\na,b\n" + b"\xe9,x\n", 3, "not UTF-8: byte 0xe9"),
