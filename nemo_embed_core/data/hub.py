@@ -50,7 +50,7 @@ def hub_rows(path: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
     except ImportError:
         raise UserError(f"{path} needs the datasets library: pip install datasets") from None
     if int(datasets.__version__.split(".")[0]) < 4:
-        raise UserError(f"datasets {datasets.__version__} can run code of a data set: pip install -U datasets")
+        raise UserError(f"datasets {datasets.__version__} can run code of others: pip install -U datasets")
     commit = hub_commit(hub)
     try:
         rows = datasets.load_dataset(hub.name, hub.subset, split=hub.split, revision=commit, streaming=True)
