@@ -80,8 +80,9 @@ def find(path: str, split: str = "train") -> Source:
 
 
 def has_rows(folder: Path) -> bool:
-    """Whether it holds files whose names say that they are data."""
-    return any(_ending(p) in READERS and p.name != "config.json" for p in folder.iterdir())
+    """Whether it, or `data` in it as on the hub, holds files whose names say that they are data."""
+    names = (p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir())
+    return any(_ending(p) in READERS and p.name != "config.json" for p in names)
 
 
 def _ending(path: Path) -> str:
@@ -111,6 +112,8 @@ def _folder(folder: Path, split: str) -> Source:
         for name in names:
             check_file(folder / name)
         return Source(str(folder), [folder / name for name in names], "arrow")
+    if (folder / "data").is_dir() and not any(_ending(p) in READERS for p in folder.iterdir()):
+        folder = folder / "data"
     files = sorted(p for p in folder.iterdir() if p.is_file() and not _PASSED_OVER.fullmatch(p.name))
     return _shards(str(folder), files, split)
 

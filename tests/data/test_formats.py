@@ -524,6 +524,7 @@ def test_shards_are_read_in_order_and_splits_kept_apart(tmp_path: Path) -> None:
     assert list(findings.counts) == ["files of other splits, left out (test-00000-of-00001.jsonl)"]
     assert [row.query for row in rows_of(folder, split="test")] == ["test00", "test01"]
     assert rows_of(f"{folder}/train-*.jsonl") == got
+    assert rows_of(tmp_path) == got, "a folder as it is on the hub"
     with pytest.raises(UserError, match=r"has files of test, train: set the dataset's split"):
         rows_of(folder, split="dev")
     (folder / "train-00000-of-00002.jsonl").unlink()
