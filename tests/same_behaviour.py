@@ -29,11 +29,11 @@ VOLATILE = {
     r"memory|_mb$|_mib$": "what else the process held",
     r"^run$|^pid$|^host$": "drawn anew by every run",
     r"^commit$": "of the tree",
-    r"_digest$": "of a file that has such fields",
+    r"digest$": "of a file that has such fields",
 }
 _VOLATILE = re.compile("|".join(VOLATILE))
-# Suffixes of files that hold times: pictures of them, TensorBoard's events.
-SKIPPED = (".png", ".tfevents")
+# Files that hold times: pictures of them, TensorBoard's events, when the sources of a store were written.
+SKIPPED = (".png", ".tfevents", "sources.json")
 
 SETTINGS = """
 model: {vocab_size: 512, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 8,
@@ -104,11 +104,13 @@ def run(tree: Path, folder: Path) -> None:
 
 
 def content(path: Path) -> Any:
-    """Of JSON the values, else the bytes."""
+    """Of JSON the values, of another text the lines, else the bytes."""
     data = path.read_bytes()
     if path.suffix == ".json":
         return json.loads(data)
-    return [json.loads(line) for line in data.splitlines()] if path.suffix == ".jsonl" else data
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in data.splitlines()]
+    return data.decode().splitlines() if path.suffix in (".md", ".yaml", ".tsv", ".txt") else data
 
 
 def fields_that_differ(a: Any, b: Any, where: str = "") -> Iterator[str]:

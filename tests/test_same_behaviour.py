@@ -27,6 +27,7 @@ def write(folder: Path, metrics: dict, weights: bytes = b"weights", *more: str) 
         (({**METRICS, "new": None},), ["differs: metrics.jsonl [0].new"]),
         ((METRICS, b"weighty"), ["differs: model.bin"]),
         ((METRICS, b"weights", "card.md"), ["only in B: card.md"]),
+        ((METRICS, b"weights", "sources.json"), []),  # when files were written
     ],
 )
 def test_a_difference_is_found(tmp_path: Path, b: tuple, found: list[str]) -> None:
