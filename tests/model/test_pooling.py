@@ -36,7 +36,7 @@ def test_what_the_card_computes_is_what_the_encoder_computes(name: Pooling, side
         place = slice(6 - len(row), 6) if side == "left" else slice(0, len(row))
         hidden[i, place], mask[i, place] = row, 1
     theirs = torch.nn.functional.normalize(
-        eval(spec.POOLINGS[name].torch, {"hidden": hidden, "mask": mask}), dim=-1
+        eval(spec.POOLINGS[name].torch, {"torch": torch, "hidden": hidden, "mask": mask}), dim=-1
     )
     segments = Segments(torch.tensor([0, 3, 4, 9], dtype=torch.int32), lengths, 5)
     torch.testing.assert_close(pooling.pool(name, torch.cat(rows), segments, TensorParallel()), theirs)
