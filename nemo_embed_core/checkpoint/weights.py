@@ -24,7 +24,7 @@ from nemo_embed_core.kernels.adamw import split_master
 from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded
 from nemo_embed_core.model.hf_folder import open_folder
 from nemo_embed_core.model.llama import initial_weight
-from nemo_embed_core.model.spec import hf_rows, hf_shapes, parameter_shapes, tp_dim, tp_unit
+from nemo_embed_core.model.spec import FAMILIES, hf_rows, hf_shapes, parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
 
@@ -102,7 +102,7 @@ def _is_causal(folder: Path) -> bool:
     """Whether transformers and servers run it causally: a plain Llama whose config.json says nothing else."""
     raw = read_object(folder / "config.json")
     is_said = raw.get("is_causal") is False or raw.get("use_bidirectional_attention") is True
-    return raw["model_type"] == "llama" and not is_said
+    return FAMILIES[raw["model_type"]].is_causal and not is_said
 
 
 def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = False) -> Weights:

@@ -28,7 +28,7 @@ from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import Card, model_card
 from nemo_embed_core.export.formats import FORMATS, Format
-from nemo_embed_core.model.spec import ARCHITECTURES, MODULES, POOLINGS, flags_of
+from nemo_embed_core.model.spec import ARCHITECTURES, MODULES, POOLINGS, flags_of, model_type_of
 
 DTYPES = ("float32", "bfloat16", "float16")  # as transformers and torch name them
 
@@ -93,7 +93,8 @@ def hf_config(
     model: ModelConfig, dtype: str, special_ids: Mapping[str, int | None], format: Format = "native"
 ) -> dict[str, Any]:
     """config.json of a bidirectional Llama; `special_ids` has bos_token_id, eos_token_id, pad_token_id."""
-    model_type, auto_map = FORMATS[format].model_type, FORMATS[format].auto_map
+    model_type = FORMATS[format].model_type or model_type_of(model)
+    auto_map = FORMATS[format].auto_map
     scaling = None
     if model.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **dataclasses.asdict(model.rope_scaling)}

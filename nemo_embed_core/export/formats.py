@@ -17,7 +17,7 @@ Format = Literal["native", "compat"]
 class ExportFormat:
     """How a folder of this format differs from the others."""
 
-    model_type: str  # a key of ARCHITECTURES (model/spec.py)
+    model_type: str = ""  # of its code; "": the model's own (model/spec.py)
     readers: str  # the least that reads it, for --help
     transformers_4: bool = False  # whether its tokenizer must load there too
     # Copied beside the weights as it is, never imported by this package; users trust it by trust_remote_code.
@@ -28,7 +28,6 @@ class ExportFormat:
 
 FORMATS: Mapping[Format, ExportFormat] = {
     "native": ExportFormat(
-        model_type="llama",
         readers="transformers >= 5.2",
         requirements=(
             "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, "

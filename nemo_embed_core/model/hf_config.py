@@ -3,6 +3,7 @@ heavy is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from nemo_embed_core.config import ModelConfig, RopeScaling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.spec import ARCHITECTURES, LLAMA3_FIELDS, POOLINGS, ROPE_TYPES, pooling_of_config
+from nemo_embed_core.model.spec import FAMILIES, LLAMA3_FIELDS, POOLINGS, ROPE_TYPES, pooling_of_config
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -19,20 +20,13 @@ def read_config(folder: Path) -> ModelConfig:
     return model_config(folder / "config.json", read_object(folder / "config.json"))[0]
 
 
-# The values of a field that compute what our Llama computes, the default first.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "hidden_act": ("silu", "swish"),
-}
-
-
 def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
     """(the shape, notes) from config.json's object; UserError where two of its fields contradict."""
-    if raw.get("model_type") not in ARCHITECTURES:
-        types = " and ".join(f'"{name}"' for name in ARCHITECTURES)
+    if raw.get("model_type") not in FAMILIES:
+        types = " and ".join(f'"{name}"' for name in FAMILIES)
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only {types} are read")
-    for key, values in _SUPPORTED.items():
+    family = FAMILIES[raw["model_type"]]
+    for key, values in family.supported.items():
         if raw.get(key, values[0]) not in values:
             raise UserError(
                 f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={values[0]!r}"
@@ -64,25 +58,15 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
         )
     notes: list[str] = []
     theta, scaling = _rotary(path, raw, notes)
-    if raw["model_type"] == "llama" and (code := raw.get("auto_map")):
+    if family.is_causal and (code := raw.get("auto_map")):
         file = next(iter(code.values()), "") if isinstance(code, dict) else code
         notes.append(f"{path}: its own code ({file}) is not run; it is read as a plain Llama")
     try:
-        model = ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or 0,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            initializer_range=raw.get("initializer_range", 0.02),
-            pooling=pooling,
-        )
+        fields: dict[str, Any] = {**family.defaults, **raw, **family.implied}
+        fields["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        fields["head_dim"], fields["pooling"] = raw.get("head_dim") or 0, pooling
+        fields["rope_theta"], fields["rope_scaling"] = theta, scaling
+        model = ModelConfig(**{f.name: fields[f.name] for f in dataclasses.fields(ModelConfig)})
     except KeyError as error:
         raise UserError(f"{path}: field {error} is missing") from None
     except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ consumer calls them.
     parameter_shapes, tp_dim, tp_unit    our parameters and how tensor parallelism cuts them
     rank_units                           what a rank gathers together
     hf_rows, hf_shapes                   Hugging Face's tensors, and whose rows ours are
-    ARCHITECTURES, ROPE_TYPES            words of config.json
+    FAMILIES, ROPE_TYPES                 words of config.json, and what they mean where they are left out
     POOLINGS                             words of config.json and sentence-transformers, text for people
 
 Import, export, checkpoints, merging and proofs read these. No torch import: a model that does not fit is
@@ -14,7 +14,7 @@ refused before anything heavy is loaded. The arithmetic of pooling is model/pool
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_embed_core.config import ModelConfig, Pooling
@@ -23,7 +23,45 @@ from nemo_embed_core.parallel.layout import tp_chunk
 
 # ------------------------------------------------------------------------------------------ config.json
 
-ARCHITECTURES = {"llama": "LlamaModel", "llama_bidirec": "LlamaBidirectionalModel"}  # by model_type
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model_type of config.json.
+
+    is_causal: what it means where config.json does not say.  implied: fields of ModelConfig that the type decides.
+    defaults: what transformers takes for a field that is left out.
+    supported: values of other fields that compute what model/llama.py computes, transformers' default first.
+    """
+
+    architecture: str
+    is_causal: bool
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any]
+    supported: Mapping[str, tuple[Any, ...]]
+
+
+_LLAMA: dict[str, Any] = {
+    "defaults": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02},
+    "supported": {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish")},
+}
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(architecture="LlamaModel", is_causal=True, **_LLAMA),
+    "llama_bidirec": Family(architecture="LlamaBidirectionalModel", is_causal=False, **_LLAMA),
+}
+
+
+ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()}
+
+
+def model_type_of(config: ModelConfig) -> str:
+    """The one that transformers computes it by without further code."""
+    return next(
+        name
+        for name, family in FAMILIES.items()
+        if family.is_causal and all(getattr(config, key) == value for key, value in family.implied.items())
+    )
+
+
 ROPE_TYPES = ("default", "llama3")
 # Of rope_scaling and rope_parameters, for "llama3": the fields of config.RopeScaling.
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
