@@ -10,13 +10,15 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Beir, Findings, read_beir
+from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.models import Subject
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
@@ -37,36 +39,54 @@ def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     for subject in reversed(subjects.values()):  # so that what was loaded last is the first that is needed
         del encoder  # before the next one is loaded
         encoder = subject.check(config)
-    beir, facts = read_data(config)
-    with mteb_imported():
-        pass  # seconds below are of encoding and search, not of imports
-    options = {"ignore_identical_ids": config.ignore_identical_ids}
+    task = Retrieval(config)
     precision = pick_precision(config.precision, pick_device(config.device))
     width = max(len(model) for model in (*config.models, "model"))
-    print(f"{'model':{width}}  ndcg@10  recall@10  mrr@10  seconds", flush=True)
+    print(f"{'model':{width}}  {'  '.join(task.columns)}  seconds", flush=True)
     report: dict[str, dict[str, Any]] = {}
     for name in config.models:
         start = time.perf_counter()
         if name == "bm25":
-            entry: dict[str, Any] = {**evaluate_bm25(beir, **options)}
+            entry = task.bm25()
             usage = None
         else:
             encoder = encoder or subjects[name].load(config)
             usage = subjects[name].usage_with(encoder)
-            entry = evaluate_retrieval(encoder, beir, usage, **options)
+            entry = task.evaluate(encoder, usage)
             entry |= {"digest": encoder.digest, "precision": precision}
             encoder = None  # before the next one is loaded
         entry["seconds"] = round(time.perf_counter() - start, 1)
-        ndcg, recall, mrr = (entry[metric] for metric in METRICS)
-        print(f"{name:{width}}  {ndcg:7.4f}  {recall:9.4f}  {mrr:6.4f}  {entry['seconds']:7.1f}", flush=True)
+        figures = [f"{entry[metric]:{len(column)}.4f}" for column, metric in task.columns.items()]
+        print(f"{name:{width}}  {'  '.join(figures)}  {entry['seconds']:7.1f}", flush=True)
         if usage is not None:
             entry |= described(subjects[name], usage)
             print(f"{'':{width}}  {line_of(entry)}", flush=True)
-        report[name] = {**entry, "data": facts}
+        report[name] = {**entry, "data": task.facts}
         if config.output:  # after every model: an hour of scores is not lost with the next one
             text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
             write_atomically(Path(config.output), text.encode())
     return report
+
+
+class Retrieval:
+    """A task: data by which models are scored, read and checked when it is made.
+
+    columns: of the table, title -> metric.  facts: of the data, for the report.
+    """
+
+    columns: Mapping[str, str] = {metric.replace("_at_", "@"): metric for metric in METRICS}
+
+    def __init__(self, config: EvaluateConfig):
+        self.beir, self.facts = read_data(config)
+        self.options = {"ignore_identical_ids": config.ignore_identical_ids}
+        with mteb_imported():
+            pass  # seconds in the table are of encoding and search, not of imports
+
+    def evaluate(self, encoder: TextEncoder, usage: Usage) -> dict[str, Any]:
+        return evaluate_retrieval(encoder, self.beir, usage, **self.options)
+
+    def bm25(self) -> dict[str, Any]:
+        return {**evaluate_bm25(self.beir, **self.options)}
 
 
 def check_names(config: EvaluateConfig) -> None:
