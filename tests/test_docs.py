@@ -123,6 +123,8 @@ def test_a_recipe_names_at_most_three_files_besides_tests() -> None:
         "A pooling",
         "An export format",
         "A loss term",
+        "An optimizer",
+        "A tracker",
         "An evaluation task",
         "A kernel",
     ]

@@ -242,6 +242,18 @@ def test_a_dict_in_a_constructor_is_told_the_way() -> None:
 # ------------------------------------------------------------------------------------------ texts
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers(Options):
+    """A list of numbers, as a loss may have one of dimensions."""
+
+    dims: list[int] = dataclasses.field(default_factory=list)
+    """Dimensions."""
+
+
+def test_a_list_of_numbers_is_given_like_one_of_names() -> None:
+    assert load_config(Numbers, ["--dims", "16", "32"]) == Numbers(dims=[16, 32])
+
+
 def help_of(cls: type[Options], argument: str = "--help") -> dict[str, str]:
     """{option: text} as printed."""
     printed = io.StringIO()
