@@ -33,6 +33,8 @@ def sync_replicated_grads(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Non
     if not mesh.tp.sequence_parallel:
         return
     grads = [local_tensor(p.grad) for p in parameters if p.grad is not None and is_tp_replicated(p)]
+    if not grads:  # every norm is frozen
+        return
     flat = torch.cat([g.reshape(-1) for g in grads])
     all_reduce_(flat, mesh.tp.group)
     for grad, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
