@@ -28,7 +28,8 @@ from nemo_embed_core.parallel.layout import tp_chunk
 class Family:
     """A model_type of config.json.
 
-    is_causal: what it means where config.json does not say.  implied: fields of ModelConfig that the type decides.
+    is_causal: what it means where config.json does not say.
+    implied: fields of ModelConfig that the type decides.
     defaults: what transformers takes for a field that is left out.
     supported: values of other fields that compute what model/llama.py computes, transformers' default first.
     """
