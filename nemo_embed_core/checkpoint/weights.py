@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, state_name, verify_checkpoint
+from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, parameter_of, verify_checkpoint
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Source, resolve, say_note
 from nemo_embed_core.config import ModelConfig
@@ -117,9 +117,9 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
         manifest = verify_checkpoint(folder, weights_only=True, hashed=hashed)
         reader = Reader(folder)
         expected = parameter_shapes(config)
-        # Whichever optimizer's.
-        states = sorted({n.rsplit("/", 1)[0] for n in manifest["tensors"] if is_state(n)})
-        reader.check(expected | {state_name(s, n): shape for n, shape in expected.items() for s in states})
+        states = [n for n in manifest["tensors"] if is_state(n) and parameter_of(n) in expected]
+        # An optimizer's, of whichever parameters and shapes: they are no weights.
+        reader.check(expected | {n: tuple(manifest["tensors"][n]["shape"]) for n in states})
         digests = sorted(f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-"))
         dtype = getattr(torch, manifest["export_dtype"])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
