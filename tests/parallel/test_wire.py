@@ -111,4 +111,5 @@ def test_gloo_carries_what_the_formulas_say(world_size: int, server: Server, tmp
 
 @pytest.mark.parametrize("layout", FAKE, ids=str)
 def test_many_ranks_would_carry_what_the_formulas_say(layout: tuple, server: Server, tmp_path: Path) -> None:
-    check(server, tmp_path, [layout], ALL_MODES, "fake")
+    # Without sequence parallelism only what tp carries is other: one in-batch mode is enough.
+    check(server, tmp_path, [layout], ALL_MODES if layout[1] else ALL_MODES[6:12], "fake")
