@@ -52,6 +52,7 @@ setup(
         "jsonargparse[signatures]>=4.53,<5",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "pyarrow>=18",
     ],
     extras_require={
         "eval": ["mteb>=2.26,<3", "sentence-transformers>=6,<7"],

@@ -3,6 +3,8 @@
     python launch/prepare.py --tokenizer DIR --data.datasets '[{path: train.jsonl, task: "Given a question,
     ..."}]' python launch/prepare.py --config configs/prepare.yaml
 
+    python launch/prepare.py --data.datasets '[{path: beir/nq}]' --dataset data/nq
+
 Training does this by itself when the store is missing; run it beforehand on a cheap machine to check the data
 and to keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`,
 exit code 2. A build that was killed goes on where it was. With --data.store DIGEST it checks a store that is
@@ -22,11 +24,16 @@ def main() -> None:
         # After the arguments are parsed, so that --help and typing errors answer at once.
         from nemo_embed_core.data.build import open_store, with_store
         from nemo_embed_core.data.population import longest_draws
+        from nemo_embed_core.data.prepare import write_datasets
         from nemo_embed_core.data.tokenizer import load_tokenizer
 
-        start = time.perf_counter()
+        start, data = time.perf_counter(), config.data
+        if config.dataset:
+            data = write_datasets(data, config.dataset)
+            if not config.tokenizer:
+                return
         tokenizer = load_tokenizer(config.tokenizer)
-        store = open_store(with_store(config.data), tokenizer)
+        store = open_store(with_store(data), tokenizer)
         store.verify()
         seconds = time.perf_counter() - start
         # For training's max_tokens and num_hard_negatives; the store is the same for any.

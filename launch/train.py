@@ -42,10 +42,9 @@ def main() -> None:
     stop_with_torchrun()
     with user_errors():
         config = load_config(TrainConfig)  # before torch is imported: a typo costs a tenth of a second
-        if config.data.store:
-            from nemo_embed_core.data.build import with_store
+        from nemo_embed_core.data.build import with_store
 
-            config = replace(config, data=with_store(config.data))
+        config = replace(config, data=with_store(config.data))
         from nemo_embed_core.train.early import check_early
 
         check_early(config)

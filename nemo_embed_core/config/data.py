@@ -20,6 +20,8 @@ class RowsConfig(Options):
     min_grade: float | None = None
     """Graded pairs (an STS table): grade, on the table's own scale, from which a pair belongs together; the
     others are left out, counted. null: they are refused, as the contrastive loss has no use for a grade."""
+    source: str = ""
+    """Of a dataset folder with ids only: the folder or file that its source_config.json names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,11 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
     """A file of rows (JSON lines, JSON, CSV, TSV, Parquet, Arrow; text also .gz or .zst), a folder or glob of
     them, or a BEIR folder."""
     task: str = ""
-    """Instruction of the queries: "Instruct: {task}\\nQuery: {text}"; "": the query as it is."""
+    """Instruction of the queries: "Instruct: {task}\\nQuery: {text}"; one that ends in {text} is the whole
+    prompt ("query: {text}"); "": a dataset folder's own, else the query as it is ("{text}": always)."""
     document_task: str = ""
-    """Instruction of the documents, for symmetric tasks only (STS, bitext); "": none."""
+    """Instruction of the documents, for symmetric tasks only (STS, bitext); "": a dataset folder's own, else
+    none."""
     split: str = "train"
     """Split of a BEIR folder, qrels/{split}.tsv, and of a folder with files of several splits."""
     on_missing: Literal["error", "allow"] = "error"
@@ -76,8 +80,17 @@ class DataConfig(Options, section="data"):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Options):
-    """Tokenise datasets once into a memory-mapped store (training does it itself when there is none)."""
+    """Tokenise datasets once into a memory-mapped store (training does it itself when there is none), or
+    write them as dataset folders."""
 
-    tokenizer: str
-    """Folder with tokenizer.json."""
+    tokenizer: str = ""
+    """Folder with tokenizer.json; "": nothing is tokenised, `dataset` is written."""
+    dataset: str = ""
+    """Dataset folder to write the data to, documents once and rows of ids; of several datasets a folder with
+    one for each. With a tokenizer the store is then made of it."""
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.tokenizer or self.dataset):
+            raise UserError("give --tokenizer FOLDER to tokenise, --dataset OUT for dataset folders, or both")

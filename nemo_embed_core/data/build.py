@@ -19,7 +19,7 @@ from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, building, publish
 from nemo_embed_core.data.compile import compile_store
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import reading, source_files
+from nemo_embed_core.data.readers import corpus_format, reading, source_files, with_tasks
 from nemo_embed_core.data.store import FORMAT_VERSION, Store, damaged, read_manifest, report
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
@@ -35,6 +35,7 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
     rank build first. Raises DataError for bad rows (the first 20 of all sources, and how many) and UserError
     for a damaged store or a too short max_length.
     """
+    config = with_store(config)
     if config.store:
         store = Store(store_folder(config))
         _check_same_made(store, config, tokenizer)
@@ -43,6 +44,10 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
     if not config.datasets:
         raise UserError("data.datasets is empty: name at least one file of rows or BEIR folder")
     check_prompts(config, tokenizer)
+    for dataset in config.datasets:
+        if corpus_format(dataset) is not None:
+            before = [repr(query_prompt(task)) for task in (dataset.task, dataset.document_task)]
+            log(f"{dataset.path}: queries begin with {before[0]}, documents with {before[1]}")
     try:
         files = [source_files(dataset) for dataset in config.datasets]
     except UserError as error:
@@ -137,9 +142,10 @@ def store_folder(config: DataConfig) -> Path:
 
 
 def with_store(config: DataConfig) -> DataConfig:
-    """config with its store's datasets where it names none: instructions belong to the run."""
+    """config with its store's datasets where it names none, and the instructions that the data has, where it
+    names none: instructions belong to the run."""
     if not config.store or config.datasets:
-        return config
+        return replace(config, datasets=[with_tasks(dataset) for dataset in config.datasets])
     sources, keys = read_manifest(store_folder(config))["sources"], ("path", "task", "document_task")
     return replace(config, datasets=[DatasetConfig(**{key: s[key] for key in keys}) for s in sources])
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from nemo_embed_core.data.formats import (
     sts,
     tevatron,
 )
+from nemo_embed_core.data.formats import dataset as dataset_folder
 from nemo_embed_core.data.formats.beir import (
     Beir,
     OnMissing,
@@ -51,8 +53,8 @@ from nemo_embed_core.errors import UserError
 
 __all__ = [
     "BadLines", "Beir", "Findings", "Row",
-    "check_sources", "is_folder_of_texts", "read_beir", "read_documents", "read_passages", "read_rows",
-    "reading", "source_files",
+    "check_sources", "corpus_format", "has_corpus", "is_folder_of_texts", "read_beir", "read_documents",
+    "read_passages", "read_rows", "reading", "source_files", "with_tasks",
 ]  # fmt: skip
 
 
@@ -80,6 +82,22 @@ FORMATS: tuple[Format, ...] = (
 )  # fmt: skip
 
 
+class CorpusFormat(Protocol):
+    """A module of data/formats/: texts in files of their own, which rows name by id."""
+
+    @property
+    def NAME(self) -> str: ...
+    def takes(self, path: Path) -> bool: ...
+    def files(self, config: DatasetConfig) -> list[Path]: ...  # that decide the rows; theirs last
+    # Of queries and documents, as the data has them.
+    def tasks(self, config: DatasetConfig) -> tuple[str, str]: ...
+    def rows(self, config: DatasetConfig, findings: Findings) -> Iterator[Row]: ...
+    def beir(self, config: DatasetConfig, findings: Findings) -> Beir: ...  # for evaluation: the whole corpus
+
+
+CORPUS_FORMATS: tuple[CorpusFormat, ...] = (dataset_folder,)
+
+
 def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: bool = False) -> Iterator[Row]:
     """The rows of a dataset, in the order of its files (of a BEIR split a row per judged query: score > 0 is
     pos, the others neg).
@@ -88,13 +106,18 @@ def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: b
     findings: the caller's; with one that is not strict the good rows are given and nothing is raised.
     graded: also graded pairs, as they are; else those of config.min_grade and above, without it an error.
     """
-    if not is_folder_of_texts(config):
+    one = corpus_format(config)
+    if one is None and not is_folder_of_texts(config):
         rows = _rows(config, findings or Findings(strict=True))
         yield from rows if graded else _positive(rows, config.min_grade, findings or Findings(strict=True))
         return
     # Not `findings or`: what the split's files have wrong is collected, then raised before the first row.
     own = findings if findings is not None else Findings()
-    for row in beir_rows(Path(config.path), config.split, config.on_missing, own):
+    if one is None:
+        found = beir_rows(Path(config.path), config.split, config.on_missing, own)
+    else:
+        found = one.rows(config, own) if graded else _positive(one.rows(config, own), config.min_grade, own)
+    for row in found:
         if findings is None:
             own.raise_bad()
         yield row
@@ -102,10 +125,31 @@ def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: b
         own.raise_bad()
 
 
+def corpus_format(config: DatasetConfig) -> CorpusFormat | None:
+    """Named, or told by its files; None: it is BEIR, or has its texts in the rows."""
+    path = Path(config.path)
+    return next(
+        (f for f in CORPUS_FORMATS if config.format == f.NAME or (not config.format and f.takes(path))), None
+    )
+
+
+def has_corpus(config: DatasetConfig) -> bool:
+    """Whether it has documents that may be in no row."""
+    return corpus_format(config) is not None or is_folder_of_texts(config)
+
+
+def with_tasks(config: DatasetConfig) -> DatasetConfig:
+    """config with the instructions that the data itself has, where it names none."""
+    if (one := corpus_format(config)) is None:
+        return config
+    task, document_task = one.tasks(config)
+    return replace(config, task=config.task or task, document_task=config.document_task or document_task)
+
+
 def is_folder_of_texts(config: DatasetConfig) -> bool:
-    """Whether it is a BEIR folder, which has documents that are in no row."""
+    """Whether it is a BEIR folder."""
     folder = Path(config.path)
-    if config.format or not folder.is_dir():
+    if config.format or not folder.is_dir() or corpus_format(config) is not None:
         return config.format == "beir"
     return is_beir(folder) or not has_rows(folder)  # neither: beir_files says so
 
@@ -210,7 +254,8 @@ def _named(name: str) -> Format:
     for one in FORMATS:
         if name == one.NAME:
             return one
-    raise UserError(f"format={name!r} is none of {', '.join(['beir', *(one.NAME for one in FORMATS)])}")
+    names = ["beir", *(one.NAME for one in CORPUS_FORMATS), *(one.NAME for one in FORMATS)]
+    raise UserError(f"format={name!r} is none of {', '.join(names)}")
 
 
 def _sniffed(fields: dict[str, Any]) -> Format | None:
@@ -243,6 +288,8 @@ def _note_noise(row: Row, path: Path, line: int, findings: Findings) -> None:
 
 def source_files(config: DatasetConfig) -> list[Path]:
     """The files that read_rows(config) reads, in a fixed order."""
+    if one := corpus_format(config):
+        return one.files(config)
     if is_folder_of_texts(config):
         return beir_files(Path(config.path), config.split)
     return find(config.path, config.split).files
@@ -251,6 +298,9 @@ def source_files(config: DatasetConfig) -> list[Path]:
 def reading(config: DatasetConfig) -> list[str]:
     """What decides the rows besides the bytes of source_files, for digests: nothing for files of our rows."""
     how = []
+    if found := corpus_format(config):
+        graded = [] if config.min_grade is None else [f"min_grade={config.min_grade:g}"]
+        return [f"format={found.NAME}", *graded]
     if is_folder_of_texts(config):
         if config.on_missing != "error":
             how.append(f"on_missing={config.on_missing}")
@@ -288,16 +338,25 @@ def check_sources(datasets: Iterable[DatasetConfig], log: Callable[[str], None] 
 
 
 def read_beir(
-    path: str | Path, split: str, on_missing: OnMissing = "error", findings: Findings | None = None
+    path: str | Path,
+    split: str,
+    on_missing: OnMissing = "error",
+    findings: Findings | None = None,
+    source: str = "",
 ) -> Beir:
-    """A split: every corpus text, the queries that it judges, qrels[query id][document id] = score.
+    """A BEIR split, or another folder with a corpus: every corpus text, the queries that it judges,
+    qrels[query id][document id] = score.
 
     on_missing: see DatasetConfig; allowed empty texts are "", and judgements of documents that do not exist
     stay in the qrels, as they do in mteb. DataError with the first 20 bad lines, unless the caller's
     `findings` collects them.
     """
     own = findings if findings is not None else Findings()
-    beir = beir_split(Path(path), split, on_missing, own)
+    config = DatasetConfig(path=str(path), split=split, source=source)
+    if one := corpus_format(config):
+        beir = one.beir(config, own)
+    else:
+        beir = beir_split(Path(path), split, on_missing, own)
     if findings is None:
         own.raise_bad()
     return beir

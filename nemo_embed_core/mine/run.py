@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,14 +21,17 @@ from typing import Any, TypeVar
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
 from nemo_embed_core.data.normal_form import exact_key, normal_key
+from nemo_embed_core.data.prepare import dataset_names
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import (
     BadLines,
     Findings,
+    has_corpus,
     is_folder_of_texts,
     read_beir,
     read_documents,
     read_rows,
+    with_tasks,
 )
 from nemo_embed_core.encoders.precomputed import precomputed_sides
 from nemo_embed_core.errors import UserError
@@ -103,15 +105,17 @@ def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
     """The name of each dataset's file or folder, with a number where two have the same."""
     names = {f.name for f in dataclasses.fields(MineDatasetConfig)} - {"path"}
     base = {name: getattr(config, name) for name in names}
-    named: dict[str, MineDatasetConfig] = {}
-    for dataset in config.datasets or [MineDatasetConfig(path=config.data, **base)]:
-        stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.(gz|zst))?$", "", Path(dataset.path).name)
-        stem = re.sub(r"[^\w.-]+", "_", stem)  # of a glob
-        count = 1
-        while (name := stem if count == 1 else f"{stem}-{count}") in named:
-            count += 1
-        named[name] = dataset
-    return named
+    datasets = config.datasets or [MineDatasetConfig(path=config.data, **base)]
+    stems = dataset_names(dataset.path for dataset in datasets)
+    return dict(zip(stems, map(_with_tasks, datasets), strict=True))
+
+
+def _with_tasks(dataset: MineDatasetConfig) -> MineDatasetConfig:
+    """With the instructions that the data itself has, where no option says any."""
+    own = with_tasks(dataset.as_data())
+    task = own.task or None if dataset.task is None else dataset.task
+    document_task = own.document_task or None if dataset.document_task is None else dataset.document_task
+    return dataclasses.replace(dataset, task=task, document_task=document_task)
 
 
 # ------------------------------------------------------------------------------------------ what is read
@@ -119,8 +123,8 @@ def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
 
 def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Document]:
     """Documents to search beside those of the rows: of a BEIR folder the whole corpus, and --corpus."""
-    if is_folder_of_texts(dataset.as_data()) and config.pool == "all":
-        corpus = read_beir(dataset.path, dataset.split, dataset.on_missing).corpus
+    if has_corpus(dataset.as_data()) and config.pool == "all":
+        corpus = read_beir(dataset.path, dataset.split, dataset.on_missing, source=dataset.source).corpus
         yield from (Document(corpus[key], key) for key in corpus)
     if config.corpus:
         yield from (Document(text, key) for key, text in read_documents(config.corpus, config.on_missing))
@@ -161,8 +165,9 @@ def _read_all(
     for line in findings.lines():
         log(line)
     for name, dataset in datasets.items():
-        if is_folder_of_texts(dataset.as_data()):
-            whole = read_beir(dataset.path, dataset.split, dataset.on_missing, Findings(log=log))
+        if has_corpus(dataset.as_data()):
+            findings = Findings(log=log)
+            whole = read_beir(dataset.path, dataset.split, dataset.on_missing, findings, dataset.source)
             counts[name] = (len(whole.corpus) + num_corpus, counts[name][1])
         _read_other_splits(config, name, dataset, known, log)
     if excluded:

@@ -54,14 +54,16 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
     if not pos:
         raise ValueError("field 'pos' is empty: every query needs at least one positive text")
     check_disjoint(pos, neg)
-    for scores, texts in (("pos_scores", pos), ("neg_scores", neg)):
-        if scores in fields:
-            check_scores(fields[scores], scores, len(texts))
+    for field, texts in (("pos_scores", pos), ("neg_scores", neg)):
+        if field in fields:
+            check_scores(fields[field], field, len(texts))
     lang = check_string(fields.get("lang", ""), "lang", '"de"')
     prompt = check_string(fields["prompt"], "prompt", '"Find answers"') if "prompt" in fields else None
     key, group = optional_id(fields, "id"), optional_id(fields, "group")
     pos_ids, neg_ids = _document_ids(fields, "pos_ids", len(pos)), _document_ids(fields, "neg_ids", len(neg))
-    return Row(query, pos, neg, path, line, lang, key, group, pos_ids, neg_ids, prompt)
+    pos_scores, neg_scores = ([float(s) for s in fields.get(f"{side}_scores", ())] for side in ("pos", "neg"))
+    more = (lang, key, group, pos_ids, neg_ids, prompt)
+    return Row(query, pos, neg, path, line, *more, pos_scores=pos_scores, neg_scores=neg_scores)
 
 
 def _texts(fields: dict[str, Any], field: str) -> list[str]:

@@ -29,6 +29,8 @@ class Row(NamedTuple):
     neg_ids: Sequence[str] = ()
     prompt: str | None = None  # the row's own instruction, in place of the dataset's task; "": none
     grade: float | None = None  # of a graded pair (STS): how similar query and pos[0] are
+    pos_scores: Sequence[float] = ()  # a teacher's, one per text, where the file has them
+    neg_scores: Sequence[float] = ()
 
 
 def text_list(value: Any, field: str) -> list[str]:

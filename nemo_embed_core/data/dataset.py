@@ -1,0 +1,261 @@
+"""A dataset folder: every document once, queries that name them by id. Laid out as embed-nemotron-dataset-v1.
+
+    corpus.parquet          id, text, and where known title, lang, group
+    queries.parquet         question_id, question, corpus_id, pos_doc and neg_doc: lists of {id, score?}, and
+                            where known grade, lang, group
+    dataset_metadata.json   class, corpus_id, query_instruction, passage_instruction, task_type, ids_only, and
+                            in folders of ours source, licence, counts, files (rows and sha256 of each)
+
+Large ones are in shards, corpus-00000-of-00002.parquet. An instruction stands before each text, with a space
+between. formats/dataset.py makes rows of such a folder; docs/data-formats.md is for whoever writes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.data.dataset_source import SOURCE_CONFIG, source_texts
+from nemo_embed_core.data.documents import Documents
+from nemo_embed_core.data.lines import Findings, check_id, check_text, check_unicode, short, type_name
+from nemo_embed_core.errors import DataError, UserError
+from nemo_embed_core.files.durable import sha256_file
+from nemo_embed_core.files.strict_json import read_object
+
+METADATA = "dataset_metadata.json"
+CORPUS_COLUMNS = {"id": "id", "text": "text", "title": "text", "lang": "text", "group": "id"}
+QUERY_COLUMNS = {
+    "question_id": "id", "question": "text", "corpus_id": "id", "pos_doc": "documents",
+    "neg_doc": "documents", "grade": "number", "lang": "text", "group": "id",
+}  # fmt: skip
+REQUIRED = {
+    "corpus": ("id", "text"),
+    "queries": ("question_id", "question", "corpus_id", "pos_doc", "neg_doc"),
+}
+COLUMNS = {"corpus": CORPUS_COLUMNS, "queries": QUERY_COLUMNS}
+BATCH = 512  # rows that are Python objects at once
+_SHARD = re.compile(r"(corpus|queries)-(\d{5})-of-(\d{5})\.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """dataset_metadata.json. An instruction is the whole prefix, without the space behind it; "": none."""
+
+    corpus_id: str
+    query_instruction: str = ""
+    passage_instruction: str = ""
+    task_type: str = ""
+    ids_only: bool = False
+    source: str = ""
+    licence: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> rows, sha256
+
+    def prefix(self, side: str) -> str:
+        """In front of each text of "query" or "passage"."""
+        instruction: str = getattr(self, f"{side}_instruction")
+        return f"{instruction} " if instruction else ""
+
+
+def is_dataset(path: str | Path) -> bool:
+    return (Path(path) / METADATA).is_file()
+
+
+def read_metadata(folder: Path, findings: Findings | None = None) -> Metadata:
+    """UserError for a field that is missing or of another type; a field that is not known is noted."""
+    path = folder / METADATA
+    value = read_object(path)
+    if (name := value.pop("class", None)) != "TextQADataset":
+        raise UserError(f'{path}: class is {short(name)}, and a dataset folder is a "TextQADataset"')
+    known = {f.name: f for f in fields(Metadata)}
+    if "corpus_id" not in value:
+        raise UserError(f"{path}: corpus_id is missing")
+    for name, entry in value.items():
+        want = {"ids_only": bool, "counts": dict, "files": dict}.get(name, str)
+        if name in known and type(entry) is not want:
+            raise UserError(f"{path}: {name} must be {type_name(want())}, got {type_name(entry)}")
+        if name not in known and findings is not None:
+            findings.note(f"fields of {METADATA} that are not known ({short(name)}), passed over", path, 1)
+    return Metadata(**{name: entry for name, entry in value.items() if name in known})
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def shards(folder: Path, side: str) -> list[Path]:
+    """The files of "corpus" or "queries" in order; UserError where some are missing or stand twice."""
+    whole, numbered = folder / f"{side}.parquet", sorted(folder.glob(f"{side}-*-of-*.parquet"))
+    if whole.is_file() and numbered:
+        raise UserError(f"{folder} has both {whole.name} and {numbered[0].name}: remove one")
+    if whole.is_file():
+        return [whole]
+    if not numbered:
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:10])
+        raise UserError(f"{folder} has no {side}.parquet and no {side}-00000-of-...; it holds: {names}")
+    found = [_SHARD.fullmatch(file.name) for file in numbered]
+    totals = {match[3] if match else "" for match in found}
+    if len(totals) > 1 or "" in totals:
+        names = ", ".join(file.name for file in numbered[:5])
+        raise UserError(f"{folder} has {side} shards of several sets: {names}")
+    total = int(totals.pop())
+    missing = sorted(set(range(total)) - {int(match[2]) for match in found if match})
+    if missing or len(numbered) != total:
+        name = f"{side}-{missing[0]:05d}-of-{total:05d}.parquet" if missing else numbered[-1].name
+        raise UserError(f"{folder} has {len(numbered)} of {total} {side} shards: {name} is missing")
+    return numbered
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """Queries last, as rows are told by their place in them."""
+    more = [file for file in (folder / METADATA, folder / SOURCE_CONFIG) if file.is_file()]
+    return [*more, *shards(folder, "corpus"), *shards(folder, "queries")]
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+def check_against(folder: Path, metadata: Metadata) -> None:
+    """Rows and digests of all files, where the metadata has them: once a process for each state of a file."""
+    import pyarrow.parquet
+
+    num_rows = {"corpus": 0, "queries": 0}
+    for side in num_rows:
+        for file in shards(folder, side):
+            try:
+                rows = pyarrow.parquet.read_metadata(file).num_rows
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(file, 1, _not_whole(error)) from None
+            num_rows[side] += rows
+            if not metadata.files:
+                continue
+            entry = metadata.files.get(file.name)
+            if not isinstance(entry, dict):
+                raise UserError(f"{folder / METADATA}: files has no {file.name}; write the folder again")
+            if entry.get("rows") != rows:
+                raise UserError(f"{file} has {rows:,} rows, and {METADATA} says {short(entry.get('rows'))}")
+            stat = file.stat()
+            if entry.get("sha256") != _sha256(file.resolve(), stat.st_size, stat.st_mtime_ns):
+                raise UserError(
+                    f"{file} is not the one that was written: its sha256 is not {METADATA}'s; copy it again"
+                )
+    for name, side in (("documents", "corpus"), ("queries", "queries")):
+        said = metadata.counts.get(name, num_rows[side])
+        if said != num_rows[side]:
+            raise UserError(
+                f"{folder}: {side} has {num_rows[side]:,} rows, and {METADATA} counts {said:,} {name}: is a "
+                "shard missing?"
+            )
+
+
+def _not_whole(error: Exception) -> str:
+    return f"not a whole Parquet file: {' '.join(str(error).split())[:200]}; copy it again"
+
+
+def read_records(
+    folder: Path, side: str, ids_only: bool, findings: Findings
+) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """(file, row from 1, fields) of "corpus" or "queries", one batch of rows in memory; columns checked."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for path in shards(folder, side):
+        try:
+            with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+                if problem := _column_problem(file.schema_arrow, side, ids_only):
+                    findings.bad(path, 1, problem)
+                    continue
+                row = 0
+                for batch in file.iter_batches(BATCH):
+                    for values in batch.to_pylist():
+                        row += 1
+                        yield path, row, values
+        except (pyarrow.ArrowException, OSError) as error:
+            findings.bad(path, 1, _not_whole(error))
+
+
+def _column_problem(schema: Any, side: str, ids_only: bool) -> str:
+    names, known = list(schema.names), COLUMNS[side]
+    if twice := [name for name in names if names.count(name) > 1]:
+        return f"column {twice[0]!r} stands twice: keep one"
+    if unknown := [name for name in names if name not in known]:
+        return f"unknown columns {short(unknown)}: remove them ({side} has {', '.join(known)})"
+    texts = ("text", "question") if ids_only else ()
+    if missing := [name for name in REQUIRED[side] if name not in names and name not in texts]:
+        return f"columns {short(missing)} are missing ({side} has {', '.join(REQUIRED[side])})"
+    for column in schema:
+        if wrong := _type_problem(column.type, known[column.name]):
+            return f"column {column.name!r} is {column.type}: it must be {wrong}"
+    return ""
+
+
+def _type_problem(kind: Any, want: str) -> str:
+    from pyarrow import types
+
+    if types.is_null(kind):
+        return ""  # no row has a value
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if want == "text":
+        return "" if is_text else "of strings"
+    if want == "id":
+        return "" if is_text or types.is_integer(kind) else "of strings or integers"
+    if want == "number":
+        return "" if types.is_floating(kind) or types.is_integer(kind) else "of numbers"
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_list_view(kind)
+    if is_list and types.is_null(kind.value_type):
+        return ""  # all are empty
+    if is_list and types.is_struct(kind.value_type):
+        inner = {
+            kind.value_type.field(i).name: kind.value_type.field(i).type
+            for i in range(kind.value_type.num_fields)
+        }
+        wants = {"id": "id", "score": "number"}
+        if "id" in inner and not any(n not in wants or _type_problem(t, wants[n]) for n, t in inner.items()):
+            return ""
+    return "a list of {id: string} or {id: string, score: number}"
+
+
+# ------------------------------------------------------------------------------------------ the corpus
+
+
+def read_corpus(folder: Path, metadata: Metadata, findings: Findings, source: str = "") -> Documents:
+    """{id: title + " " + text}; what is wrong with a row is `bad` in findings. source: see source_texts."""
+    documents, before = Documents(), findings.num_met
+    ends: list[tuple[int, Path]] = []
+    texts = source_texts(folder, "corpus", source, findings) if metadata.ids_only else None
+    for path, line, row in read_records(folder, "corpus", metadata.ids_only, findings):
+        try:
+            key = check_id(row["id"], "id")
+            for name in ("lang", "group"):
+                if row.get(name) is not None:
+                    check_id(row[name], name)
+            text = document_text(row) if texts is None else texts.at(key)
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+            continue
+        documents.add(key, text, line)
+        if ends and ends[-1][1] == path:
+            ends.pop()
+        ends.append((len(documents), path))
+    if findings.num_met == before:  # else places and rows would not go together
+        if not len(documents):
+            findings.bad(shards(folder, "corpus")[0], 1, "the corpus has no rows")
+        if texts is not None:
+            texts.check_count(findings)
+        documents.close(lambda place: next(path for end, path in ends if place < end), findings)
+    return documents
+
+
+def document_text(row: dict[str, Any]) -> str:
+    text, title = check_text(row["text"], "text"), row.get("title")
+    if title is None or not title.strip():
+        return text
+    check_unicode(title, "title")
+    return f"{title} {text}"

@@ -1,0 +1,173 @@
+"""The rows of a dataset folder (data/dataset.py): questions joined with their documents by id.
+
+One folder is read corpus first, its texts to disk and 40 bytes a document in memory, then queries by batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.dataset import (
+    Metadata,
+    check_against,
+    dataset_files,
+    is_dataset,
+    read_corpus,
+    read_metadata,
+    read_records,
+    shards,
+)
+from nemo_embed_core.data.dataset_source import source_files, source_texts
+from nemo_embed_core.data.documents import Documents
+from nemo_embed_core.data.formats.beir import Beir
+from nemo_embed_core.data.lines import Findings, check_id, check_text, short
+from nemo_embed_core.data.normal_form import exact_key
+from nemo_embed_core.data.prompts import task_of
+from nemo_embed_core.data.row import Row, check_number
+from nemo_embed_core.data.texts import Texts, TextsById
+from nemo_embed_core.errors import UserError
+
+NAME = "dataset"
+
+
+def takes(path: Path) -> bool:
+    return is_dataset(path)
+
+
+def tasks(config: DatasetConfig) -> tuple[str, str]:
+    """The tasks (data/prompts.py) of its queries and documents, as its metadata has them."""
+    metadata = read_metadata(Path(config.path))
+    return task_of(metadata.prefix("query")), task_of(metadata.prefix("passage"))
+
+
+def files(config: DatasetConfig) -> list[Path]:
+    """All that decides the rows, the queries last."""
+    folder = Path(config.path)
+    metadata = read_metadata(folder)
+    if metadata.ids_only:
+        return [*source_files(folder, config.source), *dataset_files(folder)]
+    if config.source:
+        raise UserError(f"{folder} has its texts: source={config.source} is for a folder of ids only")
+    return dataset_files(folder)
+
+
+def open_folder(config: DatasetConfig, findings: Findings) -> tuple[Metadata, Documents]:
+    """UserError where files are missing or are not those that were written."""
+    folder = Path(config.path)
+    files(config)
+    metadata = read_metadata(folder, findings)
+    check_against(folder, metadata)
+    return metadata, read_corpus(folder, metadata, findings, config.source)
+
+
+def beir(config: DatasetConfig, findings: Findings) -> Beir:
+    """The whole corpus, and the positives as what is relevant: no negative is known to be irrelevant."""
+    queries, qrels, languages = TextsById({}, Texts()), dict[str, dict[str, int]](), dict[str, str]()
+    metadata, documents = open_folder(config, findings)
+    for row in _rows(config, metadata, documents, findings):
+        queries.indices[row.id] = queries.texts.append(row.query)
+        qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
+        if row.lang:
+            languages[row.id] = row.lang
+    return Beir(documents, queries, qrels, languages)
+
+
+def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
+    yield from _rows(config, *open_folder(config, findings), findings)
+
+
+def _rows(
+    config: DatasetConfig, metadata: Metadata, documents: Documents, findings: Findings
+) -> Iterator[Row]:
+    folder, source, before = Path(config.path), config.source, findings.num_met
+    if not documents.is_closed:
+        return  # a document behind a bad row of the corpus seems not to exist
+    texts = source_texts(folder, "queries", source, findings) if metadata.ids_only else None
+    seen: set[bytes] = set()
+    num_rows = 0
+    for path, line, fields in read_records(folder, "queries", metadata.ids_only, findings):
+        num_rows += 1
+        try:
+            key = check_id(fields["question_id"], "question_id")
+            if (hashed := exact_key(key)) in seen:
+                raise ValueError(f"question_id {short(key)} stands twice: make ids unique")
+            seen.add(hashed)
+            query = check_text(fields["question"], "question") if texts is None else texts.at(key)
+            corpus_id = fields["corpus_id"]
+            if corpus_id != metadata.corpus_id:
+                raise ValueError(
+                    f"corpus_id is {short(corpus_id)}, and the folder's corpus is {short(metadata.corpus_id)}"
+                )
+            row = _row(fields, key, query, documents, str(path), line, findings)
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+            continue
+        yield row
+    if texts is not None and findings.num_met == before:
+        texts.check_count(findings)
+    if not num_rows and findings.num_met == before:
+        findings.bad(shards(folder, "queries")[0], 1, "there are no rows")
+
+
+def _row(
+    fields: dict[str, Any],
+    key: str,
+    query: str,
+    documents: Documents,
+    path: str,
+    line: int,
+    findings: Findings,
+) -> Row:
+    pos, pos_scores = _entries(fields, "pos_doc", documents)
+    neg, neg_scores = _entries(fields, "neg_doc", documents)
+    if not pos:
+        raise ValueError("pos_doc is empty: at least one document is needed")
+    if both := [name for name in pos if name in neg]:
+        raise ValueError(f"document {short(both[0])} is in pos_doc and in neg_doc: remove it from one")
+    relevant = set(pos.values())
+    if same := [name for name, text in neg.items() if text in relevant]:
+        findings.note("negatives with the text of a positive, left out", Path(path), line, len(same))
+        if neg_scores:
+            pairs = zip(neg_scores, neg.values(), strict=True)
+            neg_scores = [score for score, text in pairs if text not in relevant]
+        neg = {name: text for name, text in neg.items() if text not in relevant}
+    grade = fields.get("grade")
+    lang, group = fields.get("lang"), fields.get("group")
+    return Row(
+        query, list(pos.values()), list(neg.values()), path, line,
+        lang="" if lang is None else check_id(lang, "lang"),
+        id=key,
+        group="" if group is None else check_id(group, "group"),
+        pos_ids=list(pos), neg_ids=list(neg),
+        grade=None if grade is None else check_number(grade, "grade"),
+        pos_scores=pos_scores, neg_scores=neg_scores,
+    )  # fmt: skip
+
+
+def _entries(fields: dict[str, Any], field: str, documents: Documents) -> tuple[dict[str, str], list[float]]:
+    """({id: text}, scores); no scores where the file has none."""
+    if fields[field] is None:
+        raise ValueError(f"{field} is null: write an empty list where there is none")
+    found: dict[str, str] = {}
+    scores: list[float] = []
+    for i, entry in enumerate(fields[field]):
+        if entry is None:
+            raise ValueError(f"{field}[{i}] is null")
+        key = check_id(entry["id"], f"{field}[{i}].id")
+        if key in found:
+            raise ValueError(f"{field}[{i}] has the id {short(key)} again: name a document once")
+        place = documents.get(key)
+        if place is None:
+            raise ValueError(
+                f"{field}[{i}] names document {short(key)}, which is not in the corpus "
+                f"({len(documents):,} documents)"
+            )
+        found[key] = place
+        if entry.get("score") is not None:
+            scores.append(check_number(entry["score"], f"{field}[{i}].score"))
+    if scores and len(scores) != len(found):
+        raise ValueError(f"{field}: {len(scores)} of {len(found)} documents have a score: give all or none")
+    return found, scores
