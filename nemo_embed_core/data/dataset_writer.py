@@ -15,9 +15,9 @@ from typing import Any
 
 from nemo_embed_core.data.dataset import COLUMNS, METADATA, Metadata, read_corpus, read_metadata, shards
 from nemo_embed_core.data.documents import Documents
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import Findings, short
 from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
-from nemo_embed_core.data.row import Row
 from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.errors import DataError, UserError
 from nemo_embed_core.files.durable import new_folder, sha256_file, write_bytes

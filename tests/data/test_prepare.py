@@ -1,5 +1,5 @@
-"""Any source written as a dataset folder trains as the source does, in the same bytes each time; a document is
-written once for each normal form; a folder's corpus is shared without a second copy."""
+"""Any source written as a dataset folder trains as the source does, in the same bytes each time; a document
+is written once for each normal form; a folder's corpus is shared without a second copy."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from nemo_embed_core.data.store import ARRAY_FILES, TOKEN_FILES
 from nemo_embed_core.errors import UserError
 
 ROWS = [
-    {"query": f"query {i}", "pos": [f"Positive {i % 7}.", f"more {i}"], "neg": [f"negative {j} of {i % 5}" for j in range(i % 4)],
+    {"query": f"query {i}", "pos": [f"Positive {i % 7}.", f"more {i}"],
+     "neg": [f"negative {j} of {i % 5}" for j in range(i % 4)],
      "lang": "de" if i % 2 else "", "neg_scores": [0.1 * j for j in range(i % 4)], "group": i % 3}
     for i in range(40)
 ]  # fmt: skip

@@ -23,10 +23,10 @@ from nemo_embed_core.data.dataset import (
 from nemo_embed_core.data.dataset_source import source_files, source_texts
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.beir import Beir
+from nemo_embed_core.data.formats.row import Row, check_number
 from nemo_embed_core.data.lines import Findings, check_id, check_text, short
 from nemo_embed_core.data.normal_form import exact_key
 from nemo_embed_core.data.prompts import task_of
-from nemo_embed_core.data.row import Row, check_number
 from nemo_embed_core.data.texts import Texts, TextsById
 from nemo_embed_core.errors import UserError
 
