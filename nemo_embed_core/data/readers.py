@@ -181,6 +181,9 @@ def _positive(rows: Iterable[Row], min_grade: float | None, findings: Findings) 
 def _rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
     source = find(config.path, config.split)
     one = _named(config.format) if config.format else None
+    if "no_in_batch_neg" in Path(config.path).name:  # FlagEmbedding's mark
+        what = "data sets named no_in_batch_neg, whose negatives in batch are used all the same"
+        findings.note(f"{what} (loss.in_batch)", Path(config.path), 1)
     order: list[str] = []
     ids: dict[str, tuple[Path, int]] = {}
     more: tuple[Any, ...] | None = None

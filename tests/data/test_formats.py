@@ -15,6 +15,7 @@ import pytest
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data import readers
 from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.containers import json_items
 from nemo_embed_core.data.readers import Findings, Row, read_rows, reading, source_files
 from nemo_embed_core.errors import DataError, UserError
 
@@ -197,6 +198,12 @@ def test_rows_as_the_peer_documents_them(tmp_path: Path, name: str) -> None:
         assert findings.lines() == (said if name != "ours" else [])
         assert rows_of(path, format=name) == got, "named, and not sniffed"
         assert source_files(DatasetConfig(path=str(path))) == [path]
+        if name == "flagembedding":
+            path.rename(named := tmp_path / f"{i}_no_in_batch_neg.jsonl")
+            list(read_rows(DatasetConfig(path=str(named)), findings))
+            said = [line for line in findings.lines() if "used all the same (loss.in_batch): 1" in line]
+            assert len(said) == 1
+            named.rename(path)
         assert reading(DatasetConfig(path=str(path))) == ([] if name == "ours" else [f"format={name}"])
 
 
@@ -291,6 +298,10 @@ NEAR = {
     "automodel, ids": (
         {"question": "q", "pos_doc": [{"id": "1"}], "neg_doc": []},
         "pos_doc[0] has an id and no text",
+    ),
+    "automodel, a positive again": (
+        {"question": "q", "pos_doc": {"text": "p"}, "neg_doc": ["n", "p"]},
+        "pos_doc[0] is also neg_doc[1]",
     ),
     "automodel, no positive": (
         {"question": "q", "pos_doc": [], "neg_doc": ["n"]},
@@ -389,6 +400,13 @@ def test_graded_pairs_need_the_grade_from_which_they_belong_together(tmp_path: P
     assert [(row.query, row.line) for row in read_rows(config, findings)] == [("a3", 4), ("a4", 5), ("a5", 6)]
     assert findings.counts["pairs with a grade below min_grade=1.5, left out"] == 3
     assert reading(config) == ["format=sts", "min_grade=1.5"]
+    table = as_table(records, tmp_path / "sts.csv")
+    assert [row.grade for row in rows_of(table)] == [i / 2 for i in range(6)], (
+        "a cell is text, a grade a number"
+    )
+    table.write_text("sentence1,sentence2,score\na,b,high\n")
+    with pytest.raises(DataError, match=r"sts\.csv:2: score must be a finite number, got 'high'"):
+        rows_of(table)
     with pytest.raises(DataError, match=r"no row is left: none has a grade of min_grade=9"):
         list(read_rows(DatasetConfig(path=str(path), min_grade=9.0)))
     ours = jsonl(tmp_path / "ours.jsonl", [{"query": "q", "pos": ["p"], "neg": []}])
@@ -613,6 +631,12 @@ def test_cut_columnar_files_and_nulls_are_refused_by_row(tmp_path: Path) -> None
         {"query": "r", "pos": ["p"], "neg": [], "lang": None},
     ]
     assert [row.lang for row in rows_of(as_table(optional, tmp_path / "o.parquet"))] == ["de", ""]
+
+
+def test_a_number_across_the_border_of_what_is_read_at_once_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text('{"version": '.ljust((1 << 20) - 1) + '12, "data": [{"query": "q"}]}')
+    assert [value for _, _, value in json_items(path, Findings())] == [12, {"query": "q"}]
 
 
 def test_row_groups_are_read_one_by_one(tmp_path: Path) -> None:
