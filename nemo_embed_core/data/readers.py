@@ -49,7 +49,7 @@ from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.hub import hub_address, hub_commit
 from nemo_embed_core.data.lines import NOISE, BadLines, Findings, is_noise, short
 from nemo_embed_core.data.records import Record, Source, find, has_rows, records
-from nemo_embed_core.errors import UserError
+from nemo_embed_core.errors import DataError, UserError
 
 __all__ = [
     "BadLines", "Beir", "Findings", "Row",
@@ -278,7 +278,10 @@ def _format_of(config: DatasetConfig) -> tuple[Format, Source]:
     if config.format:
         return _named(config.format), source
     for record in records(source, Findings(), ours.EXAMPLE):
-        return _sniffed(_without_ignored(record, config.ignore).fields) or ours, source
+        try:
+            return _sniffed(_without_ignored(record, config.ignore).fields) or ours, source
+        except ValueError as error:
+            raise DataError(record.path, record.line, str(error)) from None
     return ours, source
 
 

@@ -231,6 +231,14 @@ def test_no_two_formats_take_the_same_record() -> None:
                 readers._sniffed(record)
 
 
+def test_a_row_of_two_formats_needs_the_name_of_one(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", [{"query": "q", "pos": ["p"], "neg": [], "response": "r"}])
+    for look in (rows_of, lambda path: reading(DatasetConfig(path=str(path)))):
+        with pytest.raises(DataError, match=r"d\.jsonl:1: fields .* are those of ours and ms-swift: set the"):
+            look(path)
+    assert [row.pos for row in rows_of(path, format="ours", ignore=["response"])] == [["p"]]
+
+
 # record -> the reason, of what is nearly a row
 NEAR = {
     "ours, a string": (
