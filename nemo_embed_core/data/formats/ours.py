@@ -54,14 +54,14 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
     if not pos:
         raise ValueError("field 'pos' is empty: every query needs at least one positive text")
     check_disjoint(pos, neg)
-    for field, texts in (("pos_scores", pos), ("neg_scores", neg)):
-        if field in fields:
-            check_scores(fields[field], field, len(texts))
+    pos_scores, neg_scores = (
+        check_scores(fields[field], field, len(texts)) if field in fields else []
+        for field, texts in (("pos_scores", pos), ("neg_scores", neg))
+    )
     lang = check_string(fields.get("lang", ""), "lang", '"de"')
     prompt = check_string(fields["prompt"], "prompt", '"Find answers"') if "prompt" in fields else None
     key, group = optional_id(fields, "id"), optional_id(fields, "group")
     pos_ids, neg_ids = _document_ids(fields, "pos_ids", len(pos)), _document_ids(fields, "neg_ids", len(neg))
-    pos_scores, neg_scores = ([float(s) for s in fields.get(f"{side}_scores", ())] for side in ("pos", "neg"))
     more = (lang, key, group, pos_ids, neg_ids, prompt)
     return Row(query, pos, neg, path, line, *more, pos_scores=pos_scores, neg_scores=neg_scores)
 

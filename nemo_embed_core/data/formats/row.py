@@ -53,9 +53,9 @@ def check_number(value: Any, field: str) -> float:
     return float(value)
 
 
-def check_scores(value: Any, field: str, count: int) -> None:
-    for i, score in enumerate(check_list(value, field, "numbers", count)):
-        check_number(score, f"{field}[{i}]")
+def check_scores(value: Any, field: str, count: int) -> list[float]:
+    scores = check_list(value, field, "numbers", count)
+    return [check_number(score, f"{field}[{i}]") for i, score in enumerate(scores)]
 
 
 def check_string(value: Any, field: str, example: str) -> str:

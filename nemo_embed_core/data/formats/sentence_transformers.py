@@ -60,7 +60,6 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
             "contrastive loss needs pairs that belong together: set the dataset's format to sts and "
             "min_grade to the label from which pairs do, or make triplets of them"
         )
-    if labels:
-        check_scores(fields[labels[0]], labels[0], len(texts) - 1)
+    scores = check_scores(fields[labels[0]], labels[0], len(texts) - 1) if labels else []
     check_disjoint(pos, neg, lambda side, i: f"column {names[i + (1 if side == 'pos' else 2)]!r}")
-    return Row(texts[0], pos, neg, path, line)
+    return Row(texts[0], pos, neg, path, line, pos_scores=scores[:1], neg_scores=scores[1:])

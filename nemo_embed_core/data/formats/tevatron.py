@@ -35,17 +35,19 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
             fix = ": write [] when there are none" if field == "negative_passages" else ""
             raise ValueError(f"field {field!r} is missing{fix}")
     query = check_text(fields["query"], "query")
-    pos, pos_ids = _passages(fields["positive_passages"], "positive_passages")
-    neg, neg_ids = _passages(fields["negative_passages"], "negative_passages")
+    pos, pos_ids, pos_scores = _passages(fields["positive_passages"], "positive_passages")
+    neg, neg_ids, neg_scores = _passages(fields["negative_passages"], "negative_passages")
     if not pos:
         raise ValueError("field 'positive_passages' is empty: every query needs at least one")
     check_disjoint(pos, neg, lambda side, i: f"{'positive' if side == 'pos' else 'negative'}_passages[{i}]")
     key = check_id(fields["query_id"], "query_id")
-    return Row(query, pos, neg, path, line, id=key, pos_ids=pos_ids, neg_ids=neg_ids)
+    row = Row(query, pos, neg, path, line, id=key, pos_ids=pos_ids, neg_ids=neg_ids)
+    return row._replace(pos_scores=pos_scores, neg_scores=neg_scores)
 
 
-def _passages(value: Any, field: str) -> tuple[list[str], list[str]]:
-    texts, ids = [], []
+def _passages(value: Any, field: str) -> tuple[list[str], list[str], list[float]]:
+    """(texts, ids, scores); no ids where none has one, no scores where one has none."""
+    texts, ids, scores = [], [], []
     for i, passage in enumerate(check_list(value, field, "objects")):
         name = f"{field}[{i}]"
         if not isinstance(passage, dict):
@@ -54,7 +56,7 @@ def _passages(value: Any, field: str) -> tuple[list[str], list[str]]:
             )
         check_known(passage, ("docid", "title", "text", "score"))
         if passage.get("score") is not None:
-            check_number(passage["score"], f"{name}.score")
+            scores.append(check_number(passage["score"], f"{name}.score"))
         if "text" not in passage:
             raise ValueError(f"{name} has no field 'text': rows of ids need their corpus")
         title, text = passage.get("title"), passage["text"]
@@ -63,4 +65,4 @@ def _passages(value: Any, field: str) -> tuple[list[str], list[str]]:
             text = f"{title} {check_string(text, f'{name}.text', 'a sentence')}"
         texts.append(check_text(text, f"{name}.text"))
         ids.append("" if passage.get("docid") is None else check_id(passage["docid"], f"{name}.docid"))
-    return texts, ids if any(ids) else []
+    return texts, ids if any(ids) else [], scores if len(scores) == len(texts) else []
