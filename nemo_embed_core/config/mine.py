@@ -56,6 +56,9 @@ class _Inputs(RowsConfig):
     output: str = ""
     """JSONL to write, of {"query", "pos", "neg", ...} rows that launch/train.py reads; of several datasets a
     folder with one file for each."""
+    output_format: Literal["jsonl", "dataset"] = "jsonl"
+    """jsonl: rows with their texts; dataset: a dataset folder (of several datasets a folder with one for
+    each), whose rows name documents by id. One that is mined from a dataset folder links its corpus files."""
     corpus: str = ""
     """JSONL of {"text"} documents to search besides; "": only the documents of the data."""
     pool: Literal["all", "corpus"] = "all"

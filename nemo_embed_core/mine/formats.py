@@ -24,8 +24,8 @@ from typing import Any
 
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.files.durable import replacing, sha256_file, write_atomically
-from nemo_embed_core.files.strict_json import parse
+from nemo_embed_core.files.durable import replacing, write_atomically
+from nemo_embed_core.mine.output import digest_of, read_mined
 
 SUFFIXES = {
     "flagembedding": ".jsonl",
@@ -71,23 +71,17 @@ def convert(
     if form not in writers:
         raise UserError(f"format {form!r} is none of {', '.join(FORMATS)}")
     least = num_negatives if form == "sentence-transformers" else 1
-    counts = [len(row["neg"]) for row in _read(Path(mined))]
+    counts = [len(row["neg"]) for row in read_mined(Path(mined))]
     num_whole = sum(count >= least for count in counts)
     if not num_whole:
         raise UserError(
             f"{mined}: none of {len(counts)} rows has the {least} negatives that {form} needs; the most is "
             f"{max(counts, default=0)}: mine with a higher threshold or a smaller num_negatives"
         )
-    whole = (row for row in _read(Path(mined)) if len(row["neg"]) >= least)
+    whole = (row for row in read_mined(Path(mined)) if len(row["neg"]) >= least)
     prompted = (_prompted(row, prompt, document_prompt) for row in whole)
-    writers[form](prompted, Path(output), num_negatives, sha256_file(Path(mined)))
+    writers[form](prompted, Path(output), num_negatives, digest_of(Path(mined)))
     return {"rows": num_whole, "left_out": len(counts) - num_whole}
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            yield parse(line)
 
 
 def _prompted(row: dict[str, Any], prompt: str, document_prompt: str) -> dict[str, Any]:

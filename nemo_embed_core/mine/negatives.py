@@ -24,6 +24,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.mine.corpus import Corpus, Ranks, encode_corpus, read_truncation
 from nemo_embed_core.mine.lists import CandidateLists, TeacherSearch, find
+from nemo_embed_core.mine.output import write_lines
 from nemo_embed_core.mine.pool import Cut, Document, Exclusions, Known, Pool, Row, Rows, exclusions
 from nemo_embed_core.mine.report import build_report, print_report, sweep_entry
 from nemo_embed_core.mine.search.exclude import Exclude
@@ -56,6 +57,7 @@ def mine_negatives(
     block_queries: int = 8192,
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print,
+    write: Callable[[Path, Iterator[dict[str, Any]]], None] = write_lines,
 ) -> dict[str, Any]:
     """The rows again, in order, with neg = the best documents below the ceiling, into `output`; the report.
 
@@ -121,7 +123,7 @@ def mine_negatives(
     if ranks.rank == 0:
         judged = table.neg if negatives_are_judged else None
         report |= suspects(table, first, lowest[0], ceilings, judged)
-        write_atomically(output, _lines(table, positive_scores[0], scores, ids))
+        write(output, _mined(table, positive_scores[0], scores, ids))
         report_path = output.with_name(output.name + ".report.json")
         write_atomically(report_path, json.dumps(report, indent=1, ensure_ascii=False).encode())
         print_report(report, say)
@@ -315,7 +317,9 @@ class Given:
         return out_scores, out_ids
 
 
-def _lines(rows: Rows, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> Iterator[bytes]:
+def _mined(
+    rows: Rows, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray
+) -> Iterator[dict[str, Any]]:
     texts, positives = rows.pool.texts, rows.pos
     for i, query in enumerate(rows.queries):
         found = ids[i] >= 0
@@ -333,7 +337,7 @@ def _lines(rows: Rows, positive_scores: np.ndarray, scores: np.ndarray, ids: np.
         line |= {name: value for name, value in known.items() if value}
         if i in rows.prompts:
             line["prompt"] = rows.prompts[i]
-        yield (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        yield line
 
 
 def _short(score: np.float32) -> float:

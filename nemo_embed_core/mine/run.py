@@ -40,6 +40,7 @@ from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.formats import FORMATS, convert_all
 from nemo_embed_core.mine.negatives import mine_negatives
+from nemo_embed_core.mine.output import FolderWriter, write_lines
 from nemo_embed_core.mine.pool import Document, Known
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.teachers import Teachers, check_source, using
@@ -62,7 +63,8 @@ class Plan:
 
     def output(self, name: str) -> Path:
         output = Path(self.config.output)
-        return output / f"{name}.jsonl" if len(self.datasets) > 1 else output
+        suffix = "" if self.config.output_format == "dataset" else ".jsonl"
+        return output / f"{name}{suffix}" if len(self.datasets) > 1 else output
 
 
 def make_plan(config: MineConfig, log: Log = print) -> Plan:
@@ -78,6 +80,8 @@ def make_plan(config: MineConfig, log: Log = print) -> Plan:
         check_source(source, datasets.values(), [of_dataset[i] for of_dataset in usage.values()])
     known, excluded, counts = _read_all(config, datasets, log)
     plan = Plan(config, datasets, sources, usage, known, excluded)
+    for name in datasets:
+        _writer(plan, name)  # refuses now what it would in hours
     _check_disk(plan, counts)
     return plan
 
@@ -92,7 +96,10 @@ def _check_options(config: MineConfig) -> None:
     if not config.output:
         return
     output, is_single = Path(config.output), len(config.datasets) <= 1
-    if output.exists() and output.is_dir() == is_single:
+    if config.output_format == "dataset" and is_single:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"output {config.output} exists and is not an empty folder: choose another name")
+    elif output.exists() and output.is_dir() == is_single:
         what = "a file, and several need a folder"
         what = "a folder, and one dataset is written to a file" if is_single else what
         raise UserError(f"output {config.output} is {what}: choose another name")
@@ -155,6 +162,9 @@ def _read_all(
         documents, num_rows = set[int](), 0
         for row in readable(read_rows(dataset.as_data(), findings)):
             known.add(row.query, row.pos)
+            if config.output_format == "dataset" and row.prompt is not None:
+                what = "the row has an instruction of its own, a dataset folder one for all: output_format"
+                findings.bad(Path(row.path), row.line, f"{what} jsonl keeps it")
             documents.update(hash(text) for text in (*row.pos, *row.neg))
             num_rows += 1
         counts[name] = (len(documents) + num_corpus, num_rows)
@@ -303,6 +313,7 @@ def mine(
             block_queries=config.block_queries,
             ranks=ranks,
             log=log,
+            write=_writer(plan, name),
         )
         if ranks.rank == 0:
             if can_plot:
@@ -324,13 +335,29 @@ def mine(
     return reports
 
 
-def _convert(plan: Plan, name: str, output: Path, say: Log) -> dict[str, str]:
-    """The files of other trainers, with the data set's instructions: given ones, else our model's."""
-    dataset, config, usage = plan.datasets[name], plan.config, plan.usage[name][0]
-    prompts = {
+def _prompts(plan: Plan, name: str) -> dict[str, str]:
+    """The data set's instructions: given ones, else our model's."""
+    dataset = plan.datasets[name]
+    if plan.sources[0].kind in ("checkpoint", "llama"):
+        return {key: plan.usage[name][0][key] for key in ("prompt", "document_prompt")}
+    return {
         "prompt": query_prompt(dataset.task or ""),
         "document_prompt": query_prompt(dataset.document_task or ""),
     }
-    if plan.sources[0].kind in ("checkpoint", "llama"):
-        prompts = {key: usage[key] for key in prompts}
-    return convert_all(output, config.formats, say, num_negatives=config.num_negatives, **prompts)
+
+
+def _writer(plan: Plan, name: str) -> Callable[[Path, Iterator[dict[str, Any]]], None]:
+    if plan.config.output_format == "jsonl":
+        return write_lines
+    output = plan.output(name)
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"output {output} exists and is not empty: choose another name or delete it")
+    return FolderWriter(plan.datasets[name].path, name, **_prompts(plan, name))
+
+
+def _convert(plan: Plan, name: str, output: Path, say: Log) -> dict[str, str]:
+    """The files of other trainers, with the data set's instructions: given ones, else our model's."""
+    config = plan.config
+    return convert_all(
+        output, config.formats, say, num_negatives=config.num_negatives, **_prompts(plan, name)
+    )

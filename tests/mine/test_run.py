@@ -6,16 +6,21 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 from tiny import llama_tensors, write_tokenizer
 from toy_mining import FakeEmbedder
 
 from nemo_embed_core.checkpoint.source import Prompts, Source, Usage
-from nemo_embed_core.config import MineConfig, MineDatasetConfig
+from nemo_embed_core.config import DataConfig, DatasetConfig, MineConfig, MineDatasetConfig
+from nemo_embed_core.data.dataset import read_metadata
+from nemo_embed_core.data.prepare import write_datasets
+from nemo_embed_core.data.readers import read_rows
 from nemo_embed_core.errors import DataError, UserError
 from nemo_embed_core.mine import run
 from nemo_embed_core.mine.corpus import Ranks
@@ -57,7 +62,7 @@ def mined(tmp_path, monkeypatch, said=None, **options):
     source = Source(Path("toy"), Path("toy"), "llama", options.pop("usage", Usage()))
     monkeypatch.setattr(run, "resolve", lambda path: source)
     monkeypatch.setattr(run, "check_source", lambda *arguments: None)
-    (tmp_path / "toy").mkdir(exist_ok=True)
+    (tmp_path / "toy").mkdir(parents=True, exist_ok=True)
     log = said.append if said is not None else lambda _: None
     config = MineConfig(
         model=str(tmp_path / "toy"), output=str(tmp_path / "out"), **{"dtype": "float32", **options}
@@ -346,3 +351,51 @@ def test_embeddings_that_do_not_fit_the_disk_are_refused_before_they_are_made(tm
     assert not (tmp_path / "out.work").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 400 << 20))
     mined(tmp_path, monkeypatch, data=data)
+
+
+# ------------------------------------------------------------------------------------------ a dataset folder
+
+
+def test_a_dataset_folder_is_mined_into_one_that_shares_its_corpus(tmp_path, monkeypatch):
+    """The rows are those that JSON lines have; no text of the corpus is written again."""
+    rows = [
+        {"id": f"r{i}", "query": f"w{i} w{i + 1}", "pos": [f"w{i} w{i + 1} w{i + 2}"], "neg": [f"w{i} w9"]}
+        for i in range(6)
+    ]
+    config = DataConfig(datasets=[DatasetConfig(path=write(tmp_path / "rows.jsonl", *rows), task="Find")])
+    data = write_datasets(config, tmp_path / "data", lambda message: None).datasets[0].path
+    pool = write(tmp_path / "pool.jsonl", {"text": "w1 w2 w7"}, {"text": "W1 w2 w7."})
+    options = {"data": data, "corpus": pool, "num_negatives": 3, "formats": ["automodel"]}
+    (lines,) = mined(tmp_path / "a", monkeypatch, **options)[0].values()
+    (tmp_path / "b").mkdir()
+    output = tmp_path / "b" / "out"
+    model, options["output_format"] = str(tmp_path / "a" / "toy"), "dataset"
+    config = MineConfig(model=model, output=str(output), dtype="float32", **options)
+    mine(make_plan(config, lambda _: None), Ranks(), "cpu", lambda source: FakeEmbedder(), lambda _: None)
+    assert any("w1 w2 w7" in line["neg"] for line in lines)
+    found = list(read_rows(DatasetConfig(path=str(output))))
+    as_lines = [(r.id, r.query, r.pos, r.neg, list(r.pos_scores), list(r.neg_scores)) for r in found]
+    names = ("id", "query", "pos", "neg", "pos_scores", "neg_scores")
+    assert as_lines == [tuple(line[name] for name in names) for line in lines]
+    shared, new = sorted(output.glob("corpus-*"))
+    assert shared.samefile(Path(data) / "corpus.parquet")
+    assert [entry["text"] for entry in pq.read_table(new).to_pylist()] == ["w1 w2 w7"]
+    assert read_metadata(output).query_instruction == "Instruct: Find\nQuery:"
+    assert Path(f"{output}.automodel.json").is_file()
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+        make_plan(config, lambda _: None)
+
+
+def test_rows_are_mined_into_a_dataset_folder_of_their_own(tmp_path, monkeypatch):
+    data = write(tmp_path / "rows.jsonl", *({"query": f"w{i}", "pos": [f"w{i} w{i + 1}"]} for i in range(6)))
+    (lines,) = mined(tmp_path / "a", monkeypatch, data=data, num_negatives=2)[0].values()
+    config = MineConfig(
+        model=str(tmp_path / "a" / "toy"), output=str(tmp_path / "out"), output_format="dataset", data=data,
+        num_negatives=2, dtype="float32",
+    )  # fmt: skip
+    mine(make_plan(config, lambda _: None), Ranks(), "cpu", lambda source: FakeEmbedder(), lambda _: None)
+    rows = [(row.query, row.pos, row.neg) for row in read_rows(DatasetConfig(path=str(tmp_path / "out")))]
+    assert rows == [(line["query"], line["pos"], line["neg"]) for line in lines]
+    own = write(tmp_path / "own.jsonl", {"query": "w", "pos": ["w w"], "prompt": "Mine"})
+    with pytest.raises(UserError, match=r"own.jsonl:1: the row has an instruction of its own"):
+        make_plan(replace(config, data=own, output=str(tmp_path / "other")), lambda _: None)

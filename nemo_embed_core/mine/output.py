@@ -1,0 +1,68 @@
+"""Mined rows as they are written: JSON lines with their texts, or a dataset folder that names them by id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.dataset import METADATA, Metadata, is_dataset, read_metadata
+from nemo_embed_core.data.dataset_writer import write_dataset
+from nemo_embed_core.data.formats.row import Row
+from nemo_embed_core.data.prepare import instruction
+from nemo_embed_core.data.readers import read_rows
+from nemo_embed_core.files.durable import sha256_file, write_atomically
+from nemo_embed_core.files.strict_json import parse
+
+FIELDS = ("lang", "id", "group", "pos_scores", "neg_scores")
+
+
+def write_lines(output: Path, rows: Iterator[dict[str, Any]]) -> None:
+    write_atomically(output, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
+
+
+class FolderWriter:
+    """write_lines into a dataset folder. data: what is mined; a dataset folder's corpus is shared."""
+
+    def __init__(self, data: str, name: str, prompt: str, document_prompt: str):
+        """UserError for a prompt that such a folder cannot hold."""
+        about, self.shared = Metadata(corpus_id=name, source=Path(data).name), None
+        if is_dataset(data) and not (about := read_metadata(Path(data))).ids_only:
+            self.shared = Path(data)
+        self.metadata = replace(
+            about,
+            query_instruction=instruction(prompt),
+            passage_instruction=instruction(document_prompt),
+            ids_only=False,
+        )
+
+    def __call__(self, output: Path, rows: Iterator[dict[str, Any]]) -> None:
+        write_dataset(output, _rows(output, rows), self.metadata, shared=self.shared)
+
+
+def _rows(output: Path, rows: Iterator[dict[str, Any]]) -> Iterator[Row]:
+    for i, row in enumerate(rows):
+        pos_ids, neg_ids = ([key or "" for key in row.get(f"{side}_ids", ())] for side in ("pos", "neg"))
+        more: dict[str, Any] = {name: row[name] for name in FIELDS if name in row}
+        texts = (row["query"], row["pos"], row["neg"])
+        yield Row(*texts, str(output), i + 1, pos_ids=pos_ids, neg_ids=neg_ids, **more)
+
+
+def read_mined(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of either."""
+    if not path.is_dir():
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                yield parse(line)
+        return
+    for row in read_rows(DatasetConfig(path=str(path)), graded=True):
+        fields = ("query", "pos", "neg", "pos_scores", "neg_scores", "pos_ids", "neg_ids", "id")
+        yield {field: getattr(row, field) for field in fields}
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of the mined rows; a folder's metadata has those of its files."""
+    return sha256_file(path / METADATA if path.is_dir() else path)
