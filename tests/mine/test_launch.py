@@ -125,3 +125,46 @@ def test_progress_is_lines_in_a_log_and_a_bar_with_the_time_left_on_a_terminal(m
         )
     Progress("encoded", "documents", 1, said.append, shown=False).step(1)
     assert terminal == (len(said) == 0)
+
+
+def test_the_same_rows_in_any_format_are_mined_alike(miner, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = lines_of(miner.data)
+    of = {
+        "ours.jsonl": rows,
+        "flagembedding.jsonl": [{**row, "type": "normal"} for row in rows],
+        "tevatron.jsonl": [
+            {"query_id": str(i), "query": row["query"]}
+            | {
+                f"{side}_passages": [
+                    {"docid": f"{hash(text)}", "title": "", "text": text} for text in row[key]
+                ]
+                for side, key in (("positive", "pos"), ("negative", "neg"))
+            }
+            for i, row in enumerate(rows)
+        ],
+        "automodel.json": [{"question": r["query"], "pos_doc": r["pos"], "neg_doc": r["neg"]} for r in rows],
+        "contrastors.parquet": [
+            {"query": row["query"], "document": row["pos"][0], "negatives": row["neg"]} for row in rows
+        ],
+        "ms-swift.jsonl": [
+            {"query": row["query"], "response": row["pos"][0], "rejected_response": row["neg"]}
+            for row in rows
+        ],
+    }
+    for name, records in of.items():
+        if name.endswith(".parquet"):
+            pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(records), tmp_path / name)
+        elif name.endswith(".json"):
+            (tmp_path / name).write_text(json.dumps(records, indent=1))
+        else:
+            (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = json.dumps([{"path": str(tmp_path / name)} for name in of])
+    result = miner("--datasets", data, "--model", miner.model, "--output", str(tmp_path / "out"), *SMALL)
+    assert result.code == 0, result.output
+    for name in of:
+        stem = name.split(".")[0]
+        assert stem == "ours" or f"data sets read as {stem} (" in result.output
+        mined, right = lines_of(tmp_path / "out" / f"{stem}.jsonl"), lines_of(tmp_path / "out" / "ours.jsonl")
+        assert [{key: line[key] for key in right[0]} for line in mined] == right, name
+        assert all("pos_ids" in line and "id" in line for line in mined) == (stem == "tevatron")
