@@ -17,6 +17,9 @@ class RowsConfig(Options):
     """Format of its rows (docs/data-formats.md); "": told by the fields of the first row, and logged."""
     ignore: list[str] = field(default_factory=list)
     """Fields of its rows that are not read; any other field that the format does not know is an error."""
+    columns: list[str] = field(default_factory=list)
+    """All columns that are read, in the order in which a format counts them: query first, as [de, en] of a
+    bitext table; []: as they stand."""
     min_grade: float | None = None
     """Graded pairs (an STS table): grade, on the table's own scale, from which a pair belongs together; the
     others are left out, counted. null: they are refused, as the contrastive loss has no use for a grade."""

@@ -184,11 +184,11 @@ def _rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
     if "no_in_batch_neg" in Path(config.path).name:  # FlagEmbedding's mark
         what = "data sets named no_in_batch_neg, whose negatives in batch are used all the same"
         findings.note(f"{what} (loss.in_batch)", Path(config.path), 1)
-    order: list[str] = []
+    order = list(config.columns)
     ids: dict[str, tuple[Path, int]] = {}
     more: tuple[Any, ...] | None = None
     for record in records(source, findings, (one or ours).EXAMPLE):
-        path, line, fields = _without_ignored(record, config.ignore)
+        path, line, fields = _chosen(record, config)
         try:
             if one is None:
                 one = _sniffed(fields)
@@ -209,6 +209,8 @@ def _rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
             if getattr(one, "COLUMNS", False):
                 order = order or list(fields)
                 fields = _ordered(fields, order)
+            elif order:
+                raise ValueError(f"the dataset's columns are set, and {one.NAME} reads fields by their names")
             row = one.row(fields, str(path), line, *more)
             if row.id:
                 first = ids.setdefault(row.id, (path, line))
@@ -222,10 +224,14 @@ def _rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
         yield row
 
 
-def _without_ignored(record: Record, ignore: list[str]) -> Record:
-    if not ignore:
-        return record
-    return record._replace(fields={name: v for name, v in record.fields.items() if name not in ignore})
+def _chosen(record: Record, config: DatasetConfig) -> Record:
+    """Without the fields that are ignored, in the order of the dataset's columns."""
+    fields, order = record.fields, config.columns
+    if config.ignore:
+        fields = {name: v for name, v in fields.items() if name not in config.ignore}
+    if fields.keys() == set(order):
+        fields = {name: fields[name] for name in order}
+    return record._replace(fields=fields)
 
 
 def _as_written(fields: dict[str, Any], source: Source, one: Format) -> dict[str, Any]:
@@ -243,13 +249,14 @@ def _as_written(fields: dict[str, Any], source: Source, one: Format) -> dict[str
 
 def _fields(source: Source, config: DatasetConfig, one: Format) -> Iterator[dict[str, Any]]:
     for record in records(source, Findings(), one.EXAMPLE):
-        yield _as_written(_without_ignored(record, config.ignore).fields, source, one)
+        yield _as_written(_chosen(record, config).fields, source, one)
 
 
 def _ordered(fields: dict[str, Any], order: list[str]) -> dict[str, Any]:
-    """In the order of the first row: columns have one, the keys of a JSON object may not."""
+    """In the order of the first row, or of the dataset's columns; the keys of a JSON object have none."""
     if fields.keys() != set(order):
-        raise ValueError(f"columns {short(list(fields))} are not those of the first row, {short(order)}")
+        whose = "of the first row or of the dataset's columns"
+        raise ValueError(f"columns {short(list(fields))} are not those {whose}, {short(order)}")
     return {name: fields[name] for name in order}
 
 
@@ -279,7 +286,7 @@ def _format_of(config: DatasetConfig) -> tuple[Format, Source]:
         return _named(config.format), source
     for record in records(source, Findings(), ours.EXAMPLE):
         try:
-            return _sniffed(_without_ignored(record, config.ignore).fields) or ours, source
+            return _sniffed(_chosen(record, config).fields) or ours, source
         except ValueError as error:
             raise DataError(record.path, record.line, str(error)) from None
     return ours, source
@@ -323,6 +330,8 @@ def reading(config: DatasetConfig) -> list[str]:
         how.append(f"container={source.kind}")  # the same bytes under another name are other rows
     if config.ignore:
         how.append(f"ignore={','.join(sorted(config.ignore))}")
+    if config.columns:
+        how.append(f"columns={','.join(config.columns)}")
     if config.min_grade is not None:
         how.append(f"min_grade={config.min_grade:g}")
     return how

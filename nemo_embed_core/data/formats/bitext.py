@@ -1,7 +1,7 @@
 """Bitext: two columns of texts that are translations, or {"translation": {"en": "...", "de": "..."}}.
 
 The first is the query, the second its positive. For both directions give the data twice, the second time with
-the order turned round.
+the dataset's columns turned round.
 """
 
 from __future__ import annotations
