@@ -65,12 +65,12 @@ def is_dataset(path: str | Path) -> bool:
     return (Path(path) / METADATA).is_file()
 
 
-def read_metadata(folder: Path, findings: Findings | None = None) -> Metadata:
+def read_metadata(folder: Path, findings: Findings | None = None, name: str = METADATA) -> Metadata:
     """UserError for a field that is missing or of another type; a field that is not known is noted."""
-    path = folder / METADATA
+    path = folder / name
     value = read_object(path)
-    if (name := value.pop("class", None)) != "TextQADataset":
-        raise UserError(f'{path}: class is {short(name)}, and a dataset folder is a "TextQADataset"')
+    if (kind := value.pop("class", None)) != "TextQADataset":
+        raise UserError(f'{path}: class is {short(kind)}, and a dataset folder is a "TextQADataset"')
     known = {f.name: f for f in fields(Metadata)}
     if "corpus_id" not in value:
         raise UserError(f"{path}: corpus_id is missing")

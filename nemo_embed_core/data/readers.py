@@ -23,12 +23,14 @@ from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.containers import HEADER
 from nemo_embed_core.data.formats import (
     automodel,
+    automodel_ids,
     bitext,
     contrastors,
     f2llm,
     flagembedding,
     labels,
     ms_swift,
+    msmarco,
     ours,
     sentence_transformers,
     sts,
@@ -95,7 +97,7 @@ class CorpusFormat(Protocol):
     def beir(self, config: DatasetConfig, findings: Findings) -> Beir: ...  # for evaluation: the whole corpus
 
 
-CORPUS_FORMATS: tuple[CorpusFormat, ...] = (dataset_folder,)
+CORPUS_FORMATS: tuple[CorpusFormat, ...] = (dataset_folder, automodel_ids, msmarco)
 
 
 def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: bool = False) -> Iterator[Row]:

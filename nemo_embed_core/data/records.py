@@ -28,7 +28,7 @@ from nemo_embed_core.files.strict_json import read_object
 SPLITS = ("train", "test", "dev", "validation", "valid", "val", "eval")
 _SHARD = re.compile(r"(.+?)[-_.](\d{3,})-of-(\d{3,})(?:[-_.].*)?")
 _PASSED_OVER = re.compile(
-    r"[._].*|.*\.(md|txt|ya?ml|py|lock|crc|png|pdf)|LICEN[CS]E|dataset_infos?\.json|state\.json"
+    r"[._].*|.*\.(md|txt|ya?ml|py|lock|crc|png|pdf)|LICEN[CS]E|dataset_infos?\.json|state\.json|merlin_metadata\.json"
 )
 
 

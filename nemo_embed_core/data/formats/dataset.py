@@ -101,7 +101,7 @@ def _rows(
                 raise ValueError(
                     f"corpus_id is {short(corpus_id)}, and the folder's corpus is {short(metadata.corpus_id)}"
                 )
-            row = _row(fields, key, query, documents, str(path), line, findings)
+            row = joined(fields, key, query, documents, str(path), line, findings)
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
@@ -112,7 +112,7 @@ def _rows(
         findings.bad(shards(folder, "queries")[0], 1, "there are no rows")
 
 
-def _row(
+def joined(
     fields: dict[str, Any],
     key: str,
     query: str,
@@ -121,6 +121,7 @@ def _row(
     line: int,
     findings: Findings,
 ) -> Row:
+    """fields: pos_doc and neg_doc, lists of {id, score?}, and where known grade, lang, group."""
     pos, pos_scores = _entries(fields, "pos_doc", documents)
     neg, neg_scores = _entries(fields, "neg_doc", documents)
     if not pos:

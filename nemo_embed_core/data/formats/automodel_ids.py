@@ -1,0 +1,164 @@
+"""NeMo Automodel with ids: a JSON file {"corpus": [{"path"}], "data": [{"question_id", "question",
+"corpus_id", "pos_doc", "neg_doc"}]}, documents as {"id"} or bare ids. A corpus folder, whose path is relative
+to the file, has merlin_metadata.json and rows {id, text}. mine/formats.py writes the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.containers import json_items
+from nemo_embed_core.data.dataset import Metadata, document_text, read_metadata
+from nemo_embed_core.data.documents import Documents
+from nemo_embed_core.data.formats.beir import Beir
+from nemo_embed_core.data.formats.dataset import joined
+from nemo_embed_core.data.formats.row import Row, check_known
+from nemo_embed_core.data.lines import Findings, check_id, check_text, short, type_name
+from nemo_embed_core.data.prompts import task_of
+from nemo_embed_core.data.records import Source, find, records
+from nemo_embed_core.data.texts import Texts, TextsById
+from nemo_embed_core.errors import UserError
+
+NAME = "automodel-ids"
+METADATA = "merlin_metadata.json"
+EXAMPLE = '{"question_id": "1", "question": "...", "corpus_id": "c", "pos_doc": [{"id": "7"}], "neg_doc": []}'
+FIELDS = ("question_id", "question", "corpus_id", "pos_doc", "neg_doc")
+
+
+def takes(path: Path) -> bool:
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return bool(re.match(rb'\s*\{\s*"corpus"\s*:', file.read(1024)))
+
+
+def _corpora(path: Path) -> dict[str, tuple[Metadata, Source, Path]]:
+    """By corpus_id: its metadata, files and folder; UserError where one is missing."""
+    listed: Any = None
+    for _, name, value in json_items(path, Findings(strict=True)):
+        if name == "corpus":
+            listed = value
+            break
+    entries = listed if isinstance(listed, list) else [listed]
+    found: dict[str, tuple[Metadata, Source, Path]] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(f'{path}: "corpus" must be a list of {{"path": folder}}, got {short(listed)}')
+        folder = path.parent / entry["path"]
+        metadata = read_metadata(folder, name=METADATA)
+        if metadata.corpus_id in found:
+            raise UserError(f"{path}: two of its corpora have the corpus_id {short(metadata.corpus_id)}")
+        found[metadata.corpus_id] = metadata, find(str(folder)), folder
+    return found
+
+
+def files(config: DatasetConfig) -> list[Path]:
+    path = Path(config.path)
+    of_corpora = [
+        file for _, source, folder in _corpora(path).values() for file in (folder / METADATA, *source.files)
+    ]
+    return [*of_corpora, path]
+
+
+def tasks(config: DatasetConfig) -> tuple[str, str]:
+    found = {
+        tuple(task_of(metadata.prefix(side)) for side in ("query", "passage"))
+        for metadata, _, _ in _corpora(Path(config.path)).values()
+    }
+    if len(found) > 1:
+        raise UserError(f"{config.path}: its corpora have several instructions; give one file for each")
+    task, document_task = found.pop()
+    return task, document_task
+
+
+def _documents(config: DatasetConfig, findings: Findings) -> dict[str, Documents]:
+    before, all_of = findings.num_met, {}
+    for corpus_id, (_, source, _) in _corpora(Path(config.path)).items():
+        documents = Documents()
+        paths: list[tuple[int, Path]] = []  # number of documents up to the end of a file
+        for path, line, fields in records(source, findings, '{"id": "...", "text": "..."}'):
+            try:
+                check_known(fields, ("id", "text", "title"))
+                if missing := [name for name in ("id", "text") if name not in fields]:
+                    raise ValueError(f"field {missing[0]!r} is missing")
+                documents.add(check_id(fields["id"], "id"), document_text(fields), line)
+            except ValueError as error:
+                findings.bad(path, line, str(error))
+                continue
+            paths = [*paths[: -1 if paths and paths[-1][1] == path else None], (len(documents), path)]
+        if findings.num_met == before:
+            documents.close(partial(_path_of, paths), findings)
+        all_of[corpus_id] = documents
+    return all_of if findings.num_met == before else {}
+
+
+def _path_of(ends: list[tuple[int, Path]], place: int) -> Path:
+    return next(path for end, path in ends if place < end)
+
+
+def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
+    yield from _rows(config, _documents(config, findings), findings)
+
+
+def _rows(config: DatasetConfig, corpora: dict[str, Documents], findings: Findings) -> Iterator[Row]:
+    if not corpora:
+        return  # a document behind a bad row of a corpus seems not to exist
+    path, seen = Path(config.path), dict[str, int]()
+    for line, name, fields in json_items(path, findings):
+        if name == "corpus":
+            continue
+        try:
+            if name != "data" or not isinstance(fields, dict):
+                raise ValueError(f"{short(name)} must be rows like {EXAMPLE}, got {type_name(fields)}")
+            check_known(fields, FIELDS)
+            if missing := [name for name in FIELDS if name not in fields]:
+                raise ValueError(f"field {missing[0]!r} is missing")
+            key = check_id(fields["question_id"], "question_id")
+            if key in seen:
+                raise ValueError(f"question_id {short(key)} is already on line {seen[key]}: make ids unique")
+            seen[key] = line
+            documents = corpora.get(fields["corpus_id"])
+            if documents is None:
+                raise ValueError(f"corpus_id {short(fields['corpus_id'])} is none of {short(list(corpora))}")
+            query = check_text(fields["question"], "question")
+            entries = {side: _entries(fields[side], side) for side in ("pos_doc", "neg_doc")}
+            row = joined(entries, key, query, documents, str(path), line, findings)
+            if len(corpora) > 1:  # equal ids of two corpora are two documents
+                row = row._replace(
+                    pos_ids=[f"{fields['corpus_id']}/{one}" for one in row.pos_ids],
+                    neg_ids=[f"{fields['corpus_id']}/{one}" for one in row.neg_ids],
+                )
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+            continue
+        yield row
+    if not seen and not findings.num_met:
+        findings.bad(path, 1, "there are no rows")
+
+
+def _entries(value: Any, field: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ValueError(f"field {field!r} must be a list of documents, got {type_name(value)}")
+    found = []
+    for i, entry in enumerate(value):
+        entry = entry if isinstance(entry, dict) else {"id": entry}
+        if "id" not in entry or not entry.keys() <= {"id", "score"}:
+            raise ValueError(f'{field}[{i}] must be {{"id", "score"?}} or an id, got {short(entry)}')
+        found.append(entry)
+    return found
+
+
+def beir(config: DatasetConfig, findings: Findings) -> Beir:
+    corpora = _documents(config, findings)
+    if len(corpora) > 1:
+        raise UserError(f"{config.path} has {len(corpora)} corpora: evaluate and mine a file of one")
+    queries, qrels = TextsById({}, Texts()), dict[str, dict[str, int]]()
+    for row in _rows(config, corpora, findings):
+        queries.indices[row.id] = queries.texts.append(row.query)
+        qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
+    return Beir(next(iter(corpora.values()), {}), queries, qrels)

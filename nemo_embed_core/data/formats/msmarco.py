@@ -1,0 +1,91 @@
+"""MS MARCO as published: collection.tsv (id, text), queries.{split}.tsv (id, text), qrels.{split}.tsv (query
+0 document 1), without headers, plain or .gz.
+
+A row per judged query, in the order of the qrels: documents above 0 are pos, the others neg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.documents import Documents
+from nemo_embed_core.data.formats.beir import Beir
+from nemo_embed_core.data.formats.dataset import joined
+from nemo_embed_core.data.formats.qrels import read_qrels
+from nemo_embed_core.data.formats.row import Row
+from nemo_embed_core.data.lines import Findings, check_id, check_text, decode, raw_lines
+from nemo_embed_core.errors import UserError
+
+NAME = "msmarco"
+
+
+def takes(path: Path) -> bool:
+    return any((path / f"collection.tsv{packed}").is_file() for packed in ("", ".gz"))
+
+
+def files(config: DatasetConfig) -> list[Path]:
+    """[collection, queries, qrels] of the split."""
+    folder, found = Path(config.path), []
+    for name in ("collection.tsv", f"queries.{config.split}.tsv", f"qrels.{config.split}.tsv"):
+        there = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
+        if len(there) != 1:
+            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:12])
+            what = (
+                f"both {name} and {name}.gz: remove one"
+                if there
+                else f"no {name} (or .gz); it holds: {holds}"
+            )
+            raise UserError(f"{folder} has {what}")
+        found += there
+    return found
+
+
+def tasks(config: DatasetConfig) -> tuple[str, str]:
+    return "", ""
+
+
+def _texts(path: Path, what: str, findings: Findings) -> Documents:
+    texts, before = Documents(), findings.num_met
+    for line, raw in raw_lines(path, findings):
+        try:
+            cells = decode(raw).rstrip("\r\n").split("\t")
+            if len(cells) != 2:
+                raise ValueError(f"expected 2 tab-separated columns (id, text), got {len(cells)}")
+            texts.add(check_id(cells[0], "id"), check_text(cells[1], what), line)
+        except ValueError as error:
+            findings.bad(path, line, str(error))
+    return texts.close(lambda place: path, findings) if findings.num_met == before else texts
+
+
+def _read(config: DatasetConfig, findings: Findings) -> tuple[Documents, Documents, Path]:
+    collection, queries, qrels = files(config)
+    return _texts(collection, "text", findings), _texts(queries, "query", findings), qrels
+
+
+def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
+    documents, queries, file = _read(config, findings)
+    qrels, lines = read_qrels(file, findings)
+    if not (documents.is_closed and queries.is_closed):
+        return  # a text behind a bad line seems not to exist
+    for key, scores in qrels.items():
+        line = lines[key, next(iter(scores))]
+        try:
+            if (query := queries.get(key)) is None:
+                raise ValueError(f"query {key!r} is not among the {len(queries):,} queries")
+            entries = {
+                "pos_doc": [{"id": doc} for doc, score in scores.items() if score > 0],
+                "neg_doc": [{"id": doc} for doc, score in scores.items() if score <= 0],
+            }
+            row = joined(entries, key, query, documents, str(file), line, findings)
+        except ValueError as error:
+            findings.bad(file, line, str(error))
+            continue
+        yield row
+
+
+def beir(config: DatasetConfig, findings: Findings) -> Beir:
+    documents, queries, file = _read(config, findings)
+    qrels, _ = read_qrels(file, findings)
+    return Beir(documents, {key: queries.get(key, "") for key in qrels}, qrels)
