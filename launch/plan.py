@@ -21,13 +21,17 @@ def main() -> None:
     with user_errors():
         config = load_config(PlanConfig)
         # After the arguments are parsed, so that --help and typing errors answer at once.
+        from nemo_embed_core.files.durable import probe_file, write_atomically
         from nemo_embed_core.plan.plan import plan
         from nemo_embed_core.plan.report import report, to_json
 
+        if config.output:
+            probe_file(Path(config.output))
         found = plan(config, lambda line: print(line, file=sys.stderr, flush=True))
         print(report(found))
         if config.output:
-            Path(config.output).write_text(json.dumps(to_json(found), indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(to_json(found), indent=1) + "\n"
+            write_atomically(Path(config.output), text.encode())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.models import Subject
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
-from nemo_embed_core.files.durable import write_atomically
+from nemo_embed_core.files.durable import probe_file, write_atomically
 from nemo_embed_core.parallel.mesh import pick_device, pick_precision
 
 
@@ -96,16 +96,7 @@ def check_names(config: EvaluateConfig) -> None:
     if len(set(config.models)) < len(config.models):
         raise UserError(f"models={config.models} names one twice; the report has one entry per name")
     if config.output:
-        output = Path(config.output)
-        if output.is_dir():
-            raise UserError(f"output {output} is a folder: give the name of a JSON file")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            probe = output.with_name(f".{output.name}.tmp")
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"output {output} cannot be written: {error.strerror}") from None
+        probe_file(Path(config.output))
 
 
 def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:

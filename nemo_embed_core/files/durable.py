@@ -175,6 +175,19 @@ def probe(folder: Path) -> None:
         ) from None
 
 
+def probe_file(output: Path) -> None:
+    """Make its folder and write beside it, as the end of hours of work will."""
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder: give the name of a JSON file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = output.with_name(f".{output.name}.tmp")
+        beside.write_text("")
+        beside.unlink()
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror}") from None
+
+
 def free_bytes(path: Path) -> int:
     """Of the file system of `path`, or of the nearest folder above that still exists."""
     while not path.exists() and path != path.parent:

@@ -18,6 +18,7 @@ from nemo_embed_core.data.packing import plan, split_over_ranks
 from nemo_embed_core.data.population import longest_draws, population
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.store import Store
+from nemo_embed_core.errors import UserError
 
 NUM_STEPS = 4  # global batches that are looked at
 
@@ -48,6 +49,11 @@ def texts_of(
     """in_batch: of the loss, which decides what rows of a store are drawn."""
     M = 1 + data.num_hard_negatives
     if store:
+        if not (Path(store) / "manifest.json").is_file():
+            raise UserError(
+                f"store={store} is no folder of a token store, which has a manifest.json: it is "
+                "data.cache_dir/DIGEST, as nemo-embed prepare and training print it"
+            )
         opened = Store(Path(store))
         roomy = replace(data, max_tokens=2**31)  # which rows are too long is said of each layout
         drawn = population(opened, roomy, in_batch, log=lambda message: None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from nemo_embed_core.config.train import TrainConfig
 from nemo_embed_core.parallel.wire import sent
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.plan import SLACK_BYTES, SLACK_SHARE, Candidate, Found, needed
@@ -37,8 +38,8 @@ def _lines(found: Found) -> Iterator[str]:
     config, cluster, train = found.config, found.config.cluster, found.train
     gpu = GPUS[cluster.gpu]
     yield (
-        f"{config.train} on {cluster.world_size} x {cluster.gpu} ({cluster.nodes} nodes of "
-        f"{cluster.per_node}): "
+        f"{config.train} on {cluster.world_size} x {cluster.gpu} (nodes: "
+        f"{cluster.nodes} of {cluster.per_node}): "
         f"{found.num_parameters / 1e9:.3f} B parameters ({found.model_words}), {train.steps:,} steps of "
         f"{train.global_batch_size:,} queries"
     )
@@ -129,7 +130,8 @@ def _what_does_not(found: Found) -> Iterator[str]:
         count = len(found.too_large)
         yield f"{count} layouts need more than the {memory / 1e9:.1f} GB of a GPU, from the smallest on:"
         for candidate in found.too_large[:3]:
-            yield f"  {candidate.name}: {needed(candidate.peak) / 1e9:.1f} GB; {_remedy(candidate)}"
+            needs, remedy = needed(candidate.peak) / 1e9, _remedy(candidate, found.train)
+            yield f"  {candidate.name}: {needs:.1f} GB; {remedy}"
     reasons: dict[str, int] = {}
     for candidate in found.impossible:
         reasons[candidate.why] = reasons.get(candidate.why, 0) + 1
@@ -137,15 +139,20 @@ def _what_does_not(found: Found) -> Iterator[str]:
         yield f"{count} layouts are none: {why}"
 
 
-def _remedy(candidate: Candidate) -> str:
-    """What to change so that it takes less."""
+def _remedy(candidate: Candidate, train: TrainConfig) -> str:
+    """What to change so that it takes less, of what would."""
     if candidate.recompute != "full":
         return "recompute more (activation_checkpointing), or fewer data.max_tokens"
     if candidate.layout.replicate > 1:
         return "one copy (parallel.dp_replicate=1) or fewer data.max_tokens"
-    return (
-        "more GPUs, a larger parallel.tp_size, parallel.reshard_after_forward=true or fewer data.max_tokens"
-    )
+    ways = ["more GPUs"]
+    if candidate.layout.dp > 1:
+        ways.append("a larger parallel.tp_size")
+        if not train.parallel.reshard_after_forward:
+            ways.append("parallel.reshard_after_forward=true")
+    if train.optim.master_weights != "split" and train.precision != "fp32":
+        ways.append("optim.master_weights=split")
+    return ", ".join(ways) + " or fewer data.max_tokens"
 
 
 def to_json(found: Found) -> dict[str, Any]:

@@ -12,16 +12,25 @@ from tiny import DRAWN, MODEL, train_config
 
 from benchmarks import step
 from launch import plan as launcher
-from nemo_embed_core.config import ClusterConfig, LengthsConfig, ModelConfig, ParallelConfig, TrainConfig
+from nemo_embed_core.config import (
+    ClusterConfig,
+    LengthsConfig,
+    ModelConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import dump_yaml
 from nemo_embed_core.parallel.wire import step_traffic
-from nemo_embed_core.plan.lengths import draw, split, texts_of
-from nemo_embed_core.plan.plan import num_parameters, traffic_of, wire_of
+from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
+from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
 from nemo_embed_core.plan.pretend import PARTS, Shape, pretend
+from nemo_embed_core.plan.report import report
 from nemo_embed_core.plan.time import Layout, Recompute, link, step_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +189,39 @@ def test_the_command_ranks_layouts_and_says_what_does_not_fit(
         launcher.main()
     assert ended.value.code == 2
     assert "document_p95=249.0 between it and 3.8 times it" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong_before_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    dump_yaml(train_config(tmp_path), tmp_path / "run.yaml")
+    monkeypatch.setattr("nemo_embed_core.plan.plan.plan", lambda *_: pytest.fail("it went on"))
+    (tmp_path / "file").write_text("")
+    for output, said in (("file/plan.json", "cannot be written"), (".", "is a folder")):
+        argv = ["plan", "--train", str(tmp_path / "run.yaml"), "--output", str(tmp_path / output)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            launcher.main()
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"store=.*data\.cache_dir/DIGEST"):
+        texts_of(str(tmp_path), train_config(tmp_path).data, "none", LengthsConfig(), 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "master_weights", "ways"),
+    [
+        (1, "split", "more GPUs or"),
+        (1, "fp32", "more GPUs, optim.master_weights=split or"),
+        (4, "split", "more GPUs, a larger parallel.tp_size, parallel.reshard_after_forward=true or"),
+    ],
+)
+def test_what_does_not_fit_is_told_only_what_would_help(
+    tmp_path: Path, gpus: int, master_weights: str, ways: str
+) -> None:
+    train = train_config(tmp_path, precision="bf16", optim={"master_weights": master_weights})
+    too_large = Candidate(layout=Layout(1, 1, gpus), recompute="full", max_tokens=512, peak=10**12)
+    found = Found(
+        config=PlanConfig(train="run.yaml"), train=train, model=MODEL, model_words="",
+        texts=Texts([], 512, ""), best=[], seen=None, too_large=[too_large], impossible=[],
+    )  # fmt: skip
+    assert f"GB; {ways} fewer data.max_tokens" in report(found)
