@@ -83,7 +83,7 @@ def json_items(path: Path, findings: Findings) -> Iterator[tuple[int, str, Any]]
                 else:
                     yield line, str(name), text.value()
                 if text.peek() != "}":
-                    text.take(",")
+                    text.comma("}")
             text.take("}")
         if text.peek():
             raise ValueError("more text behind the end of the list")
@@ -121,6 +121,11 @@ class _Text:
             )
         self.at += 1
 
+    def comma(self, end: str) -> None:
+        self.take(",")
+        if self.peek() == end:
+            raise ValueError(f"not JSON: a comma before {end!r}: remove it")
+
     def value(self) -> Any:
         self.peek()
         while True:
@@ -140,7 +145,7 @@ class _Text:
             line = self.line
             yield line, "data", self.value()
             if self.peek() != "]":
-                self.take(",")
+                self.comma("]")
         self.take("]")
 
     def _go_to(self, end: int) -> None:
@@ -192,13 +197,14 @@ def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
             try:
                 row = next(cells, None)
             except (csv.Error, ValueError) as error:  # where the next row begins is a guess
-                findings.bad(path, start, str(error))
+                message = next((ours for theirs, ours in _CSV_ERRORS if theirs in str(error)), str(error))
+                findings.bad(path, start, message)
                 return
             if row is None:
                 break
             if names is None:
                 names = row
-                if problem := _header_problem(names):
+                if problem := _header_problem(names) or _separator_problem(names, delimiter):
                     findings.bad(path, 1, problem)
                     return
                 continue
@@ -216,6 +222,23 @@ def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
 
 
 HEADER = "where it is a row already, put a line such as anchor,positive (in TSV with a tab) above it"
+
+
+_CSV_ERRORS = (
+    ("new-line character", "lines end in \\r alone: convert the file with tr '\\r' '\\n'"),
+    ("unexpected end of data", "a quote opens in this row and is not closed: close it"),
+    (
+        "expected after",
+        'a quote inside a quoted cell has to be doubled (""), and a comma follows the last one',
+    ),
+)
+
+
+def _separator_problem(names: list[str], delimiter: str) -> str:
+    if len(names) > 1 or not (found := [mark for mark in "\t;|," if mark in names[0]]):
+        return ""
+    fix = {"\t": "name the file .tsv", ",": "name the file .csv"}.get(found[0], "write commas")
+    return f"columns are separated by {found[0]!r} here and not by {delimiter!r}: {fix}"
 
 
 def _header_problem(names: list[str]) -> str:
@@ -263,14 +286,32 @@ def _batches(path: Path, findings: Findings, schema: Any, num_rows: int, batches
     line, start, classes = 0, time.monotonic(), _class_names(schema)
     for batch in batches:
         for at in range(0, batch.num_rows, BATCH):
-            for fields in batch.slice(at, BATCH).to_pylist():
-                line += 1
+            part, before = batch.slice(at, BATCH), line
+            for line, fields in enumerate(python_rows(part, path, before, findings), before + 1):
                 for column, names in classes.items():
                     if isinstance(number := fields[column], int) and 0 <= number < len(names):
                         fields[column] = names[number]
                 yield line, fields
+            line = before + part.num_rows
             if num_rows:
                 findings.progress(path, line, line / num_rows, start)
+
+
+def python_rows(batch: Any, path: Path, line: int, findings: Findings) -> list[dict[str, Any]]:
+    """line: rows of the file before these. [] where a value is none of Python's, which is `bad`."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for i, value in enumerate(column, 1):
+                try:
+                    value.as_py()
+                except (ValueError, OverflowError) as error:
+                    message = f"column {short(name)} cannot be read: {one_line(error)}; remove or repair it"
+                    findings.bad(path, line + i, message)
+                    break
+        return []
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

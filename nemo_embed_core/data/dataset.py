@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_embed_core.data.containers import python_rows
 from nemo_embed_core.data.dataset_source import SOURCE_CONFIG, source_texts
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.lines import Findings, check_id, check_text, check_unicode, short, type_name
@@ -172,9 +173,9 @@ def read_records(
                     continue
                 row = 0
                 for batch in file.iter_batches(BATCH):
-                    for values in batch.to_pylist():
-                        row += 1
-                        yield path, row, values
+                    for i, values in enumerate(python_rows(batch, path, row, findings), row + 1):
+                        yield path, i, values
+                    row += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             findings.bad(path, 1, _not_whole(error))
 

@@ -26,9 +26,12 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
 
 SPLITS = ("train", "test", "dev", "validation", "valid", "val", "eval")
+# A word of the name, as the datasets library finds it.
+_SPLIT = re.compile(rf"(?<![^-._ \d])({'|'.join(SPLITS)})(?![^-._ \d])", re.IGNORECASE)
 _SHARD = re.compile(r"(.+?)[-_.](\d{3,})-of-(\d{3,})(?:[-_.].*)?")
 _PASSED_OVER = re.compile(
-    r"[._].*|.*\.(md|txt|ya?ml|py|lock|crc|png|pdf)|LICEN[CS]E|dataset_infos?\.json|state\.json|merlin_metadata\.json"
+    r"[._].*|.*\.(md|txt|ya?ml|py|lock|crc|png|pdf)|README|Thumbs\.db|desktop\.ini|LICEN[CS]E"
+    r"|dataset_infos?\.json|state\.json|merlin_metadata\.json"
 )
 
 
@@ -66,9 +69,11 @@ def find(path: str, split: str = "train") -> Source:
     if here.is_dir():
         return _folder(here, split)
     if not here.exists() and glob.has_magic(path):
-        files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+        files = sorted(Path(name) for name in glob.glob(path, recursive=True) if not Path(name).is_dir())
         if not files:
             raise UserError(f"no file matches {path}")
+        for file in files:
+            check_file(file)  # a link may lead nowhere
         return _shards(path, files, "")
     if not here.exists() and path.count(",") == 1:
         files = [Path(name.strip()) for name in path.split(",")]
@@ -114,7 +119,9 @@ def _folder(folder: Path, split: str) -> Source:
         return Source(str(folder), [folder / name for name in names], "arrow")
     if (folder / "data").is_dir() and not any(_ending(p) in READERS for p in folder.iterdir()):
         folder = folder / "data"
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not _PASSED_OVER.fullmatch(p.name))
+    files = sorted(p for p in folder.iterdir() if not p.is_dir() and not _PASSED_OVER.fullmatch(p.name))
+    for file in files:
+        check_file(file)  # a link may lead nowhere
     return _shards(str(folder), files, split)
 
 
@@ -123,7 +130,10 @@ def _shards(path: str, files: list[Path], split: str) -> Source:
     kinds = Counter(kind_of(file) for file in files)
     if len(kinds) > 1 or not all(_ending(file) in READERS for file in files):
         names = ", ".join(file.name for file in files[:10])
-        raise UserError(f"{path} has files of several kinds ({names}): give one kind, as {path}/*.jsonl")
+        most = max(files, key=lambda file: (_ending(file) in READERS, kinds[kind_of(file)]))
+        raise UserError(
+            f"{path} has files of several kinds ({names}): give one kind, as {path}/*.{_ending(most)}"
+        )
     of_split: dict[str, list[Path]] = {}
     shards: dict[tuple[str, str], set[int]] = {}
     for file in files:
@@ -131,7 +141,8 @@ def _shards(path: str, files: list[Path], split: str) -> Source:
         if found := _SHARD.fullmatch(stem):
             stem = found[1]
             shards.setdefault((str(file.parent / stem), found[3]), set()).add(int(found[2]))
-        of_split.setdefault(stem, []).append(file)
+        named = {name.lower() for name in _SPLIT.findall(stem)}
+        of_split.setdefault(named.pop() if len(named) == 1 else stem, []).append(file)
     left_out: tuple[Path, ...] = ()
     if split and len(of_split) > 1 and any(name in SPLITS for name in of_split):
         if split not in of_split:
@@ -168,13 +179,18 @@ def records(source: Source, findings: Findings, wanted: str) -> Iterator[Record]
 
 
 def _of_files(source: Source, findings: Findings, wanted: str) -> Iterator[Record]:
+    num_empty = 0
     for file in source.files:
         before, is_empty = findings.num_met, True
         for line, fields in READERS[source.kind](file, findings, wanted):
             is_empty = False
             yield Record(file, line, fields)
         if is_empty and findings.num_met == before:
-            findings.bad(file, 1, "the file has no rows")
+            num_empty += 1
+            if source.is_columnar and num_empty < len(source.files):  # a writer of shards leaves such
+                findings.note("files without rows", file, 1)
+            else:
+                findings.bad(file, 1, "the file has no rows")
 
 
 def _aligned(source: Source, findings: Findings) -> Iterator[Record]:

@@ -16,7 +16,7 @@ from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data import readers
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.containers import json_items
-from nemo_embed_core.data.readers import Findings, Row, read_rows, reading, source_files
+from nemo_embed_core.data.readers import BadLines, Findings, Row, read_rows, reading, source_files
 from nemo_embed_core.errors import DataError, UserError
 
 # name -> [(record, (query, pos, neg, further fields of the row))]
@@ -615,7 +615,7 @@ BROKEN = {
         1,
         "where it is a row already, put a line such as",
     ),
-    "quote.csv": ('anchor,positive\n"a"b,c\n', 2, "expected after"),
+    "quote.csv": ('anchor,positive\n"a"b,c\n', 2, "has to be doubled"),
     "empty.csv": ("", 1, "the file is empty"),
     "latin.csv": (b"anchor,positive\na,b\n" + b"\xe9,x\n", 3, "not UTF-8: byte 0xe9"),
     "multi.csv": ('anchor,positive\n"a\nb",c\nd\n', 4, "1 cells and 2 columns"),
@@ -832,3 +832,82 @@ def test_a_thousand_broken_rows_are_clean_or_refused_by_line(tmp_path: Path, nam
             )
         seen["refused" if findings.num_bad else "read"] += 1
     assert min(seen.values()) > 40, seen
+
+
+def test_files_named_after_splits_are_told_by_the_word(tmp_path: Path) -> None:
+    for number, (one, other) in enumerate(
+        [("train-1", "test-1"), ("train_0", "test_0"), ("nq_train", "nq_test"), ("Train", "Test")]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in (one, other):
+            jsonl(folder / f"{name}.jsonl", [{"query": name, "pos": ["p"], "neg": []}])
+        assert [row.query for row in rows_of(folder)] == [one]
+        assert [row.query for row in rows_of(folder, split="test")] == [other]
+    (tmp_path / "words").mkdir()
+    names = ["latest", "trainer", "contrast"]  # no words of their own
+    for name in names:
+        jsonl(tmp_path / "words" / f"{name}.jsonl", [{"query": name, "pos": ["p"], "neg": []}])
+    assert [row.query for row in rows_of(tmp_path / "words")] == sorted(names)
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_shard(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"query": "q", "pos": ["p"], "neg": []}])
+    (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
+    for path in (tmp_path, f"{tmp_path}/*.jsonl"):
+        with pytest.raises(UserError, match=r"b\.jsonl does not exist"):
+            rows_of(path)
+
+
+def test_shards_without_rows_are_said_and_not_all_may_be(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"anchor": ["a"], "positive": ["p"]})
+    parquet.write_table(table.slice(0, 0), tmp_path / "0.parquet")
+    parquet.write_table(table, tmp_path / "1.parquet")
+    findings = Findings()
+    assert [row.query for row in read_rows(DatasetConfig(path=str(tmp_path)), findings)] == ["a"]
+    assert findings.counts["files without rows"] == 1
+    parquet.write_table(table.slice(0, 0), tmp_path / "1.parquet")
+    with pytest.raises(DataError, match=r"1\.parquet:1: the file has no rows"):
+        rows_of(tmp_path)
+
+
+def test_a_value_that_python_does_not_have_is_a_bad_row(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"a"] * 70 + [b"\xff"] + [b"a"] * 59, pyarrow.binary()).view(pyarrow.string())
+    dates = pyarrow.array([0] * 128 + [2**62, 0], pyarrow.timestamp("us"))
+    table = pyarrow.table({"anchor": texts, "positive": ["p"] * 130, "at": dates})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    findings = Findings()
+    rows = list(read_rows(DatasetConfig(path=str(tmp_path / "x.parquet"), ignore=["at"]), findings))
+    assert [row.line for row in rows] == list(range(1, 65))
+    with pytest.raises(BadLines) as error:
+        findings.raise_bad()
+    assert "x.parquet:71: column 'anchor' cannot be read: 'utf-8' codec" in str(error.value)
+    assert "x.parquet:129: column 'at' cannot be read" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("x.csv", "anchor;positive\na;b\n", r"csv:1: columns are separated by ';' here and not by ','"),
+        ("x.csv", "sep=;\nanchor;positive\na;b\n", r"csv:1: columns are separated by ';'"),
+        ("x.csv", "anchor\tpositive\na\tb\n", r"separated by '\\t' here .*: name the file \.tsv"),
+        ("x.tsv", "anchor,positive\na,b\n", r"separated by ',' here .*: name the file \.csv"),
+        ("x.csv", "anchor,positive\ra,b\r", r"csv:1: lines end in \\r alone: convert"),
+        ("x.csv", 'anchor,positive\na,"b\nc,d\n', r"csv:2: a quote opens in this row and is not closed"),
+        ("x.csv", 'anchor,positive\na,"b" c\n', r"csv:2: a quote inside a quoted cell has to be doubled"),
+        ("x.json", '[{"anchor": "a", "positive": "b"},\n]', r"json:2: not JSON: a comma before '\]'"),
+        (
+            "x.json",
+            '{"data": [{"anchor": "a", "positive": "b"}],\n}',
+            r"json:2: not JSON: a comma before '}'",
+        ),
+    ],
+)
+def test_a_file_of_another_dialect_says_what_to_change(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        rows_of(tmp_path / name)
