@@ -123,9 +123,9 @@ def measure(
         few, _ = peak_bytes(commands(folder / "few", folder, max_length)[verb], folder)
         many, seconds = peak_bytes(commands(folder / "many", folder, max_length)[verb], folder)
         above[verb] = many - few
-        above, few_mib = (many - few) / 2**20, few / 2**20
+        more, least = above[verb] / 2**20, few / 2**20
         print(
-            f"{verb:9} {above:8,.0f} MiB above the {few_mib:,.0f} MiB of eight documents, {seconds:,.0f} s",
+            f"{verb:9} {more:8,.0f} MiB above the {least:,.0f} MiB of eight documents, {seconds:,.0f} s",
             flush=True,
         )
     return above
