@@ -1,5 +1,7 @@
 """activation_checkpointing: the same bits of every gradient, and the bytes that it gives back."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,16 @@ def test_saved_bytes_of_a_token_and_layer_at_the_8b_shape(
     assert round(saved / 1000, 1) == kilobytes
 
 
+def settled(read: Callable[[], int]) -> int:
+    """gloo's threads let go of a collective's memory a moment after the collective is done."""
+    value, unchanged = read(), 0
+    while unchanged < 10:
+        time.sleep(0.02)
+        before, value = value, read()
+        unchanged = unchanged + 1 if value == before else 0
+    return value
+
+
 def gradients_and_bytes(world_size: int, folder: str, in_batch: str) -> list[dict]:
     import torch.distributed as dist
 
@@ -107,7 +119,10 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str) -> list[dic
             grads = {fsdp.plain_name(n): p.grad.full_tensor() for n, p in engine.model.named_parameters()}
             with Made() as made:
                 rows = embed(engine.model, batches[0])
-            of_mode[mode] = {"loss": losses_B, **grads}, made.alive(rows)
+            of_mode[mode] = (
+                {"loss": losses_B, **grads},
+                settled(lambda made=made, rows=rows: made.alive(rows)),
+            )
         T = batches[0].input_ids.numel()
         norms, swiglu = 2 * T * MODEL.hidden_size / (tp if sp else 1), T * MODEL.intermediate_size / tp
         freed = 4 * MODEL.num_hidden_layers * (norms + swiglu)
