@@ -14,11 +14,14 @@ class EvaluateConfig(Options):
     """Retrieval quality on a held-out BEIR folder, through mteb's own evaluator, offline."""
 
     data: str
-    """BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed)."""
+    """BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed); or a dataset folder, whose
+    instructions are then the prompts where no option says others."""
     models: list[str] = field(default_factory=list)
     """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25."""
     split: str = "test"
     """Split of the folder: qrels/{split}.tsv."""
+    source: str = ""
+    """Of a dataset folder with ids only: the folder or file that its source_config.json names."""
     on_missing: Literal["error", "allow"] = "error"
     """A judgement of a text that does not exist, an empty text: "error" refuses it, "allow" counts it and
     keeps what mteb keeps."""

@@ -11,13 +11,14 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.checkpoint.source import Usage
-from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.config import DatasetConfig, EvaluateConfig
 from nemo_embed_core.data.normal_form import normal_form
-from nemo_embed_core.data.readers import Beir, Findings, read_beir
+from nemo_embed_core.data.readers import Beir, Findings, read_beir, with_tasks
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.models import Subject
@@ -34,6 +35,7 @@ def evaluate(models: Iterable[str | Path], data: str | Path, **options: Any) -> 
 def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Every model in turn; its line is printed, and the report written, as soon as it is done."""
     check_names(config)
+    config = _with_tasks(config)
     subjects = {name: Subject.of(name, config) for name in config.models if name != "bm25"}
     encoder = None
     for subject in reversed(subjects.values()):  # so that what was loaded last is the first that is needed
@@ -89,6 +91,16 @@ class Retrieval:
         return {**evaluate_bm25(self.beir, **self.options)}
 
 
+def _with_tasks(config: EvaluateConfig) -> EvaluateConfig:
+    """With the instructions that the data itself has, where no option says any."""
+    if config.prompt_name:
+        return config
+    own = with_tasks(DatasetConfig(path=config.data, split=config.split, source=config.source))
+    task = config.task if config.task is not None else own.task or None
+    document_task = config.document_task if config.document_task is not None else own.document_task or None
+    return replace(config, task=task, document_task=document_task)
+
+
 def check_names(config: EvaluateConfig) -> None:
     """What can be wrong without opening a folder."""
     if not config.models:
@@ -102,7 +114,7 @@ def check_names(config: EvaluateConfig) -> None:
 def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     """(the split, or a sample of its queries; what the report says about it)."""
     findings = Findings(log=print)
-    beir = read_beir(config.data, config.split, config.on_missing, findings)
+    beir = read_beir(config.data, config.split, config.on_missing, findings, config.source)
     findings.raise_bad()
     total, sampled = len(beir.queries), ""
     if 0 < config.max_queries < total:

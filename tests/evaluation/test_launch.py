@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from toy_evaluation import copied, write_beir
 
-from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.config import DataConfig, DatasetConfig, EvaluateConfig
+from nemo_embed_core.data.prepare import write_datasets
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.retrieval import METRICS, mteb_imported
 from nemo_embed_core.evaluation.run import evaluate
@@ -108,6 +109,18 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
     assert same["overridden"] == {} and figures(same) == figures(entry)
     with pytest.raises(UserError, match="prompt_name='wiki': it has query, other"):
         launcher.run(tmp_path / "e.json", **options, prompt_name="wiki")
+
+
+def test_a_dataset_folder_is_evaluated_with_its_own_instructions(launcher, ours, beir, tmp_path):
+    """The figures of the BEIR folder that it was written from, with the same task."""
+    data = DatasetConfig(path=str(beir), split="test", task="w1")
+    folder = write_datasets(DataConfig(datasets=[data]), tmp_path / "set", lambda _: None).datasets[0].path
+    first = launcher.run(tmp_path / "a.json", models=[str(ours)], data=str(beir), task="w1")[str(ours)]
+    own = launcher.run(tmp_path / "b.json", models=[str(ours)], data=folder)[str(ours)]
+    assert own["prompts"] == first["prompts"] == {"query": "Instruct: w1\nQuery: ", "document": ""}
+    assert figures(own) == figures(first) and own["overridden"] == {"task": "w1"}
+    other = launcher.run(tmp_path / "c.json", models=[str(ours)], data=folder, task="")[str(ours)]
+    assert other["prompts"]["query"] == ""
 
 
 # ----------------------------------------------------------------------------------------- mteb's own figures
