@@ -110,6 +110,7 @@ _KEY = re.compile(r"""Parser key "([\w.]+)"|Group '([\w.]+)' does not accept""")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --?|[Oo]ption ')([\w.]+)")
 _MISSING = re.compile(r"arguments are required: ([\w., ]+)")
 _NO_FILE = re.compile(r"(?:Unable to load config|File does not exist:|Importing) [\"']([^\"']*)")
+_NESTED = re.compile(r"NestedArg\(key='([^']*)'")  # the parser's word for the x of --optim.lr.x
 _VALUE = re.compile(r"(?:Got|Given) value: (.+?)(?= Subclass types| - Expected| Given value type|$)")
 
 
@@ -127,6 +128,8 @@ def _explain(cls: type[Options], message: str) -> str:
         is_file = key not in kinds or is_section(kinds[key])
         takes = "is not a readable file of options" if is_file else f"must be {words(kinds[key])}"
         return f"{key}={found[1]} {takes}"
+    if found := _NESTED.search(message):
+        return no_option(cls, f"{key}.{found[1]}")
     if key in kinds and (values := _VALUE.findall(message)):
         value = values[0 if len(path) > 1 else -1]  # of a key in an object, of which the whole is told last
         return f"{key}={value[:60]} must be {words(kinds[key])}"

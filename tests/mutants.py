@@ -113,6 +113,7 @@ MUTANTS = [
     Mutant("a resumed run corrects the bias anew", OPTIM, "fill_(float(count))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
     Mutant("the sums of a step are not divided by tp", "nemo_embed_core/train/metrics.py", "totals = {name: value / mesh.tp.size", "totals = {name: value", TP2),
     Mutant("a spike is skipped where it should warn", TRAINER, 'mode == "skip"\n', "True\n", "tests/train/test_control.py tests/train/test_trainer.py"),
+    Mutant("a resumed run counts skipped updates", "nemo_embed_core/train/run_state.py", "self.engine.optimizer, self.step - self.skipped)", "self.engine.optimizer, self.step)", "tests/train/test_control.py"),
     Mutant("a loss window without its limit", "nemo_embed_core/train/spikes.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train/test_trainer.py"),
     Mutant("ranks that were not asked to stop go on", TRAINER, "if self._vote(self._stop)", "if self._stop", "tests/train/test_control.py"),
     # ---- split masters

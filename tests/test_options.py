@@ -167,6 +167,15 @@ def test_a_wrong_value_is_refused_alike_from_dict_yaml_and_command_line(
         assert "\n" not in message and len(message) < 200
 
 
+@pytest.mark.parametrize(
+    "option", ["optim.lr.x", "steps.7", "checkpoint.allow_changed.seed", "model.rope_scaling.factor.y"]
+)
+def test_an_option_below_an_option_is_named_as_it_was_given(option: str) -> None:
+    argv = [f"--{key}={value}" for key, value in NEEDED[c.TrainConfig].items()]
+    message = refusal(lambda: load_config(c.TrainConfig, [*argv, f"--{option}=3"]))
+    assert message == f"{option} is not an option; did you mean {option.rpartition('.')[0]}?"
+
+
 PLANTED = "planted.Class"
 
 

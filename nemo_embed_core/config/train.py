@@ -10,6 +10,8 @@ from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Options, section="parallel"):
@@ -40,7 +42,9 @@ class ParallelConfig(Options, section="parallel"):
         if self.tp_size < 1 or self.dp_size < 0:
             raise UserError(f"parallel.tp_size={self.tp_size} must be >= 1 and dp_size={self.dp_size} >= 0")
         if self.dp_replicate < 1:
-            raise UserError(f"parallel.dp_replicate={self.dp_replicate} must be at least 1, which is no copy")
+            raise UserError(
+                f"parallel.dp_replicate={self.dp_replicate} must be at least 1: one copy, sharded over all"
+            )
         if self.timeout_s < 1:
             raise UserError(f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
 
@@ -84,7 +88,8 @@ class OptimConfig(Options, section="optim"):
     master_weights: Literal["fp32", "split"] = "fp32"
     """How fp32 master weights are kept: "fp32" beside bf16 copies that every step makes (6 bytes a
     parameter), "split" as the bf16 weights that run and 16-bit remainders (4 bytes, the same masters bit for
-    bit; with precision bf16 alone). A run may change it when it resumes."""
+    bit, whose ties round half away from zero; with precision bf16 alone). A run may change it when it
+    resumes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,7 +165,7 @@ class TrainConfig(Options):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of activations and GEMMs (weights, moments and the loss are fp32); auto: bf16 on a GPU, fp32
     on a CPU."""
-    activation_checkpointing: Literal["none", "selective", "full"] | bool = "none"
+    activation_checkpointing: Recompute | bool = "none"
     """Activations computed again in backward rather than kept, which changes no number: "selective", outputs
     of norms and SwiGLU, a third of the bytes for little time, or "full", each whole block, nearly all bytes
     for one more forward; true is full, false none."""

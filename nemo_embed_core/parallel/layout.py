@@ -36,8 +36,10 @@ def check_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig |
         # And so the query heads; what else a rank holds is padded (tp_chunk).
         size = model.num_key_value_heads
         if size % tp:
+            sizes = ", ".join(str(n) for n in range(1, size + 1) if size % n == world_size % n == 0)
             raise UserError(
-                f"parallel.tp_size={tp} does not divide num_key_value_heads={size}; use a divisor of {size}"
+                f"parallel.tp_size={tp} does not divide num_key_value_heads={size}; "
+                f"of {world_size} processes these sizes would do: {sizes}"
             )
     return dp
 

@@ -20,13 +20,13 @@ import torch
 
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.plan import PlanConfig
-from nemo_embed_core.config.train import TrainConfig
+from nemo_embed_core.config.train import Recompute, TrainConfig
 from nemo_embed_core.model.spec import parameter_shapes, rank_units
 from nemo_embed_core.parallel.wire import Key, Traffic, Wire, step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Split, Texts, split, texts_of
 from nemo_embed_core.plan.pretend import Seen, Shape, pretend
-from nemo_embed_core.plan.time import Layout, Recompute, step_seconds
+from nemo_embed_core.plan.time import Layout, step_seconds
 from nemo_embed_core.train.metrics import training_flops
 
 # What fake tensors do not see: workspaces and fragments grow with what is used, the CUDA context and NCCL do
@@ -89,6 +89,8 @@ def plan(config: PlanConfig, log: Callable[[str], None] = print) -> Found:
         config.store, train.data, train.loss.in_batch, config.lengths, train.global_batch_size, train.seed
     )
     candidates = list(_candidates(config, train, model))
+    count = sum(not candidate.why for candidate in candidates)
+    log(f"{count} layouts to try; fewer values of tp_sizes and max_tokens make them fewer")
     fitting, too_large, impossible = [], [], []
     for i, candidate in enumerate(candidates):
         log(f"{i + 1}/{len(candidates)} {candidate.name}")

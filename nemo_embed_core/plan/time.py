@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.plan import ClusterConfig
+from nemo_embed_core.config.train import Recompute
 from nemo_embed_core.parallel.wire import Key, Traffic, sent
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.train.metrics import training_flops
@@ -29,12 +29,8 @@ NARROW = {1: 1.0, 2: 0.98, 4: 0.95, 8: 0.92}  # rate of products cut over tp ran
 LATENCY = {"node": 12e-6, "network": 40e-6}  # seconds a collective
 OPTIMIZER_BYTES = 28  # a parameter: weight, both moments read and written, gradient read
 HOST_S = 0.018
-Recompute = Literal["none", "selective", "full"]  # of activation_checkpointing
-RECOMPUTED: Mapping[Recompute, float] = {
-    "none": 0.0,
-    "selective": 0.01,
-    "full": 1 / 3,
-}  # of the model's FLOPs, run again in backward
+# Share of the model's FLOPs that backward runs again.
+RECOMPUTED: Mapping[Recompute, float] = {"none": 0.0, "selective": 0.01, "full": 1 / 3}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,14 @@ from nemo_embed_core.parallel.mesh import distributed, pick_device, pick_precisi
             "dp_size=2 x parallel.tp_size=2 = 4 processes, but 8 were started",
         ),
         ({"tp_size": 8}, 8, {}, "tp_size=8 does not divide num_key_value_heads=4"),
-        ({"tp_size": 3}, 3, {}, "tp_size=3 does not divide num_key_value_heads=4"),
+        (
+            {"tp_size": 3},
+            3,
+            {},
+            "does not divide num_key_value_heads=4; of 3 processes these sizes would do: 1",
+        ),
+        ({"tp_size": 12}, 12, {"num_key_value_heads": 8}, "of 12 processes these sizes would do: 1, 2, 4"),
+        ({"dp_replicate": 3}, 8, {}, "dp_replicate=3 does not divide the 8 data-parallel ranks"),
     ],
 )
 def test_wrong_layouts(parallel: dict, world: int, model: dict, message: str) -> None:

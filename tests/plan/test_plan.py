@@ -20,6 +20,7 @@ from nemo_embed_core.config import (
     PlanConfig,
     TrainConfig,
 )
+from nemo_embed_core.config.train import Recompute
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.sampler import Sampler
@@ -31,7 +32,7 @@ from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
 from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
 from nemo_embed_core.plan.pretend import PARTS, Shape, pretend
 from nemo_embed_core.plan.report import report
-from nemo_embed_core.plan.time import Layout, Recompute, link, step_seconds
+from nemo_embed_core.plan.time import Layout, link, step_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/step-20261127-140006.jsonl"  # one H200
@@ -169,7 +170,12 @@ def test_the_command_ranks_layouts_and_says_what_does_not_fit(
     )
     monkeypatch.setattr(sys, "argv", [*command, *options])
     launcher.main()
-    found, text = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    text, log = capsys.readouterr()
+    tried = len(found["best"]) + len(found["too_large"])
+    assert log.startswith(
+        f"{tried} layouts to try; fewer values of tp_sizes and max_tokens make them fewer\n"
+    )
     speeds = [sum(candidate["tokens_per_s"]) for candidate in found["best"]]
     assert speeds == sorted(speeds, reverse=True) and len(speeds) >= 2
     assert {tuple(c["layout"].values()) for c in found["best"]} == {(1, 1, 4)}, "one copy over four GPUs"

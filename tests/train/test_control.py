@@ -215,12 +215,16 @@ def test_the_window_tells_a_jump_from_noise_and_follows_a_new_level() -> None:
 
 @pytest.mark.fault(17)
 @pytest.mark.dist
-def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(tmp_path: Path, worker: Worker) -> None:
+@pytest.mark.parametrize("master_weights, precision", [("fp32", "fp32"), ("split", "bf16")])
+def test_a_spike_is_skipped_recorded_and_resumed_bit_exactly(
+    tmp_path: Path, worker: Worker, master_weights: str, precision: str
+) -> None:
     """A loss x 100 in step 23 of 28; the second run is killed in step 26 and resumes from step 24, behind the
     spike."""
     config = config_for(
-        tmp_path, "calm", steps=28, on_spike="skip", global_batch_size=4, checkpoint={"async_save": False}
-    )  # step 24 is there before step 26, however slow the disk
+        tmp_path, "calm", steps=28, on_spike="skip", global_batch_size=4, precision=precision,
+        optim={"master_weights": master_weights}, checkpoint={"async_save": False},
+    )  # fmt: skip  # step 24 is there before step 26, however slow the disk
     spike = {"plant": "spike", "plant_step": 22, "plant_ranks": [0]}
     answer = worker.train(config, **spike)
     assert answer.codes == [0]
