@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant("a column's weight gradient of this rank's tokens", COLLECTIVES, "dw = dy.t() @ gathered", "dw = dy.t()[:, : len(x)] @ x", TP2_SP),
     Mutant("ids of other ranks look up row 0", LAYERS, " * mine[:, None].to(weight.dtype)", "", TP2),
     Mutant("padding of the vocabulary is not where it should be", "nemo_embed_core/parallel/layout.py", "return -(-size // unit // tp_size) * unit", "return size // unit // tp_size * unit", TP2),
-    Mutant("FSDP2's chunk is rounded down", "nemo_embed_core/model/hf.py", "chunk = -(-size[0] // dp_size)", "chunk = size[0] // dp_size", DP2),
+    Mutant("FSDP2's chunk is rounded down", "nemo_embed_core/parallel/boxes.py", "chunk = -(-size[0] // dp_size)", "chunk = size[0] // dp_size", DP2),
     Mutant("gathered weights are never freed in a plan", "nemo_embed_core/plan/pretend.py", "if storage._cdata in allocations.sizes:", "if size and storage._cdata in allocations.sizes:", "tests/plan/test_plan.py"),
     Mutant("a plan's kernels are their references", "nemo_embed_core/plan/pretend.py", 'mock.patch.object(torch.Tensor, "is_cuda", True)', 'mock.patch.object(torch.Tensor, "is_cuda", False)', "tests/plan/test_plan.py"),
     Mutant("a ring over nodes as fast as one node's", "nemo_embed_core/plan/time.py", "min(node, members * network)", "node", "tests/plan/test_plan.py"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def write_rows(path: Path, num_rows: int = 61, seed: int = 0) -> Path:
     return path
 
 
+def manifest_meta(model: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest of a toy run says besides its files and tensors."""
+    lengths = {"query_max_length": 8, "document_max_length": 8}
+    data = {"num_hard_negatives": 0, **lengths, "datasets": [{"path": "x"}]}
+    return {
+        "model": model,
+        "config": {"seed": 0, "global_batch_size": 8, "init_from": "", "data": data},
+        "export_dtype": "float32",
+        "ledger": "0" * 64,
+        "data_digest": "0" * 64,
+    }
+
+
 DRAWN = np.array(
     [i for i in range(61) if i % 4]
 )  # of write_rows: those with a negative, all that loss.in_batch=none draws
@@ -139,3 +153,19 @@ def llama_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             f"{layer}.post_attention_layernorm.weight": (hidden_size,),
         }
     return tensors | {"norm.weight": (hidden_size,)}
+
+
+def to_hf(name: str, tensor: Any, config: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """The Hugging Face tensors that a whole parameter of ours holds."""
+    import torch
+
+    from nemo_embed_core.model.spec import hf_rows
+
+    pieces: dict[str, list[Any]] = {}
+    row = 0
+    for hf_name, _, rows in hf_rows(name, config):
+        pieces.setdefault(hf_name, []).append(tensor[row : row + rows])
+        row += rows
+    assert row == tensor.shape[0], f"{name=} {tensor.shape=} {row=}"
+    for hf_name, parts in pieces.items():
+        yield hf_name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()

@@ -22,8 +22,8 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.safetensors import DTYPES
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.hf import Box
 from nemo_embed_core.options import short
+from nemo_embed_core.parallel.boxes import Box
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

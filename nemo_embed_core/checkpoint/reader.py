@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_embed_core.checkpoint.hf_reader import Stored
 from nemo_embed_core.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -18,8 +19,8 @@ from nemo_embed_core.checkpoint.manifest import (
     read_manifest,
 )
 from nemo_embed_core.files.safetensors import DTYPES, dtype_name
-from nemo_embed_core.model.hf import Box, Stored
 from nemo_embed_core.model.spec import hf_rows, parameter_shapes
+from nemo_embed_core.parallel.boxes import Box
 
 
 class Reader:

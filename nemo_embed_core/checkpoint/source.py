@@ -19,13 +19,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from nemo_embed_core.checkpoint.hf_folder import (
+    INDEX,
+    SINGLE,
+    find_folder,
+    has_weights,
+    open_folder,
+    weight_files,
+)
 from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, read_manifest
 from nemo_embed_core.checkpoint.runs import checkpoints, find_checkpoint, is_checkpoint
 from nemo_embed_core.config import ModelConfig, Pooling
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read, read_object
-from nemo_embed_core.model.hf_folder import INDEX, SINGLE, find_folder, has_weights, open_folder, weight_files
 from nemo_embed_core.model.spec import ARCHITECTURES, is_ours, mode_of_config, modes_of, pooling_of_modes
 from nemo_embed_core.parallel.layout import rank_from_env
 

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nemo_embed_core.checkpoint.hf_folder import open_folder
+from nemo_embed_core.checkpoint.hf_reader import HFReader, Stored
 from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, parameter_of, verify_checkpoint
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Source, resolve, say_note
@@ -21,10 +23,9 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.safetensors import find_tensors
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.kernels.adamw import split_master
-from nemo_embed_core.model.hf import Box, HFReader, Stored, local_box, unpadded
-from nemo_embed_core.model.hf_folder import open_folder
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.model.spec import FAMILIES, hf_rows, hf_shapes, parameter_shapes, tp_dim, tp_unit
+from nemo_embed_core.parallel.boxes import Box, local_box, unpadded
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
 
@@ -34,7 +35,7 @@ class BoxReader(Protocol):
 
 
 class FileReader(BoxReader, Protocol):
-    """Of weights in files: hf.HFReader or Reader."""
+    """Of weights in files: HFReader or Reader."""
 
     @property
     def manifest(self) -> dict[str, Any] | None:

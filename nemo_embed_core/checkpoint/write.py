@@ -34,7 +34,7 @@ from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
 from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name
 from nemo_embed_core.kernels.adamw import join_master
-from nemo_embed_core.model.hf import Box
+from nemo_embed_core.parallel.boxes import Box
 from nemo_embed_core.parallel.collectives import gather_objects
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nemo_embed_core.checkpoint.hf_folder import HFFolder
 from nemo_embed_core.config import Pooling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.folder import DTYPES
 from nemo_embed_core.export.formats import FORMATS
 from nemo_embed_core.files.safetensors import dtype_name
 from nemo_embed_core.files.strict_json import read, read_object
-from nemo_embed_core.model.hf_folder import HFFolder
 from nemo_embed_core.model.spec import ARCHITECTURES, MODULES, POOLING_MODES, POOLINGS, hf_shapes
 
 Shapes = dict[str, tuple[int, ...]]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from nemo_embed_core.checkpoint.hf_folder import has_weights, open_folder, weight_files
 from nemo_embed_core.checkpoint.source import Modules, Usage, modules_of, resolve, usage_of_folder
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.tokenizer import load_tokenizer
@@ -38,7 +39,6 @@ from nemo_embed_core.export.files import (
     check_weights,
 )
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.hf_folder import has_weights, open_folder, weight_files
 from nemo_embed_core.model.spec import ARCHITECTURES, pooling_of_config
 
 # Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference

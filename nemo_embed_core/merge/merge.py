@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nemo_embed_core.checkpoint.hf_folder import find_folder
 from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
 from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.errors import UserError
@@ -27,7 +28,6 @@ from nemo_embed_core.merge.report import report_lines, write_report
 from nemo_embed_core.merge.sources import DTYPES, dtype_of, one_tokenizer, open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.merge.usage import united_usage
-from nemo_embed_core.model.hf_folder import find_folder
 from nemo_embed_core.model.spec import hf_shapes
 
 BESIDE_BYTES = 1 << 20  # per source: card, licences, report

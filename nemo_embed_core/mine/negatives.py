@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from nemo_embed_core.config import Selection, check_threshold
+from nemo_embed_core.data.formats.writing import write_lines
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.mine.corpus import Corpus, Ranks, encode_corpus, read_truncation
 from nemo_embed_core.mine.lists import CandidateLists, TeacherSearch, find
-from nemo_embed_core.mine.output import write_lines
 from nemo_embed_core.mine.pool import Cut, Document, Exclusions, Known, Pool, Row, Rows, exclusions
 from nemo_embed_core.mine.report import build_report, print_report, sweep_entry
 from nemo_embed_core.mine.search.exclude import Exclude

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +13,14 @@ from nemo_embed_core.data.dataset_writer import write_dataset
 from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.prepare import instruction
 from nemo_embed_core.data.readers import read_rows
-from nemo_embed_core.files.durable import sha256_file, write_atomically
+from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.strict_json import parse
 
 FIELDS = ("lang", "id", "group", "pos_scores", "neg_scores")
 
 
-def write_lines(output: Path, rows: Iterator[dict[str, Any]]) -> None:
-    write_atomically(output, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
-
-
 class FolderWriter:
-    """write_lines into a dataset folder. data: what is mined; a dataset folder's corpus is shared."""
+    """Rows into a dataset folder. data: what is mined; a dataset folder's corpus is shared."""
 
     def __init__(self, data: str, name: str, prompt: str, document_prompt: str):
         """UserError for a prompt that such a folder cannot hold."""

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
+from nemo_embed_core.data.formats.writing import write_lines
 from nemo_embed_core.data.normal_form import exact_key, normal_key
 from nemo_embed_core.data.prepare import dataset_names
 from nemo_embed_core.data.prompts import query_prompt
@@ -40,7 +41,7 @@ from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.formats import FORMATS, convert_all
 from nemo_embed_core.mine.negatives import mine_negatives
-from nemo_embed_core.mine.output import FolderWriter, write_lines
+from nemo_embed_core.mine.output import FolderWriter
 from nemo_embed_core.mine.pool import Document, Known
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.teachers import Teachers, check_source, using

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from nemo_embed_core.checkpoint.hf_folder import find_folder, has_weights, open_folder
 from nemo_embed_core.config import TrainConfig
 from nemo_embed_core.data.tokenizer import load_tokenizer
-from nemo_embed_core.model.hf_folder import find_folder, has_weights, open_folder
 from nemo_embed_core.parallel.layout import check_layout, world_size_from_env
 
 

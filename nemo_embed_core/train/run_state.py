@@ -27,10 +27,10 @@ from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model.hf import Box, local_box, unpadded
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel import fsdp
+from nemo_embed_core.parallel.boxes import Box, local_box, unpadded
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import manifest_meta
 
 from nemo_embed_core.checkpoint import manifest as manifest_module
 from nemo_embed_core.checkpoint import write as write_module
@@ -33,18 +34,7 @@ from nemo_embed_core.files import durable
 STEPS = 4
 SAMPLES = 40  # disks per state of the root, where there are more
 SHAPE = (64, 2)
-META = {
-    "model": {"num_hidden_layers": 0},
-    "config": {
-        "seed": 0,
-        "global_batch_size": 8,
-        "init_from": "",
-        "data": {"num_hard_negatives": 0, "query_max_length": 8, "document_max_length": 8, "datasets": []},
-    },
-    "export_dtype": "float32",
-    "ledger": "0" * 64,
-    "data_digest": "0" * 64,
-}
+META = manifest_meta({"num_hidden_layers": 0})
 
 
 class Recorder:

@@ -23,7 +23,9 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
+from tiny import manifest_meta, to_hf
 
+from nemo_embed_core.checkpoint import hf_folder, hf_reader
 from nemo_embed_core.checkpoint import manifest as manifest_module
 from nemo_embed_core.checkpoint import reader as reader_module
 from nemo_embed_core.checkpoint import write as write_module
@@ -31,8 +33,9 @@ from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import safetensors as one_file
 from nemo_embed_core.files import strict_json
-from nemo_embed_core.model import hf, hf_config, hf_folder, spec
+from nemo_embed_core.model import hf_config, spec
 from nemo_embed_core.options import to_dict
+from nemo_embed_core.parallel.boxes import local_box
 from nemo_embed_core.train.optim import STATE
 
 CASES = 1000
@@ -46,23 +49,7 @@ MODEL = ModelConfig(
 )
 SHAPES = spec.parameter_shapes(MODEL)
 PREFIXES = tuple(f"{state}/" for state in STATE)
-META = {
-    "model": to_dict(MODEL),
-    "config": {
-        "seed": 0,
-        "global_batch_size": 8,
-        "init_from": "",
-        "data": {
-            "num_hard_negatives": 0,
-            "query_max_length": 8,
-            "document_max_length": 8,
-            "datasets": [{"path": "x"}],
-        },
-    },
-    "export_dtype": "float32",
-    "ledger": "0" * 64,
-    "data_digest": "0" * 64,
-}
+META = manifest_meta(to_dict(MODEL))
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -91,7 +78,7 @@ def write_checkpoint(root: Path) -> Path:
 
         pieces = {}
         for name, tensor in TRUTH.items():
-            offset, size = hf.local_box(tuple(tensor.shape), None, 0, 1, r, 2)
+            offset, size = local_box(tuple(tensor.shape), None, 0, 1, r, 2)
             part = tensor[offset[0] : offset[0] + size[0]]
             pieces[name] = write_module.Piece(tuple(tensor.shape), (offset, size), part)
         write_module.save_checkpoint(
@@ -119,7 +106,7 @@ def write_hf(folder: Path, num_shards: int) -> Path:
     folder.mkdir()
     weights: dict[str, torch.Tensor] = {}
     for name in SHAPES:
-        weights.update(hf.to_hf(name, TRUTH[name], MODEL))
+        weights.update(to_hf(name, TRUTH[name], MODEL))
     if num_shards == 1:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         return folder
@@ -288,7 +275,7 @@ _safe_open = safetensors.safe_open
 
 @pytest.fixture(autouse=True)
 def watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (reader_module, hf):
+    for module in (reader_module, hf_reader):
         monkeypatch.setattr(module, "safe_open", watched_safe_open)
 
 
@@ -304,7 +291,7 @@ def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_hf(folder: Path) -> dict[str, torch.Tensor]:
-    reader = hf.HFReader(folder, MODEL)
+    reader = hf_reader.HFReader(folder, MODEL)
     return {n: reader.read_box(n, ((0,) * len(s), s)) for n, s in SHAPES.items()}
 
 
@@ -464,9 +451,9 @@ PLANTED = [
     ("shard", reader_module, "except (SafetensorError, OSError) as error", "except OSError as error"),
     ("hf", hf_folder, "if target.parent not in allowed", "if False"),
     ("hf", one_file, "except (ValueError, LookupError, TypeError", "except (LookupError, TypeError"),
-    ("hf", hf, "except (SafetensorError, OSError) as error", "except OSError as error"),
-    ("hf", hf, 'elif have.get_dtype() not in ("F32", "BF16", "F16", "F64")', "elif False"),
-    ("hf", hf, "if tuple(have.get_shape()) != shape", "if False"),
+    ("hf", hf_reader, "except (SafetensorError, OSError) as error", "except OSError as error"),
+    ("hf", hf_reader, 'elif have.get_dtype() not in ("F32", "BF16", "F16", "F64")', "elif False"),
+    ("hf", hf_reader, "if tuple(have.get_shape()) != shape", "if False"),
     (
         "index",
         hf_folder,
@@ -489,7 +476,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, old: str, n
     broken.__file__ = module.__file__
     monkeypatch.setitem(sys.modules, module.__name__, broken)
     exec(compile(source.replace(old, new), str(module.__file__), "exec"), broken.__dict__)
-    for user in (manifest_module, reader_module, hf, hf_config, hf_folder, one_file):
+    for user in (manifest_module, reader_module, hf_reader, hf_config, hf_folder, one_file):
         for name, value in list(vars(user).items()):
             if getattr(value, "__module__", None) == module.__name__ and hasattr(broken, name):
                 monkeypatch.setattr(user, name, getattr(broken, name))

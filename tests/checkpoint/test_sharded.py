@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Outcome, Server
-from tiny import MODEL, train_config
+from tiny import MODEL, manifest_meta, train_config
 
 from nemo_embed_core.checkpoint import write as write_module
 from nemo_embed_core.checkpoint.manifest import (
@@ -91,18 +91,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-META = {
-    "model": dataclasses.asdict(MODEL),
-    "config": {
-        "seed": 0,
-        "global_batch_size": 8,
-        "init_from": "",
-        "data": {"num_hard_negatives": 0, "query_max_length": 8, "document_max_length": 8, "datasets": []},
-    },
-    "export_dtype": "float32",
-    "ledger": "0" * 64,
-    "data_digest": "0" * 64,
-}
+META = manifest_meta(dataclasses.asdict(MODEL))
 
 
 def save(root: Path, step: int, numel: int = 8, **options: Any) -> Path:

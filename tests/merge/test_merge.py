@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from forked import Server
 from safetensors.torch import load_file, save_file
-from tiny import MODEL, train_config, write_rows, write_tokenizer
+from tiny import MODEL, to_hf, train_config, write_rows, write_tokenizer
 
 from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage
 from nemo_embed_core.checkpoint.source import Prompts, Usage, resolve
@@ -34,7 +34,7 @@ from nemo_embed_core.merge.report import report_lines
 from nemo_embed_core.merge.sources import dtype_of, open_sources
 from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.merge.usage import united_usage
-from nemo_embed_core.model import hf, spec
+from nemo_embed_core.model import spec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +48,7 @@ def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfi
     for name, shape in spec.parameter_shapes(config).items():
         noise = torch.rand(shape) * 0.1
         weights.update(
-            hf.to_hf(name, (reader.read_box(name, ((0,) * len(shape), shape)) + noise).to(dtype), config)
+            to_hf(name, (reader.read_box(name, ((0,) * len(shape), shape)) + noise).to(dtype), config)
         )
     save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     values = hf_config(config, str(dtype).removeprefix("torch."), {"bos_token_id": 0})

@@ -253,9 +253,9 @@ def test_large_files_pass_in_groups_and_come_out_the_same(tmp_path, monkeypatch,
     for name in ("whole", "grouped", "long"):
         (tmp_path / name).mkdir()
     whole = content("whole")
-    monkeypatch.setattr("nemo_embed_core.mine.formats.ROWS_PER_GROUP", 7)
+    monkeypatch.setattr("nemo_embed_core.data.formats.writing.ROWS_PER_GROUP", 7)
     assert content("grouped") == whole and whole
-    monkeypatch.setattr("nemo_embed_core.mine.formats.CHARACTERS_PER_GROUP", 50)
+    monkeypatch.setattr("nemo_embed_core.data.formats.writing.CHARACTERS_PER_GROUP", 50)
     assert content("long") == whole
 
 

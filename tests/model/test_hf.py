@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODEL
+from tiny import MODEL, to_hf
 from transformers import LlamaConfig, LlamaModel
 
+from nemo_embed_core.checkpoint.hf_reader import HFReader
 from nemo_embed_core.checkpoint.weights import RandomReader, fill
 from nemo_embed_core.config import ModelConfig, ParallelConfig
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model import hf, spec
+from nemo_embed_core.model import spec
 from nemo_embed_core.model.attention import Segments, reference_attention, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.hf_config import read_config
+from nemo_embed_core.parallel.boxes import local_box
 from nemo_embed_core.parallel.layout import check_layout
 from nemo_embed_core.parallel.mesh import TensorParallel
 
@@ -52,7 +54,7 @@ def hf_llama(config: ModelConfig, seed: int = 0) -> LlamaModel:
 def ours(folder: Path, attention=sdpa_attention) -> Encoder:
     config = read_config(folder)
     encoder = Encoder(config, TensorParallel(), attention)
-    fill(encoder, hf.HFReader(folder, config), config)
+    fill(encoder, HFReader(folder, config), config)
     return encoder.requires_grad_(False)
 
 
@@ -123,7 +125,7 @@ def test_published_shapes_are_cut_at_every_tp_that_divides_the_kv_heads(name: st
             held = Encoder(config, TensorParallel(size=tp), reference_attention)
             for full_name, parameter in held.named_parameters():
                 dim, unit = spec.tp_dim(full_name), spec.tp_unit(full_name, config)
-                boxes = [hf.local_box(shapes[full_name], dim, r, tp, 0, 1, unit) for r in range(tp)]
+                boxes = [local_box(shapes[full_name], dim, r, tp, 0, 1, unit) for r in range(tp)]
                 if dim is None:
                     continue
                 ends = [offset[dim] + size[dim] for offset, size in boxes]
@@ -182,10 +184,10 @@ def test_hf_rows_cover_every_parameter_once() -> None:
 def test_to_hf_inverts_the_fused_layout(tmp_path: Path) -> None:
     theirs = hf_llama(MODEL)
     theirs.save_pretrained(tmp_path)
-    reader = hf.HFReader(tmp_path, MODEL)
+    reader = HFReader(tmp_path, MODEL)
     back = {}
     for name, shape in spec.parameter_shapes(MODEL).items():
-        back.update(hf.to_hf(name, reader.read_box(name, ((0,) * len(shape), shape)), MODEL))
+        back.update(to_hf(name, reader.read_box(name, ((0,) * len(shape), shape)), MODEL))
     state = theirs.state_dict()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[n], state[n]) for n in state)
@@ -196,15 +198,15 @@ def test_ranks_read_exactly_their_own_bytes(tmp_path: Path, tp: int, dp: int) ->
     """All ranks together read each sharded weight once; a rank's boxes joined give the whole tensor."""
     hf_llama(MODEL).save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    whole = hf.HFReader(tmp_path, MODEL)
+    whole = HFReader(tmp_path, MODEL)
     for name, shape in spec.parameter_shapes(MODEL).items():
         full = whole.read_box(name, ((0,) * len(shape), shape))
         joined = torch.full(shape, float("nan"))
         read = 0
         for tp_rank in range(tp):
             for dp_rank in range(dp):
-                reader = hf.HFReader(tmp_path, MODEL)
-                box = hf.local_box(shape, spec.tp_dim(name), tp_rank, tp, dp_rank, dp)
+                reader = HFReader(tmp_path, MODEL)
+                box = local_box(shape, spec.tp_dim(name), tp_rank, tp, dp_rank, dp)
                 joined[tuple(slice(o, o + s) for o, s in zip(*box, strict=True))] = reader.read_box(name, box)
                 assert reader.bytes_read == torch.Size(box[1]).numel() * 4
                 read += reader.bytes_read
@@ -266,7 +268,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, damage, message: str)
     hf_llama(MODEL).save_pretrained(tmp_path)
     _edit_weights(tmp_path, damage)
     with pytest.raises(UserError) as caught:
-        hf.HFReader(tmp_path, MODEL)
+        HFReader(tmp_path, MODEL)
     assert message in str(caught.value)
 
 
@@ -274,5 +276,5 @@ def test_an_lm_head_and_a_model_prefix_are_accepted(tmp_path: Path) -> None:
     hf_llama(MODEL).save_pretrained(tmp_path)
     weights = {"model." + n: t for n, t in load_file(tmp_path / "model.safetensors").items()}
     save_file({**weights, "lm_head.weight": torch.zeros(512, 64)}, tmp_path / "model.safetensors")
-    got = hf.HFReader(tmp_path, MODEL).read_box("model.norm.weight", ((0,), (64,)))
+    got = HFReader(tmp_path, MODEL).read_box("model.norm.weight", ((0,), (64,)))
     assert torch.equal(got, weights["model.norm.weight"])

@@ -48,10 +48,10 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     """Embeddings and gradients of a step in micro-batches, and each stage's error; on every rank of the
     layout's world."""
     import torch.distributed as dist
+    from tiny import to_hf
 
     from nemo_embed_core.data.packing import build_micro_batch
     from nemo_embed_core.model import encoder, llama
-    from nemo_embed_core.model.hf import to_hf
     from nemo_embed_core.model.llama import rope_inv_freq
     from nemo_embed_core.model.spec import parameter_shapes
     from nemo_embed_core.parallel import fsdp

@@ -134,8 +134,8 @@ def without_padding(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tenso
 def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """On every rank of one layout's world; what rank 0 saw of each step."""
     import torch.distributed as dist
+    from tiny import to_hf
 
-    from nemo_embed_core.model.hf import to_hf
     from nemo_embed_core.model.spec import parameter_shapes
     from nemo_embed_core.parallel import fsdp
     from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor

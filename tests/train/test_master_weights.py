@@ -10,7 +10,7 @@ import torch
 from crash import Worker, config_for, final_state
 from oracle import write_model
 from safetensors.torch import load_file
-from tiny import MODEL, train_config
+from tiny import MODEL, to_hf, train_config
 
 from nemo_embed_core.checkpoint.manifest import is_state, read_manifest
 from nemo_embed_core.checkpoint.reader import Reader
@@ -19,7 +19,6 @@ from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.kernels.adamw import join_master
 from nemo_embed_core.merge.stream import write_weights
-from nemo_embed_core.model.hf import to_hf
 from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.engine import Engine

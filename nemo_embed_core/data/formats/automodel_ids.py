@@ -1,12 +1,13 @@
 """NeMo Automodel with ids: a JSON file {"corpus": [{"path"}], "data": [{"question_id", "question",
 "corpus_id", "pos_doc", "neg_doc"}]}, documents as {"id"} or bare ids. A corpus folder, whose path is relative
-to the file, has merlin_metadata.json and rows {id, text}. mine/formats.py writes the same.
+to the file, has merlin_metadata.json and rows {id, text}.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.beir import Beir
 from nemo_embed_core.data.formats.dataset import joined
 from nemo_embed_core.data.formats.row import Row, check_known
+from nemo_embed_core.data.formats.writing import document_id, write_parquet
 from nemo_embed_core.data.lines import Findings, check_id, check_text, short, type_name
 from nemo_embed_core.data.prompts import task_of
 from nemo_embed_core.data.records import Source, find, records
 from nemo_embed_core.data.texts import Texts, TextsById
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.durable import write_atomically
 
 NAME = "automodel-ids"
+SUFFIX = ".json"
 METADATA = "merlin_metadata.json"
 EXAMPLE = '{"question_id": "1", "question": "...", "corpus_id": "c", "pos_doc": [{"id": "7"}], "neg_doc": []}'
 FIELDS = ("question_id", "question", "corpus_id", "pos_doc", "neg_doc")
@@ -162,3 +166,57 @@ def beir(config: DatasetConfig, findings: Findings) -> Beir:
         queries.indices[row.id] = queries.texts.append(row.query)
         qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
     return Beir(next(iter(corpora.values()), {}), queries, qrels)
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest: str) -> None:
+    corpus = path.with_name(path.stem + "_corpus")
+    corpus.mkdir(parents=True, exist_ok=True)
+    # The peer refuses two folders under one corpus_id, and files of one name in several folders are common.
+    corpus_id = f"{path.stem}-{digest[:8]}"
+    seen: set[bytes] = set()
+    new: list[dict[str, str]] = []
+
+    def documents(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+        out = []
+        for text, score in zip(row[kind], row[f"{kind}_scores"], strict=True):
+            key = document_id(text)
+            if (raw := bytes.fromhex(key)) not in seen:
+                seen.add(raw)
+                new.append({"id": key, "text": text})
+            out.append({"id": key, "score": score})
+        return out
+
+    data = path.with_name(f".{path.name}.data.tmp")
+
+    def texts() -> Iterable[dict[str, str]]:
+        # One pass over the rows: ids go to a file of their own while their new texts go to the corpus.
+        with open(data, "w", encoding="utf-8") as file:
+            for i, row in enumerate(rows):
+                question = {"question_id": str(row.get("id", f"q{i}")), "question": row["query"]}
+                lists = {"pos_doc": documents(row, "pos"), "neg_doc": documents(row, "neg")}
+                line = {**question, "corpus_id": corpus_id, **lists}
+                file.write((",\n" if i else "") + json.dumps(line, ensure_ascii=False))
+                yield from new
+                new.clear()
+
+    def whole() -> Iterable[bytes]:
+        yield f'{{"corpus": {json.dumps([{"path": corpus.name}])}, "data": [\n'.encode()
+        with open(data, "rb") as file:
+            while piece := file.read(1 << 20):
+                yield piece
+        yield b"\n]}\n"
+
+    metadata = {
+        "class": "TextQADataset",
+        "corpus_id": corpus_id,
+        "query_instruction": "",
+        "passage_instruction": "",
+        "task_type": "Retrieval",
+    }
+    try:
+        write_parquet(corpus / "train.parquet", texts())
+        described = json.dumps(metadata, indent=1, ensure_ascii=False)
+        write_atomically(corpus / METADATA, described.encode())
+        write_atomically(path, whole())
+    finally:
+        data.unlink(missing_ok=True)

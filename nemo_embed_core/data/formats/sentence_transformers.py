@@ -9,9 +9,12 @@ ids that was left over for texts. Sniffed are the names of the library's own dat
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.data.formats.row import Row, check_disjoint, check_scores
+from nemo_embed_core.data.formats.writing import write_parquet
 from nemo_embed_core.data.lines import check_text, short
 
 NAME = "sentence-transformers"
@@ -19,6 +22,7 @@ EXAMPLE = '{"anchor": "...", "positive": "...", "negative": "..."}'
 LABELS = ("label", "labels", "score", "scores")
 OPTIONAL: tuple[str, ...] = ()
 COLUMNS = True  # by their order
+SUFFIX = ".parquet"
 ANCHORS = {"anchor", "query", "question", "sentence", "text", "premise"}
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
@@ -63,3 +67,20 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
     scores = check_scores(fields[labels[0]], labels[0], len(texts) - 1) if labels else []
     check_disjoint(pos, neg, lambda side, i: f"column {names[i + (1 if side == 'pos' else 2)]!r}")
     return Row(texts[0], pos, neg, path, line, pos_scores=scores[:1], neg_scores=scores[1:])
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest: str) -> None:
+    """Columns query, positive, negative_1 .. negative_n, scores, as its own mine_hard_negatives writes them;
+    some losses learn from `scores`."""
+
+    def tuples() -> Iterable[dict[str, Any]]:
+        for row in rows:
+            for positive, score in zip(row["pos"], row["pos_scores"], strict=True):
+                yield {
+                    "query": row["query"],
+                    "positive": positive,
+                    **{f"negative_{j + 1}": row["neg"][j] for j in range(num_negatives)},
+                    "scores": [score, *row["neg_scores"][:num_negatives]],
+                }
+
+    write_parquet(path, tuples())

@@ -6,6 +6,8 @@ A document is title + " " + text where it has a title. answers are not used.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.data.formats.row import (
@@ -16,11 +18,13 @@ from nemo_embed_core.data.formats.row import (
     check_number,
     check_string,
 )
+from nemo_embed_core.data.formats.writing import document_id, write_lines
 from nemo_embed_core.data.lines import check_id, check_text, type_name
 
 NAME = "tevatron"
 EXAMPLE = '{"query_id": "1", "query": "...", "positive_passages": [{"docid": "7", "text": "..."}], ...}'
 OPTIONAL = ("answers",)
+SUFFIX = ".jsonl"
 KNOWN = ("query_id", "query", "positive_passages", "negative_passages", "answers")
 
 
@@ -66,3 +70,18 @@ def _passages(value: Any, field: str) -> tuple[list[str], list[str], list[float]
         texts.append(check_text(text, f"{name}.text"))
         ids.append("" if passage.get("docid") is None else check_id(passage["docid"], f"{name}.docid"))
     return texts, ids if any(ids) else [], scores if len(scores) == len(texts) else []
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest: str) -> None:
+    def passages(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+        ids = row.get(f"{kind}_ids") or map(document_id, row[kind])
+        # No "title", not even an empty one: the peer would put a space behind it, in front of the text.
+        triples = zip(ids, row[kind], row[f"{kind}_scores"], strict=True)
+        return [{"docid": key, "text": text, "score": score} for key, text, score in triples]
+
+    def lines() -> Iterable[dict[str, Any]]:
+        for i, row in enumerate(rows):
+            texts = {"positive_passages": passages(row, "pos"), "negative_passages": passages(row, "neg")}
+            yield {"query_id": str(row.get("id", f"q{i}")), "query": row["query"], **texts}
+
+    write_lines(path, lines())

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from nemo_embed_core.checkpoint.hf_folder import INDEX, SINGLE
 from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.checkpoint.weights import fill, open_weights, read_model_config
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.attention import Segments, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.hf_folder import INDEX, SINGLE
 from nemo_embed_core.parallel.mesh import TensorParallel
 
 LLAMA3 = {

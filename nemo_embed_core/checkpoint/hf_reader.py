@@ -1,7 +1,4 @@
-"""Hugging Face's tensors as boxes of ours, by the table of model/spec.py.
-
-A box is (offset, size) per dim of a parameter's global tensor: what one rank holds.
-"""
+"""Hugging Face's tensors as boxes of our parameters, by the table of model/spec.py."""
 
 from __future__ import annotations
 
@@ -14,15 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_embed_core.checkpoint.hf_folder import inside, tensors
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.hf_folder import inside, tensors
 from nemo_embed_core.model.spec import hf_rows, hf_shapes
-from nemo_embed_core.parallel.layout import tp_chunk
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
+from nemo_embed_core.parallel.boxes import Box
 
 
 class Stored(NamedTuple):
@@ -39,55 +34,6 @@ class Stored(NamedTuple):
     skip: int = 0
     column: int = 0
     sha256: str = ""  # of the file, where the source says it
-
-
-def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors that our whole parameter holds."""
-    pieces: dict[str, list[Tensor]] = {}
-    row = 0
-    for hf_name, _, rows in hf_rows(name, config):
-        pieces.setdefault(hf_name, []).append(tensor[row : row + rows])
-        row += rows
-    assert row == tensor.shape[0], f"{name=} {tensor.shape=} {row=}"
-    for hf_name, parts in pieces.items():
-        yield hf_name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-
-
-def local_box(
-    shape: tuple[int, ...],
-    dim: int | None,
-    tp_rank: int,
-    tp_size: int,
-    dp_rank: int,
-    dp_size: int,
-    unit: int = 1,
-) -> Box:
-    """What (tp_rank, dp_rank) holds: the tp chunk, then FSDP2's torch.chunk of its dim 0. Always one
-    contiguous box.
-
-    What the rank holds beyond `shape` (tp_chunk) is no part of it: `unpadded` takes the box out of the rank's
-    tensor.
-    """
-    offset, size = [0] * len(shape), list(shape)
-    if dim is not None:
-        size[dim] = tp_chunk(shape[dim], tp_size, unit)
-        offset[dim] = size[dim] * tp_rank
-    chunk = -(-size[0] // dp_size)
-    start, stop = min(chunk * dp_rank, size[0]), min(chunk * (dp_rank + 1), size[0])
-    offset[0] += start
-    size[0] = stop - start
-    starts = [min(o, full) for o, full in zip(offset, shape, strict=True)]
-    ends = [min(o + s, full) for o, s, full in zip(offset, size, shape, strict=True)]
-    return tuple(starts), tuple(end - start for start, end in zip(starts, ends, strict=True))
-
-
-def unpadded(tensor: Tensor, box: Box) -> Tensor:
-    """The part of a rank's tensor that is its box: all but the padding, which stands behind it."""
-    assert all(have >= s for have, s in zip(tensor.shape, box[1], strict=True)), f"{tensor.shape=} {box=}"
-    return tensor[tuple(slice(0, s) for s in box[1])]
-
-
-# ------------------------------------------------------------------------------------------ reading a folder
 
 
 class HFReader:
