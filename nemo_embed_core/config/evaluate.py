@@ -47,8 +47,9 @@ class EvaluateConfig(Options):
     """Seed of that sample."""
     max_tokens: int = 16384
     """Packed tokens of one encoder batch."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the encoder; auto: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
+    """Precision of the encoder; auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with the products of the blocks
+    in fp8 (our own encoder; GPUs from Ada and Hopper on, emulated on a CPU)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the encoder; auto: a GPU when torch sees one."""
 

@@ -22,7 +22,10 @@ from nemo_embed_core.data.packing import pack_texts, shapes_cost_memory
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.model.spec import check_fp8
 from nemo_embed_core.options import to_dict
+from nemo_embed_core.parallel.fp8 import freeze_weights
+from nemo_embed_core.parallel.layers import run_in_fp8
 from nemo_embed_core.parallel.mesh import DTYPES, TensorParallel, pick_device, pick_precision
 
 
@@ -48,7 +51,8 @@ class Embedder:
     ) -> Embedder:
         """A run (its newest checkpoint), a checkpoint (all files verified), or any Hugging Face Llama folder.
 
-        precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
+        precision: "bf16", "fp32", "fp8" or "auto" (bf16 on a GPU, fp32 on a CPU).  fp8: products of the
+        blocks, whose scales are of whole batches: a vector depends a little on the texts beside it.
         """
         target = pick_device(device)
         precision = pick_precision(precision, target)
@@ -56,11 +60,16 @@ class Embedder:
         weights = open_weights(path)
         tokenizer = load_tokenizer(weights.folder)
         tokenizer.check_fits(weights.model.vocab_size)
+        if precision == "fp8":
+            check_fp8(weights.model)
         with torch.device("meta"):
             encoder = Encoder(weights.model, TensorParallel(), pick_attention("auto", target, dtype))
         encoder.to(dtype).to_empty(device=target)
         fill(encoder, weights.reader, weights.model)
         encoder.requires_grad_(False).eval()
+        if precision == "fp8":
+            run_in_fp8(encoder)
+            freeze_weights(encoder)
         shape = to_dict(weights.model)
         if shape["pooling"] == ModelConfig.pooling:  # vectors from before it was a field are the same
             del shape["pooling"]

@@ -15,7 +15,7 @@ from nemo_embed_core.checkpoint.source import Similarity, Source, Usage, resolve
 from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.data.tokenizer import load_tokenizer
-from nemo_embed_core.encoders import open_encoder
+from nemo_embed_core.encoders import check_precision, open_encoder
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
@@ -62,6 +62,7 @@ class Subject:
     def check(self, config: EvaluateConfig) -> TextEncoder | None:
         """UserError when it cannot be loaded or a prompt leaves no room; of ours only headers are read."""
         encoder = None
+        check_precision(self.source, config.precision, not self.is_ours)
         if self.is_ours:
             tokenizer = load_tokenizer(self.source.folder)
             tokenizer.check_fits(open_weights(self.source, hashed=False).model.vocab_size)

@@ -78,7 +78,9 @@ def make_plan(config: MineConfig, log: Log = print) -> Plan:
         for name, dataset in datasets.items()
     }
     for i, source in enumerate(sources):
-        check_source(source, datasets.values(), [of_dataset[i] for of_dataset in usage.values()])
+        check_source(
+            source, datasets.values(), [of_dataset[i] for of_dataset in usage.values()], config.precision
+        )
     known, excluded, counts = _read_all(config, datasets, log)
     plan = Plan(config, datasets, sources, usage, known, excluded)
     for name in datasets:

@@ -23,6 +23,7 @@ from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.encoders import check_precision
 from nemo_embed_core.encoders.precomputed import Lookup, Similarity, precomputed_sides, scaled
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
@@ -159,10 +160,10 @@ def _normalizes(folder: Path) -> bool:
 
 
 def check_source(
-    source: Source, datasets: Iterable[MineDatasetConfig], usages: Iterable[dict[str, Any]]
+    source: Source, datasets: Iterable[MineDatasetConfig], usages: Iterable[dict[str, Any]], precision: str
 ) -> None:
-    """Tokenizer, prompts that leave room for text, libraries, embeddings, names and shapes of weights:
-    without reading a weight. usages: of `using`, for each data set."""
+    """Tokenizer, prompts that leave room for text, libraries, embeddings, names and shapes of weights, and
+    whether the precision fits: without reading a weight. usages: of `using`, for each data set."""
     folder = source.folder
     if source.kind == "precomputed":
         for dataset in datasets:
@@ -171,6 +172,7 @@ def check_source(
     is_foreign = source.kind == "sentence-transformers"
     if is_foreign and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(f"{source.path} needs sentence-transformers: pip install nemo_embed_core[eval]")
+    check_precision(source, precision, is_foreign)
     if is_foreign and not (folder / "tokenizer.json").is_file():
         return  # the library has the only reader of it; the prompt is checked when the model is loaded
     tokenizer = load_tokenizer(folder)

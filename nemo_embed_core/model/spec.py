@@ -21,6 +21,8 @@ from nemo_embed_core.config import ModelConfig, Pooling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.layout import tp_chunk
 
+FP8_MULTIPLE = 16  # of sizes in an fp8 product (kernels/fp8.py)
+
 # ------------------------------------------------------------------------------------------ config.json
 
 
@@ -118,6 +120,18 @@ def rank_units(config: ModelConfig, tp_size: int) -> list[list[tuple[int, ...]]]
         layer = name.removeprefix("model.layers.")
         units[0 if layer == name else 1 + int(layer.split(".")[0])].append(tuple(local))
     return units
+
+
+def check_fp8(config: ModelConfig, tp_size: int = 1) -> None:
+    """UserError where a rank's share of a block's matrices is no multiple of what fp8 products take."""
+    for shape in rank_units(config, tp_size)[1]:
+        if len(shape) > 1 and any(size % FP8_MULTIPLE for size in shape):
+            share = f" on each of {tp_size} tensor-parallel ranks" if tp_size > 1 else ""
+            raise UserError(
+                f"precision=fp8 multiplies matrices whose sizes are multiples of {FP8_MULTIPLE}, and this "
+                f"model (hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}, "
+                f"head_dim={config.head_dim}) has one of {shape[0]} x {shape[1]}{share}; use precision=bf16"
+            )
 
 
 def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:

@@ -28,20 +28,36 @@ from nemo_embed_core.parallel.liveness import note_exchange
 _ops = torch.ops._c10d_functional
 
 
+wait = _ops.wait_tensor  # of a tensor in flight: what begin_... returns must not be read before
+
+
+def begin_all_gather_rows(x: Tensor, group: Any) -> Tensor:
+    return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+
+
+def begin_reduce_scatter_rows(x: Tensor, group: Any) -> Tensor:
+    assert x.shape[0] % group.size() == 0, f"{x.shape=} does not split into {group.size()} equal chunks"
+    return _ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+
+
 def all_gather_rows(x: Tensor, group: Any) -> Tensor:
     """torch.cat of every rank's x along dim 0: [n, ...] -> [n * size, ...]."""
-    return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+    return wait(begin_all_gather_rows(x, group))
 
 
 def reduce_scatter_rows(x: Tensor, group: Any) -> Tensor:
     """This rank's chunk along dim 0 of the sum over ranks: [n, ...] -> [n / size, ...]."""
-    assert x.shape[0] % group.size() == 0, f"{x.shape=} does not split into {group.size()} equal chunks"
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+    return wait(begin_reduce_scatter_rows(x, group))
 
 
 def all_reduce_sum(x: Tensor, group: Any) -> Tensor:
     """The sum over ranks, out of place."""
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group.group_name))
+
+
+def all_reduce_max(x: Tensor, group: Any) -> Tensor:
+    """The largest over ranks, out of place; no gradient."""
+    return _ops.wait_tensor(_ops.all_reduce(x, "max", group.group_name))
 
 
 class _CopyToTP(torch.autograd.Function):
@@ -121,13 +137,12 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
         x, w = ctx.saved_tensors
-        size, name = ctx.group.size(), ctx.group.group_name
-        gathered = _ops.all_gather_into_tensor(x.contiguous(), size, name)  # in flight during dX
+        gathered = begin_all_gather_rows(x, ctx.group)  # in flight during dX
         dx_full = dy @ w
-        gathered = _ops.wait_tensor(gathered)
-        dx = _ops.reduce_scatter_tensor(dx_full, "sum", size, name)  # in flight during dW
+        gathered = wait(gathered)
+        dx = begin_reduce_scatter_rows(dx_full, ctx.group)  # in flight during dW
         dw = dy.t() @ gathered
-        return _ops.wait_tensor(dx), dw, None
+        return wait(dx), dw, None
 
 
 def column_linear(x: Tensor, w: Tensor, group: Any) -> Tensor:

@@ -28,6 +28,7 @@ from nemo_embed_core.parallel.collectives import (
     reduce_from_tp,
     reduce_scatter_tokens,
 )
+from nemo_embed_core.parallel.fp8 import Fp8Weight, fp8_linear
 from nemo_embed_core.parallel.layout import tp_chunk
 from nemo_embed_core.parallel.mesh import TensorParallel
 
@@ -103,6 +104,8 @@ class ColumnParallelLinear(nn.Module):
     """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is
     all-gathered. `again`: of `remade`."""
 
+    fp8: Fp8Weight | None = None  # run_in_fp8
+
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
         self.tp = tp
@@ -110,6 +113,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
         with remade(x, again):
+            if self.fp8 is not None:
+                return fp8_linear(x, local(self.weight), self.fp8, self.tp, column=True)
             if self.tp.size > 1 and self.tp.sequence_parallel:
                 return column_linear(x, local(self.weight), self.tp.group)
             return F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, local(self.weight))
@@ -119,6 +124,8 @@ class RowParallelLinear(nn.Module):
     """y = g(x_local @ W_local.T): columns of W over tp; all-reduce, or reduce-scatter to [T/tp, D].
     `again`: of `remade`."""
 
+    fp8: Fp8Weight | None = None  # run_in_fp8
+
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
         self.tp = tp
@@ -126,12 +133,20 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
         with remade(x, again):
-            y = F.linear(x, local(self.weight))
+            w = local(self.weight)
+            y = F.linear(x, w) if self.fp8 is None else fp8_linear(x, w, self.fp8, self.tp, column=False)
         if self.tp.size == 1:
             return y
         if self.tp.sequence_parallel:
             return reduce_scatter_tokens(y, self.tp.group)
         return reduce_from_tp(y, self.tp.group)
+
+
+def run_in_fp8(model: nn.Module) -> None:
+    """The products of every linear layer: those of the blocks, as there are no others."""
+    for layer in model.modules():
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            layer.fp8 = Fp8Weight()
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -87,13 +87,23 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cpu")
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by precision
+# By precision, of weights and activations; fp8 is bf16 but for the products of the blocks (fp8.py).
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
+FP8_CAPABILITY = (8, 9)  # of a GPU: Ada and Hopper
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 on a GPU and fp32 on a CPU."""
+    """ "auto" is bf16 on a GPU and fp32 on a CPU. UserError for fp8 on a GPU that cannot multiply it."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            raise UserError(
+                f"precision=fp8 needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or "
+                f"later (Ada, Hopper), and {torch.cuda.get_device_name(device)} has {capability[0]}."
+                f"{capability[1]}; use precision=bf16"
+            )
     return precision
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm
+from nemo_embed_core.kernels import fp8, info_nce, mean_pool, rms_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +53,27 @@ def test_adamw_within_budget_and_a_refused_step_changes_nothing(sizes, factor, d
 @pytest.mark.parametrize(("N", "D"), [(1, 100), (1025, 1024), (513, 4096), (33, 9000)])
 def test_quantize_rows_and_what_they_lost(N, D, values, dtype):
     checks.run("quantize_rows", {"N": N, "D": D, "values": values, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
+@pytest.mark.parametrize("to", ["e4m3", "e5m2"])
+@pytest.mark.parametrize(("R", "C"), [(1, 16), (4097, 4096), (513, 14336), (123, 100)])
+def test_fp8_largest_value_and_both_layouts(R, C, to, dtype):
+    checks.run("fp8", {"R": R, "C": C, "to": to, "dtype": dtype, "device": "cuda"})
+
+
+@pytest.mark.parametrize("to", [fp8.E4M3, fp8.E5M2])
+@pytest.mark.parametrize(("M", "K", "N"), [(17, 16, 32), (1000, 4096, 6144), (4096, 14336, 4096)])
+def test_fp8_product_is_that_of_its_formula(M, K, N, to):
+    """The formula is what runs on a CPU; only the order of sums differs, and what fast sums may lose."""
+    x, w = (torch.randn(rows, K, device="cuda").bfloat16() for rows in (M, N))
+    x8, w8 = fp8.quantize(x, fp8.amax(x), to), fp8.quantize(w, fp8.amax(w), fp8.E4M3)
+    scale = (x8.scale * w8.scale).double()
+    exact = x8.rows.double() @ w8.rows.double().T * scale
+    size = x8.rows.double().abs() @ w8.rows.double().abs().T * scale
+    for fast, lost in ((False, 1e-6), (True, 2**-13)):
+        got = fp8.scaled_mm(x8.rows, x8.scale, w8.rows, w8.scale, fast=fast).double()
+        assert bool(((got - exact).abs() <= 2**-8 * exact.abs() + lost * size).all()), f"{fast=}"
 
 
 @pytest.mark.parametrize("values", ["int8", "bf16", "fp16"])

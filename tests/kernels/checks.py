@@ -472,6 +472,44 @@ def quantize_rows(module, N, D, values="int8", dtype="fp32", device="cpu"):
     )
 
 
+def fp8(module, R, C, to="e4m3", dtype="fp32", amax=None, device="cpu"):
+    """The largest |x|, a NaN's too; the values, transposed and padded too, and the scale. amax: of numbers
+    that the scaled type holds exactly, as the interpreter rounds to it wrongly; None: any, on a GPU."""
+    to = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[to]
+    x = 3 * noise(R, C, dtype=dtype, device=device)
+    if amax is not None:
+        x = (x.float().to(to).float() * (amax / torch.finfo(to).max)).to(DTYPES[dtype])
+    largest = torch.tensor(0.0 if amax is None else amax, device=device)
+    for spoil in (None, -float("inf"), -float("nan")):
+        if spoil is not None:
+            x[R // 2, C - 1] = spoil
+        with poisoned_memory():
+            found = module.amax_kernel(x)
+        want = x.double().abs().max().float()
+        assert found.dtype == torch.float32 and found.shape == ()
+        assert torch.equal(found, want) or (found.isnan() and want.isnan()), f"amax: {found} {want}"
+        if amax is None or spoil is not None:
+            largest = found
+        with poisoned_memory():
+            got = module.quantize_kernel(x, largest, to, True, True)
+        scale = largest / torch.finfo(to).max
+        assert torch.equal(got.scale, scale) or (got.scale.isnan() and scale.isnan()), f"scale: {got.scale}"
+        if spoil is not None:
+            assert not got.scale.isfinite()
+            continue
+        exact = (x.float() * (torch.finfo(to).max / largest)).to(to)
+        padded = torch.zeros(C, -(-R // 16) * 16, device=device)
+        padded[:, :R] = exact.float().t()
+        assert got.rows.dtype == got.columns.dtype == to and got.columns.shape == padded.shape
+        assert torch.equal(got.rows.float(), exact.float()), "rows"
+        assert torch.equal(got.columns.float(), padded), "columns"
+        for rows, columns in ((True, False), (False, True)):
+            with poisoned_memory():
+                one = module.quantize_kernel(x, largest, to, rows, columns)
+            for wanted, mine, both in ((rows, one.rows, got.rows), (columns, one.columns, got.columns)):
+                assert torch.equal(mine.float(), both.float()) if wanted else not mine.numel()
+
+
 def rotate_quantize(module, N, D, dtype="fp32", device="cpu", scale=1.0):
     """Within half a step of the exact rotation, which is orthogonal, and what was lost is known:
     rotation_error is a bound."""
@@ -665,6 +703,10 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         yield operator_of(module.quantize_rows_kernel), (x(3, 16).detach(), torch.int8)
         yield operator_of(module.quantize_rows_kernel), (x(3, 16).detach(), torch.bfloat16)
         yield operator_of(module.square_rows_kernel), (x(3, 16).detach(),)
+    elif name == "fp8":
+        yield operator_of(module.amax_kernel), (x(3, 16).detach(),)
+        for layouts in ((True, True), (True, False), (False, True)):
+            yield operator_of(module._quantize), (x(3, 16).detach(), torch.tensor(9.0), module.E5M2, *layouts)
     elif name == "adamw":
         halves = [module.split_master(torch.randn(n)) for n in (5, 3)]
         moments = [[torch.rand(n) for n in (5, 3)] for _ in range(3)]

@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nemo_embed_core.kernels import (
     adamw,
     filter_scores,
+    fp8,
     info_nce,
     mean_pool,
     pair_scores,
@@ -49,6 +50,8 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
 }
 launches: dict[tuple, dict] = {}
 
@@ -120,6 +123,13 @@ def launch_everything(names: list[str], recipe: bool) -> None:
             weight, remainder = adamw.split_master(torch.empty(4096, 4096))
             arguments = [[x] for x in (weight, remainder, empty(4096, 4096).detach(), *moments)]
             adamw.adamw_kernel(*arguments, torch.empty(()), beta1=0.9, beta2=0.999, eps=1e-8, **options)
+        if "fp8" in names and (dtype == torch.bfloat16 or not recipe):
+            largest = fp8.amax_kernel(empty(16, 4096).detach())
+            for to in (fp8.E4M3, fp8.E5M2):
+                for layouts in ((True, False), (False, True), (True, True)):
+                    fp8.quantize_kernel(empty(16, 4096).detach(), largest, to, *layouts)
+            gathered = torch.empty(16, 4096, dtype=fp8.E4M3)
+            fp8.quantize_kernel(gathered, largest, fp8.E4M3, False, True)
         if "rope" in names and (dtype == torch.bfloat16 or not recipe):
             heads = ((32, 8, 128),) if recipe else ((32, 8, 128), (32, 8, 64))
             for num_heads, num_kv_heads, head_dim in heads:
@@ -217,7 +227,7 @@ def main() -> None:
         "files",
         nargs="*",
         default=[
-            *("adamw", "rms_norm", "rope", "swiglu", "mean_pool", "info_nce"),
+            *("adamw", "fp8", "rms_norm", "rope", "swiglu", "mean_pool", "info_nce"),
             *("quantize_rows", "rotate_quantize", "pair_scores", "filter_scores"),
         ],
     )

@@ -377,6 +377,36 @@ MUTANTS = {
         "offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))",
         "offs_n = tl.arange(0, BLOCK_N)",
     ),
+    "fp8: the largest value of a program's first block": (
+        "fp8",
+        {"R": 37, "C": 80, "amax": 0.875, "constants": {"_AMAX": [3, 64, 1]}},
+        "bitcast=True) & 0x7FFFFFFF",
+        "bitcast=True) & tl.where(start < 192, 0x7FFFFFFF, 0)",
+    ),
+    "fp8: a NaN is no largest value": (
+        "fp8",
+        {"R": 37, "C": 80, "amax": 0.875},
+        "x.to(tl.int32, bitcast=True) & 0x7FFFFFFF",
+        "tl.where(x == x, x.to(tl.int32, bitcast=True), 0) & 0x7FFFFFFF",
+    ),
+    "fp8: the scale is not divided out": (
+        "fp8",
+        {"R": 37, "C": 80, "amax": 0.875},
+        "tl.store(scale_ptr, tl.div_rn(amax, MAX))",
+        "tl.store(scale_ptr, tl.div_rn(MAX, amax))",
+    ),
+    "fp8: padding of the transpose is left as it was": (
+        "fp8",
+        {"R": 37, "C": 80, "amax": 0.875},
+        "(offs_r < R_PADDED)[None, :]",
+        "(offs_r < R)[None, :]",
+    ),
+    "fp8: tiles past the first column of tiles": (
+        "fp8",
+        {"R": 37, "C": 80, "amax": 0.875, "constants": {"_TILE": [16, 32, 1]}},
+        "(tl.program_id(0) % tiles).to(tl.int64) * BLOCK_C",
+        "(tl.program_id(0) % tiles).to(tl.int64) * 0",
+    ),
     "rotate_quantize: every program takes the first rows": (
         "rotate_quantize",
         {"N": 9, "D": 256, "constants": {"_ROWS": 4}},

@@ -1,0 +1,133 @@
+"""Linear layers of a tensor-parallel model in fp8: the forward and both gradients of F.linear(x, w).
+
+    y = x8 @ w8.T      dx = dy8 @ w8      dw = dy8.T @ x8      x8, w8 in e4m3, dy8 in e5m2 (kernels/fp8.py)
+
+What is multiplied has one scale, of the largest value of the whole matrix: where tp ranks hold parts of it,
+the largest over them all. So tp = 2 quantises to the numbers of tp = 1; a scale of each rank's own part is
+another model at every layout. Data-parallel ranks have micro-batches and so scales of their own.
+
+Weights are quantised once while they cannot change: those of an encoder for ever (`freeze_weights`), those of
+a training step from its first micro-batch to its last (`weights_kept`), which costs 2 bytes a parameter.
+Saved for backward is x as it came, in bf16; recomputation (layers.py: `remade`) need not know of any of this.
+
+T packed tokens (T / tp under sequence parallelism) · K input features · O output features of this rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_embed_core.kernels.fp8 import E4M3, E5M2, MAX, Quantized, amax, quantize, scaled_mm
+from nemo_embed_core.parallel.collectives import (
+    all_gather_rows,
+    all_reduce_max,
+    begin_all_gather_rows,
+    begin_reduce_scatter_rows,
+    copy_to_tp,
+    wait,
+)
+from nemo_embed_core.parallel.mesh import TensorParallel
+
+
+class Fp8Weight:
+    """The e4m3 values of a layer's weight, both ways round, made when they are asked for."""
+
+    def __init__(self) -> None:
+        self.is_kept = False
+        self.made: Quantized | None = None
+
+    def of(self, w: Tensor, tp: TensorParallel) -> Quantized:
+        if self.made is not None:
+            return self.made
+        made = quantize(w, _amax(w, tp, is_part=True), E4M3, columns=True)
+        self.made = made if self.is_kept else None
+        return made
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """That run in fp8 (layers.py: run_in_fp8)."""
+    return [layer for layer in model.modules() if getattr(layer, "fp8", None) is not None]
+
+
+@contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Within, weights do not change and are quantised once; not where whole ones outlive no block
+    (parallel.reshard_after_forward), and none outlives this."""
+    found = [layer.fp8 for layer in _layers(model)] if getattr(model, "keeps_whole", True) else []
+    for weight in found:
+        weight.is_kept = True
+    try:
+        yield
+    finally:
+        for weight in found:
+            weight.is_kept, weight.made = False, None
+
+
+def freeze_weights(model: nn.Module) -> None:
+    """Of a model that only encodes: each weight becomes its e4m3 values, half of the memory of bf16."""
+    for layer in _layers(model):
+        w = layer.weight.detach()
+        layer.fp8.made = quantize(w, _amax(w, layer.tp, is_part=True), E4M3)
+        layer.weight = nn.Parameter(layer.fp8.made.rows, requires_grad=False)
+
+
+def _amax(x: Tensor, tp: TensorParallel, is_part: bool) -> Tensor:
+    """The largest |value| of the matrix that x is, or of which tp ranks hold a part each."""
+    own = amax(x.detach())
+    if not is_part or tp.size == 1:
+        return own
+    # Bits: as floats NCCL's maximum would drop a NaN.
+    return all_reduce_max(own.view(torch.int32), tp.group).view(torch.float32)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """The forward and backward above; under sequence parallelism a column-parallel x is all-gathered in fp8,
+    once in each direction, and dx is reduce-scattered in bf16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, weight: Fp8Weight, tp: TensorParallel, column: bool
+    ) -> Tensor:
+        ctx.weight, ctx.tp, ctx.column = weight, tp, column
+        ctx.is_gathered = column and tp.size > 1 and tp.sequence_parallel
+        largest = _amax(x, tp, is_part=ctx.is_gathered or not column)
+        ctx.save_for_backward(x, w, largest)
+        x8 = quantize(x, largest, E4M3)
+        rows = x8.rows
+        if ctx.is_gathered:
+            rows = all_gather_rows(rows.view(torch.uint8), tp.group).view(E4M3)
+        w8 = weight.of(w, tp)
+        return scaled_mm(rows, x8.scale, w8.rows, w8.scale, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,), (x, w, largest), tp = grads, ctx.saved_tensors, ctx.tp
+        w8 = ctx.weight.of(w, tp)
+        x8 = quantize(x, largest, E4M3, rows=ctx.is_gathered, columns=not ctx.is_gathered)
+        columns = x8.columns
+        if ctx.is_gathered:
+            flying = begin_all_gather_rows(x8.rows.view(torch.uint8), tp.group)  # during dX
+        dy8 = quantize(dy, _amax(dy, tp, is_part=ctx.column), E5M2, columns=True)
+        dx = scaled_mm(dy8.rows, dy8.scale, w8.columns, w8.scale, fast=False)
+        if ctx.is_gathered:
+            one = torch.full_like(largest, MAX[E4M3])  # a factor of 1: transposed, not changed
+            columns = quantize(wait(flying).view(E4M3), one, E4M3, rows=False, columns=True).columns
+            dx = begin_reduce_scatter_rows(dx, tp.group)  # during dW
+        dw = scaled_mm(dy8.columns, dy8.scale, columns, x8.scale, fast=False)
+        return wait(dx) if ctx.is_gathered else dx, dw, None, None, None
+
+
+def fp8_linear(x: Tensor, w: Tensor, weight: Fp8Weight, tp: TensorParallel, *, column: bool) -> Tensor:
+    """F.linear(x, w) in bf16, and its gradients, by fp8 products.
+
+    column: rows of w over tp, and x is whole or, under sequence parallelism, all-gathered here; its gradient
+    is summed over tp. Else columns of w and of x over tp; y is this rank's share of a sum.
+    """
+    if column and tp.size > 1 and not tp.sequence_parallel:
+        x = copy_to_tp(x, tp.group)
+    return _Fp8Linear.apply(x, w, weight, tp, column)
