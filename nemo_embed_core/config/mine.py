@@ -162,8 +162,8 @@ class MineConfig(Selection, _Inputs):
     max_tokens: int = 16384
     """Packed tokens of one encoder batch."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
-    """Precision of the encoder; auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with the blocks' products in fp8
-    (our own encoder; GPUs from Ada and Hopper on, emulated on a CPU)."""
+    """Precision of the encoder; auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with the blocks' products in
+    fp8 (our own encoder; GPUs from Ada and Hopper on, emulated on a CPU)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of encoder and search; auto: a GPU when torch sees one."""
     dtype: Literal["float16", "float32"] | None = None
