@@ -69,7 +69,9 @@ ENGINE, TRAINER = (f"nemo_embed_core/train/{name}.py" for name in ("engine", "tr
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
-PACKING, SAMPLER = "nemo_embed_core/data/packing.py", "nemo_embed_core/data/sampler.py"
+PACKING, SAMPLER, MIX, POPULATION = (
+    f"nemo_embed_core/data/{name}.py" for name in ("packing", "sampler", "mix", "population")
+)
 SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
     f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
@@ -107,7 +109,7 @@ MUTANTS = [
     Mutant("the rate falls to 0 instead of min_lr", SCHEDULE, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
     Mutant("the rate never reaches the optimizer", OPTIM, 'group["lr"] = lr', "pass", OPTIM_OPTIONS),
     Mutant("clip_norm never arrives", ENGINE, "clip_factor(norm, self.config.optim.clip_norm)", "clip_factor(norm, 1.0)", OPTIM_OPTIONS),
-    Mutant("the seed never reaches the sampler", TRAINER, "sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)", "sampler = Sampler(drawn.rows, config.global_batch_size, 0)", REST),
+    Mutant("the seed never reaches the sampler", TRAINER, "sampler = Sampler(drawn.parts, config.global_batch_size, config.seed)", "sampler = Sampler(drawn.parts, config.global_batch_size, 0)", REST),
     Mutant("the seed never reaches the choice of documents", TRAINER, "config.seed, few_shapes", "0, few_shapes", REST),
     Mutant("gradients of the step before are kept", ENGINE, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIM_OPTIONS),
     Mutant("a resumed run corrects the bias anew", OPTIM, "fill_(float(count))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
@@ -176,6 +178,12 @@ MUTANTS = [
     Mutant("the same negatives in every epoch", SAMPLER, "^ epochs_B.astype(np.uint64)", "^ np.zeros_like(epochs_B).astype(np.uint64)", "tests/data/test_sampler.py"),
     Mutant("the first negatives instead of a draw", SAMPLER, "order = np.lexsort((place, hashes, owner))", "order = np.lexsort((place, owner))", "tests/data/test_sampler.py"),
     Mutant("a batch at an epoch's end has the old epoch's rows", SAMPLER, "here = epochs == epoch", "here = epochs <= epoch", "tests/data/test_sampler.py"),
+    Mutant("every epoch begins a dataset anew", SAMPLER, "which, place = divmod(first, len(rows))", "which, place = divmod(first - epoch * draws, len(rows))", "tests/data/test_sampler.py"),
+    Mutant("all datasets share one order", SAMPLER, "^ np.uint64(part + 1))", "^ np.uint64(1))", "tests/data/test_sampler.py"),
+    Mutant("a row that comes twice brings the same documents twice", SAMPLER, "passes_b[here] = which", "passes_b[here] = 0", "tests/data/test_sampler.py"),
+    Mutant("a weight is a binary fraction", MIX, "Fraction(repr(dataset.weight))", "Fraction(dataset.weight)", "tests/data/test_mix.py"),
+    Mutant("the same rows under a cap whatever the seed", MIX, "permutation(seed, i, -1", "permutation(0, i, -1", "tests/data/test_mix.py"),
+    Mutant("another mix goes on with a run", POPULATION, "digest.update(repr([draws for _, draws in drawn]).encode())", "pass", "tests/data/test_mix.py"),
     Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '_FORMAT.sub("", text)).translate', "text).translate", "tests/data/test_normal_form.py"),
     Mutant("special tokens inside texts are special", "nemo_embed_core/data/tokenizer.py", "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "tests/data/test_tokenizer.py"),
     Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),

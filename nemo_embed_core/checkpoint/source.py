@@ -253,6 +253,7 @@ def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | N
         if entry in prompts.values():
             continue
         stem = Path(dataset.get("path", "")).name.removesuffix(".gz").removesuffix(".jsonl") or "query"
+        stem = dataset.get("name") or stem
         name, count = stem, 1
         while name in prompts or name in ("query", "document"):
             count += 1

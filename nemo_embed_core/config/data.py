@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,6 +47,24 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
     """In a BEIR folder, a judgement of a text that does not exist, an empty text, a query without a relevant
     document: "error" refuses it, "allow" leaves it out of training and mining, counted; evaluation keeps what
     mteb keeps."""
+    name: str = ""
+    """Its name in reports, metrics and prompts; "": that of its file or folder."""
+    cap: int | None = None
+    """Rows that are drawn at most: a sample that depends on the seed of the run; null: all."""
+    weight: float = 1.0
+    """How often each row is drawn in an epoch. Of n rows an epoch draws n x weight, rounded half up, and goes
+    on where the one before stopped: at 2.5 each row comes twice or three times, at 0.1 every ten epochs
+    once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = f"data.datasets: {self.path}"
+        if not re.fullmatch(r"[\w.-]*", self.name):
+            raise UserError(f"{where}: name={self.name!r} must be of letters, digits, dots, - and _")
+        if self.cap is not None and self.cap < 1:
+            raise UserError(f"{where}: cap={self.cap} must be at least 1 row; leave the dataset out for none")
+        if not self.weight > 0:
+            raise UserError(f"{where}: weight={self.weight:g} must be positive; leave the dataset out for 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +96,9 @@ class DataConfig(Options, section="data"):
         for name in ("query_max_length", "document_max_length", "max_tokens"):
             if getattr(self, name) < 2:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 2 tokens")
+        names = [dataset.name for dataset in self.datasets if dataset.name]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"data.datasets: two have the name {twice[0]!r}; give each its own")
         if self.num_hard_negatives < 0:
             raise UserError(f"data.num_hard_negatives={self.num_hard_negatives} must not be negative")
 

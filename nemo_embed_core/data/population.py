@@ -1,7 +1,7 @@
 """Which rows of a store a run draws, and how long their documents are: decided before the first step.
 
-population(store, config, in_batch) -> rows [n], and the store's document_lengths shortened where
-config.on_long_row says so
+population(store, config, in_batch) -> rows [n] and what an epoch draws of them, and the store's
+document_lengths shortened where config.on_long_row says so
 
 The longest draw of a row is its query, its longest positive and its num_hard_negatives longest negatives:
 where that fits into max_tokens every draw of every epoch does.
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_embed_core.config import DataConfig
+from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.judge import by_group, closure
+from nemo_embed_core.data.mix import capped, parts
 from nemo_embed_core.data.normal_form import bytes_key
+from nemo_embed_core.data.sampler import Part
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.errors import UserError
 
@@ -27,9 +29,11 @@ MIN_LENGTH = 16  # tokens that on_long_row=truncate leaves of a document at leas
 
 @dataclass(frozen=True)
 class Population:
-    """rows [n] int64, ascending: what the sampler permutes. digest: "" for all rows as in the store."""
+    """rows [n] int64, ascending, and by dataset how often an epoch draws them: what the sampler permutes.
+    digest: "" for all rows as in the store, each once."""
 
     rows: np.ndarray
+    parts: list[Part]
     digest: str
     keeps_lone: bool = False  # of rows without a candidate, as the run began
 
@@ -41,15 +45,21 @@ def population(
     pad_to_multiple: int = 1,
     log: Callable[[str], None] = print,
     keep_lone: bool = False,
+    seed: int = 0,
 ) -> Population:
     """UserError with path:line of the rows that do not fit (on_long_row=error), or when no row is left.
 
     pad_to_multiple: tensor-parallel ranks, which take equal slices of a micro-batch.
     keep_lone: draw rows without a candidate too, as a run did that was begun before they were left out.
+    seed: of the run, for the samples of datasets with a cap: of rows that can be drawn, so that a cap is met
+    where there are as many.
     """
+    datasets = _datasets(store, config)
     rows = _with_candidates(store, keep_lone, log) if in_batch == "none" else np.arange(len(store))
     room = config.max_tokens // pad_to_multiple * pad_to_multiple
     tokens_R = longest_draws(store, config.num_hard_negatives)
+    if config.on_long_row != "drop":
+        rows = capped(datasets, rows, store.dataset_ends, seed)
     long = rows[tokens_R[rows] > room]
     shortened: dict[int, int] = {}
     if len(long):
@@ -79,10 +89,30 @@ def population(
                 f"WARNING: {what}: their {len(shortened):,} longest documents are shortened to fit, as "
                 f"data.on_long_row=truncate says (first: {where}){joined if equal else ''}"
             )
-    if len(rows) == len(store) and not shortened:
-        return Population(rows, "", keep_lone)
+    if config.on_long_row == "drop":
+        rows = capped(datasets, rows, store.dataset_ends, seed)
+    drawn = parts(datasets, rows, store.dataset_ends)
+    is_once = all(len(own) == draws for own, draws in drawn)
+    if len(rows) == len(store) and not shortened and is_once:
+        return Population(rows, drawn, "", keep_lone)
     content = np.concatenate([rows, np.array(sorted(shortened.items()), np.int64).reshape(-1)])
-    return Population(rows, hashlib.sha256(content.astype("<i8").tobytes()).hexdigest(), keep_lone)
+    digest = hashlib.sha256(content.astype("<i8").tobytes())
+    if not is_once:
+        digest.update(repr([draws for _, draws in drawn]).encode())
+    return Population(rows, drawn, digest.hexdigest(), keep_lone)
+
+
+def _datasets(store: Store, config: DataConfig) -> list[DatasetConfig]:
+    """One for each of the store's, with the options of how they are mixed."""
+    num_datasets = len(store.dataset_ends)
+    if len(config.datasets) == num_datasets:
+        return config.datasets
+    if any(d.cap is not None or d.weight != 1 for d in config.datasets):
+        raise UserError(
+            f"data.datasets has {len(config.datasets)}, of which some have a cap or weight, and the store "
+            f"{store.folder} was made of {num_datasets}: name all of them, in their order"
+        )
+    return [DatasetConfig(path=source["path"]) for source in store.manifest["sources"]]
 
 
 def _with_candidates(store: Store, keep_lone: bool, log: Callable[[str], None]) -> np.ndarray:

@@ -5,31 +5,19 @@ config = write_datasets(config, "data/mix", print)     # its datasets are the fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
+from nemo_embed_core.config.data import RowsConfig
 from nemo_embed_core.data.building import Log
 from nemo_embed_core.data.dataset import Metadata, is_dataset, read_metadata
 from nemo_embed_core.data.dataset_writer import write_dataset
+from nemo_embed_core.data.mix import names_of
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import Row, check_sources, has_corpus, read_beir, read_rows, with_tasks
 from nemo_embed_core.errors import DataError, UserError
-
-
-def dataset_names(paths: Iterable[str]) -> list[str]:
-    """A name for each dataset's file or folder, with a number where two have the same."""
-    names: list[str] = []
-    for path in paths:
-        stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.(gz|zst))?$", "", Path(path).name)
-        stem = re.sub(r"[^\w.-]+", "_", stem)  # of a glob
-        count = 1
-        while (name := stem if count == 1 else f"{stem}-{count}") in names:
-            count += 1
-        names.append(name)
-    return names
 
 
 def write_datasets(config: DataConfig, folder: str | Path, log: Log = print) -> DataConfig:
@@ -39,7 +27,7 @@ def write_datasets(config: DataConfig, folder: str | Path, log: Log = print) -> 
     """
     if not config.datasets:
         raise UserError("data.datasets is empty: name at least one file of rows or BEIR folder")
-    named = dict(zip(dataset_names(d.path for d in config.datasets), config.datasets, strict=True))
+    named = dict(zip(names_of(config.datasets), config.datasets, strict=True))
     folders = {name: Path(folder) / name if len(named) > 1 else Path(folder) for name in named}
     for path in folders.values():
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -53,7 +41,11 @@ def write_datasets(config: DataConfig, folder: str | Path, log: Log = print) -> 
             f"wrote {folders[name]}: "
             + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
         )
-    return replace(config, datasets=[DatasetConfig(path=str(path)) for path in folders.values()])
+    read = DatasetConfig(path="")  # what is said of reading and instructions is in the folder now
+    as_read = {f.name: getattr(read, f.name) for f in fields(RowsConfig)}
+    as_read |= {name: getattr(read, name) for name in ("task", "document_task", "split", "on_missing")}
+    written = [replace(d, path=str(folders[name]), **as_read) for name, d in named.items()]
+    return replace(config, datasets=written)
 
 
 def _write(name: str, dataset: DatasetConfig, folder: Path) -> dict[str, int]:

@@ -9,7 +9,8 @@ versions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,17 +20,33 @@ if TYPE_CHECKING:  # the tokenizers package is not needed to sample
     from nemo_embed_core.data.store import Store
 
 
-class Sampler:
-    """Epochs, each a permutation of all rows, cut into global batches; a batch may span an epoch's end.
+class Part(NamedTuple):
+    """One dataset of a mix: its rows in the store [n], ascending, and how many of them an epoch draws."""
 
-    permutation(e) = argsort(Philox(key=[seed, e]).random_raw(num_rows)); position p of the run is row
-    rows[permutation(p // num_rows)[p % num_rows]]; step s takes positions [s * B, (s + 1) * B).
-    rows: those of the store to draw from, or how many there are, all of them.
+    rows: np.ndarray
+    draws: int
+
+
+class Sampler:
+    """Epochs, each a permutation of the draws of all parts, cut into global batches; a batch may span an
+    epoch's end.
+
+    A part of n rows is drawn in passes over all of them: epoch e takes draws [e * draws, (e + 1) * draws),
+    and draw p belongs to pass p // n. Whole passes need no order; of one that two epochs share,
+    permutation(seed, part, pass) says which rows come first. So after any number of epochs no row was drawn
+    twice more than another one of its part.
+
+    order(e) = argsort(Philox(key=[seed, e]).random_raw(draws of all parts)); position p of the run is entry
+    order(p // draws)[p % draws] of that epoch; step s takes positions [s * B, (s + 1) * B).
+    parts: or rows of the store to draw once each, or how many there are.
     """
 
-    def __init__(self, rows: int | np.ndarray, global_batch_size: int, seed: int):
-        population = np.arange(rows) if isinstance(rows, int) else rows
-        num_rows = len(population)
+    def __init__(self, parts: Sequence[Part] | np.ndarray | int, global_batch_size: int, seed: int):
+        if isinstance(parts, int):
+            parts = np.arange(parts)
+        if isinstance(parts, np.ndarray):
+            parts = [Part(parts, len(parts))]
+        num_rows = sum(part.draws for part in parts)
         if num_rows < global_batch_size:
             raise UserError(
                 f"global_batch_size={global_batch_size} is more than the data has rows, {num_rows:,}: "
@@ -37,37 +54,78 @@ class Sampler:
             )
         if global_batch_size < 1:
             raise UserError(f"global_batch_size={global_batch_size} must be at least 1")
-        self.population = population
-        self.num_rows = num_rows
+        self.parts = list(parts)
+        self.num_rows = num_rows  # drawn in an epoch
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self._permutations: dict[int, np.ndarray] = {}
+        self._epochs: dict[int, _Epoch] = {}
 
     def rows(self, step: int) -> np.ndarray:
         """int64 [B]: the rows of this step, in the order of the global batch."""
-        positions = self._positions(step)
-        epochs, offsets = positions // self.num_rows, positions % self.num_rows
-        rows_B = np.empty(self.global_batch_size, np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            rows_B[here] = self.population[self._permutation(epoch)[offsets[here]]]
-        return rows_B
+        return self._draws(step)[0]
 
     def epochs(self, step: int) -> np.ndarray:
-        """int64 [B]: the epoch that each row of this step belongs to."""
-        return self._positions(step) // self.num_rows
+        """int64 [B]: how often the part of each row of this step was drawn whole before. Where every row is
+        drawn once an epoch, the epoch."""
+        return self._draws(step)[1]
 
-    def _positions(self, step: int) -> np.ndarray:
+    def _draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         assert step >= 0, step
-        return step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
+        positions = step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
+        epochs, offsets = positions // self.num_rows, positions % self.num_rows
+        rows_B, passes_B = np.empty_like(positions), np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            rows_B[here], passes_B[here] = self._epoch(epoch).draws(offsets[here])
+        return rows_B, passes_B
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            if len(self._permutations) == 2:  # a batch touches two epochs at most
-                self._permutations.pop(min(self._permutations))
-            philox = np.random.Philox(key=np.array([self.seed % 2**64, epoch], dtype=np.uint64))
-            self._permutations[epoch] = np.argsort(philox.random_raw(self.num_rows), kind="stable")
-        return self._permutations[epoch]
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            if len(self._epochs) == 2:  # a batch touches two epochs at most
+                self._epochs.pop(min(self._epochs))
+            pieces = [piece for i in range(len(self.parts)) for piece in self._pieces(i, epoch)]
+            self._epochs[epoch] = _Epoch(_permutation(self.seed, epoch, self.num_rows), pieces)
+        return self._epochs[epoch]
+
+    def _pieces(self, i: int, epoch: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(pass, its rows) of what the epoch draws of part i."""
+        rows, draws = self.parts[i]
+        first, end = epoch * draws, (epoch + 1) * draws
+        while first < end:
+            which, place = divmod(first, len(rows))
+            count = min(len(rows) - place, end - first)
+            whole = count == len(rows)
+            yield which, rows if whole else rows[permutation(self.seed, i, which, len(rows))[place:][:count]]
+            first += count
+
+
+class _Epoch:
+    """draws(offsets) -> (rows, their passes), of an epoch's pieces in its order."""
+
+    def __init__(self, order: np.ndarray, pieces: list[tuple[int, np.ndarray]]):
+        self._order, self._pieces = order, pieces
+        self._ends = np.cumsum([len(rows) for _, rows in pieces])
+
+    def draws(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        entries = self._order[offsets]
+        owners = np.searchsorted(self._ends, entries, side="right")
+        rows_b, passes_b = np.empty(len(entries), np.int64), np.empty(len(entries), np.int64)
+        for owner in np.unique(owners).tolist():
+            here, (which, rows) = owners == owner, self._pieces[owner]
+            rows_b[here] = rows[entries[here] - (self._ends[owner] - len(rows))]
+            passes_b[here] = which
+        return rows_b, passes_b
+
+
+def permutation(seed: int, part: int, which: int, count: int) -> np.ndarray:
+    """int64 [count]: number `which`, from -1, of a part."""
+    key = splitmix64(splitmix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(part + 1))
+    return _permutation(int(key[0]), which, count)
+
+
+def _permutation(key: int, number: int, count: int) -> np.ndarray:
+    philox = np.random.Philox(key=np.array([key % 2**64, number % 2**64], dtype=np.uint64))
+    return np.argsort(philox.random_raw(count), kind="stable")
 
 
 def choose_documents(

@@ -87,6 +87,7 @@ class Store:
                 raise damaged(self.folder, f"a {name} has no tokens")
         self._parts = row_parts(self.manifest["sources"])
         self._part_ends = np.cumsum([count for _, count in self._parts])
+        self.dataset_ends = np.cumsum([source["rows"] for source in self.manifest["sources"]])  # in its rows
 
     def __len__(self) -> int:
         return len(self.query_lengths)

@@ -56,8 +56,8 @@ def texts_of(
             )
         opened = Store(Path(store))
         roomy = replace(data, max_tokens=2**31)  # which rows are too long is said of each layout
-        drawn = population(opened, roomy, in_batch, log=lambda message: None)
-        sampler, batches = Sampler(drawn.rows, batch_size, seed), []
+        drawn = population(opened, roomy, in_batch, log=lambda message: None, seed=seed)
+        sampler, batches = Sampler(drawn.parts, batch_size, seed), []
         for step in range(NUM_STEPS):
             rows = sampler.rows(step)
             ids = choose_documents(opened, rows, sampler.epochs(step), data.num_hard_negatives, seed)

@@ -102,7 +102,7 @@ def prepare(config: TrainConfig) -> Prepared:
         drawn = population_of(config, store, manifest, print)
         if checkpoint is not None and manifest is not None:
             changed_samples(config, checkpoint, manifest, store, drawn.digest)
-        Sampler(drawn.rows, config.global_batch_size, config.seed)
+        Sampler(drawn.parts, config.global_batch_size, config.seed)
         return Prepared(model, tokenizer, store.folder)
     return Prepared(model, tokenizer)
 

@@ -82,6 +82,10 @@ def changed_samples(
             # Rows left out or shortened: other loss.in_batch, on_long_row or max_tokens, or begun before any
             # were.
             ("data", "rows drawn from (digest, empty for all)", manifest.get("population", ""), population),
+            *(
+                ("data", f"{key} of data.datasets", _of_datasets(old, key), _of_datasets(new, key))
+                for key in MIX
+            ),
         )
         if was != now
     ]
@@ -96,6 +100,14 @@ def changed_samples(
     return [text for _, text in changed]
 
 
+# Options of a dataset that decide how often its rows are drawn, and what they were before they could be set.
+MIX = {"cap": None, "weight": 1.0}
+
+
+def _of_datasets(config: dict[str, Any], name: str) -> list[Any]:
+    return [dataset.get(name, MIX[name]) for dataset in config["data"]["datasets"]]
+
+
 def draws_lone_rows(manifest: dict[str, Any] | None) -> bool:
     """Whether a run draws rows without a candidate: begun before they were left out, when no population was
     recorded."""
@@ -107,7 +119,9 @@ def population_of(
 ) -> Population:
     """Of a new run, or of the one that continues from this manifest."""
     keep_lone = draws_lone_rows(manifest)
-    return population(store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone)
+    return population(
+        store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone, config.seed
+    )
 
 
 def fill_engine(engine: Engine, reader: BoxReader) -> None:

@@ -83,7 +83,7 @@ class Trainer:
         config, mesh = self.config, self.mesh
         manifest = read_manifest(checkpoint) if checkpoint is not None else None
         drawn = population_of(config, self.store, manifest, log=lambda message: None)  # prepare() has said it
-        sampler = Sampler(drawn.rows, config.global_batch_size, config.seed)
+        sampler = Sampler(drawn.parts, config.global_batch_size, config.seed)
         weights = (
             open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
         )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.data.sampler import Part, Sampler, choose_documents
 from nemo_embed_core.errors import UserError
 
 PRIME = 101
@@ -58,6 +58,8 @@ def test_order_is_pinned():
     """A change here breaks the resume of every running job: old checkpoints hold a step, not rows."""
     assert Sampler(10, 10, seed=0).rows(0).tolist() == GOLDEN_0
     assert Sampler(10, 10, seed=7).rows(3).tolist() == GOLDEN_7
+    mixed = Sampler([Part(np.arange(4), 6), Part(np.arange(4, 8), 3)], 9, seed=2)
+    assert [mixed.rows(step).tolist() for step in (0, 1)] == GOLDEN_MIX
     ids = choose_documents(STORE, np.array([0, 1, 2]), np.array([0, 0, 1]), 3, seed=5)
     assert ids.tolist() == GOLDEN_IDS
 
@@ -68,6 +70,70 @@ def test_fewer_rows_than_a_batch():
         match=r"global_batch_size=8 is more than the data has rows, 7: lower global_batch_size to at most 7",
     ):
         Sampler(7, 8, seed=0)
+
+
+# ------------------------------------------------------------------------------------------ several datasets
+
+# Rows of each, and draws in an epoch: once each, two and a half times, half of them, nearly twice.
+MIX = [(7, 7), (10, 25), (4, 2), (5, 9)]
+
+
+def mix() -> list[Part]:
+    firsts = np.cumsum([0] + [count for count, _ in MIX])
+    return [
+        Part(np.arange(first, first + count), draws)
+        for first, (count, draws) in zip(firsts, MIX, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 8, 43])
+def test_an_epoch_has_exactly_the_draws_of_each_dataset(batch):
+    sampler, epochs = Sampler(mix(), batch, seed=3), 6
+    drawn = [(sampler.rows(step), sampler.epochs(step)) for step in range(-(-epochs * 43 // batch))]
+    rows, passes = (np.concatenate(found)[: epochs * 43] for found in zip(*drawn, strict=True))
+    for part in mix():
+        counts: Counter[int] = Counter()
+        for epoch in range(epochs):
+            here = slice(epoch * 43, (epoch + 1) * 43)
+            own = [
+                (int(row), int(number))
+                for row, number in zip(rows[here], passes[here], strict=True)
+                if row in part.rows
+            ]
+            assert len(own) == part.draws, (epoch, part)
+            before = Counter(counts)
+            counts.update(row for row, _ in own)
+            times = [counts[row] for row in part.rows.tolist()]
+            assert max(times) - min(times) <= 1, f"epoch {epoch}: a row comes twice more than another one"
+            # The passes of a row are numbered without a gap, whatever the order within the epoch.
+            for row in part.rows.tolist():
+                numbers = sorted(number for own_row, number in own if own_row == row)
+                assert numbers == list(range(before[row], counts[row]))
+
+
+def test_rows_of_a_shared_pass_are_drawn_by_the_seed_and_the_dataset():
+    """Of half of 1,000 rows another half by each seed, by each part, and the other half in the next epoch."""
+
+    def first_half(part: int, seed: int, epoch: int = 0) -> set[int]:
+        parts = [Part(np.arange(1000) + 1000 * i, 500) for i in range(2)]
+        rows = Sampler(parts, 1000, seed).rows(epoch)
+        return {int(row) % 1000 for row in rows if row // 1000 == part}
+
+    base = first_half(0, 5)
+    assert first_half(0, 5, 1) == set(range(1000)) - base
+    for other in (first_half(1, 5), first_half(0, 6), first_half(0, 5, 2)):
+        assert len(other) == 500 and 200 < len(base & other) < 300
+    assert 200 < len(base & set(range(500))) < 300
+
+
+def test_datasets_that_are_drawn_once_an_epoch_are_one():
+    """So a run that was begun before they could be weighted goes on with its rows."""
+    parts = [Part(np.array([0, 3, 4]), 3), Part(np.array([], np.int64), 0), Part(np.arange(7, 30), 23)]
+    whole = Sampler(np.concatenate([part.rows for part in parts]), 4, seed=11)
+    mixed = Sampler(parts, 4, seed=11)
+    for step in range(20):
+        assert mixed.rows(step).tolist() == whole.rows(step).tolist()
+        assert mixed.epochs(step).tolist() == whole.epochs(step).tolist()
 
 
 # ------------------------------------------------------------------------------------------ documents
@@ -85,6 +151,7 @@ STORE = fake_store(positives=[[0], [1, 2, 3], [4, 5]], negatives=[[10, 11, 12, 1
 
 GOLDEN_0 = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 GOLDEN_7 = [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
+GOLDEN_MIX = [[1, 2, 0, 7, 3, 1, 2, 6, 4], [0, 7, 0, 5, 3, 3, 5, 1, 2]]
 GOLDEN_IDS = [[0, 14, 11, 12], [2, -1, -1, -1], [4, 21, 20, -1]]
 
 

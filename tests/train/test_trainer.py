@@ -116,6 +116,10 @@ def test_wrong_resumes_are_refused_before_any_process_group(tmp_path: Path) -> N
     refused("global_batch_size was 8, now 4", global_batch_size=4)
     refused("num_hard_negatives was 2, now 1", data={"num_hard_negatives": 1})
     refused(r"data \(digest\) was", data={"document_max_length": 30})
+    (dataset,) = config.data.datasets
+    for option, value, before in (("weight", 2.5, "1.0"), ("cap", 20, "None")):
+        mix = {"datasets": [dataclasses.replace(dataset, **{option: value})]}
+        refused(rf"{option} of data.datasets was \[{before}\], now \[{value}\]", data=mix)
     refused("a model of another shape", model=dataclasses.replace(MODEL, rope_theta=1e4))
     other = {"output_dir": str(tmp_path / "other"), "checkpoint": {"resume": done}}
     refused("step-00000001 has done 1 steps already and steps=0", steps=0, **other)
