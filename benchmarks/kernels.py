@@ -47,6 +47,8 @@ from benchmarks.ceilings import (
     matmul_rates,
 )
 from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm, rope, swiglu
+from nemo_embed_core.loss.contrastive import scored_dtype
+from nemo_embed_core.parallel.mesh import DTYPES
 
 Tensors = dict[str, torch.Tensor]
 L2_BYTES = 60 * 2**20
@@ -375,6 +377,19 @@ SHAPES: dict[str, list[dict[str, int]]] = {
         {"B": 32768, "P": 32768, "D": 4096, "ids": 0},
     ],
 }
+
+
+def timed_dtype(kernel: str) -> str:
+    """Of a kernel's inputs in a bf16 run, by name: losses get the rows that training scores."""
+    in_batch = {"info_nce_hard": "none", "info_nce_in_batch": "all"}.get(kernel)
+    dtype = torch.bfloat16 if in_batch is None else scored_dtype(in_batch, torch.bfloat16)  # type: ignore[arg-type]
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def timed_case(kernel: str, device: str, shape: dict[str, int]) -> Case:
+    return KERNELS[kernel](DTYPES[timed_dtype(kernel)], device, **shape)
+
+
 # Shapes of the gate: nothing divides anything. On the CPU one program takes milliseconds, so few of them.
 GATE: dict[str, dict[str, dict[str, int]]] = {
     "cuda": {
@@ -579,7 +594,8 @@ def report(
     work = [
         x / (1e9 if case.compute_bound else 1e6) for x in (case.flops if case.compute_bound else case.bytes)
     ]
-    print(f"\n{case.kernel}  {shape}  bf16  (ceiling {ceiling:.0f} {unit})")
+    dtype = timed_dtype(case.kernel)
+    print(f"\n{case.kernel}  {shape}  {dtype}  (ceiling {ceiling:.0f} {unit})")
     print(
         f"  {'':14s} {'forward ms':>15s} {'backward ms':>17s} {unit:>8s} {'share':>6s} "
         f"{'ours is faster':>15s} {'peak MiB':>9s}"
@@ -604,7 +620,7 @@ def report(
         results.append(
             kernel=case.kernel,
             shape=case.shape,
-            dtype="bf16",
+            dtype=dtype,
             variant=name,
             unit=unit,
             ceiling=ceiling,
@@ -621,7 +637,7 @@ def report(
         print(f"  ours, {way}: {kernel_lines(times)}")
     for name, reason in case.missing.items():
         print(f"  {name:14s} not here: {reason}")
-        results.append(kernel=case.kernel, shape=case.shape, dtype="bf16", variant=name, error=reason)
+        results.append(kernel=case.kernel, shape=case.shape, dtype=dtype, variant=name, error=reason)
     sys.stdout.flush()
 
 
@@ -741,9 +757,9 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{kernel} {shape}: left out, {options.minutes:g} minutes are over (--minutes)")
                 continue
             torch._dynamo.reset()  # a limited number of compilations per function is kept
-            checked = KERNELS[kernel](torch.bfloat16, device, **GATE[device][kernel])
+            checked = timed_case(kernel, device, GATE[device][kernel])
             gate(checked)  # of the peers: those that fail are taken out
-            case = KERNELS[kernel](torch.bfloat16, device, **shape)
+            case = timed_case(kernel, device, shape)
             case.missing |= checked.missing
             case.peers = {name: peer for name, peer in case.peers.items() if name not in checked.missing}
             figures = measure(case, options.repeats, None if options.no_compile else compile_mode)

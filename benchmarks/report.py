@@ -75,8 +75,11 @@ def kernels(rows: list[Row]) -> list[str]:
             if "error" not in row
         ]
         times = f"{number(ours['forward_ms'])}, {number(ours['backward_ms'])}"
-        cells.append([kernel, shape, times, percent(ours["share"]), percent(of_copy), "; ".join(peers)])
+        cells.append(
+            [kernel, ours["dtype"], shape, times, percent(ours["share"]), percent(of_copy), "; ".join(peers)]
+        )
     lines = [
+        "The dtype is that of the inputs; training scores a query's own documents in fp32 and the batch's in "
         "bf16. The share is that of the ceiling (copy or GEMM), "
         "by the bytes and FLOP that cannot be avoided; the share of a copy is",
         "that of the speed at which as many bytes are copied, launch included. "
@@ -85,7 +88,7 @@ def kernels(rows: list[Row]) -> list[str]:
         "a padded batch. `ids`: with document ids.",
         "",
     ]
-    head = ["kernel", "shape", "forward, backward: ms", "share", "of a copy", "peer / ours"]
+    head = ["kernel", "dtype", "shape", "forward, backward: ms", "share", "of a copy", "peer / ours"]
     return lines + table(head, cells)
 
 

@@ -83,13 +83,13 @@ class _ReduceFromTP(torch.autograd.Function):
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return all_gather_rows(x, group)
+    def forward(ctx: Any, x: Tensor, group: Any, dtype: torch.dtype) -> Tensor:
+        ctx.group, ctx.dtype = group, x.dtype
+        return all_gather_rows(x.to(dtype), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return reduce_scatter_rows(grads[0], ctx.group), None
+        return reduce_scatter_rows(grads[0].to(ctx.dtype), ctx.group), None, None
 
 
 class _ReduceScatterTokens(torch.autograd.Function):
@@ -111,10 +111,15 @@ def reduce_from_tp(x: Tensor, group: Any) -> Tensor:
     return x if group.size() == 1 else _ReduceFromTP.apply(x, group)
 
 
-def gather_tokens(x: Tensor, group: Any) -> Tensor:
+def gather_tokens(x: Tensor, group: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Over dp with the embeddings of each rank: backward SUMS every rank's gradient; with FSDP's mean over dp
-    that is exactly the gradient of the global mean, no factor of world_size anywhere."""
-    return x if group.size() == 1 else _GatherTokens.apply(x, group)
+    that is exactly the gradient of the global mean, no factor of world_size anywhere.
+
+    dtype: rows are rounded to it and sent in it; gradients are summed in the dtype of x, because a sum over
+    hundreds of ranks in bf16 would be rounded at every hop.
+    """
+    dtype = dtype or x.dtype
+    return x.to(dtype) if group.size() == 1 else _GatherTokens.apply(x, group, dtype)
 
 
 def reduce_scatter_tokens(x: Tensor, group: Any) -> Tensor:

@@ -16,8 +16,9 @@ tp (SP)        all_gather       of T D: embedding 1 in backward; a block 2 forwa
                reduce_scatter   of T D: embedding 1 forward; a block 2 forward, 2 backward
                all_reduce       of N D: pooling 1 forward; once a step the gradients of the 2 L + 1 norms
 tp (no SP)     all_reduce       of T D: embedding 1 forward; a block 2 forward, 2 backward
-dp             all_gather       with in-batch negatives: documents, their ids and which exist, once a step
-               reduce_scatter   the gradients of those documents, once a step
+dp             all_gather       with in-batch negatives: documents as they are scored, in the dtype of the
+                                run, their ids and which exist, once a step
+               reduce_scatter   the gradients of those documents, in fp32, once a step
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 
 GradCache (in-batch negatives and n > 1) runs each forward but the first micro-batch's twice; full
@@ -69,7 +70,7 @@ class Wire:
         0  # documents of a rank that its queries and others' are contrasted with; 0: own alone
     )
     weight_bytes: int = (
-        2  # of an element: as weights run, gradients are reduced, and rows are pooled and scored
+        2  # of an element: as weights run and columns are scored, gradients are reduced, and rows are pooled
     )
     reduce_bytes: int = 4
     row_bytes: int = 4
@@ -119,7 +120,7 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         # The same ranks have one name.
         axis = "dp_shard" if wire.dp_replicate == 1 else "dp_replicate" if s == 1 else "dp"
         columns = dp * wire.in_batch_columns
-        add(axis, "all_gather", 1, columns * D * wire.row_bytes)
+        add(axis, "all_gather", 1, columns * D * wire.weight_bytes)
         add(axis, "all_gather", 2, columns * 8)
         add(axis, "reduce_scatter", 1, columns * D * wire.row_bytes)
     return {key: Traffic(*values) for key, values in sorted(found.items())}

@@ -86,7 +86,7 @@ class Engine:
 
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            return forward_backward(self.model, batches, self.mesh, self.config.loss, begin)
+            return forward_backward(self.model, batches, self.mesh, self.config.loss, self.dtype, begin)
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
                 error.add_note(self._memory_note(batches, at))

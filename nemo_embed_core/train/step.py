@@ -55,13 +55,14 @@ def forward_backward(
     batches: Sequence[MicroBatch],
     mesh: Mesh,
     loss: LossConfig,
+    dtype: torch.dtype,
     before: Callable[[str, int], None] = lambda phase, i: None,
 ) -> tuple[Tensor, Tensor]:
     """(loss of each of this rank's queries [B], loss.contrastive.SUMS of them); gradients are left on the
     parameters.
 
     `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally
-    often on every rank; what it raises ends the step there.
+    often on every rank; what it raises ends the step there. dtype: of the forward.
 
     Every dp rank has equally many queries and equally many micro-batches, so the mean over ranks that FSDP2
     takes is the mean over the global batch.
@@ -69,13 +70,13 @@ def forward_backward(
     rows = sum(len(batch.query_index) for batch in batches)
     batches = [batch.to(mesh.device) for batch in batches]
     if loss.in_batch != "none" and len(batches) > 1:
-        return _grad_cache(model, batches, mesh, loss, rows, before)
+        return _grad_cache(model, batches, mesh, loss, dtype, rows, before)
     losses, stats = [], []
     for i, batch in enumerate(batches):
         before("forward", i)
         begin_micro_batch(model, i == len(batches) - 1)
         groups = group(embed(model, batch), batch)
-        losses_B, sums = objective(groups, loss, mesh.dp_group, mesh.dp_rank)
+        losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank)
         before("backward", i)
         (losses_B.sum() / rows).backward()
         losses.append(losses_B.detach())
@@ -88,6 +89,7 @@ def _grad_cache(
     batches: Sequence[MicroBatch],
     mesh: Mesh,
     loss: LossConfig,
+    dtype: torch.dtype,
     rows: int,
     before: Callable[[str, int], None],
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ def _grad_cache(
     embeddings.insert(0, with_graph.detach().requires_grad_())
     before("loss", 0)
     groups = _concat([group(e, batch) for e, batch in zip(embeddings, batches, strict=True)])
-    losses_B, sums = objective(groups, loss, mesh.dp_group, mesh.dp_rank)
+    losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank)
     (losses_B.sum() / rows).backward()
     for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
         if i > 0:

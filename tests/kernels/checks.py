@@ -870,11 +870,49 @@ def benchmark_rehearsal(folder: str) -> None:
     }
 
 
+def training_scores_what_is_timed() -> None:
+    """The dtypes of the rows that the loss gets in a step of a bf16 run, and those that benchmarks.kernels
+    times."""
+    from unittest import mock
+
+    from tiny import MODEL
+
+    from benchmarks import kernels
+    from nemo_embed_core.checkpoint.weights import RandomReader, fill
+    from nemo_embed_core.config import ParallelConfig, TrainConfig
+    from nemo_embed_core.loss import contrastive
+    from nemo_embed_core.parallel.mesh import distributed
+    from nemo_embed_core.plan.pretend import Shape
+    from nemo_embed_core.train.engine import Engine
+
+    shapes = {"info_nce_hard": {"B": 2, "K": 1, "D": 16}, "info_nce_in_batch": {"B": 2, "P": 3, "D": 16}}
+    shapes["info_nce_in_batch"]["ids"] = 1
+    with distributed(ParallelConfig(), "cpu") as mesh:
+        for in_batch, used in (("none", 0), ("positives", 1), ("all", 1)):
+            name, given = list(shapes)[used], []
+            config = TrainConfig.from_dict(
+                {"output_dir": "", "steps": 1, "precision": "bf16", "loss": {"in_batch": in_batch}}
+            )
+            engine = Engine(config, MODEL, mesh)
+            fill(engine.model, RandomReader(MODEL, 0), MODEL)
+            real = getattr(contrastive, name)
+
+            def seen(*args, real=real, given=given, **options):
+                given += [x.dtype for x in (*args, *options.values()) if isinstance(x, torch.Tensor)]
+                return real(*args, **options)
+
+            with mock.patch.object(contrastive, name, seen):
+                engine.forward_backward([Shape((5, 9, 4, 7), 2, 2).tensors()] * 2)
+            timed = {x.dtype for x in kernels.timed_case(name, "cpu", shapes[name]).inputs().values()}
+            scored = {dtype for dtype in given if dtype.is_floating_point}
+            assert scored == timed and len(timed) == 1, f"{in_batch}: scored {scored}, timed {timed}"
+
+
 def error_of(
     check: str, arguments: dict, mutation: tuple[str, str] | None, constants: dict | None
 ) -> str | None:
     try:
-        if check in ("opcheck", "compiled_gradients", "benchmark_rehearsal"):
+        if check in ("opcheck", "compiled_gradients", "benchmark_rehearsal", "training_scores_what_is_timed"):
             globals()[check](**arguments)
         else:
             run(check, arguments, mutation, constants)

@@ -19,3 +19,7 @@ def test_without_a_device_the_gate_runs_and_says_so():
 
 def test_rehearsal_of_a_whole_run(passes, tmp_path):
     passes("benchmark_rehearsal", folder=str(tmp_path))
+
+
+def test_losses_are_timed_on_rows_of_the_dtype_that_training_scores(passes):
+    passes("training_scores_what_is_timed")

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nemo_embed_core.config import ParallelConfig
-from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, retrieval_stats
+from nemo_embed_core.config import LossConfig, ParallelConfig
+from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, objective, retrieval_stats
 from nemo_embed_core.parallel.mesh import distributed
 
 
@@ -122,6 +122,53 @@ def test_scores_are_fp32_for_bf16_embeddings(group) -> None:
         got = contrastive_loss(half, 0.02, in_batch, group, 0)
         assert got.dtype == torch.float32
         assert (got.double() - contrastive_loss(exact, 0.02, in_batch, group, 0)).abs().max() < 1e-4
+
+
+def near_ties(D: int, first: float) -> Groups:
+    """Every document is within 1e-6 to 1e-3 of every other's cosine; `first`: length of coordinate 0."""
+
+    def rows(*shape: int) -> torch.Tensor:
+        rest = F.normalize(torch.randn(*shape, D - 1, dtype=torch.float64), dim=-1)
+        one = first * (1 + 0.1 * torch.rand(*shape, 1, dtype=torch.float64))
+        return torch.cat([one, (1 - one.square()).sqrt() * rest], -1)
+
+    B, M = 6, 4
+    base, noise = rows(1), rows(B * M)
+    sizes = torch.logspace(-6, -3, B * M, dtype=torch.float64)[torch.randperm(B * M), None]
+    docs = F.normalize(base + sizes * noise, dim=-1).view(B, M, D)
+    q = F.normalize(base + rows(B), dim=-1)
+    fp32 = q.float(), docs.float()  # unit rows as pooling makes them
+    return Groups(*fp32, torch.ones(B, M, dtype=torch.bool), torch.arange(B * M).view(B, M))
+
+
+@pytest.mark.parametrize("in_batch", ["none", "positives", "all"])
+@pytest.mark.parametrize("first, limit", [(0.0, 3.6e-5), (0.8, 2.0**-8)])
+def test_a_bf16_run_costs_what_scored_dtype_says(group, in_batch: str, first: float, limit: float) -> None:
+    """Loss and gradients of fp32 rows in a bf16 run against fp64 of the same rows. limit, of a cosine: the
+    standard deviation where length is spread over the coordinates, else what it is never beyond."""
+    torch.manual_seed(0)
+    g, temperature = near_ties(4096, first), 0.02
+    exact = Groups(g.q_BD.double(), g.docs_BMD.double(), g.mask_BM, g.ids_BM)
+    leaves = [g.q_BD, g.docs_BMD, exact.q_BD, exact.docs_BMD]
+    for x in leaves:
+        x.requires_grad_()
+    options = LossConfig(temperature=temperature, in_batch=in_batch)  # type: ignore[arg-type]
+    got, _ = objective(g, options, torch.bfloat16, group, 0)
+    want = by_definition(exact, temperature, in_batch)
+    weights = torch.rand(6, dtype=torch.float64)
+    (got.double() * weights).sum().backward()
+    (want * weights).sum().backward()
+    assert got.dtype == torch.float32 and g.q_BD.grad.dtype == g.docs_BMD.grad.dtype == torch.float32
+    losses = (got.double() - want).abs().max().item()
+    # Of dq = sum of c d: documents that are nearly equal cancel, their roundings do not.
+    coefficients_B = weights * 2 * (1 - (-want.detach()).exp()) / temperature
+    dq = ((g.q_BD.grad - exact.q_BD.grad).norm(dim=1) / coefficients_B).max().item()
+    ddocs = ((g.docs_BMD.grad - exact.docs_BMD.grad).norm() / exact.docs_BMD.grad.norm()).item()
+    if in_batch == "none":
+        assert losses < 2e-4 and max(dq, ddocs) < 1e-4, "a query's own documents are scored in fp32"
+    else:
+        assert 2e-4 < losses < (4 if first == 0 else 2) * limit / temperature
+        assert 1e-4 < dq < 2**-8 and 1e-4 < ddocs < 2**-8, (dq, ddocs)
 
 
 def test_stats_count_what_they_say() -> None:

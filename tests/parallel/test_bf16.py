@@ -79,7 +79,7 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
 
     def gradients(of: list) -> dict[str, torch.Tensor]:
         trainer.engine.optimizer.zero_grad(set_to_none=True)
-        forward_backward(trainer.engine.model, of, mesh, config.loss)
+        forward_backward(trainer.engine.model, of, mesh, config.loss, trainer.engine.dtype)
         sync_replicated_grads(trainer.engine.model.parameters(), mesh)
         found = {}
         for full_name, p in trainer.engine.model.named_parameters():

@@ -63,7 +63,7 @@ def leave_everywhere(folder: str) -> list[tuple[str, str, list[str]]]:
 
             places: list[str] = []
             t.engine.optimizer.zero_grad(set_to_none=True)
-            forward_backward(t.engine.model, b, m, c.loss, before)
+            forward_backward(t.engine.model, b, m, c.loss, t.engine.dtype, before)
             return places, {n: p.grad.full_tensor().clone() for n, p in t.engine.model.named_parameters()}
 
         places, right = gradients()
