@@ -914,7 +914,7 @@ def run_encoding(shape: str, args: argparse.Namespace, mesh: Mesh, kind: str, re
     out: dict[str, np.ndarray] = {}  # [texts, D]
     start = allocated(device)
     with torch.device("meta"):
-        encoder = Encoder(model, TensorParallel(), pick_attention("auto", device, dtype))
+        encoder = Encoder(model, TensorParallel(), pick_attention("auto", device, dtype, backward=False))
     encoder.to(dtype).to_empty(device=device).requires_grad_(False)
     fill_random(encoder, seed=0, std=0.02)
     label, common = describe(shape, model, sum(p.numel() for p in encoder.parameters()))

@@ -163,15 +163,17 @@ class TrainConfig(Options):
     seed: int = 0
     """Seed of the sampler and, without init_from, of the weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of activations and GEMMs (weights, moments and the loss are fp32); auto: bf16 on a GPU, fp32
-    on a CPU."""
+    """Precision of activations and GEMMs, and of the rows that in-batch negatives are scored with (weights,
+    moments and sums of the loss are fp32); auto: bf16 on a GPU, fp32 on a CPU."""
     activation_checkpointing: Recompute | bool = "none"
     """Activations computed again in backward rather than kept, which changes no number: "selective", outputs
     of norms and SwiGLU, a third of the bytes for little time, or "full", each whole block, nearly all bytes
     for one more forward; true is full, false none."""
-    attention: Literal["auto", "flash", "varlen", "sdpa", "reference"] = "auto"
-    """Implementation of attention; auto: the first of flash, varlen, sdpa that runs on the device in the
-    precision."""
+    attention: Literal["auto", "flash3", "flash", "varlen3", "varlen", "sdpa", "reference"] = "auto"
+    """Implementation of attention: FlashAttention-3 of the module flash_attn_interface (Hopper),
+    FlashAttention-2 of flash-attn, FlashAttention-3 and 2 through torch's varlen_attn, torch's sdpa by runs
+    of equal lengths; auto: the first of flash3, flash, varlen, sdpa that runs on the device in the precision.
+    The run says which one it is."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the ranks; auto: a GPU when torch sees one."""
     on_spike: Literal["warn", "skip", "ignore"] = "warn"

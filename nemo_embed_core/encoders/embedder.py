@@ -63,7 +63,8 @@ class Embedder:
         if precision == "fp8":
             check_fp8(weights.model)
         with torch.device("meta"):
-            encoder = Encoder(weights.model, TensorParallel(), pick_attention("auto", target, dtype))
+            attention = pick_attention("auto", target, dtype, backward=False)
+            encoder = Encoder(weights.model, TensorParallel(), attention)
         encoder.to(dtype).to_empty(device=target)
         fill(encoder, weights.reader, weights.model)
         encoder.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Non-causal attention over packed sequences: four backends behind one signature.
+"""Non-causal attention over packed sequences: six backends behind one signature.
 
     softmax(q k^T / sqrt(A)) v within each sequence, every token sees every token
 
@@ -7,11 +7,11 @@ T packed tokens · N sequences · H query heads · G KV heads · A head_dim
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -82,48 +82,104 @@ def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segm
     return out
 
 
-@cache
-def _flash_attn_varlen_func() -> Callable[..., Tensor]:
-    """FlashAttention-3 (flash_attn_interface), else FlashAttention-2 (flash_attn)."""
-    if importlib.util.find_spec("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_varlen_func
-    else:
-        from flash_attn import flash_attn_varlen_func
-    return flash_attn_varlen_func
+def varlen3_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+    """varlen_attention with FlashAttention-3 inside, which torch takes from flash_attn_interface: for the
+    whole process, whose F.scaled_dot_product_attention it changes too."""
+    from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
+
+    if current_flash_attention_impl() != "FA3":
+        activate_flash_attention_impl("FA3")
+    return varlen_attention(q_THA, k_TGA, v_TGA, segments)
 
 
-def flash_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
-    """flash_attn_varlen_func(..., causal=False) of the flash-attn package."""
+def _flash_attn(module: str, q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
     cu, n = segments.cu_seqlens, segments.max_seqlen
-    out = _flash_attn_varlen_func()(q_THA, k_TGA, v_TGA, cu, cu, n, n, causal=False)
+    out = importlib.import_module(module).flash_attn_varlen_func(
+        q_THA, k_TGA, v_TGA, cu, cu, n, n,
+        causal=False, deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out  # FlashAttention-3 betas also return the log-sum-exp
 
 
+def flash_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+    """FlashAttention-2: flash_attn_varlen_func(..., causal=False) of the flash-attn package."""
+    return _flash_attn("flash_attn", q_THA, k_TGA, v_TGA, segments)
+
+
+def flash3_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+    """FlashAttention-3: flash_attn_varlen_func(..., causal=False) of the module flash_attn_interface."""
+    return _flash_attn("flash_attn_interface", q_THA, k_TGA, v_TGA, segments)
+
+
 Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+# In the order in which "auto" looks for one that runs.
 _BACKENDS: dict[str, Attention] = {
-    "reference": reference_attention,
-    "sdpa": sdpa_attention,
-    "varlen": varlen_attention,
+    "flash3": flash3_attention,
     "flash": flash_attention,
+    "varlen3": varlen3_attention,
+    "varlen": varlen_attention,
+    "sdpa": sdpa_attention,
+    "reference": reference_attention,
 }
+_MODULES = {"flash3": "flash_attn_interface", "flash": "flash_attn", "varlen3": "flash_attn_interface"}
 
 
-def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend called `name`; "auto" is the first of flash, varlen, sdpa that runs here in this dtype."""
-    fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    flash = any(importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn"))
-    varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+def why_not(name: str, device: torch.device, dtype: torch.dtype, backward: bool = True) -> str:
+    """What this backend lacks to run on the device in the dtype, with gradients or without; empty where it
+    runs."""
+    if name in ("sdpa", "reference"):
+        return ""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"needs a CUDA device and bf16, not {device.type} and {dtype}"
+    if name in ("flash3", "varlen3") and (found := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"needs a GPU of compute capability 9.0 (Hopper), not {found[0]}.{found[1]}"
+    if name.startswith("varlen") and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"needs torch >= 2.11, not {torch.__version__}"
+    if name == "varlen3" and not _torch_has_flash3():
+        return f"needs a torch with FlashAttention-3 forward and backward, not {torch.__version__}"
+    if name in _MODULES:
+        try:
+            importlib.import_module(_MODULES[name])
+        except (ImportError, OSError) as error:
+            return f"needs the module {_MODULES[name]} ({error}); docs/training.md says where it comes from"
+    if name in ("flash3", "varlen3") and backward and not _flash3_has_backward():
+        return "needs a flash_attn_interface that was built with its backward (docs/training.md)"
+    return ""
+
+
+def _flash3_has_backward() -> bool:
+    """By what its build wrote down; a build that wrote nothing is taken to have one."""
+    if importlib.util.find_spec("flash_attn_config") is None:
+        return True
+    flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    return not flags.get("FLASHATTENTION_DISABLE_BACKWARD", False)
+
+
+def _torch_has_flash3() -> bool:
+    """Not by version: an earlier torch.nn.attention._fa3 had the forward alone, and its gradients would be
+    those of FlashAttention-2."""
+    if importlib.util.find_spec("torch.nn.attention._fa3") is None:
+        return False
+    from torch.nn import attention
+    from torch.nn.attention import _fa3
+
+    forward = hasattr(attention, "activate_flash_attention_impl")
+    return forward and hasattr(_fa3, "_fa3_flash_attention_backward_impl")
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, backward: bool = True) -> str:
+    """`name`, or for "auto" the first of flash3, flash, varlen, sdpa that runs here in this dtype."""
     if name == "auto":
-        name = "flash" if fused and flash else "varlen" if fused and varlen else "sdpa"
-    if name in ("flash", "varlen") and not fused:
-        raise UserError(
-            f"attention={name} needs a CUDA device and bf16, not {device.type} and {dtype}; use "
-            "attention=auto or sdpa"
-        )
-    if name == "flash" and not flash:
-        raise UserError(
-            "attention=flash, but the flash-attn package is not installed; install it or use attention=varlen"
-        )
-    if name == "varlen" and not varlen:
-        raise UserError(f"attention=varlen needs torch >= 2.11, not {torch.__version__}; use attention=sdpa")
-    return _BACKENDS[name]
+        return next(known for known in _BACKENDS if not why_not(known, device, dtype, backward))
+    if lacks := why_not(name, device, dtype, backward):
+        raise UserError(f"attention={name} {lacks}; use attention=auto or sdpa")
+    return name
+
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype, backward: bool = True) -> Attention:
+    return _BACKENDS[choose_attention(name, device, dtype, backward)]
+
+
+def backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Every backend that is meant for use, the first choice first, and what it lacks here."""
+    return {name: why_not(name, device, dtype) for name in _BACKENDS if name != "reference"}

@@ -26,7 +26,7 @@ from nemo_embed_core.data.tokenizer_files import check_servable
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import durable
 from nemo_embed_core.files.lock import Lock
-from nemo_embed_core.model.attention import pick_attention
+from nemo_embed_core.model.attention import backends, choose_attention
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.collectives import gather_objects, raise_first
@@ -83,7 +83,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     dtype = run_dtype(config, device)
     check_master_weights(config.optim, dtype)
-    pick_attention(config.attention, device, dtype)
+    choose_attention(config.attention, device, dtype)
     check_trackers(config)
     if rank_from_env() == 0:
         _check_output(Path(config.output_dir), model)
@@ -156,6 +156,25 @@ def _readable_manifest(checkpoint: Path) -> dict[str, Any] | None:
         return read_manifest(checkpoint)
     except UserError:
         return None
+
+
+def agree_on_attention(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that all ranks have chosen, and on a GPU why not a faster one; every rank calls it."""
+    name = choose_attention(config.attention, device, dtype)
+    chosen = gather_objects((socket.gethostname(), name))
+    for host, other in chosen:
+        if other != chosen[0][1]:
+            raise UserError(
+                f"attention={config.attention} is {chosen[0][1]} on node {chosen[0][0]} and {other} on node "
+                f"{host}: gradients would be rounded differently; install the same packages on both, or set "
+                "attention to one that both have"
+            )
+    said = [name]
+    for faster, lacks in backends(device, dtype).items():
+        if faster == name or config.attention != "auto" or device.type != "cuda":
+            break
+        said.append(f"{faster} {lacks}")
+    return "; ".join(said)
 
 
 def open_same_store(config: TrainConfig, prepared: Prepared) -> Store:

@@ -30,7 +30,7 @@ from nemo_embed_core.options import dump_yaml
 from nemo_embed_core.parallel.collectives import Vote, background_group, gather_objects
 from nemo_embed_core.parallel.liveness import mark_begun, note
 from nemo_embed_core.parallel.mesh import Mesh
-from nemo_embed_core.train.engine import Engine
+from nemo_embed_core.train.engine import Engine, run_dtype
 from nemo_embed_core.train.metrics import (
     MetricsLog,
     console_line,
@@ -39,7 +39,7 @@ from nemo_embed_core.train.metrics import (
     step_values,
 )
 from nemo_embed_core.train.optim import set_num_updates
-from nemo_embed_core.train.preflight import Prepared, hold_output, open_same_store
+from nemo_embed_core.train.preflight import Prepared, agree_on_attention, hold_output, open_same_store
 from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
 from nemo_embed_core.train.schedule import learning_rate
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
@@ -67,6 +67,7 @@ class Trainer:
         self.log = log if mesh.rank == 0 else lambda message: None
         self.output = Path(config.output_dir)
         self.store = open_same_store(config, prepared)
+        self._attention = agree_on_attention(config, mesh.device, dtype or run_dtype(config, mesh.device))
         self._held = hold_output(config, mesh.rank, self.log)
         try:
             self.engine, self.state, self.sampler = self._begin(prepared.model, self._held.checkpoint, dtype)
@@ -268,6 +269,7 @@ class Trainer:
             f"{str(self.engine.dtype).removeprefix('torch.')}); {self.sampler.num_rows:,} rows, "
             f"{self.config.global_batch_size} queries a step, steps {self.step + 1} to {self.config.steps}"
         )
+        self.log(f"attention: {self._attention}")
         if self.config.optim.warmup_steps is None:
             self.log(
                 f"optim.warmup_steps is not set: the rate rises for {self.state.optim.warmup_steps} of "
