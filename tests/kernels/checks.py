@@ -875,11 +875,9 @@ def training_scores_what_is_timed() -> None:
     times."""
     from unittest import mock
 
-    from tiny import MODEL
-
     from benchmarks import kernels
     from nemo_embed_core.checkpoint.weights import RandomReader, fill
-    from nemo_embed_core.config import ParallelConfig, TrainConfig
+    from nemo_embed_core.config import ModelConfig, ParallelConfig, TrainConfig
     from nemo_embed_core.loss import contrastive
     from nemo_embed_core.parallel.mesh import distributed
     from nemo_embed_core.plan.pretend import Shape
@@ -887,14 +885,18 @@ def training_scores_what_is_timed() -> None:
 
     shapes = {"info_nce_hard": {"B": 2, "K": 1, "D": 16}, "info_nce_in_batch": {"B": 2, "P": 3, "D": 16}}
     shapes["info_nce_in_batch"]["ids"] = 1
+    model = ModelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
     with distributed(ParallelConfig(), "cpu") as mesh:
         for in_batch, used in (("none", 0), ("positives", 1), ("all", 1)):
             name, given = list(shapes)[used], []
             config = TrainConfig.from_dict(
                 {"output_dir": "", "steps": 1, "precision": "bf16", "loss": {"in_batch": in_batch}}
             )
-            engine = Engine(config, MODEL, mesh)
-            fill(engine.model, RandomReader(MODEL, 0), MODEL)
+            engine = Engine(config, model, mesh)
+            fill(engine.model, RandomReader(model, 0), model)
             real = getattr(contrastive, name)
 
             def seen(*args, real=real, given=given, **options):
