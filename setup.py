@@ -58,6 +58,7 @@ setup(
         "eval": ["mteb>=2.26,<3", "sentence-transformers>=6,<7"],
         "demo": ["sentencepiece>=0.2", "matplotlib>=3.9"],
         "log": ["tensorboard>=2.18"],
+        "inspect": ["datasketch>=2,<3"],  # near-duplicates of prepare --inspect
         # Faster attention; built against the installed torch: pip install --no-build-isolation.
         "flash": ["flash-attn>=2.8"],
         # Compiles csrc/ at first use; the number is torch.version.cuda's.

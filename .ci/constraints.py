@@ -13,7 +13,7 @@ from importlib.metadata import distribution
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("eval", "demo", "log", "dev")  # those that the Makefile installs
+EXTRAS = ("eval", "demo", "log", "inspect", "dev")  # those that the Makefile installs
 OF_THE_MACHINE = {"torch", "triton", "setuptools"}  # torch pins the other two
 
 

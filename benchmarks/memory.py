@@ -5,8 +5,8 @@
 
 Every document is another text, and every one has a query that judges it. "above" is the peak resident memory
 of the launcher's process less that of the run on eight documents, so less what Python and the imports take;
-all of a model of 0.1 M parameters is in both. Needs about twice documents x bytes of disk, in --folder and in
-TMPDIR.
+all of a model of 0.1 M parameters is in both. inspect is prepare with --inspect true. Needs about twice
+documents x bytes of disk, in --folder and in TMPDIR.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from nemo_embed_core.data.tokenizer import train_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("prepare", "mine", "evaluate")
+VERBS = ("prepare", "inspect", "mine", "evaluate")
 
 
 def write_beir(folder: Path, num_documents: int, num_bytes: int) -> None:
@@ -74,12 +74,14 @@ def commands(data: Path, folder: Path, max_length: int) -> dict[str, list[str]]:
         "--device",
         "cpu",
     ]
+    prepare = [
+        str(launch / "prepare.py"), "--tokenizer", str(folder / "tokenizer"), "--data.datasets",
+        json.dumps([{"path": str(data)}]), "--data.cache_dir", str(data / "cache"),
+        "--data.query_max_length", str(max_length), "--data.document_max_length", str(max_length),
+    ]  # fmt: skip
     return {
-        "prepare": [
-            str(launch / "prepare.py"), "--tokenizer", str(folder / "tokenizer"), "--data.datasets",
-            json.dumps([{"path": str(data)}]), "--data.cache_dir", str(data / "cache"),
-            "--data.query_max_length", str(max_length), "--data.document_max_length", str(max_length),
-        ],
+        "prepare": prepare,
+        "inspect": [*prepare, "--inspect", "true", "--output", str(data / "report.json")],
         "mine": [
             str(launch / "mine.py"), "--model", model, "--data", str(data), "--output",
             str(data / "mined.jsonl"), *lengths,
@@ -110,7 +112,7 @@ def measure(
     """{verb: bytes above}, printed as they come."""
     write_beir(folder / "few", 8, 400)
     train_sentencepiece([(folder / "few" / "corpus.jsonl").read_text()], 600, folder / "tokenizer")
-    if set(verbs) - {"prepare"}:
+    if set(verbs) - {"prepare", "inspect"}:
         write_model(folder)
     write_beir(folder / "many", num_documents, num_bytes)
     text = num_documents * num_bytes

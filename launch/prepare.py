@@ -4,6 +4,7 @@
     ..."}]' python launch/prepare.py --config configs/prepare.yaml
 
     python launch/prepare.py --data.datasets '[{path: beir/nq}]' --dataset data/nq
+    python launch/prepare.py --config configs/prepare.yaml --inspect true --output nq.json --against beir/nq
 
 Training does this by itself when the store is missing; run it beforehand on a cheap machine to check the data
 and to keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`,
@@ -23,11 +24,15 @@ def main() -> None:
         config = load_config(PrepareConfig)
         # After the arguments are parsed, so that --help and typing errors answer at once.
         from nemo_embed_core.data.build import open_store, with_store
+        from nemo_embed_core.data.inspect import check, inspect
+        from nemo_embed_core.data.inspect_page import present
         from nemo_embed_core.data.population import longest_draws
         from nemo_embed_core.data.prepare import write_datasets
         from nemo_embed_core.data.tokenizer import load_tokenizer
 
         start, data = time.perf_counter(), config.data
+        if config.inspect:
+            check(config.against, config.output)
         if config.dataset:
             data = write_datasets(data, config.dataset)
             if not config.tokenizer:
@@ -45,6 +50,8 @@ def main() -> None:
                 f"{store.where(int(long[0]))}); training will {config.data.on_long_row} there: "
                 f"data.on_long_row"
             )
+        if config.inspect:
+            present(inspect(data, tokenizer, store, config.against), config.output)
         print(f"verified in {seconds:.1f} s; largest token id {store.max_token_id}, digest {store.digest}")
 
 

@@ -72,6 +72,8 @@ LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("ll
 PACKING, SAMPLER, MIX, POPULATION = (
     f"nemo_embed_core/data/{name}.py" for name in ("packing", "sampler", "mix", "population")
 )
+NEAR, OVERLAP, PAGE = (f"nemo_embed_core/data/{name}.py" for name in ("near", "overlap", "inspect_page"))
+INSPECT = "tests/data/test_inspect.py"
 SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
     f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
@@ -193,6 +195,13 @@ MUTANTS = [
     Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '_FORMAT.sub("", text)).translate', "text).translate", "tests/data/test_normal_form.py"),
     Mutant("special tokens inside texts are special", "nemo_embed_core/data/tokenizer.py", "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "tests/data/test_tokenizer.py"),
     Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),
+    # ---- looking at data
+    Mutant("one of a bucket is compared", NEAR, "range(LOOKED_AT)", "range(1)", INSPECT),
+    Mutant("a near-duplicate of a sampled text is found and the text itself not", NEAR, "                    self._keep(first + i, place, same)", "                    pass", INSPECT),
+    Mutant("evaluation texts that the data lacks count as copies", OVERLAP, "yield key, name\n                continue", "yield key, name", INSPECT),
+    Mutant("missing documents are padded", "nemo_embed_core/data/inspect.py", "int((documents > 0).sum())", "documents.size", INSPECT),
+    Mutant("density without the room that is left", "nemo_embed_core/data/inspect.py", "tokens / (micro_batches * config.max_tokens)", "tokens / (steps * config.max_tokens)", INSPECT),
+    Mutant("cells of the page as they are", PAGE, "{_escaped(str(c))}", "{c}", INSPECT),
     # ---- mining
     Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),
     Mutant("the margin is added", SELECTION, "lowest.astype(np.float64) - selection.absolute_margin", "lowest.astype(np.float64) + selection.absolute_margin", TEST_NEGATIVES),

@@ -113,9 +113,24 @@ class PrepareConfig(Options):
     dataset: str = ""
     """Dataset folder to write the data to, documents once and rows of ids; of several datasets a folder with
     one for each. With a tokenizer the store is then made of it."""
+    inspect: bool = False
+    """Print what is in the data: counts, lengths, copies, packing, samples (docs/data-formats.md has all)."""
+    output: str = ""
+    """Report of --inspect as a JSON file, and beside it as a page, .html; "": only the printed tables."""
+    against: list[str] = field(default_factory=list)
+    """Evaluation sets whose texts --inspect looks for in the data: BEIR folders, split test, or FOLDER:SPLIT,
+    and dataset folders."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.tokenizer or self.dataset):
             raise UserError("give --tokenizer FOLDER to tokenise, --dataset OUT for dataset folders, or both")
+        if (self.output or self.against) and not self.inspect:
+            raise UserError("--output and --against are of --inspect true: add that")
+        if self.output and not self.output.endswith(".json"):
+            raise UserError(f"output={self.output} must end in .json: the page stands beside it, in .html")
+        if self.inspect and not self.tokenizer:
+            raise UserError("--inspect true counts tokens: give --tokenizer FOLDER")
+        if self.inspect and not self.data.datasets:
+            raise UserError("--inspect true reads the texts: give data.datasets, a store alone has none")

@@ -125,6 +125,10 @@ class Tokenizer:
                 ids = np.array(encoding.ids, dtype=np.int32)
                 yield ids, len(ids) == max_length and bool(encoding.overflowing)
 
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of the ids, special tokens in it; U+FFFD where they begin or end within a character."""
+        return str(self._backend.decode(ids.tolist(), skip_special_tokens=False))
+
     def check_fits(self, vocab_size: int) -> None:
         """Every id has an embedding: on a GPU a missing one is a device-side assert, hours in."""
         if self.vocab_size > vocab_size:

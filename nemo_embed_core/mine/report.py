@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 
+from nemo_embed_core.data.statistics import QUANTILES, quantiles, script
 from nemo_embed_core.mine.search.engine import SearchStats
 
 SHARES = ("with_no_negatives", "with_fewer_than_k", "with_k_negatives")
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 60
 
 
@@ -42,10 +40,10 @@ def build_report(
         "negatives": int(counts.sum()),
         # No harder than half of the documents drawn without looking at the query: they teach nothing.
         "trivial_negatives": int((negatives <= np.median(random_scores)).sum()),
-        "positive_score_quantiles": _quantiles(positive_scores),
-        "negative_score_quantiles": _quantiles(negatives),
-        "random_pair_score_quantiles": _quantiles(random_scores),
-        "hardest_negative_to_positive": _quantiles(_hardest_to_positive(scores, lowest)),
+        "positive_score_quantiles": quantiles(positive_scores),
+        "negative_score_quantiles": quantiles(negatives),
+        "random_pair_score_quantiles": quantiles(random_scores),
+        "hardest_negative_to_positive": quantiles(_hardest_to_positive(scores, lowest)),
         # Queries for which threshold * s would have been wrong.
         "negative_positive_scores": int((lowest < 0).sum()),
         # As the data says, "" where it does not; empty when it never does. No language is guessed.
@@ -94,38 +92,10 @@ def by_group(labels: Sequence[str], counts: np.ndarray, k: int) -> dict[str, dic
     }
 
 
-def script(text: str) -> str:
-    """The script that most letters of a text are written in: "Latin", "Han", "Cyrillic"; not its language."""
-    scripts: Counter[str] = Counter()
-    for character, count in Counter(text).items():
-        name = _script_of(character)
-        if name:
-            scripts[name] += count
-    return min(scripts, key=lambda name: (-scripts[name], name)) if scripts else "no letters"
-
-
-@cache
-def _script_of(character: str) -> str:
-    """By the first word of the letter's Unicode name, "" for what is no letter."""
-    if not unicodedata.category(character).startswith("L"):
-        return ""
-    words = unicodedata.name(character, "UNKNOWN").split()
-    word = words[1] if words[0] in ("FULLWIDTH", "HALFWIDTH", "MODIFIER") and len(words) > 1 else words[0]
-    return {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}.get(word.split("-")[0], word.capitalize())
-
-
 def _hardest_to_positive(scores: np.ndarray, lowest: np.ndarray) -> np.ndarray:
     hardest = scores.max(1)  # the first, unless given ones were kept
     some = np.isfinite(hardest) & (lowest > 0)
     return hardest[some] / lowest[some]
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float] | None:
-    if not len(values):
-        return None
-    return {
-        f"{q:g}": round(float(v), 6) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
-    }
 
 
 # ------------------------------------------------------------------------------------------ to read

@@ -10,10 +10,11 @@ from nemo_embed_core.config import DatasetConfig, Selection
 from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Row as ReadRow
 from nemo_embed_core.data.readers import read_rows
+from nemo_embed_core.data.statistics import script
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Corpus, encode_corpus
 from nemo_embed_core.mine.formats import _prompted
-from nemo_embed_core.mine.report import plot_report, script
+from nemo_embed_core.mine.report import plot_report
 from nemo_embed_core.mine.selection import ceiling, choose
 
 

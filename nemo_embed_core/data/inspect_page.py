@@ -1,0 +1,277 @@
+"""The report of data/inspect.py to read: a table in a terminal, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.data.building import Log
+from nemo_embed_core.files.durable import write_atomically
+
+Cells = Iterable[Sequence[object]]
+
+FEW = 12  # languages, scripts and counts that are named; the others are added up
+
+
+def figures(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) of every table: what is printed, and what the page has."""
+    counts, settings = report["counts"], report["settings"]
+    sides = ("queries", "documents")
+    tables: list[tuple[str, list[str], list[list[str]]]] = []
+
+    def table(title: str, head: Sequence[str], rows: Cells) -> None:
+        if cells := [[_said(cell) for cell in row] for row in rows]:
+            tables.append((title, list(head), cells))
+
+    table("sources", ["", "rows"], [(s["path"], s["rows"]) for s in report["sources"]])
+    table("counts", ["", ""], [(name.replace("_", " "), count) for name, count in counts.items()])
+    tokens, uncut = report["tokens"], report["tokens_uncut"]
+    at = list(tokens["queries"]["quantiles"])
+    table(
+        "tokens of a text",
+        ["", "mean", *(_at(q) for q in at)],
+        [(side, tokens[side]["mean"], *tokens[side]["quantiles"].values()) for side in sides],
+    )
+    table(
+        "tokens before it is cut, without instruction",
+        ["", "texts", *(_at(q) for q in at)],
+        [(side, uncut[side]["texts"], *uncut[side]["quantiles"].values()) for side in sides],
+    )
+    table(
+        "truncated",
+        ["", "at", "texts", "of them"],
+        [
+            (side, settings[f"{name}_max_length"], cut["count"], _share(cut["count"], cut["of"]))
+            for side, name in zip(sides, ("query", "document"), strict=True)
+            for cut in [report["truncated"][side]]
+        ],
+    )
+    for key in ("positives_per_row", "negatives_per_row", "languages", "query_scripts", "document_scripts"):
+        total = sum(report[key].values())
+        named = {name or "not said": count for name, count in report[key].items()}
+        if key != "languages" or list(named) != ["not said"]:
+            rows = [(name, count, _share(count, total)) for name, count in _few(named).items()]
+            table(
+                key.replace("_", " "), ["", "texts" if key.endswith("scripts") else "rows", "of them"], rows
+            )
+    table(
+        f"copies: exact but for case, spaces and marks; near with {report['near']:.0%} of their word pairs",
+        ["", "texts", "exact", "near", "of"],
+        [
+            (side, d["of"], d["exact"], d["near"], d["near_of"])
+            for side in sides
+            for d in [report["duplicates"][side]]
+        ],
+    )
+    table(
+        "evaluation sets: their texts that the data has",
+        ["", "", "texts", "exact", "near", "of"],
+        [
+            (name, side, o["of"], o["exact"], o["near"], o["near_of"])
+            for name, found in report["against"].items()
+            for side, o in found.items()
+        ],
+    )
+    table(
+        "evaluation sets: the first that the data has",
+        ["id", "text", "where", "text there", "in common"],
+        [
+            (f"{name} {o['id']}", o["text"], o["where"], o["data"], o["similarity"])
+            for name, found in report["against"].items()
+            for side in sides
+            for o in found[side]["first"]
+        ],
+    )
+    table(
+        "noise",
+        ["", "", "of", "first"],
+        [(kind, n["count"], n["of"], ", ".join(n["first"])) for kind, n in report["noise"].items()],
+    )
+    scores = report["scores"] or {}
+    table(
+        "scores",
+        ["", "texts", *(_at(q) for found in list(scores.values())[:1] for q in found["quantiles"])],
+        [(name, found["count"], *found["quantiles"].values()) for name, found in scores.items()],
+    )
+    table(
+        f"packed into max_tokens={settings['max_tokens']:,}, a row's texts together",
+        ["rows of a rank and step", "steps", "micro-batches", "tokens", "density"],
+        [
+            (p["rows_a_step"], p["steps"], p["micro_batches"], p["tokens"], p["density"])
+            for p in report["packing"]
+        ],
+    )
+    packed = report["packing"][-1]["density"] if report["packing"] else 0.0
+    table(
+        "padded to the longest query and the longest document of a batch",
+        ["rows of a batch", "tokens", "with padding", "useful", "saved by packing"],
+        [
+            (p["rows_a_batch"], p["tokens"], p["slots"], p["useful"], f"{1 - p['useful'] / packed:.1%}")
+            for p in report["padded"]
+        ],
+    )
+    if report["rows_that_do_not_fit"]:
+        table("rows that can be longer than max_tokens", ["rows"], [[report["rows_that_do_not_fit"]]])
+    return tables
+
+
+def _said(cell: object) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.4f}".rstrip("0").rstrip(".")
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def _at(quantile: str) -> str:
+    return {"0": "least", "1": "most", "0.5": "median"}.get(quantile, f"{float(quantile):.0%}")
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count / of:.2%}" if of else "-"
+
+
+def _few(counts: Mapping[str, int]) -> dict[str, int]:
+    items = list(counts.items())
+    if len(items) <= FEW:
+        return dict(items)
+    rest = sum(count for _, count in items[FEW - 1 :])
+    return {**dict(items[: FEW - 1]), f"{len(items) - FEW + 1} others": rest}
+
+
+def print_report(report: dict[str, Any], log: Log = print) -> None:
+    for title, head, rows in figures(report):
+        log(f"{title}:")
+        cells = [[_one_line(cell) for cell in row] for row in ([head] if any(head) else []) + rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            first, *others = zip(row, widths, strict=True)
+            log("  " + "  ".join([f"{first[0]:<{first[1]}}", *(f"{c:>{w}}" for c, w in others)]).rstrip())
+    for sample in report["samples"]:
+        log(f"as the model sees {sample['where']}:")
+        for text in sample["texts"]:
+            log(f"  {text['is']:<8} {text['tokens']:>5} tokens  {_one_line(text['text'], 160)}")
+
+
+def _one_line(text: str, most: int = 48) -> str:
+    """Nothing that a terminal would obey; the end stays, as it has the line of a path."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"{text[: most - 23]}...{text[-20:]}"
+
+
+def present(report: dict[str, Any], output: str = "") -> None:
+    """Printed; output: also as a JSON file, with the page beside it."""
+    print_report(report)
+    if not output:
+        return
+    file = Path(output)
+    write_atomically(file, f"{json.dumps(report, indent=1, ensure_ascii=False)}\n".encode())
+    write_atomically(file.with_suffix(".html"), page(report).encode())
+
+
+# ------------------------------------------------------------------------------------------ HTML
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.05rem; margin: 2rem 0 .4rem }
+table { border-collapse: collapse }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right; vertical-align: top }
+td:first-child, th:first-child { text-align: left } th { color: #59636e; font-weight: 500 }
+tr + tr td { border-top: 1px solid #e4e8ec }
+td.wide { text-align: left; max-width: 26rem; overflow-wrap: anywhere }
+pre { background: #f6f8fa; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .8rem }
+svg { display: block; margin: .4rem 0 } rect { fill: #0969da } rect.second { fill: #bc4c00; opacity: .6 }
+text { font-size: 11px; fill: #59636e } .note { color: #59636e }
+"""
+WIDTH, HEIGHT = 640, 140
+
+
+def page(report: dict[str, Any]) -> str:
+    """HTML that is XML too; all texts escaped, no script, nothing from elsewhere."""
+    tokens, scores = report["tokens"], report["scores"] or {}
+    plots = {
+        "tokens of a text": [
+            _histogram(f"{side}, tokens", {side: found["histogram"]}) for side, found in tokens.items()
+        ]
+    }
+    if scores:
+        both = {name: found["histogram"] for name, found in scores.items()}
+        plots["scores"] = [_histogram(" and ".join(scores), both)]
+    body = [f"<h1>{report['counts']['rows']:,} rows, {report['counts']['documents']:,} documents</h1>"]
+    body.append(f'<p class="note">Token store {_escaped(report["store"])}.</p>')
+    for title, head, rows in figures(report):
+        body += [f"<h2>{_escaped(title)}</h2>", *plots.get(title, ())]
+        if len(head) == 3 and head[-1] == "of them":
+            body.append(_bars(rows))
+        body.append(_table(head, rows))
+    body.append("<h2>as the model sees them</h2>")
+    for sample in report["samples"]:
+        body.append(f'<p class="note">{_escaped(sample["where"])}</p>')
+        for text in sample["texts"]:
+            said = f"{text['is']}, {text['tokens']:,} tokens"
+            body.append(f"<div>{_escaped(said)}</div><pre>{_escaped(text['text'])}</pre>")
+    meta = '<meta charset="utf-8"/><meta name="viewport" content="width=device-width"/><title>Data</title>'
+    top, content = f"<head>{meta}<style>{STYLE}</style></head>", "\n".join(body)
+    return f'<!DOCTYPE html>\n<html lang="en">{top}\n<body>\n{content}\n</body></html>\n'
+
+
+def _escaped(text: str) -> str:
+    """Also what XML has no place for: control characters as their pictures (U+2400 and on)."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
+    return html.escape(re.sub(r"[\x7f-\x9f\ufffe\uffff]", "\ufffd", text))
+
+
+def _table(head: Sequence[str], rows: Cells) -> str:
+    lines = ["<tr>" + "".join(f"<th>{_escaped(name)}</th>" for name in head) + "</tr>"] if any(head) else []
+    for row in rows:
+        wide = ("" if re.fullmatch(r"[\d.,%-]+", str(cell)) else ' class="wide"' for cell in row)
+        lines.append(
+            "<tr>"
+            + "".join(f"<td{w}>{_escaped(str(c))}</td>" for c, w in zip(row, wide, strict=True))
+            + "</tr>"
+        )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _svg(height: float, parts: Iterable[str], label: str) -> str:
+    size = f'width="{WIDTH}" height="{height:.0f}" viewBox="0 0 {WIDTH} {height:.0f}"'
+    says = f'xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{_escaped(label)}"'
+    return f"<svg {says} {size}>{''.join(parts)}</svg>"
+
+
+def _histogram(label: str, series: Mapping[str, dict[str, list[float]]]) -> str:
+    """Shares of each series over the same edges, the second one before the first."""
+    parts: list[str] = []
+    edges = next(iter(series.values()))["edges"]
+    shares = {name: [c / sum(one["counts"]) for c in one["counts"]] for name, one in series.items()}
+    most = max(max(values) for values in shares.values())
+    step = WIDTH / (len(edges) - 1)
+    for kind, values in zip(("first", "second"), shares.values(), strict=False):
+        for i, share in enumerate(values):
+            height = HEIGHT * share / most
+            place = (
+                f'x="{i * step:.1f}" y="{HEIGHT - height:.1f}" width="{step - 1:.1f}" height="{height:.1f}"'
+            )
+            said = f"{edges[i]:.4g} to {edges[i + 1]:.4g}: {share:.2%}"
+            parts.append(f'<rect class="{kind}" {place}><title>{said}</title></rect>' if share else "")
+    for i in range(0, len(edges), (len(edges) - 1) // 4):
+        anchor = {0: "start", len(edges) - 1: "end"}.get(i, "middle")
+        where = f'x="{i * step:.0f}" y="{HEIGHT + 14}" text-anchor="{anchor}"'
+        parts.append(f"<text {where}>{edges[i]:.4g}</text>")
+    parts.append(
+        f'<text x="{WIDTH}" y="10" text-anchor="end">{_escaped(label)}; highest bar {most:.1%}</text>'
+    )
+    return _svg(HEIGHT + 18, parts, label)
+
+
+def _bars(rows: Sequence[Sequence[str]]) -> str:
+    """A bar for each row of (name, count, share)."""
+    counts = [int(row[1].replace(",", "")) for row in rows]
+    parts = []
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        width, y = 440 * count / max(1, *counts), 18 * i
+        parts.append(f'<text x="148" y="{y + 13}" text-anchor="end">{_escaped(row[0][:24])}</text>')
+        parts.append(f'<rect x="156" y="{y + 3}" width="{width:.1f}" height="12"/>')
+    return _svg(18 * len(rows), parts, "bars")
