@@ -5,6 +5,7 @@ import json
 import random
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -142,6 +143,20 @@ def test_every_figure_of_a_small_corpus(small, tmp_path):
             " ".join(["<s>", *text.split()[:14]]) for text in {*row["neg"]} - {f"{TEN} eleven"}
         )
         assert sorted(text["text"] for text in texts[2:]) == of_negatives, "in the order of the draw"
+
+
+def test_rows_are_packed_in_the_mix_that_training_draws(small):
+    config, words, store = small
+    twice = replace(config, datasets=[replace(config.datasets[0], weight=2.0)])
+    report = inspect(twice, words, store, log=lambda line: None)
+    assert [p["rows_a_step"] for p in report["packing"]] == [8]
+    assert report["padded"][1] == {
+        "rows_a_batch": 16,
+        "tokens": 176,
+        "slots": 280,
+        "useful": round(176 / 280, 4),
+    }
+    assert report["counts"]["rows"] == 5
 
 
 def test_padding_is_to_the_longest_of_each_side_of_each_batch():
