@@ -196,8 +196,8 @@ MUTANTS = [
     Mutant("special tokens inside texts are special", "nemo_embed_core/data/tokenizer.py", "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "tests/data/test_tokenizer.py"),
     Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),
     # ---- looking at data
-    Mutant("one of a bucket is compared", NEAR, "range(LOOKED_AT)", "range(1)", INSPECT),
-    Mutant("a near-duplicate of a sampled text is found and the text itself not", NEAR, "                    self._keep(first + i, place, same)", "                    pass", INSPECT),
+    Mutant("few of a bucket are found, however many are near", NEAR, "place not in self.found for place in", "True for place in", INSPECT),
+    Mutant("a near-duplicate of a sampled text is found and the text itself not", NEAR, "                    self.found.setdefault(other, (place, same))", "                    pass", INSPECT),
     Mutant("evaluation texts that the data lacks count as copies", OVERLAP, "yield key, name\n                continue", "yield key, name", INSPECT),
     Mutant("missing documents are padded", "nemo_embed_core/data/inspect.py", "int((documents > 0).sum())", "documents.size", INSPECT),
     Mutant("density without the room that is left", "nemo_embed_core/data/inspect.py", "tokens / (micro_batches * config.max_tokens)", "tokens / (steps * config.max_tokens)", INSPECT),

@@ -92,7 +92,7 @@ def inspect(
                 "of": counts[side],
                 "exact": counts[side] - len(texts.texts),
                 "near": len(near[side].found),
-                "near_of": len(near[side].places),
+                "near_of": near[side].count,
             }
             for side, texts in sides.items()
         },

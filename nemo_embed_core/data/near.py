@@ -71,51 +71,54 @@ def signer() -> Callable[[Sequence[str]], np.ndarray]:
 class NearIndex:
     """Texts that others are compared with as they are shown: 0.8 kB of memory a text.
 
-    places [m]: what found and text_of call them. found[place] = (place of the nearest text shown so far, J).
+    places [m]: what found and text_of call them. found[place] = (place of a text that was shown, their J).
     is_own: what is shown has the same places, and both of a pair are found.
     """
 
     def __init__(
         self, places: np.ndarray, text_of: Callable[[int], str], sign: Callable[..., np.ndarray], is_own: bool
     ):
-        self.places, self._text_of, self._is_own = places, text_of, is_own
+        self._text_of, self._is_own, self.count = text_of, is_own, len(places)
+        self._known = set(places.tolist()) if is_own else set()
         self.found: dict[int, tuple[int, float]] = {}
-        parts = [
-            sign([text_of(place) for place in part]) for part in np.split(places, range(0, len(places), 512))
-        ]
-        self._signatures = np.concatenate(parts)
-        keys = _band_keys(self._signatures)
+        parts = [places[start : start + 512] for start in range(0, max(1, len(places)), 512)]
+        self._set(places, np.concatenate([sign([text_of(place) for place in part]) for part in parts]))
+
+    def _set(self, places: np.ndarray, signatures: np.ndarray) -> None:
+        self._places, self._signatures, keys = places, signatures, _band_keys(signatures)
         self._order = np.argsort(keys, axis=0, kind="stable").astype(np.int32)
         self._keys = np.take_along_axis(keys, self._order, axis=0)
-        self._known = set(places.tolist()) if is_own else set()
 
     def show(self, first: int, texts: Sequence[str], signatures: np.ndarray) -> None:
         """texts [n], whose places are first, first + 1, ..."""
-        keys, pairs = _band_keys(signatures), set[tuple[int, int]]()
+        while self._look(first, texts, signatures) and not self._is_own:
+            # To be found once is enough, and others of the bucket may stand behind it.
+            left = np.array([place not in self.found for place in self._places.tolist()], bool)
+            self._set(self._places[left], self._signatures[left])
+
+    def _look(self, first: int, texts: Sequence[str], signatures: np.ndarray) -> int:
+        """How many more are found."""
+        keys, pairs, before = _band_keys(signatures), set[tuple[int, int]](), len(self.found)
         for band in range(BANDS):
             ours = self._keys[:, band]
             starts = np.searchsorted(ours, keys[:, band], side="left")
             ends = np.searchsorted(ours, keys[:, band], side="right")
             for step in range(LOOKED_AT):
                 (shown,) = np.nonzero(starts + step < ends)
-                pairs |= set(
-                    zip(shown.tolist(), self._order[starts[shown] + step, band].tolist(), strict=True)
-                )
+                candidates = self._order[starts[shown] + step, band]
+                pairs |= set(zip(shown.tolist(), candidates.tolist(), strict=True))
         for i, j in sorted(pairs):
-            place = int(self.places[j])
-            if self._is_own and place == first + i:
+            place, other = int(self._places[j]), first + i
+            if (self._is_own and place == other) or (place in self.found and other not in self._known):
                 continue
             # The estimate is off by 0.035 at J = 0.8 (a standard deviation): none is lost here.
             if (signatures[i] == self._signatures[j]).mean() < NEAR - 0.15:
                 continue
             if (same := similarity(texts[i], self._text_of(place))) >= NEAR:
-                self._keep(place, first + i, same)
-                if first + i in self._known:
-                    self._keep(first + i, place, same)
-
-    def _keep(self, place: int, other: int, same: float) -> None:
-        if same > self.found.get(place, (0, 0.0))[1]:
-            self.found[place] = other, same
+                self.found.setdefault(place, (other, same))
+                if other in self._known:
+                    self.found.setdefault(other, (place, same))
+        return len(self.found) - before
 
 
 def _band_keys(signatures: np.ndarray) -> np.ndarray:

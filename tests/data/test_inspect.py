@@ -248,6 +248,19 @@ def test_a_sample_is_compared_with_all():
     }  # fmt: skip
 
 
+def test_texts_of_an_evaluation_set_are_all_found_by_one_text():
+    """More than a bucket is looked through."""
+    sign, words = signer(), " ".join(f"w{i}" for i in range(30))
+    texts = [f"{words} end{i}" for i in range(20)] + [
+        "another text",
+        f"{words} not these words at all or else",
+    ]
+    index = NearIndex(np.arange(len(texts)), texts.__getitem__, sign, is_own=False)
+    for first, shown in ((5, ["none like it", "another one"]), (7, [f"{words} shown"])):
+        index.show(first, shown, sign(shown))
+    assert index.found == {place: (7, similarity(texts[0], f"{words} shown")) for place in range(20)}
+
+
 def test_words_of_scripts_without_spaces_are_letters():
     assert similarity("神经网络如何学习呢", "神经网络如何学习吗") == pytest.approx(7 / 9)
     assert similarity("Neural  NETWORKS learn.", "neural networks, learn") == 1.0
