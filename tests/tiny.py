@@ -155,6 +155,13 @@ def llama_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors | {"norm.weight": (hidden_size,)}
 
 
+def read_config(folder: Path) -> ModelConfig:
+    from nemo_embed_core.model.hf_config import model_config
+
+    path = folder / "config.json"
+    return model_config(path, json.loads(path.read_text()))[0]
+
+
 def to_hf(name: str, tensor: Any, config: ModelConfig) -> Iterator[tuple[str, Any]]:
     """The Hugging Face tensors that a whole parameter of ours holds."""
     import torch

@@ -116,7 +116,7 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
     folder, (config, where) = source.folder, _llama(source, base)
     if source.kind == "checkpoint":
         manifest = verify_checkpoint(folder, weights_only=True, hashed=hashed)
-        reader = Reader(folder)
+        reader = Reader(folder, manifest)
         expected = parameter_shapes(config)
         states = [n for n in manifest["tensors"] if is_state(n) and parameter_of(n) in expected]
         # An optimizer's, of whichever parameters and shapes: they are no weights.

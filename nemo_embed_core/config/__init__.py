@@ -25,26 +25,3 @@ LAUNCHERS: dict[str, type[Options]] = {
     "evaluate": EvaluateConfig,
     "plan": PlanConfig,
 }
-
-__all__ = [
-    "LAUNCHERS",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "DataConfig",
-    "DatasetConfig",
-    "EvaluateConfig",
-    "LengthsConfig",
-    "LossConfig",
-    "MineConfig",
-    "MineDatasetConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "PlanConfig",
-    "Pooling",
-    "PrepareConfig",
-    "RopeScaling",
-    "Selection",
-    "TrainConfig",
-    "check_threshold",
-]

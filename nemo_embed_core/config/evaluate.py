@@ -58,5 +58,7 @@ class EvaluateConfig(Options):
         for name in ("query_max_length", "document_max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1 token")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.max_queries < 0:
             raise UserError(f"max_queries={self.max_queries} must not be negative; 0 takes all")

@@ -178,7 +178,7 @@ class MineConfig(Selection, _Inputs):
         super().__post_init__()
         for threshold in self.sweep:
             check_threshold(threshold, "sweep")
-        for name in ("shard_size", "block_queries"):
+        for name in ("shard_size", "block_queries", "max_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if bool(self.data) == bool(self.datasets):
@@ -186,10 +186,11 @@ class MineConfig(Selection, _Inputs):
                 "give --data PATH [--task ...], or datasets: [{path, task}, ...] in a config file, "
                 f"{'not both' if self.data else 'one of them'}"
             )
-        has_task = self.task is not None or self.document_task is not None
-        if self.datasets and (has_task or self.split != "train"):
+        own = MineDatasetConfig(path="", on_missing=self.on_missing if self.corpus else "error")
+        given = [f.name for f in fields(own) if getattr(self, f.name, "") != getattr(own, f.name)]
+        if self.datasets and given:
             raise UserError(
-                "--task, --document_task and --split belong to --data; each of `datasets` has its own"
+                f"--{' and --'.join(given)}: of --data alone, each of `datasets` has its own {given[0]}"
             )
         for name in ("query_max_length", "document_max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

@@ -33,29 +33,10 @@ MIN_PASSAGE_CHARS, MAX_PASSAGE_CHARS = 80, 2000
 # Chosen for prose per megabyte of source, so that parsing takes half a minute on one core. What is not
 # installed is left out: the corpus then is smaller, and the split of what remains is the same.
 PACKAGES = (
-    *(
-        "datasets",
-        "fsspec",
-        "huggingface_hub",
-        "hypothesis",
-        "joblib",
-        "jsonargparse",
-        "matplotlib",
-        "narwhals",
-    ),
-    *("networkx", "numpy", "pandas", "polars", "pyarrow", "pydantic", "scipy", "sentence_transformers"),
-    *(
-        "setuptools",
-        "sklearn",
-        "sympy",
-        "tensorboard",
-        "tokenizers",
-        "torch",
-        "tqdm",
-        "transformers",
-        "triton",
-    ),
-    *("urllib3", "werkzeug"),
+    *("datasets", "fsspec", "huggingface_hub", "hypothesis", "joblib", "jsonargparse", "matplotlib"),
+    *("narwhals", "networkx", "numpy", "pandas", "polars", "pyarrow", "pydantic", "scipy", "setuptools"),
+    *("sentence_transformers", "sklearn", "sympy", "tensorboard", "tokenizers", "torch", "tqdm"),
+    *("transformers", "triton", "urllib3", "werkzeug"),
 )
 # Copies of other packages and tests; then the sources that cost most to parse for what they give:
 # transformers/models is fifty megabytes in which each docstring stands dozens of times with another model's

@@ -26,7 +26,7 @@ class SentenceTransformerEncoder:
     device: "cpu", "cuda" or "auto".  precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
     """
 
-    def __init__(self, path: str | Path, device: str = "auto", precision: str = "auto", batch_size: int = 32):
+    def __init__(self, path: str | Path, device: str = "auto", precision: str = "auto"):
         # Before the first import of huggingface_hub, which reads it once.
         os.environ["HF_HUB_OFFLINE"] = "1"
         try:
@@ -48,7 +48,6 @@ class SentenceTransformerEncoder:
             raise UserError(f"{path} does not load in sentence-transformers: {reason[0]}") from error
         limit = self._model.max_seq_length
         self.limit = None if limit is None or limit == math.inf else int(limit)
-        self._batch_size = batch_size
         self.digest = f"{sha256_folder(Path(path))}-{precision}"
         self._tokenizer = _backend(self._model)
         if self._tokenizer is not None:
@@ -70,8 +69,8 @@ class SentenceTransformerEncoder:
             self._model.max_seq_length = min(self.limit, max_length)
         of_side = {"query": self._model.encode_query, "document": self._model.encode_document}
         encode = of_side.get(side or "", self._model.encode)
-        options: dict[str, Any] = {"batch_size": self._batch_size, "show_progress_bar": False}
-        return encode(list(texts), prompt=prompt, convert_to_numpy=True, **options).astype(np.float32)
+        rows = encode(list(texts), prompt=prompt, convert_to_numpy=True, show_progress_bar=False)
+        return rows.astype(np.float32)
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512

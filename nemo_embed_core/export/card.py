@@ -147,7 +147,10 @@ def _datasets(manifests: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for manifest in manifests:
         data = manifest["config"]["data"]
         store = Path(data.get("cache_dir", "")) / manifest["data_digest"][:32] / "manifest.json"
-        compiled = read_object(store) if store.is_file() else {}
+        try:
+            compiled = read_object(store) if store.is_file() else {}
+        except UserError:  # a damaged store tells nothing, and is no reason not to export
+            compiled = {}
         sources = compiled.get("sources", []) if compiled.get("digest") == manifest["data_digest"] else []
         for i, dataset in enumerate(data["datasets"]):
             row = {"name": Path(dataset.get("path", "")).name, "task": dataset.get("task", "")}

@@ -27,7 +27,7 @@ def _require(file: Path, found: Any, wanted: Any, what: str) -> None:
         raise UserError(f"{file}: {what} is {json.dumps(found)} and must be {json.dumps(wanted)}")
 
 
-def check_code(path: Path, config: dict[str, Any], trusted: bool) -> bool:
+def check_code(path: Path, trusted: bool) -> bool:
     """Whether loading the folder runs Python; UserError for other bytes than ours, unless `trusted`."""
     foreign, has_code = [], False
     ours = {name: (format.code, format.auto_map) for name, format in FORMATS.items() if format.code}

@@ -20,8 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from nemo_embed_core.checkpoint.source import USAGE_KEY, Source, Usage, modules_of
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
@@ -46,10 +44,9 @@ def write_folder(
     """Write config.json, tokenizer, sentence-transformers files and README.md into `output`.
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  usage: prompts, lengths, similarity: all.
-    UserError when the tokenizer does not fit the model or cannot be served.
+    tokenizer_files: fit the model (Tokenizer.check_fits).  UserError when they cannot be served.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} of an export must be one of {', '.join(DTYPES)}")
+    assert dtype in DTYPES, dtype
     unknown = set(card) - set(Card.__annotations__)
     assert not unknown, f"model card has no place for {sorted(unknown)}"
     assert usage.query_max_length and usage.document_max_length, usage
@@ -57,12 +54,6 @@ def write_folder(
     files, special_ids = export_files(
         tokenizer_files, max_length=usage.longest, transformers_4=transformers_4
     )
-    largest = max(Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab(with_added_tokens=True).values())
-    if largest >= model.vocab_size:
-        raise UserError(
-            f"the tokenizer's largest id is {largest} but model.vocab_size={model.vocab_size}: "
-            f"use the tokenizer that the model was trained with (vocab_size must be at least {largest + 1})"
-        )
     files |= card.get("license_files", {})
     if (code := FORMATS[format].code) is not None:
         files[code.name] = code.read_bytes()

@@ -85,7 +85,7 @@ def verify_folder(
             f"{path / 'config.json'}: model_type is {json.dumps(config.get('model_type'))}; only Llama "
             f"folders ({', '.join(ARCHITECTURES)}) can be proven here, so nothing of this one was looked at"
         )
-    has_code = check_code(path, config, trust_remote_code)
+    has_code = check_code(path, trust_remote_code)
     if has_weights(path):
         weight_files(path, config)  # two sets of weights: whatever is proven of one says nothing of the other
     return (_verify_ours if ours else _verify_anybodys)(path, config, embed, has_code, say)

@@ -49,22 +49,22 @@ def lfs_pointer(path: Path) -> UserError:
     return UserError(f"{path} is a git-lfs pointer, not the file itself; run git lfs pull in {path.parent}")
 
 
-def read(path: Path, advice: str = "") -> Any:
-    """The value in the file. advice: what to do where that cannot be had, "; export the folder again"."""
+def read(path: Path) -> Any:
+    """The value in the file."""
     try:
         return parse(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist{advice}") from None
+        raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         if path.read_bytes().startswith(LFS_POINTER):
             raise lfs_pointer(path) from None
-        raise UserError(f"{path} is not valid JSON: {error}{advice}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def read_object(path: Path, advice: str = "") -> dict[str, Any]:
-    value = read(path, advice)
+def read_object(path: Path) -> dict[str, Any]:
+    value = read(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object{advice}")
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

@@ -34,8 +34,13 @@ def check_recipe(
         raise UserError("--method soup and --evaluate COMMAND belong together")
     if weights is not None and method != "average":
         raise UserError(f"--weights are of an average; --method {method} has its own")
-    if isinstance(evaluate, str) and "{folder}" not in evaluate:
-        raise UserError("--evaluate COMMAND has no {folder}, the place of the folder to score")
+    if isinstance(evaluate, str):
+        if "{folder}" not in evaluate:
+            raise UserError("--evaluate COMMAND has no {folder}, the place of the folder to score")
+        try:
+            shlex.split(evaluate)
+        except ValueError as error:
+            raise UserError(f"--evaluate {evaluate!r} is no command line: {error}") from None
 
 
 def check_weights(weights: Sequence[float], num_sources: int) -> None:

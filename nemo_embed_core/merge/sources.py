@@ -37,7 +37,7 @@ def open_sources(paths: Sequence[str], say: Callable[[str], None] = print) -> li
     return sources
 
 
-# What a config.json says about its writer, and the spellings that read_config already compares.
+# What a config.json says about its writer, and the spellings that model_config already compares.
 _NOT_SETTINGS = (
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "rope_"),
 )

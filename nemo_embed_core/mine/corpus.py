@@ -16,7 +16,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.encoders.sentence_transformer import pieces
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import sha256_file, write_atomically
 from nemo_embed_core.files.strict_json import parse
@@ -130,6 +131,7 @@ def encode_corpus(
             "dtype": dtype,
             "shape": shape,
         }
+        parts = pieces((texts[j] for j in range(first, first + size)), BATCH_CHARACTERS)
         cuts = _Cuts(embedder, prompt, max_length) if hasattr(embedder, "tokenize") else None
         if _is_done(folder, i, sidecar, log):
             reused += 1
@@ -137,19 +139,19 @@ def encode_corpus(
             have = read_sidecar(path) or {}
             # Of a run from before it was counted.
             if cuts is not None and "truncated" not in have:
-                for part in _batches(texts, first, size):
+                for part in parts:
                     cuts.add(part)
                 _publish_sidecar(path, have | cuts.found())
             continue
-        once, pieces = hasattr(embedder, "encode_tokens"), []
-        for part in _batches(texts, first, size):
+        once, encoded = hasattr(embedder, "encode_tokens"), []
+        for part in parts:
             if cuts is not None:
                 cuts.add(part, keep=once)
             if not once:
-                pieces.append(np.asarray(embedder.encode(part, prompt, max_length)))
+                encoded.append(np.asarray(embedder.encode(part, prompt, max_length)))
         if once and cuts is not None:
-            pieces.append(np.asarray(embedder.encode_tokens(cuts.tokens)))  # type: ignore[attr-defined]
-        rows = _checked(np.concatenate(pieces), texts, first, shape, dtype, unit)
+            encoded.append(np.asarray(embedder.encode_tokens(cuts.tokens)))  # type: ignore[attr-defined]
+        rows = _checked(np.concatenate(encoded), texts, first, shape, dtype, unit)
         failpoint(f"{name}.encoded", i)
         publish(path, _npy_bytes(rows), sidecar | (cuts.found() if cuts is not None else {}))
         progress.step(size)
@@ -192,20 +194,6 @@ def texts_digest(texts: Iterable[str]) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
-
-
-def _batches(texts: Sequence[str], first: int, count: int) -> Iterator[list[str]]:
-    """texts[first : first + count] in lists of at most BATCH_CHARACTERS, or of one text."""
-    part: list[str] = []
-    size = 0
-    for j in range(first, first + count):
-        text = texts[j]
-        if part and size + len(text) > BATCH_CHARACTERS:
-            yield part
-            part, size = [], 0
-        part.append(text)
-        size += len(text)
-    yield part
 
 
 class _Cuts:

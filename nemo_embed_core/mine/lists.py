@@ -63,7 +63,7 @@ class TeacherSearch:
         self, ceilings: np.ndarray, k: int, rows: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """topk_below for these query rows (None: all), published block by block; ranks split documents."""
-        rows = np.arange(len(self.queries)) if rows is None else rows
+        is_first, rows = rows is None, np.arange(len(self.queries)) if rows is None else rows
         k = min(k, self.num_searched)
         digest = self._digest(ceilings, k, rows)
         folder = self.work / "search" / digest[:16]
@@ -102,7 +102,7 @@ class TeacherSearch:
             stats.num_certified += int(block[2][0])
             stats.num_exhaustive += int(block[2][1])
         progress.close()
-        if len(rows) == len(self.queries):
+        if is_first:
             stats.num_queries = len(rows)
             stats.method = self.method
             if self.method == "auto":

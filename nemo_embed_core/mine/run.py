@@ -46,7 +46,6 @@ from nemo_embed_core.mine.pool import Document, Known
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.teachers import Teachers, check_source, using
 
-NEEDS_PYARROW = {"sentence-transformers", "automodel"}
 Log = Callable[[str], None]
 T = TypeVar("T")
 
@@ -93,9 +92,6 @@ def _check_options(config: MineConfig) -> None:
     unknown = sorted(set(config.formats) - set(FORMATS))
     if unknown:
         raise UserError(f"formats={unknown}: none of {', '.join(FORMATS)}")
-    if NEEDS_PYARROW & set(config.formats) and importlib.util.find_spec("pyarrow") is None:
-        both = ", ".join(sorted(NEEDS_PYARROW))
-        raise UserError(f"formats={config.formats}: {both} need pyarrow: pip install pyarrow")
     if not config.output:
         return
     output, is_single = Path(config.output), len(config.datasets) <= 1
@@ -321,7 +317,8 @@ def mine(
         if ranks.rank == 0:
             if can_plot:
                 plot_report(reports[name], f"{output}.report.png")
-            failed |= _convert(plan, name, output, say)
+            how = {"num_negatives": config.num_negatives, **_prompts(plan, name)}
+            failed |= convert_all(output, config.formats, say, **how)
     if ranks.rank == 0 and not is_single:
         folder = Path(config.output)
         say("")
@@ -356,11 +353,3 @@ def _writer(plan: Plan, name: str) -> Callable[[Path, Iterator[dict[str, Any]]],
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"output {output} exists and is not empty: choose another name or delete it")
     return FolderWriter(plan.datasets[name].path, name, **_prompts(plan, name))
-
-
-def _convert(plan: Plan, name: str, output: Path, say: Log) -> dict[str, str]:
-    """The files of other trainers, with the data set's instructions: given ones, else our model's."""
-    config = plan.config
-    return convert_all(
-        output, config.formats, say, num_negatives=config.num_negatives, **_prompts(plan, name)
-    )

@@ -10,18 +10,12 @@ from typing import Any
 
 from nemo_embed_core.config import ModelConfig, RopeScaling
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import FAMILIES, LLAMA3_FIELDS, POOLINGS, ROPE_TYPES, pooling_of_config
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """ModelConfig from the config.json of any Hugging Face Llama; what we would compute differently is
-    refused."""
-    return model_config(folder / "config.json", read_object(folder / "config.json"))[0]
-
-
 def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """(the shape, notes) from config.json's object; UserError where two of its fields contradict."""
+    """(the shape, notes) from config.json's object; UserError where two of its fields contradict, and for
+    what we would compute differently."""
     if raw.get("model_type") not in FAMILIES:
         types = " and ".join(f'"{name}"' for name in FAMILIES)
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only {types} are read")

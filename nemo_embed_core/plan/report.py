@@ -108,9 +108,8 @@ def _in_full(found: Found, best: Candidate) -> Iterator[str]:
     )
     yield "  Wire of a step, of each rank:"
     lay = best.layout
-    ranks = {"tp": lay.tp, "dp_shard": lay.shard, "dp": lay.dp, "dp_replicate": lay.replicate}
     for (axis, operation), (calls, size) in best.traffic.items():
-        whole, out = (_bytes(x) for x in (size, sent(operation, size, ranks[axis])))
+        whole, out = (_bytes(x) for x in (size, sent(operation, size, lay.ranks[axis])))
         yield f"    {axis:<13}{operation:<15}{calls:6,} calls{whole:>12} whole{out:>12} sent"
     parallel = f"--parallel.tp_size {lay.tp} --parallel.dp_replicate {lay.replicate}"
     yield (

@@ -47,6 +47,11 @@ class Layout:
     def shard(self) -> int:
         return self.dp // self.replicate
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of a ring over each axis."""
+        return {"tp": self.tp, "dp_shard": self.shard, "dp": self.dp, "dp_replicate": self.replicate}
+
 
 def link(cluster: ClusterConfig, layout: Layout, axis: str) -> tuple[float, float]:
     """(bytes/s, latency) of a ring over an axis; tp ranks are neighbours, then come dp_shard and
@@ -54,10 +59,7 @@ def link(cluster: ClusterConfig, layout: Layout, axis: str) -> tuple[float, floa
     node = (cluster.node_link * 1e9) or GPUS[cluster.gpu].node_link
     network = cluster.network_link * 1e9
     inner = {"tp": 1, "dp_shard": layout.tp, "dp": layout.tp, "dp_replicate": layout.tp * layout.shard}[axis]
-    size = {"tp": layout.tp, "dp_shard": layout.shard, "dp": layout.dp, "dp_replicate": layout.replicate}[
-        axis
-    ]
-    if inner * size <= cluster.per_node:
+    if inner * layout.ranks[axis] <= cluster.per_node:
         return node, LATENCY["node"]
     members = max(1, cluster.per_node // inner)  # of the ring in a node, each with its card
     return min(node, members * network), LATENCY["network"]
@@ -67,11 +69,10 @@ def wire_seconds(
     cluster: ClusterConfig, layout: Layout, traffic: Mapping[Key, Traffic], axes: Sequence[str]
 ) -> float:
     seconds = 0.0
-    ranks = {"tp": layout.tp, "dp_shard": layout.shard, "dp": layout.dp, "dp_replicate": layout.replicate}
     for (axis, operation), (calls, size) in traffic.items():
         if axis in axes:
             rate, latency = link(cluster, layout, axis)
-            seconds += sent(operation, size, ranks[axis]) / rate + calls * latency
+            seconds += sent(operation, size, layout.ranks[axis]) / rate + calls * latency
     return seconds
 
 

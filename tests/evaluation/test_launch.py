@@ -380,6 +380,8 @@ def test_wrong_options_are_refused_before_the_first_text_is_encoded(
         evaluate(**{"models": [str(ours)], "data": str(beir), "device": "cpu", **options})
     with pytest.raises(UserError, match="query_max_length=0 must be at least 1"):
         EvaluateConfig(data=str(beir), query_max_length=0)
+    with pytest.raises(UserError, match="max_tokens=0 must be at least 1"):
+        EvaluateConfig(data=str(beir), max_tokens=0)
 
 
 # ----------------------------------------------------------------------------------- what is said of the data

@@ -105,6 +105,8 @@ def test_rows_and_digests_of_each_data_set_come_from_the_compiled_store(tmp_path
     assert f"| train.jsonl | find it | 61 | {'5' * 64} |" in card_of(source)
     (store / "manifest.json").write_text(json.dumps({**compiled, "digest": "e" * 64}))
     assert "5" * 64 not in card_of(source)  # the store of other data
+    (store / "manifest.json").write_text('{"digest"')
+    assert "| train.jsonl | find it |" in card_of(source)  # a damaged store is no reason not to export
 
 
 def test_an_average_shows_what_its_runs_differ_in(tmp_path):

@@ -411,6 +411,7 @@ def test_merging_from_python(three: list[Path], tmp_path: Path, monkeypatch, cap
         ({"method": "slerp"}, "--method slerp and --t T belong together"),
         ({"weights": [], "method": "slerp", "t": 0.5}, "--weights are of an average"),
         ({"dtype": "float32"}, "dtype='float32' must be one of auto, bf16, fp32, fp16"),
+        ({"method": "soup", "evaluate": "score '{folder}"}, "is no command line: No closing quotation"),
         ({"format": "onnx"}, "format='onnx' must be one of native, compat"),
     ):
         with pytest.raises(UserError, match=message):

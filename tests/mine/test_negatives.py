@@ -14,7 +14,10 @@ from nemo_embed_core.data.statistics import script
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine.corpus import Corpus, encode_corpus
 from nemo_embed_core.mine.formats import _prompted
+from nemo_embed_core.mine.lists import TeacherSearch
+from nemo_embed_core.mine.pool import Exclusions
 from nemo_embed_core.mine.report import plot_report
+from nemo_embed_core.mine.search.exclude import Exclude
 from nemo_embed_core.mine.selection import ceiling, choose
 
 
@@ -417,6 +420,20 @@ def test_sweep_reports_what_a_run_at_each_threshold_reports_and_leaves_the_outpu
             assert entry[key] == (pytest.approx(np.mean(values), abs=1e-7) if values else None)
         seen.add(entry["negatives"])
     assert len(seen) > 1
+
+
+def test_the_reported_statistics_are_of_the_first_search_though_all_queries_are_searched_again(tmp_path):
+    rows = np.eye(4, dtype=np.float32)
+    nothing = Exclusions(Exclude.from_lists([[]] * 4), Exclude.from_lists([]))
+    search = TeacherSearch(
+        queries=Corpus([rows]), documents=Corpus([rows]), num_searched=4, exclude=nothing,
+        work=tmp_path, log=lambda line: None,
+    )  # fmt: skip
+    search.top(np.full(4, 2.0), 1)
+    first = search.stats
+    assert first.num_queries == 4
+    search.top(np.full(4, 0.5), 1, np.arange(4))
+    assert search.stats is first
 
 
 def test_sweep_searches_again_only_where_the_first_list_does_not_reach_down(tmp_path):

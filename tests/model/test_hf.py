@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODEL, to_hf
+from tiny import MODEL, read_config, to_hf
 from transformers import LlamaConfig, LlamaModel
 
 from nemo_embed_core.checkpoint.hf_reader import HFReader
@@ -17,7 +17,6 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.model import spec
 from nemo_embed_core.model.attention import Segments, reference_attention, sdpa_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.hf_config import read_config
 from nemo_embed_core.parallel.boxes import local_box
 from nemo_embed_core.parallel.layout import check_layout
 from nemo_embed_core.parallel.mesh import TensorParallel

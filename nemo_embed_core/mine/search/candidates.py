@@ -78,6 +78,7 @@ class Candidates:
         block, bound, limit = self.encode_block(documents_nD)
         for tile in slices(len(self.queries_QD), self.tile_queries):
             q, add = self.rows[tile], bound[tile]
+            # On a CPU the GEMM adds the bound to its result in place; elsewhere the top-k does, after scales.
             in_gemm = self.method != "int8" and not bound.is_cuda
             scores, row_add = (matmul(q, block, add), None) if in_gemm else (matmul(q, block), add)
             streaming_topk_(
