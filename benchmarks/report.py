@@ -97,20 +97,24 @@ def step(rows: list[Row]) -> list[str]:
     lines = [
         "Tokens are those of the texts, never padding; MFU is of the card's nominal bf16 rate. "
         "A training step has its optimizer and",
-        "accumulation in it.",
+        "accumulation in it. Padded peers compute on padding, flattened ones on tokens alone, with the "
+        "attention of ours. Megatron-SWIFT,",
+        "which trains embedding models on Megatron's layers, could not be installed beside them.",
         "",
     ]
     cells = []
-    timed = [row for row in rows if row["what"] in ("train", "encode")]
+    timed = [row for row in rows if row["what"] in ("train", "encode") and "error" not in row]
     for row in timed:
         best = next(r for r in timed if (r["what"], r["shape"]) == (row["what"], row["shape"]))
         factor = "" if row is best else number(best["tokens_per_s"] / row["tokens_per_s"])
-        work = f"{row['what']} {row['shape']}, {row['layers']} layers"
+        work = f"{row['what']} {row['shape']}, {row['layers']} layers{' (quick)' if row.get('quick') else ''}"
         memory = number(row["peak_gb"])
         cells.append(
             [work, row["variant"], f"{row['tokens_per_s']:,.0f}", percent(row["mfu"]), memory, factor]
         )
     lines += table(["", "variant", "tokens/s", "MFU", "peak GB", "ours is faster"], cells)
+    lacking = [f"- {row['variant']}: {row['error']}" for row in rows if "variant" in row and "error" in row]
+    lines += ["", "Not timed:", "", *lacking] if lacking else []
     parts = [row for row in rows if row["what"] == "profile"]
     shapes = list(dict.fromkeys(row["shape"] for row in parts))
     shares = {(row["part"], row["shape"]): row["share"] for row in parts}

@@ -161,6 +161,7 @@ MUTANTS = [
     Mutant("rotary angles computed in bf16", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].bfloat16() * inv_freq.bfloat16()).to(inv_freq.dtype)", BF16),
     Mutant("rotary angles computed in fp32", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].float() * inv_freq.float()).to(inv_freq.dtype)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("rope scaling without its linear part", LLAMA, ".clamp(0, 1)", ".round().clamp(0, 1)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("rows of a quick run look whole", "benchmarks/step_report.py", '**({"quick": self.quick} if self.quick else {})', "**{}", "tests/benchmarks/test_step.py -k quick"),
     Mutant("FlashAttention-3 is causal", ATTENTION, "causal=False, deterministic", "causal=True, deterministic", "tests/model/test_attention.py"),
     Mutant("a build without backward trains", ATTENTION, "and backward and not _flash3_has_backward()", "and not backward and not _flash3_has_backward()", "tests/model/test_attention.py"),
     Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", f"{LAYOUT}[tp1-dp1]"),

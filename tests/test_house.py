@@ -395,6 +395,11 @@ AROUND = (
     ("tests/tiny.py", "tests/toy_*.py"),  # toys
     ("tests/kernels/checks.py", "tests/kernels/compile_sm90.py"),
     ("docs/*.py", "benchmarks/*.py"),
+    ("benchmarks/step_runs.py",),  # pieces of step.py, on
+    ("benchmarks/step_libraries.py",),
+    ("benchmarks/step_peers.py",),
+    ("benchmarks/step_ours.py", "benchmarks/step_parts.py", "benchmarks/step_report.py"),
+    ("benchmarks/step_data.py",),
     ("benchmarks/ceilings.py", "benchmarks/__init__.py"),  # below the others of their folder
     ("launch/*.py", "setup.py", ".ci/*.py"),
     ("nemo_embed_core/*.py", "kernels/*.py"),  # among themselves: import-linter's

@@ -1,8 +1,8 @@
 """The training step on a GPU, with its own attention and kernels: the same model as the padded one, and it
 learns."""
 
-import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no installed package
 
-from benchmarks import step
+from benchmarks import step_libraries, step_peers
 from benchmarks.ceilings import kernel_times
+from benchmarks.step_data import Groups, global_batches
+from benchmarks.step_ours import Ours
+from benchmarks.step_parts import PARTS, profiled
 from nemo_embed_core.config import ModelConfig, ParallelConfig
 from nemo_embed_core.kernels import mean_pool
 from nemo_embed_core.model import attention
@@ -36,19 +39,17 @@ def mesh():
 
 @pytest.mark.parametrize("head_dim", sorted(SMALL))
 def test_packed_equals_padded_in_fp32_and_bf16(mesh, head_dim, monkeypatch):
-    monkeypatch.setattr(step, "GATE_SHAPE", SMALL[head_dim])
-    step.gate("plain", mesh)
+    monkeypatch.setattr(step_peers, "GATE_SHAPE", SMALL[head_dim])
+    step_peers.gate(step_peers.plain_torch, mesh)
 
 
-@pytest.mark.parametrize("backend", ["varlen", "flash"])
+@pytest.mark.parametrize("backend", ["varlen", "flash", "flash3", "varlen3"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attention_of_grouped_heads_has_the_reference_gradients(backend, head_dim):
     """bf16: no further from fp64 than twice the plain attention in bf16, outputs and the gradients of q, k
     and v."""
-    if backend == "flash" and not any(
-        importlib.util.find_spec(m) for m in ("flash_attn_interface", "flash_attn")
-    ):
-        pytest.skip("flash-attn is not installed")
+    if lacks := attention.why_not(backend, torch.device("cuda"), torch.bfloat16):
+        pytest.skip(lacks)
     torch.manual_seed(0)
     lengths = [1, 70, 129, 300]
     segments = attention.Segments(
@@ -67,22 +68,30 @@ def test_attention_of_grouped_heads_has_the_reference_gradients(backend, head_di
     truth = run(attention.reference_attention, torch.float64)
     plain = run(attention.reference_attention, torch.bfloat16)
     ours = run(attention.pick_attention(backend, torch.device("cuda"), torch.bfloat16), torch.bfloat16)
+    if backend == "varlen3":
+        torch.nn.attention.restore_flash_attention_impl()
     for name, exact, theirs, mine in zip(("out", "dq", "dk", "dv"), truth, plain, ours, strict=True):
         assert (mine - exact).norm() <= 2 * (theirs - exact).norm(), name
 
 
 def test_packed_equals_hugging_face(mesh):
     pytest.importorskip("transformers")
-    step.gate("hf", mesh)
+    step_peers.gate(step_peers.transformers_llama, mesh)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_packed_equals_sentence_transformers(mesh, flatten):
+    pytest.importorskip("sentence_transformers")
+    step_peers.gate(partial(step_libraries.SentenceTransformers, flatten=flatten), mesh)
 
 
 @pytest.mark.parametrize("head_dim", sorted(SMALL))
 def test_bf16_steps_lower_the_loss_as_fp32_steps_do(mesh, head_dim):
-    groups = step.Groups(8, 4, SMALL[head_dim].vocab_size, seed=0)
-    (batch,) = step.global_batches(groups, SMALL[head_dim], num_queries=8, max_tokens=2048)
+    groups = Groups(8, 4, SMALL[head_dim].vocab_size, seed=0)
+    (batch,) = global_batches(groups, SMALL[head_dim], num_queries=8, max_tokens=2048)
     curves = {}
     for dtype, masters in ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "split")):
-        ours = step.Ours(SMALL[head_dim], mesh, dtype, master_weights=masters)
+        ours = Ours(SMALL[head_dim], mesh, dtype, master_weights=masters)
         ours.lr = 1e-6
         curves[dtype, masters] = torch.tensor([ours.step(batch) for _ in range(10)])
     full = curves[torch.float32, "fp32"]
@@ -92,20 +101,20 @@ def test_bf16_steps_lower_the_loss_as_fp32_steps_do(mesh, head_dim):
 
 
 def test_a_step_is_profiled_into_its_parts(mesh):
-    groups = step.Groups(8, 4, SMALL[128].vocab_size, seed=0)
-    (batch,) = step.global_batches(groups, SMALL[128], num_queries=8, max_tokens=2048)
-    ours = step.Ours(SMALL[128], mesh, torch.bfloat16)
+    groups = Groups(8, 4, SMALL[128].vocab_size, seed=0)
+    (batch,) = global_batches(groups, SMALL[128], num_queries=8, max_tokens=2048)
+    ours = Ours(SMALL[128], mesh, torch.bfloat16)
     ours.step(batch)
-    parts = step.profiled(lambda: ours.step(batch))
-    missing = [part for part in step.PARTS if part != "other" and not parts.seconds[part]]
+    parts = profiled(lambda: ours.step(batch))
+    missing = [part for part in PARTS if part != "other" and not parts.seconds[part]]
     assert not missing, (missing, parts)
     assert parts.seconds["other"] < 0.2 * sum(parts.seconds.values()), parts.other
 
 
 def test_the_compiled_peer_gives_the_eager_losses(mesh):
-    groups = step.Groups(8, 4, SMALL[64].vocab_size, seed=0)
-    (batch,) = step.global_batches(groups, SMALL[64], num_queries=8, max_tokens=2048)
-    peer, padded = step.Peer("plain", SMALL[64], mesh.device, torch.float32), batch.padded(groups, 4)
+    groups = Groups(8, 4, SMALL[64].vocab_size, seed=0)
+    (batch,) = global_batches(groups, SMALL[64], num_queries=8, max_tokens=2048)
+    peer, padded = step_peers.plain_torch(SMALL[64], mesh.device, torch.float32), batch.padded(groups, 4)
     eager = peer.backward(padded)
     peer.compile_layers(True)
     torch.testing.assert_close(peer.backward(padded), eager, rtol=1e-3, atol=1e-3)

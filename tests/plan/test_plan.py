@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import DRAWN, MODEL, train_config
 
-from benchmarks import step
+from benchmarks import step_data as step
 from launch import plan as launcher
 from nemo_embed_core.config import (
     ClusterConfig,
