@@ -51,7 +51,7 @@ TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1
 HSDP = f"{LAYOUT}[tp1-dp2-replicate2]"
 BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
 RECOMPUTE = "tests/parallel/test_recompute.py"
-MASTERS = "tests/train/test_master_weights.py"
+MASTERS, MOMENTS = "tests/train/test_master_weights.py", "tests/train/test_moments.py"
 
 
 class Mutant(NamedTuple):
@@ -123,13 +123,19 @@ MUTANTS = [
     Mutant("a loss window without its limit", "nemo_embed_core/train/spikes.py", "loss = min(loss, mean + self.limit * std)", "pass", "tests/train/test_trainer.py"),
     Mutant("ranks that were not asked to stop go on", TRAINER, "if self._vote(self._stop)", "if self._stop", "tests/train/test_control.py"),
     # ---- split masters
-    Mutant("split masters lose what a box has beyond bf16", "nemo_embed_core/checkpoint/weights.py", "    if remainder is None:\n        tensor", "    if True:\n        tensor", MASTERS),
-    Mutant("a checkpoint of split masters has their upper halves", "nemo_embed_core/checkpoint/write.py", "else join_master(self.tensor.detach(), self.remainder)", "else self.tensor.float()", MASTERS),
+    Mutant("split masters lose what a box has beyond bf16", "nemo_embed_core/checkpoint/weights.py", "    if rest is None:\n        tensor", "    if True:\n        tensor", MASTERS),
+    Mutant("a checkpoint of split masters has their upper halves", "nemo_embed_core/checkpoint/write.py", "to_fp32(self.tensor.detach(), self.rest)", "self.tensor.float()", MASTERS),
     Mutant("gradients of bf16 shards are rounded to bf16", FSDP, "group._orig_dtype = torch.float32", "pass", f"{BF16} {MASTERS}"),
     Mutant("gradients of micro-batches add up in bf16 without FSDP2", FSDP, "is_alone = is_last and p.ndim > 1", "is_alone = p.ndim > 1", BF16),
     Mutant("tp ranks add the norms' gradients in bf16", FSDP, "is_alone = is_last and p.ndim > 1", "is_alone = is_last", BF16),
     Mutant("split masters are not clipped", OPTIM, "optimizer.factor = factor", "optimizer.factor = torch.ones_like(factor)", MASTERS),
     Mutant("a resumed run with split masters corrects the bias anew", OPTIM, "optimizer.num_updates = count", "optimizer.num_updates = 0", MASTERS),
+    Mutant("random bits of a moment are the same in every step", OPTIM, "{self.seed} {self.num_updates} {name}", "{self.seed} {name}", MOMENTS),
+    Mutant("random bits of a moment are the same in every run", OPTIM, "{self.seed} {self.num_updates} {name}", "{self.num_updates} {name}", MOMENTS),
+    Mutant("random bits of a moment are the same in every parameter", OPTIM, "{self.seed} {self.num_updates} {name}", "{self.seed} {self.num_updates}", MOMENTS),
+    Mutant("random bits of a moment count from the shard's first row", OPTIM, "box[0][0] * shape[1] + box[0][1]", "box[0][1]", MOMENTS),
+    Mutant("blocks of a moment reach over what tp cuts", OPTIM, "tp_unit(name, config) if tp_dim(name) == 1 else shape[1]", "shape[1]", MOMENTS),
+    Mutant("codes of a moment are written with bases of other blocks", "nemo_embed_core/train/run_state.py", "(rows, columns // block)", "(rows, columns)", MOMENTS),
     Mutant("a step with a gradient that is not finite is taken", OPTIM, "optimizer.found_inf = (factor == 0).float()", "pass", f"{MASTERS} tests/train/test_control.py"),
     Mutant("a step with a loss that is not finite is taken", ENGINE, "else torch.where(finite, self.factor, 0.0)", "else self.factor", "tests/train/test_control.py"),
     # ---- gradients over ranks

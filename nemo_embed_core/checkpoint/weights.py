@@ -22,7 +22,7 @@ from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.safetensors import find_tensors
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.kernels.adamw import split_master
+from nemo_embed_core.kernels.adamw import from_fp32_
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.model.spec import FAMILIES, hf_rows, hf_shapes, parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel.boxes import Box, local_box, unpadded
@@ -283,15 +283,12 @@ def fill(
         raise UserError(non_finite_weights(getattr(reader, "folder", "the initial weights"), bad))
 
 
-def write_values(values: Tensor, tensor: Tensor, remainder: Tensor | None = None) -> None:
-    """In place: into the tensor, or into the halves of an fp32 master."""
-    if remainder is None:
+def write_values(values: Tensor, tensor: Tensor, rest: Tensor | None = None) -> None:
+    """In place: into the tensor, or into the two that stand for fp32 values (kernels/adamw.py)."""
+    if rest is None:
         tensor.copy_(values)
     else:
-        for half, value in zip(
-            (tensor, remainder), split_master(values.float().to(tensor.device)), strict=True
-        ):
-            half.copy_(value)
+        from_fp32_(values.float().to(tensor.device), tensor, rest)
 
 
 def _non_finite(target: Tensor, name: str, box: Box, config: ModelConfig) -> list[str]:

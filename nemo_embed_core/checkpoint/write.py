@@ -33,33 +33,33 @@ from nemo_embed_core.checkpoint.runs import prune, unfinished
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
 from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name
-from nemo_embed_core.kernels.adamw import join_master
+from nemo_embed_core.kernels.adamw import to_fp32
 from nemo_embed_core.parallel.boxes import Box
 from nemo_embed_core.parallel.collectives import gather_objects
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one tensor that this rank writes; of boxes that tp replicas hold one rank writes. With a
-    remainder, `tensor` is the upper half of an fp32 one (kernels/adamw.py), which is written."""
+    """The part of one tensor that this rank writes; of boxes that tp replicas hold one rank writes. What is
+    kept otherwise, with `rest` or in bf16 (kernels/adamw.py: to_fp32), is written in fp32."""
 
     shape: tuple[int, ...]
     box: Box
     tensor: Tensor
-    remainder: Tensor | None = None
+    rest: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the values."""
-        return self.tensor.dtype if self.remainder is None else torch.float32
+        return torch.float64 if self.tensor.dtype == torch.float64 else torch.float32
 
     @property
     def nbytes(self) -> int:
         return self.tensor.numel() * self.dtype.itemsize
 
     def values(self) -> Tensor:
-        """The tensor itself, or its halves joined in memory of its own."""
-        return self.tensor if self.remainder is None else join_master(self.tensor.detach(), self.remainder)
+        """The tensor itself, or what it stands for in memory of its own."""
+        return to_fp32(self.tensor.detach(), self.rest)
 
 
 def save_checkpoint(

@@ -90,6 +90,10 @@ class OptimConfig(Options, section="optim"):
     parameter), "split" as the bf16 weights that run and 16-bit remainders (4 bytes, the same masters bit for
     bit, whose ties round half away from zero; with precision bf16 alone). A run may change it when it
     resumes."""
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How AdamW keeps its two moments of a matrix: "fp32" (8 bytes a parameter), "bf16" (4) or "8bit" (2, in
+    blocks of at most 256 of a row), both rounded at random, right in the mean, and with master_weights split
+    alone. Norms keep fp32. A run may change it when it resumes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +107,12 @@ class OptimConfig(Options, section="optim"):
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
             betas = f"beta1={self.beta1} and beta2={self.beta2}"
             raise UserError(f"optim: {betas} must lie in [0, 1), eps={self.eps} must be positive")
+        if self.moments != "fp32" and self.master_weights != "split":
+            raise UserError(
+                f"optim.moments={self.moments} needs optim.master_weights=split: torch's AdamW, which "
+                "updates fp32 masters, has fp32 moments alone; set that (with precision=bf16), or "
+                "optim.moments=fp32"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

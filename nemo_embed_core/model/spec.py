@@ -107,6 +107,8 @@ def tp_unit(name: str, config: ModelConfig) -> int:
     width = config.intermediate_size // config.mlp_blocks
     if name.endswith("gate_up_proj.weight"):
         return 2 * width
+    if name.endswith("o_proj.weight"):
+        return config.num_attention_heads // config.num_key_value_heads * config.head_dim
     return width if name.endswith("down_proj.weight") else 1
 
 

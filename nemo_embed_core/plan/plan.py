@@ -28,6 +28,7 @@ from nemo_embed_core.plan.lengths import Split, Texts, split, texts_of
 from nemo_embed_core.plan.pretend import Seen, Shape, pretend
 from nemo_embed_core.plan.time import Layout, step_seconds
 from nemo_embed_core.train.metrics import training_flops
+from nemo_embed_core.train.optim import update_bytes
 
 # What fake tensors do not see: workspaces and fragments grow with what is used, the CUDA context and NCCL do
 # not.
@@ -205,7 +206,7 @@ def _evaluate(
         times.append(
             step_seconds(
                 config.cluster, layout, model, [(t, squares) for t, squares, _ in s.micro_batches], traffic,
-                candidate.recompute, num_parameters(model),
+                candidate.recompute, num_parameters(model), update_bytes(train.optim),
             )
         )  # fmt: skip
     tokens = float(np.mean([s.tokens for s in splits]))

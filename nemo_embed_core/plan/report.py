@@ -10,8 +10,8 @@ from nemo_embed_core.config.train import TrainConfig
 from nemo_embed_core.parallel.wire import sent
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.plan import SLACK_BYTES, SLACK_SHARE, Candidate, Found, needed
-from nemo_embed_core.plan.time import HIDDEN, OPTIMIZER_BYTES, RECOMPUTED
-from nemo_embed_core.train.optim import BYTES_PER_PARAMETER
+from nemo_embed_core.plan.time import HIDDEN, RECOMPUTED
+from nemo_embed_core.train.optim import BYTES_PER_PARAMETER, update_bytes
 
 
 def rates(found: Found, candidate: Candidate) -> dict[str, tuple[float, float]]:
@@ -74,7 +74,7 @@ def _lines(found: Found) -> Iterator[str]:
         f"{gpu.rates[0]:.0%} to {gpu.rates[1]:.0%} of the peak; "
         f"{HIDDEN[0]:.0%} to {HIDDEN[1]:.0%} of the compute hides "
         f"data-parallel traffic, nothing hides tensor-parallel traffic; "
-        f"AdamW moves {OPTIMIZER_BYTES} bytes a parameter"
+        f"AdamW moves {update_bytes(train.optim):.3g} bytes a parameter"
     )
     node = cluster.node_link or gpu.node_link / 1e9
     yield f"  Links, GB/s of a GPU one way: {node:g} in a node, {cluster.network_link:g} between nodes"
@@ -151,6 +151,8 @@ def _remedy(candidate: Candidate, train: TrainConfig) -> str:
             ways.append("parallel.reshard_after_forward=true")
     if train.optim.master_weights != "split" and train.precision != "fp32":
         ways.append("optim.master_weights=split")
+    if train.optim.master_weights == "split" and train.optim.moments != "8bit":
+        ways.append("optim.moments=" + ("bf16" if train.optim.moments == "fp32" else "8bit"))
     return ", ".join(ways) + " or fewer data.max_tokens"
 
 

@@ -6,7 +6,7 @@ compute     hardware FLOPs / (tp x peak x rate), rate an interval (hardware.py),
             tp; at least the time in which a GPU reads its weights three times
 tp wire     bytes sent / link + calls x latency: nothing of it is hidden
 dp wire     the same, of which 50 to 90 % of the compute hides as much
-optimizer   28 bytes a parameter that a GPU holds, at its memory's rate
+optimizer   the bytes that an update reads and writes (train/optim.py), at the memory's rate
 host        18 ms a step (benchmarks/results: what a step of the 8B was idle)
 
 A ring over several nodes goes at the rate of the network cards of those GPUs of a node that belong to it.
@@ -27,7 +27,6 @@ from nemo_embed_core.train.metrics import training_flops
 HIDDEN = (0.5, 0.9)  # share of the compute behind which data-parallel traffic can hide
 NARROW = {1: 1.0, 2: 0.98, 4: 0.95, 8: 0.92}  # rate of products cut over tp ranks
 LATENCY = {"node": 12e-6, "network": 40e-6}  # seconds a collective
-OPTIMIZER_BYTES = 28  # a parameter: weight, both moments read and written, gradient read
 HOST_S = 0.018
 # Share of the model's FLOPs that backward runs again.
 RECOMPUTED: Mapping[Recompute, float] = {"none": 0.0, "selective": 0.01, "full": 1 / 3}
@@ -84,14 +83,15 @@ def step_seconds(
     traffic: Mapping[Key, Traffic],
     recompute: Recompute,
     num_parameters: int,
+    optimizer_bytes: float,
 ) -> tuple[float, float]:
     """(least, most) seconds of a step; micro_batches: (tokens, sum of squared lengths) of the fullest rank in
-    each."""
+    each; optimizer_bytes: optim.update_bytes."""
     gpu = GPUS[cluster.gpu]
     floor = training_flops(model, 1, 0) / layout.tp / gpu.bandwidth  # 6: 2 bytes of each weight, three times
     tp = wire_seconds(cluster, layout, traffic, ("tp",))
     dp = wire_seconds(cluster, layout, traffic, ("dp_shard", "dp_replicate", "dp"))
-    optimizer = OPTIMIZER_BYTES * num_parameters / layout.tp / layout.shard / gpu.bandwidth
+    optimizer = optimizer_bytes * num_parameters / layout.tp / layout.shard / gpu.bandwidth
     found = []
     for rate, hidden in zip(reversed(gpu.rates), reversed(HIDDEN), strict=True):
         speed = layout.tp * gpu.peak * rate * NARROW.get(layout.tp, min(NARROW.values()))

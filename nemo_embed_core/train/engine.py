@@ -20,11 +20,13 @@ from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.model.attention import Attention, pick_attention
 from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel import fsdp
+from nemo_embed_core.parallel.boxes import Box, local_box
 from nemo_embed_core.parallel.grad_norm import clip_factor, grad_norm, sync_replicated_grads
 from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
 from nemo_embed_core.train.metrics import peak_memory
-from nemo_embed_core.train.optim import build_optimizer, check_master_weights, ensure_state, update
+from nemo_embed_core.train.optim import build_optimizer, check_master_weights, ensure_state, place_of, update
 from nemo_embed_core.train.step import forward_backward
 
 
@@ -49,6 +51,7 @@ class Engine:
         memory: AbstractContextManager[object] | None = None,
     ):
         self.config, self.model_config, self.mesh = config, model, mesh
+        self.shapes = parameter_shapes(model)
         self.dtype = dtype or run_dtype(config, mesh.device)
         check_master_weights(config.optim, self.dtype)
         attention = attention or pick_attention(config.attention, mesh.device, self.dtype)
@@ -70,8 +73,26 @@ class Engine:
             self.model.to_empty(device=mesh.device)
             if split:
                 fsdp.keep_gradients_in_fp32(self.model)
-            self.optimizer = build_optimizer(self.model, config.optim)
+            found = {p: fsdp.plain_name(name) for name, p in self.model.named_parameters()}
+            places = {
+                p: place_of(name, self.shapes[name], self.box(name), model) for p, name in found.items()
+            }
+            matrices = {p: place for p, place in places.items() if place is not None}
+            self.optimizer = build_optimizer(self.model, config.optim, config.seed, matrices)
             ensure_state(self.optimizer)
+
+    def box(self, name: str) -> Box:
+        """What this rank holds of our parameter."""
+        mesh, unit = self.mesh, tp_unit(name, self.model_config)
+        return local_box(
+            self.shapes[name],
+            tp_dim(name),
+            mesh.tp.rank,
+            mesh.tp.size,
+            mesh.shard_rank,
+            mesh.shard_size,
+            unit,
+        )
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], before: Callable[[str, int], None] = lambda phase, i: None

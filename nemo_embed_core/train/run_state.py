@@ -27,14 +27,13 @@ from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel import fsdp
-from nemo_embed_core.parallel.boxes import Box, local_box, unpadded
+from nemo_embed_core.parallel.boxes import Box, unpadded
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine
-from nemo_embed_core.train.optim import remainder_of, set_num_updates, state_of
+from nemo_embed_core.train.optim import STATE, base_of, remainder_of, set_num_updates, state_of
 from nemo_embed_core.train.schedule import num_warmup_steps
 from nemo_embed_core.train.spikes import LossWindow
 
@@ -170,7 +169,7 @@ class RunState:
         self.optim = engine.config.optim
         self.overrides: list[dict[str, Any]] = []
         self.export_dtype = engine.dtype
-        self.shapes = parameter_shapes(engine.model_config)
+        self.shapes = engine.shapes
 
     def count(self, rows: np.ndarray, skipped: bool) -> None:
         """A step of these rows is done."""
@@ -197,21 +196,24 @@ class RunState:
                 named[state_name(state, name)] = local_tensor(tensor)
         return {name: unpadded(tensor, self._box(name)) for name, tensor in named.items()}
 
-    def remainders(self) -> dict[str, torch.Tensor]:
-        """Our parameter name -> the lower half of its split master (optim.master_weights), likewise."""
-        named = {
-            fsdp.plain_name(full_name): remainder_of(self.engine.optimizer, p)
-            for full_name, p in self.engine.model.named_parameters()
-        }
-        return {n: unpadded(local_tensor(t), self._box(n)) for n, t in named.items() if t is not None}
+    def rests(self) -> dict[str, torch.Tensor]:
+        """The same names -> what a tensor is read with (kernels/adamw.py: to_fp32), likewise: the lower half
+        of a split master, the bases of a moment's blocks."""
+        named = {}
+        for full_name, p in self.engine.model.named_parameters():
+            name, optimizer = fsdp.plain_name(full_name), self.engine.optimizer
+            if (half := remainder_of(optimizer, p)) is not None:
+                named[name] = unpadded(local_tensor(half), self._box(name))
+            for state in STATE:
+                if (base := base_of(optimizer, p, state)) is not None:
+                    offset, (rows, columns) = self._box(name)
+                    block = local_tensor(p).shape[-1] // base.shape[-1]
+                    named[state_name(state, name)] = unpadded(base, (offset, (rows, columns // block)))
+        return named
 
     def _box(self, name: str) -> Box:
         """Of this rank."""
-        plain, mesh = parameter_of(name), self.engine.mesh
-        return local_box(
-            self.shapes[plain], tp_dim(plain), mesh.tp.rank, mesh.tp.size, mesh.shard_rank, mesh.shard_size,
-            tp_unit(plain, self.engine.model_config),
-        )  # fmt: skip
+        return self.engine.box(parameter_of(name))
 
     def pieces(self) -> dict[str, Piece]:
         """What this rank writes: its boxes, and those of replicated parameters on tp rank 0; of several
@@ -222,11 +224,11 @@ class RunState:
         replicated = {
             fsdp.plain_name(n) for n, p in self.engine.model.named_parameters() if is_tp_replicated(p)
         }
-        remainders = self.remainders()
+        rests = self.rests()
         for name, tensor in self.tensors().items():
             plain = parameter_of(name)
             if tensor.numel() and not (plain in replicated and self.engine.mesh.tp.rank):
-                pieces[name] = Piece(self.shapes[plain], self._box(name), tensor, remainders.get(name))
+                pieces[name] = Piece(self.shapes[plain], self._box(name), tensor, rests.get(name))
         return pieces
 
     def meta(self) -> dict[str, Any]:
@@ -263,12 +265,13 @@ class RunState:
         reader = Reader(folder)
         self._check_same_run(folder, reader.manifest, log)
         reader.check({name: self.shapes[parameter_of(name)] for name in self.tensors()})
-        bad, remainders = [], self.remainders()
+        bad, rests = [], self.rests()
         with torch.no_grad():
             for name, tensor in self.tensors().items():
                 if tensor.numel():
-                    write_values(reader.read_box(name, self._box(name)), tensor, remainders.get(name))
-                    if not all(x.isfinite() for x in tensor.aminmax()):
+                    values = reader.read_box(name, self._box(name))
+                    write_values(values, tensor, rests.get(name))
+                    if not all(x.isfinite() for kept in (values, tensor) for x in kept.aminmax()):
                         bad.append(name)
             raise_first(non_finite_weights(folder, bad) if bad else None)
             self.step, self.ledger = reader.manifest["step"], reader.manifest["ledger"]

@@ -38,6 +38,7 @@ with (
     mock.patch.object(torch, "randn", on_cpu),
     mock.patch.object(torch, "tensor", tensor),
     mock.patch.object(o, "gate", lambda device, sizes: 1.0),
+    mock.patch.object(o, "gate_rounded", lambda device, sizes, moments: (1.0, 0.0)),
 ):
     o.main(["--repeats", "1", "--layers", "5"])
 """
@@ -54,6 +55,7 @@ def test_without_a_device_the_gate_runs_and_says_so() -> None:
     result = run("-m", "benchmarks.optimizer")
     assert result.returncode == 0, result.stderr
     assert "ulps from torch's fused AdamW" in result.stdout and "nothing is timed" in result.stdout
+    assert "gate: bf16 moments" in result.stdout and "gate: 8bit moments" in result.stdout
 
 
 def test_a_whole_run_has_a_line_of_each_variant(tmp_path: Path) -> None:
@@ -62,13 +64,20 @@ def test_a_whole_run_has_a_line_of_each_variant(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("optimizer-*.jsonl")
     lines = {line["variant"]: line for line in map(json.loads, file.read_text().splitlines())}
     assert lines.keys() == {
-        "ours, bf16 gradients",
-        "ours, fp32 gradients",
+        *(
+            f"ours{m}, {g} gradients"
+            for m in ("", ", bf16 moments", ", 8bit moments")
+            for g in ("bf16", "fp32")
+        ),
         "torch",
         "torch, whole",
         "apex",
         "te",
+        "torchao, 8-bit moments",
+        "bnb, 8-bit moments",
     }
+    assert lines["ours, bf16 moments, bf16 gradients"]["bytes_a_parameter"] == 18
+    assert lines["ours, 8bit moments, fp32 gradients"]["bytes_a_parameter"] == 16 + 4 * 2 / 256
     ours = lines["ours, bf16 gradients"]
     assert ours["parameters"] == 9 * 7 + 5 and ours["bytes_a_parameter"] == 26
     assert ours["gb_per_s"] == pytest.approx(26 * 68 / 1.0 / 1e6)

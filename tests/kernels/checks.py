@@ -219,7 +219,7 @@ def adamw(module, sizes, grad="fp32", factor=0.37, steps=3, scale=1.0, device="c
             grads[0][0], grads[-1][-1] = float("nan"), float("inf")
         args = [pair[0] for pair in ours[0]], [pair[1] for pair in ours[0]], grads
         args += [pair[0] for pair in ours[1]], [pair[1] for pair in ours[1]]
-        module.adamw_kernel(*args, torch.tensor(factor, device=device), step=step, **options)
+        module.adamw_kernel(*args, torch.tensor(factor, device=device), [], [], step=step, **options)
     for i, ((weight, remainder), pair) in enumerate(zip(*ours, strict=True)):
         master = module.join_master(weight, remainder)
         again = module.split_master(master)
@@ -239,6 +239,94 @@ def adamw(module, sizes, grad="fp32", factor=0.37, steps=3, scale=1.0, device="c
                 f"error {error[worst]:.2e} is "
                 f"above the budget {budget[worst]:.2e}"
             )
+
+
+def value_of_code(codes, bases, block):
+    """fp64: the exponent counts eighths, as kernels/adamw.py says, here without a bit of a float."""
+    eighths = codes.long().abs() + bases.long().repeat_interleave(block, -1)
+    sizes = 2.0 ** (eighths // 8 - 127).double() * (1 + (eighths % 8) / 8.0)
+    return torch.where(codes == 0, 0.0, sizes * codes.long().sign())
+
+
+def adamw_moments(
+    module, moments, shape=(37, 60), block=20, cut=20, scale=1.0, factor=0.37, steps=6, device="cpu"
+):
+    """Updates with moments in bf16 or in codes, of a matrix whole and in three parts. Each stored moment is a
+    neighbour of what the formula in fp64 makes of those before, and right in the mean; the parts have the
+    bits of the whole, and another key makes others. Some elements are 0 for ever."""
+    options = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+    (R, C), types = shape, {"bf16": (torch.bfloat16,) * 2, "8bit": (torch.int8, torch.uint8)}[moments]
+    halves = [h.to(device) for h in module.split_master(torch.randn(R, C))]
+    kept = [torch.zeros(R, C, dtype=t, device=device) for t in types]
+    bases = [torch.zeros(R, C // block, dtype=torch.int16, device=device) for _ in types]
+    bases = bases if moments == "8bit" else []
+    whole, parts = [*halves, *kept, *bases], []
+    for rows, columns in (
+        (slice(0, 5), slice(0, cut)),
+        (slice(5, R), slice(0, cut)),
+        (slice(0, R), slice(cut, C)),
+    ):
+        narrow = slice(columns.start // block, columns.stop // block)
+        cuts = [(rows, columns)] * 4 + [(rows, narrow)] * len(bases)
+        parts.append((rows, columns, cuts, [x[at].clone() for x, at in zip(whole, cuts, strict=True)]))
+    other, errors = [x.clone() for x in whole], {}
+
+    def read(tensors):
+        if moments == "bf16":
+            return [x.double() for x in tensors[2:4]]
+        return [value_of_code(x, b, block) for x, b in zip(tensors[2:4], tensors[4:], strict=True)]
+
+    def step_of(tensors, grad, place, step):
+        w, r, m, v, *b = tensors
+        at = torch.tensor(factor, device=device)
+        module.adamw_kernel([w], [r], [grad], [m], [v], at, b, place, step=step, **options)
+
+    spread = torch.randn(R, C, device=device).mul(3).exp() * scale  # of the gradients' sizes
+    spread[:, 5:9] = 1e-5 * spread[:, :block].amax(1, keepdim=True)  # about as small as a code can be
+    spread[1], spread[:, 3] = 0, 0
+    for step in range(1, 1 + steps):
+        grad = torch.randn(R, C, device=device) * spread
+        before = read(whole)
+        step_of(whole, grad, [77 + step, 0, C], step)
+        step_of(other, grad, [78 + step, 0, C], step)
+        for rows, columns, cuts, mine in parts:
+            step_of(mine, grad[rows, columns], [77 + step, rows.start * C + columns.start, C], step)
+            for x, y, at in zip(whole, mine, cuts, strict=True):
+                assert torch.equal(x[at].view(y.dtype), y), (
+                    f"step {step}: a part has other bits than the whole"
+                )
+        g = grad.double() * torch.tensor(factor).double().item()
+        exact = [before[0] * 0.8 + 0.2 * g, before[1] * 0.95 + 0.05 * g * g]
+        for i, (x, got) in enumerate(zip(exact, read(whole), strict=True)):
+            name, bits = ("exp_avg", "exp_avg_sq")[i], {"bf16": 7, "8bit": 3}[moments]
+            gap = 2.0 ** (x.abs().clamp(min=1e-300).log2().floor() - bits)
+            least = torch.zeros_like(x)
+            if moments == "8bit":
+                top = (127, 255)[i]
+                largest = whole[2 + i].view(R, -1, block).long().abs().amax(-1)
+                some = x.view(R, -1, block).abs().amax(-1) > 2.0**-50
+                assert torch.equal(largest == top, some), (
+                    f"{name}: the largest of a block has not the code {top}"
+                )
+                one = torch.ones_like(whole[2 + i])
+                least = value_of_code(one, whole[4 + i], block)
+                gap = torch.where(x.abs() < least, least, gap)
+                if i:  # the smallest ones are lifted
+                    assert bool(((got > 0) == (x > 0)).all()), "exp_avg_sq lost its place above 0"
+                    gap = torch.where(x < least, torch.inf, gap)
+            error = (got - x) / gap
+            assert bool((error.abs() <= 1 + 1e-4).all()), f"{name} is off by {error.abs().max():.3f} of a gap"
+            assert bool((got[x == 0] == 0).all()), f"{name}: 0 moved"
+            for part in ("small", "all others"):
+                those = (x != 0) & (gap < torch.inf) & ((x.abs() < least) == (part == "small"))
+                errors.setdefault((name, part), []).append((error * x.sign())[those])
+    for (name, part), found in errors.items():
+        all_steps = torch.cat(found)
+        mean = all_steps.sum().item() / max(1, len(all_steps))
+        assert abs(mean) <= 5 * 0.5 / max(1, len(all_steps)) ** 0.5, (
+            f"{name}, {part}: rounded by {mean:.4f} of a gap in the mean"
+        )
+    assert not torch.equal(other[2], whole[2]), "another key makes the same bits"
 
 
 # ------------------------------------------------------------------------------------------ pooling
@@ -432,6 +520,7 @@ def joined_empty_terms(module, B, D=64, dtype="fp32", device="cpu"):
 # ------------------------------------------------------------------------------------------ running them
 
 KERNEL_FILE = {"segment_sum": "mean_pool", "split_rope": "rope", "info_nce_hard": "info_nce"}
+KERNEL_FILE |= {"adamw_moments": "adamw"}
 KERNEL_FILE |= dict.fromkeys(("info_nce_in_batch", "in_batch_logsumexp", "joined_empty_terms"), "info_nce")
 
 
@@ -716,6 +805,8 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
                 *(list(h) for h in zip(*halves, strict=True)),
                 *moments,
                 torch.tensor(0.5),
+                [],
+                [],
                 3,
                 0.01,
                 0.8,

@@ -116,13 +116,20 @@ def launch_everything(names: list[str], recipe: bool) -> None:
             for num_blocks, width in ((8, 1792),) if recipe else ((8, 1024), (8, 1792)):
                 backward(swiglu.swiglu_kernel(empty(16, 2 * num_blocks * width), num_blocks))
         if "adamw" in names and (dtype == torch.bfloat16 or not recipe):  # dtype: of the gradient
-            moments, options = (
-                [torch.empty(4096, 4096) for _ in range(2)],
-                {"step": 2, "lr": 1e-5, "weight_decay": 0.01},
-            )
+            options = {"step": 2, "lr": 1e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
             weight, remainder = adamw.split_master(torch.empty(4096, 4096))
-            arguments = [[x] for x in (weight, remainder, empty(4096, 4096).detach(), *moments)]
-            adamw.adamw_kernel(*arguments, torch.empty(()), beta1=0.9, beta2=0.999, eps=1e-8, **options)
+            halves = [[x] for x in (weight, remainder, empty(4096, 4096).detach())]
+            codes = (torch.int8, torch.uint8)
+            for dtypes, block in (
+                ((torch.float32,) * 2, 0),
+                ((torch.bfloat16,) * 2, 0),
+                *((codes, block) for block in ((256,) if recipe else (256, 32))),
+            ):
+                moments = [[torch.empty(4096, 4096, dtype=dtype)] for dtype in dtypes]
+                bases = [torch.empty(4096, 4096 // block, dtype=torch.int16) for _ in codes] if block else []
+                for columns in (4096,) if recipe else (4096, 14336):  # of the whole: cut by tp where more
+                    places = [5, 7, columns]
+                    adamw.adamw_kernel(*halves, *moments, torch.empty(()), bases, places, **options)
         if "fp8" in names and (dtype == torch.bfloat16 or not recipe):
             largest = fp8.amax_kernel(empty(16, 4096).detach())
             for to in (fp8.E4M3, fp8.E5M2):

@@ -462,6 +462,48 @@ MUTANTS = {
         "if factor != 0.0:",
         "if factor == factor:",
     ),
+    "adamw: random bits of a moment are half of what is dropped": (
+        "adamw_moments",
+        {"moments": "bf16", "steps": 2},
+        "bits = values.to(tl.int32, bitcast=True) + (random >> 16).to(tl.int32)",
+        "bits = values.to(tl.int32, bitcast=True) + (random >> 17).to(tl.int32)",
+    ),
+    "adamw: the key is left out of the random bits": (
+        "adamw_moments",
+        {"moments": "bf16", "steps": 2},
+        "(index + first).to(tl.uint32) ^ key.to(tl.uint32)",
+        "(index + first).to(tl.uint32)",
+    ),
+    "adamw: random bits of a part go by its own columns": (
+        "adamw_moments",
+        {"moments": "bf16", "steps": 2},
+        "index += index // columns * gap",
+        "index += 0",
+    ),
+    "adamw: random bits of a part go by its own first element": (
+        "adamw_moments",
+        {"moments": "bf16", "steps": 2},
+        "(index + first).to(tl.uint32) ^",
+        "index.to(tl.uint32) ^",
+    ),
+    "adamw: codes are read with the base of another block": (
+        "adamw_moments",
+        {"moments": "8bit", "steps": 2},
+        "tl.load(base_ptr + block, mask",
+        "tl.load(base_ptr + block // 2, mask",
+    ),
+    "adamw: small codes of exp_avg_sq become 0": (
+        "adamw_moments",
+        {"moments": "8bit", "steps": 2},
+        "tl.where(sizes > 0, tl.maximum(codes, 1), 0)",
+        "tl.maximum(codes, 0)",
+    ),
+    "adamw: small codes of exp_avg are cut off": (
+        "adamw_moments",
+        {"moments": "8bit", "steps": 2},
+        "tl.where(sizes < least, is_up.to(tl.int32), codes)",
+        "tl.where(sizes < least, 0, codes)",
+    ),
     # ---- few rows, which a budget for the whole tensor forgave
     "in batch: a small row is lost beside large ones": (
         "info_nce_in_batch",

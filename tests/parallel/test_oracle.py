@@ -341,7 +341,7 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         ParallelConfig: {
             "tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s",
         },
-        LossConfig: set(), OptimConfig: {"master_weights"},
+        LossConfig: set(), OptimConfig: {"master_weights", "moments"},
         TrainConfig: {
             "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",
             "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data", "parallel",

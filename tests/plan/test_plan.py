@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import DRAWN, MODEL, train_config
 
 from benchmarks import step_data as step
@@ -16,6 +17,7 @@ from nemo_embed_core.config import (
     ClusterConfig,
     LengthsConfig,
     ModelConfig,
+    OptimConfig,
     ParallelConfig,
     PlanConfig,
     TrainConfig,
@@ -26,8 +28,10 @@ from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.options import dump_yaml
 from nemo_embed_core.parallel.wire import step_traffic
+from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
 from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
 from nemo_embed_core.plan.pretend import PARTS, Shape, pretend
@@ -93,7 +97,7 @@ def hours(cluster: ClusterConfig, name: str, recompute: Recompute) -> tuple[floa
     found = split(texts.batches[0], layout.dp, config.data.max_tokens)
     seconds = step_seconds(
         cluster, layout, model, [(t, squares) for t, squares, _ in found.micro_batches],
-        traffic_of(config, model, layout, found), recompute, num_parameters(model),
+        traffic_of(config, model, layout, found), recompute, num_parameters(model), 28,
     )  # fmt: skip
     return config.steps * seconds[0] / 3600, config.steps * seconds[1] / 3600
 
@@ -214,20 +218,41 @@ def test_the_command_says_what_is_wrong_before_it_works(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "master_weights", "ways"),
+    ("gpus", "master_weights", "moments", "ways"),
     [
-        (1, "split", "more GPUs or"),
-        (1, "fp32", "more GPUs, optim.master_weights=split or"),
-        (4, "split", "more GPUs, a larger parallel.tp_size, parallel.reshard_after_forward=true or"),
+        (1, "split", "8bit", "more GPUs or"),
+        (1, "split", "bf16", "more GPUs, optim.moments=8bit or"),
+        (1, "fp32", "fp32", "more GPUs, optim.master_weights=split or"),
+        (
+            4, "split", "fp32", "more GPUs, a larger parallel.tp_size, parallel.reshard_after_forward=true, "
+            "optim.moments=bf16 or",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_told_only_what_would_help(
-    tmp_path: Path, gpus: int, master_weights: str, ways: str
+    tmp_path: Path, gpus: int, master_weights: str, moments: str, ways: str
 ) -> None:
-    train = train_config(tmp_path, precision="bf16", optim={"master_weights": master_weights})
+    optim = {"master_weights": master_weights, "moments": moments}
+    train = train_config(tmp_path, precision="bf16", optim=optim)
     too_large = Candidate(layout=Layout(1, 1, gpus), recompute="full", max_tokens=512, peak=10**12)
     found = Found(
         config=PlanConfig(train="run.yaml"), train=train, model=MODEL, model_words="",
         texts=Texts([], 512, ""), best=[], seen=None, too_large=[too_large], impossible=[],
     )  # fmt: skip
-    assert f"GB; {ways} fewer data.max_tokens" in report(found)
+    said = report(found)
+    assert f"GB; {ways} fewer data.max_tokens" in said
+    assert f"AdamW moves {16 if moments == '8bit' else 20 if moments == 'bf16' else 28}" in said
+
+
+@pytest.mark.parametrize(("moments", "each"), [("fp32", 8.0), ("bf16", 4.0), ("8bit", 2 + 4 / 256)])
+def test_states_and_seconds_of_an_update_are_those_of_its_moments(moments: str, each: float) -> None:
+    optim = OptimConfig(master_weights="split", moments=moments)
+    config, model = TrainConfig(output_dir="", steps=1, optim=optim), ModelConfig(num_hidden_layers=1)
+    seen = pretend(config, model, 2, [Shape((64,) * 20, 4, 4)])
+    shares = [torch.Size(shape).numel() / 2 for shape in parameter_shapes(model).values()]
+    bytes_of_norms = 3 * model.hidden_size / 2 * (10 - each - 2)
+    states = seen.components["optimizer states"]
+    assert states == pytest.approx((2 + each) * sum(shares) + bytes_of_norms, abs=8)
+    cluster, layout = ClusterConfig(nodes=1), Layout(1, 1, 8)
+    took = [step_seconds(cluster, layout, model, [(64, 64)], {}, "none", 10**9, b)[0] for b in (28, 6)]
+    assert took[0] - took[1] == pytest.approx(22 * 10**9 / 8 / GPUS[cluster.gpu].bandwidth)
