@@ -459,7 +459,6 @@ PACKAGE_FILES = [p for p in SOURCES if ROOT / "benchmarks" not in p.parents and 
 LARGE = {"nemo_embed_core/parallel/liveness.py": "notes, watchdog and errors are one protocol over one store"}
 OF_AN_OP = "a custom op's schema is its signature, and the public function names the same arguments"
 TWICE = {  # file: first line
-    "kernels/adamw.py: weights: Sequence[Tensor],": OF_AN_OP,
     "kernels/filter_scores.py: queries_QD: torch.Tensor,": OF_AN_OP,
     "kernels/rope.py: qkv_TE: torch.Tensor,": OF_AN_OP,
 }
