@@ -48,6 +48,13 @@ def test_adamw_within_budget_and_a_refused_step_changes_nothing(sizes, factor, d
     checks.run("adamw", {"sizes": sizes, "factor": factor, "grad": dtype, "device": "cuda"})
 
 
+@pytest.mark.parametrize("moments", ["bf16", "8bit"])
+@pytest.mark.parametrize(("shape", "block", "cut"), [((37, 60), 20, 20), ((513, 4096), 256, 1792)])
+def test_rounded_moments_of_adamw_are_neighbours_and_the_same_in_every_cut(shape, block, cut, moments):
+    sizes = {"shape": shape, "block": block, "cut": cut}
+    checks.run("adamw_moments", {"moments": moments, **sizes, "device": "cuda"})
+
+
 @DTYPES
 @pytest.mark.parametrize("values", ["int8", "bf16"])
 @pytest.mark.parametrize(("N", "D"), [(1, 100), (1025, 1024), (513, 4096), (33, 9000)])
