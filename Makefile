@@ -89,10 +89,10 @@ gpu:
 	echo "== make gpu: $$(( $$(date +%s) - began )) s$${left_out:+; left out:$$left_out}"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
 
-# checkpoint needs what a GPU machine may lack (safetensors), so it is not among the GPU's.
+# checkpoint and data need what a GPU machine may lack (safetensors, datasets), so they are not among the GPU's.
 bench: $(INSTALLED)
 	@failed=""; \
-	for name in $(BENCHMARKS) checkpoint; do \
+	for name in $(BENCHMARKS) checkpoint data; do \
 	  echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed benchmarks.$$name"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed" >&2; exit 1; fi

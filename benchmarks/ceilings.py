@@ -48,18 +48,31 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
 
 
-class ResultsFile:
-    """JSON lines, one per figure, written as soon as it is known: what stops half-way loses nothing."""
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
-    def __init__(self, benchmark: str):
+
+class ResultsFile:
+    """JSON lines, one per figure, written as soon as it is known: what stops half-way loses nothing.
+
+    device: "cpu" for figures that no GPU has a part in; "gpu" and "sms" are then the processor and its cores.
+    """
+
+    def __init__(self, benchmark: str, device: str = "cuda"):
         started = datetime.now(UTC)
-        properties = torch.cuda.get_device_properties(0)
+        if device == "cpu":
+            where, cores = cpu_name(), len(os.sched_getaffinity(0))
+        else:
+            properties = torch.cuda.get_device_properties(0)
+            where, cores = properties.name, properties.multi_processor_count
         self.run = {
             "benchmark": benchmark,
             "date": started.isoformat(timespec="seconds"),
             "commit": commit(),
-            "gpu": properties.name,
-            "sms": properties.multi_processor_count,
+            "gpu": where,
+            "sms": cores,
             "torch": torch.__version__,
             "triton": triton.__version__,
         }

@@ -168,12 +168,49 @@ def optimizer(rows: list[Row]) -> list[str]:
     return lines + table(["variant", "parameters", "bytes a parameter", "ms", "of a copy"], cells)
 
 
+def data(rows: list[Row]) -> list[str]:
+    """Tokenising beside datasets.map, packing beside padding, and whether the loader keeps up."""
+    run = rows[0]
+    texts = "Debian's package descriptions" if run["texts"] == "debian" else f"{run['texts']} texts"
+    lines = [
+        f"{texts}, a vocabulary of {run['vocab_size']:,}, one thread on {run['sms']} cores that others share "
+        f"(load {run['load']} before it).",
+        f"Rates are of the processor's time; `faster` is the median of {run['rounds']} rounds in turns, and "
+        "their least and most. Ours reads, checks,",
+        "hashes, tokenises each text once, judges, verifies and syncs; the peer is "
+        '`load_dataset("json").map(batched=True)` with the same tokenizer.',
+        "",
+    ]
+    cells = []
+    for row in (row for row in rows if row["what"] == "compile"):
+        low, middle, high = row.get("faster") or (None, None, None)
+        faster = f"{number(middle)} ({number(low)} to {number(high)})" if middle else ""
+        rates = [number(row[key], 4) for key in ("rows_per_core_s", "tokens_per_core_s")]
+        cells.append([row["shape"], row["variant"], *rates, number(row["seconds"]), faster])
+    head = ["rows", "variant", "rows/s a core", "tokens/s a core", "seconds on the clock", "ours is faster"]
+    lines += table(head, cells)
+    packed = [row for row in rows if row["what"] == "packing"]
+    title = f"Share of real tokens, {packed[0]['rows']:,} rows with their negatives, "
+    title += f"packed into {packed[0]['max_tokens']:,} tokens (a document of several rows of a micro-batch "
+    title += "is there once) and padded:"
+    cells = [[row["variant"], f"{row['tokens']:,}", f"{row['useful']:.4f}"] for row in packed]
+    lines += ["", title, "", *table(["variant", "tokens", "useful"], cells), ""]
+    for row in (row for row in rows if row["what"] == "loading"):
+        lines.append(
+            f"`load_batch` of one rank of {row['ranks']}, {row['rows_a_rank']} rows each: "
+            f"{row['seconds']:.3f} s a step of {row['tokens']:,.0f} tokens, "
+            f"{row['tokens_per_s']:,.0f} tokens/s; the goal is {row['goal_per_s']:,}, so a step hides it {1 / row['share_of_step']:.1f} times."
+        )
+    return lines
+
+
 SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "ceilings": ceilings,
     "kernels": kernels,
     "step": step,
     "mining": mining,
     "optimizer": optimizer,
+    "data": data,
 }
 
 
@@ -185,8 +222,8 @@ def page() -> str:
         "the newest run on each device. `make gpu` runs them all on a",
         "machine with a CUDA device; a benchmark times nothing before it has checked the results of every "
         "variant against each other.",
-        "Reasons, what was tried and what lost: [log.md](log.md). Figures of CPUs: [mining.md](mining.md), "
-        "[merging.md](merging.md).",
+        "Reasons, what was tried and what lost: [log.md](log.md). Other figures of CPUs: "
+        "[mining.md](mining.md), [merging.md](merging.md).",
     ]
     for name, section in SECTIONS.items():
         for path, rows in newest(name):
