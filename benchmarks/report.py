@@ -199,7 +199,8 @@ def data(rows: list[Row]) -> list[str]:
         lines.append(
             f"`load_batch` of one rank of {row['ranks']}, {row['rows_a_rank']} rows each: "
             f"{row['seconds']:.3f} s a step of {row['tokens']:,.0f} tokens, "
-            f"{row['tokens_per_s']:,.0f} tokens/s; the goal is {row['goal_per_s']:,}, so a step hides it {1 / row['share_of_step']:.1f} times."
+            f"{row['tokens_per_s']:,.0f} tokens/s; the goal is {row['goal_per_s']:,}: "
+            f"it takes {row['share_of_step']:.0%} of such a step."
         )
     return lines
 

@@ -4,7 +4,7 @@
     print_report(report); page(report)                                       # data/inspect_page.py
 
 Lengths, truncation, packing and samples are those of the token store and of the code that trains; the texts
-are read once more, for languages, scripts, copies and overlap. Memory: some 180 bytes for each distinct text
+are read once more, for languages, scripts, copies and overlap. Memory: some 200 bytes for each distinct text
 (its hash, its row, where it stands on disk), 4 for each score, and at most 16 MB for the near-duplicates of a
 side of the data or of an evaluation set.
 """

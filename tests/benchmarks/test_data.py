@@ -1,4 +1,4 @@
-"""The benchmark of data runs on generated texts, refuses to time what is not the same, and is put on the page."""
+"""The benchmark of data runs on generated texts, refuses to time other ids, and is put on the page."""
 
 import json
 from pathlib import Path
@@ -12,16 +12,13 @@ def test_a_whole_run_has_a_line_of_each_figure(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
     monkeypatch.setattr(data, "RANKS", 3)
     monkeypatch.setattr(data, "LONG", 20_000)
-    options = ["--data", "", "--tokenizer", "", "--rows", "60", "--packed", "400", "--negatives", "2"]
+    options = ["--data", "", "--tokenizer", "", "--rows", "30", "--packed", "400", "--negatives", "2"]
     data.main([*options, "--rounds", "2", "--max_tokens", "2048"])
     (file,) = tmp_path.glob("data-*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     compiled = {(row["shape"], row["variant"]): row for row in lines if row["what"] == "compile"}
-    assert [shape for shape, variant in compiled if variant == "ours"] == [
-        "pairs",
-        "2 negatives",
-        "long documents",
-    ]
+    shapes = [shape for shape, variant in compiled if variant == "ours"]
+    assert shapes == ["pairs", "2 negatives", "long documents"]
     for (shape, variant), row in compiled.items():
         assert row["tokens"] == compiled[shape, "ours"]["tokens"] and len(row["all_seconds"]) == 2, variant
     assert compiled["2 negatives", "ours"]["tokens"] > 2 * compiled["pairs", "ours"]["tokens"]
@@ -31,9 +28,8 @@ def test_a_whole_run_has_a_line_of_each_figure(tmp_path: Path, monkeypatch: pyte
     assert useful["padded, 16 rows, sorted by the longest text"] > useful["padded, 16 rows"]
     (loaded, more) = (row for row in lines if row["what"] == "loading")
     assert (loaded["ranks"], loaded["rows_a_rank"], loaded["goal_per_s"]) == (3, 32, 45_000)
-    assert (
-        loaded["tokens_per_s"] == pytest.approx(45_000 / loaded["share_of_step"]) and more["tokens"] > 3 * 90
-    )
+    assert loaded["tokens_per_s"] == pytest.approx(45_000 / loaded["share_of_step"])
+    assert more["rows_a_rank"] == 128 and more["tokens"] > 3 * loaded["tokens"]
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     page = report.page()
