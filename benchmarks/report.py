@@ -175,8 +175,8 @@ def data(rows: list[Row]) -> list[str]:
     lines = [
         f"{texts}, a vocabulary of {run['vocab_size']:,}, one thread on {run['sms']} cores that others share "
         f"(load {run['load']} before it).",
-        f"Rates are of the processor's time; the last column is the median of {run['rounds']} rounds in turns, "
-        "and their least and most. Ours reads",
+        "Rates are of the processor's time; the last column is the median of "
+        f"{run['rounds']} rounds in turns, and their least and most. Ours reads",
         "twice, checks, hashes, tokenises each text once, judges, verifies and syncs; the peer is "
         '`load_dataset("json").map(batched=True)` with the same tokenizer.',
         "",
