@@ -50,7 +50,9 @@ def commit() -> str:
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    name = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU"
+    )
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from benchmarks.ceilings import commit
+from benchmarks.ceilings import commit, cpu_name
 from nemo_embed_core.checkpoint.manifest import state_name
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.saver import Saver
@@ -425,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "benchmarks.checkpoint",
             *(arguments if arguments is not None else sys.argv[1:]),
         ],
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg(),
         "torch": torch.__version__,
@@ -488,13 +488,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return "unknown CPU"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import ResultsFile, commit, kernel_lines, kernel_times
+from benchmarks.ceilings import ResultsFile, commit, cpu_name, kernel_lines, kernel_times
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.search.bounds import METHODS
 from nemo_embed_core.mine.search.engine import SearchStats
@@ -301,7 +301,7 @@ def main() -> None:
                 results.append(what=what, variant=variant, shape={n: vars(args)[n] for n in "QNDk"}, **row)
         print(f"\nwrote {results.path}")
     if args.output:
-        name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
+        name = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
         report = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": commit(),
@@ -331,13 +331,6 @@ def blas_kernel(library: str) -> str:
         if pool.get("internal_api") == "openblas" and library in pool["filepath"]:
             return f"OpenBLAS {pool['version']} {pool['architecture']}"
     return "BLAS not known"
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {torch.backends.cpu.get_cpu_capability()}"
-    return "unknown CPU"
 
 
 if __name__ == "__main__":

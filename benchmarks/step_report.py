@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.ceilings import ResultsFile
+from benchmarks.ceilings import ResultsFile, cpu_name
 
 # What ours should reach: factors over the best peers of the run and, of the whole 8B in bf16 on one H200,
 # rates (15,500 useful tokens/s are 66 % of the nominal FLOP/s).
@@ -113,19 +113,11 @@ class CpuResults(ResultsFile):
     """Where there is no GPU: the same lines, into the file that was asked for, if any."""
 
     def __init__(self, path: Path | None):
-        cpu = next(
-            (
-                line
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            ":",
-        )
         self.run = {
             "benchmark": "step",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "gpu": None,
-            "cpu": f"{cpu.split(':')[1].strip()}, {torch.backends.cpu.get_cpu_capability()}",
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "load": round(os.getloadavg()[0], 1),
             "torch": torch.__version__,
