@@ -65,7 +65,7 @@ class Mutant(NamedTuple):
 
 CONTRASTIVE, STEP = "nemo_embed_core/loss/contrastive.py", "nemo_embed_core/train/step.py"
 OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
-ENGINE, TRAINER = (f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer"))
+ENGINE, TRAINER, PREFETCH = (f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch"))
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
@@ -74,6 +74,7 @@ PACKING, SAMPLER, MIX, POPULATION = (
 )
 NEAR, OVERLAP, PAGE = (f"nemo_embed_core/data/{name}.py" for name in ("near", "overlap", "inspect_page"))
 INSPECT = "tests/data/test_inspect.py"
+SHAPES = "nemo_embed_core/data/shapes.py"
 SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
     f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
@@ -82,6 +83,7 @@ MANIFEST, RUNS = "nemo_embed_core/checkpoint/manifest.py", "nemo_embed_core/chec
 SAVER, AVERAGE = "nemo_embed_core/checkpoint/saver.py", "nemo_embed_core/merge/average.py"
 TEST_TOPK, TEST_NEGATIVES = "tests/mine/test_topk.py", "tests/mine/test_negatives.py"
 TEST_SHARDED, TEST_TRAINER = "tests/checkpoint/test_sharded.py", "tests/train/test_trainer.py"
+TEST_PREFETCH, TEST_REHEARSAL = "tests/train/test_prefetch.py", "tests/train/test_rehearsal.py"
 
 MUTANTS = [
     # ---- the loss
@@ -115,6 +117,16 @@ MUTANTS = [
     Mutant("clip_norm never arrives", ENGINE, "clip_factor(norm, self.config.optim.clip_norm)", "clip_factor(norm, 1.0)", OPTIM_OPTIONS),
     Mutant("the seed never reaches the sampler", TRAINER, "sampler = Sampler(drawn.parts, config.global_batch_size, config.seed)", "sampler = Sampler(drawn.parts, config.global_batch_size, 0)", REST),
     Mutant("the seed never reaches the choice of documents", TRAINER, "config.seed, few_shapes", "0, few_shapes", REST),
+    Mutant("a pinned buffer is written while its copy is in flight", PREFETCH, "self._copied[turn].synchronize()", "pass", TEST_PREFETCH),
+    Mutant("the batch that is ready is taken whatever step it is of", PREFETCH, "self._ahead is None or self._ahead[0] != step", "self._ahead is None", TEST_PREFETCH),
+    Mutant("the loss is waited for before the next batch is begun", TRAINER, "            self.prefetch.begin(self.step + 1)\n        totals = read()\n", "            pass\n        totals = read()\n        self.prefetch.begin(self.step + 1)\n", TEST_PREFETCH),
+    Mutant("the thread packs the step that is running once more", TRAINER, "self.sampler, step, mesh.dp_rank", "self.sampler, max(0, step - 1), mesh.dp_rank", f"{TEST_PREFETCH} {REST}"),
+    Mutant("the largest micro-batch leaves its gradients", ENGINE, "        self.drop_step()\n\n    def _memory_note", "\n    def _memory_note", TEST_REHEARSAL),
+    Mutant("the largest micro-batch is that of this rank's steps", TRAINER, "Most.of(gather_objects(mine))", "mine", TEST_REHEARSAL),
+    Mutant("the largest micro-batch is run alone where gradients add up", SHAPES, "count = min(2, self.micro_batches)", "count = 1", f"tests/data/test_packing.py {TEST_REHEARSAL}"),
+    Mutant("the largest micro-batch has no padding", SHAPES, "here = T, len(lengths) + (pad > 0)", "here = real, len(lengths)", "tests/data/test_packing.py"),
+    Mutant("the largest micro-batch has a mean text for its longest", SHAPES, "rest = self.tokens - self.longest", "rest = self.tokens - self.tokens // self.sequences", "tests/data/test_packing.py"),
+    Mutant("a run on a GPU begins without the largest micro-batch", TRAINER, 'self.mesh.device.type == "cuda" and', 'self.mesh.device.type == "cpu" and', TEST_REHEARSAL),
     Mutant("gradients of the step before are kept", ENGINE, "        self.optimizer.zero_grad(set_to_none=True)\n", "", OPTIM_OPTIONS),
     Mutant("a resumed run corrects the bias anew", OPTIM, "fill_(float(count))", "fill_(0.0)", "tests/train/test_resume.py tests/checkpoint/test_sharded.py"),
     Mutant("the sums of a step are not divided by tp", "nemo_embed_core/train/metrics.py", "totals = {name: value / mesh.tp.size", "totals = {name: value", TP2),

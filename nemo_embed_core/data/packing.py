@@ -48,7 +48,7 @@ class PackedBatch:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
-                pinned = value.pin_memory() if device.type == "cuda" else value
+                pinned = value.pin_memory() if (value.device.type, device.type) == ("cpu", "cuda") else value
                 moved[field.name] = pinned.to(device, non_blocking=True)
         return replace(self, **moved)
 
@@ -294,7 +294,7 @@ def pack_texts(
     few_shapes: T is one of some 40 values (shapes_cost_memory).
     """
     lengths = np.fromiter((len(tokens) for tokens in token_arrays), np.int64, len(token_arrays))
-    room = _room(max_tokens, pad_to_multiple)
+    room = whole_room(max_tokens, pad_to_multiple)
     if len(lengths) and int(lengths.max()) > room:
         i = int(lengths.argmax())
         raise UserError(
@@ -312,7 +312,7 @@ def pack_texts(
         end = start
 
 
-def _room(max_tokens: int, pad_to_multiple: int) -> int:
+def whole_room(max_tokens: int, pad_to_multiple: int) -> int:
     """The largest number of real tokens whose padded length is still at most max_tokens."""
     if max_tokens < pad_to_multiple:
         raise UserError(
@@ -322,6 +322,50 @@ def _room(max_tokens: int, pad_to_multiple: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------ a step
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A global batch before any token is read; bins [rank][micro-batch]: positions in it."""
+
+    rows_B: np.ndarray
+    doc_ids: np.ndarray  # [B, 1 + K]; -1: missing
+    bins: list[list[np.ndarray]]
+
+    def lengths(self, store: Store, bin_: np.ndarray) -> np.ndarray:
+        """int64 [N]: of the sequences of a micro-batch, in which a repeated document stands once."""
+        ids = np.unique(self.doc_ids[bin_])
+        documents = store.document_lengths[ids[ids >= 0]]
+        return np.concatenate([store.query_lengths[self.rows_B[bin_]], documents]).astype(np.int64)
+
+
+def draw_batch(
+    store: Store,
+    sampler: Sampler,
+    step: int,
+    dp_size: int,
+    config: DataConfig,
+    pad_to_multiple: int,
+    seed: int,
+) -> Drawn:
+    """Pure; UserError for a row that does not fit."""
+    rows_B = sampler.rows(step)
+    doc_ids = choose_documents(store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed)
+    # Missing documents (-1) index the last length; the mask takes it away again.
+    document_tokens = np.where(doc_ids >= 0, store.document_lengths[doc_ids], 0).astype(np.int64)
+    tokens_B = store.query_lengths[rows_B].astype(np.int64) + document_tokens.sum(1)
+    room = whole_room(config.max_tokens, pad_to_multiple)
+    if int(tokens_B.max()) > room:
+        worst = int(tokens_B.argmax())
+        raise UserError(
+            f"row {int(rows_B[worst])} of the store (0-based) has {int(tokens_B[worst])} tokens with its "
+            f"passages, more than data.max_tokens={config.max_tokens} (in whole multiples of "
+            f"{pad_to_multiple}: {room}); raise data.max_tokens, or lower data.document_max_length or "
+            "data.num_hard_negatives"
+        )
+    positions = split_over_ranks(tokens_B, dp_size)
+    plans = plan([tokens_B[p] for p in positions], room)
+    return Drawn(rows_B, doc_ids, [[p[b] for b in bins] for p, bins in zip(positions, plans, strict=True)])
 
 
 def load_batch(
@@ -341,33 +385,13 @@ def load_batch(
     really encoded on all ranks, without dummies and with a document repeated within a micro-batch counted
     once.
     """
-    rows_B = sampler.rows(step)
-    doc_ids = choose_documents(store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed)
-    # Missing documents (-1) index the last length; the mask takes it away again.
-    document_tokens = np.where(doc_ids >= 0, store.document_lengths[doc_ids], 0).astype(np.int64)
-    query_tokens_B = store.query_lengths[rows_B].astype(np.int64)
-    tokens_B = query_tokens_B + document_tokens.sum(1)
-    room = _room(config.max_tokens, pad_to_multiple)
-    if int(tokens_B.max()) > room:
-        worst = int(tokens_B.argmax())
-        raise UserError(
-            f"row {int(rows_B[worst])} of the store (0-based) has {int(tokens_B[worst])} tokens with its "
-            f"passages, more than data.max_tokens={config.max_tokens} (in whole multiples of "
-            f"{pad_to_multiple}: {room}); raise data.max_tokens, or lower data.document_max_length or "
-            "data.num_hard_negatives"
-        )
-    positions = split_over_ranks(tokens_B, dp_size)
-    plans = plan([tokens_B[p] for p in positions], room)
-    num_tokens = int(query_tokens_B.sum())
-    for rank_positions, rank_bins in zip(positions, plans, strict=True):
-        for bin_ in rank_bins:
-            ids = np.unique(doc_ids[rank_positions[bin_]])
-            num_tokens += int(store.document_lengths[ids[ids >= 0]].sum(dtype=np.int64))
-    mine = positions[dp_rank]
+    drawn = draw_batch(store, sampler, step, dp_size, config, pad_to_multiple, seed)
+    num_tokens = sum(int(drawn.lengths(store, bin_).sum()) for bins in drawn.bins for bin_ in bins)
+    rows_B, doc_ids = drawn.rows_B, drawn.doc_ids
+    most = whole_room(config.max_tokens, pad_to_multiple) if few_shapes else None
     known_BJ = known_in_batch(store, rows_B, _same_ids(store, doc_ids))
-    most = room if few_shapes else None
     micro_batches = [
         build_micro_batch(store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_], most)
-        for bin_ in (mine[bin_] for bin_ in plans[dp_rank])
+        for bin_ in drawn.bins[dp_rank]
     ]
     return micro_batches, num_tokens

@@ -21,11 +21,12 @@ import torch
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.plan import PlanConfig
 from nemo_embed_core.config.train import Recompute, TrainConfig
+from nemo_embed_core.data.shapes import Most, Shape
 from nemo_embed_core.model.spec import parameter_shapes, rank_units
 from nemo_embed_core.parallel.wire import Key, Traffic, Wire, step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Split, Texts, split, texts_of
-from nemo_embed_core.plan.pretend import Seen, Shape, pretend
+from nemo_embed_core.plan.pretend import Seen, pretend
 from nemo_embed_core.plan.time import Layout, step_seconds
 from nemo_embed_core.train.metrics import training_flops
 from nemo_embed_core.train.optim import update_bytes
@@ -160,18 +161,16 @@ def _room(candidate: Candidate) -> int:
 
 
 def _worst(train: TrainConfig, texts: Texts, candidate: Candidate) -> list[Shape]:
-    """The largest micro-batch that training can draw, twice where a step has several: the peak is in
-    accumulating."""
+    """What training runs first, of as many tokens as a micro-batch can have, in sequences of the mean."""
     room, M = _room(candidate), 1 + train.data.num_hard_negatives
     rows = train.global_batch_size // candidate.layout.dp
     tp = candidate.layout.tp
-    most = min(room, -(-rows * texts.longest // tp) * tp)
+    tokens = min(room, -(-rows * texts.longest // tp) * tp)
     mean = float(np.mean([batch.sum() / (batch > 0).sum() for batch in texts.batches]))
-    queries = max(1, min(rows, round(most / mean / (1 + M))))
-    lengths = [most // (queries * (1 + M))] * (queries * (1 + M))
-    lengths[-1] += most - sum(lengths)
-    shape = Shape(tuple(lengths), queries, M)
-    return [shape] * (2 if candidate.micro_batches > 1 else 1)
+    queries = max(1, min(rows, round(tokens / mean / (1 + M))))
+    sequences = queries * (1 + M)
+    most = Most(tokens, sequences, -(-tokens // sequences), queries, candidate.micro_batches)
+    return most.step(M, train.loss.in_batch, rows)
 
 
 LAYERS = (2, 4)  # of the models whose peaks are continued to the whole one

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.train import TrainConfig
-from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.data.shapes import Shape
 from nemo_embed_core.model.attention import varlen_attention
 from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.layout import check_layout
@@ -96,33 +95,6 @@ class Allocations(TorchDispatchMode):
 
         with mock.patch.object(torch.UntypedStorage, "resize_", tracked):
             yield
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A micro-batch as far as memory and the wire go: lengths of its sequences (the padding one last, if
-    any), queries, and documents of each."""
-
-    lengths: tuple[int, ...]
-    num_queries: int
-    num_documents: int
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
-
-    def tensors(self) -> MicroBatch:
-        T, b, M = self.num_tokens, self.num_queries, self.num_documents
-        return MicroBatch(
-            input_ids=torch.zeros(T, dtype=torch.int64), position_ids=torch.zeros(T, dtype=torch.int64),
-            cu_seqlens=torch.zeros(len(self.lengths) + 1, dtype=torch.int32), lengths=self.lengths,
-            max_seqlen=max(self.lengths), num_sequences=len(self.lengths), num_tokens=T,
-            query_index=torch.zeros(b, dtype=torch.int64),
-            document_index=torch.zeros(b, M, dtype=torch.int64),
-            document_mask=torch.ones(b, M, dtype=torch.bool),
-            document_ids=torch.zeros(b, M, dtype=torch.int64),
-            known_ids=torch.zeros(b, 0, dtype=torch.int64), rows=np.zeros(b, dtype=np.int64),
-        )  # fmt: skip
 
 
 def pretend(

@@ -113,6 +113,11 @@ class Engine:
                 error.add_note(self._memory_note(batches, at))
             raise
 
+    def rehearse(self, batches: Sequence[MicroBatch], before: Callable[[str, int], None]) -> None:
+        """A forward_backward that is forgotten: what is left of it is what the allocator has seen."""
+        self.forward_backward(batches, before)
+        self.drop_step()
+
     def _memory_note(self, batches: Sequence[MicroBatch], at: int) -> str:
         batch, peak = batches[at], peak_memory(self.mesh.device)
         return (

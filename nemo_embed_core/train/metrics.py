@@ -149,14 +149,10 @@ def step_totals(
     """
     real = [np.asarray(b.lengths[: b.num_sequences], dtype=np.int64) for b in batches]
     squares = sum(int(np.square(lengths).sum()) for lengths in real)
-    host = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(stop), int(save_failed)]
-    vector = torch.cat(
-        [
-            losses_B.sum().double()[None],
-            stats,
-            torch.tensor(host, dtype=torch.float64, device=losses_B.device),
-        ]
-    )
+    counts = [len(losses_B), sum(b.num_tokens for b in batches), squares, int(stop), int(save_failed)]
+    # Pinned: a copy from other memory waits for all that the device was given.
+    host = torch.tensor(counts, dtype=torch.float64, pin_memory=losses_B.is_cuda)
+    vector = torch.cat([losses_B.sum().double()[None], stats, host.to(losses_B.device, non_blocking=True)])
     all_reduce_world_(vector)
     copy = ToHost(torch.cat([vector, norm.double()[None]]))
 

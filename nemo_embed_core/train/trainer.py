@@ -1,6 +1,6 @@
 """The training loop: sampler -> packing -> forward and backward -> clip -> AdamW -> finite check -> metrics
 -> checkpoint. AdamW is launched before the host knows whether the step is finite; the device refuses one that
-is not."""
+is not. The next step's batch is packed while the device works."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from nemo_embed_core.checkpoint.write import save_checkpoint
 from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import load_batch, shapes_cost_memory
 from nemo_embed_core.data.sampler import Sampler
+from nemo_embed_core.data.shapes import Most, most_of
 from nemo_embed_core.errors import failpoint
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.options import dump_yaml
@@ -35,10 +36,12 @@ from nemo_embed_core.train.metrics import (
     MetricsLog,
     console_line,
     device_peak_flops,
+    peak_memory,
     step_totals,
     step_values,
 )
 from nemo_embed_core.train.optim import set_num_updates
+from nemo_embed_core.train.prefetch import Batch, Prefetch
 from nemo_embed_core.train.preflight import Prepared, agree_on_attention, hold_output, open_same_store
 from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
 from nemo_embed_core.train.schedule import learning_rate
@@ -75,6 +78,7 @@ class Trainer:
         except BaseException:
             self.close()
             raise
+        self.prefetch = Prefetch(self._load, mesh.device)
         self._stop, self._vote = False, Vote()
         self.peak_flops = device_peak_flops(mesh.device) if self.engine.dtype == torch.bfloat16 else None
 
@@ -121,6 +125,8 @@ class Trainer:
             metrics = MetricsLog(config, self.step)
             mark_begun()
         self._announce()
+        if self.mesh.device.type == "cuda" and self.step < config.steps:
+            self.rehearse()
         saved = gather_objects(self.step if checkpoints(self.output) else -1)[0]  # a file system may lag
         try:
             if config.checkpoint.async_save and self.step < config.steps:
@@ -161,10 +167,43 @@ class Trainer:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise
         finally:
+            self.prefetch.close()
             self.saver.close()
             self.close()
             if metrics is not None:
                 metrics.close()
+
+    def rehearse(self) -> None:
+        """The largest micro-batch of all steps to come, run before the first of them: where memory does not
+        suffice that shows now. No weight, moment or draw is changed.
+
+        Ranks share the steps, look at the lengths of the texts that each draws, and run the same shape.
+        """
+        config, mesh, start = self.config, self.mesh, time.perf_counter()
+        note("largest micro-batch")
+        n, size = config.steps - self.step, mesh.world_size
+        steps = range(self.step + n * mesh.rank // size, self.step + n * (mesh.rank + 1) // size)
+        mine = most_of(
+            self.store, self.sampler, steps, mesh.dp_size, config.data, mesh.tp.size, config.seed,
+            few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
+        )  # fmt: skip
+        most = Most.of(gather_objects(mine))
+        shapes = most.step(
+            1 + config.data.num_hard_negatives, config.loss.in_batch, config.global_batch_size // mesh.dp_size
+        )
+        of = f"micro-batch of steps {self.step + 1} to {config.steps}"
+        try:
+            self.engine.rehearse(
+                [shape.tensors() for shape in shapes], lambda phase, i: note(f"largest micro-batch, {phase}")
+            )
+        except BaseException as error:
+            error.add_note(f"No step was begun: this was as large as any {of}, which is run first")
+            raise
+        self.log(
+            f"as large as any {of}: {most.tokens:,} tokens in {most.sequences:,} sequences, the longest of "
+            f"{most.longest:,}; run first, memory {peak_memory(mesh.device) / 1e9:.2f} GB "
+            f"({time.perf_counter() - start:.1f} s)"
+        )
 
     def stop_on_signals(self) -> None:
         """SIGTERM and SIGUSR1 from now on: leave the step within one micro-batch, save, return from run().
@@ -194,11 +233,7 @@ class Trainer:
         """One optimizer step: (what metrics.jsonl records, whether some rank was asked to stop)."""
         config, mesh, start = self.config, self.mesh, time.perf_counter()
         note("data", self.step + 1)
-        rows = self.sampler.rows(self.step)
-        batches, num_tokens = load_batch(
-            self.store, self.sampler, self.step, mesh.dp_rank, mesh.dp_size, config.data,
-            mesh.tp.size, config.seed, few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
-        )  # fmt: skip
+        rows, batches, num_tokens = self.prefetch.take(self.step)
         failpoint("step.begin", self.step)
         self._num_micro_batches = len(batches)
         losses_B, stats = self.engine.forward_backward(batches, self._before)
@@ -212,6 +247,10 @@ class Trainer:
         waits = config.on_spike == "skip"  # for the loss, which decides whether there is an update
         if not waits:
             self._update(lr, finite)
+        # While the device works off what it was given: before that, the threads would share the interpreter
+        # just when the device waits for launches.
+        if self.step + 1 < config.steps:
+            self.prefetch.begin(self.step + 1)
         totals = read()
         assert totals["tokens"] == num_tokens, (
             f"{totals['tokens']} tokens were run, the plan said {num_tokens}"
@@ -236,6 +275,15 @@ class Trainer:
         )  # fmt: skip
         values["checkpoint_stall_s"] = self.saver.take_stall()  # by the save before this step
         return {**values, "loss_zscore": zscore, "skipped": skip}, totals["stop"] > 0
+
+    def _load(self, step: int) -> Batch:
+        """On the thread of the prefetch, which alone asks the sampler from the first step on."""
+        config, mesh = self.config, self.mesh
+        batches, num_tokens = load_batch(
+            self.store, self.sampler, step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size,
+            config.seed, few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
+        )  # fmt: skip
+        return self.sampler.rows(step), batches, num_tokens
 
     def _update(self, lr: float, finite: torch.Tensor) -> None:
         note("optimizer")

@@ -19,6 +19,7 @@ from nemo_embed_core.data.packing import (
     split_over_ranks,
 )
 from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.data.shapes import Most, most_of
 from nemo_embed_core.errors import UserError
 
 CONFIG = DataConfig(num_hard_negatives=3, max_tokens=600)
@@ -293,6 +294,41 @@ def test_a_row_is_told_of_all_that_it_knows_in_the_global_batch(dp_size):
             assert known == expected + [-2] * (len(known) - len(expected))
             most = max(most, len(expected))
     assert most == len(known) >= 5
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "pad", "few_shapes", "max_tokens"),
+    [(1, 1, False, 600), (2, 4, False, 602), (4, 7, True, 600), (16, 2, False, 600)],
+)
+def test_the_most_of_all_steps_is_the_most_of_their_tensors(dp_size, pad, few_shapes, max_tokens):
+    """Over three epochs, in three parts as ranks share them; and what is run for it has exactly that."""
+    store, config = fake_store(), replace(CONFIG, max_tokens=max_tokens)
+    sampler = Sampler(len(store), 32, seed=1)
+    parts = [range(1, 4), range(4, 4), range(4, 10)]
+    most = Most.of(most_of(store, sampler, part, dp_size, config, pad, 5, few_shapes) for part in parts)
+    steps = [
+        [load_batch(store, sampler, step, r, dp_size, config, pad, 5, few_shapes)[0] for r in range(dp_size)]
+        for step in range(1, 10)
+    ]
+    all_batches = [m for ranks in steps for batches in ranks for m in batches]
+    assert most == Most(
+        tokens=max(len(m.input_ids) for m in all_batches),
+        sequences=max(len(m.cu_seqlens) - 1 for m in all_batches),
+        longest=max(m.max_seqlen for m in all_batches),
+        queries=max(len(m.query_index) for m in all_batches),
+        micro_batches=max(len(batches) for ranks in steps for batches in ranks),
+    )
+    for in_batch, queries in (("none", most.queries), ("all", {1: 16, 2: 8, 4: 4, 16: 2}[dp_size])):
+        shapes = most.step(4, in_batch, 32 // dp_size)
+        assert len(shapes) == (2 if dp_size < 16 else 1)
+        for made in (shape.tensors() for shape in shapes):
+            assert (len(made.input_ids), len(made.cu_seqlens) - 1) == (most.tokens, most.sequences)
+            assert made.max_seqlen == most.longest == int(made.cu_seqlens.diff().max())
+            assert tuple(made.cu_seqlens.diff().tolist()) == made.lengths and min(made.lengths) > 0
+            starts = made.cu_seqlens[:-1].repeat_interleave(made.cu_seqlens.diff())
+            assert torch.equal(made.position_ids, torch.arange(most.tokens) - starts)
+            assert made.document_index.shape == (queries, 4) and len(made.query_index) == queries
+            assert int(made.document_index.max()) < most.sequences and made.document_mask.all()
 
 
 def test_nothing_known_is_no_column():

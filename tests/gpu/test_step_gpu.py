@@ -19,6 +19,8 @@ from nemo_embed_core.config import ModelConfig, ParallelConfig
 from nemo_embed_core.kernels import mean_pool
 from nemo_embed_core.model import attention
 from nemo_embed_core.parallel.mesh import distributed
+from nemo_embed_core.train.metrics import step_totals
+from nemo_embed_core.train.prefetch import Upload
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +100,37 @@ def test_bf16_steps_lower_the_loss_as_fp32_steps_do(mesh, head_dim):
     assert all(curve[-1] < 0.7 * curve[0] for curve in curves.values()), curves
     half = curves[torch.bfloat16, "fp32"]
     assert ((half - full).abs() / full[0]).max() < 0.1, curves
+
+
+@pytest.mark.parametrize("masters", ["fp32", "split"])
+def test_nothing_waits_for_the_device_before_adamw_is_launched(mesh, masters):
+    """Nor does the copy of a batch, which has the values of the host's."""
+    groups = step.Groups(16, 4, SMALL[128].vocab_size, seed=0)
+    ours = step.Ours(SMALL[128], mesh, torch.bfloat16, master_weights=masters)
+    upload = Upload(mesh.device)
+    hosts = [b.micro_batches for b in step.global_batches(groups, SMALL[128], num_queries=4, max_tokens=2048)]
+
+    def launch(number):
+        batches = upload(hosts[number])
+        losses_B, stats = ours.engine.forward_backward(batches)
+        norm = ours.engine.clip()
+        finite, read = step_totals(losses_B, stats, norm, batches, mesh, stop=False, save_failed=False)
+        ours.engine.update(ours.lr, finite)
+        return batches, read
+
+    for number in (0, 1):
+        launch(number)[1]()  # kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (batches, read), (more, _) = launch(2), launch(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert read()["rows"] == 4
+    for host, there in zip([*hosts[2], *hosts[3]], [*batches, *more], strict=True):
+        for name, value in vars(host).items():
+            if isinstance(value, torch.Tensor):
+                other = getattr(there, name)
+                assert other.is_cuda and other.dtype == value.dtype and torch.equal(other.cpu(), value), name
 
 
 def test_a_step_is_profiled_into_its_parts(mesh):

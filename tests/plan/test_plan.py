@@ -26,6 +26,7 @@ from nemo_embed_core.config.train import Recompute
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.sampler import Sampler
+from nemo_embed_core.data.shapes import Shape
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.spec import parameter_shapes
@@ -34,7 +35,7 @@ from nemo_embed_core.parallel.wire import step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
 from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
-from nemo_embed_core.plan.pretend import PARTS, Shape, pretend
+from nemo_embed_core.plan.pretend import PARTS, pretend
 from nemo_embed_core.plan.report import report
 from nemo_embed_core.plan.time import Layout, link, step_seconds
 
