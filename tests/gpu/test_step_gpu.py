@@ -105,10 +105,10 @@ def test_bf16_steps_lower_the_loss_as_fp32_steps_do(mesh, head_dim):
 @pytest.mark.parametrize("masters", ["fp32", "split"])
 def test_nothing_waits_for_the_device_before_adamw_is_launched(mesh, masters):
     """Nor does the copy of a batch, which has the values of the host's."""
-    groups = step.Groups(16, 4, SMALL[128].vocab_size, seed=0)
-    ours = step.Ours(SMALL[128], mesh, torch.bfloat16, master_weights=masters)
+    groups = Groups(16, 4, SMALL[128].vocab_size, seed=0)
+    ours = Ours(SMALL[128], mesh, torch.bfloat16, master_weights=masters)
     upload = Upload(mesh.device)
-    hosts = [b.micro_batches for b in step.global_batches(groups, SMALL[128], num_queries=4, max_tokens=2048)]
+    hosts = [b.micro_batches for b in global_batches(groups, SMALL[128], num_queries=4, max_tokens=2048)]
 
     def launch(number):
         batches = upload(hosts[number])
