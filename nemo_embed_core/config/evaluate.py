@@ -22,6 +22,9 @@ class EvaluateConfig(Options):
     """Split of the folder: qrels/{split}.tsv."""
     source: str = ""
     """Of a dataset folder with ids only: the folder or file that its source_config.json names."""
+    min_grade: float | None = None
+    """Of a dataset folder of graded pairs: grade from which a document is relevant to its query; null: they
+    are refused."""
     on_missing: Literal["error", "allow"] = "error"
     """A judgement of a text that does not exist, an empty text: "error" refuses it, "allow" counts it and
     keeps what mteb keeps."""

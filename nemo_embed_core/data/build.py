@@ -19,7 +19,7 @@ from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, building, publish
 from nemo_embed_core.data.compile import compile_store
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import corpus_format, reading, source_files, with_tasks
+from nemo_embed_core.data.readers import files_of, has_corpus, is_beir, reading, with_tasks
 from nemo_embed_core.data.store import FORMAT_VERSION, Store, damaged, read_manifest, report
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
@@ -45,11 +45,11 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
         raise UserError("data.datasets is empty: name at least one file of rows or BEIR folder")
     check_prompts(config, tokenizer)
     for dataset in config.datasets:
-        if corpus_format(dataset) is not None:
+        if has_corpus(dataset) and not is_beir(dataset):  # which has no instructions of its own
             before = [repr(query_prompt(task)) for task in (dataset.task, dataset.document_task)]
             log(f"{dataset.path}: queries begin with {before[0]}, documents with {before[1]}")
     try:
-        files = [source_files(dataset) for dataset in config.datasets]
+        files = files_of(config.datasets)
     except UserError as error:
         raise UserError(f"{error}{_stores_of(config)}") from None
     stamps = _stamps(config)
@@ -186,7 +186,7 @@ def _stores_of(config: DataConfig) -> str:
 
 def _stamps(config: DataConfig) -> list[tuple[str, int, int]]:
     """(file, size, mtime) of all sources: what changes when somebody still writes to one."""
-    files = [file for dataset in config.datasets for file in source_files(dataset)]
+    files = [file for group in files_of(config.datasets) for file in group]
     return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 

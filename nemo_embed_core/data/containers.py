@@ -15,6 +15,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from nemo_embed_core.data.lines import (
     type_name,
     unreadable,
 )
+from nemo_embed_core.errors import DataError
 from nemo_embed_core.files.strict_json import parse, raw_decode
 
 BATCH = 64  # rows of a columnar file that are in memory at once
@@ -244,6 +246,8 @@ def _separator_problem(names: list[str], delimiter: str) -> str:
 def _header_problem(names: list[str]) -> str:
     if not all(name.strip() for name in names):
         return f"line 1 names the columns, and not all have a name: {short(names)}"
+    if spaced := [name for name in names if name != name.strip()]:
+        return f"column {short(spaced[0])} has spaces around its name: remove them"
     twice = [name for name, count in Counter(names).items() if count > 1]
     return f"column {short(twice[0])} stands twice: rename one" if twice else ""
 
@@ -251,16 +255,46 @@ def _header_problem(names: list[str]) -> str:
 # ------------------------------------------------------------------------------------------ columns
 
 
-def _parquet(path: Path, findings: Findings, wanted: str) -> Fields:
+class NotWhole(ValueError):
+    """A Parquet file that is cut short or damaged."""
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """pyarrow.parquet.ParquetFile(path); NotWhole where it cannot be opened, or read in the block.
+
+    Of iter_batches(BATCH) a few pages of each column are in memory, whatever the size of a row group.
+    """
     pyarrow = need_pyarrow(path)
     try:
         # pre_buffer would hold all row groups at once, and without a buffer a whole column chunk.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
-            yield from _batches(
-                path, findings, file.schema_arrow, file.metadata.num_rows, file.iter_batches(BATCH)
-            )
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
-        findings.bad(path, 1, f"not a whole Parquet file: {one_line(error)}; copy it again")
+        raise NotWhole(f"not a whole Parquet file: {one_line(error)}; copy it again") from None
+
+
+def num_parquet_rows(path: Path) -> int:
+    try:
+        with open_parquet(path) as file:
+            return int(file.metadata.num_rows)
+    except NotWhole as error:
+        raise DataError(path, 1, str(error)) from None
+
+
+def parquet_rows(path: Path, findings: Findings, problem: Callable[[Any], str]) -> Fields:
+    """(row from 1, fields); problem(schema): what is wrong with the columns, or ""."""
+    try:
+        with open_parquet(path) as file:
+            yield from _batches(
+                path, findings, file.schema_arrow, problem, file.metadata.num_rows, file.iter_batches(BATCH)
+            )
+    except NotWhole as error:
+        findings.bad(path, 1, str(error))
+
+
+def _parquet(path: Path, findings: Findings, wanted: str) -> Fields:
+    yield from parquet_rows(path, findings, _column_problem)
 
 
 def _arrow(path: Path, findings: Findings, wanted: str) -> Fields:
@@ -274,20 +308,26 @@ def _arrow(path: Path, findings: Findings, wanted: str) -> Fields:
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 reader = batches = pyarrow.ipc.open_stream(mapped)
-            yield from _batches(path, findings, reader.schema, 0, batches)
+            yield from _batches(path, findings, reader.schema, _column_problem, 0, batches)
     except (pyarrow.ArrowException, OSError) as error:
         findings.bad(path, 1, f"not a whole Arrow file: {one_line(error)}; copy it again")
 
 
-def _batches(path: Path, findings: Findings, schema: Any, num_rows: int, batches: Any) -> Fields:
-    if problem := _header_problem(list(schema.names)):
-        findings.bad(path, 1, problem.replace("line 1 names the columns, and", "columns:"))
+def _column_problem(schema: Any) -> str:
+    return _header_problem(list(schema.names)).replace("line 1 names the columns, and", "columns:")
+
+
+def _batches(
+    path: Path, findings: Findings, schema: Any, problem: Callable[[Any], str], num_rows: int, batches: Any
+) -> Fields:
+    if wrong := problem(schema):
+        findings.bad(path, 1, wrong)
         return
     line, start, classes = 0, time.monotonic(), _class_names(schema)
     for batch in batches:
         for at in range(0, batch.num_rows, BATCH):
             part, before = batch.slice(at, BATCH), line
-            for line, fields in enumerate(python_rows(part, path, before, findings), before + 1):
+            for line, fields in enumerate(_python_rows(part, path, before, findings), before + 1):
                 for column, names in classes.items():
                     if isinstance(number := fields[column], int) and 0 <= number < len(names):
                         fields[column] = names[number]
@@ -297,7 +337,7 @@ def _batches(path: Path, findings: Findings, schema: Any, num_rows: int, batches
                 findings.progress(path, line, line / num_rows, start)
 
 
-def python_rows(batch: Any, path: Path, line: int, findings: Findings) -> list[dict[str, Any]]:
+def _python_rows(batch: Any, path: Path, line: int, findings: Findings) -> list[dict[str, Any]]:
     """line: rows of the file before these. [] where a value is none of Python's, which is `bad`."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()

@@ -12,18 +12,18 @@ between. formats/dataset.py makes rows of such a folder; docs/data-formats.md is
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.data.containers import python_rows
+from nemo_embed_core.data.containers import num_parquet_rows, parquet_rows
 from nemo_embed_core.data.dataset_source import SOURCE_CONFIG, source_texts
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.lines import Findings, check_id, check_text, check_unicode, short, type_name
-from nemo_embed_core.errors import DataError, UserError
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.strict_json import read_object
 
@@ -38,7 +38,6 @@ REQUIRED = {
     "queries": ("question_id", "question", "corpus_id", "pos_doc", "neg_doc"),
 }
 COLUMNS = {"corpus": CORPUS_COLUMNS, "queries": QUERY_COLUMNS}
-BATCH = 512  # rows that are Python objects at once
 _SHARD = re.compile(r"(corpus|queries)-(\d{5})-of-(\d{5})\.parquet")
 
 
@@ -116,22 +115,17 @@ def dataset_files(folder: Path) -> list[Path]:
     return [*more, *shards(folder, "corpus"), *shards(folder, "queries")]
 
 
-@functools.lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     return sha256_file(path)
 
 
 def check_against(folder: Path, metadata: Metadata) -> None:
     """Rows and digests of all files, where the metadata has them: once a process for each state of a file."""
-    import pyarrow.parquet
-
     num_rows = {"corpus": 0, "queries": 0}
     for side in num_rows:
         for file in shards(folder, side):
-            try:
-                rows = pyarrow.parquet.read_metadata(file).num_rows
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(file, 1, _not_whole(error)) from None
+            rows = num_parquet_rows(file)
             num_rows[side] += rows
             if not metadata.files:
                 continue
@@ -154,33 +148,16 @@ def check_against(folder: Path, metadata: Metadata) -> None:
             )
 
 
-def _not_whole(error: Exception) -> str:
-    return f"not a whole Parquet file: {' '.join(str(error).split())[:200]}; copy it again"
-
-
 def read_records(
     folder: Path, side: str, ids_only: bool, findings: Findings
 ) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """(file, row from 1, fields) of "corpus" or "queries", one batch of rows in memory; columns checked."""
-    import pyarrow
-    import pyarrow.parquet
-
     for path in shards(folder, side):
-        try:
-            with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
-                if problem := _column_problem(file.schema_arrow, side, ids_only):
-                    findings.bad(path, 1, problem)
-                    continue
-                row = 0
-                for batch in file.iter_batches(BATCH):
-                    for i, values in enumerate(python_rows(batch, path, row, findings), row + 1):
-                        yield path, i, values
-                    row += batch.num_rows
-        except (pyarrow.ArrowException, OSError) as error:
-            findings.bad(path, 1, _not_whole(error))
+        for row, values in parquet_rows(path, findings, partial(_column_problem, side, ids_only)):
+            yield path, row, values
 
 
-def _column_problem(schema: Any, side: str, ids_only: bool) -> str:
+def _column_problem(side: str, ids_only: bool, schema: Any) -> str:
     names, known = list(schema.names), COLUMNS[side]
     if twice := [name for name in names if names.count(name) > 1]:
         return f"column {twice[0]!r} stands twice: keep one"
@@ -229,7 +206,6 @@ def _type_problem(kind: Any, want: str) -> str:
 def read_corpus(folder: Path, metadata: Metadata, findings: Findings, source: str = "") -> Documents:
     """{id: title + " " + text}; what is wrong with a row is `bad` in findings. source: see source_texts."""
     documents, before = Documents(), findings.num_met
-    ends: list[tuple[int, Path]] = []
     texts = source_texts(folder, "corpus", source, findings) if metadata.ids_only else None
     for path, line, row in read_records(folder, "corpus", metadata.ids_only, findings):
         try:
@@ -241,16 +217,13 @@ def read_corpus(folder: Path, metadata: Metadata, findings: Findings, source: st
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
-        documents.add(key, text, line)
-        if ends and ends[-1][1] == path:
-            ends.pop()
-        ends.append((len(documents), path))
+        documents.add(key, text, path, line)
     if findings.num_met == before:  # else places and rows would not go together
         if not len(documents):
             findings.bad(shards(folder, "corpus")[0], 1, "the corpus has no rows")
         if texts is not None:
             texts.check_count(findings)
-        documents.close(lambda place: next(path for end, path in ends if place < end), findings)
+        documents.close(findings)
     return documents
 
 

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nemo_embed_core.data.containers import BATCH, num_parquet_rows
 from nemo_embed_core.data.dataset import COLUMNS, METADATA, Metadata, read_corpus, read_metadata, shards
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.row import Row
@@ -165,9 +166,7 @@ class _Shards:
                 os.link(file, target)
             except OSError:  # another file system, or one without hard links
                 shutil.copyfile(file, target)
-            import pyarrow.parquet
-
-            self._parts.append({"rows": pyarrow.parquet.read_metadata(target).num_rows})
+            self._parts.append({"rows": num_parquet_rows(target)})
 
     def _part(self, number: int) -> Path:
         return self.folder / f"{self.side}.{number}.part"
@@ -188,7 +187,9 @@ class _Shards:
             return
         if self._writer is None:
             path = self._part(len(self._parts))
-            self._writer = pyarrow.parquet.ParquetWriter(path, self.schema, compression="zstd")
+            # A page has 1 MiB, or the values of one write: a reader holds a page, so writes are small.
+            options = {"compression": "zstd", "write_batch_size": BATCH}
+            self._writer = pyarrow.parquet.ParquetWriter(path, self.schema, **options)
         self._writer.write_table(pyarrow.Table.from_pylist(self._group, self.schema))
         self._rows += len(self._group)
         self._size += self._group_size

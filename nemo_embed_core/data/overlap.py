@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def evaluation_set(name: str) -> DatasetConfig:
 
 def texts_of(name: str, log: Log) -> Beir:
     """Queries and corpus; what is unusual in them is said."""
-    config, findings = evaluation_set(name), Findings()
-    found = read_beir(config.path, config.split, "allow", findings)
+    config, findings = replace(evaluation_set(name), on_missing="allow"), Findings()
+    found = read_beir(config, findings)
     findings.raise_bad()
     for line in findings.lines():
         log(f"{name}: {line}")

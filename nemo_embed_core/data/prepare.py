@@ -76,9 +76,7 @@ def _write(name: str, dataset: DatasetConfig, folder: Path) -> dict[str, int]:
     )
     documents: Iterable[tuple[str, str]] = ()
     if has_corpus(dataset):
-        documents = read_beir(
-            dataset.path, dataset.split, dataset.on_missing, source=dataset.source
-        ).corpus.items()
+        documents = read_beir(dataset).corpus.items()
     return write_dataset(folder, rows(), about, ((key, text) for key, text in documents if text))
 
 

@@ -42,13 +42,15 @@ class Record(NamedTuple):
 
 
 class Source(NamedTuple):
-    """files: in reading order; kind: of them all. left_out: of other splits."""
+    """files: in reading order; kind: of them all. left_out: of other splits. mixed: the splits of a glob's
+    files where they are of several, all of which are read."""
 
     path: str
     files: list[Path]
     kind: str
     left_out: tuple[Path, ...] = ()
     split: str = ""  # of the hub
+    mixed: tuple[str, ...] = ()
 
     @property
     def is_columnar(self) -> bool:
@@ -85,9 +87,19 @@ def find(path: str, split: str = "train") -> Source:
 
 
 def has_rows(folder: Path) -> bool:
-    """Whether it, or `data` in it as on the hub, holds files whose names say that they are data."""
-    names = (p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir())
-    return any(_ending(p) in READERS and p.name != "config.json" for p in names)
+    """Whether it, or a folder in it, holds files whose names say that they are data."""
+    return _holds_data(folder) or bool(_folders_of_rows(folder))
+
+
+def _holds_data(folder: Path) -> bool:
+    files = [p.name for p in folder.iterdir() if not p.is_dir() and not _PASSED_OVER.fullmatch(p.name)]
+    return "config.json" not in files and any(_ending(Path(name)) in READERS for name in files)  # no model's
+
+
+def _folders_of_rows(folder: Path) -> list[str]:
+    """Names of the folders in it that hold data."""
+    inner = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_")))
+    return [p.name for p in inner if _holds_data(p)]
 
 
 def _ending(path: Path) -> str:
@@ -117,8 +129,12 @@ def _folder(folder: Path, split: str) -> Source:
         for name in names:
             check_file(folder / name)
         return Source(str(folder), [folder / name for name in names], "arrow")
-    if (folder / "data").is_dir() and not any(_ending(p) in READERS for p in folder.iterdir()):
-        folder = folder / "data"
+    own, inner = _holds_data(folder), _folders_of_rows(folder)
+    if inner == ["data"] and not own:  # as on the hub
+        return _folder(folder / "data", split)
+    if inner:
+        where = f"its folders {', '.join(inner[:5])}{' and beside them' if own else ''}"
+        raise UserError(f"{folder} has rows in {where}: give one folder, or a glob such as {folder}/*/*")
     files = sorted(p for p in folder.iterdir() if not p.is_dir() and not _PASSED_OVER.fullmatch(p.name))
     for file in files:
         check_file(file)  # a link may lead nowhere
@@ -134,6 +150,10 @@ def _shards(path: str, files: list[Path], split: str) -> Source:
         raise UserError(
             f"{path} has files of several kinds ({names}): give one kind, as {path}/*.{_ending(most)}"
         )
+    plain = Counter(re.sub(r"\.(gz|zst)$", "", str(file)) for file in files)
+    if twice := [file for file in files if plain[str(file)] > 1]:
+        both = " and ".join(file.name for file in files if str(file).startswith(str(twice[0])))
+        raise UserError(f"{path} has {both}, whose rows would be read twice: remove one")
     of_split: dict[str, list[Path]] = {}
     shards: dict[tuple[str, str], set[int]] = {}
     for file in files:
@@ -156,7 +176,8 @@ def _shards(path: str, files: list[Path], split: str) -> Source:
         if len(numbers) != int(count) and any(str(file).startswith(stem) for file in files):
             first = min(numbers | set(range(int(count))), key=lambda i: (i in numbers, i))
             raise UserError(f"{stem}: {len(numbers)} of {int(count)} shards are there, number {first} is not")
-    return Source(path, files, kinds.most_common(1)[0][0], left_out)
+    splits = tuple(sorted(name for name in of_split if name in SPLITS and not split))
+    return Source(path, files, kinds.most_common(1)[0][0], left_out, mixed=splits if len(splits) > 1 else ())
 
 
 def records(source: Source, findings: Findings, wanted: str) -> Iterator[Record]:
@@ -166,6 +187,9 @@ def records(source: Source, findings: Findings, wanted: str) -> Iterator[Record]
         findings.note(
             f"files of other splits, left out ({names})", source.left_out[0], 1, len(source.left_out)
         )
+    if source.mixed:
+        what = f"globs over files of several splits ({', '.join(source.mixed)}), all of which are read"
+        findings.note(what, source.files[0], 1)
     if source.kind == "hf":
         path, line = Path(source.path), 0
         for line, fields in hub_rows(source.path, source.split):

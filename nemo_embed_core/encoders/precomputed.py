@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.normal_form import exact_key
-from nemo_embed_core.data.readers import is_folder_of_texts, read_passages, source_files
+from nemo_embed_core.data.readers import is_beir, read_passages, source_files
 from nemo_embed_core.errors import UserError
 
 Similarity = Literal["cosine", "dot"]
@@ -49,7 +49,7 @@ def precomputed_sides(
         rows = _open_npy(folder / f"{side}.npy")
         names = (folder / f"{side}.jsonl", folder / f"{side}.jsonl.gz")
         found = next((file for file in names if file.is_file()), None)
-        if found is None and dataset is not None and is_folder_of_texts(dataset):
+        if found is None and dataset is not None and is_beir(dataset):
             found = source_files(dataset)[beir]
         if found is None:
             raise UserError(

@@ -95,10 +95,16 @@ def _with_tasks(config: EvaluateConfig) -> EvaluateConfig:
     """With the instructions that the data itself has, where no option says any."""
     if config.prompt_name:
         return config
-    own = with_tasks(DatasetConfig(path=config.data, split=config.split, source=config.source))
+    own = with_tasks(_data(config))
     task = config.task if config.task is not None else own.task or None
     document_task = config.document_task if config.document_task is not None else own.document_task or None
     return replace(config, task=task, document_task=document_task)
+
+
+def _data(config: EvaluateConfig) -> DatasetConfig:
+    """As mining and training read it."""
+    names = ("split", "source", "min_grade", "on_missing")
+    return DatasetConfig(path=config.data, **{name: getattr(config, name) for name in names})
 
 
 def check_names(config: EvaluateConfig) -> None:
@@ -114,7 +120,7 @@ def check_names(config: EvaluateConfig) -> None:
 def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     """(the split, or a sample of its queries; what the report says about it)."""
     findings = Findings(log=print)
-    beir = read_beir(config.data, config.split, config.on_missing, findings, config.source)
+    beir = read_beir(_data(config), findings)
     findings.raise_bad()
     total, sampled = len(beir.queries), ""
     if 0 < config.max_queries < total:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
+from nemo_embed_core.data.formats.beir import splits as beir_splits
 from nemo_embed_core.data.formats.writing import write_lines
 from nemo_embed_core.data.mix import dataset_names
 from nemo_embed_core.data.normal_form import exact_key, normal_key
@@ -28,7 +29,7 @@ from nemo_embed_core.data.readers import (
     BadLines,
     Findings,
     has_corpus,
-    is_folder_of_texts,
+    is_beir,
     read_beir,
     read_documents,
     read_rows,
@@ -130,7 +131,7 @@ def _with_tasks(dataset: MineDatasetConfig) -> MineDatasetConfig:
 def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Document]:
     """Documents to search beside those of the rows: of a BEIR folder the whole corpus, and --corpus."""
     if has_corpus(dataset.as_data()) and config.pool == "all":
-        corpus = read_beir(dataset.path, dataset.split, dataset.on_missing, source=dataset.source).corpus
+        corpus = read_beir(dataset.as_data()).corpus
         yield from (Document(corpus[key], key) for key in corpus)
     if config.corpus:
         yield from (Document(text, key) for key, text in read_documents(config.corpus, config.on_missing))
@@ -176,7 +177,7 @@ def _read_all(
     for name, dataset in datasets.items():
         if has_corpus(dataset.as_data()):
             findings = Findings(log=log)
-            whole = read_beir(dataset.path, dataset.split, dataset.on_missing, findings, dataset.source)
+            whole = read_beir(dataset.as_data(), findings)
             counts[name] = (len(whole.corpus) + num_corpus, counts[name][1])
         _read_other_splits(config, name, dataset, known, log)
     if excluded:
@@ -188,7 +189,7 @@ def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
     """Normal keys of the documents of `file.jsonl[.gz]`, or of those judged in `beir/folder:split`."""
     folder, _, split = path.rpartition(":")
     if folder and Path(folder).is_dir():
-        beir = read_beir(folder, split, "allow", findings)
+        beir = read_beir(DatasetConfig(path=folder, split=split, on_missing="allow"), findings)
         judged = dict.fromkeys(doc for scores in beir.qrels.values() for doc in scores)
         yield from (normal_key(beir.corpus[doc]) for doc in judged if doc in beir.corpus)
     elif Path(path).is_dir():
@@ -202,14 +203,14 @@ def _read_other_splits(
     config: MineConfig, name: str, dataset: MineDatasetConfig, known: Known, log: Log
 ) -> None:
     """Adds the judgements of a BEIR folder's other splits to `known`; says how many only they have."""
-    files = sorted((Path(dataset.path) / "qrels").glob("*.tsv*"))
-    splits = sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in files} - {dataset.split})
-    if not splits:
+    data = dataset.as_data()
+    others = [split for split in beir_splits(Path(data.path)) if split != data.split] if is_beir(data) else []
+    if not others:
         return
-    own = {key for row in read_rows(dataset.as_data()) for key in row.pos_ids}
-    for split in splits:
+    own = {key for row in read_rows(data) for key in row.pos_ids}
+    for split in others:
         findings, judged = Findings(), set[str]()
-        for row in read_rows(DatasetConfig(path=dataset.path, split=split, on_missing="allow"), findings):
+        for row in read_rows(dataclasses.replace(data, split=split, on_missing="allow"), findings):
             known.add(row.query, row.pos)
             judged.update(row.pos_ids)
         if findings.num_bad:
@@ -303,7 +304,7 @@ def mine(
             known=plan.known,
             excluded=plan.excluded,
             keep_negatives=config.keep_negatives,
-            negatives_are_judged=is_folder_of_texts(dataset.as_data()),
+            negatives_are_judged=is_beir(dataset.as_data()),
             rows_are_searched=config.pool == "all",
             device=device,
             method=config.method,

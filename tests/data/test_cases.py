@@ -220,7 +220,7 @@ def test_beir(tmp_path: Path, name: str) -> None:
     config = DatasetConfig(path=str(folder), split="test")
     if isinstance(right, str):
         for read in (
-            lambda: read_beir(folder, "test"),
+            lambda: read_beir(DatasetConfig(path=str(folder), split="test")),
             lambda: list(read_rows(config)),
             lambda: check_sources([config]),
         ):
@@ -233,7 +233,7 @@ def test_beir(tmp_path: Path, name: str) -> None:
             )
         return
     findings = Findings()
-    beir = read_beir(folder, "test", findings=findings)
+    beir = read_beir(DatasetConfig(path=str(folder), split="test"), findings)
     assert beir.qrels == right and findings.named == []
     truth = {q["_id"]: q["text"] for q in map(json.loads, changes.get("queries", QUERIES).splitlines())}
     assert beir.queries == {qid: truth[qid] for qid in right}
@@ -263,7 +263,7 @@ def test_what_on_missing_allows(tmp_path: Path) -> None:
     )
     folder = write(tmp_path / "beir", {"corpus": corpus, "queries": queries, "qrels": qrels})
     findings = Findings()
-    beir = read_beir(folder, "test", "allow", findings)
+    beir = read_beir(DatasetConfig(path=str(folder), split="test", on_missing="allow"), findings)
     assert findings.named == []
     assert beir.qrels == {
         "q1": {"d1": 1, "GONE": 1, "d3": 0, "d6": 0}, "q2": {"d4": 1, "d2": 2},
@@ -297,12 +297,18 @@ def test_what_on_missing_allows(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"test\.tsv:2: query 'x' is not .* 1 of 1 judgements dangle: do queries and qrels"
     ):
-        read_beir(write(tmp_path / "none", {"qrels": H + "x\td1\t1\n"}), "test", "allow")
+        read_beir(
+            DatasetConfig(
+                path=str(write(tmp_path / "none", {"qrels": H + "x\td1\t1\n"})),
+                split="test",
+                on_missing="allow",
+            )
+        )
     quoted = write(tmp_path / "quoted", {"qrels": H + 'q1\td1\t1\nq2\t"d2"\t1\n'})
     with pytest.raises(
         DataError, match=r"test\.tsv:3: .* it is there without the quotes"
     ):  # a mistake that nobody means
-        read_beir(quoted, "test", "allow")
+        read_beir(DatasetConfig(path=str(quoted), split="test", on_missing="allow"))
     with pytest.raises(DataError, match=r"test\.tsv:1: no row is left"):
         nothing = write(tmp_path / "nothing", {"qrels": H + "q1\td1\t0\nq2\tGONE\t1\n"})
         list(read_rows(DatasetConfig(path=str(nothing), split="test", on_missing="allow")))

@@ -38,7 +38,7 @@ def test_msmarco_is_read_as_published(tmp_path):
         ("1185869", "what was enriched", ["Uranium was enriched."], ["The Manhattan Project."], ["7"], ["0"]),
     ]
     assert [file.name for file in source_files(config)][-1] == "qrels.dev.small.tsv"
-    beir = read_beir(config.path, "dev.small")
+    beir = read_beir(DatasetConfig(path=config.path, split="dev.small"))
     assert len(beir.corpus) == 3 and beir.qrels["1185869"] == {"7": 1, "0": 0}
 
 
@@ -94,7 +94,7 @@ def test_automodels_ids_are_joined_with_their_corpus(tmp_path):
     assert with_tasks(config).task == "Find"
     names = ["merlin_metadata.json", "train.parquet", "train.json"]
     assert [file.name for file in source_files(config)] == names
-    assert dict(read_beir(config.path, "test").corpus) == {"a": "text a", "b": "text b"}
+    assert dict(read_beir(config).corpus) == {"a": "text a", "b": "text b"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ path, row and reason; ids-only folders are joined by number; memory is the state
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,9 @@ import pytest
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.build import open_store, with_store
-from nemo_embed_core.data.dataset import read_corpus, read_metadata
+from nemo_embed_core.data.dataset import Metadata, read_corpus, read_metadata, read_records
+from nemo_embed_core.data.dataset_writer import write_dataset
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import Findings
 from nemo_embed_core.data.readers import read_beir, read_rows, source_files
 from nemo_embed_core.errors import UserError
@@ -65,7 +68,7 @@ def test_what_pyarrow_writes_is_read_as_joined_rows(tmp_path):
     assert [plain(row) for row in read_rows(config)] == EXPECTED
     names = [file.name for file in source_files(config)]
     assert names == ["dataset_metadata.json", "corpus.parquet", "queries.parquet"]
-    beir = read_beir(tmp_path / "toy", "test")
+    beir = read_beir(DatasetConfig(path=str(tmp_path / "toy"), split="test"))
     assert dict(beir.corpus) == {row["id"]: row["text"] for row in CORPUS}
     assert beir.qrels == {"q0": {"d0": 1}, "q1": {"d1": 1}} and dict(beir.queries)["q1"] == EXPECTED[1][1]
 
@@ -210,6 +213,47 @@ def test_missing_damaged_and_mixed_files(tmp_path):
         list(read_rows(config))
 
 
+def test_an_id_of_another_shard_is_named_by_both(tmp_path):
+    config = write(tmp_path / "toy", corpus=[*CORPUS, {**CORPUS[0], "text": "other"}], shards=2)
+    message = r"corpus-00001-of-00002.parquet:2: id 'd0' is already the id of row 1 of corpus-00000-of-00002"
+    with pytest.raises(UserError, match=message):
+        list(read_rows(config))
+
+
+def test_a_damaged_page_is_an_error_by_file(tmp_path):
+    """The footer is whole, so that opening the file tells nothing."""
+    config = write(tmp_path / "toy", corpus=[{"id": f"d{i}", "text": f"text {i}"} for i in range(300)])
+    path = tmp_path / "toy" / "corpus.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"corpus.parquet:1: not a whole Parquet file: .*copy it again"):
+        list(read_rows(config))
+
+
+def test_a_folder_of_two_formats_is_refused_by_both_names(tmp_path):
+    config = write(tmp_path / "toy")
+    (tmp_path / "toy" / "corpus.jsonl").write_text('{"_id": "d0", "text": "x"}\n')
+    message = r"is both beir \(corpus\.jsonl\) and dataset \(dataset_metadata\.json\): remove"
+    for read in (lambda: list(read_rows(config)), lambda: read_beir(config)):
+        with pytest.raises(UserError, match=message):
+            read()
+    assert [plain(row) for row in read_rows(replace(config, format="dataset"))] == EXPECTED
+    assert list(read_beir(replace(config, format="dataset")).corpus) == ["d0", "d1", "d2"]
+    (tmp_path / "toy" / "dataset_metadata.json").unlink()
+    with pytest.raises(UserError, match=r"toy has both corpus\.jsonl and corpus\.parquet: remove one"):
+        list(read_rows(config))
+
+
+def test_evaluation_finds_relevant_what_training_takes_for_a_positive(tmp_path):
+    queries = [{**row, "grade": grade} for row, grade in zip(QUERIES, (2.5, 4.0), strict=True)]
+    config = write(tmp_path / "toy", queries=queries)
+    with pytest.raises(UserError, match=r"queries.parquet:1: a graded pair \(grade 2.5\).*min_grade"):
+        read_beir(config)
+    config = replace(config, min_grade=3.0)
+    assert read_beir(config).qrels == {"q1": {"d1": 1}} and [row.id for row in read_rows(config)] == ["q1"]
+
+
 def test_the_folders_instructions_are_prompts_unless_the_run_has_its_own(tmp_path, tokenizer):
     metadata = {**METADATA, "passage_instruction": "passage:"}
     config, said = write(tmp_path / "toy", metadata=metadata), []
@@ -324,6 +368,27 @@ def test_an_ids_only_folder_says_what_to_download_and_refuses_another_source(tmp
 
 
 # ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("written", ["short", "long", "ours"])
+def test_memory_does_not_grow_with_a_row_group(tmp_path, written):
+    """pyarrow's own buffers: 16 MiB of text in one row group, in pages of a megabyte."""
+    config, length = write(tmp_path / "toy"), 1000 if written == "short" else 16_000
+    count = (16 << 20) // length
+    rows = {"id": [f"d{i}" for i in range(count)], "text": [f"{i:05x}" * (length // 5) for i in range(count)]}
+    if written == "ours":
+        config = replace(config, path=str(tmp_path / "ours"))
+        row = Row("q", ["p"], [], "rows", 1)
+        write_dataset(tmp_path / "ours", [row], Metadata(corpus_id="c"), zip(*rows.values(), strict=True))
+    else:
+        options = {"row_group_size": count, "compression": "none", "write_batch_size": 16}
+        pq.write_table(pa.table(rows), tmp_path / "toy/corpus.parquet", **options)
+    del rows
+    for _ in range(2):  # what was written is freed late, so that the second pass counts
+        before, most = pa.total_allocated_bytes(), 0
+        for _ in read_records(Path(config.path), "corpus", False, Findings()):
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert (1 << 20) < most < 7 << 20, most
 
 
 def test_memory_of_a_corpus_is_the_stated_bytes_a_document(tmp_path):

@@ -13,10 +13,19 @@ from pathlib import Path
 import pytest
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
-from nemo_embed_core.data import readers
+from nemo_embed_core.data import rows as row_formats
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.containers import json_items
-from nemo_embed_core.data.readers import BadLines, Findings, Row, read_rows, reading, source_files
+from nemo_embed_core.data.readers import (
+    BadLines,
+    Findings,
+    Row,
+    check_sources,
+    files_of,
+    read_rows,
+    reading,
+    source_files,
+)
 from nemo_embed_core.errors import DataError, UserError
 
 # name -> [(record, (query, pos, neg, further fields of the row))]
@@ -215,7 +224,7 @@ def test_rows_as_the_peer_documents_them(tmp_path: Path, name: str) -> None:
 def test_no_two_formats_take_the_same_record() -> None:
     for name, table in GOLDEN.items():
         for record, _ in table:
-            taken = [one.NAME for one in readers.FORMATS if one.sniff(record)]
+            taken = [one.NAME for one in row_formats.FORMATS if one.sniff(record)]
             assert taken == [name], (record, taken)
     rng = random.Random(0)
     fields = sorted(
@@ -228,12 +237,12 @@ def test_no_two_formats_take_the_same_record() -> None:
     )
     for _ in range(20_000):  # any mix of their fields: one takes it or none
         record = {key: json.loads(value) for key, value in rng.sample(fields, rng.randint(1, 4))}
-        taken = [one.NAME for one in readers.FORMATS if one.sniff(record)]
+        taken = [one.NAME for one in row_formats.FORMATS if one.sniff(record)]
         if len(taken) > 1:
             with pytest.raises(
                 ValueError, match=rf"{taken[0]} and {taken[1]}.*: set the dataset's format to one"
             ):
-                readers._sniffed(record)
+                row_formats._sniffed(record)
 
 
 def test_a_row_of_two_formats_needs_the_name_of_one(tmp_path: Path) -> None:
@@ -293,7 +302,7 @@ NEAR = {
     ),
     "tevatron, no negatives": (
         {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "text": "p"}]},
-        "'negative_passages' is missing: write []",
+        "field 'negative_passages' is missing: write \"negative_passages\": []",
     ),
     "tevatron, empty": (
         {
@@ -361,6 +370,18 @@ NEAR = {
         "label 3 is a number, which names no class: add label_text",
     ),
     "labels, only one": ({"text": "a", "label": "x"}, "all rows have the label 'x'"),
+    "labels, a space": (
+        {"text": "a", "label": "refund "},
+        "field 'label' 'refund ' has spaces around the class's name",
+    ),
+    "f2llm, unknown": (
+        {"query": "q", "passage": "p", "negative_1": "n", "url": "x"},
+        "unknown fields ['url']: remove them, or name them in the dataset's ignore (known: query, passage, ",
+    ),
+    "contrastors, unknown and in another case": (
+        {"query": "q", "document": "p", "Negatives": ["n"], "url": "x"},
+        "ignore (known: query, document, negatives, metadata); 'Negatives' is called negatives",
+    ),
     "labels, null": ({"text": "a", "label": None}, "field 'label' must be a string or an integer, got null"),
     "bitext, empty": ({"en": "a", "de": " "}, "field 'de' is empty or only spaces"),
     "bitext, three": ({"translation": {"en": "a", "de": "b", "fr": "c"}}, "bitext has two"),
@@ -400,6 +421,19 @@ def test_ignored_fields_are_not_read_and_named_formats_take_any_columns(tmp_path
         DataError, match=r":2: columns .* are not those of the first row .*, \['anchor', 'positive'\]"
     ):
         rows_of(path)
+
+
+def test_what_is_unknown_and_what_is_missing_is_said_together(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", [{"query": "q", "Passage": "p", "url": "x"}])
+    with pytest.raises(DataError) as caught:
+        rows_of(path, format="f2llm")
+    right = (
+        "not a training row: it has ['Passage', 'url'] and no passage; write rows like "
+        '{"query": "...", "passage": "...", "negative_1": "..."}; \'Passage\' is called passage'
+    )
+    assert str(caught.value) == f"{path}:1: {right}"
+    with pytest.raises(DataError, match=r":1: field 'passage' is missing$"):
+        rows_of(path, format="f2llm", ignore=["url", "Passage"])
 
 
 def test_columns_are_read_in_the_order_that_the_dataset_says(tmp_path: Path) -> None:
@@ -605,6 +639,31 @@ def test_two_files_whose_lines_belong_together(tmp_path: Path) -> None:
 
 # content by name -> (line, what the message has)
 BROKEN = {
+    "semicolons.csv": ("anchor;positive\na;b\n", 1, "columns are separated by ';' here and not by ','"),
+    "sep.csv": ("sep=;\nanchor;positive\na;b\n", 1, "columns are separated by ';'"),
+    "tabs.csv": ("anchor\tpositive\na\tb\n", 1, "separated by '\\t' here and not by ',': name the file .tsv"),
+    "commas.tsv": ("anchor,positive\na,b\n", 1, "separated by ',' here and not by '\\t': name the file .csv"),
+    "old_mac.csv": ("anchor,positive\ra,b\r", 1, "lines end in \\r alone: convert"),
+    "open.csv": ('anchor,positive\na,"b\nc,d\n', 2, "a quote opens in this row and is not closed"),
+    "behind.csv": ('anchor,positive\na,"b" c\n', 2, "a quote inside a quoted cell has to be doubled"),
+    "spaces.csv": (
+        "anchor, positive\na,b\n",
+        1,
+        "column ' positive' has spaces around its name: remove them",
+    ),
+    "case.csv": ("Anchor,positive,NEGATIVE\na,b,c\n", 1, "rename 'Anchor' to anchor, 'NEGATIVE' to negative"),
+    "case.jsonl": (
+        '{"Query": "q", "passage": "p"}\n',
+        1,
+        "f2llm has them in lower case: rename 'Query' to query",
+    ),
+    "some.jsonl": (
+        '{"query": "q", "Pos": ["p"], "neg": []}\n',
+        1,
+        "and ours has them in lower case: rename 'Pos' to pos",
+    ),
+    "comma.json": ('[{"anchor": "a", "positive": "b"},\n]', 2, "not JSON: a comma before ']'"),
+    "comma2.json": ('{"data": [{"anchor": "a", "positive": "b"}],\n}', 2, "not JSON: a comma before '}'"),
     "ragged.csv": ("anchor,positive\na,b\nc\n", 3, "1 cells and 2 columns"),
     "blank.csv": ("anchor,positive\na,b\n\n", 3, "blank line: remove it"),
     "twice.csv": ("anchor,anchor\na,b\n", 1, "column 'anchor' stands twice"),
@@ -887,27 +946,52 @@ def test_a_value_that_python_does_not_have_is_a_bad_row(tmp_path: Path) -> None:
     assert "x.parquet:129: column 'at' cannot be read" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("x.csv", "anchor;positive\na;b\n", r"csv:1: columns are separated by ';' here and not by ','"),
-        ("x.csv", "sep=;\nanchor;positive\na;b\n", r"csv:1: columns are separated by ';'"),
-        ("x.csv", "anchor\tpositive\na\tb\n", r"separated by '\\t' here .*: name the file \.tsv"),
-        ("x.tsv", "anchor,positive\na,b\n", r"separated by ',' here .*: name the file \.csv"),
-        ("x.csv", "anchor,positive\ra,b\r", r"csv:1: lines end in \\r alone: convert"),
-        ("x.csv", 'anchor,positive\na,"b\nc,d\n', r"csv:2: a quote opens in this row and is not closed"),
-        ("x.csv", 'anchor,positive\na,"b" c\n', r"csv:2: a quote inside a quoted cell has to be doubled"),
-        ("x.json", '[{"anchor": "a", "positive": "b"},\n]', r"json:2: not JSON: a comma before '\]'"),
-        (
-            "x.json",
-            '{"data": [{"anchor": "a", "positive": "b"}],\n}',
-            r"json:2: not JSON: a comma before '}'",
-        ),
-    ],
-)
-def test_a_file_of_another_dialect_says_what_to_change(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=message):
-        rows_of(tmp_path / name)
+def row_file(path: Path) -> Path:
+    return jsonl(path, [{"query": path.name, "pos": ["p"], "neg": []}])
+
+
+def test_rows_that_would_be_read_twice_or_not_at_all_are_refused(tmp_path: Path) -> None:
+    row_file(tmp_path / "a.jsonl")
+    data = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    for path in (tmp_path, f"{tmp_path}/*"):
+        with pytest.raises(UserError, match=r"has a\.jsonl and a\.jsonl\.gz, whose rows would be read twice"):
+            rows_of(path)
+    (tmp_path / "a.jsonl.gz").rename(tmp_path / "b.jsonl.gz")
+    assert len(rows_of(tmp_path)) == 2
+    for name in ("more", "de"):
+        (tmp_path / name).mkdir()
+        row_file(tmp_path / name / "c.jsonl")
+    with pytest.raises(UserError, match=r"has rows in its folders de, more and beside them: give one folder"):
+        rows_of(tmp_path)
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"has rows in its folders de, more: .* glob such as .*/\*/\*$"):
+        rows_of(tmp_path)
+    assert len(rows_of(f"{tmp_path}/*/*")) == 2
+    (tmp_path / "de" / "c.jsonl").unlink()
+    (tmp_path / "more").rename(tmp_path / "data")
+    assert len(rows_of(tmp_path)) == 1, "as on the hub; an empty folder has no rows"
+
+
+def test_a_glob_over_several_splits_is_said(tmp_path: Path) -> None:
+    for name in ("nq_dev", "nq_train", "train-2"):
+        row_file(tmp_path / f"{name}.jsonl")
+    findings = Findings()
+    assert len(list(read_rows(DatasetConfig(path=f"{tmp_path}/*.jsonl"), findings))) == 3
+    assert list(findings.counts) == ["globs over files of several splits (dev, train), all of which are read"]
+    findings = Findings()
+    assert len(list(read_rows(DatasetConfig(path=f"{tmp_path}/*train*.jsonl"), findings))) == 2
+    assert not findings.counts
+
+
+def test_all_missing_sources_are_named_at_once(tmp_path: Path) -> None:
+    there = row_file(tmp_path / "there.jsonl")
+    paths = (tmp_path / "one.jsonl", there, f"{tmp_path}/*.parquet", tmp_path / "two.csv")
+    datasets = [DatasetConfig(path=str(path)) for path in paths]
+    for ask in (files_of, check_sources):
+        with pytest.raises(UserError) as caught:
+            ask(datasets)
+        lines = str(caught.value).split("\n")
+        assert len(lines) == 3 and "one.jsonl does not exist" in lines[0] and "two.csv" in lines[2], lines
+    assert files_of(datasets[1:2]) == [[there]]

@@ -102,7 +102,7 @@ def fuzz(folder: Path, examples: int, **options) -> dict[str, int]:
             (folder / name).write_bytes(data)
         seen["broken"] += bool(broken)
         findings = Findings()
-        got = read_beir(folder, "test", findings=findings)
+        got = read_beir(DatasetConfig(path=str(folder), split="test"), findings)
         if findings.num_bad:
             assert broken, findings.named
             for message in findings.named:
@@ -112,7 +112,7 @@ def fuzz(folder: Path, examples: int, **options) -> dict[str, int]:
                 )
                 assert len(message) < 400 + len(str(folder)) and "\n" not in message
             with pytest.raises(DataError):
-                read_beir(folder, "test")
+                read_beir(DatasetConfig(path=str(folder), split="test"))
             seen["refused"] += 1
             return
         seen["read"] += 1

@@ -63,7 +63,9 @@ def test_a_beir_folder_keeps_ids_and_the_whole_corpus(tmp_path, tokenizer):
     (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td4\t1\nq0\td1\t1\nq0\td2\t0\n")
     config = DataConfig(datasets=[DatasetConfig(path=str(folder))], cache_dir=str(tmp_path / "cache"))
     folders = write_datasets(config, tmp_path / "out", silent)
-    assert dict(read_beir(tmp_path / "out", "train").corpus) == dict(read_beir(folder, "train").corpus)
+    assert dict(read_beir(DatasetConfig(path=str(tmp_path / "out"), split="train")).corpus) == dict(
+        read_beir(DatasetConfig(path=str(folder), split="train")).corpus
+    )
     rows = [(row.id, list(row.pos_ids), list(row.neg_ids)) for row in read_rows(folders.datasets[0])]
     assert rows == [("q2", ["d4"], []), ("q0", ["d1"], ["d2"])]
     (before, after) = (open_store(one, tokenizer, silent) for one in (config, folders))

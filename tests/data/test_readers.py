@@ -194,7 +194,7 @@ def beir(folder: Path, corpus=CORPUS, queries=QUERIES, qrels=QRELS, split="train
 @pytest.mark.parametrize("gz", [False, True])
 def test_beir_split(tmp_path, gz):
     folder = beir(tmp_path, gz=gz)
-    got = read_beir(folder, "train")
+    got = read_beir(DatasetConfig(path=str(folder), split="train"))
     assert got.corpus == {"d1": "Title one", "2": "two", "d3": "three", "d4": "Only a title"}
     assert got.queries == {"q2": "second", "q1": "first"}
     assert got.qrels == {"q2": {"d1": 1, "d3": 0}, "q1": {"2": 2, "d4": 1}}
@@ -249,7 +249,7 @@ def test_bad_beir(tmp_path, name, reader):
     changes, where, fragment = BAD_BEIR[name]
     folder = beir(tmp_path, **changes)
     with pytest.raises(DataError) as caught:
-        rows_of(folder) if reader == "rows" else read_beir(folder, "train")
+        rows_of(folder) if reader == "rows" else read_beir(DatasetConfig(path=str(folder), split="train"))
     assert str(caught.value).startswith(str(folder)) and f"{where}: " in str(caught.value), str(caught.value)
     assert fragment in str(caught.value)
 
@@ -258,7 +258,9 @@ def test_a_training_query_without_positive_is_an_error(tmp_path):
     folder = beir(tmp_path, qrels=H + "q1\td1\t1\nq2\td1\t0\n")
     with pytest.raises(DataError, match=r"train\.tsv:3: query 'q2' has no document with a score above 0"):
         rows_of(folder)
-    assert read_beir(folder, "train").qrels["q2"] == {"d1": 0}, "an evaluation may have such a query"
+    assert read_beir(DatasetConfig(path=str(folder), split="train")).qrels["q2"] == {"d1": 0}, (
+        "an evaluation may have such a query"
+    )
 
 
 def test_missing_parts_of_a_beir_folder(tmp_path):
@@ -277,7 +279,7 @@ def test_missing_parts_of_a_beir_folder(tmp_path):
     ):
         rows_of(folder, split="dev")
     with pytest.raises(UserError, match="is not a folder"):
-        read_beir(tmp_path / "nowhere", "test")
+        read_beir(DatasetConfig(path=str(tmp_path / "nowhere"), split="test"))
 
 
 def test_passages_of_a_candidate_pool(tmp_path):
@@ -421,10 +423,10 @@ PLANTED = {
     "blank texts of lists accepted": (data_row, "check_text", lambda value, field: str(value)),
     "surrogates accepted": (lines, "check_unicode", lambda value, field: None),
     "bad bytes replaced": (lines, "decode", lambda raw: raw.decode("utf-8", "replace")),
-    "a string taken for a list": (ours, "_texts", lambda row, field: list(row.get(field) or ["x"])),
-    "empty pos accepted": (ours, "_texts", lambda row, field: [*row[field]] or [""]),
+    "a string taken for a list": (ours, "text_list", lambda value, field: list(value or ["x"])),
+    "empty pos accepted": (ours, "text_list", lambda value, field: [*value] or [""]),
     "error path that fails": (lines, "type_name", lambda value: {int: "a number", str: "a string"}[type(value)]),
-    "whole values in messages": (ours, "short", repr),
+    "whole values in messages": (data_row, "short", repr),
     "lines split at U+2028": (
         lines, "raw_lines",
         lambda path, _: enumerate(

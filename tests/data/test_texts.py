@@ -103,7 +103,7 @@ def peak():
 
 before = peak()
 if sys.argv[1] == "beir":
-    beir = read_beir(sys.argv[2], "train")
+    beir = read_beir(DatasetConfig(path=sys.argv[2], split="train"))
     count = sum(len(text) for text in beir.corpus.values())
 else:
     count = sum(len(row.pos[0]) for row in read_rows(DatasetConfig(path=sys.argv[2])))

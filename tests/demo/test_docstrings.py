@@ -157,7 +157,7 @@ def test_written_data_is_read_by_our_readers(tmp_path: Path) -> None:
     ]
     passage_of = {doc.query: doc.passage for doc in docs}
     for name, num_queries in (("test", 60), ("dev", 20)):
-        beir = read_beir(tmp_path / name, "test")
+        beir = read_beir(DatasetConfig(path=str(tmp_path / name), split="test"))
         assert len(beir.queries) == len(beir.qrels) == num_queries
         assert len(beir.corpus) == counts[f"{name}_rows"]  # small: all of the split is in the corpus
         for query_id, judged in beir.qrels.items():

@@ -18,16 +18,12 @@ def sniff(fields: dict[str, Any]) -> bool:
 
 
 def row(fields: dict[str, Any], path: str, line: int) -> Row:
-    check_known(fields, ("query", "question", "pos_doc", "neg_doc", "question_id"))
+    documents = ("pos_doc", "neg_doc")
+    check_known(fields, ("query", "question", *documents, *OPTIONAL), required=documents, example=EXAMPLE)
     if ("query" in fields) == ("question" in fields):
         raise ValueError("a row has either 'query' or 'question'")
     name = "query" if "query" in fields else "question"
     query = check_text(fields[name], name)
-    for field in ("pos_doc", "neg_doc"):
-        if field not in fields:
-            raise ValueError(
-                f"field {field!r} is missing{': write [] when there are none' * (field == 'neg_doc')}"
-            )
     pos, pos_ids = _documents(fields["pos_doc"], "pos_doc")
     neg, neg_ids = _documents(fields["neg_doc"], "neg_doc")
     if not pos:

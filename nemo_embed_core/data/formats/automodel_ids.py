@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.containers import json_items
 from nemo_embed_core.data.dataset import Metadata, document_text, read_metadata
 from nemo_embed_core.data.documents import Documents
-from nemo_embed_core.data.formats.beir import Beir
+from nemo_embed_core.data.formats.beir import Beir, beir_of
 from nemo_embed_core.data.formats.dataset import joined
-from nemo_embed_core.data.formats.row import Row, check_known
+from nemo_embed_core.data.formats.row import Row, check_known, positive
 from nemo_embed_core.data.formats.writing import document_id, write_parquet
 from nemo_embed_core.data.lines import Findings, check_id, check_text, short, type_name
 from nemo_embed_core.data.prompts import task_of
 from nemo_embed_core.data.records import Source, find, records
-from nemo_embed_core.data.texts import Texts, TextsById
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 
@@ -34,11 +32,11 @@ EXAMPLE = '{"question_id": "1", "question": "...", "corpus_id": "c", "pos_doc": 
 FIELDS = ("question_id", "question", "corpus_id", "pos_doc", "neg_doc")
 
 
-def takes(path: Path) -> bool:
+def told_by(path: Path) -> str:
     if path.suffix != ".json" or not path.is_file():
-        return False
+        return ""
     with open(path, "rb") as file:
-        return bool(re.match(rb'\s*\{\s*"corpus"\s*:', file.read(1024)))
+        return '"corpus"' if re.match(rb'\s*\{\s*"corpus"\s*:', file.read(1024)) else ""
 
 
 def _corpora(path: Path) -> dict[str, tuple[Metadata, Source, Path]]:
@@ -84,25 +82,16 @@ def _documents(config: DatasetConfig, findings: Findings) -> dict[str, Documents
     before, all_of = findings.num_met, {}
     for corpus_id, (_, source, _) in _corpora(Path(config.path)).items():
         documents = Documents()
-        paths: list[tuple[int, Path]] = []  # number of documents up to the end of a file
         for path, line, fields in records(source, findings, '{"id": "...", "text": "..."}'):
             try:
-                check_known(fields, ("id", "text", "title"))
-                if missing := [name for name in ("id", "text") if name not in fields]:
-                    raise ValueError(f"field {missing[0]!r} is missing")
-                documents.add(check_id(fields["id"], "id"), document_text(fields), line)
+                check_known(fields, ("id", "text", "title"), required=("id", "text"))
+                documents.add(check_id(fields["id"], "id"), document_text(fields), path, line)
             except ValueError as error:
                 findings.bad(path, line, str(error))
-                continue
-            paths = [*paths[: -1 if paths and paths[-1][1] == path else None], (len(documents), path)]
         if findings.num_met == before:
-            documents.close(partial(_path_of, paths), findings)
+            documents.close(findings)
         all_of[corpus_id] = documents
     return all_of if findings.num_met == before else {}
-
-
-def _path_of(ends: list[tuple[int, Path]], place: int) -> Path:
-    return next(path for end, path in ends if place < end)
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
@@ -119,9 +108,7 @@ def _rows(config: DatasetConfig, corpora: dict[str, Documents], findings: Findin
         try:
             if name != "data" or not isinstance(fields, dict):
                 raise ValueError(f"{short(name)} must be rows like {EXAMPLE}, got {type_name(fields)}")
-            check_known(fields, FIELDS)
-            if missing := [name for name in FIELDS if name not in fields]:
-                raise ValueError(f"field {missing[0]!r} is missing")
+            check_known(fields, FIELDS, required=FIELDS, example=EXAMPLE)
             key = check_id(fields["question_id"], "question_id")
             if key in seen:
                 raise ValueError(f"question_id {short(key)} is already on line {seen[key]}: make ids unique")
@@ -161,11 +148,8 @@ def beir(config: DatasetConfig, findings: Findings) -> Beir:
     corpora = _documents(config, findings)
     if len(corpora) > 1:
         raise UserError(f"{config.path} has {len(corpora)} corpora: evaluate and mine a file of one")
-    queries, qrels = TextsById({}, Texts()), dict[str, dict[str, int]]()
-    for row in _rows(config, corpora, findings):
-        queries.indices[row.id] = queries.texts.append(row.query)
-        qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
-    return Beir(next(iter(corpora.values()), {}), queries, qrels)
+    rows = positive(_rows(config, corpora, findings), config.min_grade, findings)
+    return beir_of(next(iter(corpora.values()), {}), rows)
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest: str) -> None:

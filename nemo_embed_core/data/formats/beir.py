@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.formats.qrels import read_qrels
 from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import (
@@ -27,6 +28,7 @@ from nemo_embed_core.data.lines import (
 from nemo_embed_core.data.texts import Texts, TextsById
 from nemo_embed_core.errors import UserError
 
+NAME = "beir"
 OnMissing = Literal["error", "allow"]
 ALLOW = "or set on_missing to allow"
 
@@ -43,6 +45,40 @@ class Beir(NamedTuple):
     languages: Mapping[str, str] = {}  # query id -> lang, where queries.jsonl says so
 
 
+def beir_of(corpus: Mapping[str, str], rows: Iterable[Row]) -> Beir:
+    """Of rows whose documents are in `corpus`: the positives are what is relevant, as no negative of a row is
+    known to be irrelevant."""
+    queries, qrels, languages = TextsById({}, Texts()), dict[str, dict[str, int]](), dict[str, str]()
+    for row in rows:
+        queries.indices[row.id] = queries.texts.append(row.query)
+        qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
+        if row.lang:
+            languages[row.id] = row.lang
+    return Beir(corpus, queries, qrels, languages)
+
+
+def told_by(path: Path) -> str:
+    return next((name for name in MARKS if path.is_dir() and (path / name).exists()), "")
+
+
+def files(config: DatasetConfig) -> list[Path]:
+    """[corpus, queries, qrels of the split]; UserError with what the folder holds instead."""
+    return _files(Path(config.path), config.split)
+
+
+def tasks(config: DatasetConfig) -> tuple[str, str]:
+    return "", ""
+
+
+def reading(config: DatasetConfig) -> list[str]:
+    """What decides the rows besides the files, for digests; stores from before negative judgements were read
+    have no "irrelevant"."""
+    qrels, _ = read_qrels(files(config)[2], Findings())
+    has_irrelevant = any(score <= 0 for scores in qrels.values() for score in scores.values())
+    allowed = [] if config.on_missing == "error" else [f"on_missing={config.on_missing}"]
+    return [*allowed, *(["judged irrelevant: neg"] if has_irrelevant else [])]
+
+
 class _Split(NamedTuple):
     """A split as it is in the files; its judgements may name texts that do not exist."""
 
@@ -54,25 +90,25 @@ class _Split(NamedTuple):
     languages: dict[str, str]
 
 
-def beir_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings) -> Beir:
+def beir(config: DatasetConfig, findings: Findings) -> Beir:
     """With on_missing "allow" empty texts are "" and judgements of documents that do not exist stay.
 
     So does mteb: such a document is never found, and counts in the ideal ranking. A judgement of a query that
     does not exist counts nowhere.
     """
-    s = _read_split(folder, split, on_missing, findings, whole=True)
+    s = _read_split(config, findings, whole=True)
     qrels = {qid: scores for qid, scores in s.qrels.items() if qid in s.queries}
     queries = TextsById({qid: s.queries.indices[qid] for qid in qrels}, s.queries.texts)
     return Beir(s.corpus, queries, qrels, s.languages)
 
 
-def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Findings) -> Iterator[Row]:
+def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
     """One row per judged query in the order of the qrels, made when it is asked for: the texts stand on disk.
 
     pos: documents with a score above 0. neg: the others, which somebody judged not to answer the query.
     """
     before, num_rows = findings.num_met, 0
-    s = _read_split(folder, split, on_missing, findings, whole=False)
+    s = _read_split(config, findings, whole=False)
     if findings.num_met > before:
         return  # the rows that are left would be wrong: a text behind a bad line seems not to exist
     for qid, scores in s.qrels.items():
@@ -90,7 +126,7 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
             elif doc in s.corpus:
                 findings.note("judgements of empty documents, left out", s.file, s.lines[qid, doc])
         if not pos:
-            if on_missing == "error":
+            if config.on_missing == "error":
                 what = f"query {short(qid)} has no document with a score above 0"
                 fix = f"remove its judgements from this training split, give it a positive {ALLOW}"
                 findings.bad(s.file, line, f"{what}: {fix}, which leaves it out")
@@ -111,16 +147,10 @@ def beir_rows(folder: Path, split: str, on_missing: OnMissing, findings: Finding
         findings.bad(s.file, 1, f"no row is left: {what}")
 
 
-def has_irrelevant(folder: Path, split: str) -> bool:
-    """Whether the split judges a document not to answer a query, which is in `neg` of its row."""
-    qrels, _ = read_qrels(beir_files(folder, split)[2], Findings())
-    return any(score <= 0 for scores in qrels.values() for score in scores.values())
-
-
-def _read_split(folder: Path, split: str, on_missing: OnMissing, findings: Findings, whole: bool) -> _Split:
+def _read_split(config: DatasetConfig, findings: Findings, whole: bool) -> _Split:
     """whole: also the texts of documents that the split does not judge."""
-    corpus_file, queries_file, file = beir_files(folder, split)
-    before = findings.num_met
+    corpus_file, queries_file, file = files(config)
+    before, on_missing = findings.num_met, config.on_missing
     qrels, lines = read_qrels(file, findings)
     judged = {doc for scores in qrels.values() for doc in scores}
     languages: dict[str, str] = {}
@@ -255,22 +285,23 @@ def pool_texts(path: Path, on_missing: OnMissing, findings: Findings) -> Iterato
 # ------------------------------------------------------------------------------------------ files
 
 
-MARKS = {"qrels", "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"}
+MARKS = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz", "qrels")
 
 
-def is_beir(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).exists() for name in MARKS)
+def splits(folder: Path) -> list[str]:
+    """That it has judgements of."""
+    names = [file.name.removesuffix(".gz") for file in (folder / "qrels").glob("*.tsv*")]
+    return sorted({name.removesuffix(".tsv") for name in names})
 
 
-def beir_files(folder: Path, split: str) -> list[Path]:
-    """[corpus, queries, qrels of the split]; UserError with what the folder holds instead."""
+def _files(folder: Path, split: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a folder: a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/"
         )
     names = sorted(p.name for p in folder.iterdir())
     is_model = " but a model" if "config.json" in names else ""
-    if not MARKS & set(names):
+    if not set(MARKS) & set(names):
         raise UserError(
             f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){is_model}; it "
             f"holds: {', '.join(names[:10]) or 'nothing'}"
@@ -280,10 +311,12 @@ def beir_files(folder: Path, split: str) -> list[Path]:
 
 
 def _file(folder: Path, name: str, names: list[str]) -> Path:
-    """folder/name or folder/name.gz; both or none is an error."""
+    """folder/name or folder/name.gz; both, or a table of that name beside it, or none is an error."""
     found = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
-    if len(found) == 2:
-        raise UserError(f"{folder} has both {name} and {name}.gz: remove one")
+    table = folder / name.replace(".jsonl", ".parquet")
+    both = [file.name for file in (*found, table) if file.is_file()]
+    if found and len(both) > 1:
+        raise UserError(f"{folder} has both {both[0]} and {both[1]}: remove one")
     if not found:
         is_parquet = any(other.endswith(".parquet") for other in names)
         fix = "; Parquet is not read: write it as JSONL" if is_parquet else ""
@@ -302,9 +335,9 @@ def _qrels_file(folder: Path, split: str) -> Path:
         raise UserError(f"{qrels} has both {split}.tsv and {split}.tsv.gz: remove one")
     if not found:
         there = sorted(p.name for p in qrels.iterdir())[:10] if qrels.is_dir() else []
-        splits = sorted({name.removesuffix(".gz").removesuffix(".tsv") for name in there if ".tsv" in name})
-        says = f"splits there: {', '.join(splits) or 'none'}; set split to one"
-        if there and not splits:
+        known = splits(folder)[:10]
+        says = f"splits there: {', '.join(known) or 'none'}; set split to one"
+        if there and not known:
             says = f"{qrels} holds: {', '.join(there)}; judgements are read from {{split}}.tsv"
         raise UserError(f"{qrels / split}.tsv (or .gz) does not exist; {says}")
     return found[0]

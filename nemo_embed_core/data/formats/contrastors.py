@@ -18,10 +18,8 @@ def sniff(fields: dict[str, Any]) -> bool:
 
 
 def row(fields: dict[str, Any], path: str, line: int) -> Row:
-    check_known(fields, ("query", "document", *OPTIONAL))
-    for field in ("query", "document"):
-        if field not in fields:
-            raise ValueError(f"field {field!r} is missing")
+    required = ("query", "document")
+    check_known(fields, (*required, *OPTIONAL), required=required, example=EXAMPLE)
     query, pos = check_text(fields["query"], "query"), [check_text(fields["document"], "document")]
     neg = text_list(fields.get("negatives", []), "negatives")
     _check_objective(fields.get("metadata", {}))

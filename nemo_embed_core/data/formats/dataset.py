@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.dataset import (
+    METADATA,
     Metadata,
     check_against,
     dataset_files,
@@ -22,19 +23,18 @@ from nemo_embed_core.data.dataset import (
 )
 from nemo_embed_core.data.dataset_source import source_files, source_texts
 from nemo_embed_core.data.documents import Documents
-from nemo_embed_core.data.formats.beir import Beir
-from nemo_embed_core.data.formats.row import Row, check_number
+from nemo_embed_core.data.formats.beir import Beir, beir_of
+from nemo_embed_core.data.formats.row import Row, check_number, positive
 from nemo_embed_core.data.lines import Findings, check_id, check_text, short
 from nemo_embed_core.data.normal_form import exact_key
 from nemo_embed_core.data.prompts import task_of
-from nemo_embed_core.data.texts import Texts, TextsById
 from nemo_embed_core.errors import UserError
 
 NAME = "dataset"
 
 
-def takes(path: Path) -> bool:
-    return is_dataset(path)
+def told_by(path: Path) -> str:
+    return METADATA if is_dataset(path) else ""
 
 
 def tasks(config: DatasetConfig) -> tuple[str, str]:
@@ -65,14 +65,9 @@ def open_folder(config: DatasetConfig, findings: Findings) -> tuple[Metadata, Do
 
 def beir(config: DatasetConfig, findings: Findings) -> Beir:
     """The whole corpus, and the positives as what is relevant: no negative is known to be irrelevant."""
-    queries, qrels, languages = TextsById({}, Texts()), dict[str, dict[str, int]](), dict[str, str]()
     metadata, documents = open_folder(config, findings)
-    for row in _rows(config, metadata, documents, findings):
-        queries.indices[row.id] = queries.texts.append(row.query)
-        qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
-        if row.lang:
-            languages[row.id] = row.lang
-    return Beir(documents, queries, qrels, languages)
+    rows = positive(_rows(config, metadata, documents, findings), config.min_grade, findings)
+    return beir_of(documents, rows)
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:

@@ -20,10 +20,8 @@ def sniff(fields: dict[str, Any]) -> bool:
 
 def row(fields: dict[str, Any], path: str, line: int) -> Row:
     names = sorted((name for name in fields if _NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:]))
-    check_known(fields, ("query", "passage", *(names or ["negative_1"])))
-    for field in ("query", "passage"):
-        if field not in fields:
-            raise ValueError(f"field {field!r} is missing")
+    required = ("query", "passage")
+    check_known(fields, (*required, *(names or ["negative_1"])), required=required, example=EXAMPLE)
     if names and names[-1] != f"negative_{len(names)}":
         raise ValueError(f"columns {short(names)} are not numbered from 1 to {len(names)}")
     query, pos = check_text(fields["query"], "query"), [check_text(fields["passage"], "passage")]

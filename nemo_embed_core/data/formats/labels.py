@@ -39,10 +39,7 @@ def scan(records: Iterable[dict[str, Any]]) -> Classes:
 
 
 def row(fields: dict[str, Any], path: str, line: int, classes: Classes) -> Row:
-    check_known(fields, ("text", "label", *OPTIONAL))
-    for field in ("text", "label"):
-        if field not in fields:
-            raise ValueError(f"field {field!r} is missing")
+    check_known(fields, ("text", "label", *OPTIONAL), required=("text", "label"), example=EXAMPLE)
     query = check_text(fields["text"], "text")
     label, name = _class(fields)
     if len(classes) > MAX_CLASSES:
@@ -64,9 +61,17 @@ def _class(fields: dict[str, Any]) -> tuple[str, str]:
     if not is_number and not isinstance(label, str):
         raise ValueError(f"field 'label' must be a string or an integer, got {type_name(label)}")
     if "label_text" in fields:
-        return str(label), check_text(fields["label_text"], "label_text")
+        return str(label), _name(fields["label_text"], "label_text")
     if is_number or re.fullmatch(r"\s*-?\d+\s*", str(label)):
         raise ValueError(
             f"label {short(label)} is a number, which names no class: add label_text with its name"
         )
-    return str(label), check_text(label, "label")
+    return str(label), _name(label, "label")
+
+
+def _name(value: Any, field: str) -> str:
+    """Of a class: with spaces around it, it would be another class beside the one without."""
+    name = check_text(value, field)
+    if name != name.strip():
+        raise ValueError(f"field {field!r} {short(name)} has spaces around the class's name: remove them")
+    return name

@@ -26,9 +26,9 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
             "together: keep those, as rows without label"
         )
     if "messages" in fields:
-        check_known(fields, ("messages", "positive_messages", "negative_messages"))
-        query = _text(fields["messages"], "messages")
         pos_field, neg_field = "positive_messages", "negative_messages"
+        check_known(fields, ("messages", pos_field, neg_field), required=("messages",), example=EXAMPLE)
+        query = _text(fields["messages"], "messages")
         pos, neg = (
             [
                 _text(one, f"{field}[{i}]")
@@ -38,8 +38,9 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
         )
     else:
         pos_field, neg_field = "response", "rejected_response"
-        check_known(fields, ("query", pos_field, neg_field))
-        query, pos = check_text(fields.get("query"), "query"), [check_text(fields.get(pos_field), pos_field)]
+        required = ("query", pos_field)
+        check_known(fields, (*required, neg_field), required=required, example=EXAMPLE)
+        query, pos = check_text(fields["query"], "query"), [check_text(fields[pos_field], pos_field)]
         neg = text_list(fields.get(neg_field, []), neg_field)
     if not pos:
         raise ValueError(

@@ -21,8 +21,8 @@ from nemo_embed_core.errors import UserError
 NAME = "msmarco"
 
 
-def takes(path: Path) -> bool:
-    return any((path / f"collection.tsv{packed}").is_file() for packed in ("", ".gz"))
+def told_by(path: Path) -> str:
+    return next((name for name in ("collection.tsv", "collection.tsv.gz") if (path / name).is_file()), "")
 
 
 def files(config: DatasetConfig) -> list[Path]:
@@ -53,10 +53,10 @@ def _texts(path: Path, what: str, findings: Findings) -> Documents:
             cells = decode(raw).rstrip("\r\n").split("\t")
             if len(cells) != 2:
                 raise ValueError(f"expected 2 tab-separated columns (id, text), got {len(cells)}")
-            texts.add(check_id(cells[0], "id"), check_text(cells[1], what), line)
+            texts.add(check_id(cells[0], "id"), check_text(cells[1], what), path, line)
         except ValueError as error:
             findings.bad(path, line, str(error))
-    return texts.close(lambda place: path, findings) if findings.num_met == before else texts
+    return texts.close(findings) if findings.num_met == before else texts
 
 
 def _read(config: DatasetConfig, findings: Findings) -> tuple[Documents, Documents, Path]:

@@ -7,19 +7,19 @@ from typing import Any
 from nemo_embed_core.data.formats.row import (
     Row,
     check_disjoint,
+    check_known,
     check_list,
     check_scores,
     check_string,
     optional_id,
     text_list,
 )
-from nemo_embed_core.data.lines import check_id, check_text, short
+from nemo_embed_core.data.lines import check_id, check_text
 
 NAME = "ours"
 EXAMPLE = '{"query": "...", "pos": ["..."], "neg": []}'
 REQUIRED = ("query", "pos", "neg")
 OPTIONAL = ("pos_scores", "neg_scores", "id", "lang", "group", "pos_ids", "neg_ids", "prompt")
-ALLOWED = frozenset(REQUIRED + OPTIONAL)
 HINTS = {
     "_id": "of a BEIR folder give the folder",
     "label": "a class label is called group",
@@ -34,23 +34,10 @@ def sniff(fields: dict[str, Any]) -> bool:
 
 
 def row(fields: dict[str, Any], path: str, line: int) -> Row:
-    unknown = sorted(fields.keys() - ALLOWED)
-    missing = [field for field in REQUIRED if field not in fields]
-    hint = "".join(f"; {HINTS[field]}" for field in unknown if field in HINTS)
-    if unknown and missing:
-        raise ValueError(
-            f"not a training row: it has {short(unknown)} and no {', '.join(missing)}; write rows like "
-            f"{EXAMPLE}{hint}"
-        )
-    if unknown:
-        raise ValueError(
-            f"unknown fields {short(unknown)}: remove them, or name them in the dataset's ignore (allowed: "
-            f"{', '.join(REQUIRED + OPTIONAL)}){hint}"
-        )
-    if "query" not in fields:
-        raise ValueError("field 'query' is missing")
+    known = (*REQUIRED, *OPTIONAL)
+    check_known(fields, known, required=REQUIRED, example=EXAMPLE, hints=HINTS)
     query = check_text(fields["query"], "query")
-    pos, neg = _texts(fields, "pos"), _texts(fields, "neg")
+    pos, neg = text_list(fields["pos"], "pos"), text_list(fields["neg"], "neg")
     if not pos:
         raise ValueError("field 'pos' is empty: every query needs at least one positive text")
     check_disjoint(pos, neg)
@@ -64,13 +51,6 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
     pos_ids, neg_ids = _document_ids(fields, "pos_ids", len(pos)), _document_ids(fields, "neg_ids", len(neg))
     more = (lang, key, group, pos_ids, neg_ids, prompt)
     return Row(query, pos, neg, path, line, *more, pos_scores=pos_scores, neg_scores=neg_scores)
-
-
-def _texts(fields: dict[str, Any], field: str) -> list[str]:
-    if field not in fields:
-        fix = 'write "neg": [] when there are none' if field == "neg" else 'add "pos": ["..."]'
-        raise ValueError(f"field {field!r} is missing: {fix}")
-    return text_list(fields[field], field)
 
 
 def _document_ids(fields: dict[str, Any], field: str, count: int) -> list[str]:

@@ -7,10 +7,11 @@ positive, and no positive among the negatives.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_embed_core.data.lines import check_id, check_text, check_unicode, short, type_name
+from nemo_embed_core.data.lines import Findings, check_id, check_text, check_unicode, short, type_name
 
 
 class Row(NamedTuple):
@@ -66,13 +67,30 @@ def check_string(value: Any, field: str, example: str) -> str:
     return value
 
 
-def check_known(fields: dict[str, Any], known: Sequence[str]) -> None:
-    """Every field is one that the format knows: one that is passed over is a mistake that nobody sees."""
-    if unknown := [field for field in fields if field not in known]:
+def check_known(
+    fields: dict[str, Any], known: Sequence[str], *, required: Sequence[str] = (), example: str = "",
+    hints: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Every field is one that the format knows, as one that is passed over is a mistake that nobody sees; and
+    every required one is there. For messages: example of a row, hints by an unknown field's name."""
+    unknown = sorted(field for field in fields if field not in known)
+    missing = [field for field in required if field not in fields]
+    said = [hints[field] for field in unknown if hints and field in hints]
+    for field in unknown:
+        if (name := field.strip().lower()) in known and name not in fields:
+            said.append(f"{short(field)} is called {name}")
+    more = "".join(f"; {one}" for one in said)
+    if unknown and missing:
+        like = f"not a training row: it has {short(unknown)} and no {', '.join(missing)}"
+        raise ValueError(f"{like}{f'; write rows like {example}' if example else ''}{more}")
+    if unknown:
         raise ValueError(
             f"unknown fields {short(unknown)}: remove them, or name them in the dataset's ignore (known: "
-            f"{', '.join(known)})"
+            f"{', '.join(known)}){more}"
         )
+    if missing:
+        fix = f': write "{missing[0]}": [] when there are none' if missing[0].startswith("neg") else ""
+        raise ValueError(f"field {missing[0]!r} is missing{fix}")
 
 
 def check_disjoint(
@@ -86,6 +104,30 @@ def check_disjoint(
         raise ValueError(
             f"{name('pos', i)} is also {name('neg', j)}: remove it from 'neg' (the loss would push the "
             "positive away)"
+        )
+
+
+def positive(rows: Iterable[Row], min_grade: float | None, findings: Findings) -> Iterator[Row]:
+    """Of graded pairs those that belong together."""
+    found, row = False, None
+    for row in rows:
+        if (row.grade is None) != (min_grade is None):
+            what, fix = "a row without a grade, and the dataset's min_grade is set", "remove that option"
+            if row.grade is not None:
+                what = f"a graded pair (grade {row.grade:g}), which the contrastive loss has no use for"
+                fix = "set the dataset's min_grade to the grade from which pairs belong together"
+            findings.bad(Path(row.path), row.line, f"{what}: {fix}")
+            return  # every other line would be as bad
+        if row.grade is not None and min_grade is not None and row.grade < min_grade:
+            findings.note(
+                f"pairs with a grade below min_grade={min_grade:g}, left out", Path(row.path), row.line
+            )
+            continue
+        found = True
+        yield row
+    if row is not None and not found:
+        findings.bad(
+            Path(row.path), row.line, f"no row is left: none has a grade of min_grade={min_grade:g} or more"
         )
 
 

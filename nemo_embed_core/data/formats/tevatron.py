@@ -25,7 +25,7 @@ NAME = "tevatron"
 EXAMPLE = '{"query_id": "1", "query": "...", "positive_passages": [{"docid": "7", "text": "..."}], ...}'
 OPTIONAL = ("answers",)
 SUFFIX = ".jsonl"
-KNOWN = ("query_id", "query", "positive_passages", "negative_passages", "answers")
+REQUIRED = ("query_id", "query", "positive_passages", "negative_passages")
 
 
 def sniff(fields: dict[str, Any]) -> bool:
@@ -33,11 +33,7 @@ def sniff(fields: dict[str, Any]) -> bool:
 
 
 def row(fields: dict[str, Any], path: str, line: int) -> Row:
-    check_known(fields, KNOWN)
-    for field in ("query_id", "query", "positive_passages", "negative_passages"):
-        if field not in fields:
-            fix = ": write [] when there are none" if field == "negative_passages" else ""
-            raise ValueError(f"field {field!r} is missing{fix}")
+    check_known(fields, (*REQUIRED, *OPTIONAL), required=REQUIRED, example=EXAMPLE)
     query = check_text(fields["query"], "query")
     pos, pos_ids, pos_scores = _passages(fields["positive_passages"], "positive_passages")
     neg, neg_ids, neg_scores = _passages(fields["negative_passages"], "negative_passages")
