@@ -4,12 +4,13 @@
     ..."}]' python launch/prepare.py --config configs/prepare.yaml
 
     python launch/prepare.py --data.datasets '[{path: beir/nq}]' --dataset data/nq
+    python launch/prepare.py --data.datasets '[{path: train.jsonl}]' --check true
     python launch/prepare.py --config configs/prepare.yaml --inspect true --output nq.json --against beir/nq
 
 Training does this by itself when the store is missing; run it beforehand on a cheap machine to check the data
 and to keep accelerators from waiting. Bad rows end it with `path:line: what is wrong and what to change`,
-exit code 2. A build that was killed goes on where it was. With --data.store DIGEST it checks a store that is
-there, without its sources.
+exit code 2; --data.on_bad drop leaves them out, counted and listed. A command that was killed goes on when it
+is given again. With --data.store DIGEST it checks a store that is there, without its sources.
 """
 
 import time
@@ -27,17 +28,20 @@ def main() -> None:
         from nemo_embed_core.data.inspect import check, inspect
         from nemo_embed_core.data.inspect_page import present
         from nemo_embed_core.data.population import longest_draws
-        from nemo_embed_core.data.prepare import write_datasets
+        from nemo_embed_core.data.prepare import check_datasets, write_datasets
         from nemo_embed_core.data.tokenizer import load_tokenizer
 
         start, data = time.perf_counter(), config.data
         if config.inspect:
             check(config.against, config.output)
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+        if config.check:
+            check_datasets(data, tokenizer)
+            return
         if config.dataset:
-            data = write_datasets(data, config.dataset)
-            if not config.tokenizer:
-                return
-        tokenizer = load_tokenizer(config.tokenizer)
+            data = write_datasets(data, config.dataset, tokenizer=tokenizer)
+        if tokenizer is None:
+            return
         store = open_store(with_store(data), tokenizer)
         store.verify()
         seconds = time.perf_counter() - start

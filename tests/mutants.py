@@ -75,6 +75,8 @@ PACKING, SAMPLER, MIX, POPULATION = (
 NEAR, OVERLAP, PAGE = (f"nemo_embed_core/data/{name}.py" for name in ("near", "overlap", "inspect_page"))
 INSPECT = "tests/data/test_inspect.py"
 SHAPES = "nemo_embed_core/data/shapes.py"
+CONTAINERS, COMPILE = "nemo_embed_core/data/containers.py", "nemo_embed_core/data/compile.py"
+PACKING, SAMPLER = "nemo_embed_core/data/packing.py", "nemo_embed_core/data/sampler.py"
 SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
     f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
@@ -221,6 +223,15 @@ MUTANTS = [
     Mutant("missing documents are padded", "nemo_embed_core/data/inspect.py", "int((documents > 0).sum())", "documents.size", INSPECT),
     Mutant("density without the room that is left", "nemo_embed_core/data/inspect.py", "tokens / (micro_batches * config.max_tokens)", "tokens / (steps * config.max_tokens)", INSPECT),
     Mutant("cells of the page as they are", PAGE, "{_escaped(str(c))}", "{c}", INSPECT),
+    # ---- reading
+    Mutant("row groups are read ahead", CONTAINERS, "pre_buffer=False, buffer_size=1 << 16", "buffer_size=1 << 16", "tests/data/test_dataset.py"),
+    Mutant("a columnar file is read by thousands of rows", CONTAINERS, "BATCH = 64", "BATCH = 4096", "tests/data/test_dataset.py"),
+    Mutant("every graded pair is relevant", "nemo_embed_core/data/formats/dataset.py", "positive(_rows(config, metadata, documents, findings), config.min_grade, findings)", "_rows(config, metadata, documents, findings)", "tests/data/test_dataset.py"),
+    Mutant("a dataset of which no row is left", "nemo_embed_core/data/readers.py", "if drop and findings.num_rows == before", "if False and findings.num_rows == before", "tests/data/test_prepare.py"),
+    Mutant("a damaged file ends quietly where rows are left out", "nemo_embed_core/data/lines.py", "if row and isinstance(self.dropped, Texts)", "if isinstance(self.dropped, Texts)", "tests/data/test_prepare.py"),
+    Mutant("a store that lacks rows is opened by a run that would not leave them out", COMPILE, 'and config.on_bad == "error":', "and False:", "tests/data/test_prepare.py"),
+    Mutant("texts that are being tokenised are forgotten", COMPILE, "    def _submit(self) -> None:\n        self._write()\n", "    def _submit(self) -> None:\n", "tests/data/test_build.py"),
+    Mutant("a folder of other sources is taken for this one", "nemo_embed_core/data/prepare.py", "read_metadata(path).made_of == made_of[name]", "read_metadata(path).made_of", "tests/data/test_prepare.py"),
     # ---- mining
     Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),
     Mutant("the margin is added", SELECTION, "lowest.astype(np.float64) - selection.absolute_margin", "lowest.astype(np.float64) + selection.absolute_margin", TEST_NEGATIVES),

@@ -87,6 +87,10 @@ class DataConfig(Options, section="data"):
     """Rows whose query, longest positive and longest num_hard_negatives negatives have more than max_tokens
     tokens: "error" names them before the first step, "drop" leaves them out, "truncate" shortens their
     longest documents. Counted either way."""
+    on_bad: Literal["error", "drop"] = "error"
+    """Rows that cannot be read as their format says: "error" names the first 20 before anything is done,
+    "drop" leaves them out, counted and listed (dropped.txt of the store). Damaged files and corpora stay an
+    error."""
     store: str = ""
     """A store that is there: its digest, or the beginning, in cache_dir, or its folder; `datasets` are then
     not read."""
@@ -120,12 +124,16 @@ class PrepareConfig(Options):
     against: list[str] = field(default_factory=list)
     """Evaluation sets whose texts --inspect looks for in the data: BEIR folders, split test, or FOLDER:SPLIT,
     and dataset folders."""
+    check: bool = False
+    """Whether all is read and checked, and nothing is tokenised or written."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.tokenizer or self.dataset):
-            raise UserError("give --tokenizer FOLDER to tokenise, --dataset OUT for dataset folders, or both")
+        if not (self.tokenizer or self.dataset or self.check):
+            raise UserError(
+                "give --tokenizer FOLDER to tokenise, --dataset OUT for dataset folders, both, or --check"
+            )
         if (self.output or self.against) and not self.inspect:
             raise UserError("--output and --against are of --inspect true: add that")
         if self.output and not self.output.endswith(".json"):

@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, building, publish
-from nemo_embed_core.data.compile import compile_store
+from nemo_embed_core.data.compile import check_dropped, compile_store
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import files_of, has_corpus, is_beir, reading, with_tasks
 from nemo_embed_core.data.store import FORMAT_VERSION, Store, damaged, read_manifest, report
@@ -32,13 +32,14 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
 
     With config.store it is opened by its digest or folder and the sources are not looked at. Several
     processes may call this at once: each builds its own copy and one rename wins, so to save work let one
-    rank build first. Raises DataError for bad rows (the first 20 of all sources, and how many) and UserError
-    for a damaged store or a too short max_length.
+    rank build first. Raises DataError for bad rows (the first 20 of all sources, and how many; config.on_bad
+    may leave them out instead) and UserError for a damaged store or a too short max_length.
     """
     config = with_store(config)
     if config.store:
         store = Store(store_folder(config))
         _check_same_made(store, config, tokenizer)
+        check_dropped(store.manifest, config)
         log(report(store))
         return store
     if not config.datasets:
@@ -73,6 +74,7 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
     store = Store(folder)
     if store.digest != digest:
         raise damaged(folder, f"its manifest has digest {store.digest[:12]} instead of {digest[:12]}")
+    check_dropped(store.manifest, config)
     log(report(store))
     return store
 
@@ -86,7 +88,7 @@ def check_prompts(config: DataConfig, tokenizer: Tokenizer) -> None:
 
 def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -> dict[str, Any]:
     """The beginning of the manifest: all that makes the store, and its digest. files: of each dataset."""
-    hashes = _hashes([file for group in files for file in group], Path(config.cache_dir))
+    hashes = file_hashes([file for group in files for file in group], Path(config.cache_dir))
     sources: list[dict[str, Any]] = [
         {
             "path": str(dataset.path),
@@ -109,14 +111,14 @@ def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -
             for source in sources
         ],
     }
-    header = {**made_of, "sources": sources, "digest": _digest(made_of), "end_tokens": tokenizer.end_tokens}
+    header = {**made_of, "sources": sources, "digest": digest_of(made_of), "end_tokens": tokenizer.end_tokens}
     if not any(source["reading"] for source in sources):
         # What a checkpoint from before has, where nothing is left out.
-        header["digest_v1"] = _digest({**made_of, "version": 1})
+        header["digest_v1"] = digest_of({**made_of, "version": 1})
     return header
 
 
-def _digest(made_of: dict[str, Any]) -> str:
+def digest_of(made_of: Any) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -190,7 +192,7 @@ def _stamps(config: DataConfig) -> list[tuple[str, int, int]]:
     return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 
-def _hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
+def file_hashes(files: list[Path], cache_dir: Path) -> dict[Path, str]:
     """sha256 of each file; one that sources.json knows by size, times and inode is not read again."""
     record = cache_dir / "sources.json"
     known: dict[str, list[Any]] = {}

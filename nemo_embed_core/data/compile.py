@@ -11,18 +11,21 @@ import json
 import os
 import time
 from array import array
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.config import DataConfig
+from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, read_state
 from nemo_embed_core.data.judge import EMPTY_KEY, judge
+from nemo_embed_core.data.lines import MAX_NAMED
 from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import Row, check_sources, read_rows
-from nemo_embed_core.data.store import ARRAY_FILES, TOKEN_FILES, row_parts
+from nemo_embed_core.data.readers import Findings, Row, check_sources, checked_rows
+from nemo_embed_core.data.store import ARRAY_FILES, DROPPED, TOKEN_FILES, row_parts
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import DataError, UserError, failpoint
 from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
@@ -69,15 +72,24 @@ class _Files:
 
 
 class _Texts:
-    """Texts of one side on their way into the token file: lengths, and a hash of the tokens, beside it."""
+    """Texts of one side on their way into the token file: lengths, and a hash of the tokens, beside it.
+
+    One thread of `pool` tokenises, on all cores, while further rows are read: the library lets Python go on.
+    """
 
     def __init__(
-        self, files: _Files, side: str, tokenizer: Tokenizer, max_length: int, state: dict[str, Any]
+        self,
+        files: _Files,
+        side: str,
+        encode: Callable[[list[str]], tuple[list[np.ndarray], int]],
+        pool: ThreadPoolExecutor,
+        state: dict[str, Any],
     ):
-        self._files, self._side, self._tokenizer, self._max_length = files, side, tokenizer, max_length
+        self._files, self._side, self._encode, self._pool = files, side, encode, pool
         self._pending: list[str] = []
         self._origins: list[tuple[str, int]] = []
         self._size = 0
+        self._encoding: tuple[Future[Any], list[str], list[tuple[str, int]]] | None = None
         self.truncated: int = state.get(f"truncated_{side}", 0)
         self.max_token_id: int = state.get("max_token_id", 0)
 
@@ -86,28 +98,71 @@ class _Texts:
         self._origins.append((path, line))
         self._size += len(text)
         if self._size > PENDING:
-            self.flush()
+            self._submit()
 
     def flush(self) -> None:
-        if not self._pending:
+        self._submit()
+        self._write()
+
+    def _submit(self) -> None:
+        self._write()
+        if self._pending:
+            job = self._pool.submit(self._encode, self._pending)
+            self._encoding = job, self._pending, self._origins
+        self._pending, self._origins, self._size = [], [], 0
+
+    def _write(self) -> None:
+        if self._encoding is None:
             return
-        before = self._tokenizer.num_truncated
+        (job, texts, origins), self._encoding = self._encoding, None
         try:
-            arrays = self._tokenizer.encode(self._pending, self._max_length)
+            arrays, truncated = job.result()
         except UserError:
-            for text, (path, line) in zip(self._pending, self._origins, strict=True):
+            for text, (path, line) in zip(texts, origins, strict=True):
                 try:
-                    self._tokenizer.encode([text], self._max_length)
+                    self._encode([text])
                 except UserError as error:
                     raise DataError(path, line, str(error)) from None
             raise
-        self.truncated += self._tokenizer.num_truncated - before
+        self.truncated += truncated
         tokens = np.concatenate(arrays)
         self.max_token_id = max(self.max_token_id, int(tokens.max()))
         self._files.add_tokens(f"{self._side}_tokens.bin", tokens)
         self._files.add(f"{self._side}_lengths", array("q", map(len, arrays)).tobytes())
         self._files.add(f"{self._side}_hashes", b"".join(bytes_key(ids.tobytes()) for ids in arrays))
-        self._pending, self._origins, self._size = [], [], 0
+
+
+def check_rows(config: DataConfig, tokenizer: Tokenizer | None, log: Log) -> Findings:
+    """Reads and checks every row, tokenises none; what is found is logged. See check_sources."""
+    findings = check_sources(config.datasets, log, config.on_bad == "drop", _check_of(config, tokenizer))
+    for line in findings.lines():
+        log(line)
+    if count := len(findings.dropped):
+        log(f"WARNING: {count:,} bad lines are left out, as data.on_bad=drop says:")
+        for line in [*findings.dropped[:MAX_NAMED], *(["..."] if count > MAX_NAMED else [])]:
+            log(f"  {line}")
+    return findings
+
+
+def rows_of(
+    config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer | None, findings: Findings | None = None
+) -> Iterator[Row]:
+    """Of one of the datasets, as they are tokenised: without what on_bad=drop leaves out, which is then in
+    `findings`."""
+    if findings is None:
+        findings = Findings(strict=True, drop=config.on_bad == "drop")
+    return checked_rows(dataset, findings, _check_of(config, tokenizer))
+
+
+def _check_of(config: DataConfig, tokenizer: Tokenizer | None) -> Callable[[Row], None]:
+    """check(row) is a ValueError where the row's own instruction leaves no room for its query."""
+
+    def check(row: Row) -> None:
+        if row.prompt is not None and tokenizer is not None:
+            prompt = query_prompt(row.prompt)
+            tokenizer.check_prompt(prompt, config.query_max_length, "data.query_max_length")
+
+    return check
 
 
 def compile_store(
@@ -119,15 +174,18 @@ def compile_store(
         done = f"{state['rows']:,} of {state['total']:,} rows"
         log(f"going on with {folder}: {done} were done when its process ended")
     else:
-        findings = check_sources(config.datasets, log)
-        for line in findings.lines():
-            log(line)
+        findings = check_rows(config, tokenizer, log)
         no_rows = [0] * len(config.datasets)
         parts: list[list[Any]] = [[] for _ in config.datasets]
         state = {"rows": 0, "total": findings.num_rows, "source_rows": no_rows, "parts": parts, "merged": 0}
+        if count := len(findings.dropped):
+            write_atomically(folder / DROPPED, (f"{line}\n".encode() for line in findings.dropped))
+            state["dropped"] = {"count": count, "first": findings.dropped[:3]}
+    check_dropped(state, config)
     files = _Files(folder, state.get("sizes", {}))
     try:
-        _tokenise(folder, files, config, tokenizer, state, log)
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
+            _tokenise(folder, files, config, tokenizer, pool, state, log)
     finally:
         files.close()
     for i, (source, rows) in enumerate(zip(header["sources"], state["source_rows"], strict=True)):
@@ -153,6 +211,7 @@ def compile_store(
         "rows_without_negatives": int((np.diff(arrays["negative_offsets.npy"]) == 0).sum()),
         "negatives_left_out": left_out,
         "merged_repeats": state["merged"],
+        **({"dropped": state["dropped"]} if "dropped" in state else {}),
         "truncated_queries": state["truncated_query"],
         "truncated_documents": state["truncated_document"],
         "max_token_id": state["max_token_id"],
@@ -168,11 +227,25 @@ def compile_store(
 
 
 def _tokenise(
-    folder: Path, files: _Files, config: DataConfig, tokenizer: Tokenizer, state: dict[str, Any], log: Log
+    folder: Path,
+    files: _Files,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    pool: ThreadPoolExecutor,
+    state: dict[str, Any],
+    log: Log,
 ) -> None:
     """Reads the rows that `state` does not have yet; brings state and files up to date."""
-    queries = _Texts(files, "query", tokenizer, config.query_max_length, state)
-    documents = _Texts(files, "document", tokenizer, config.document_max_length, state)
+
+    def texts(side: str, max_length: int) -> _Texts:
+        def encode(texts: list[str]) -> tuple[list[np.ndarray], int]:
+            before = tokenizer.num_truncated
+            return tokenizer.encode(texts, max_length), tokenizer.num_truncated - before
+
+        return _Texts(files, side, encode, pool, state)
+
+    queries = texts("query", config.query_max_length)
+    documents = texts("document", config.document_max_length)
     known = (folder / "document_texts.part").read_bytes()
     # Key of a document with its prompt -> its id.
     ids = {known[at : at + 16]: at // 16 for at in range(0, len(known), 16)}
@@ -201,25 +274,11 @@ def _tokenise(
         state.update(truncated_query=queries.truncated, truncated_document=documents.truncated)
         files.commit(state)
 
-    prompts: set[str] = set()  # of rows, that leave room for text
-
-    def query_prefix_of(row: Row) -> str:
-        if row.prompt is None:
-            return query_prompt(dataset.task)
-        if row.prompt not in prompts:
-            prompts.add(row.prompt)
-            try:
-                length = config.query_max_length
-                tokenizer.check_prompt(query_prompt(row.prompt), length, "data.query_max_length")
-            except UserError as error:
-                raise DataError(row.path, row.line, str(error)) from None
-        return query_prompt(row.prompt)
-
     for i, dataset in enumerate(config.datasets):
         document_prefix = query_prompt(dataset.document_task)
-        for row in itertools.islice(read_rows(dataset), source_rows[i], None):
+        for row in itertools.islice(rows_of(config, dataset, tokenizer), source_rows[i], None):
             failpoint("store.row", rows)
-            query_prefix = query_prefix_of(row)
+            query_prefix = query_prompt(dataset.task if row.prompt is None else row.prompt)
             queries.add(query_prefix + row.query, row.path, row.line)
             pos = [document_id(document_prefix, text, row.path, row.line) for text in row.pos]
             neg = [document_id(document_prefix, text, row.path, row.line) for text in row.neg]
@@ -246,6 +305,15 @@ def _tokenise(
                 log(f"{done}; about {_duration(left)} left")
                 last = time.monotonic()
     commit()
+
+
+def check_dropped(state: dict[str, Any], config: DataConfig) -> None:
+    """state: of a build, or a store's manifest. UserError where rows are left out and this run says error."""
+    if (dropped := state.get("dropped")) and config.on_bad == "error":
+        raise UserError(
+            f"the store of these datasets was built with data.on_bad=drop: {dropped['count']:,} bad lines "
+            f"are left out, the first {dropped['first'][0]}; set data.on_bad to drop, or repair the data"
+        )
 
 
 def _int(value: int) -> bytes:

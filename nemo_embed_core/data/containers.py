@@ -65,7 +65,8 @@ def _json(path: Path, findings: Findings, wanted: str) -> Fields:
         elif isinstance(value, dict):
             yield line, value
         else:
-            findings.bad(path, line, f'a row must be an object like {{"...": ...}}, got {type_name(value)}')
+            message = f'a row must be an object like {{"...": ...}}, got {type_name(value)}'
+            findings.bad(path, line, message, row=True)
 
 
 def json_items(path: Path, findings: Findings) -> Iterator[tuple[int, str, Any]]:
@@ -214,7 +215,7 @@ def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
                 what = (
                     "blank line: remove it" if not any(row) else f"{len(row)} cells and {len(names)} columns"
                 )
-                findings.bad(path, start, what)
+                findings.bad(path, start, what, row=True)
                 continue
             yield start, dict(zip(names, row, strict=True))
         if names is not None and line == 1 and findings.num_met == before:
@@ -327,7 +328,7 @@ def _batches(
     for batch in batches:
         for at in range(0, batch.num_rows, BATCH):
             part, before = batch.slice(at, BATCH), line
-            for line, fields in enumerate(_python_rows(part, path, before, findings), before + 1):
+            for line, fields in _python_rows(part, path, before, findings):
                 for column, names in classes.items():
                     if isinstance(number := fields[column], int) and 0 <= number < len(names):
                         fields[column] = names[number]
@@ -337,21 +338,24 @@ def _batches(
                 findings.progress(path, line, line / num_rows, start)
 
 
-def _python_rows(batch: Any, path: Path, line: int, findings: Findings) -> list[dict[str, Any]]:
-    """line: rows of the file before these. [] where a value is none of Python's, which is `bad`."""
+def _python_rows(batch: Any, path: Path, before: int, findings: Findings) -> Fields:
+    """before: rows of the file before these. A row with a value that is none of Python's is `bad`."""
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-        return rows
+        yield from enumerate(batch.to_pylist(), before + 1)
+        return
     except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
+        pass
+    for i in range(batch.num_rows):
+        fields = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            for i, value in enumerate(column, 1):
-                try:
-                    value.as_py()
-                except (ValueError, OverflowError) as error:
-                    message = f"column {short(name)} cannot be read: {one_line(error)}; remove or repair it"
-                    findings.bad(path, line + i, message)
-                    break
-        return []
+            try:
+                fields[name] = column[i].as_py()
+            except (ValueError, OverflowError) as error:
+                message = f"column {short(name)} cannot be read: {one_line(error)}; remove or repair it"
+                findings.bad(path, before + i + 1, message, row=True)
+                break
+        else:
+            yield before + i + 1, fields
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

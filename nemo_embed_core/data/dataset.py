@@ -4,7 +4,7 @@
     queries.parquet         question_id, question, corpus_id, pos_doc and neg_doc: lists of {id, score?}, and
                             where known grade, lang, group
     dataset_metadata.json   class, corpus_id, query_instruction, passage_instruction, task_type, ids_only, and
-                            in folders of ours source, licence, counts, files (rows and sha256 of each)
+                            in folders of ours source, licence, counts, files (rows, sha256 of each), made_of
 
 Large ones are in shards, corpus-00000-of-00002.parquet. An instruction stands before each text, with a space
 between. formats/dataset.py makes rows of such a folder; docs/data-formats.md is for whoever writes one.
@@ -52,6 +52,7 @@ class Metadata:
     ids_only: bool = False
     source: str = ""
     licence: str = ""
+    made_of: str = ""  # digest of the sources, where prepare wrote the folder
     counts: dict[str, int] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> rows, sha256
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import Findings, short
 from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
+from nemo_embed_core.data.store import DROPPED
 from nemo_embed_core.data.texts import Texts
-from nemo_embed_core.errors import DataError, UserError
+from nemo_embed_core.errors import DataError, UserError, failpoint
 from nemo_embed_core.files.durable import new_folder, sha256_file, write_bytes
 
 ROWS_PER_GROUP, BYTES_PER_GROUP = 4096, 32 << 20  # of a row group, at most
@@ -33,6 +34,8 @@ def write_dataset(
     metadata: Metadata,
     documents: Iterable[tuple[str, str]] = (),
     shared: Path | None = None,
+    made_of: str = "",
+    dropped: Sequence[str] = (),
 ) -> dict[str, int]:
     """The folder of these rows, whole or not at all; the same rows give the same bytes. What was counted.
 
@@ -40,7 +43,8 @@ def write_dataset(
     later spellings of it ("variants") become that one, and a negative that so is a positive of its row is
     left out ("negatives_left_out"). Ids are the rows'; where they have none, or two texts have one id
     ("renamed"), made of the text. shared: a dataset folder whose corpus the rows' ids are of: its files are
-    linked (copied, between file systems), and only documents that it lacks are written.
+    linked (copied, between file systems), and only documents that it lacks are written. dropped: what reading
+    `rows` left out, listed in dropped.txt.
 
     Memory: 350 bytes a document that is written and 150 a query, for keys and ids; 40 a document of `shared`.
     """
@@ -50,6 +54,7 @@ def write_dataset(
         seen: set[bytes] = set()
         num_left_out = 0
         for i, row in enumerate(rows):
+            failpoint("dataset.row", i)
             key = row.id or f"q{i}"
             if (hashed := exact_key(key)) in seen:
                 raise DataError(
@@ -82,7 +87,11 @@ def write_dataset(
             "renamed": corpus.num_renamed,
             "negatives_left_out": num_left_out,
         }
-        write_metadata(tmp, metadata, counts, files)
+        if dropped:
+            write_bytes(tmp / DROPPED, "".join(f"{line}\n" for line in dropped).encode())
+            counts["bad_lines_left_out"] = len(dropped)
+        failpoint("dataset.metadata", folder.name)
+        write_metadata(tmp, replace(metadata, made_of=made_of), counts, files)
         return counts
 
 

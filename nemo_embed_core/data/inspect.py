@@ -24,12 +24,12 @@ import numpy as np
 
 from nemo_embed_core.config import DataConfig
 from nemo_embed_core.data.building import Log
+from nemo_embed_core.data.compile import rows_of
 from nemo_embed_core.data.lines import PROGRESS_S
 from nemo_embed_core.data.near import CHARACTERS, NEAR, NearIndex, signer
 from nemo_embed_core.data.overlap import Distinct, Overlap, evaluation_set, texts_of
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.population import longest_draws, population
-from nemo_embed_core.data.readers import read_rows
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.statistics import quantiles, script
 from nemo_embed_core.data.store import Store
@@ -55,7 +55,7 @@ def inspect(
     sign, m = signer(), store.manifest
     sets = {name: texts_of(name, log) for name in against}
     sides = {"queries": Distinct(), "documents": Distinct()}
-    spoken, scores = _read(config, store, sides)
+    spoken, scores = _read(config, tokenizer, store, sides)
     near = {side: texts.near(sign) for side, texts in sides.items()}
     overlaps = [
         (name, side, Overlap(texts, sides[side], sign))
@@ -120,13 +120,13 @@ def check(against: Iterable[str], output: str) -> None:
 
 
 def _read(
-    config: DataConfig, store: Store, sides: dict[str, Distinct]
+    config: DataConfig, tokenizer: Tokenizer, store: Store, sides: dict[str, Distinct]
 ) -> tuple[dict[str, Counter[str]], dict[str, array[float]]]:
     """(languages and scripts, scores) of all rows, whose texts go into sides."""
     spoken = {name: Counter[str]() for name in ("languages", "query_scripts", "document_scripts")}
     scores = {"positives": array("f"), "negatives": array("f")}
     number = -1
-    rows = (row for dataset in config.datasets for row in read_rows(dataset))
+    rows = (row for dataset in config.datasets for row in rows_of(config, dataset, tokenizer))
     for number, row in enumerate(rows):
         sides["queries"].add(row.query, number)
         spoken["languages"][row.lang] += 1

@@ -9,11 +9,12 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.data.normal_form import has_content
+from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.errors import DataError, UserError
 from nemo_embed_core.files.strict_json import parse
 
@@ -35,24 +36,30 @@ class Findings:
 
     strict: the first bad line raises DataError. Otherwise reading goes on with the next line, the first 20
     bad ones are named, all are counted, and `raise_bad()` raises them together. log: gets a line of progress
-    every ten seconds.
+    every ten seconds. drop: a row that is bad, where the rows behind it can be read, is left out instead:
+    `dropped` lists them all.
     """
 
-    def __init__(self, strict: bool = False, log: Callable[[str], None] | None = None):
-        self.strict, self.log, self._said = strict, log, time.monotonic()
+    def __init__(self, strict: bool = False, log: Callable[[str], None] | None = None, drop: bool = False):
+        self.strict, self.log, self.drop, self._said = strict, log, drop, time.monotonic()
         self.named: list[str] = []  # path:line: message
+        self.dropped: Sequence[str] = Texts() if drop else ()  # path:line: message, of each
         self.num_bad = self.num_rows = 0
         self.num_met = 0  # bad lines again each time that a file is read
         self.counts: dict[str, int] = {}  # what -> how many of it
         self._first: dict[str, str] = {}  # what -> path:line
         self._seen: dict[tuple[str, str], bytearray] = {}  # (what, path) -> a bit for every line
 
-    def bad(self, path: Path, line: int, message: str) -> None:
+    def bad(self, path: Path, line: int, message: str, *, row: bool = False) -> None:
+        """row: nothing but this row is wrong, and the rows behind it can be read."""
         error = DataError(path, line, message)
-        if self.strict:
+        if self.strict and not (row and self.drop):
             raise error
         self.num_met += 1
         if not self._is_new("", path, line):
+            return
+        if row and isinstance(self.dropped, Texts):
+            self.dropped.append(str(error))
             return
         self.num_bad += 1
         if len(self.named) < MAX_NAMED:
@@ -190,7 +197,7 @@ def json_lines(path: Path, findings: Findings, wanted: str) -> Iterator[tuple[in
             if not isinstance(row, dict):
                 raise ValueError(f'the row must be an object like {{"...": ...}}, got {type_name(row)}')
         except RecursionError:
-            findings.bad(path, line, "JSON nested too deep")
+            findings.bad(path, line, "JSON nested too deep", row=True)
         except ValueError as error:  # JSONDecodeError, numbers with too many digits, our own
             if line == 1 and (other := _other_format(raw)):
                 findings.bad(path, line, f"not JSON lines but {other}; what is read has lines like {wanted}")
@@ -200,7 +207,7 @@ def json_lines(path: Path, findings: Findings, wanted: str) -> Iterator[tuple[in
                 message = f"not JSON: {error.msg} (character {error.pos + 1})"
             if not raw.endswith(b"\n"):
                 message += " (the last line has no newline: is the file truncated?)"
-            findings.bad(path, line, message)
+            findings.bad(path, line, message, row=True)
         else:
             yield line, row
 

@@ -5,54 +5,107 @@ config = write_datasets(config, "data/mix", print)     # its datasets are the fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.config.data import RowsConfig
+from nemo_embed_core.data.build import check_prompts, digest_of, file_hashes
 from nemo_embed_core.data.building import Log
+from nemo_embed_core.data.compile import check_rows, rows_of
 from nemo_embed_core.data.dataset import Metadata, is_dataset, read_metadata
 from nemo_embed_core.data.dataset_writer import write_dataset
 from nemo_embed_core.data.mix import names_of
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import Row, check_sources, has_corpus, read_beir, read_rows, with_tasks
+from nemo_embed_core.data.readers import (
+    Findings,
+    Row,
+    has_corpus,
+    read_beir,
+    reading,
+    source_files,
+    with_tasks,
+)
+from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import DataError, UserError
 
 
-def write_datasets(config: DataConfig, folder: str | Path, log: Log = print) -> DataConfig:
+def check_datasets(config: DataConfig, tokenizer: Tokenizer | None = None, log: Log = print) -> Findings:
+    """Reads every row as training would; tokenises nothing but instructions, and writes nothing."""
+    config = _with_datasets(config)
+    if tokenizer is not None:
+        check_prompts(config, tokenizer)
+    findings = check_rows(config, tokenizer, log)
+    left_out = f", {len(findings.dropped):,} bad lines left out" if findings.dropped else ""
+    log(
+        f"checked {findings.num_rows:,} rows of {len(config.datasets)} datasets{left_out}; nothing is written"
+    )
+    return findings
+
+
+def write_datasets(
+    config: DataConfig, folder: str | Path, log: Log = print, tokenizer: Tokenizer | None = None
+) -> DataConfig:
     """Reads every row once to check it and once to write it; several datasets go into folder/NAME each.
 
-    UserError where a folder is there already, before anything is read, and for rows of several instructions.
+    A folder that is there already and made of the same sources stays: a killed run goes on. UserError where
+    another is in the way, before anything is read, and for rows of several instructions.
     """
-    if not config.datasets:
-        raise UserError("data.datasets is empty: name at least one file of rows or BEIR folder")
+    config = _with_datasets(config)
     named = dict(zip(names_of(config.datasets), config.datasets, strict=True))
     folders = {name: Path(folder) / name if len(named) > 1 else Path(folder) for name in named}
-    for path in folders.values():
+    made_of = {name: _made_of(name, dataset, config) for name, dataset in named.items()}
+    todo = []
+    for name, path in folders.items():
+        if is_dataset(path) and read_metadata(path).made_of == made_of[name]:
+            log(f"{path} is there, made of the same sources")
+            continue
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not empty; choose another folder or delete it")
-    findings = check_sources(config.datasets, log)
-    for line in findings.lines():
-        log(line)
-    for name, dataset in named.items():
-        counts = _write(name, with_tasks(dataset), folders[name])
+        todo.append(name)
+    if todo:
+        check_rows(replace(config, datasets=[named[name] for name in todo]), tokenizer, log)
+    for name in todo:
+        findings = Findings(strict=True, drop=config.on_bad == "drop")
+        read = partial(rows_of, config, named[name], tokenizer)
+        counts = _write(name, named[name], folders[name], read, findings, made_of[name])
         log(
             f"wrote {folders[name]}: "
             + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
         )
-    read = DatasetConfig(path="")  # what is said of reading and instructions is in the folder now
-    as_read = {f.name: getattr(read, f.name) for f in fields(RowsConfig)}
-    as_read |= {name: getattr(read, name) for name in ("task", "document_task", "split", "on_missing")}
+    default = DatasetConfig(path="")  # what is said of reading and instructions is in the folder now
+    as_read = {f.name: getattr(default, f.name) for f in fields(RowsConfig)}
+    as_read |= {name: getattr(default, name) for name in ("task", "document_task", "split", "on_missing")}
     written = [replace(d, path=str(folders[name]), **as_read) for name, d in named.items()]
     return replace(config, datasets=written)
 
 
-def _write(name: str, dataset: DatasetConfig, folder: Path) -> dict[str, int]:
+def _with_datasets(config: DataConfig) -> DataConfig:
+    if not config.datasets:
+        raise UserError("data.datasets is empty: name at least one file of rows or BEIR folder")
+    return replace(config, datasets=[with_tasks(dataset) for dataset in config.datasets])
+
+
+def _made_of(name: str, dataset: DatasetConfig, config: DataConfig) -> str:
+    hashes = file_hashes(source_files(dataset), Path(config.cache_dir))
+    parts = [name, Path(dataset.path).name, dataset.task, dataset.document_task, config.on_bad]
+    return digest_of([*parts, list(hashes.values()), reading(dataset)])
+
+
+def _write(
+    name: str,
+    dataset: DatasetConfig,
+    folder: Path,
+    read: Callable[[Findings], Iterator[Row]],
+    findings: Findings,
+    made_of: str,
+) -> dict[str, int]:
     prompt: str | None = None
 
     def rows() -> Iterator[Row]:
-        for row in read_rows(dataset):
+        for row in read(findings):
             own = query_prompt(dataset.task if row.prompt is None else row.prompt)
             if own != prompt:
                 raise DataError(
@@ -63,7 +116,7 @@ def _write(name: str, dataset: DatasetConfig, folder: Path) -> dict[str, int]:
                 )
             yield row
 
-    first = next(read_rows(dataset))
+    first = next(read(Findings(strict=True, drop=findings.drop)))
     prompt = query_prompt(dataset.task if first.prompt is None else first.prompt)
     document_prompt = query_prompt(dataset.document_task)
     about = read_metadata(Path(dataset.path)) if is_dataset(dataset.path) else Metadata(corpus_id=name)
@@ -77,7 +130,8 @@ def _write(name: str, dataset: DatasetConfig, folder: Path) -> dict[str, int]:
     documents: Iterable[tuple[str, str]] = ()
     if has_corpus(dataset):
         documents = read_beir(dataset).corpus.items()
-    return write_dataset(folder, rows(), about, ((key, text) for key, text in documents if text))
+    documents = ((key, text) for key, text in documents if text)
+    return write_dataset(folder, rows(), about, documents, made_of=made_of, dropped=findings.dropped)
 
 
 def instruction(prompt: str) -> str:

@@ -23,15 +23,15 @@ from nemo_embed_core.data.formats import dataset as dataset_folder
 from nemo_embed_core.data.formats.beir import Beir, OnMissing, pool_texts
 from nemo_embed_core.data.formats.row import Row, positive
 from nemo_embed_core.data.hub import hub_address, hub_commit
-from nemo_embed_core.data.lines import BadLines, Findings
+from nemo_embed_core.data.lines import MAX_NAMED, BadLines, Findings
 from nemo_embed_core.data.records import find, has_rows
 from nemo_embed_core.data.rows import FORMATS, file_rows, format_of
 from nemo_embed_core.errors import UserError
 
 __all__ = [
     "BadLines", "Beir", "Findings", "Row",
-    "check_sources", "corpus_format", "files_of", "has_corpus", "is_beir", "read_beir", "read_documents",
-    "read_passages", "read_rows", "reading", "source_files", "with_tasks",
+    "check_sources", "checked_rows", "corpus_format", "files_of", "has_corpus", "is_beir", "read_beir",
+    "read_documents", "read_passages", "read_rows", "reading", "source_files", "with_tasks",
 ]  # fmt: skip
 
 
@@ -184,15 +184,42 @@ def reading(config: DatasetConfig) -> list[str]:
     return how
 
 
-def check_sources(datasets: Iterable[DatasetConfig], log: Callable[[str], None] | None = None) -> Findings:
+def checked_rows(
+    config: DatasetConfig, findings: Findings, check: Callable[[Row], None] | None = None
+) -> Iterator[Row]:
+    """read_rows(config, findings) without those of which check(row) is a ValueError: they are `bad`, too."""
+    for row in read_rows(config, findings):
+        try:
+            if check is not None:
+                check(row)
+        except ValueError as error:
+            findings.bad(Path(row.path), row.line, str(error), row=True)
+            continue
+        yield row
+
+
+def check_sources(
+    datasets: Iterable[DatasetConfig],
+    log: Callable[[str], None] | None = None,
+    drop: bool = False,
+    check: Callable[[Row], None] | None = None,
+) -> Findings:
     """Reads every row of all data sets once, with progress, and returns what has to be said about them.
 
-    DataError with the first 20 bad lines of all files and the number of them all.
+    DataError with the first 20 bad lines of all files and the number of them all. drop: rows that are bad are
+    left out, see Findings; a data set of which none is left is an error with them.
     """
-    datasets, findings = list(datasets), Findings(log=log)
+    datasets, findings = list(datasets), Findings(log=log, drop=drop)
     files_of(datasets)  # a missing file is said before the first one is read
     for dataset in datasets:
-        for _ in read_rows(dataset, findings):
+        first, before = len(findings.dropped), findings.num_rows
+        for _ in checked_rows(dataset, findings, check):
             findings.num_rows += 1
+        if drop and findings.num_rows == before and not findings.num_bad:
+            named = findings.dropped[first : first + MAX_NAMED]
+            what = f"{dataset.path}: no row is left; only rows can be left out, a corpus has to be whole"
+            raise UserError(
+                "\n".join([*named, f"{what} ({len(findings.dropped) - first:,} bad lines in all)"])
+            )
     findings.raise_bad()
     return findings

@@ -240,7 +240,7 @@ def _aligned(source: Source, findings: Findings) -> Iterator[Record]:
                         "blank line: remove it, and the line that belongs to it in the other file"
                     )
             except ValueError as error:
-                findings.bad(file, line, str(error))
+                findings.bad(file, line, str(error), row=True)
                 break
         else:
             yield Record(one, line, {"sentence1": texts[0], "sentence2": texts[1]})

@@ -25,7 +25,7 @@ from nemo_embed_core.data.formats import (
     sts,
     tevatron,
 )
-from nemo_embed_core.data.formats.row import Row
+from nemo_embed_core.data.formats.row import Row, check_known
 from nemo_embed_core.data.lines import NOISE, Findings, is_noise, short
 from nemo_embed_core.data.records import Record, Source, records
 from nemo_embed_core.errors import DataError
@@ -67,18 +67,17 @@ def file_rows(config: DatasetConfig, source: Source, findings: Findings) -> Iter
     for record in records(source, findings, (one or ours).EXAMPLE):
         path, line, fields = _chosen(record, config)
         try:
-            if one is None:
-                one = _sniffed(fields)
-                if one is None and (problem := _no_format(fields, source)):
-                    findings.bad(path, 1 if source.is_text else line, problem)
+            if one is None and (one := _sniffed(fields)) is None:
+                if source.is_text:
+                    findings.bad(path, 1, _no_columns(fields))
                     return
-                one = one or ours  # whose messages say how to write rows
-                if one is not ours:
-                    findings.note(
-                        f"data sets read as {one.NAME} (set their format where it is another)", path, line
-                    )
+                _refuse(fields)
+            assert one is not None
             if more is None:
                 more = (one.scan(_fields(source, config, one)),) if hasattr(one, "scan") else ()
+                if one is not ours and not config.format:
+                    what = f"data sets read as {one.NAME} (set their format where it is another)"
+                    findings.note(what, path, line)
             fields = _as_written(fields, source, one)
             if getattr(one, "COLUMNS", False):
                 order = order or list(fields)
@@ -92,21 +91,23 @@ def file_rows(config: DatasetConfig, source: Source, findings: Findings) -> Iter
                     where = f"line {first[1]}" if first[0] == path else f"{first[0]}:{first[1]}"
                     raise ValueError(f"id {short(row.id)} is already the id of {where}: make ids unique")
         except ValueError as error:
-            findings.bad(path, line, str(error))
+            findings.bad(path, line, str(error), row=True)
             continue
         _note_noise(row, path, line, findings)
         yield row
 
 
 def format_of(config: DatasetConfig, source: Source) -> Format:
-    """As reading it would find it, of the first record that can be read."""
+    """As reading it would find it, of the first record that is of one."""
     if one := _named(config.format):
         return one
     for record in records(source, Findings(), ours.EXAMPLE):
         try:
-            return _sniffed(_chosen(record, config).fields) or ours
+            one = _sniffed(_chosen(record, config).fields)
         except ValueError as error:
             raise DataError(record.path, record.line, str(error)) from None
+        if one is not None or source.is_text:
+            return one or ours
     return ours
 
 
@@ -125,18 +126,25 @@ def _sniffed(fields: dict[str, Any]) -> Format | None:
     return found[0] if found else None
 
 
-def _no_format(fields: dict[str, Any], source: Source) -> str:
-    """What to say of fields that no format has; "": what our own rows say of them."""
+def _refuse(fields: dict[str, Any]) -> None:
+    """ValueError for fields that no format has."""
+    if meant := _meant(fields):
+        raise ValueError(f"no format has these fields, {meant}")
+    check_known(fields, (*ours.REQUIRED, *ours.OPTIONAL), required=ours.REQUIRED, example=ours.EXAMPLE)
+
+
+def _no_columns(fields: dict[str, Any]) -> str:
+    message = f"line 1 names the columns, {short(list(fields))}, and no format has these"
+    meant = _meant(fields) or f"{HEADER}; or rename them, or set the dataset's format"
+    return f"{message}: {meant}"
+
+
+def _meant(fields: dict[str, Any]) -> str:
+    """What to rename where a format has these fields in lower case."""
     lower = {name: name.strip().lower() for name in fields}
-    if any(name != meant for name, meant in lower.items()):
-        meant_fields = {lower[name]: value for name, value in fields.items()}
-        if found := [one.NAME for one in FORMATS if one.sniff(meant_fields)]:
-            renamed = ", ".join(f"{short(name)} to {meant}" for name, meant in lower.items() if name != meant)
-            return f"no format has these fields, and {found[0]} has them in lower case: rename {renamed}"
-    if not source.is_text:
-        return ""
-    message = f"line 1 names the columns, {short(list(fields))}, and no format has these: {HEADER}"
-    return f"{message}; or rename them, or set the dataset's format"
+    found = [one.NAME for one in FORMATS if one.sniff({lower[name]: v for name, v in fields.items()})]
+    renamed = ", ".join(f"{short(name)} to {meant}" for name, meant in lower.items() if name != meant)
+    return f"{found[0]} has them in lower case: rename {renamed}" if found and renamed else ""
 
 
 def _chosen(record: Record, config: DatasetConfig) -> Record:

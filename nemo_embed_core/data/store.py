@@ -21,6 +21,7 @@ from nemo_embed_core.files.strict_json import parse
 
 FORMAT_VERSION = 2  # changes when the same sources would give other files
 
+DROPPED = "dropped.txt"  # path:line: reason of every row that data.on_bad=drop left out, where there are some
 TOKEN_FILES = ("query_tokens.bin", "document_tokens.bin")  # int32, little endian
 ARRAY_FILES = (
     "query_offsets.npy",  # [rows + 1] int64 into query_tokens.bin
@@ -156,6 +157,13 @@ def report(store: Store) -> str:
         f"  negatives: {m['negatives'] / rows:.1f} a row, {_counted(m['rows_without_negatives'], 'row')} "
         f"without; repeated texts within a row merged: {m['merged_repeats']:,}",
     ]
+    if dropped := m.get("dropped"):
+        share = dropped["count"] / (rows + dropped["count"])
+        warning = "WARNING: " if share > NOISE_SHARE else ""
+        lines.append(
+            f"  {warning}bad lines left out: {dropped['count']:,} ({share:.2%}), listed in "
+            f"{store.folder / DROPPED}: {dropped['first'][0]}"
+        )
     for kind, entry in m["noise"].items():
         if entry["count"]:
             share = entry["count"] / entry["of"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Tokenizer:
         backend.encode_special_tokens = True  # "<s>" in a text is three characters, not BOS
         self._backend = backend
         self._max_length = 0  # what the backend truncates to now; 0: it does not
+        self._lock = threading.Lock()  # of that, where one thread encodes and another asks check_prompt
         self._num_special = backend.num_special_tokens_to_add(is_pair=False)
         bare = backend.encode("a", add_special_tokens=False).ids
         whole = backend.encode("a").ids
@@ -111,12 +113,13 @@ class Tokenizer:
         self, texts: list[str], names: Sequence[int], max_length: int
     ) -> Iterator[tuple[np.ndarray, bool]]:
         """(ids, whether there were more than max_length) of each text; names: what a message calls them."""
-        if max_length != self._max_length:
-            self._backend.enable_truncation(max_length)
-            self._max_length = max_length
         for start, end in _runs([len(text) for text in texts], BATCH_CHARACTERS):
             try:
-                encodings = self._backend.encode_batch_fast(texts[start:end], add_special_tokens=True)
+                with self._lock:
+                    if max_length != self._max_length:
+                        self._backend.enable_truncation(max_length)
+                        self._max_length = max_length
+                    encodings = self._backend.encode_batch_fast(texts[start:end], add_special_tokens=True)
             except TypeError:
                 for i, text in zip(names, texts, strict=True):
                     _check_unicode(text, i)

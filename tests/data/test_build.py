@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data import build as build_module
 from nemo_embed_core.data import building
+from nemo_embed_core.data import compile as compile_module
 from nemo_embed_core.data.build import open_store, with_store
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.lock import hold
@@ -90,6 +93,24 @@ def test_killed_builds_go_on_and_give_the_same_bytes(config, tokenizer_folder, t
         [p for p in Path(folder).iterdir() if p.is_dir()] for folder in (config.cache_dir, tmp_path / "whole")
     )
     assert content(one) == content(other) and one.name == other.name
+
+
+def test_texts_are_tokenised_in_their_order_while_further_ones_are_read(
+    config, tokenizer, tmp_path, monkeypatch
+):
+    whole = open_store(replace(config, cache_dir=str(tmp_path / "whole")), tokenizer, log=lambda line: None)
+    threads, encode = [], type(tokenizer).encode
+
+    def slow(self, texts, *rest):
+        threads.append(threading.current_thread().name)
+        time.sleep(0.002)  # so that the next texts are there before these are done
+        return encode(self, texts, *rest)
+
+    monkeypatch.setattr(type(tokenizer), "encode", slow)
+    monkeypatch.setattr(compile_module, "PENDING", 200)
+    small = open_store(config, tokenizer, log=lambda line: None)
+    assert content(small.folder) == content(whole.folder)
+    assert len(threads) > 20 and set(threads) == {"tokenise_0"}
 
 
 def test_a_damaged_state_begins_anew(config, tokenizer_folder, tokenizer, tmp_path):

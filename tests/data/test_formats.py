@@ -939,7 +939,7 @@ def test_a_value_that_python_does_not_have_is_a_bad_row(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "x.parquet")
     findings = Findings()
     rows = list(read_rows(DatasetConfig(path=str(tmp_path / "x.parquet"), ignore=["at"]), findings))
-    assert [row.line for row in rows] == list(range(1, 65))
+    assert [row.line for row in rows] == [line for line in range(1, 131) if line not in (71, 129)]
     with pytest.raises(BadLines) as error:
         findings.raise_bad()
     assert "x.parquet:71: column 'anchor' cannot be read: 'utf-8' codec" in str(error.value)

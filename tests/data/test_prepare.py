@@ -1,11 +1,13 @@
 """Any source written as a dataset folder trains as the source does, in the same bytes each time; a document
 is written once for each normal form; a folder's corpus is shared without a second copy."""
 
+import gzip
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,8 +16,8 @@ from nemo_embed_core.data import dataset_writer
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.dataset import Metadata, read_metadata
 from nemo_embed_core.data.dataset_writer import write_dataset
-from nemo_embed_core.data.prepare import write_datasets
-from nemo_embed_core.data.readers import Row, read_beir, read_rows
+from nemo_embed_core.data.prepare import check_datasets, write_datasets
+from nemo_embed_core.data.readers import Findings, Row, read_beir, read_rows
 from nemo_embed_core.data.store import ARRAY_FILES, TOKEN_FILES
 from nemo_embed_core.errors import UserError
 
@@ -83,7 +85,11 @@ def test_several_sources_are_a_folder_each_and_the_same_bytes_again(tmp_path):
     write_datasets(config, tmp_path / "two", silent)
     for name in names:
         assert content(tmp_path / "one" / name) == content(tmp_path / "two" / name)
-    with pytest.raises(UserError, match="exists and is not empty"):
+    said: list[str] = []
+    write_datasets(config, tmp_path / "one", said.append)
+    assert said == [f"{tmp_path}/one/{name} is there, made of the same sources" for name in names]
+    source(tmp_path / "b/rows.jsonl", ROWS[:6])
+    with pytest.raises(UserError, match="rows-2 exists and is not empty"):
         write_datasets(config, tmp_path / "one", silent)
 
 
@@ -164,3 +170,183 @@ def test_a_file_that_changed_since_is_refused(tmp_path):
     pq.write_table(table, tmp_path / "out/corpus.parquet", compression="none")
     with pytest.raises(UserError, match=r"corpus.parquet is not the one that was written"):
         list(read_rows(DatasetConfig(path=str(tmp_path / "out"))))
+
+
+# ------------------------------------------------------------------------------------------ bad rows
+
+BAD = [
+    ('{"query": "q", "pos": [], "neg": []}', "field 'pos' is empty: every query needs"),
+    ("not JSON", "not JSON: Expecting value (character 1)"),
+    ('{"query": " ", "pos": ["p"], "neg": []}', "field 'query' is empty or only spaces"),
+    (json.dumps({**ROWS[3], "prompt": "Find it " * 600}), "data.query_max_length=512 tokens leaves no room"),
+]  # fmt: skip
+
+
+def with_bad(folder: Path, name: str = "bad.jsonl") -> tuple[DatasetConfig, DatasetConfig, list[str]]:
+    """(rows with bad ones between them, the good rows alone, where and why), the first line is bad."""
+    good, lines, where = [json.dumps(row) for row in ROWS], [], []
+    for i, line in enumerate(good):
+        if i % 10 == 0:
+            bad, reason = BAD[i // 10]
+            lines.append(bad)
+            where.append(f"{folder / name}:{len(lines)}: {reason}")
+        lines.append(line)
+    (folder / name).write_text("\n".join(lines) + "\n")
+    clean = source(folder / "clean.jsonl")
+    return replace(clean, path=str(folder / name)), clean, where
+
+
+def test_bad_rows_are_left_out_counted_and_listed_and_a_run_that_would_not_is_refused(tmp_path, tokenizer):
+    bad, clean, where = with_bad(tmp_path)
+    config = DataConfig(datasets=[clean, bad], cache_dir=str(tmp_path / "cache"), on_bad="drop")
+    said: list[str] = []
+    store = open_store(config, tokenizer, said.append)
+    right = open_store(replace(config, datasets=[clean, clean], on_bad="error"), tokenizer, silent)
+    for name in set(TOKEN_FILES) | set(ARRAY_FILES) - {"row_lines.npy"}:
+        assert (store.folder / name).read_bytes() == (right.folder / name).read_bytes(), name
+    assert [store.where(row).rpartition("/")[2] for row in (39, 40, 49, 50)] == [
+        "clean.jsonl:40", "bad.jsonl:2", "bad.jsonl:11", "bad.jsonl:13",
+    ]  # fmt: skip
+    listed = (store.folder / "dropped.txt").read_text().splitlines()
+    assert len(listed) == 4 and all(map(str.startswith, listed, where)), listed
+    assert store.manifest["dropped"]["count"] == 4 and "dropped" not in right.manifest
+    text = "\n".join(said)
+    assert "WARNING: 4 bad lines are left out, as data.on_bad=drop says:\n  " + listed[0] in text
+    assert f"WARNING: bad lines left out: 4 (4.76%), listed in {store.folder}/dropped.txt" in text
+    assert open_store(config, tokenizer, silent).digest == store.digest
+    for options in ({}, {"store": store.digest}, {"store": store.digest, "datasets": []}):
+        with pytest.raises(
+            UserError, match=r"on_bad=drop: 4 bad lines are left out, the first .*bad\.jsonl:1: "
+        ):
+            open_store(replace(config, on_bad="error", **options), tokenizer, silent)
+    with pytest.raises(UserError, match="4 bad lines in all"):  # another store, of which nothing is built
+        open_store(replace(config, on_bad="error", query_max_length=40), tokenizer, silent)
+
+
+def test_a_dataset_folder_without_the_bad_rows_trains_as_the_good_ones(tmp_path, tokenizer):
+    bad, clean, where = with_bad(tmp_path)
+    config = DataConfig(datasets=[bad], cache_dir=str(tmp_path / "cache"), on_bad="drop")
+    said: list[str] = []
+    folders = write_datasets(config, tmp_path / "out", said.append, tokenizer)
+    assert "4 bad lines left out" in said[-1]
+    listed = (tmp_path / "out/dropped.txt").read_text().splitlines()
+    assert len(listed) == 4 and all(map(str.startswith, listed, where)), listed
+    stores = [open_store(one, tokenizer, silent) for one in (folders, replace(config, datasets=[clean]))]
+    for name in (*TOKEN_FILES, *ARRAY_FILES):
+        assert len({(store.folder / name).read_bytes() for store in stores}) == 1, name
+
+
+def test_only_rows_are_left_out(tmp_path, tokenizer):
+    """A file that ends early, a corpus with a bad line, and data of which nothing is left are errors."""
+    bad, clean, _ = with_bad(tmp_path)
+    data = gzip.compress(Path(clean.path).read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(data[: len(data) // 2])
+    (tmp_path / "none.jsonl").write_text('{"query": 1, "pos": ["p"], "neg": []}\n' * 30)
+    (tmp_path / "beir/qrels").mkdir(parents=True)
+    (tmp_path / "beir/corpus.jsonl").write_text('{"_id": "d1", "text": "x"}\n{"_id": "d2", "text"\n')
+    (tmp_path / "beir/queries.jsonl").write_text('{"_id": "q1", "text": "x"}\n')
+    (tmp_path / "beir/qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    for name, message in (
+        ("cut.jsonl.gz", r"cut\.jsonl\.gz:\d+: the gzip stream ends early"),
+        (
+            "none.jsonl",
+            r"(none\.jsonl:\d+: field 'query' must be a string.*\n.*){20}no row is left; .*\(30 bad",
+        ),
+        (
+            "beir",
+            r"corpus\.jsonl:2: not JSON.*\n.*no row is left; only rows can be left out, a corpus has to be",
+        ),
+    ):
+        datasets = [bad, DatasetConfig(path=str(tmp_path / name))]
+        with pytest.raises(UserError, match=message):
+            check_datasets(DataConfig(datasets=datasets, on_bad="drop"), tokenizer, silent)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "dataset"])
+def test_rows_of_other_containers_are_left_out_one_by_one(tmp_path, kind):
+    texts = [f"text {i}" for i in range(130)]
+    table = pa.table({"anchor": texts, "positive": [t if i != 70 else None for i, t in enumerate(texts)]})
+    path, left = tmp_path / f"rows.{kind}", [i for i in range(130) if i not in (70, 90)]
+    if kind == "csv":
+        lines = [f"a{i},b{i}" if i not in (70, 90) else f"a{i}" for i in range(130)]
+        path.write_text("anchor,positive\n" + "\n".join(lines) + "\n")
+    elif kind == "parquet":
+        data = pa.array([b"x"] * 90 + [b"\xff"] + [b"x"] * 39, pa.binary()).view(pa.string())
+        pq.write_table(table.append_column("negative", data), path)
+    else:
+        rows = [row(f"q{i}", [f"p{i}"], []) for i in range(130)]
+        write_dataset(path, rows, Metadata(corpus_id="c"))
+        queries = pq.read_table(path / "queries.parquet").to_pylist()
+        queries[70]["pos_doc"], queries[90]["corpus_id"] = [], "other"
+        pq.write_table(pa.Table.from_pylist(queries), path / "queries.parquet")
+        metadata = json.loads((path / "dataset_metadata.json").read_text())
+        (path / "dataset_metadata.json").write_text(json.dumps({**metadata, "files": {}}))
+    findings = check_datasets(
+        DataConfig(datasets=[DatasetConfig(path=str(path))], on_bad="drop"), None, silent
+    )
+    assert findings.num_rows == 128 and len(findings.dropped) == 2
+    first = 2 if kind == "csv" else 1
+    found = [one.line - first for one in read_rows(DatasetConfig(path=str(path)), Findings(drop=True))]
+    assert found == left
+
+
+def test_check_names_all_that_is_bad_and_writes_and_tokenises_nothing(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *_: pytest.fail("tokenised"))
+    bad, clean, where = with_bad(tmp_path)
+    Path(clean.path).write_text('{"query": "q"}\n' * 30)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:
+        check_datasets(DataConfig(datasets=[bad, clean]), tokenizer, silent)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 21 and lines[-1] == "34 bad lines in all" and all(map(str.startswith, lines, where))
+    said: list[str] = []
+    findings = check_datasets(DataConfig(datasets=[bad], on_bad="drop"), tokenizer, said.append)
+    assert findings.num_rows == 40
+    assert said[-1] == "checked 40 rows of 1 datasets, 4 bad lines left out; nothing is written"
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(UserError, match=r"data\.query_max_length=3 tokens leaves no room"):
+        check_datasets(DataConfig(datasets=[bad], query_max_length=3), tokenizer, silent)
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+
+def prepare(folder: str, tokenizer_folder: str, kind: str) -> None:
+    from nemo_embed_core.data import compile as compile_module
+    from nemo_embed_core.data.tokenizer import load_tokenizer
+
+    os.chdir(folder)
+    compile_module.COMMIT_S, tokenizer = 0.0, load_tokenizer(tokenizer_folder)
+    datasets = [DatasetConfig(path=f"../{name}.jsonl", task="Find") for name in ("bad", "clean")]
+    config = DataConfig(datasets=datasets, cache_dir="cache", on_bad="drop")
+    if kind == "dataset":
+        config = write_datasets(config, "out", print, tokenizer)
+    open_store(config, tokenizer).verify()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["rows", "dataset"])
+def test_a_command_that_is_killed_and_given_again_leaves_the_same_bytes(
+    kind, tmp_path, tokenizer_folder, server
+):
+    with_bad(tmp_path)
+    places = ["rename@*", "store.row@0", "store.row@17", "store.row@60"]
+    if kind == "dataset":
+        places = ["dataset.row@13", "dataset.metadata@bad", "dataset.metadata@clean", *places]
+    work, whole = tmp_path / "work", tmp_path / "whole"
+    outputs = []
+    for folder, faults in ((whole, [""]), (work, [*places, ""])):
+        folder.mkdir()
+        for fault in faults:
+            ask = (str(folder), str(tokenizer_folder), kind)
+            outcome = server.call(prepare, *ask, env={"NEMO_EMBED_FAIL": fault})
+            assert outcome.code == (-9 if fault else 0), (fault, outcome.output)
+            outputs.append(outcome.output)
+    assert "60 of 80 rows were done" in outputs[-1] or kind == "dataset", outputs[-1]
+    left, right = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (work, whole)
+    )
+    for files in (left, right):
+        files.pop(Path("cache/sources.json"), None)
+    assert left == right and len(left) > 10

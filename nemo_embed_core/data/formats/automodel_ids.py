@@ -125,7 +125,7 @@ def _rows(config: DatasetConfig, corpora: dict[str, Documents], findings: Findin
                     neg_ids=[f"{fields['corpus_id']}/{one}" for one in row.neg_ids],
                 )
         except ValueError as error:
-            findings.bad(path, line, str(error))
+            findings.bad(path, line, str(error), row=True)
             continue
         yield row
     if not seen and not findings.num_met:

@@ -129,7 +129,7 @@ def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
             if config.on_missing == "error":
                 what = f"query {short(qid)} has no document with a score above 0"
                 fix = f"remove its judgements from this training split, give it a positive {ALLOW}"
-                findings.bad(s.file, line, f"{what}: {fix}, which leaves it out")
+                findings.bad(s.file, line, f"{what}: {fix}, which leaves it out", row=True)
             else:
                 what = "rows left out, as their query has no document with a score above 0"
                 findings.note(what, s.file, line)

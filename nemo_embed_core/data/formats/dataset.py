@@ -81,6 +81,8 @@ def _rows(
     if not documents.is_closed:
         return  # a document behind a bad row of the corpus seems not to exist
     texts = source_texts(folder, "queries", source, findings) if metadata.ids_only else None
+    if findings.num_met > before:
+        return  # a question behind a bad one would get the text of another
     seen: set[bytes] = set()
     num_rows = 0
     for path, line, fields in read_records(folder, "queries", metadata.ids_only, findings):
@@ -98,7 +100,7 @@ def _rows(
                 )
             row = joined(fields, key, query, documents, str(path), line, findings)
         except ValueError as error:
-            findings.bad(path, line, str(error))
+            findings.bad(path, line, str(error), row=True)
             continue
         yield row
     if texts is not None and findings.num_met == before:

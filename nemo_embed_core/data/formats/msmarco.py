@@ -80,7 +80,7 @@ def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
             }
             row = joined(entries, key, query, documents, str(file), line, findings)
         except ValueError as error:
-            findings.bad(file, line, str(error))
+            findings.bad(file, line, str(error), row=True)
             continue
         yield row
 
