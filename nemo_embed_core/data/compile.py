@@ -169,6 +169,16 @@ def compile_store(
     folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
 ) -> None:
     """Writes all files of the store into the folder, the manifest last, going on from what stands there."""
+    if (folder / "state.json").exists() or not (folder / "manifest.json").exists():
+        _compile(folder, config, tokenizer, header, log)
+    for name in ("state.json", *(f"{part}.part" for part in PARTS)):
+        (folder / name).unlink(missing_ok=True)
+        failpoint("store.unlink", name)
+
+
+def _compile(
+    folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
+) -> None:
     state = read_state(folder) or {}
     if state:
         done = f"{state['rows']:,} of {state['total']:,} rows"
@@ -222,8 +232,6 @@ def compile_store(
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for name in ("state.json", *(f"{part}.part" for part in PARTS)):
-        (folder / name).unlink()
 
 
 def _tokenise(

@@ -25,7 +25,7 @@ from nemo_embed_core.data.formats import (
     sts,
     tevatron,
 )
-from nemo_embed_core.data.formats.row import Row, check_known
+from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import NOISE, Findings, is_noise, short
 from nemo_embed_core.data.records import Record, Source, records
 from nemo_embed_core.errors import DataError
@@ -130,7 +130,7 @@ def _refuse(fields: dict[str, Any]) -> None:
     """ValueError for fields that no format has."""
     if meant := _meant(fields):
         raise ValueError(f"no format has these fields, {meant}")
-    check_known(fields, (*ours.REQUIRED, *ours.OPTIONAL), required=ours.REQUIRED, example=ours.EXAMPLE)
+    ours.check_fields(fields)  # which says how to write rows
 
 
 def _no_columns(fields: dict[str, Any]) -> str:

@@ -660,7 +660,7 @@ BROKEN = {
     "some.jsonl": (
         '{"query": "q", "Pos": ["p"], "neg": []}\n',
         1,
-        "and ours has them in lower case: rename 'Pos' to pos",
+        "ours has them in lower case: rename 'Pos' to pos",
     ),
     "comma.json": ('[{"anchor": "a", "positive": "b"},\n]', 2, "not JSON: a comma before ']'"),
     "comma2.json": ('{"data": [{"anchor": "a", "positive": "b"}],\n}', 2, "not JSON: a comma before '}'"),

@@ -159,6 +159,17 @@ def test_rows_are_packed_in_the_mix_that_training_draws(small):
     assert report["counts"]["rows"] == 5
 
 
+def test_rows_that_are_left_out_are_not_looked_at(small):
+    config, words, store = small
+    right = inspect(*small, log=lambda line: None)["counts"]
+    with open(config.datasets[0].path, "a") as file:
+        file.write('{"query": "left out", "pos": [], "neg": []}\n')
+    config = replace(config, on_bad="drop")
+    after = open_store(config, words, lambda line: None)
+    report = inspect(config, words, after, log=lambda line: None)
+    assert report["counts"] == right and len(after) == len(store)
+
+
 def test_padding_is_to_the_longest_of_each_side_of_each_batch():
     queries = np.array([3, 1, 2, 7, 5])
     documents = np.array([[4, 0, 9], [2, 1, 0], [6, 6, 6], [1, 0, 0], [8, 3, 0]])

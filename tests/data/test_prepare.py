@@ -182,18 +182,18 @@ BAD = [
 ]  # fmt: skip
 
 
-def with_bad(folder: Path, name: str = "bad.jsonl") -> tuple[DatasetConfig, DatasetConfig, list[str]]:
+def with_bad(folder: Path, num_rows: int = 40) -> tuple[DatasetConfig, DatasetConfig, list[str]]:
     """(rows with bad ones between them, the good rows alone, where and why), the first line is bad."""
-    good, lines, where = [json.dumps(row) for row in ROWS], [], []
-    for i, line in enumerate(good):
-        if i % 10 == 0:
-            bad, reason = BAD[i // 10]
+    lines, where = list[str](), list[str]()
+    for i, row in enumerate(ROWS[:num_rows]):
+        if i % (num_rows // 4) == 0:
+            bad, reason = BAD[len(where)]
             lines.append(bad)
-            where.append(f"{folder / name}:{len(lines)}: {reason}")
-        lines.append(line)
-    (folder / name).write_text("\n".join(lines) + "\n")
-    clean = source(folder / "clean.jsonl")
-    return replace(clean, path=str(folder / name)), clean, where
+            where.append(f"{folder}/bad.jsonl:{len(lines)}: {reason}")
+        lines.append(json.dumps(row))
+    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    clean = source(folder / "clean.jsonl", ROWS[:num_rows])
+    return replace(clean, path=f"{folder}/bad.jsonl"), clean, where
 
 
 def test_bad_rows_are_left_out_counted_and_listed_and_a_run_that_would_not_is_refused(tmp_path, tokenizer):
@@ -330,10 +330,16 @@ def prepare(folder: str, tokenizer_folder: str, kind: str) -> None:
 def test_a_command_that_is_killed_and_given_again_leaves_the_same_bytes(
     kind, tmp_path, tokenizer_folder, server
 ):
-    with_bad(tmp_path)
-    places = ["rename@*", "store.row@0", "store.row@17", "store.row@60"]
+    with_bad(tmp_path, 8)
+    places = [
+        "store.row@0",
+        "store.row@5",
+        "store.row@11",
+        "store.unlink@state.json",
+        "store.unlink@positives.part",
+    ]
     if kind == "dataset":
-        places = ["dataset.row@13", "dataset.metadata@bad", "dataset.metadata@clean", *places]
+        places = ["dataset.row@5", "dataset.metadata@bad", "dataset.metadata@clean", *places[2:4]]
     work, whole = tmp_path / "work", tmp_path / "whole"
     outputs = []
     for folder, faults in ((whole, [""]), (work, [*places, ""])):

@@ -33,9 +33,13 @@ def sniff(fields: dict[str, Any]) -> bool:
     return {"query", "pos"} <= fields.keys() and not {"prompt", "type"} & fields.keys()
 
 
-def row(fields: dict[str, Any], path: str, line: int) -> Row:
+def check_fields(fields: dict[str, Any]) -> None:
     known = (*REQUIRED, *OPTIONAL)
     check_known(fields, known, required=REQUIRED, example=EXAMPLE, hints=HINTS)
+
+
+def row(fields: dict[str, Any], path: str, line: int) -> Row:
+    check_fields(fields)
     query = check_text(fields["query"], "query")
     pos, neg = text_list(fields["pos"], "pos"), text_list(fields["neg"], "neg")
     if not pos:
