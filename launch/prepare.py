@@ -1,8 +1,7 @@
 """Tokenise datasets once into the memory-mapped store that training opens.
 
-    python launch/prepare.py --tokenizer DIR --data.datasets '[{path: train.jsonl, task: "Given a question,
-    ..."}]' python launch/prepare.py --config configs/prepare.yaml
-
+    python launch/prepare.py --tokenizer DIR --data.datasets '[{path: train.jsonl, task: "Given a ..."}]'
+    python launch/prepare.py --config configs/prepare.yaml
     python launch/prepare.py --data.datasets '[{path: beir/nq}]' --dataset data/nq
     python launch/prepare.py --data.datasets '[{path: train.jsonl}]' --check true
     python launch/prepare.py --config configs/prepare.yaml --inspect true --output nq.json --against beir/nq
@@ -48,11 +47,10 @@ def main() -> None:
         # For training's max_tokens and num_hard_negatives; the store is the same for any.
         long = (longest_draws(store, config.data.num_hard_negatives) > config.data.max_tokens).nonzero()[0]
         if len(long):
+            what, first = config.data.on_long_row, store.where(int(long[0]))
+            most = f"data.max_tokens={config.data.max_tokens} tokens (first: {first})"
             print(
-                f"WARNING: {len(long):,} rows can have more than data.max_tokens={config.data.max_tokens} "
-                f"tokens (first: "
-                f"{store.where(int(long[0]))}); training will {config.data.on_long_row} there: "
-                f"data.on_long_row"
+                f"WARNING: {len(long):,} rows can have more than {most}; data.on_long_row will {what} there"
             )
         if config.inspect:
             present(inspect(data, tokenizer, store, config.against), config.output)
