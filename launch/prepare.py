@@ -50,7 +50,7 @@ def main() -> None:
             what, first = config.data.on_long_row, store.where(int(long[0]))
             most = f"data.max_tokens={config.data.max_tokens} tokens (first: {first})"
             print(
-                f"WARNING: {len(long):,} rows can have more than {most}; data.on_long_row will {what} there"
+                f"WARNING: {len(long):,} rows can have more than {most}; training: data.on_long_row={what}"
             )
         if config.inspect:
             present(inspect(data, tokenizer, store, config.against), config.output)
