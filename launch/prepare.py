@@ -49,9 +49,7 @@ def main() -> None:
         if len(long):
             what, first = config.data.on_long_row, store.where(int(long[0]))
             most = f"data.max_tokens={config.data.max_tokens} tokens (first: {first})"
-            print(
-                f"WARNING: {len(long):,} rows can have more than {most}; training: data.on_long_row={what}"
-            )
+            print(f"WARNING: {len(long):,} rows can have more than {most}; training: data.on_long_row={what}")
         if config.inspect:
             present(inspect(data, tokenizer, store, config.against), config.output)
         print(f"verified in {seconds:.1f} s; largest token id {store.max_token_id}, digest {store.digest}")

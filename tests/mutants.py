@@ -76,7 +76,6 @@ NEAR, OVERLAP, PAGE = (f"nemo_embed_core/data/{name}.py" for name in ("near", "o
 INSPECT = "tests/data/test_inspect.py"
 SHAPES = "nemo_embed_core/data/shapes.py"
 CONTAINERS, COMPILE = "nemo_embed_core/data/containers.py", "nemo_embed_core/data/compile.py"
-PACKING, SAMPLER = "nemo_embed_core/data/packing.py", "nemo_embed_core/data/sampler.py"
 SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
     f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
