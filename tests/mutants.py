@@ -68,6 +68,7 @@ OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "sch
 ENGINE, TRAINER, PREFETCH = (f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch"))
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
+FP8, TEST_FP8 = "nemo_embed_core/parallel/fp8.py", "tests/parallel/test_fp8.py"
 LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
 PACKING, SAMPLER, MIX, POPULATION = (
     f"nemo_embed_core/data/{name}.py" for name in ("packing", "sampler", "mix", "population")
@@ -151,6 +152,14 @@ MUTANTS = [
     Mutant("codes of a moment are written with bases of other blocks", "nemo_embed_core/train/run_state.py", "(rows, columns // block)", "(rows, columns)", MOMENTS),
     Mutant("a step with a gradient that is not finite is taken", OPTIM, "optimizer.found_inf = (factor == 0).float()", "pass", f"{MASTERS} tests/train/test_control.py"),
     Mutant("a step with a loss that is not finite is taken", ENGINE, "else torch.where(finite, self.factor, 0.0)", "else self.factor", "tests/train/test_control.py"),
+    # ---- fp8
+    Mutant("an fp8 scale is not divided out", FP8, "scaled_mm(rows, x8.scale,", "scaled_mm(rows, torch.ones_like(x8.scale),", TEST_FP8),
+    Mutant("each tp rank has an fp8 scale of its own", FP8, "if not is_part or tp.size == 1:", "if True:", TEST_FP8),
+    Mutant("fp8 weights of the step before", FP8, "weight.is_kept, weight.made = False, None", "weight.is_kept = False", TEST_FP8),
+    Mutant("the transpose of fp8 weights of an earlier step", FP8, "        self.made = made if", "        made = made._replace(columns=vars(self).setdefault('old', made).columns)\n        self.made = made if", TEST_FP8),
+    Mutant("fp8 weights are quantised in every micro-batch", FP8, "weight.is_kept = True", "weight.is_kept = False", TEST_FP8),
+    Mutant("the gradient of an fp8 product has e4m3's range", FP8, "is_part=ctx.column), E5M2,", "is_part=ctx.column), E4M3,", TEST_FP8),
+    Mutant("fp8 inputs are sent in bf16", "nemo_embed_core/parallel/wire.py", "T * D if wire.fp8 else hidden", "hidden", WIRE),
     # ---- gradients over ranks
     Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIM_OPTIONS),
     Mutant("clipping without its 1e-6", GRAD_NORM, "max_norm / (norm + 1e-6)", "max_norm / norm", OPTIM_OPTIONS),

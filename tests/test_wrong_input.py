@@ -76,6 +76,10 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--checkpoint.keep=0"], ["checkpoint.keep=0"]),
     (["--model.num_key_value_heads=3"], ["num_attention_heads=8 is not a multiple of num_key_value_heads=3"]),
     (["--model.hidden_size=60"], ["hidden_size=60 is not a multiple of num_attention_heads=8"]),
+    (
+        ["--precision=fp8", "--model.intermediate_size=120"],
+        ["multiples of 16", "64 x 120; use precision=bf16"],
+    ),
     (["--model.head_dim=7"], ["head_dim=7 must be even"]),
     (["--model.vocab_size=100"], ["model.vocab_size=100", "tokenizer makes ids up to"]),
     (["--tokenizer="], ["tokenizer is not set"]),

@@ -172,9 +172,11 @@ class TrainConfig(Options):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     """Seed of the sampler and, without init_from, of the weights."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     """Precision of activations and GEMMs, and of the rows that in-batch negatives are scored with (weights,
-    moments and sums of the loss are fp32); auto: bf16 on a GPU, fp32 on a CPU."""
+    moments and sums of the loss are fp32); auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with the GEMMs of
+    the blocks in fp8, forward and backward, one scale a matrix (GPUs from Ada and Hopper on, emulated on a
+    CPU)."""
     activation_checkpointing: Recompute | bool = "none"
     """Activations computed again in backward rather than kept, which changes no number: "selective", outputs
     of norms and SwiGLU, a third of the bytes for little time, or "full", each whole block, nearly all bytes

@@ -16,6 +16,9 @@ tp (SP)        all_gather       of T D: embedding 1 in backward; a block 2 forwa
                reduce_scatter   of T D: embedding 1 forward; a block 2 forward, 2 backward
                all_reduce       of N D: pooling 1 forward; once a step the gradients of the 2 L + 1 norms
 tp (no SP)     all_reduce       of T D: embedding 1 forward; a block 2 forward, 2 backward
+tp (fp8)       all_gather       of a block 2 forward and 2 of the 4 backward: 1 byte an element
+               all_reduce       the largest values, 4 bytes: a block 4 forward (2 without SP), 2 backward, and
+                                4 of its weights, once a step; with reshard in each forward and backward
 dp             all_gather       with in-batch negatives: documents as they are scored, in the dtype of the
                                 run, their ids and which exist, once a step
                reduce_scatter   the gradients of those documents, in fp32, once a step
@@ -72,6 +75,7 @@ class Wire:
     weight_bytes: int = (
         2  # of an element: as weights run and columns are scored, gradients are reduced, and rows are pooled
     )
+    fp8: bool = False  # products of the blocks
     reduce_bytes: int = 4
     row_bytes: int = 4
 
@@ -105,11 +109,19 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         for (T, N), forwards in zip(micro_batches, passes, strict=True):
             hidden = T * D * wire.weight_bytes
             if wire.sequence_parallel:
-                add("tp", "all_gather", (2 * L) * forwards + (4 * L + 1) + again * 2 * L, hidden)
+                # Inputs of the column-parallel products, which backward gathers too, and its gradients.
+                inputs = T * D if wire.fp8 else hidden
+                add("tp", "all_gather", 2 * L * (forwards + again + 1), inputs)
+                add("tp", "all_gather", 2 * L + 1, hidden)
                 add("tp", "reduce_scatter", (2 * L + 1) * forwards + 2 * L + again * L, hidden)
                 add("tp", "all_reduce", forwards, N * D * wire.row_bytes)
             else:
                 add("tp", "all_reduce", (2 * L + 1) * forwards + 2 * L + again * L, hidden)
+            if wire.fp8:
+                matrices = 4 if wire.sequence_parallel else 2
+                add("tp", "all_reduce", (matrices * (forwards + again) + 2) * L, 4)
+                add("tp", "all_reduce", 4 * L * (forwards + again + 1) if wire.reshard else 0, 4)
+        add("tp", "all_reduce", 4 * L if wire.fp8 and not wire.reshard else 0, 4)
         if wire.sequence_parallel:
             add("tp", "all_reduce", 1, (2 * L + 1) * -(-D // s) * 4)
         add("tp", "all_reduce", 1, 4)

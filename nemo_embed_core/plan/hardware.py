@@ -13,6 +13,7 @@ class GPU:
 
     rates: share of `peak` at which the FLOPs of a step really run, recomputed ones included, communication
     not: of dense training of 7B and larger in bf16.
+    fp8: FLOP/s of fp8 products of the 8B's shapes, least and most; 0: there are none.
     """
 
     peak: float
@@ -20,6 +21,7 @@ class GPU:
     bandwidth: float
     node_link: float
     rates: tuple[float, float]
+    fp8: tuple[float, float] = (0.0, 0.0)
     source: str
 
 
@@ -32,14 +34,17 @@ GPUS: Mapping[str, GPU] = {
     ),
     "H100": GPU(
         peak=989e12, memory=79.1 * 2**30, bandwidth=2.9e12, node_link=370e9, rates=(0.40, 0.67),
+        fp8=(1300e12, 1500e12),
         source="NVIDIA H100 SXM datasheet: 989 TFLOP/s, 3,350 GB/s, NVLink 900 GB/s both ways, of which 370 "
         "GB/s one way are assumed. Rates: mosaicml/llm-foundry, HFU of 7B to 70B up to 8,192 tokens on H100: "
-        "39.6 % to 59.0 %; 67 % as the highest is assumed: an H200, the same chip, was recorded at 79 %",
+        "39.6 % to 59.0 %; 67 % as the highest is assumed: an H200, the same chip, was recorded at 79 %, "
+        "and with the fp8 products that are assumed here",
     ),
     "H200": GPU(
         peak=989e12, memory=139 * 2**30, bandwidth=4.2e12, node_link=370e9, rates=(0.50, 0.79),
+        fp8=(1300e12, 1500e12),
         source="NVIDIA H200 datasheet: 989 TFLOP/s, 4,800 GB/s, NVLink as H100. Rates: matrix products of a "
         "step at 782 TFLOP/s, a step of 8 layers at 56.6 % (benchmarks/results/step-20261127-140006.jsonl); "
-        "KempnerForge, 7B over 4 GPUs: 53.8 %",
+        "KempnerForge, 7B over 4 GPUs: 53.8 %. fp8: benchmarks/results/ceilings-20261127-135646.jsonl",
     ),
 }  # fmt: skip

@@ -22,7 +22,8 @@ from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.plan import PlanConfig
 from nemo_embed_core.config.train import Recompute, TrainConfig
 from nemo_embed_core.data.shapes import Most, Shape
-from nemo_embed_core.model.spec import parameter_shapes, rank_units
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.model.spec import check_fp8, parameter_shapes, rank_units
 from nemo_embed_core.parallel.wire import Key, Traffic, Wire, step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Split, Texts, split, texts_of
@@ -144,7 +145,19 @@ def _candidates(config: PlanConfig, train: TrainConfig, model: ModelConfig) -> I
             why = f"{replicate} copies do not divide dp {layout.dp}"
         elif train.global_batch_size % layout.dp:
             why = f"dp {layout.dp} does not divide global_batch_size={train.global_batch_size}"
+        elif train.precision == "fp8":
+            why = _why_not_fp8(config, model, tp)
         yield Candidate(layout=layout, recompute=recompute, max_tokens=max_tokens, why=why)
+
+
+def _why_not_fp8(config: PlanConfig, model: ModelConfig, tp: int) -> str:
+    if not GPUS[config.cluster.gpu].fp8[0]:
+        return f"{config.cluster.gpu} has no fp8 products: precision=bf16"
+    try:
+        check_fp8(model, tp)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _with(train: TrainConfig, candidate: Candidate) -> TrainConfig:
@@ -206,6 +219,7 @@ def _evaluate(
             step_seconds(
                 config.cluster, layout, model, [(t, squares) for t, squares, _ in s.micro_batches], traffic,
                 candidate.recompute, num_parameters(model), update_bytes(train.optim),
+                train.precision == "fp8",
             )
         )  # fmt: skip
     tokens = float(np.mean([s.tokens for s in splits]))
@@ -225,12 +239,12 @@ def traffic_of(train: TrainConfig, model: ModelConfig, layout: Layout, step: Spl
 
 
 def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
-    queries = train.global_batch_size // layout.dp
+    queries, split = train.global_batch_size // layout.dp, train.optim.master_weights == "split"
     columns = {"none": 0, "positives": 1, "all": 1 + train.data.num_hard_negatives}[train.loss.in_batch]
     return Wire(
         units=rank_units(model, layout.tp), hidden_size=model.hidden_size, dp_shard=layout.shard,
         dp_replicate=layout.replicate, tp=layout.tp, sequence_parallel=train.parallel.sequence_parallel,
-        reshard=train.parallel.reshard_after_forward,
-        recompute=train.activation_checkpointing == "full",
+        reshard=train.parallel.reshard_after_forward and (layout.dp > 1 or not split),
+        recompute=train.activation_checkpointing == "full", fp8=train.precision == "fp8",
         in_batch_columns=columns * queries, reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
     )  # fmt: skip

@@ -4,6 +4,8 @@
 
 compute     hardware FLOPs / (tp x peak x rate), rate an interval (hardware.py), less for narrow ones under
             tp; at least the time in which a GPU reads its weights three times
+fp8         products at the GPU's fp8 rate instead of the highest bf16 one, and the bytes of quantising:
+            8 a value that is multiplied (5 forward, 3 backward), 6 a gradient, 6 a weight and step
 tp wire     bytes sent / link + calls x latency: nothing of it is hidden
 dp wire     the same, of which 50 to 90 % of the compute hides as much
 optimizer   the bytes that an update reads and writes (train/optim.py), at the memory's rate
@@ -30,6 +32,14 @@ LATENCY = {"node": 12e-6, "network": 40e-6}  # seconds a collective
 HOST_S = 0.018
 # Share of the model's FLOPs that backward runs again.
 RECOMPUTED: Mapping[Recompute, float] = {"none": 0.0, "selective": 0.01, "full": 1 / 3}
+
+
+def fp8_values(model: ModelConfig) -> tuple[int, int]:
+    """Of a token: inputs of all products of the blocks, and outputs."""
+    D, F, A = model.hidden_size, model.intermediate_size, model.head_dim
+    H, G = model.num_attention_heads, model.num_key_value_heads
+    inputs, outputs = D + H * A + D + F, (H + 2 * G) * A + D + 2 * F + D
+    return model.num_hidden_layers * inputs, model.num_hidden_layers * outputs
 
 
 @dataclass(frozen=True)
@@ -84,20 +94,30 @@ def step_seconds(
     recompute: Recompute,
     num_parameters: int,
     optimizer_bytes: float,
+    fp8: bool = False,
 ) -> tuple[float, float]:
     """(least, most) seconds of a step; micro_batches: (tokens, sum of squared lengths) of the fullest rank in
-    each; optimizer_bytes: optim.update_bytes."""
+    each; optimizer_bytes: optim.update_bytes; fp8: of the blocks' products."""
     gpu = GPUS[cluster.gpu]
     floor = training_flops(model, 1, 0) / layout.tp / gpu.bandwidth  # 6: 2 bytes of each weight, three times
     tp = wire_seconds(cluster, layout, traffic, ("tp",))
     dp = wire_seconds(cluster, layout, traffic, ("dp_shard", "dp_replicate", "dp"))
     optimizer = optimizer_bytes * num_parameters / layout.tp / layout.shard / gpu.bandwidth
+    again = 1 + RECOMPUTED["full"] if recompute == "full" else 1.0
+    inputs, outputs = fp8_values(model)
+    quantized = (5 * again + 3) * inputs + 6 * outputs  # bytes a token
+    optimizer += 6 * num_parameters / layout.tp / gpu.bandwidth if fp8 else 0.0
     found = []
-    for rate, hidden in zip(reversed(gpu.rates), reversed(HIDDEN), strict=True):
-        speed = layout.tp * gpu.peak * rate * NARROW.get(layout.tp, min(NARROW.values()))
-        compute = sum(
-            max(training_flops(model, tokens, squares) * (1 + RECOMPUTED[recompute]) / speed, floor)
-            for tokens, squares in micro_batches
-        )
+    for rate, hidden, fp8_rate in zip(reversed(gpu.rates), reversed(HIDDEN), reversed(gpu.fp8), strict=True):
+        narrow = layout.tp * NARROW.get(layout.tp, min(NARROW.values()))
+        compute = 0.0
+        for tokens, squares in micro_batches:
+            flops = training_flops(model, tokens, squares) * (1 + RECOMPUTED[recompute])
+            seconds = flops / (narrow * gpu.peak * rate)
+            if fp8:
+                products = training_flops(model, tokens, 0) * again / narrow
+                seconds += products / fp8_rate - products / (gpu.peak * gpu.rates[1])
+                seconds += quantized * tokens / layout.tp / gpu.bandwidth
+            compute += max(seconds, floor)
         found.append(compute + tp + max(0.0, dp - hidden * compute) + optimizer + HOST_S)
     return found[0], found[1]

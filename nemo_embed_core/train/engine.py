@@ -23,7 +23,9 @@ from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.boxes import Box, local_box
+from nemo_embed_core.parallel.fp8 import weights_kept
 from nemo_embed_core.parallel.grad_norm import clip_factor, grad_norm, sync_replicated_grads
+from nemo_embed_core.parallel.layers import run_in_fp8
 from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
 from nemo_embed_core.train.metrics import peak_memory
 from nemo_embed_core.train.optim import build_optimizer, check_master_weights, ensure_state, place_of, update
@@ -58,6 +60,8 @@ class Engine:
         with torch.device("meta"):  # no memory before it is sharded
             selective = config.activation_checkpointing == "selective"
             self.model = Encoder(model, mesh.tp, attention, selective)
+        if config.precision == "fp8":
+            run_in_fp8(self.model)
         split = config.optim.master_weights == "split"
         fsdp.shard(
             self.model,
@@ -107,7 +111,8 @@ class Engine:
 
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            return forward_backward(self.model, batches, self.mesh, self.config.loss, self.dtype, begin)
+            with weights_kept(self.model):
+                return forward_backward(self.model, batches, self.mesh, self.config.loss, self.dtype, begin)
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
                 error.add_note(self._memory_note(batches, at))

@@ -27,7 +27,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files import durable
 from nemo_embed_core.files.lock import Lock
 from nemo_embed_core.model.attention import backends, choose_attention
-from nemo_embed_core.model.spec import parameter_shapes
+from nemo_embed_core.model.spec import check_fp8, parameter_shapes
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.collectives import gather_objects, raise_first
 from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
@@ -66,6 +66,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.init_from:  # the pooling is the run's: how the folder pools does not matter to its weights
         model = replace(read_model_config(config.init_from), pooling=model.pooling)
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
+    if config.precision == "fp8":
+        check_fp8(model, config.parallel.tp_size)
     if config.global_batch_size % dp_size:
         raise UserError(
             f"global_batch_size={config.global_batch_size} is not a multiple of the {dp_size} "

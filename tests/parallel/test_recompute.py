@@ -44,11 +44,13 @@ class Made(TorchDispatchMode):
         return sum(n for key, (ref, n) in self.made.items() if key not in known and not ref.expired())
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("selective, kilobytes", [(False, 139.4), (True, 94.3)])
 def test_saved_bytes_of_a_token_and_layer_at_the_8b_shape(
-    monkeypatch: pytest.MonkeyPatch, selective: bool, kilobytes: float
+    monkeypatch: pytest.MonkeyPatch, selective: bool, kilobytes: float, fp8: bool
 ) -> None:
-    """bf16 on the path of a GPU: of meta tensors, kernels and FlashAttention say what they would make."""
+    """bf16 on the path of a GPU: of meta tensors, kernels and FlashAttention say what they would make. fp8
+    saves what bf16 does, and four largest values."""
     from nemo_embed_core.kernels import rms_norm, rope, swiglu
     from nemo_embed_core.model import llama
     from nemo_embed_core.model.attention import Segments, varlen_attention
@@ -66,13 +68,17 @@ def test_saved_bytes_of_a_token_and_layer_at_the_8b_shape(
         x, residual = torch.empty(2, T, D, dtype=torch.bfloat16).requires_grad_().unbind()
         cos, sin = torch.empty(2, T, A // 2).unbind()
         segments = Segments(torch.empty(33, dtype=torch.int32), [128] * 32, 128)
+    if fp8:
+        layers.run_in_fp8(block)
     with Made() as made:
         y, _hidden = block(x, residual, cos, sin, segments)
     # Two sums of the residual stream, q k v, attention's output and log-sum-exp, gate and up; 1 / RMS twice.
     saved = 2 * (2 * D + E + H * A + 2 * F) + 4 * H + 2 * 4
     if not selective:
         saved += 2 * (2 * D + F)
-    assert made.alive(y, *block.parameters()) == saved * T + 16  # the seed of a dropout that is not used
+    assert (
+        made.alive(y, *block.parameters()) == saved * T + 16 + 16 * fp8
+    )  # the seed of a dropout that is not used
     assert round(saved / 1000, 1) == kilobytes
 
 
@@ -86,7 +92,7 @@ def settled(read: Callable[[], int]) -> int:
     return value
 
 
-def gradients_and_bytes(world_size: int, folder: str, in_batch: str) -> list[dict]:
+def gradients_and_bytes(world_size: int, folder: str, in_batch: str, precision: str) -> list[dict]:
     import torch.distributed as dist
 
     from nemo_embed_core.data.packing import load_batch
@@ -104,7 +110,7 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str) -> list[dic
         for mode in MODES:
             config = train_config(
                 Path(folder), loss={"in_batch": in_batch}, data={"max_tokens": 200},
-                activation_checkpointing=mode,
+                activation_checkpointing=mode, precision=precision,
                 parallel={"reshard_after_forward": True}, output_dir=f"{folder}/{tp}-{sp}-{mode}",
             )  # fmt: skip
             trainer = Trainer(
@@ -125,19 +131,23 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str) -> list[dic
             )
         T = batches[0].input_ids.numel()
         norms, swiglu = 2 * T * MODEL.hidden_size / (tp if sp else 1), T * MODEL.intermediate_size / tp
-        freed = 4 * MODEL.num_hidden_layers * (norms + swiglu)
+        freed = (4 if precision == "fp32" else 2) * MODEL.num_hidden_layers * (norms + swiglu)
         results.append({"modes": of_mode, "freed": freed, "micro_batches": len(batches)})
     return results
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size, in_batch", [(1, "positives"), (2, "none")])
+@pytest.mark.parametrize(
+    "world_size, in_batch, precision",
+    [(1, "positives", "fp32"), (2, "none", "fp32"), (1, "positives", "fp8"), (2, "none", "fp8")],
+)
 def test_recomputation_gives_the_same_bits_and_frees_its_bytes(
-    tmp_path: Path, server: Server, world_size: int, in_batch: str
+    tmp_path: Path, server: Server, world_size: int, in_batch: str, precision: str
 ) -> None:
-    """fp32, several micro-batches, weights gathered again in backward."""
+    """Several micro-batches, weights gathered again in backward."""
     train_config(tmp_path)
-    for of_rank in server.results(gradients_and_bytes, world_size, world_size, str(tmp_path), in_batch):
+    arguments = world_size, str(tmp_path), in_batch, precision
+    for of_rank in server.results(gradients_and_bytes, world_size, *arguments):
         for layout, got in zip(LAYOUTS[world_size], of_rank, strict=True):
             assert got["micro_batches"] > 1
             (want, kept), *others = (got["modes"][mode] for mode in MODES)
@@ -145,5 +155,8 @@ def test_recomputation_gives_the_same_bits_and_frees_its_bytes(
             for tensors, _ in others:
                 assert all(torch.equal(tensors[name], value) for name, value in want.items()), layout
             selective, full = (alive for _, alive in others)
-            assert kept - selective == got["freed"] > 0, f"{layout}: {kept=} {selective=}"
+            freed = kept - selective
+            # In bf16 the reference of the norm keeps what its weight's gradient needs.
+            is_as_said = freed == got["freed"] if precision == "fp32" else 0 < freed <= got["freed"]
+            assert freed > 0 and is_as_said, f"{layout}: {kept=} {selective=}"
             assert full < selective

@@ -29,7 +29,12 @@ ALL_MODES = [
         ("selective", 150, ("fp32", "fp32")),
     )
 ]
-FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)]
+FP8_MODES = [
+    ("positives", True, "none", 4000, "fp8", "fp32"), ("none", False, "selective", 150, "fp8", "fp32"),
+    ("positives", False, "full", 150, "fp8", "bf16"), ("positives", True, "full", 150, "fp8", "bf16"),
+]  # fmt: skip
+FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)] + FP8_MODES[1:]
+ALL_MODES += FP8_MODES
 
 
 def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[str, int, dict, dict]]:
@@ -75,9 +80,9 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
             wire = Wire(
                 units=rank_units(MODEL, tp), hidden_size=MODEL.hidden_size, dp_shard=dp // replicate,
                 dp_replicate=replicate, tp=tp, sequence_parallel=sp, reshard=reshard,
-                recompute=recompute == "full",
+                recompute=recompute == "full", fp8=precision == "fp8",
                 in_batch_columns={"none": 0, "positives": queries, "all": 3 * queries}[in_batch],
-                weight_bytes=2 if precision == "bf16" else 4, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
+                weight_bytes=4 if precision == "fp32" else 2, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
             )  # fmt: skip
             sizes = [(len(batch.input_ids), len(batch.lengths)) for batch in batches]
             case = f"{tp=} {sp=} {dp=} {replicate=} {in_batch} {reshard=} {recompute=}"
@@ -112,4 +117,4 @@ def test_gloo_carries_what_the_formulas_say(world_size: int, server: Server, tmp
 @pytest.mark.parametrize("layout", FAKE, ids=str)
 def test_many_ranks_would_carry_what_the_formulas_say(layout: tuple, server: Server, tmp_path: Path) -> None:
     # Without sequence parallelism only what tp carries is other: one in-batch mode is enough.
-    check(server, tmp_path, [layout], ALL_MODES if layout[1] else ALL_MODES[6:12], "fake")
+    check(server, tmp_path, [layout], ALL_MODES if layout[1] else ALL_MODES[6:12] + FP8_MODES, "fake")

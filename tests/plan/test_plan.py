@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from nemo_embed_core.options import dump_yaml
 from nemo_embed_core.parallel.wire import step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
-from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
+from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, plan, traffic_of, wire_of
 from nemo_embed_core.plan.pretend import PARTS, pretend
 from nemo_embed_core.plan.report import report
 from nemo_embed_core.plan.time import Layout, link, step_seconds
@@ -63,21 +64,49 @@ def test_the_recorded_peaks_within_five_percent(shape: str, layers: int, vocab_s
     assert abs(seen.components["optimizer states"] - 8 * parameters) < 1e4, "two moments, and the steps"
 
 
-@pytest.mark.parametrize("world_size, copies", [(64, 8), (512, 64)])
-def test_a_pretended_step_sends_what_the_formulas_say(world_size: int, copies: int) -> None:
+@pytest.mark.parametrize(
+    "world_size, copies, precision, sizes",
+    [(64, 8, "bf16", (1, 2, 4, 8)), (512, 64, "bf16", (1, 2, 4, 8)), (64, 8, "fp8", (1, 4))],
+)
+def test_a_pretended_step_sends_what_the_formulas_say(
+    world_size: int, copies: int, precision: Literal["bf16", "fp8"], sizes: tuple[int, ...]
+) -> None:
     """Every layout of a block of the 8B, on one rank of a cluster."""
     model = ModelConfig(num_hidden_layers=1)
-    for tp in (1, 2, 4, 8):
+    for tp in sizes:
         for replicate in (1, copies):
             layout = Layout(tp, replicate, world_size)
             parallel = ParallelConfig(tp_size=tp, dp_replicate=replicate)
-            config = TrainConfig(output_dir="", steps=1, parallel=parallel, global_batch_size=12 * layout.dp)
+            config = TrainConfig(
+                output_dir="", steps=1, parallel=parallel, global_batch_size=12 * layout.dp,
+                precision=precision,
+            )  # fmt: skip
             shapes = [Shape((96,) * 40, 8, 4), Shape((64,) * 20, 4, 4)]
             seen = pretend(config, model, world_size, shapes, parts=False)
             formulas = step_traffic(
                 wire_of(config, model, layout), [(s.num_tokens, len(s.lengths)) for s in shapes]
             )
             assert seen.traffic == formulas, layout
+
+
+def test_fp8_is_faster_by_its_products_alone_and_no_a100_has_it(tmp_path: Path) -> None:
+    """16,384 tokens of the 8B on one H200: 42.1 GFLOP of products a token, at 782 TFLOP/s in bf16."""
+    model, layout = ModelConfig(), Layout(1, 1, 1)
+    cluster = ClusterConfig(gpu="H200", nodes=1, per_node=1)
+    arguments = cluster, layout, model, [(16384, 16384 * 105)], {}, "selective", num_parameters(model)
+    (least, most), (fp8_least, fp8_most) = (step_seconds(*arguments, 26, fp8) for fp8 in (False, True))
+    products = 16384 * 42.1e9
+    # Quantising reads and writes 15.1 MB a token and 45 GB of weights, at 4.2 TB/s.
+    added = (16384 * 15.1e6 + 45e9) / 4.2e12
+    for before, after, rate in ((least, fp8_least, 1500e12), (most, fp8_most, 1300e12)):
+        assert abs(before - after - (products / 781e12 - products / rate - added)) < 4e-3
+    train = tmp_path / "train.yaml"
+    train.write_text("output_dir: x\nsteps: 1\nprecision: fp8\n")
+    config = PlanConfig(train=str(train), cluster=ClusterConfig(gpu="A100-80GB"), tp_sizes=[1], max_tokens=[])
+    found = plan(config, lambda message: None)
+    assert not found.best and {c.why for c in found.impossible} == {
+        "A100-80GB has no fp8 products: precision=bf16"
+    }
 
 
 def test_the_whole_model_is_the_continuation_of_a_few_layers() -> None:
