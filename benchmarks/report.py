@@ -158,7 +158,7 @@ def optimizer(rows: list[Row]) -> list[str]:
         [
             row["variant"],
             f"{row['parameters']:,}",
-            str(row["bytes_a_parameter"]),
+            f"{row['bytes_a_parameter']:.4g}",
             number(row["ms"]),
             percent(row["share"]),
         ]

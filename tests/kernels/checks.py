@@ -801,24 +801,16 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         for layouts in ((True, True), (True, False), (False, True)):
             yield operator_of(module._quantize), (x(3, 16).detach(), torch.tensor(9.0), module.E5M2, *layouts)
     elif name == "adamw":
+        scalars = (3, 0.01, 0.8, 0.95, 1e-6, 0.1)
         halves = [module.split_master(torch.randn(n)) for n in (5, 3)]
         moments = [[torch.rand(n) for n in (5, 3)] for _ in range(3)]
-        yield (
-            operator_of(module.adamw_kernel),
-            (
-                *(list(h) for h in zip(*halves, strict=True)),
-                *moments,
-                torch.tensor(0.5),
-                [],
-                [],
-                3,
-                0.01,
-                0.8,
-                0.95,
-                1e-6,
-                0.1,
-            ),
-        )
+        lists = [list(h) for h in zip(*halves, strict=True)] + moments
+        yield operator_of(module.adamw_kernel), (*lists, torch.tensor(0.5), [], [], *scalars)
+        halves = [[h] for h in module.split_master(torch.randn(2, 6))]
+        codes = [[torch.zeros(2, 6, dtype=dtype)] for dtype in (torch.int8, torch.uint8)]
+        bases = [torch.zeros(2, 3, dtype=torch.int16) for _ in codes]
+        lists = [*halves, [torch.rand(2, 6)], *codes]
+        yield operator_of(module.adamw_kernel), (*lists, torch.tensor(0.5), bases, [1, 0, 6], *scalars)
     elif name == "filter_scores":
         rows, vector = torch.randint(-9, 10, (4, 32), dtype=torch.int8), torch.ones(4)
         yield (
