@@ -59,7 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=0, help="begin nothing that would end later; default: 4.5, no limit "
         "on a CPU")  # fmt: skip
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    add("--precision", default="auto", choices=["auto", "bf16", "fp8", "fp32"],
+        help="fp8: of ours, beside peers in bf16; default on a GPU: bf16, and the whole 8B and encoding also "
+        "in fp8")  # fmt: skip
     add("--output", default="", help="JSON lines of a run on a CPU; on a GPU they go to benchmarks/results/")
     args = parser.parse_args(argv)
     cuda = pick_device(args.device).type == "cuda"
@@ -81,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.minutes = args.minutes or (4.5 if cuda else float("inf"))
     args.rounds = (2, 20) if cuda else (1, 5)
     args.compile = args.compile and cuda
-    half = args.precision == "bf16" or (args.precision == "auto" and cuda)
+    half = args.precision in ("bf16", "fp8") or (args.precision == "auto" and cuda)
     if args.master_weights == "split" and not half:
         parser.error("--master-weights split keeps bf16 weights: give --precision bf16 too")
     args.dtype = torch.bfloat16 if half else torch.float32

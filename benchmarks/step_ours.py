@@ -46,9 +46,10 @@ class Ours:
         std: float = 0.02,
         checkpointing: str = "none",
         master_weights: str = "fp32",
+        fp8: bool = False,
     ):
         options = {"activation_checkpointing": checkpointing, "loss": {"temperature": TEMPERATURE}}
-        options["optim"] = {"master_weights": master_weights}
+        options |= {"optim": {"master_weights": master_weights}, "precision": "fp8" if fp8 else "auto"}
         config = TrainConfig.from_dict({"output_dir": "", "steps": 1, **options})
         self.mesh, self.engine, self.lr = mesh, Engine(config, model, mesh, dtype), config.optim.lr
         self.encoder = self.engine.model

@@ -24,7 +24,13 @@ from benchmarks.ceilings import ResultsFile, cpu_name
 # What ours should reach: factors over the best peers of the run and, of the whole 8B in bf16 on one H200,
 # rates (15,500 useful tokens/s are 66 % of the nominal FLOP/s).
 GOALS: dict[tuple[str, str], dict[str, float]] = {
-    ("train", "8b"): {"over_padded": 3.0, "over_flattened": 1.5, "tokens_per_s": 15_500, "mfu": 0.66},
+    ("train", "8b"): {
+        "over_padded": 3.0,
+        "over_flattened": 1.5,
+        "tokens_per_s": 15_500,
+        "mfu": 0.66,
+        "fp8_tokens_per_s": 23_500,
+    },
     ("train", "1b"): {"over_padded": 3.0, "over_flattened": 1.5},
     ("train", "tiny"): {"over_padded": 2.5},
     ("encode", "8b"): {"over_padded": 4.0, "tokens_per_s": 46_000, "fp8_tokens_per_s": 65_000},

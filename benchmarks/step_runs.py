@@ -75,12 +75,14 @@ OF_8B = {"8b": 1.0, "1b": 0.35, "tiny": 0.1}
 
 @dataclass(frozen=True)
 class Settings:
-    """Of ours: optim.master_weights, activation_checkpointing, tokens of a micro-batch, queries of a step."""
+    """Of ours: optim.master_weights, activation_checkpointing, tokens of a micro-batch, queries of a step,
+    and whether products of the blocks are in fp8."""
 
     master_weights: str
     recompute: str
     tokens: int
     queries: int
+    fp8: bool = False
 
 
 def settings_of(shape: str, args: argparse.Namespace) -> list[Settings]:
@@ -92,6 +94,7 @@ def settings_of(shape: str, args: argparse.Namespace) -> list[Settings]:
         args.activation_checkpointing or ("selective" if whole else "none"),
         args.tokens,
         args.queries,
+        args.precision == "fp8",
     )
     given = args.master_weights or args.activation_checkpointing or args.sized
     return [asked] if given or not (whole and half) else [asked, Settings("fp32", "none", 8192, 14)]
@@ -103,6 +106,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace, mesh: Mesh, report: Report):
         self.args, self.mesh, self.report, self.device = args, mesh, report, mesh.device
         self.fine, self.passed = True, dict[str, bool]()  # peers by whether their gate was passed
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY
 
     def about(self, piece: str, shape: str) -> float:
         full = SHAPES[shape].num_hidden_layers
@@ -177,8 +184,12 @@ class Bench:
     # ---- training
 
     def train_ours_variants(self, shape: str) -> None:
-        for number, settings in enumerate(settings_of(shape, self.args)):
+        wanted = settings_of(shape, self.args)
+        if len(wanted) > 1 and self.has_fp8 and not wanted[0].fp8:
+            wanted.insert(1, replace(wanted[0], fp8=True))
+        for number, settings in enumerate(wanted):
             name = f"train {shape}, {settings.master_weights} masters, {settings.tokens:,} tokens"
+            name += ", fp8" if settings.fp8 else ""
             profile = number == 0 and "profile" in self.args.only and self.device.type == "cuda"
             seconds = self.about("train again" if number else "train", shape)
             seconds += self.about("profile", shape) if profile else 0
@@ -201,10 +212,12 @@ class Bench:
         start, report = allocated(self.device), self.report
         ours = Ours(
             model, self.mesh, self.args.dtype,
-            checkpointing=settings.recompute, master_weights=settings.master_weights,
+            checkpointing=settings.recompute, master_weights=settings.master_weights, fp8=settings.fp8,
         )  # fmt: skip
+        kind = "ours fp8" if settings.fp8 else "ours"
         label, common = describe(shape, model, sum(p.numel() for p in ours.encoder.parameters()))
         common |= {"queries": settings.queries, "precision": str(self.args.dtype).removeprefix("torch.")}
+        common |= {"precision": "fp8"} if settings.fp8 else {}
         counts = sorted({len(batch.micro_batches) for batch in batches})
         positions = sum(len(batch.micro_batches) for batch in batches) * settings.tokens
         details = {
@@ -215,9 +228,9 @@ class Bench:
             "packing_density": round(sum(batch.num_tokens for batch in batches) / positions, 4),
         }
         variant = Variant(
-            f"ours, {settings.master_weights} masters, recompute {settings.recompute}, packed "
+            f"{kind}, {settings.master_weights} masters, recompute {settings.recompute}, packed "
             f"{settings.tokens:,} x {'-'.join(map(str, counts))}",
-            lambda i: ours.step(batches[i % len(batches)]), 1.0, "ours", details,
+            lambda i: ours.step(batches[i % len(batches)]), 1.0, kind, details,
         )  # fmt: skip
         # All batches: Triton compiles anew for token counts that are multiples of 16 and for those that are
         # not. A CPU compiles nothing, and the gate has warmed it up.
@@ -295,8 +308,7 @@ class Bench:
     # ---- encoding: a corpus to unit vectors in host memory
 
     def encode_ours_variants(self, shape: str) -> None:
-        capability = torch.cuda.get_device_capability() if self.device.type == "cuda" else (0, 0)
-        for kind in ["ours"] + (["ours fp8"] if capability >= FP8_CAPABILITY else []):
+        for kind in ["ours"] + (["ours fp8"] if self.has_fp8 or self.args.precision == "fp8" else []):
             run = partial(self.encode_with, shape, kind)
             self.piece(f"encode {shape}, {kind}", self.about("encode", shape), run)
 

@@ -152,6 +152,14 @@ def test_training_and_encoding_run_and_write_a_line_per_figure(
     assert not any("quick" in line for line in lines)
 
 
+def test_fp8_is_of_ours_alone_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--precision", "fp8", "--only", "train,encode", "--peers", "plain"]
+    lines = [x for x in run(tmp_path, monkeypatch, *options) if x["what"] in ("train", "encode")]
+    of = {(line["what"], line["kind"]): line for line in lines}
+    assert of["train", "ours fp8"]["precision"] == "fp8" and of["encode", "ours fp8"]["fp8"]
+    assert of["train", "padded"]["precision"] == of["encode", "ours"]["precision"] == "bfloat16"
+
+
 def test_a_quick_run_says_so_on_every_line_and_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
