@@ -965,9 +965,9 @@ def training_scores_what_is_timed() -> None:
     from benchmarks import kernels
     from nemo_embed_core.checkpoint.weights import RandomReader, fill
     from nemo_embed_core.config import ModelConfig, ParallelConfig, TrainConfig
+    from nemo_embed_core.data.shapes import Shape
     from nemo_embed_core.loss import contrastive
     from nemo_embed_core.parallel.mesh import distributed
-    from nemo_embed_core.plan.pretend import Shape
     from nemo_embed_core.train.engine import Engine
 
     shapes = {"info_nce_hard": {"B": 2, "K": 1, "D": 16}, "info_nce_in_batch": {"B": 2, "P": 3, "D": 16}}
