@@ -69,10 +69,11 @@ def pairs_of(data: str, count: int) -> list[Pair]:
 
 
 def write_rows(path: Path, pairs: list[Pair], num_negatives: int) -> Path:
-    """The negatives of a row are the documents of the next ones."""
+    """The negatives of a row are documents of others, drawn: of neighbours they would meet in a batch."""
+    rng = random.Random(1)
     with path.open("w") as file:
-        for i, (query, document) in enumerate(pairs):
-            negatives = {pairs[(i + k) % len(pairs)][1] for k in range(1, num_negatives + 1)} - {document}
+        for query, document in pairs:
+            negatives = {other for _, other in rng.sample(pairs, num_negatives)} - {document}
             file.write(json.dumps({"query": query, "pos": [document], "neg": sorted(negatives)}) + "\n")
     return path
 
