@@ -89,9 +89,8 @@ def write_source(folder: Path, config: ModelConfig, dtype: torch.dtype, seed: in
     base = torch.randn(pool, generator=common) * 0.02
     noise = torch.randn(pool, generator=own) * 0.001
     turn = 0
-    with SafetensorsWriter(
-        folder / "model.safetensors", {n: (dtype, s) for n, s in shapes.items()}, {}
-    ) as writer:
+    entries = {name: (dtype, shape) for name, shape in shapes.items()}
+    with SafetensorsWriter(folder / "model.safetensors", entries) as writer:
         for shape in shapes.values():
             left = torch.Size(shape).numel()
             while left:

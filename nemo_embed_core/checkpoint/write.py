@@ -112,7 +112,7 @@ def save_checkpoint(
             mine = {n: p for n, p in pieces.items() if is_state(n) == (part == "optim")}
             name = f"{part}-{rank:05d}-of-{world_size:05d}.safetensors"
             entries = {n: (p.dtype, p.box[1]) for n, p in mine.items()}
-            with SafetensorsWriter(tmp / name, entries, {"format": "pt"}) as writer:
+            with SafetensorsWriter(tmp / name, entries) as writer:
                 for piece in mine.values():
                     writer.write(piece.values())
                 files[name] = writer.close()

@@ -36,9 +36,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def header_of(entries: Entries, metadata: dict[str, str]) -> tuple[bytes, int]:
+def header_of(entries: Entries) -> tuple[bytes, int]:
     """The bytes before the tensors, which follow in the order of `entries`, and how many bytes those have."""
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
     end = 0
     for name, (dtype, shape) in entries.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
@@ -104,8 +104,8 @@ class SafetensorsWriter:
     fails; the caller calls close() at the end of the block.
     """
 
-    def __init__(self, path: Path, entries: Entries, metadata: dict[str, str]):
-        header, self._missing = header_of(entries, metadata)
+    def __init__(self, path: Path, entries: Entries):
+        header, self._missing = header_of(entries)
         self.path = path
         self._hash = hashlib.sha256()
         self._file = path.open("xb")

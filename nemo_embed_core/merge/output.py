@@ -42,7 +42,7 @@ class Output:
         for i, names in enumerate(shards, 1):
             part = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
             file = f"model{part}.safetensors"
-            header, _ = header_of({n: (dtype, shapes[n]) for n in names}, {"format": "pt"})
+            header, _ = header_of({n: (dtype, shapes[n]) for n in names})
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = self._files[file] = os.open(folder / file, flags, 0o644)
             self._put(fd, memoryview(header), 0)

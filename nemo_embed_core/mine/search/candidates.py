@@ -108,33 +108,42 @@ class Candidates:
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(scores [Q, k], ids [Q, k], certified [Q]) of the candidates, on the CPU."""
         check_norms(self.largest_norm, self.rows.norm.max())
-        num_queries, num_kept = self.ids.shape
-        k, device = min(self.k, num_kept), self.keys.device
-        # No dropped key is above the last kept one; -inf: none was dropped.
-        dropped = self.keys[:, -1].clone()
-        if device.type == "cuda":
+        exact = self._exact_scores()
+        below = torch.isfinite(exact) & (exact < self.ceilings[:, None])
+        scores, ids = self._best(torch.where(below, exact, -torch.inf))
+        num_kept = self.keys.shape[1]
+        # No document that was dropped scores above the last key that was kept; -inf: none was dropped.
+        most_dropped, kth = self.keys[:, -1], scores[:, min(self.k, num_kept) - 1]
+        certified = torch.isneginf(most_dropped) | (most_dropped < kth)
+        if num_kept >= len(self.documents):
+            certified[:] = True  # every document had a place
+        return scores.cpu(), ids.cpu(), certified.cpu()
+
+    def _exact_scores(self) -> Tensor:
+        """[Q, C]: the score of each candidate that can be among the k best; of others NaN or -inf."""
+        if self.keys.is_cuda:
             self.raise_floor(by_scores=self.method == "int8" and self.documents.is_on_device)
             possible = torch.where(self.keys >= self.floor[:, None], self.ids, -1)
-            exact = self.documents.scores(self.queries_QD, possible)
-        else:
-            relative = Rounding("fp32", self.queries_QD.shape[1]).relative
-            error = relative * self.rows.norm * self.largest_norm + Rounding.ABSOLUTE
-            candidates = (self.ceilings, self.keys, self.ids, self.method != "fp32")
-            exact = possible_scores(self.documents, k, self.queries_QD, error, *candidates)
-        keep = torch.isfinite(exact) & (exact < self.ceilings[:, None])
-        scores = torch.full((num_queries, self.k), -torch.inf, device=device)
-        ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=device)
-        exact = torch.where(keep, exact, -torch.inf)
-        if device.type == "cuda":  # one sort of packed words on the chip instead of two of the whole matrix
+            return self.documents.scores(self.queries_QD, possible)
+        relative = Rounding("fp32", self.queries_QD.shape[1]).relative
+        error = relative * self.rows.norm * self.largest_norm + Rounding.ABSOLUTE
+        candidates = (self.ceilings, self.keys, self.ids, self.method != "fp32")
+        k = min(self.k, self.keys.shape[1])
+        return possible_scores(self.documents, k, self.queries_QD, error, *candidates)
+
+    def _best(self, exact: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores [Q, k], ids [Q, k]) of the highest of these scores of the candidates; -inf is none."""
+        num_queries, num_kept = self.ids.shape
+        scores = torch.full((num_queries, self.k), -torch.inf, device=exact.device)
+        ids = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=exact.device)
+        if exact.is_cuda:  # one sort of packed words on the chip instead of two of the whole matrix
             first = self.documents.first_id
             columns = (self.ids - first).to(torch.int32)
             merge_lists_(exact, columns, torch.full_like(columns[:, 0], num_kept), scores, ids, first)
         else:
-            scores[:, :k], ids[:, :k] = best_first(exact, torch.where(keep, self.ids, -1), k)
-        certified = torch.isneginf(dropped) | (dropped < scores[:, k - 1])
-        if num_kept >= len(self.documents):
-            certified[:] = True  # every document had a place
-        return scores.cpu(), ids.cpu(), certified.cpu()
+            k = min(self.k, num_kept)
+            scores[:, :k], ids[:, :k] = best_first(exact, torch.where(exact.isfinite(), self.ids, -1), k)
+        return scores, ids
 
 
 def kth_lower_bound(keys: Tensor, bound: Tensor, ceilings: Tensor, k: int) -> Tensor:
