@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ def building(folder: Path, log: Log) -> Iterator[Path]:
 def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None]:
     """Takes the leftover with this prefix that has come furthest; removes the others, or names them."""
     mine: list[tuple[int, Path, int]] = []
+    for leftover in parent.glob(".sources.json.*.tmp"):  # killed between writing it and its rename
+        with suppress(OSError):  # another process renames or removes it
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
     for leftover in sorted(parent.glob(".building-*")):
         age = time.time() - max(path.stat().st_mtime for path in [leftover, *leftover.glob("*")])
         if not (leftover / "lock").exists():  # of an older version, or being made right now

@@ -131,12 +131,16 @@ def test_leftovers_are_named_and_removed_when_their_owner_is_gone(
     (of_other,) = Path(config.cache_dir).glob(".building-*")
     (empty := of_other.with_name(".building-0123456789abcdef-1")).mkdir()
     (empty / "lock").touch()
+    for name, time_s in (("old", 1e9), ("new", None)):
+        (file := empty.with_name(f".sources.json.{name}.tmp")).touch()
+        os.utime(file, time_s and (time_s, time_s))
     (held := of_other.with_name(".building-0123456789abcdef-2")).mkdir()
     descriptor = hold(held)
     lines: list[str] = []
     open_store(config, tokenizer, log=lines.append)
     text = "\n".join(lines)
     assert f"removing {empty}, left by a process that is gone" in text and not empty.exists()
+    assert [path.name for path in empty.parent.glob(".sources.json.*")] == [".sources.json.new.tmp"]
     assert held.exists() and str(held) not in text, "somebody builds there"
     assert (
         f"{of_other} is of a killed build of other data" in text and "12 rows" in text and of_other.exists()
