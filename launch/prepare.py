@@ -45,7 +45,8 @@ def main() -> None:
         store.verify()
         seconds = time.perf_counter() - start
         # For training's max_tokens and num_hard_negatives; the store is the same for any.
-        long = (longest_draws(store, config.data.num_hard_negatives) > config.data.max_tokens).nonzero()[0]
+        tokens = longest_draws(store, config.data.num_hard_negatives, config.data.negatives)
+        long = (tokens > config.data.max_tokens).nonzero()[0]
         if len(long):
             what, first = config.data.on_long_row, store.where(int(long[0]))
             most = f"data.max_tokens={config.data.max_tokens} tokens (first: {first})"

@@ -65,7 +65,9 @@ class Mutant(NamedTuple):
 
 CONTRASTIVE, STEP = "nemo_embed_core/loss/contrastive.py", "nemo_embed_core/train/step.py"
 OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
-ENGINE, TRAINER, PREFETCH = (f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch"))
+ENGINE, TRAINER, PREFETCH, RUN_STATE = (
+    f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch", "run_state")
+)
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 FP8, TEST_FP8 = "nemo_embed_core/parallel/fp8.py", "tests/parallel/test_fp8.py"
@@ -117,7 +119,7 @@ MUTANTS = [
     Mutant("the rate falls to 0 instead of min_lr", SCHEDULE, "return config.min_lr + (config.lr - config.min_lr) * remaining", "return config.lr * remaining", OPTIM_OPTIONS),
     Mutant("the rate never reaches the optimizer", OPTIM, 'group["lr"] = lr', "pass", OPTIM_OPTIONS),
     Mutant("clip_norm never arrives", ENGINE, "clip_factor(norm, self.config.optim.clip_norm)", "clip_factor(norm, 1.0)", OPTIM_OPTIONS),
-    Mutant("the seed never reaches the sampler", TRAINER, "sampler = Sampler(drawn.parts, config.global_batch_size, config.seed)", "sampler = Sampler(drawn.parts, config.global_batch_size, 0)", REST),
+    Mutant("the seed never reaches the sampler", RUN_STATE, "config.global_batch_size, config.seed)", "config.global_batch_size, 0)", REST),
     Mutant("the seed never reaches the choice of documents", TRAINER, "config.seed, few_shapes", "0, few_shapes", REST),
     Mutant("a pinned buffer is written while its copy is in flight", PREFETCH, "self._copied[turn].synchronize()", "pass", TEST_PREFETCH),
     Mutant("the batch that is ready is taken whatever step it is of", PREFETCH, "self._ahead is None or self._ahead[0] != step", "self._ahead is None", TEST_PREFETCH),
@@ -218,6 +220,12 @@ MUTANTS = [
     Mutant("every epoch begins a dataset anew", SAMPLER, "which, place = divmod(first, len(rows))", "which, place = divmod(first - epoch * draws, len(rows))", "tests/data/test_sampler.py"),
     Mutant("all datasets share one order", SAMPLER, "^ np.uint64(part + 1))", "^ np.uint64(1))", "tests/data/test_sampler.py"),
     Mutant("a row that comes twice brings the same documents twice", SAMPLER, "passes_b[here] = which", "passes_b[here] = 0", "tests/data/test_sampler.py"),
+    Mutant("an epoch leaves its last rows out", SAMPLER, "return -(-epochs * self.num_rows // self.global_batch_size)", "return epochs * self.num_rows // self.global_batch_size", "tests/data/test_sampler.py tests/train/test_trainer.py"),
+    Mutant("a dataset's remainder is drawn in both epochs", SAMPLER, "numbers = np.concatenate([np.arange(a, b)", "numbers = np.concatenate([np.arange(0, b - a)", "tests/data/test_sampler.py"),
+    Mutant("batches of a dataset come in any order", SAMPLER, 'placed[np.argsort(owners, kind="stable")] = numbers', "placed = numbers[order]", "tests/data/test_sampler.py"),
+    Mutant("datasets follow each other", SAMPLER, "owners = owners[order]", "order = np.sort(order)", "tests/data/test_sampler.py"),
+    Mutant("negatives that stand still", SAMPLER, 'if negatives == "rotate" else 0', "* 0", "tests/data/test_sampler.py"),
+    Mutant("rows are too long for negatives that they never bring", POPULATION, 'if negatives == "first" else np.lexsort', "if None else np.lexsort", "tests/data/test_population.py"),
     Mutant("a weight is a binary fraction", MIX, "Fraction(repr(dataset.weight))", "Fraction(dataset.weight)", "tests/data/test_mix.py"),
     Mutant("the same rows under a cap whatever the seed", MIX, "permutation(seed, i, -1", "permutation(0, i, -1", "tests/data/test_mix.py"),
     Mutant("another mix goes on with a run", POPULATION, "digest.update(repr([draws for _, draws in drawn]).encode())", "pass", "tests/data/test_mix.py"),

@@ -80,7 +80,15 @@ class DataConfig(Options, section="data"):
     document_max_length: int = 512
     """Tokens of a document, special tokens and instruction included."""
     num_hard_negatives: int = 4
-    """Hard negatives per query: sampled anew each epoch when a row has more, masked when it has fewer."""
+    """Hard negatives per query; masked when a row has fewer."""
+    negatives: Literal["sample", "first", "rotate"] = "sample"
+    """Which of a row's negatives, where it has more: "sample", drawn anew each time that the row is drawn;
+    "first", always those that come first (mining writes the best first); "rotate", the next ones each time,
+    so that all have their turn."""
+    batches: Literal["mixed", "one_source"] = "mixed"
+    """Rows of a global batch: "mixed", of all datasets in one order; "one_source", of one dataset, so that
+    in-batch negatives (loss.in_batch) come from it alone. A dataset has draws / global_batch_size batches an
+    epoch, rounded up over the epochs so far, in random order."""
     max_tokens: int = 8192
     """Packed tokens of one micro-batch."""
     on_long_row: Literal["error", "drop", "truncate"] = "error"

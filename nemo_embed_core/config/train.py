@@ -155,8 +155,11 @@ class TrainConfig(Options):
 
     output_dir: str
     """Folder of the run: step-XXXXXXXX/ checkpoints, metrics.jsonl, config.yaml."""
-    steps: int
+    steps: int | None = None
     """Optimizer steps; 0: only save the initial weights."""
+    epochs: int | None = None
+    """In place of steps: how often what an epoch draws (data.datasets.weight) is trained on. Rows of the next
+    epoch fill the last batch."""
     global_batch_size: int = 128
     """Queries per optimizer step, over all ranks."""
     init_from: str = ""
@@ -203,7 +206,12 @@ class TrainConfig(Options):
         if isinstance(self.activation_checkpointing, bool):  # as files and checkpoints before 1.0 say it
             word = "full" if self.activation_checkpointing else "none"
             object.__setattr__(self, "activation_checkpointing", word)
-        if self.steps < 0 or self.global_batch_size < 1 or self.log_every < 1:
+        if (self.steps is None) == (self.epochs is None):
+            both = "" if self.steps is None else f", not steps={self.steps} and epochs={self.epochs}"
+            raise UserError(f"give steps or epochs{both}: how long to train")
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"epochs={self.epochs} must be at least 1; give steps for a part of an epoch")
+        if (self.steps or 0) < 0 or self.global_batch_size < 1 or self.log_every < 1:
             raise UserError(
                 f"steps={self.steps} must not be negative, global_batch_size={self.global_batch_size} and "
                 f"log_every={self.log_every} must be at least 1"
@@ -228,3 +236,9 @@ class TrainConfig(Options):
                 "no negatives: global_batch_size=1 and data.num_hard_negatives=0 leave the positive alone "
                 "in the softmax"
             )
+
+    @property
+    def num_steps(self) -> int:
+        """steps, once they are known: of `epochs` when the rows are counted (train/run_state.py)."""
+        assert self.steps is not None, "the rows of an epoch are not counted yet"
+        return self.steps

@@ -205,7 +205,7 @@ def _scores(scores: dict[str, array[float]]) -> dict[str, Any] | None:
 
 def _packing(store: Store, config: DataConfig) -> dict[str, Any]:
     """Rows drawn and packed as training does it, without those that do not fit, and the same rows padded."""
-    long = int((longest_draws(store, config.num_hard_negatives) > config.max_tokens).sum())
+    long = int((longest_draws(store, config.num_hard_negatives, config.negatives) > config.max_tokens).sum())
     found: dict[str, Any] = {"rows_that_do_not_fit": long, "packing": [], "padded": []}
     if long == len(store):
         return found
@@ -232,7 +232,7 @@ def _packing(store: Store, config: DataConfig) -> dict[str, Any]:
 def drawn_lengths(store: Store, config: DataConfig, sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
     """int64 [B], [B, 1 + K], 0 where missing: tokens of the texts of the sampler's first step."""
     rows_B, K = sampler.rows(0), config.num_hard_negatives
-    ids_BM = choose_documents(store, rows_B, sampler.epochs(0), K, sampler.seed)
+    ids_BM = choose_documents(store, rows_B, sampler.epochs(0), K, sampler.seed, config.negatives)
     documents_BM = np.where(ids_BM >= 0, store.document_lengths[ids_BM], 0)
     return store.query_lengths[rows_B].astype(np.int64), documents_BM.astype(np.int64)
 

@@ -61,7 +61,7 @@ def parts(datasets: Sequence[DatasetConfig], rows: np.ndarray, ends: np.ndarray)
                 f"data.datasets: {name}: weight={dataset.weight:g} of {len(own):,} rows is less than half a "
                 "row an epoch; raise it or leave the dataset out"
             )
-        found.append(Part(own, draws))
+        found.append(Part(own, draws, name))
     return found
 
 

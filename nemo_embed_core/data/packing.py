@@ -350,7 +350,9 @@ def draw_batch(
 ) -> Drawn:
     """Pure; UserError for a row that does not fit."""
     rows_B = sampler.rows(step)
-    doc_ids = choose_documents(store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed)
+    doc_ids = choose_documents(
+        store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed, config.negatives
+    )
     # Missing documents (-1) index the last length; the mask takes it away again.
     document_tokens = np.where(doc_ids >= 0, store.document_lengths[doc_ids], 0).astype(np.int64)
     tokens_B = store.query_lengths[rows_B].astype(np.int64) + document_tokens.sum(1)

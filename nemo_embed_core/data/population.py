@@ -57,7 +57,7 @@ def population(
     datasets = _datasets(store, config)
     rows = _with_candidates(store, keep_lone, log) if in_batch == "none" else np.arange(len(store))
     room = config.max_tokens // pad_to_multiple * pad_to_multiple
-    tokens_R = longest_draws(store, config.num_hard_negatives)
+    tokens_R = longest_draws(store, config.num_hard_negatives, config.negatives)
     if config.on_long_row != "drop":
         rows = capped(datasets, rows, store.dataset_ends, seed)
     long = rows[tokens_R[rows] > room]
@@ -70,7 +70,8 @@ def population(
             named = [f"{store.where(row)}: {tokens_R[row]} tokens" for row in long[:NAMED].tolist()]
             named += [f"and {len(long) - NAMED:,} more"] if len(long) > NAMED else []
             needed = -(-int(tokens_R[long].max()) // pad_to_multiple) * pad_to_multiple
-            draw = f"the query with its longest positive and {config.num_hard_negatives} longest negatives"
+            which = "first" if config.negatives == "first" else "longest"
+            draw = f"the query with its longest positive and {config.num_hard_negatives} {which} negatives"
             names = "\n  ".join([f"{what}, {draw}:", *named])
             raise UserError(
                 f"{names}\nraise data.max_tokens to at least {needed}, lower data.document_max_length or "
@@ -82,7 +83,7 @@ def population(
             if not len(rows):
                 raise UserError(f"{what}: data.on_long_row=drop leaves none; raise data.max_tokens")
         else:
-            shortened = _shorten(store, long, config.num_hard_negatives, room)
+            shortened = _shorten(store, long, config.num_hard_negatives, room, config.negatives)
             equal = _join_equal(store, shortened)
             joined = f"; documents that are equal to another one since, and no negatives of it: {equal:,}"
             log(
@@ -92,13 +93,13 @@ def population(
     if config.on_long_row == "drop":
         rows = capped(datasets, rows, store.dataset_ends, seed)
     drawn = parts(datasets, rows, store.dataset_ends)
-    is_once = all(len(own) == draws for own, draws in drawn)
+    is_once = all(len(part.rows) == part.draws for part in drawn)
     if len(rows) == len(store) and not shortened and is_once:
         return Population(rows, drawn, "", keep_lone)
     content = np.concatenate([rows, np.array(sorted(shortened.items()), np.int64).reshape(-1)])
     digest = hashlib.sha256(content.astype("<i8").tobytes())
     if not is_once:
-        digest.update(repr([draws for _, draws in drawn]).encode())
+        digest.update(repr([part.draws for part in drawn]).encode())
     return Population(rows, drawn, digest.hexdigest(), keep_lone)
 
 
@@ -138,8 +139,9 @@ def _with_candidates(store: Store, keep_lone: bool, log: Callable[[str], None]) 
     return np.arange(len(store)) if keep_lone else np.flatnonzero(~lone)
 
 
-def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:
-    """int64 [rows]: tokens of each query, its longest positive and num_hard_negatives longest negatives."""
+def longest_draws(store: Store, num_hard_negatives: int, negatives: str = "sample") -> np.ndarray:
+    """int64 [rows]: tokens of each query, its longest positive and num_hard_negatives longest negatives, or
+    its first ones (data.negatives)."""
     positive_lengths = store.document_lengths[store.positive_ids].astype(np.int64)
     tokens_R = store.query_lengths + np.maximum.reduceat(positive_lengths, store.positive_offsets[:-1])
     counts_R = np.diff(store.negative_offsets)
@@ -148,7 +150,7 @@ def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:
     lengths_N = store.document_lengths[store.negative_ids].astype(np.int64)
     if counts_R.max() > num_hard_negatives:
         row_N = np.repeat(np.arange(len(store)), counts_R)
-        order = np.lexsort((-lengths_N, row_N))
+        order = np.arange(len(row_N)) if negatives == "first" else np.lexsort((-lengths_N, row_N))
         # Within the row: rows keep their places.
         place_N = np.arange(len(order)) - store.negative_offsets[row_N]
         lengths_N = np.where(place_N < num_hard_negatives, lengths_N[order], 0)
@@ -156,7 +158,9 @@ def longest_draws(store: Store, num_hard_negatives: int) -> np.ndarray:
     return tokens_R + sums[store.negative_offsets[1:]] - sums[store.negative_offsets[:-1]]
 
 
-def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int) -> dict[int, int]:
+def _shorten(
+    store: Store, long: np.ndarray, num_hard_negatives: int, room: int, which: str
+) -> dict[int, int]:
     """{document: tokens}: of each long row, capped at the largest length with which its longest draw fits.
 
     A document has one length in all rows and epochs, so that it is encoded once and a run can be resumed.
@@ -164,6 +168,8 @@ def _shorten(store: Store, long: np.ndarray, num_hard_negatives: int, room: int)
     shortened: dict[int, int] = {}
     for row in long.tolist():
         positives, negatives = store.positives(row), store.negatives(row)
+        if which == "first":
+            negatives = negatives[:num_hard_negatives]
 
         def longest(cap: int, positives: np.ndarray = positives, negatives: np.ndarray = negatives) -> int:
             most = np.sort(np.minimum(store.document_lengths[negatives], cap))[::-1][:num_hard_negatives]

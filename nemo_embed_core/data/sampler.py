@@ -25,6 +25,7 @@ class Part(NamedTuple):
 
     rows: np.ndarray
     draws: int
+    name: str = ""
 
 
 class Sampler:
@@ -60,6 +61,10 @@ class Sampler:
         self.seed = seed
         self._epochs: dict[int, _Epoch] = {}
 
+    def steps(self, epochs: int) -> int:
+        """Until every draw of so many epochs is done; the last batch has rows of the next one too."""
+        return -(-epochs * self.num_rows // self.global_batch_size)
+
     def rows(self, step: int) -> np.ndarray:
         """int64 [B]: the rows of this step, in the order of the global batch."""
         return self._draws(step)[0]
@@ -89,7 +94,7 @@ class Sampler:
 
     def _pieces(self, i: int, epoch: int) -> Iterator[tuple[int, np.ndarray]]:
         """(pass, its rows) of what the epoch draws of part i."""
-        rows, draws = self.parts[i]
+        rows, draws = self.parts[i].rows, self.parts[i].draws
         first, end = epoch * draws, (epoch + 1) * draws
         while first < end:
             which, place = divmod(first, len(rows))
@@ -117,6 +122,78 @@ class _Epoch:
         return rows_b, passes_b
 
 
+class OneSourceSampler(Sampler):
+    """Global batches of one part each.
+
+    A part is drawn as one stream over all epochs, its passes each in the order permutation(seed, part, pass);
+    its batch number b takes draws [b * B, (b + 1) * B). It has ceil(e * draws / B) batches up to epoch e:
+    what
+    the last one draws beyond the epoch is not drawn again in the next. The batches of an epoch are in the
+    order argsort(Philox(key=[seed, e]).random_raw(their number)).
+    """
+
+    def __init__(self, parts: Sequence[Part], global_batch_size: int, seed: int):
+        super().__init__(parts, global_batch_size, seed)
+        for part in parts:
+            if 0 < len(part.rows) < global_batch_size:
+                raise UserError(
+                    f"data.datasets: {part.name} has {len(part.rows):,} rows to draw, fewer than "
+                    f"global_batch_size={global_batch_size}, and data.batches=one_source would draw them "
+                    "twice in a batch: lower global_batch_size, leave it out, or set data.batches=mixed"
+                )
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+
+    def steps(self, epochs: int) -> int:
+        return int(self._num_batches(epochs).sum())
+
+    def _num_batches(self, epochs: int) -> np.ndarray:
+        """int64 [parts]: up to the end of so many epochs."""
+        return np.array([-(-epochs * part.draws // self.global_batch_size) for part in self.parts])
+
+    def _draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        assert step >= 0, step
+        epoch = step * self.global_batch_size // self.num_rows  # or an earlier one, as parts round up
+        while self.steps(epoch) > step:
+            epoch -= 1
+        owners, numbers = self._order(epoch)
+        at = step - self.steps(epoch)
+        i, B = int(owners[at]), self.global_batch_size
+        draws_B = int(numbers[at]) * B + np.arange(B, dtype=np.int64)
+        rows = self.parts[i].rows
+        passes_B, places_B = draws_B // len(rows), draws_B % len(rows)
+        rows_B = np.empty_like(draws_B)
+        for which in np.unique(passes_B).tolist():
+            here = passes_B == which
+            rows_B[here] = rows[self._permuted(i, which)[places_B[here]]]
+        return rows_B, passes_B
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """([steps of the epoch] the part of each, number of the batch within its part)."""
+        if epoch not in self._orders:
+            first, end = self._num_batches(epoch), self._num_batches(epoch + 1)
+            owners = np.repeat(np.arange(len(first)), end - first)
+            numbers = np.concatenate([np.arange(a, b) for a, b in zip(first, end, strict=True)])
+            order = _permutation(self.seed, epoch, len(owners))
+            owners = owners[order]
+            placed = np.empty_like(numbers)  # a part's batches stay in their order
+            placed[np.argsort(owners, kind="stable")] = numbers
+            self._orders = {epoch: (owners, placed)}
+        return self._orders[epoch]
+
+    def _permuted(self, i: int, which: int) -> np.ndarray:
+        if (i, which) not in self._permutations:
+            self._permutations.pop((i, which - 2), None)  # a batch touches two passes at most
+            self._permutations[i, which] = permutation(self.seed, i, which, len(self.parts[i].rows))
+        return self._permutations[i, which]
+
+
+def sampler(parts: Sequence[Part], batches: str, global_batch_size: int, seed: int) -> Sampler:
+    """batches: data.batches."""
+    kind = OneSourceSampler if batches == "one_source" else Sampler
+    return kind(parts, global_batch_size, seed)
+
+
 def permutation(seed: int, part: int, which: int, count: int) -> np.ndarray:
     """int64 [count]: number `which`, from -1, of a part."""
     key = splitmix64(splitmix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(part + 1))
@@ -129,18 +206,34 @@ def _permutation(key: int, number: int, count: int) -> np.ndarray:
 
 
 def choose_documents(
-    store: Store, rows_B: np.ndarray, epochs_B: np.ndarray, num_hard_negatives: int, seed: int
+    store: Store,
+    rows_B: np.ndarray,
+    epochs_B: np.ndarray,
+    num_hard_negatives: int,
+    seed: int,
+    negatives: str = "sample",
 ) -> np.ndarray:
     """int64 [B, 1 + K] document ids: a positive of each row, then K of its negatives, -1 where it has fewer.
 
     A uniform draw without replacement keyed by (seed, epoch, row): the candidates with the smallest hashes,
-    so a row gets the same documents in any batch and at any world size, and others in the next epoch.
+    so a row gets the same documents in any batch and at any world size, and others in the next epoch. Of n
+    negatives "first" takes numbers 0 to K - 1, "rotate" in epoch e those from e * K on, modulo n.
     """
     assert rows_B.shape == epochs_B.shape, f"{rows_B.shape=} {epochs_B.shape=}"
     key = splitmix64(np.array([seed % 2**64], np.uint64))
     key_B = splitmix64(splitmix64(key ^ epochs_B.astype(np.uint64)) ^ rows_B.astype(np.uint64))
     positive_B1 = _draw(store.positive_offsets, store.positive_ids, rows_B, key_B, 1)
-    negative_BK = _draw(store.negative_offsets, store.negative_ids, rows_B, ~key_B, num_hard_negatives)
+    if negatives == "sample":
+        negative_BK = _draw(store.negative_offsets, store.negative_ids, rows_B, ~key_B, num_hard_negatives)
+    else:
+        starts = store.negative_offsets[rows_B]
+        sizes_B1 = (store.negative_offsets[rows_B + 1] - starts)[:, None]
+        first_B = epochs_B * (num_hard_negatives if negatives == "rotate" else 0)
+        numbers_K = np.arange(num_hard_negatives)
+        places_BK = (first_B[:, None] + numbers_K) % np.maximum(sizes_B1, 1)
+        exists_BK = numbers_K < sizes_B1
+        negative_BK = np.full(places_BK.shape, -1, np.int64)
+        negative_BK[exists_BK] = store.negative_ids[(starts[:, None] + places_BK)[exists_BK]]
     return np.concatenate([positive_B1, negative_BK], axis=1)
 
 

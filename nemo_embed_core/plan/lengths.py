@@ -16,7 +16,7 @@ from nemo_embed_core.config.data import DataConfig
 from nemo_embed_core.config.plan import LengthsConfig
 from nemo_embed_core.data.packing import plan, split_over_ranks
 from nemo_embed_core.data.population import longest_draws, population
-from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.data.sampler import Sampler, choose_documents, sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.errors import UserError
 
@@ -31,6 +31,7 @@ class Texts:
     batches: Sequence[np.ndarray]
     longest: int
     words: str  # where they come from
+    sampler: Sampler | None = None  # of a real store
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,18 @@ def texts_of(
         opened = Store(Path(store))
         roomy = replace(data, max_tokens=2**31)  # which rows are too long is said of each layout
         drawn = population(opened, roomy, in_batch, log=lambda message: None, seed=seed)
-        sampler, batches = Sampler(drawn.parts, batch_size, seed), []
+        found, batches = sampler(drawn.parts, data.batches, batch_size, seed), []
         for step in range(NUM_STEPS):
-            rows = sampler.rows(step)
-            ids = choose_documents(opened, rows, sampler.epochs(step), data.num_hard_negatives, seed)
+            rows = found.rows(step)
+            ids = choose_documents(
+                opened, rows, found.epochs(step), data.num_hard_negatives, seed, data.negatives
+            )
             documents = np.where(ids >= 0, opened.document_lengths[ids], 0).astype(np.int64)
             batches.append(
                 np.concatenate([opened.query_lengths[rows].astype(np.int64)[:, None], documents], 1)
             )
-        longest = int(longest_draws(opened, data.num_hard_negatives).max())
-        return Texts(batches, longest, f"the store {store}, {len(opened):,} rows")
+        longest = int(longest_draws(opened, data.num_hard_negatives, data.negatives).max())
+        return Texts(batches, longest, f"the store {store}, {len(opened):,} rows", found)
     rng = np.random.default_rng(seed)
     query = lengths.query_mean, lengths.query_p95, data.query_max_length
     document = lengths.document_mean, lengths.document_p95, data.document_max_length

@@ -91,6 +91,13 @@ def plan(config: PlanConfig, log: Callable[[str], None] = print) -> Found:
     texts = texts_of(
         config.store, train.data, train.loss.in_batch, config.lengths, train.global_batch_size, train.seed
     )
+    if train.epochs is not None:
+        if texts.sampler is None:
+            raise UserError(
+                f"{config.train}: epochs={train.epochs} is of rows that nobody has counted: give store, the "
+                "folder of their token store, or steps in place of epochs"
+            )
+        train = replace(train, steps=texts.sampler.steps(train.epochs), epochs=None)
     candidates = list(_candidates(config, train, model))
     count = sum(not candidate.why for candidate in candidates)
     log(f"{count} layouts to try; fewer values of tp_sizes and max_tokens make them fewer")

@@ -19,7 +19,7 @@ def rates(found: Found, candidate: Candidate) -> dict[str, tuple[float, float]]:
     cluster = found.config.cluster
     low, high = candidate.seconds
     gpus, peak = cluster.world_size, GPUS[cluster.gpu].peak
-    hours = (found.train.steps * low / 3600, found.train.steps * high / 3600)
+    hours = (found.train.num_steps * low / 3600, found.train.num_steps * high / 3600)
     return {
         "seconds": (low, high),
         "tokens_per_s": (candidate.tokens / high, candidate.tokens / low),
@@ -40,7 +40,7 @@ def _lines(found: Found) -> Iterator[str]:
     yield (
         f"{config.train} on {cluster.world_size} x {cluster.gpu} (nodes: "
         f"{cluster.nodes} of {cluster.per_node}): "
-        f"{found.num_parameters / 1e9:.3f} B parameters ({found.model_words}), {train.steps:,} steps of "
+        f"{found.num_parameters / 1e9:.3f} B parameters ({found.model_words}), {train.num_steps:,} steps of "
         f"{train.global_batch_size:,} queries"
     )
     yield f"Texts: {found.texts.words}; the longest row that can be drawn has {found.texts.longest:,} tokens"
@@ -100,7 +100,7 @@ def _in_full(found: Found, best: Candidate) -> Iterator[str]:
             f"  Host memory for saves in the background: {rank / 1e9:.2f} GB a rank that writes, "
             f"{rank * cluster.per_node / 1e9:.1f} GB a node"
         )
-    forever = train.steps // train.checkpoint.keep_every if train.checkpoint.keep_every else 0
+    forever = train.num_steps // train.checkpoint.keep_every if train.checkpoint.keep_every else 0
     yield (
         f"  Disk: {checkpoint / 1e9:.1f} GB a checkpoint, "
         f"{(train.checkpoint.keep + 1 + forever) * checkpoint / 1e9:,.0f} GB for "

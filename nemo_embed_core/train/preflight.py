@@ -19,7 +19,6 @@ from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.checkpoint.weights import open_weights, read_model_config
 from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.build import open_store
-from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
@@ -36,7 +35,7 @@ from nemo_embed_core.parallel.mesh import pick_device
 from nemo_embed_core.train.engine import run_dtype
 from nemo_embed_core.train.metrics import check_trackers
 from nemo_embed_core.train.optim import BYTES_PER_PARAMETER, check_master_weights
-from nemo_embed_core.train.run_state import changed_samples, population_of, refuse_other_model
+from nemo_embed_core.train.run_state import changed_samples, population_of, refuse_other_model, sampler_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,16 @@ def prepare(config: TrainConfig) -> Prepared:
         drawn = population_of(config, store, manifest, print)
         if checkpoint is not None and manifest is not None:
             changed_samples(config, checkpoint, manifest, store, drawn.digest)
-        Sampler(drawn.parts, config.global_batch_size, config.seed)
+        sampler, counted = sampler_of(config, drawn)
+        if config.epochs is not None:
+            more = counted.num_steps * config.global_batch_size - config.epochs * sampler.num_rows
+            print(
+                f"epochs={config.epochs} of {sampler.num_rows:,} draws: {counted.num_steps:,} steps of "
+                f"{config.global_batch_size} queries; {more:,} draws of the next epoch fill the last batches",
+                flush=True,
+            )
+        if checkpoint is not None and manifest is not None:
+            refuse_other_model(counted, checkpoint, manifest, model)
         return Prepared(model, tokenizer, store.folder)
     return Prepared(model, tokenizer)
 

@@ -24,6 +24,7 @@ from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weigh
 from nemo_embed_core.checkpoint.write import Piece
 from nemo_embed_core.config import ModelConfig, OptimConfig, TrainConfig
 from nemo_embed_core.data.population import Population, population
+from nemo_embed_core.data.sampler import Sampler, sampler
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
@@ -42,7 +43,7 @@ def refuse_other_model(
     config: TrainConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig
 ) -> None:
     """A checkpoint is continued by the model that wrote it, and forward."""
-    if manifest["step"] > config.steps:
+    if config.steps is not None and manifest["step"] > config.steps:
         raise UserError(
             f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one "
             f"asked for; set steps above {manifest['step']} to train on, or use it as it is "
@@ -81,6 +82,10 @@ def changed_samples(
             # Rows left out or shortened: other loss.in_batch, on_long_row or max_tokens, or begun before any
             # were.
             ("data", "rows drawn from (digest, empty for all)", manifest.get("population", ""), population),
+            *(
+                ("data", f"data.{key}", old["data"].get(key, default), new["data"][key])
+                for key, default in {"negatives": "sample", "batches": "mixed"}.items()
+            ),
             *(
                 ("data", f"{key} of data.datasets", _of_datasets(old, key), _of_datasets(new, key))
                 for key in MIX
@@ -121,6 +126,14 @@ def population_of(
     return population(
         store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone, config.seed
     )
+
+
+def sampler_of(config: TrainConfig, drawn: Population) -> tuple[Sampler, TrainConfig]:
+    """The sampler of a run, and its options with the number of steps that its epochs have."""
+    found = sampler(drawn.parts, config.data.batches, config.global_batch_size, config.seed)
+    if config.epochs is None:
+        return found, config
+    return found, replace(config, steps=found.steps(config.epochs), epochs=None)
 
 
 def fill_engine(engine: Engine, reader: BoxReader) -> None:
@@ -183,7 +196,9 @@ class RunState:
 
     def settle_warm_up(self) -> None:
         """The number of warm-up steps, where neither an option nor the checkpoint has said it."""
-        self.optim = replace(self.optim, warmup_steps=num_warmup_steps(self.engine.config.steps, self.optim))
+        self.optim = replace(
+            self.optim, warmup_steps=num_warmup_steps(self.engine.config.num_steps, self.optim)
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Our parameter name and STATE/NAME of what the optimizer keeps of it -> this rank's live shard,

@@ -43,7 +43,7 @@ from nemo_embed_core.train.metrics import (
 from nemo_embed_core.train.optim import set_num_updates
 from nemo_embed_core.train.prefetch import Batch, Prefetch
 from nemo_embed_core.train.preflight import Prepared, agree_on_attention, hold_output, open_same_store
-from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
+from nemo_embed_core.train.run_state import RunState, fill_engine, population_of, sampler_of
 from nemo_embed_core.train.schedule import learning_rate
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
 from nemo_embed_core.version import code_version
@@ -65,7 +65,8 @@ class Trainer:
         dtype: torch.dtype | None = None,
     ):
         note("set-up")
-        self.config, self.mesh = config, mesh
+        self.given = self.config = config  # and with the steps of its epochs, once they are counted
+        self.mesh = mesh
         self.model_config, self.tokenizer = prepared.model, prepared.tokenizer
         self.log = log if mesh.rank == 0 else lambda message: None
         self.output = Path(config.output_dir)
@@ -88,7 +89,8 @@ class Trainer:
         config, mesh = self.config, self.mesh
         manifest = read_manifest(checkpoint) if checkpoint is not None else None
         drawn = population_of(config, self.store, manifest, log=lambda message: None)  # prepare() has said it
-        sampler = Sampler(drawn.parts, config.global_batch_size, config.seed)
+        sampler, config = sampler_of(config, drawn)
+        self.config = config
         weights = (
             open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
         )
@@ -121,17 +123,17 @@ class Trainer:
         config, metrics, stop = self.config, None, False
         if self.mesh.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
-            dump_yaml(config, self.output / "config.yaml")
+            dump_yaml(self.given, self.output / "config.yaml")
             metrics = MetricsLog(config, self.step)
             mark_begun()
         self._announce()
-        if self.mesh.device.type == "cuda" and self.step < config.steps:
+        if self.mesh.device.type == "cuda" and self.step < config.num_steps:
             self.rehearse()
         saved = gather_objects(self.step if checkpoints(self.output) else -1)[0]  # a file system may lag
         try:
-            if config.checkpoint.async_save and self.step < config.steps:
+            if config.checkpoint.async_save and self.step < config.num_steps:
                 self.saver.snapshot(self.state.pieces())  # its memory is taken now, or found missing now
-            while self.step < config.steps and not stop:
+            while self.step < config.num_steps and not stop:
                 try:
                     values, stop = self.train_step()
                 except _Stopped as place:
@@ -144,20 +146,20 @@ class Trainer:
                 else:
                     if metrics is not None:
                         metrics.write(values)
-                    if self.step % config.log_every == 0 or self.step == config.steps:
-                        self.log(console_line(values, config.steps))
+                    if self.step % config.log_every == 0 or self.step == config.num_steps:
+                        self.log(console_line(values, config.num_steps))
                 if self.step != saved and (
-                    self.step % config.checkpoint.every == 0 or self.step == config.steps or stop
+                    self.step % config.checkpoint.every == 0 or self.step == config.num_steps or stop
                 ):
                     note("save")
-                    self.save(wait=stop or self.step == config.steps)
+                    self.save(wait=stop or self.step == config.num_steps)
                     saved = self.step
             self._vote.answer()  # the last one, so that no rank leaves the group early
             note("save")
             if saved < 0:
                 self.save()
             self.saver.wait()
-            if stop and self.step < config.steps:
+            if stop and self.step < config.num_steps:
                 self.log(
                     f"stopped by a signal after step {self.step}; saved, resume with --checkpoint.resume auto"
                 )
@@ -181,7 +183,7 @@ class Trainer:
         """
         config, mesh, start = self.config, self.mesh, time.perf_counter()
         note("largest micro-batch")
-        n, size = config.steps - self.step, mesh.world_size
+        n, size = config.num_steps - self.step, mesh.world_size
         steps = range(self.step + n * mesh.rank // size, self.step + n * (mesh.rank + 1) // size)
         mine = most_of(
             self.store, self.sampler, steps, mesh.dp_size, config.data, mesh.tp.size, config.seed,
@@ -191,7 +193,7 @@ class Trainer:
         shapes = most.step(
             1 + config.data.num_hard_negatives, config.loss.in_batch, config.global_batch_size // mesh.dp_size
         )
-        of = f"micro-batch of steps {self.step + 1} to {config.steps}"
+        of = f"micro-batch of steps {self.step + 1} to {config.num_steps}"
         try:
             self.engine.rehearse(
                 [shape.tensors() for shape in shapes], lambda phase, i: note(f"largest micro-batch, {phase}")
@@ -243,13 +245,13 @@ class Trainer:
 
         note("totals")
         finite, read = step_totals(losses_B, stats, norm, batches, mesh, self._stop, self.saver.failed)
-        lr = learning_rate(self.step, config.steps, self.state.optim)
+        lr = learning_rate(self.step, config.num_steps, self.state.optim)
         waits = config.on_spike == "skip"  # for the loss, which decides whether there is an update
         if not waits:
             self._update(lr, finite)
         # While the device works off what it was given: before that, the threads would share the interpreter
         # just when the device waits for launches.
-        if self.step + 1 < config.steps:
+        if self.step + 1 < config.num_steps:
             self.prefetch.begin(self.step + 1)
         totals = read()
         assert totals["tokens"] == num_tokens, (
@@ -304,8 +306,8 @@ class Trainer:
         return zscore, mode == "skip"
 
     def _announce(self) -> None:
-        if self.step >= self.config.steps > 0:
-            self.log(f"step {self.step} of steps={self.config.steps} is done: nothing is left to train")
+        if self.step >= self.config.num_steps > 0:
+            self.log(f"step {self.step} of steps={self.config.num_steps} is done: nothing is left to train")
             return
         parameters = sum(torch.Size(s).numel() for s in parameter_shapes(self.model_config).values())
         copies = self.mesh.dp_size // self.mesh.shard_size
@@ -315,13 +317,14 @@ class Trainer:
             f"{self.mesh.device.type} ranks "
             f"({'sequence parallel, ' if self.mesh.tp.sequence_parallel else ''}"
             f"{str(self.engine.dtype).removeprefix('torch.')}); {self.sampler.num_rows:,} rows, "
-            f"{self.config.global_batch_size} queries a step, steps {self.step + 1} to {self.config.steps}"
+            f"{self.config.global_batch_size} queries a step, "
+            f"steps {self.step + 1} to {self.config.num_steps}"
         )
         self.log(f"attention: {self._attention}")
         if self.config.optim.warmup_steps is None:
             self.log(
                 f"optim.warmup_steps is not set: the rate rises for {self.state.optim.warmup_steps} of "
-                f"{self.config.steps} steps"
+                f"{self.config.num_steps} steps"
             )
 
     def _saver(self) -> Saver:

@@ -50,6 +50,28 @@ def draws(store, K, epochs=40):
 
 
 @pytest.mark.parametrize("K", [0, 1, 2, 4, 9])
+def test_the_bound_of_the_first_negatives_is_theirs(store, config, K):
+    rows = np.arange(len(store))
+    documents = choose_documents(store, rows, np.zeros(len(rows), np.int64), K, 1, "first")[:, 1:]
+    tokens = store.query_lengths + np.where(documents >= 0, store.document_lengths[documents], 0).sum(1)
+    longest = [store.document_lengths[store.positives(row)].max() for row in rows]
+    bound = longest_draws(store, K, "first")
+    assert bound.tolist() == (tokens + longest).tolist()
+    assert K not in (1, 2) or (bound < longest_draws(store, K)).any()
+    first = replace(config, num_hard_negatives=K, negatives="first", max_tokens=int(bound.max()))
+    population(store, first, "positives")
+    with pytest.raises(UserError, match=f"longest positive and {K} first negatives"):
+        population(store, replace(first, max_tokens=int(bound.max()) - 1), "positives")
+    before = store.document_lengths.copy()
+    long = [row for row in rows.tolist() if bound[row] > 150]
+    small = replace(first, max_tokens=150, on_long_row="truncate")
+    population(store, small, "positives", log=lambda message: None)
+    assert longest_draws(store, K, "first").max() <= 150
+    drawn = {int(d) for row in long for d in (*store.positives(row), *store.negatives(row)[:K])}
+    assert {*np.flatnonzero(store.document_lengths < before).tolist()} <= drawn
+
+
+@pytest.mark.parametrize("K", [0, 1, 2, 4, 9])
 def test_the_bound_is_the_longest_draw(store, K):
     bound = longest_draws(store, K)
     seen = np.max(list(draws(store, K)), axis=0)

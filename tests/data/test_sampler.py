@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nemo_embed_core.data.sampler import Part, Sampler, choose_documents
+from nemo_embed_core.data.sampler import OneSourceSampler, Part, Sampler, choose_documents
 from nemo_embed_core.errors import UserError
 
 PRIME = 101
@@ -60,6 +60,8 @@ def test_order_is_pinned():
     assert Sampler(10, 10, seed=7).rows(3).tolist() == GOLDEN_7
     mixed = Sampler([Part(np.arange(4), 6), Part(np.arange(4, 8), 3)], 9, seed=2)
     assert [mixed.rows(step).tolist() for step in (0, 1)] == GOLDEN_MIX
+    single = OneSourceSampler(mixed.parts, 4, seed=2)
+    assert [single.rows(step).tolist() for step in range(5)] == GOLDEN_SINGLE
     ids = choose_documents(STORE, np.array([0, 1, 2]), np.array([0, 0, 1]), 3, seed=5)
     assert ids.tolist() == GOLDEN_IDS
 
@@ -136,6 +138,53 @@ def test_datasets_that_are_drawn_once_an_epoch_are_one():
         assert mixed.epochs(step).tolist() == whole.epochs(step).tolist()
 
 
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_batches_of_one_dataset_take_it_pass_by_pass_and_in_exact_proportion(batch):
+    parts, epochs = [Part(np.array([], np.int64), 0), *mix()], 5
+    sampler = OneSourceSampler(parts[:3] + parts[4:], batch, seed=3)
+    sizes = {7: 7, 10: 25, 5: 9}  # of 7, 10 and 5 rows
+    batches: dict[int, list[np.ndarray]] = {count: [] for count in sizes}
+    numbers: dict[int, list[np.ndarray]] = {count: [] for count in sizes}
+    step, mixed = 0, []
+    for epoch in range(1, epochs + 1):
+        mixed.append([])
+        while step < sampler.steps(epoch):
+            rows = sampler.rows(step)
+            (count,) = {7 if row < 7 else 10 if row < 17 else 5 for row in rows.tolist()}
+            batches[count].append(rows)
+            numbers[count].append(sampler.epochs(step))
+            mixed[-1].append(count)
+            step += 1
+        for count, draws in sizes.items():
+            done = -(-epoch * draws // batch)
+            assert len(batches[count]) == done, f"epoch {epoch}: {done * batch - epoch * draws} draws ahead"
+    for count, first in ((7, 0), (10, 7), (5, 21)):
+        drawn, passes = np.concatenate(batches[count]), np.concatenate(numbers[count])
+        assert passes.tolist() == [i // count for i in range(len(drawn))]
+        orders = [tuple(drawn[i : i + count]) for i in range(0, len(drawn) - count + 1, count)]
+        assert all(sorted(order) == list(range(first, first + count)) for order in orders)
+        assert len(set(orders)) > 1
+    assert all(found != sorted(found) and found != mixed[0] for found in mixed[1:])
+    again = OneSourceSampler(parts[:3] + parts[4:], batch, seed=3)
+    for late in (step - 1, 2, step // 2):
+        (count,) = {7 if row < 7 else 10 if row < 17 else 5 for row in again.rows(late).tolist()}
+        assert any(again.rows(late).tolist() == rows.tolist() for rows in batches[count])
+
+
+def test_steps_of_an_epoch_leave_no_row_out():
+    assert [Sampler(PRIME, 25, 0).steps(epochs) for epochs in (1, 2, 25)] == [5, 9, 101]
+    assert Sampler(4_309_502, 128, 0).steps(1) == 33_668, "the second stage of arXiv:2511.07025"
+    parts = [Part(np.arange(9), 10), Part(np.arange(9, 20), 3)]
+    assert [OneSourceSampler(parts, 4, 0).steps(epochs) for epochs in (1, 2, 3, 4)] == [4, 7, 11, 13]
+
+
+def test_a_dataset_smaller_than_a_batch_of_its_own_is_refused_by_name():
+    parts = [Part(np.arange(9), 9), Part(np.arange(9, 12), 30, "small")]
+    with pytest.raises(UserError, match=r"small has 3 rows to draw, fewer than global_batch_size=4"):
+        OneSourceSampler(parts, 4, 0)
+    OneSourceSampler(parts, 3, 0)
+
+
 # ------------------------------------------------------------------------------------------ documents
 
 
@@ -152,6 +201,7 @@ STORE = fake_store(positives=[[0], [1, 2, 3], [4, 5]], negatives=[[10, 11, 12, 1
 GOLDEN_0 = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 GOLDEN_7 = [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
 GOLDEN_MIX = [[1, 2, 0, 7, 3, 1, 2, 6, 4], [0, 7, 0, 5, 3, 3, 5, 1, 2]]
+GOLDEN_SINGLE = [[2, 1, 3, 0], [2, 1, 0, 3], [7, 6, 4, 5], [2, 0, 3, 1], [7, 5, 6, 4]]
 GOLDEN_IDS = [[0, 14, 11, 12], [2, -1, -1, -1], [4, 21, 20, -1]]
 
 
@@ -206,6 +256,27 @@ def test_draws_are_uniform():
     assert all(abs(count - n / 15) < 5 * (n / 15) ** 0.5 for count in with_positive.values()), (
         "drawn independently"
     )
+
+
+@pytest.mark.parametrize("K", [1, 2, 4, 5, 9])
+def test_negatives_are_the_first_ones_or_take_turns(K):
+    rows, n = np.array([0, 1, 2, 0]), {0: 6, 1: 0, 2: 2}
+    own = [[10, 11, 12, 13, 14, 15], [], [20, 21]]
+    turns: list[Counter[int]] = [Counter() for _ in own]
+    for epoch in range(6):
+        passes = np.array([epoch, epoch, epoch, epoch + 1])
+        first = choose_documents(STORE, rows, passes, K, seed=4, negatives="first")
+        turn = choose_documents(STORE, rows, passes, K, seed=4, negatives="rotate")
+        drawn = choose_documents(STORE, rows, passes, K, seed=4)
+        assert first[:, 0].tolist() == turn[:, 0].tolist() == drawn[:, 0].tolist(), "positives are drawn"
+        for b, row in enumerate(rows.tolist()):
+            missing = [-1] * (K - min(K, n[row]))
+            assert first[b, 1:].tolist() == own[row][:K] + missing
+            given = [own[row][(passes[b] * K + k) % n[row]] for k in range(min(K, n[row]))]
+            assert turn[b, 1:].tolist() == given + missing
+            if b < 3:
+                turns[row].update(given)
+    assert all(turns[row] == dict.fromkeys(own[row], 6 * min(K, n[row]) / n[row]) for row in (0, 2))
 
 
 def test_no_negatives_at_all():

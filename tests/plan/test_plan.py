@@ -35,7 +35,8 @@ from nemo_embed_core.options import dump_yaml
 from nemo_embed_core.parallel.wire import step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
-from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, plan, traffic_of, wire_of
+from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
+from nemo_embed_core.plan.plan import plan as make_plan
 from nemo_embed_core.plan.pretend import PARTS, pretend
 from nemo_embed_core.plan.report import report
 from nemo_embed_core.plan.time import Layout, link, step_seconds
@@ -103,7 +104,7 @@ def test_fp8_is_faster_by_its_products_alone_and_no_a100_has_it(tmp_path: Path) 
     train = tmp_path / "train.yaml"
     train.write_text("output_dir: x\nsteps: 1\nprecision: fp8\n")
     config = PlanConfig(train=str(train), cluster=ClusterConfig(gpu="A100-80GB"), tp_sizes=[1], max_tokens=[])
-    found = plan(config, lambda message: None)
+    found = make_plan(config, lambda message: None)
     assert not found.best and {c.why for c in found.impossible} == {
         "A100-80GB has no fp8 products: precision=bf16"
     }
@@ -129,7 +130,7 @@ def hours(cluster: ClusterConfig, name: str, recompute: Recompute) -> tuple[floa
         cluster, layout, model, [(t, squares) for t, squares, _ in found.micro_batches],
         traffic_of(config, model, layout, found), recompute, num_parameters(model), 28,
     )  # fmt: skip
-    return config.steps * seconds[0] / 3600, config.steps * seconds[1] / 3600
+    return config.num_steps * seconds[0] / 3600, config.num_steps * seconds[1] / 3600
 
 
 def test_the_papers_hours_lie_in_the_interval() -> None:
@@ -167,6 +168,7 @@ def test_batches_are_split_as_training_splits_them(tmp_path: Path) -> None:
     store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
     texts = texts_of(str(store.folder), config.data, "none", LengthsConfig(), 24, 5)
     sampler = Sampler(DRAWN, 24, 5)
+    assert texts.sampler is not None and texts.sampler.steps(2) == 4, "of 45 rows each"
     for number, batch in enumerate(texts.batches[:2]):
         ranks = [load_batch(store, sampler, number, rank, 4, config.data, 1, 5)[0] for rank in range(4)]
         found = split(batch, 4, 200)
@@ -243,6 +245,11 @@ def test_the_command_says_what_is_wrong_before_it_works(
         with pytest.raises(SystemExit) as ended:
             launcher.main()
         assert ended.value.code == 2 and said in capsys.readouterr().err
+    dump_yaml(train_config(tmp_path, steps=None, epochs=3), tmp_path / "epochs.yaml")
+    with pytest.raises(
+        UserError, match=r"epochs\.yaml: epochs=3 is of rows that nobody has counted: give store"
+    ):
+        make_plan(PlanConfig(train=str(tmp_path / "epochs.yaml")))
     with pytest.raises(UserError, match=r"store=.*data\.cache_dir/DIGEST"):
         texts_of(str(tmp_path), train_config(tmp_path).data, "none", LengthsConfig(), 8, 0)
 

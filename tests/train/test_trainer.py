@@ -99,6 +99,37 @@ def test_a_run_keeps_its_warm_up_whatever_its_length_becomes(tmp_path: Path) -> 
         )
 
 
+def test_epochs_are_steps_for_schedule_warm_up_and_resume(tmp_path: Path, capsys) -> None:
+    """45 rows have a negative: two epochs are 12 steps of 8, the last of which has 6 rows of the third."""
+    steps, epochs = (train_config(tmp_path, output_dir=str(tmp_path / name), **length) for name, length in (
+        ("steps", {"steps": 12}), ("epochs", {"steps": None, "epochs": 2}))
+    )  # fmt: skip
+    with distributed(steps.parallel, "cpu", MODEL) as mesh:
+        for config in (steps, epochs):
+            Trainer(config, mesh, prepare(config), log=lambda message: None).run()
+    said = "epochs=2 of 45 draws: 12 steps of 8 queries; 6 draws of the next epoch fill the last batches"
+    assert said in capsys.readouterr().out
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("steps", "epochs")]
+    for one, other in zip(*lines, strict=True):
+        one, other = json.loads(one), json.loads(other)
+        assert one["lr"] == other["lr"] and one["loss"] == other["loss"]
+    manifest = read_manifest(tmp_path / "epochs/step-00000012")
+    assert manifest["config"]["steps"] == 12 and manifest["config"]["optim"]["warmup_steps"] == 1
+    assert "epochs: 2" in (tmp_path / "epochs/config.yaml").read_text()
+    resume = dataclasses.replace(epochs, checkpoint=dataclasses.replace(epochs.checkpoint, resume="auto"))
+    prepare(resume)
+    with pytest.raises(UserError, match="has done 12 steps already and steps=6 is the last"):
+        prepare(dataclasses.replace(resume, epochs=1))
+    with pytest.raises(UserError, match="give steps or epochs, not steps=3 and epochs=2"):
+        dataclasses.replace(epochs, steps=3)
+    with pytest.raises(UserError, match="give steps or epochs: how long"):
+        dataclasses.replace(epochs, epochs=None)
+    with pytest.raises(UserError, match="epochs=0 must be at least 1"):
+        dataclasses.replace(epochs, epochs=0)
+    with pytest.raises(UserError, match=r"warmup_steps=12 is not below steps=12"):
+        prepare(dataclasses.replace(resume, optim=OptimConfig(warmup_steps=12)))
+
+
 def test_wrong_resumes_are_refused_before_any_process_group(tmp_path: Path) -> None:
     config = train_config(tmp_path, steps=1)
     with distributed(config.parallel, "cpu", MODEL) as mesh:
@@ -120,6 +151,8 @@ def test_wrong_resumes_are_refused_before_any_process_group(tmp_path: Path) -> N
     for option, value, before in (("weight", 2.5, "1.0"), ("cap", 20, "None")):
         mix = {"datasets": [dataclasses.replace(dataset, **{option: value})]}
         refused(rf"{option} of data.datasets was \[{before}\], now \[{value}\]", data=mix)
+    refused("data.negatives was 'sample', now 'rotate'", data={"negatives": "rotate"})
+    refused("data.batches was 'mixed', now 'one_source'", data={"batches": "one_source"})
     refused("a model of another shape", model=dataclasses.replace(MODEL, rope_theta=1e4))
     other = {"output_dir": str(tmp_path / "other"), "checkpoint": {"resume": done}}
     refused("step-00000001 has done 1 steps already and steps=0", steps=0, **other)
