@@ -1,7 +1,4 @@
-"""The pieces of the step benchmark: training and encoding by ours and by each peer.
-
-One model after another, as the states of two do not fit on a card; what matters most comes first.
-"""
+"""The pieces of the step benchmark: training and encoding, ours and each peer, one model after another."""
 
 from __future__ import annotations
 
@@ -75,8 +72,7 @@ OF_8B = {"8b": 1.0, "1b": 0.35, "tiny": 0.1}
 
 @dataclass(frozen=True)
 class Settings:
-    """Of ours: optim.master_weights, activation_checkpointing, tokens of a micro-batch, queries of a step,
-    and whether products of the blocks are in fp8."""
+    """Options of ours; tokens of a micro-batch and queries of a step."""
 
     master_weights: str
     recompute: str
@@ -189,8 +185,7 @@ class Bench:
             # The kept fp8 weights take 15 GB of activations: 16,384 tokens would not fit (153 of 149 GB).
             wanted.insert(1, replace(wanted[0], fp8=True, tokens=10240, queries=17))
         for number, settings in enumerate(wanted):
-            name = f"train {shape}, {settings.master_weights} masters, {settings.tokens:,} tokens"
-            name += ", fp8" if settings.fp8 else ""
+            name = f"train {shape}{', fp8' if settings.fp8 else ''}, {settings.tokens:,} tokens"
             profile = number == 0 and "profile" in self.args.only and self.device.type == "cuda"
             seconds = self.about("train again" if number else "train", shape)
             seconds += self.about("profile", shape) if profile else 0
