@@ -72,6 +72,7 @@ class Groups:
         self.same_as = np.arange(num_rows * M)  # no two documents are the same
         # Each row has a query of its own and knows its own positive alone.
         self.row_groups, self.known_offsets, self.known_ids = rows, self.positive_offsets, self.positive_ids
+        self.row_classes = None
 
     def __len__(self) -> int:
         return len(self.queries)

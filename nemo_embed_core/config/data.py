@@ -47,6 +47,10 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
     """In a BEIR folder, a judgement of a text that does not exist, an empty text, a query without a relevant
     document: "error" refuses it, "allow" leaves it out of training and mining, counted; evaluation keeps what
     mteb keeps."""
+    task_type: Literal["", "retrieval", "classification", "clustering", "sts", "bitext", "nli"] = ""
+    """Kind of its rows; "": a dataset folder's own, else retrieval. sts, bitext: of files of rows the task
+    stands before documents too, where document_task says nothing else. classification, clustering: beside
+    other datasets loss.in_batch needs data.batches=one_source, as a class of another dataset may be right."""
     name: str = ""
     """Its name in reports, metrics and prompts; "": that of its file or folder."""
     cap: int | None = None

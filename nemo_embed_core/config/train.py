@@ -222,6 +222,15 @@ class TrainConfig(Options):
                 f"optim.warmup_steps={warmup_steps} is not below steps={self.steps}: the rate would never "
                 f"be at optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
             )
+        mixed = len(self.data.datasets) > 1 and self.data.batches == "mixed" and self.loss.in_batch != "none"
+        for dataset in self.data.datasets if mixed else ():
+            if dataset.task_type in ("classification", "clustering"):
+                raise UserError(
+                    f"data.datasets: {dataset.name or dataset.path}: task_type={dataset.task_type} with "
+                    f"loss.in_batch={self.loss.in_batch}: classes of other datasets, which may be right, "
+                    "would be its negatives; set data.batches=one_source or loss.in_batch=none, or "
+                    "task_type=retrieval if its documents can be told from any others"
+                )
         if not self.spike_zscore > 0:
             raise UserError(
                 f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off"

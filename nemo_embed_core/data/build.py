@@ -19,7 +19,7 @@ from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, building, publish
 from nemo_embed_core.data.compile import check_dropped, compile_store
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import files_of, has_corpus, is_beir, reading, with_tasks
+from nemo_embed_core.data.readers import GROUPED, files_of, has_corpus, is_beir, reading, with_tasks
 from nemo_embed_core.data.store import FORMAT_VERSION, Store, damaged, read_manifest, report
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
@@ -100,21 +100,29 @@ def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -
         }
         for dataset, group in zip(config.datasets, files, strict=True)
     ]
+
+    def facts(grouped: bool = True) -> list[list[str]]:
+        return [
+            [*source["files"].values(), source["task"], source["document_task"]]
+            + [fact for fact in source["reading"] if grouped or fact != GROUPED]
+            for source in sources
+        ]
+
     made_of = {
         "version": FORMAT_VERSION,
         "tokenizer": tokenizer.digest,
         "query_max_length": config.query_max_length,
         "document_max_length": config.document_max_length,
         # The content of the files, not their names: a moved data set keeps its store.
-        "sources": [
-            [*source["files"].values(), source["task"], source["document_task"], *source["reading"]]
-            for source in sources
-        ],
+        "sources": facts(),
     }
     header = {**made_of, "sources": sources, "digest": digest_of(made_of), "end_tokens": tokenizer.end_tokens}
     if not any(source["reading"] for source in sources):
         # What a checkpoint from before has, where nothing is left out.
         header["digest_v1"] = digest_of({**made_of, "version": 1})
+    if any(GROUPED in source["reading"] for source in sources):
+        # What a checkpoint has whose store did not know the groups of rows.
+        header["digest_ungrouped"] = digest_of({**made_of, "sources": facts(grouped=False)})
     return header
 
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, read_state
-from nemo_embed_core.data.judge import EMPTY_KEY, judge
+from nemo_embed_core.data.judge import EMPTY_KEY, NO_CLASS, OF_CLASS, judge
 from nemo_embed_core.data.lines import MAX_NAMED
 from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import Findings, Row, check_sources, checked_rows
-from nemo_embed_core.data.store import ARRAY_FILES, DROPPED, TOKEN_FILES, row_parts
+from nemo_embed_core.data.store import DROPPED, TOKEN_FILES, row_parts
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import DataError, UserError, failpoint
 from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
@@ -35,9 +35,9 @@ PENDING = 2 << 20  # characters that wait for the tokenizer
 
 # Files that only a build has: raw int64, or 16 bytes a text. judge() makes the arrays of the store of them.
 PARTS = (
-    "query_lengths", "query_hashes", "query_keys", "group_keys", "row_lines", "num_positives", "positives",
-    "num_negatives", "negatives", "document_lengths", "document_hashes", "document_keys", "document_texts",
-    "document_rows",
+    "query_lengths", "query_hashes", "query_keys", "group_keys", "class_keys", "row_lines", "num_positives",
+    "positives", "num_negatives", "negatives", "document_lengths", "document_hashes", "document_keys",
+    "document_texts", "document_rows",
 )  # fmt: skip
 
 
@@ -180,6 +180,8 @@ def _compile(
     folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
 ) -> None:
     state = read_state(folder) or {}
+    if state and "class_keys.part" not in state["sizes"]:
+        state = {}  # begun by a version that did not keep the rows' groups
     if state:
         done = f"{state['rows']:,} of {state['total']:,} rows"
         log(f"going on with {folder}: {done} were done when its process ended")
@@ -204,11 +206,13 @@ def _compile(
         if parts != [[source["row_file"], rows]] and sum(count for _, count in parts) == rows:
             source["parts"] = parts
     arrays, noise = judge(folder, row_parts(header["sources"]))
-    for name in ARRAY_FILES:
-        np.save(folder / name, arrays[name])
+    for name, values in arrays.items():
+        np.save(folder / name, values)
     left_out = int(noise.pop("left out")["count"])
     if left_out:
         header.pop("digest_v1", None)
+    if noise.get(OF_CLASS, {"count": 0})["count"]:
+        header.pop("digest_ungrouped", None)
     manifest = {
         **header,
         "rows": state["rows"],
@@ -228,7 +232,7 @@ def _compile(
         "noise": noise,
         "files": {
             name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-            for name in (*TOKEN_FILES, *ARRAY_FILES)
+            for name in (*TOKEN_FILES, *arrays)
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -296,6 +300,7 @@ def _tokenise(
             key = normal_key(row.query) if has_content(row.query) else EMPTY_KEY
             files.add("query_keys", key)
             files.add("group_keys", bytes_key(query_prefix.encode("utf-8") + b"\0" + key))
+            files.add("class_keys", bytes_key(f"{i} {row.group}".encode()) if row.group else NO_CLASS)
             files.add("row_lines", _int(row.line))
             for part, values in (("positives", unique_pos), ("negatives", unique_neg)):
                 files.add(f"num_{part}", _int(len(values)))

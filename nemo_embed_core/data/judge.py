@@ -3,7 +3,8 @@
 Two documents are the same when their texts have one normal form (data/normal_form.py) or when their tokens
 are equal after truncation, and so are two that are the same as a third. A negative that is the same as a
 positive of its row, as a positive of another row with the same query, or as the query itself would be pushed
-away although it is right: it is left out. All other kinds are counted and stay.
+away although it is right: it is left out. So is a positive, or the query, of a row of the same class (group).
+All other kinds are counted and stay.
 
 # R rows · D documents · P, N positives and negatives of all rows, end to end
 """
@@ -19,6 +20,8 @@ from nemo_embed_core.data.normal_form import normal_key
 from nemo_embed_core.data.sampler import splitmix64
 
 EMPTY_KEY = normal_key("")  # of every text without content
+OF_CLASS = "negatives left out, a positive or the query of a row of the same group"
+NO_CLASS = bytes(16)  # of a row without a group
 NAMED = 3  # rows of each kind that the report names
 
 
@@ -50,13 +53,16 @@ def judge(
     by_text_R, by_token_R = (np.where(first[D:] < D, first[D:], -1) for first in (text_all, token_all))
     _, group_R = np.unique(_first_equal(keys("group_keys")), return_inverse=True)
 
-    # What is never a negative: pairs (group, document) as one number.
-    known = [group_R[row_P] * D + same_D[positives_P]]
+    # What is never a negative: pairs (group, document) as one number; classes are groups behind the others.
+    rows, documents = [row_P], [same_D[positives_P]]
     for by_R in (by_text_R, by_token_R):
-        is_one = by_R >= 0
-        known.append(group_R[is_one] * D + same_D[by_R[is_one]])
-    known_pairs = np.unique(np.concatenate(known))
-    known_offsets, known_ids = by_group(known_pairs, int(group_R.max()) + 1, D)
+        rows.append(np.flatnonzero(by_R >= 0))
+        documents.append(same_D[by_R[by_R >= 0]])
+    row_K, document_K = np.concatenate(rows), np.concatenate(documents)
+    num_groups = int(group_R.max()) + 1
+    class_R, class_pairs = _classes(keys("class_keys"), row_K, document_K, num_groups, D)
+    known_pairs = np.concatenate([np.unique(group_R[row_K] * D + document_K), class_pairs])
+    known_offsets, known_ids = by_group(known_pairs, max(num_groups, int(class_R.max()) + 1), D)
 
     is_own_text_N = np.isin(row_N * D + text_D[negatives_N], row_P * D + text_D[positives_P])
     is_own_N = np.isin(row_N * D + same_D[negatives_N], row_P * D + same_D[positives_P])
@@ -66,12 +72,16 @@ def judge(
         same_R = np.where(by_R >= 0, same_D[by_R], -1)
         is_query_N |= same_D[negatives_N] == same_R[row_N]
         is_query_P |= same_D[positives_P] == same_R[row_P]
-    is_known_N = np.isin(group_R[row_N] * D + same_D[negatives_N], known_pairs)
+    is_sibling_N = np.isin(group_R[row_N] * D + same_D[negatives_N], known_pairs)
+    is_class_N = class_R[row_N] >= 0
+    is_class_N &= np.isin(class_R[row_N] * D + same_D[negatives_N], known_pairs)
+    is_known_N = is_sibling_N | is_class_N
     kept_N = ~is_known_N
     kept_R = np.bincount(row_N[kept_N], minlength=R)
 
     N = len(negatives_N)
-    is_sibling_N = is_known_N & ~is_own_N & ~is_query_N
+    is_sibling_N &= ~is_own_N & ~is_query_N
+    is_class_N &= ~is_own_N & ~is_query_N & ~is_sibling_N
     lost_R = np.flatnonzero((num_negatives_R > 0) & (kept_R == 0))
     repeated_R = _repeats(group_R, same_D, positives_P, num_positives_R, negatives_N, num_negatives_R)
     empty = np.frombuffer(EMPTY_KEY, dtype="<u8")
@@ -85,6 +95,7 @@ def judge(
         f"{left}, equal to a positive of the row {cut}": (row_N[is_own_N & ~is_own_text_N], N),
         f"{left}, equal to the query": (row_N[is_query_N & ~is_own_N], N),
         f"{left}, a positive of another row with the same query": (row_N[is_sibling_N], N),
+        **({OF_CLASS: (row_N[is_class_N], N)} if len(class_pairs) else {}),
         "rows that lost all their negatives so": (lost_R, R),
         "rows whose query is a positive of theirs": (np.unique(row_P[is_query_P]), R),
         "rows that stand there already": (repeated_R, R),
@@ -119,8 +130,30 @@ def judge(
         "row_groups.npy": group_R.astype(np.int64),
         "known_offsets.npy": known_offsets,
         "known.npy": known_ids,
+        **({"row_classes.npy": class_R} if len(class_pairs) else {}),
     }
     return arrays, noise
+
+
+def _classes(
+    keys_R: np.ndarray, row_K: np.ndarray, document_K: np.ndarray, num_groups: int, num_documents: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """([R] the class of each row as a group from num_groups on, -1: none; ascending pairs class *
+    num_documents + document).
+
+    row_K, document_K: what each row knows to be right. A class of one document, as a label, tells its rows
+    nothing that they do not know, and is none.
+    """
+    class_R = np.full(len(keys_R), -1)
+    has_one = keys_R.any(1)
+    _, class_R[has_one] = np.unique(_first_equal(keys_R[has_one]), return_inverse=True)
+    class_K = class_R[row_K]
+    pairs = np.unique((class_K * num_documents + document_K)[class_K >= 0])
+    is_large = np.bincount(pairs // num_documents, minlength=1) > 1
+    number = np.where(is_large, num_groups + np.cumsum(is_large) - 1, -1)
+    class_R = np.where(class_R >= 0, number[class_R], -1)
+    pairs = pairs[is_large[pairs // num_documents]]
+    return class_R, number[pairs // num_documents] * num_documents + pairs % num_documents
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
@@ -131,6 +164,23 @@ def by_group(pairs: np.ndarray, num_groups: int, num_documents: int) -> tuple[np
     """(known_offsets, known_ids) of the store from ascending pairs (group * num_documents + document)."""
     offsets = np.searchsorted(pairs, np.arange(num_groups + 1) * num_documents)
     return offsets.astype(np.int64), pairs % num_documents
+
+
+def known_of(
+    known_offsets: np.ndarray, known_ids: np.ndarray, groups_B: np.ndarray, present: np.ndarray
+) -> np.ndarray:
+    """[B, J]: of what a group (-1: none) knows the ids in `present`; -2 in empty places."""
+    groups, group_B = np.unique(groups_B, return_inverse=True)
+    starts = known_offsets[groups]
+    sizes = np.where(groups < 0, 0, known_offsets[groups + 1] - starts)
+    owner = np.repeat(np.arange(len(groups)), sizes)
+    known = known_ids[starts[owner] + np.arange(len(owner)) - (np.cumsum(sizes) - sizes)[owner]]
+    hit = np.isin(known, present)
+    owner, known = owner[hit], known[hit]
+    counts = np.bincount(owner, minlength=len(groups))
+    known_GJ = np.full((len(groups), counts.max(initial=0)), -2, np.int64)
+    known_GJ[owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]] = known
+    return known_GJ[group_B]
 
 
 def _first_equal(keys: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nemo_embed_core.config import DataConfig
+from nemo_embed_core.data.judge import known_of
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.errors import UserError
 
@@ -226,17 +227,11 @@ def known_in_batch(store: Store, rows_B: np.ndarray, ids_BM: np.ndarray) -> np.n
     for the row's own positive ids_BM[:, 0]; -2 in empty places. J is the most that any row has, most often 0.
     """
     present = np.unique(ids_BM[ids_BM >= 0])
-    groups, group_B = np.unique(store.row_groups[rows_B], return_inverse=True)
-    starts = store.known_offsets[groups]
-    sizes = store.known_offsets[groups + 1] - starts
-    owner = np.repeat(np.arange(len(groups)), sizes)
-    known = store.known_ids[starts[owner] + np.arange(len(owner)) - (np.cumsum(sizes) - sizes)[owner]]
-    hit = np.isin(known, present)
-    owner, known = owner[hit], known[hit]
-    counts = np.bincount(owner, minlength=len(groups))
-    known_GJ = np.full((len(groups), counts.max(initial=0)), -2, np.int64)
-    known_GJ[owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]] = known
-    known_BJ = known_GJ[group_B]
+    known_BJ = known_of(store.known_offsets, store.known_ids, store.row_groups[rows_B], present)
+    if store.row_classes is not None:
+        of_class_BJ = known_of(store.known_offsets, store.known_ids, store.row_classes[rows_B], present)
+        known_BJ = -np.sort(-np.concatenate([known_BJ, of_class_BJ], axis=1), axis=1)
+        known_BJ[:, 1:][known_BJ[:, 1:] == known_BJ[:, :-1]] = -2
     known_BJ[known_BJ == ids_BM[:, :1]] = -2
     known_BJ = -np.sort(-known_BJ, axis=1)  # empty places last
     return known_BJ[:, : int((known_BJ >= 0).sum(1).max(initial=0))]

@@ -124,6 +124,7 @@ def _write(
         about,
         query_instruction=instruction(prompt),
         passage_instruction=instruction(document_prompt),
+        task_type=about.task_type or dataset.task_type,
         ids_only=False,
         source=about.source or Path(dataset.path).name,
     )

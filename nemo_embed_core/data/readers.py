@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.formats import automodel_ids, beir, msmarco, ours
@@ -24,7 +24,7 @@ from nemo_embed_core.data.formats.beir import Beir, OnMissing, pool_texts
 from nemo_embed_core.data.formats.row import Row, positive
 from nemo_embed_core.data.hub import hub_address, hub_commit
 from nemo_embed_core.data.lines import MAX_NAMED, BadLines, Findings
-from nemo_embed_core.data.records import find, has_rows
+from nemo_embed_core.data.records import Source, find, has_rows, records
 from nemo_embed_core.data.rows import FORMATS, file_rows, format_of
 from nemo_embed_core.errors import UserError
 
@@ -78,11 +78,14 @@ def is_beir(config: DatasetConfig) -> bool:
 
 
 def with_tasks(config: DatasetConfig) -> DatasetConfig:
-    """config with the instructions that the data itself has, where it names none."""
+    """config with the task type and instructions that the data itself has, where it names none."""
     if (one := corpus_format(config)) is None:
-        return config
+        symmetric = config.task if config.task_type in ("sts", "bitext") else ""
+        return replace(config, document_task=config.document_task or symmetric)
     task, document_task = one.tasks(config)
-    return replace(config, task=config.task or task, document_task=config.document_task or document_task)
+    kind: Any = config.task_type or (dataset_folder.task_type(config) if one is dataset_folder else "")
+    config = replace(config, task=config.task or task, task_type=kind)
+    return replace(config, document_task=config.document_task or document_task)
 
 
 def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: bool = False) -> Iterator[Row]:
@@ -158,14 +161,17 @@ def files_of(datasets: Iterable[DatasetConfig]) -> list[list[Path]]:
     return found
 
 
+GROUPED = "groups"  # of rows (the first has one), which stores from before knew nothing of
+
+
 def reading(config: DatasetConfig) -> list[str]:
     """What decides the rows besides the bytes of source_files, for digests: nothing for files of our rows."""
-    how = []
+    how, grade = list[str](), [] if config.min_grade is None else [f"min_grade={config.min_grade:g}"]
     if found := corpus_format(config):
         if found is beir:
             return beir.reading(config)
-        graded = [] if config.min_grade is None else [f"min_grade={config.min_grade:g}"]
-        return [f"format={found.NAME}", *graded]
+        is_grouped = found is dataset_folder and dataset_folder.has_groups(config)
+        return [f"format={found.NAME}", *grade, *[GROUPED] * is_grouped]
     source = find(config.path, config.split)
     one = format_of(config, source)
     if source.kind == "hf":
@@ -179,9 +185,13 @@ def reading(config: DatasetConfig) -> list[str]:
         how.append(f"ignore={','.join(sorted(config.ignore))}")
     if config.columns:
         how.append(f"columns={','.join(config.columns)}")
-    if config.min_grade is not None:
-        how.append(f"min_grade={config.min_grade:g}")
-    return how
+    is_grouped = one is ours and "group" not in config.ignore and _first_has(source, "group")
+    return [*how, *grade, *[GROUPED] * is_grouped]
+
+
+def _first_has(source: Source, field: str) -> bool:
+    """Whether the first record that can be read has the field."""
+    return next((r.fields.get(field) is not None for r in records(source, Findings(), ours.EXAMPLE)), False)
 
 
 def checked_rows(

@@ -36,6 +36,8 @@ ARRAY_FILES = (
     "known_offsets.npy",  # [groups + 1] int64 into known.npy
     "known.npy",  # [...] int64 same_as of what is never a negative of the group, ascending
 )
+# [rows] int64, where rows have groups: equal for those of one, a number as in row_groups.npy, -1 for none.
+CLASSES = "row_classes.npy"
 
 
 class Store:
@@ -54,7 +56,11 @@ class Store:
             self._query_tokens, self._document_tokens = (
                 _map_tokens(self.folder / name) for name in TOKEN_FILES
             )
-            arrays = {name: _map_array(self.folder / name) for name in ARRAY_FILES}
+            arrays = {
+                name: _map_array(self.folder / name)
+                for name in self.manifest["files"]
+                if name not in TOKEN_FILES
+            }
         except (OSError, ValueError) as error:
             raise damaged(self.folder, str(error)) from None
         self.query_offsets = arrays["query_offsets.npy"]
@@ -62,6 +68,7 @@ class Store:
         self.positive_offsets, self.positive_ids = arrays["positive_offsets.npy"], arrays["positives.npy"]
         self.negative_offsets, self.negative_ids = arrays["negative_offsets.npy"], arrays["negatives.npy"]
         self.row_lines, self.row_groups = arrays["row_lines.npy"], arrays["row_groups.npy"]
+        self.row_classes = arrays.get(CLASSES)
         self.same_as = arrays["same_as.npy"]
         self.known_offsets, self.known_ids = arrays["known_offsets.npy"], arrays["known.npy"]
         rows, documents, groups = (self.manifest[key] for key in ("rows", "documents", "groups"))
@@ -77,6 +84,7 @@ class Store:
         for name, values, count in (
             ("row_lines.npy", self.row_lines, rows),
             ("row_groups.npy", self.row_groups, rows),
+            (CLASSES, self.row_groups if self.row_classes is None else self.row_classes, rows),
             ("same_as.npy", self.same_as, documents),
         ):
             if len(values) != count:
@@ -118,9 +126,11 @@ class Store:
 
     def known_positives(self, row: int) -> np.ndarray:
         """same_as of every document that is no negative of the row, ascending: the positives of all rows with
-        the same query (one instruction, one normal form), and documents that are the query itself."""
-        group = self.row_groups[row]
-        return self.known_ids[self.known_offsets[group] : self.known_offsets[group + 1]]
+        the same query (one instruction, one normal form), and documents that are the query itself; those of
+        all rows of the same class."""
+        groups = [self.row_groups[row], *([] if self.row_classes is None else [self.row_classes[row]])]
+        known = [self.known_ids[self.known_offsets[g] : self.known_offsets[g + 1]] for g in groups if g >= 0]
+        return np.unique(np.concatenate(known))
 
     def where(self, row: int) -> str:
         """path:line of the row."""
@@ -136,6 +146,7 @@ class Store:
             assert tokens.min() >= 0 and tokens.max() <= self.max_token_id
         for ids in (self.positive_ids, self.negative_ids, self.same_as, self.known_ids):
             assert not len(ids) or (ids.min() >= 0 and ids.max() < self.num_documents)
+        assert self.row_classes is None or self.row_classes.max() < self.manifest["groups"]
         assert self.row_groups.min() >= 0 and self.row_groups.max() < self.manifest["groups"]
 
 
@@ -202,7 +213,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         is_counted = all(isinstance(manifest[key], int) for key in counts)
         if not is_counted or not isinstance(manifest["digest"], str):
             raise ValueError("wrong types in manifest.json")
-        if set(manifest["files"]) != {*TOKEN_FILES, *ARRAY_FILES}:
+        if {CLASSES, *manifest["files"]} != {CLASSES, *TOKEN_FILES, *ARRAY_FILES}:
             raise ValueError("manifest.json does not list the files of a store")
         if sum(source["rows"] for source in manifest["sources"]) != manifest["rows"]:
             raise ValueError("the rows of the sources in manifest.json do not sum to its rows")

@@ -66,12 +66,10 @@ def changed_samples(
     """What differs of the options that decide the sequence of samples; UserError where it must not."""
     old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
     hard = "num_hard_negatives"
-    # Begun before stores left out negatives: the same samples where none was left out.
-    digest = (
-        manifest["data_digest"]
-        if manifest["data_digest"] == store.manifest.get("digest_v1")
-        else store.digest
-    )
+    # Begun before stores left out negatives, or before they knew the groups of rows: the same samples where
+    # none was left out for it.
+    earlier = [store.manifest.get(name) for name in ("digest_v1", "digest_ungrouped")]
+    digest = manifest["data_digest"] if manifest["data_digest"] in earlier else store.digest
     changed = [
         (option, f"{name} was {was!r}, now {now!r}")
         for option, name, was, now in (

@@ -19,6 +19,7 @@ from nemo_embed_core.data import build as build_module
 from nemo_embed_core.data import building
 from nemo_embed_core.data import compile as compile_module
 from nemo_embed_core.data.build import open_store, with_store
+from nemo_embed_core.data.packing import known_in_batch
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.lock import hold
 
@@ -229,6 +230,66 @@ NOISE = [
     ("plain", ["fine"], ["good"]),  # 11
     ("other task", ["q"], ["s"]),  # 12
 ]
+
+
+# query, positives, negatives, group; what each row knows to be right besides its own positives.
+CLASSES = [
+    ("a1", ["cat one"], ["dog one", "CAT TWO", "x"], "cat"),
+    ("a2", ["cat two"], ["dog one", "b1", "a1"], "cat"),
+    ("b1", ["dog one", "dog two"], ["cat one", "cat three"], "dog"),
+    ("a3", ["cat three"], ["dog two"], "cat"),
+    ("a3!", ["fish"], ["cat one", "dog two"], None),  # the query of another row, and no group
+    ("c", ["bird"], ["cat one"], "bird"),  # a class of one document
+]
+
+
+def test_documents_of_a_rows_group_are_none_of_its_negatives_in_batch_too(tmp_path, tokenizer):
+    """Each file has classes of its own; a class by another file's name is another class."""
+    grouped = [{"query": q, "pos": p, "neg": n, **({"group": g} if g else {})} for q, p, n, g in CLASSES]
+    other = [{"query": f"{q} of b", "pos": ["cow"], "neg": ["cat one", "cat two"], "group": "cat"}
+             for q in ("x", "y")]  # fmt: skip
+    paths = [write(tmp_path / "a.jsonl", grouped), write(tmp_path / "b.jsonl", other)]
+    config = DataConfig(
+        datasets=[DatasetConfig(path=path) for path in paths], cache_dir=str(tmp_path / "cache"),
+        query_max_length=48, document_max_length=24, num_hard_negatives=3,
+    )  # fmt: skip
+    store = open_store(config, tokenizer, log=lambda message: None)
+    store.verify()
+    texts = [*dict.fromkeys(text for _, p, n, _ in CLASSES for text in (*p, *n)), "cow"]
+    cats, dogs = {"cat one", "cat two", "cat three", "a1"}, {"dog one", "dog two", "b1"}
+    right = [cats, cats, dogs, cats | {"fish"}, {"cat three", "fish"}, {"bird"}, {"cow"}, {"cow"}]
+    known = [{texts[i].lower() for i in store.known_positives(row)} for row in range(8)]
+    assert known == right
+    kept = [[texts[i] for i in store.negatives(row)] for row in range(8)]
+    assert kept == [
+        ["dog one", "x"], ["dog one", "b1"], ["cat one", "cat three"], ["dog two"], ["cat one", "dog two"],
+        ["cat one"], ["cat one", "cat two"], ["cat one", "cat two"],
+    ]  # fmt: skip
+    rows = np.array([3, 6, 0, 4, 2])
+    batch = "cat three, dog two; cow, cat one; cat one, x; fish, a1; dog one, bird"
+    ids = np.array([[texts.index(text) for text in row.split(", ")] for row in batch.split("; ")])
+    present = {texts[i] for i in ids.ravel()}
+    found = [{texts[i] for i in line if i >= 0} for line in known_in_batch(store, rows, ids)]
+    assert found == [
+        right[row] & present - {texts[own]} for row, own in zip(rows.tolist(), ids[:, 0], strict=True)
+    ]
+    # What is made of rows without groups is what it was; a label is one document for its class.
+    plain = write(tmp_path / "a.jsonl", [{k: v for k, v in row.items() if k != "group"} for row in grouped])
+    labels = write(tmp_path / "l.jsonl", [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(4)])
+    for path in (plain, labels):
+        alone = open_store(
+            replace(config, datasets=[DatasetConfig(path=path)]), tokenizer, log=lambda m: None
+        )
+        assert alone.row_classes is None and "row_classes.npy" not in alone.manifest["files"]
+        assert "groups" not in alone.manifest["sources"][0]["reading"]
+    assert store.manifest["sources"][0]["reading"] == store.manifest["sources"][1]["reading"] == ["groups"]
+    assert "digest_ungrouped" not in store.manifest, "negatives were left out for it"
+    harmless = write(tmp_path / "b.jsonl", [{**row, "neg": []} for row in grouped])
+    again = open_store(
+        replace(config, datasets=[DatasetConfig(path=harmless)]), tokenizer, log=lambda m: None
+    )
+    assert again.row_classes is not None and again.manifest["digest_ungrouped"] != again.digest
+    assert "digest_v1" not in again.manifest
 
 
 def test_noise_is_counted_by_kind_and_right_documents_are_no_negatives(tmp_path, tokenizer):

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nemo_embed_core.config import DataConfig, DatasetConfig
+from nemo_embed_core.config import DataConfig, DatasetConfig, LossConfig, TrainConfig
 from nemo_embed_core.data.build import open_store, with_store
 from nemo_embed_core.data.dataset import Metadata, read_corpus, read_metadata, read_records
 from nemo_embed_core.data.dataset_writer import write_dataset
 from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import Findings
-from nemo_embed_core.data.readers import read_beir, read_rows, source_files
+from nemo_embed_core.data.prepare import write_datasets
+from nemo_embed_core.data.readers import read_beir, read_rows, source_files, with_tasks
 from nemo_embed_core.errors import UserError
 
 CORPUS = [
@@ -276,6 +277,57 @@ def test_the_folders_instructions_are_prompts_unless_the_run_has_its_own(tmp_pat
     store = open_store(data, tokenizer, said.append)
     assert store.query_tokens(1).tolist() == list(tokenizer.encode([QUERIES[1]["question"]], 64)[0])
     assert any("queries begin with ''" in line and "Instruct: Other" in line for line in said)
+
+
+def test_the_folders_task_type_counts_where_no_option_names_one(tmp_path):
+    words = {
+        "Classification": "classification",
+        "BitextMining": "bitext",
+        "STS": "sts",
+        "": "",
+        "MultilabelClassification": "classification",
+        "Reranking": "retrieval",
+        "Clustering": "clustering",
+    }
+    for i, (theirs, ours) in enumerate(words.items()):
+        config = write(tmp_path / f"d{i}", metadata={**METADATA, "task_type": theirs})
+        found = with_tasks(config)
+        assert (found.task_type, found.task, found.document_task) == (ours, "Answer it", "")
+        assert with_tasks(found) == found
+        assert with_tasks(replace(config, task_type="nli")).task_type == "nli"
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"en": "one", "de": "eins"}\n')
+    config = DatasetConfig(path=str(rows), task="Retrieve parallel sentences")
+    assert with_tasks(config) == config
+    bitext = with_tasks(replace(config, task_type="bitext"))
+    assert bitext.document_task == "Retrieve parallel sentences" and with_tasks(bitext) == bitext
+    assert with_tasks(replace(bitext, document_task="{text}")).document_task == "{text}"
+    write_datasets(DataConfig(datasets=[bitext]), tmp_path / "written", log=lambda message: None)
+    metadata = json.loads((tmp_path / "written/dataset_metadata.json").read_text())
+    assert metadata["task_type"] == "bitext"
+    assert metadata["passage_instruction"] == "Instruct: Retrieve parallel sentences\nQuery:"
+
+
+@pytest.mark.parametrize("name", ["labels", ""])
+def test_classes_are_contrasted_with_their_own_dataset_alone(name, tmp_path):
+    datasets = [
+        DatasetConfig(path="nq.jsonl"),
+        DatasetConfig(path="labels.jsonl", name=name, task_type="classification"),
+    ]
+
+    def config(datasets, in_batch="positives", **data):
+        return TrainConfig(output_dir="x", steps=1, data=DataConfig(datasets=datasets, **data),
+                           loss=LossConfig(in_batch=in_batch))  # fmt: skip
+
+    said = rf"{name or 'labels.jsonl'}: task_type=classification with loss.in_batch=positives: .*one_source"
+    with pytest.raises(UserError, match=said):
+        config(datasets)
+    with pytest.raises(UserError, match=r"task_type=clustering with loss\.in_batch=all"):
+        config([datasets[0], replace(datasets[1], task_type="clustering")], "all")
+    config(datasets, "none")
+    config(datasets[1:])
+    config(datasets, batches="one_source")
+    config([datasets[0], replace(datasets[1], task_type="retrieval")])
 
 
 def test_a_folder_whose_corpus_changes_gets_another_store(tmp_path, tokenizer):

@@ -56,6 +56,7 @@ def fake_store(rows: int = 97, documents: int = 150, seed: int = 0) -> FakeStore
     known = [np.unique(same_as[rng.choice(documents, rng.integers(1, 40))]) for _ in range(rows - 30)]
     return FakeStore(
         row_groups=groups,
+        row_classes=None,
         same_as=same_as,
         known_offsets=np.cumsum([0] + [len(k) for k in known]),
         known_ids=np.concatenate(known),

@@ -195,6 +195,8 @@ def write_data(path: Path) -> None:
             rows[i]["pos"] = rows[i]["pos"] + rows[i - 1]["pos"][:1]
         if i % 6 == 5:
             rows[i]["query"] = rows[i - 2]["query"] + "?"
+        if i % 5 == 3:
+            rows[i]["group"] = i % 2
         if i % 3 == 1:
             rows[i]["neg"] = rows[i]["neg"] + rows[i - 2]["pos"][:1]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -212,13 +214,17 @@ def batches(config: TrainConfig) -> list[Batch]:
     def cut(text: str) -> tuple[int, ...]:
         return tuple(encode(text).ids[: config.data.document_max_length])
 
+    def right(row: dict[str, Any]) -> set[tuple[int, ...]]:
+        return known[row["query"].rstrip("?")] | known.get(f"group {row.get('group')}", set())
+
     for row in data:
         known.setdefault(row["query"].rstrip("?"), set()).update(map(cut, row["pos"]))
+        if "group" in row:
+            known.setdefault(f"group {row['group']}", set()).update(map(cut, row["pos"]))
     drawn = [
         i
         for i, row in enumerate(data)
-        if config.loss.in_batch != "none"
-        or any(cut(text) not in known[row["query"].rstrip("?")] for text in row["neg"])
+        if config.loss.in_batch != "none" or any(cut(text) not in right(row) for text in row["neg"])
     ]
     sampler = Sampler(np.array(drawn), config.global_batch_size, config.seed)
     out = []
@@ -228,10 +234,10 @@ def batches(config: TrainConfig) -> list[Batch]:
             store, rows, sampler.epochs(step), config.data.num_hard_negatives, config.seed
         )
         tokens = {int(d): store.document_tokens(d).tolist() for d in np.unique(documents[documents >= 0])}
-        texts = [data[row]["query"] for row in rows.tolist()]
+        found = [data[row] for row in rows.tolist()]
         prompt, length = f"Instruct: {source.task}\nQuery: ", config.data.query_max_length
-        queries = [encode(prompt + text).ids[:length] for text in texts]
-        out.append(Batch(queries, documents.tolist(), tokens, [known[text.rstrip("?")] for text in texts]))
+        queries = [encode(prompt + row["query"]).ids[:length] for row in found]
+        out.append(Batch(queries, documents.tolist(), tokens, [right(row) for row in found]))
     return out
 
 

@@ -43,6 +43,23 @@ def tasks(config: DatasetConfig) -> tuple[str, str]:
     return task_of(metadata.prefix("query")), task_of(metadata.prefix("passage"))
 
 
+def task_type(config: DatasetConfig) -> str:
+    """Our word for what its metadata says, as mteb names it (BitextMining); "" where that is empty."""
+    word = read_metadata(Path(config.path)).task_type.lower()
+    ours = {"bitextmining": "bitext", "multilabelclassification": "classification"}.get(word, word)
+    return ours if ours in ("", "classification", "clustering", "sts", "bitext", "nli") else "retrieval"
+
+
+def has_groups(config: DatasetConfig) -> bool:
+    """Whether its queries have a column group."""
+    import pyarrow.parquet
+
+    try:
+        return "group" in pyarrow.parquet.read_schema(shards(Path(config.path), "queries")[0]).names
+    except (pyarrow.ArrowException, OSError):
+        return False  # a damaged file is said where it is read
+
+
 def files(config: DatasetConfig) -> list[Path]:
     """All that decides the rows, the queries last."""
     folder = Path(config.path)
