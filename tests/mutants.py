@@ -213,7 +213,7 @@ MUTANTS = [
     Mutant("the longest groups all go to one rank", PACKING, "heapq.heappush(heap, (load + int(tokens_B[position]), rank))", "heapq.heappush(heap, (0, rank))", "tests/data/test_packing.py"),
     Mutant("a micro-batch above max_tokens", PACKING, "fitting = rooms >> length", "fitting = rooms >> (length - 1)", "tests/data/test_packing.py"),
     Mutant("texts are given back in the order of their lengths", PACKING, "indices = order[start:end]", "indices = np.arange(start, end)", "tests/data/test_packing.py"),
-    Mutant("the same permutation in every epoch", SAMPLER, "self.seed % 2**64, epoch]", "self.seed % 2**64, 0]", "tests/data/test_sampler.py"),
+    Mutant("the same permutation in every epoch", SAMPLER, "_permutation(self.seed, epoch, self.num_rows)", "_permutation(self.seed, 0, self.num_rows)", "tests/data/test_sampler.py"),
     Mutant("the same negatives in every epoch", SAMPLER, "^ epochs_B.astype(np.uint64)", "^ np.zeros_like(epochs_B).astype(np.uint64)", "tests/data/test_sampler.py"),
     Mutant("the first negatives instead of a draw", SAMPLER, "order = np.lexsort((place, hashes, owner))", "order = np.lexsort((place, owner))", "tests/data/test_sampler.py"),
     Mutant("a batch at an epoch's end has the old epoch's rows", SAMPLER, "here = epochs == epoch", "here = epochs <= epoch", "tests/data/test_sampler.py"),
