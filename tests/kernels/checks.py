@@ -830,7 +830,7 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
     elif name == "info_nce_own":
         temperature, mask = torch.tensor(0.1, requires_grad=True), torch.ones(3, 2, dtype=torch.bool)
         yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, temperature, 0.0, True, True)
-        yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, None, 0.1, True, False)
+        yield operator_of(module._own_fwd), (x(3, 16), x(3, 2, 16), mask, None, 4.0, True, False)
     else:
         temperature = torch.tensor(0.1, requires_grad=True)
         yield (

@@ -343,14 +343,14 @@ def test_every_option_changes_the_run_as_the_oracle_says(group: str, server: Ser
 def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
     """A new field of these must come into CHANGES, or be known here to decide no number of a step."""
     elsewhere = {
-        DataConfig: {"datasets", "cache_dir", "store", "on_long_row"},
+        DataConfig: {"datasets", "cache_dir", "store", "on_long_row", "on_bad", "negatives", "batches"},
         ParallelConfig: {
             "tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s",
         },
         LossConfig: set(), OptimConfig: {"master_weights", "moments"},
         TrainConfig: {
             "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",
-            "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data", "parallel",
+            "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data", "parallel", "epochs",
         },
     }  # fmt: skip
     groups = {

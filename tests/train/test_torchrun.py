@@ -114,7 +114,7 @@ def test_no_worker_outlives_a_killed_torchrun(tmp_path: Path) -> None:
     assert not any(map(alive, pids)), text
     manifest = verify_checkpoint(checkpoints(tmp_path / "run")[0])
     assert manifest["step"] == num_steps(tmp_path / "run"), "it saved what it had before it ended"
-    assert "asked to stop" in text, text
+    assert "stopped by a signal after step" in text, text  # within a step or at its end
 
 
 @pytest.mark.fault(25)
