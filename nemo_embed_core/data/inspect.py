@@ -250,7 +250,8 @@ def padded_slots(queries_B: np.ndarray, documents_BM: np.ndarray, size: int) -> 
 def _samples(store: Store, config: DataConfig, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Rows as the model sees them in epoch 0: decoded, with special tokens and instruction, cut."""
     rows_B = Sampler(len(store), min(SHOWN, len(store)), SEED).rows(0)
-    ids_BM = choose_documents(store, rows_B, np.zeros_like(rows_B), config.num_hard_negatives, SEED)
+    first_B, K = np.zeros_like(rows_B), config.num_hard_negatives
+    ids_BM = choose_documents(store, rows_B, first_B, K, SEED, config.negatives)
     samples = []
     for row, ids in zip(rows_B.tolist(), ids_BM.tolist(), strict=True):
         texts = [("query", store.query_tokens(row))]

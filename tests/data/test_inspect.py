@@ -159,6 +159,16 @@ def test_rows_are_packed_in_the_mix_that_training_draws(small):
     assert report["counts"]["rows"] == 5
 
 
+def test_samples_have_the_negatives_that_training_takes(small):
+    config, words, store = small
+    first = replace(config, num_hard_negatives=1, negatives="first")
+    for sample in inspect(first, words, store, log=lambda line: None)["samples"]:
+        row = ROWS[int(sample["where"].rsplit(":")[-1]) - 1]
+        left = [text for text in row["neg"] if text != f"{TEN} eleven"]
+        seen = [text["text"] for text in sample["texts"] if text["is"] == "negative"]
+        assert seen == [" ".join(["<s>", *text.split()[:14]]) for text in left[:1]]
+
+
 def test_rows_that_are_left_out_are_not_looked_at(small):
     config, words, store = small
     right = inspect(*small, log=lambda line: None)["counts"]
