@@ -30,7 +30,7 @@ from nemo_embed_core.data.near import CHARACTERS, NEAR, NearIndex, signer
 from nemo_embed_core.data.overlap import Distinct, Overlap, evaluation_set, texts_of
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.population import longest_draws, population
-from nemo_embed_core.data.sampler import Sampler, choose_documents
+from nemo_embed_core.data.sampler import Sampler, choose_documents, sampler
 from nemo_embed_core.data.statistics import quantiles, script
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.texts import Texts
@@ -212,9 +212,10 @@ def _packing(store: Store, config: DataConfig) -> dict[str, Any]:
     drop = replace(config, on_long_row="drop")
     mix = population(store, drop, "positives", log=lambda line: None, seed=SEED).parts
     draws = sum(part.draws for part in mix)
-    for size in sorted({min(size, draws) for size in STEPS}):
-        sampler, steps = Sampler(mix, size, SEED), min(DRAWN, draws) // size
-        batches = [load_batch(store, sampler, step, 0, 1, config, seed=SEED) for step in range(steps)]
+    most = draws if config.batches == "mixed" else min(len(part.rows) for part in mix if len(part.rows))
+    for size in sorted({min(size, most) for size in STEPS}):
+        drawn, steps = sampler(mix, config.batches, size, SEED), min(DRAWN, draws) // size
+        batches = [load_batch(store, drawn, step, 0, 1, config, seed=SEED) for step in range(steps)]
         micro_batches = sum(len(parts) for parts, _ in batches)
         tokens = sum(count for _, count in batches)
         density = round(tokens / (micro_batches * config.max_tokens), 4)
@@ -229,10 +230,10 @@ def _packing(store: Store, config: DataConfig) -> dict[str, Any]:
     return found
 
 
-def drawn_lengths(store: Store, config: DataConfig, sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
+def drawn_lengths(store: Store, config: DataConfig, drawn: Sampler) -> tuple[np.ndarray, np.ndarray]:
     """int64 [B], [B, 1 + K], 0 where missing: tokens of the texts of the sampler's first step."""
-    rows_B, K = sampler.rows(0), config.num_hard_negatives
-    ids_BM = choose_documents(store, rows_B, sampler.epochs(0), K, sampler.seed, config.negatives)
+    rows_B, K = drawn.rows(0), config.num_hard_negatives
+    ids_BM = choose_documents(store, rows_B, drawn.epochs(0), K, drawn.seed, config.negatives)
     documents_BM = np.where(ids_BM >= 0, store.document_lengths[ids_BM], 0)
     return store.query_lengths[rows_B].astype(np.int64), documents_BM.astype(np.int64)
 

@@ -127,9 +127,8 @@ class OneSourceSampler(Sampler):
 
     A part is drawn as one stream over all epochs, its passes each in the order permutation(seed, part, pass);
     its batch number b takes draws [b * B, (b + 1) * B). It has ceil(e * draws / B) batches up to epoch e:
-    what
-    the last one draws beyond the epoch is not drawn again in the next. The batches of an epoch are in the
-    order argsort(Philox(key=[seed, e]).random_raw(their number)).
+    what the last one draws beyond the epoch is not drawn again in the next. The batches of an epoch are in
+    the order argsort(Philox(key=[seed, e]).random_raw(their number)).
     """
 
     def __init__(self, parts: Sequence[Part], global_batch_size: int, seed: int):

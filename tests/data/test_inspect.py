@@ -169,6 +169,17 @@ def test_samples_have_the_negatives_that_training_takes(small):
         assert seen == [" ".join(["<s>", *text.split()[:14]]) for text in left[:1]]
 
 
+def test_batches_of_one_dataset_are_packed_as_training_draws_them(small, tmp_path):
+    config, words, _ = small
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
+    both = [config.datasets[0], replace(config.datasets[0], path=str(other))]
+    for batches, steps in (("mixed", [(8, 1)]), ("one_source", [(4, 2)])):
+        now = replace(config, datasets=both, batches=batches)
+        report = inspect(now, words, open_store(now, words, lambda line: None), log=lambda line: None)
+        assert [(p["rows_a_step"], p["steps"]) for p in report["packing"]] == steps
+
+
 def test_rows_that_are_left_out_are_not_looked_at(small):
     config, words, store = small
     right = inspect(*small, log=lambda line: None)["counts"]
