@@ -1,5 +1,6 @@
 # make demo     everything, end to end, on this machine     make test     what CI runs
 # make gpu      benchmarks and tests on a CUDA device within BUDGET=540 seconds, with $(PYTHON) as it is; installs nothing
+# make slow     the tests that make test leaves out: more of the same, or tests of what seldom changes
 # make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
 # make mutants  bugs planted one at a time: does a test notice? A table; some 20 minutes (MUTANTS="clip bf16": these only)
 # make coverage how much of the package the tests run, forks and spawned processes counted; twice the time of make test
@@ -20,7 +21,7 @@ BENCHMARKS ?= step kernels ceilings mining optimizer
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint coverage same faults mutants gpu bench compat docs constraints clean
+.PHONY: help demo test slow lint coverage same faults mutants gpu bench compat docs constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -28,8 +29,14 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python launch/demo.py
 
+# pytest-xdist would begin with the files of most tests, which are not the longest: tests/conftest.py has its own order.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST) -m "not slow"
+
+slow: $(INSTALLED)
+	$(PYTEST) -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ tests that should fail.
 
 A mutant whose text is no longer in its file is an error of this list, as is one that survives without an
 explanation. Kernel mutants that the interpreter judges without pytest are in tests/kernels/test_mutants.py,
-which runs here too, and in the suite.
+which runs here too.
 """
 
 from __future__ import annotations

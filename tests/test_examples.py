@@ -33,7 +33,6 @@ def stored(notebook: dict[str, Any]) -> list[str]:
     return ["".join(text for output in cell["outputs"] for text in output["text"]) for cell in cells]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_prints_what_it_shows(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))

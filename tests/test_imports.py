@@ -121,7 +121,6 @@ def test_the_command_runs_the_launchers_under_its_own_name() -> None:
         assert result.returncode == 2 and "give one of prepare, train, mine, merge, evaluate" in result.stderr
 
 
-@pytest.mark.slow
 def test_wheel_carries_kernels_and_csrc_and_imports_outside_the_repository(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

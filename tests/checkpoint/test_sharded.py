@@ -662,7 +662,7 @@ def same_bits(a: Path, b: Path) -> None:
 # At the recipe's 0.02 a cosine's rounding error is multiplied by 50, and single losses near zero differ by
 # some 6e-6 in fp32.
 ROUNDINGS = [
-    pytest.param({"temperature": 0.1}, torch.float32, 1e-6, id="fp32"),
+    pytest.param({"temperature": 0.1}, torch.float32, 1e-6, id="fp32", marks=pytest.mark.slow),
     pytest.param({"temperature": 0.02}, torch.float64, 1e-12, id="fp64"),
 ]
 
@@ -678,7 +678,6 @@ def close_losses(a: Path, b: Path, tolerance: float, steps: int) -> float:
 
 @pytest.mark.fault(8)
 @pytest.mark.dist
-@pytest.mark.slow
 @pytest.mark.parametrize("loss, dtype, tolerance", ROUNDINGS)
 def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(
     tmp_path: Path, server: Server, loss: dict[str, float], dtype: torch.dtype, tolerance: float
@@ -704,7 +703,6 @@ def test_stopped_at_2_ranks_and_continued_at_1_2_and_4(
 
 @pytest.mark.fault(9)
 @pytest.mark.dist
-@pytest.mark.slow
 @pytest.mark.parametrize("loss, dtype, tolerance", ROUNDINGS)
 def test_layouts_from_hop_to_hop(
     tmp_path: Path, server: Server, loss: dict[str, float], dtype: torch.dtype, tolerance: float

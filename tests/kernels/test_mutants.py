@@ -515,6 +515,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow  # make mutants runs them
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(interpreted, name):
     check, arguments, old, new = MUTANTS[name]

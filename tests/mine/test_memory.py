@@ -99,7 +99,7 @@ def peak(method: str, num_documents: int) -> int:
     return usage.ru_maxrss * 1024 - int(os.read(read, 100))
 
 
-@pytest.mark.parametrize("method", ["fp32", "int8"])
+@pytest.mark.parametrize("method", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_peak_memory_is_within_the_formula_and_grows_by_texts_and_mapped_rows_only(method):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

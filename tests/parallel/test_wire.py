@@ -109,7 +109,7 @@ def check(server: Server, folder: Path, layouts: list, modes: list, backend: str
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", REAL)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])  # of REAL
 def test_gloo_carries_what_the_formulas_say(world_size: int, server: Server, tmp_path: Path) -> None:
     check(server, tmp_path, REAL[world_size], FEW_MODES, "gloo")
 

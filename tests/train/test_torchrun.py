@@ -20,7 +20,7 @@ from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.options import dump_yaml
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = pytest.mark.dist
 
 
 def command(
@@ -63,6 +63,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.fault(23)
 def test_restarted_twice_by_itself_and_ends_bit_identical(tmp_path: Path, worker: Worker) -> None:
     """checkpoint.resume is left at none: a restart continues its own run. A new torchrun on it is refused,
