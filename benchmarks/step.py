@@ -54,6 +54,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--master-weights", default="", choices=["fp32", "split"],
         help="optim.master_weights of ours; default: split in bf16; the whole 8B also with fp32 and 8,192 "
         "tokens")  # fmt: skip
+    add("--moments", default="fp32", choices=["fp32", "bf16", "8bit"],
+        help="optim.moments of ours; bf16 and 8bit with split masters; default: fp32")  # fmt: skip
     add("--no-compile", dest="compile", action="store_false", help="skip the compiled peers")
     add("--seconds", type=float, default=0, help="per comparison; default: 6, 20 on a CPU")
     add("--minutes", type=float, default=0, help="begin nothing that would end later; default: 4.5, no limit "
@@ -86,6 +88,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     half = args.precision in ("bf16", "fp8") or (args.precision == "auto" and cuda)
     if args.master_weights == "split" and not half:
         parser.error("--master-weights split keeps bf16 weights: give --precision bf16 too")
+    if args.moments != "fp32" and (not half or args.master_weights == "fp32"):
+        parser.error(f"--moments {args.moments} is of split masters: give --precision bf16, no fp32 masters")
     args.dtype = torch.bfloat16 if half else torch.float32
     return args
 

@@ -45,11 +45,11 @@ class Ours:
         dtype: torch.dtype,
         std: float = 0.02,
         checkpointing: str = "none",
-        master_weights: str = "fp32",
+        optim: dict[str, str] | None = None,
         fp8: bool = False,
     ):
         options = {"activation_checkpointing": checkpointing, "loss": {"temperature": TEMPERATURE}}
-        options |= {"optim": {"master_weights": master_weights}, "precision": "fp8" if fp8 else "auto"}
+        options |= {"optim": optim or {}, "precision": "fp8" if fp8 else "auto"}
         config = TrainConfig.from_dict({"output_dir": "", "steps": 1, **options})
         self.mesh, self.engine, self.lr = mesh, Engine(config, model, mesh, dtype), config.optim.lr
         self.encoder = self.engine.model

@@ -79,6 +79,7 @@ class Settings:
     tokens: int
     queries: int
     fp8: bool = False
+    moments: str = "fp32"
 
 
 def settings_of(shape: str, args: argparse.Namespace) -> list[Settings]:
@@ -91,8 +92,9 @@ def settings_of(shape: str, args: argparse.Namespace) -> list[Settings]:
         args.tokens,
         args.queries,
         args.precision == "fp8",
+        args.moments,
     )
-    given = args.master_weights or args.activation_checkpointing or args.sized
+    given = args.master_weights or args.activation_checkpointing or args.sized or args.moments != "fp32"
     return [asked] if given or not (whole and half) else [asked, Settings("fp32", "none", 8192, 14)]
 
 
@@ -206,25 +208,23 @@ class Bench:
     def train_ours(self, shape: str, settings: Settings, profile: bool) -> None:
         model, _, batches = self.batches(shape, settings.tokens, settings.queries)
         start, report = allocated(self.device), self.report
-        ours = Ours(
-            model, self.mesh, self.args.dtype,
-            checkpointing=settings.recompute, master_weights=settings.master_weights, fp8=settings.fp8,
-        )  # fmt: skip
+        optim = {"master_weights": settings.master_weights, "moments": settings.moments}
+        options = {"checkpointing": settings.recompute, "optim": optim, "fp8": settings.fp8}
+        ours = Ours(model, self.mesh, self.args.dtype, **options)
         kind = "ours fp8" if settings.fp8 else "ours"
         label, common = describe(shape, model, sum(p.numel() for p in ours.encoder.parameters()))
-        common |= {"queries": settings.queries, "precision": str(self.args.dtype).removeprefix("torch.")}
-        common |= {"precision": "fp8"} if settings.fp8 else {}
+        precision = "fp8" if settings.fp8 else str(self.args.dtype).removeprefix("torch.")
+        common |= {"queries": settings.queries, "precision": precision}
         counts = sorted({len(batch.micro_batches) for batch in batches})
         positions = sum(len(batch.micro_batches) for batch in batches) * settings.tokens
-        details = {
+        details = optim | {
             "max_tokens": settings.tokens,
-            "master_weights": settings.master_weights,
             "activation_checkpointing": settings.recompute,
             "attention": choose_attention("auto", self.device, self.args.dtype),
             "packing_density": round(sum(batch.num_tokens for batch in batches) / positions, 4),
         }
         variant = Variant(
-            f"{kind}, {settings.master_weights} masters, recompute {settings.recompute}, packed "
+            f"{kind}, {' masters, '.join(optim.values())} moments, recompute {settings.recompute}, packed "
             f"{settings.tokens:,} x {'-'.join(map(str, counts))}",
             lambda i: ours.step(batches[i % len(batches)]), 1.0, kind, details,
         )  # fmt: skip

@@ -191,6 +191,23 @@ def test_the_whole_8b_is_timed_with_exact_masters_and_beside_what_was(monkeypatc
     assert [(s.master_weights, s.recompute) for s in settings(args)] == [("fp32", "selective")]
 
 
+def test_ours_has_the_moments_that_were_asked_for() -> None:
+    base = ["--device", "cpu", "--precision", "bf16", "--shape", "8b", "--moments", "8bit"]
+    (settings,) = step_runs.settings_of("8b", step.parse(base))
+    assert (settings.master_weights, settings.moments) == ("split", "8bit")
+    with pytest.raises(SystemExit):
+        step.parse([*base, "--master-weights", "fp32"])
+    optim = {"master_weights": settings.master_weights, "moments": settings.moments}
+    model = replace(step_data.SHAPES["tiny"], num_hidden_layers=1, vocab_size=64)
+    with distributed(ParallelConfig(), "cpu") as mesh:
+        ours = step_runs.Ours(model, mesh, torch.bfloat16, optim=optim)
+        groups = step_data.Groups(2, 1, model.vocab_size, seed=0)
+        (batch,) = step_data.global_batches(groups, model, 2, 2048)
+        ours.step(batch)
+        states = ours.engine.optimizer.state.values()
+        assert torch.int8 in {state["exp_avg"].dtype for state in states}
+
+
 def test_vllm_gets_a_folder_with_our_weights_and_both_directions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
