@@ -25,7 +25,8 @@ class RowsConfig(Options):
     """Graded pairs (an STS table): grade, on the table's own scale, from which a pair belongs together; the
     others are left out, counted. null: they are refused, as the contrastive loss has no use for a grade."""
     source: str = ""
-    """Of a dataset folder with ids only: the folder or file that its source_config.json names."""
+    """Where the texts of documents are: of rows of ids (tevatron-ids) the file or folder of their corpus; of
+    a dataset folder with ids only the one that its source_config.json names."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,8 +176,9 @@ _WHITE = re.compile(r"[ \t\r\n]+")
 # ------------------------------------------------------------------------------------------ CSV and TSV
 
 
-def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
-    """The first line names the columns. CSV has quotes; a tab-separated cell is all between two tabs."""
+def _separated(delimiter: str, columns: list[str] | None = None) -> Callable[[Path, Findings, str], Fields]:
+    """The first line names the columns, where `columns` does not. CSV has quotes; a tab-separated cell is all
+    between two tabs."""
 
     def read(path: Path, findings: Findings, wanted: str) -> Fields:
         line, start = 0, 1
@@ -193,7 +194,7 @@ def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
         cells = csv.reader(lines(), strict=True)
         if delimiter == "\t":
             cells = csv.reader(lines(), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-        names: list[str] | None = None
+        names = columns
         before = findings.num_met
         while True:
             start = line + 1
@@ -211,6 +212,9 @@ def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
                     findings.bad(path, 1, problem)
                     return
                 continue
+            if names is columns and start == 1 and "positive" in (cell.strip().lower() for cell in row):
+                findings.bad(path, 1, "line 1 names columns, as in no file of triples: rename the file")
+                return
             if len(row) != len(names):
                 what = (
                     "blank line: remove it" if not any(row) else f"{len(row)} cells and {len(names)} columns"
@@ -218,7 +222,7 @@ def _separated(delimiter: str) -> Callable[[Path, Findings, str], Fields]:
                 findings.bad(path, start, what, row=True)
                 continue
             yield start, dict(zip(names, row, strict=True))
-        if names is not None and line == 1 and findings.num_met == before:
+        if names is not columns and line == 1 and findings.num_met == before:
             findings.bad(path, 1, f"no rows: line 1 names the columns, {short(names)}; {HEADER}")
 
     return read
@@ -377,6 +381,7 @@ READERS: dict[str, Callable[[Path, Findings, str], Fields]] = {
     "json": _json,
     "csv": _separated(","),
     "tsv": _separated("\t"),
+    "triples": _separated("\t", ["query", "positive", "negative"]),
     "parquet": _parquet,
     "arrow": _arrow,
 }

@@ -230,7 +230,9 @@ def read_corpus(folder: Path, metadata: Metadata, findings: Findings, source: st
 
 def document_text(row: dict[str, Any]) -> str:
     text, title = check_text(row["text"], "text"), row.get("title")
-    if title is None or not title.strip():
+    if title is None or (isinstance(title, str) and not title.strip()):
         return text
+    if not isinstance(title, str):
+        raise ValueError(f"field 'title' must be a string, got {type_name(title)}")
     check_unicode(title, "title")
     return f"{title} {text}"

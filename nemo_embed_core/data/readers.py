@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_embed_core.config import DatasetConfig
-from nemo_embed_core.data.formats import automodel_ids, beir, msmarco, ours
+from nemo_embed_core.data.formats import automodel_ids, beir, msmarco, msmarco_triples, ours, tevatron_ids
 from nemo_embed_core.data.formats import dataset as dataset_folder
 from nemo_embed_core.data.formats.beir import Beir, OnMissing, pool_texts
 from nemo_embed_core.data.formats.row import Row, positive
@@ -48,7 +48,9 @@ class CorpusFormat(Protocol):
     def beir(self, config: DatasetConfig, findings: Findings) -> Beir: ...  # for evaluation: the whole corpus
 
 
-CORPUS_FORMATS: tuple[CorpusFormat, ...] = (beir, dataset_folder, automodel_ids, msmarco)
+CORPUS_FORMATS: tuple[CorpusFormat, ...] = (
+    beir, dataset_folder, automodel_ids, tevatron_ids, msmarco, msmarco_triples,
+)  # fmt: skip
 
 
 def corpus_format(config: DatasetConfig) -> CorpusFormat | None:
@@ -100,6 +102,9 @@ def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: b
     # What the files of a corpus have wrong is collected, then raised before the first row.
     own = findings if findings is not None else Findings(strict=one is None)
     found = file_rows(config, find(config.path, config.split), own) if one is None else one.rows(config, own)
+    if one not in (None, beir, dataset_folder) and not config.format:
+        what = f"data sets read as {one.NAME} (set their format where it is another)"
+        own.note(what, Path(config.path), 1)
     for row in found if graded else positive(found, config.min_grade, own):
         if findings is None:
             own.raise_bad()
@@ -171,7 +176,8 @@ def reading(config: DatasetConfig) -> list[str]:
         if found is beir:
             return beir.reading(config)
         is_grouped = found is dataset_folder and dataset_folder.has_groups(config)
-        return [f"format={found.NAME}", *grade, *[GROUPED] * is_grouped]
+        ignored = [f"ignore={','.join(sorted(config.ignore))}"] if config.ignore else []
+        return [f"format={found.NAME}", *ignored, *grade, *[GROUPED] * is_grouped]
     source = find(config.path, config.split)
     one = format_of(config, source)
     if source.kind == "hf":

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nemo_embed_core.data.containers import READERS
 from nemo_embed_core.data.hub import hub_rows
-from nemo_embed_core.data.lines import Findings, binary_format, check_file, decode, raw_lines
+from nemo_embed_core.data.lines import Findings, binary_format, check_file, decode, raw_lines, short
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
 
@@ -31,7 +31,7 @@ _SPLIT = re.compile(rf"(?<![^-._ \d])({'|'.join(SPLITS)})(?![^-._ \d])", re.IGNO
 _SHARD = re.compile(r"(.+?)[-_.](\d{3,})-of-(\d{3,})(?:[-_.].*)?")
 _PASSED_OVER = re.compile(
     r"[._].*|.*\.(md|txt|ya?ml|py|lock|crc|png|pdf)|README|Thumbs\.db|desktop\.ini|LICEN[CS]E"
-    r"|dataset_infos?\.json|state\.json|merlin_metadata\.json"
+    r"|dataset_infos?\.json|state\.json|merlin_metadata\.json|counts\.json|offsets\.json\.gz"
 )
 
 
@@ -60,7 +60,7 @@ class Source(NamedTuple):
     @property
     def is_text(self) -> bool:
         """Every value is a string, numbers too."""
-        return self.kind in ("csv", "tsv")
+        return self.kind in ("csv", "tsv", "triples")
 
 
 def find(path: str, split: str = "train") -> Source:
@@ -102,6 +102,19 @@ def _folders_of_rows(folder: Path) -> list[str]:
     return [p.name for p in inner if _holds_data(p)]
 
 
+def first_fields(path: Path) -> dict[str, Any]:
+    """Of the first record of a file, or of the first file of a folder or glob; {} where none can be read."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if not _PASSED_OVER.fullmatch(p.name))
+    elif not path.is_file():
+        files = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else []
+    for file in files:
+        if file.is_file() and _ending(file) in READERS:
+            return next((fields for _, fields in READERS[kind_of(file)](file, Findings(), "")), {})
+    return {}
+
+
 def _ending(path: Path) -> str:
     name = path.name.lower()
     for packed in (".gz", ".zst"):
@@ -110,7 +123,9 @@ def _ending(path: Path) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """jsonl, json, csv, tsv, parquet or arrow; a file of any other name is read as lines of JSON."""
+    """jsonl, json, csv, tsv, triples, parquet or arrow; a file of any other name is read as lines of JSON."""
+    if re.fullmatch(r"triples\.\w+(\.\w+)*\.tsv(\.gz|\.zst)?", path.name.lower()):
+        return "triples"  # as MS MARCO calls them: triples.train.small.tsv
     return kind if (kind := _ending(path)) in READERS else "jsonl"
 
 
@@ -138,7 +153,17 @@ def _folder(folder: Path, split: str) -> Source:
     files = sorted(p for p in folder.iterdir() if not p.is_dir() and not _PASSED_OVER.fullmatch(p.name))
     for file in files:
         check_file(file)  # a link may lead nowhere
+    missing = [name for name in _counts(folder) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} files of counts.json are not there: {missing[0]}")
     return _shards(str(folder), files, split)
+
+
+def _counts(folder: Path) -> dict[str, Any]:
+    """{file: rows} of the shards, as contrastors writes it beside them; {} where it does not."""
+    path = folder / "counts.json"
+    counts = read_object(path) if path.is_file() else {}
+    return {Path(name).name: rows for name, rows in counts.items() if _ending(Path(name)) in READERS}
 
 
 def _shards(path: str, files: list[Path], split: str) -> Source:
@@ -203,13 +228,16 @@ def records(source: Source, findings: Findings, wanted: str) -> Iterator[Record]
 
 
 def _of_files(source: Source, findings: Findings, wanted: str) -> Iterator[Record]:
-    num_empty = 0
+    num_empty, counts = 0, _counts(Path(source.path))
     for file in source.files:
-        before, is_empty = findings.num_met, True
+        before, num_rows = findings.num_met, 0
         for line, fields in READERS[source.kind](file, findings, wanted):
-            is_empty = False
+            num_rows += 1
             yield Record(file, line, fields)
-        if is_empty and findings.num_met == before:
+        if findings.num_met == before and num_rows != counts.get(file.name, num_rows):
+            said = f"counts.json says {short(counts[file.name])}"
+            findings.bad(file, max(1, num_rows), f"the file has {num_rows:,} rows, and {said}: copy it again")
+        if not num_rows and findings.num_met == before:
             num_empty += 1
             if source.is_columnar and num_empty < len(source.files):  # a writer of shards leaves such
                 findings.note("files without rows", file, 1)

@@ -1,6 +1,7 @@
 """NeMo Automodel with ids: a JSON file {"corpus": [{"path"}], "data": [{"question_id", "question",
 "corpus_id", "pos_doc", "neg_doc"}]}, documents as {"id"} or bare ids. A corpus folder, whose path is relative
-to the file, has merlin_metadata.json and rows {id, text}.
+to the file, has merlin_metadata.json and rows {id, text}. Of several corpora the documents are
+"corpus_id/id", and a row's instruction is its corpus's.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.containers import json_items
 from nemo_embed_core.data.dataset import Metadata, document_text, read_metadata
 from nemo_embed_core.data.documents import Documents
-from nemo_embed_core.data.formats.beir import Beir, beir_of
+from nemo_embed_core.data.formats.beir import Beir
 from nemo_embed_core.data.formats.dataset import joined
-from nemo_embed_core.data.formats.row import Row, check_known, positive
+from nemo_embed_core.data.formats.ids import beir_of_ids, entries, read_corpus, without
+from nemo_embed_core.data.formats.row import Row, check_known
 from nemo_embed_core.data.formats.writing import document_id, write_parquet
 from nemo_embed_core.data.lines import Findings, check_id, check_text, short, type_name
 from nemo_embed_core.data.prompts import task_of
@@ -68,88 +70,73 @@ def files(config: DatasetConfig) -> list[Path]:
 
 
 def tasks(config: DatasetConfig) -> tuple[str, str]:
-    found = {
-        tuple(task_of(metadata.prefix(side)) for side in ("query", "passage"))
-        for metadata, _, _ in _corpora(Path(config.path)).values()
-    }
-    if len(found) > 1:
-        raise UserError(f"{config.path}: its corpora have several instructions; give one file for each")
-    task, document_task = found.pop()
-    return task, document_task
+    """Of one corpus, or of several with the same instruction of queries; else each row has its corpus's."""
+    found = [metadata for metadata, _, _ in _corpora(Path(config.path)).values()]
+    prefixes = {side: {metadata.prefix(side) for metadata in found} for side in ("query", "passage")}
+    if len(prefixes["passage"]) > 1:
+        raise UserError(
+            f"{config.path}: its corpora have several instructions of documents; give one file for each"
+        )
+    query = prefixes["query"]
+    return task_of(query.pop()) if len(query) == 1 else "", task_of(prefixes["passage"].pop())
 
 
-def _documents(config: DatasetConfig, findings: Findings) -> dict[str, Documents]:
-    before, all_of = findings.num_met, {}
-    for corpus_id, (_, source, _) in _corpora(Path(config.path)).items():
-        documents = Documents()
-        for path, line, fields in records(source, findings, '{"id": "...", "text": "..."}'):
-            try:
-                check_known(fields, ("id", "text", "title"), required=("id", "text"))
-                documents.add(check_id(fields["id"], "id"), document_text(fields), path, line)
-            except ValueError as error:
-                findings.bad(path, line, str(error))
-        if findings.num_met == before:
-            documents.close(findings)
-        all_of[corpus_id] = documents
-    return all_of if findings.num_met == before else {}
+def _documents(config: DatasetConfig, findings: Findings) -> Documents:
+    """Of all corpora; of several an id is `corpus_id/id`. Not closed where a row is bad."""
+    corpora, before, documents = _corpora(Path(config.path)), findings.num_met, Documents()
+    for corpus_id, (_, source, _) in corpora.items():
+        prefix = f"{corpus_id}/" if len(corpora) > 1 else ""
+
+        def id_and_text(fields: dict[str, Any], prefix: str = prefix) -> tuple[str, str]:
+            check_known(fields, ("id", "text", "title"), required=("id", "text"))
+            return prefix + check_id(fields["id"], "id"), document_text(fields)
+
+        corpus = records(source, findings, '{"id": "...", "text": "..."}')
+        read_corpus(corpus, id_and_text, config.ignore, findings, documents)
+    return documents.close(findings) if findings.num_met == before else documents
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
     yield from _rows(config, _documents(config, findings), findings)
 
 
-def _rows(config: DatasetConfig, corpora: dict[str, Documents], findings: Findings) -> Iterator[Row]:
-    if not corpora:
+def _rows(config: DatasetConfig, documents: Documents, findings: Findings) -> Iterator[Row]:
+    if not documents.is_closed:
         return  # a document behind a bad row of a corpus seems not to exist
     path, seen = Path(config.path), dict[str, int]()
+    corpora = {corpus_id: metadata for corpus_id, (metadata, _, _) in _corpora(path).items()}
+    tasks = {corpus_id: task_of(metadata.prefix("query")) for corpus_id, metadata in corpora.items()}
+    has_own = not config.task and len(set(tasks.values())) > 1
     for line, name, fields in json_items(path, findings):
         if name == "corpus":
             continue
         try:
             if name != "data" or not isinstance(fields, dict):
                 raise ValueError(f"{short(name)} must be rows like {EXAMPLE}, got {type_name(fields)}")
+            fields = without(fields, config.ignore)
             check_known(fields, FIELDS, required=FIELDS, example=EXAMPLE)
             key = check_id(fields["question_id"], "question_id")
             if key in seen:
                 raise ValueError(f"question_id {short(key)} is already on line {seen[key]}: make ids unique")
             seen[key] = line
-            documents = corpora.get(fields["corpus_id"])
-            if documents is None:
-                raise ValueError(f"corpus_id {short(fields['corpus_id'])} is none of {short(list(corpora))}")
+            corpus_id = check_id(fields["corpus_id"], "corpus_id")
+            if corpus_id not in corpora:
+                raise ValueError(f"corpus_id {short(corpus_id)} is none of {short(list(corpora))}")
             query = check_text(fields["question"], "question")
-            entries = {side: _entries(fields[side], side) for side in ("pos_doc", "neg_doc")}
-            row = joined(entries, key, query, documents, str(path), line, findings)
-            if len(corpora) > 1:  # equal ids of two corpora are two documents
-                row = row._replace(
-                    pos_ids=[f"{fields['corpus_id']}/{one}" for one in row.pos_ids],
-                    neg_ids=[f"{fields['corpus_id']}/{one}" for one in row.neg_ids],
-                )
+            prefix = f"{corpus_id}/" if len(corpora) > 1 else ""
+            found = {side: entries(fields[side], side, prefix) for side in ("pos_doc", "neg_doc")}
+            row = joined(found, key, query, documents, str(path), line, findings)
         except ValueError as error:
             findings.bad(path, line, str(error), row=True)
             continue
-        yield row
+        yield row._replace(prompt=tasks[corpus_id]) if has_own else row
     if not seen and not findings.num_met:
         findings.bad(path, 1, "there are no rows")
 
 
-def _entries(value: Any, field: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise ValueError(f"field {field!r} must be a list of documents, got {type_name(value)}")
-    found = []
-    for i, entry in enumerate(value):
-        entry = entry if isinstance(entry, dict) else {"id": entry}
-        if "id" not in entry or not entry.keys() <= {"id", "score"}:
-            raise ValueError(f'{field}[{i}] must be {{"id", "score"?}} or an id, got {short(entry)}')
-        found.append(entry)
-    return found
-
-
 def beir(config: DatasetConfig, findings: Findings) -> Beir:
-    corpora = _documents(config, findings)
-    if len(corpora) > 1:
-        raise UserError(f"{config.path} has {len(corpora)} corpora: evaluate and mine a file of one")
-    rows = positive(_rows(config, corpora, findings), config.min_grade, findings)
-    return beir_of(next(iter(corpora.values()), {}), rows)
+    """Several corpora are searched as one."""
+    return beir_of_ids(config, findings, _documents(config, findings), _rows)
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest: str) -> None:

@@ -134,14 +134,15 @@ def joined(
     path: str,
     line: int,
     findings: Findings,
+    names: tuple[str, str] = ("pos_doc", "neg_doc"),
 ) -> Row:
-    """fields: pos_doc and neg_doc, lists of {id, score?}, and where known grade, lang, group."""
-    pos, pos_scores = _entries(fields, "pos_doc", documents)
-    neg, neg_scores = _entries(fields, "neg_doc", documents)
+    """fields: those of `names`, lists of {id, score?}, and where known grade, lang, group."""
+    pos, pos_scores = _entries(fields, names[0], documents)
+    neg, neg_scores = _entries(fields, names[1], documents)
     if not pos:
-        raise ValueError("pos_doc is empty: at least one document is needed")
+        raise ValueError(f"{names[0]} is empty: at least one document is needed")
     if both := [name for name in pos if name in neg]:
-        raise ValueError(f"document {short(both[0])} is in pos_doc and in neg_doc: remove it from one")
+        raise ValueError(f"document {short(both[0])} is in {names[0]} and in {names[1]}: remove it from one")
     relevant = set(pos.values())
     if same := [name for name, text in neg.items() if text in relevant]:
         findings.note("negatives with the text of a positive, left out", Path(path), line, len(same))

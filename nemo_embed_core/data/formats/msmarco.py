@@ -27,8 +27,14 @@ def told_by(path: Path) -> str:
 
 def files(config: DatasetConfig) -> list[Path]:
     """[collection, queries, qrels] of the split."""
-    folder, found = Path(config.path), []
-    for name in ("collection.tsv", f"queries.{config.split}.tsv", f"qrels.{config.split}.tsv"):
+    of_split = (f"{what}.{config.split}.tsv" for what in ("queries", "qrels"))
+    return published(Path(config.path), "collection.tsv", *of_split)
+
+
+def published(folder: Path, *names: str) -> list[Path]:
+    """The folder's files of these names, each also .gz."""
+    found: list[Path] = []
+    for name in names:
         there = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
         if len(there) != 1:
             holds = ", ".join(sorted(p.name for p in folder.iterdir())[:12])
@@ -46,14 +52,15 @@ def tasks(config: DatasetConfig) -> tuple[str, str]:
     return "", ""
 
 
-def _texts(path: Path, what: str, findings: Findings) -> Documents:
+def read_texts(path: Path, findings: Findings) -> Documents:
+    """Lines of an id and a text; not closed where one is bad."""
     texts, before = Documents(), findings.num_met
     for line, raw in raw_lines(path, findings):
         try:
             cells = decode(raw).rstrip("\r\n").split("\t")
             if len(cells) != 2:
                 raise ValueError(f"expected 2 tab-separated columns (id, text), got {len(cells)}")
-            texts.add(check_id(cells[0], "id"), check_text(cells[1], what), path, line)
+            texts.add(check_id(cells[0], "id"), check_text(cells[1], "text"), path, line)
         except ValueError as error:
             findings.bad(path, line, str(error))
     return texts.close(findings) if findings.num_met == before else texts
@@ -61,7 +68,7 @@ def _texts(path: Path, what: str, findings: Findings) -> Documents:
 
 def _read(config: DatasetConfig, findings: Findings) -> tuple[Documents, Documents, Path]:
     collection, queries, qrels = files(config)
-    return _texts(collection, "text", findings), _texts(queries, "query", findings), qrels
+    return read_texts(collection, findings), read_texts(queries, findings), qrels
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
