@@ -34,11 +34,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.ceilings import ResultsFile
-from benchmarks.data import SHARED
 from nemo_embed_core.data.tokenizer import train_sentencepiece
 from nemo_embed_core.files.durable import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
+LLAMA = ROOT.parent / "shared" / "tokenizers" / "llama-3.1"
 MIB = 1 << 20
 KILLS = (0.0, 0.2, 0.45, 0.7, 1.0)  # shares of the rows that are committed; 0: while they are checked
 Point = tuple[str, int, int]  # (what the process does, rows so far, bytes of RssAnon)
@@ -68,7 +68,7 @@ class Prepare:
             sys.executable, "-u", str(ROOT / "launch" / "prepare.py"), "--tokenizer", str(tokenizer),
             "--data.datasets", json.dumps([{"path": str(rows)}]), "--data.cache_dir", str(cache),
         ]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
         self.began = time.perf_counter()
         with self.output.open("w") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -175,9 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    there = SHARED / "tokenizers" / "llama-3.1"
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--tokenizer", default=str(there) if there.exists() else "", help="'': a trained one")
+    parser.add_argument("--tokenizer", default=str(LLAMA) if LLAMA.exists() else "", help="'': a trained one")
     parser.add_argument("--flat", type=float, default=64.0, help="MiB (default 64)")
     parser.add_argument("--folder", help="for all files, 1 kB a row; a new temporary folder")
     options = parser.parse_args()
