@@ -242,7 +242,7 @@ def _refuse_two_models(folder: Path) -> None:
 def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | None = None) -> Usage:
     """From the `data` options of a run (as to_dict gives them) and its model's pooling.
 
-    rows: of each dataset, the largest one's prompts are the default.
+    rows: of each dataset, the largest one's prompts are the default. Lengths are the largest of any dataset.
     """
     order = list(enumerate(data["datasets"]))
     if rows is not None:
@@ -259,7 +259,9 @@ def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | N
             count += 1
             name = f"{stem}-{count}"
         prompts[name] = entry
-    lengths = {side: data[side] for side in ("query_max_length", "document_max_length")}
+    sides = ("query_max_length", "document_max_length")
+    each = {side: [dataset.get(side) or data[side] for dataset in data["datasets"]] for side in sides}
+    lengths = {side: max(found, default=data[side]) for side, found in each.items()}
     return Usage(prompts=prompts, pooling=pooling, **lengths)
 
 

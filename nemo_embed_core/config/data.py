@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
+
+
+class Lengths(NamedTuple):
+    """Tokens at which texts are cut, special tokens and instruction included."""
+
+    query: int
+    document: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +67,18 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
     """How often each row is drawn in an epoch. Of n rows an epoch draws n x weight, rounded half up, and goes
     on where the one before stopped: at 2.5 each row comes twice or three times, at 0.1 every ten epochs
     once."""
+    query_max_length: int | None = None
+    """Tokens of its queries, special tokens and instruction included; null: data.query_max_length."""
+    document_max_length: int | None = None
+    """Tokens of its documents, likewise; null: data.document_max_length. A text that two datasets cut at
+    different lengths is two documents, each encoded as its own rows have it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         where = f"data.datasets: {self.path}"
+        for name in ("query_max_length", "document_max_length"):
+            if (length := getattr(self, name)) is not None and length < 2:
+                raise UserError(f"{where}: {name}={length} must be at least 2 tokens; null: as data.{name}")
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise UserError(f"{where}: name={self.name!r} must be of letters, digits, dots, - and _")
         if self.cap is not None and self.cap < 1:
@@ -81,9 +96,9 @@ class DataConfig(Options, section="data"):
     cache_dir: str = "data-cache"
     """Folder of the tokenised stores, one for each digest of data, tokenizer and lengths."""
     query_max_length: int = 512
-    """Tokens of a query, special tokens and instruction included."""
+    """Tokens of a query, special tokens and instruction included; a dataset may have its own."""
     document_max_length: int = 512
-    """Tokens of a document, special tokens and instruction included."""
+    """Tokens of a document, special tokens and instruction included; a dataset may have its own."""
     num_hard_negatives: int = 4
     """Hard negatives per query; masked when a row has fewer."""
     negatives: Literal["sample", "first", "rotate"] = "sample"
@@ -118,6 +133,19 @@ class DataConfig(Options, section="data"):
             raise UserError(f"data.datasets: two have the name {twice[0]!r}; give each its own")
         if self.num_hard_negatives < 0:
             raise UserError(f"data.num_hard_negatives={self.num_hard_negatives} must not be negative")
+
+    def lengths(self, dataset: DatasetConfig) -> Lengths:
+        """At which the texts of one of the datasets are cut: its own, else those of all."""
+        query, document = dataset.query_max_length, dataset.document_max_length
+        return Lengths(
+            self.query_max_length if query is None else query,
+            self.document_max_length if document is None else document,
+        )
+
+    def all_lengths(self) -> list[Lengths]:
+        """Of each dataset; without any those of all."""
+        every = Lengths(self.query_max_length, self.document_max_length)
+        return [self.lengths(dataset) for dataset in self.datasets] or [every]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.building import Log, building, publish
-from nemo_embed_core.data.compile import check_dropped, compile_store
+from nemo_embed_core.data.compile import check_dropped, check_task, compile_store
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import GROUPED, files_of, has_corpus, is_beir, reading, with_tasks
 from nemo_embed_core.data.store import FORMAT_VERSION, Store, damaged, read_manifest, report
@@ -81,9 +81,8 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
 
 def check_prompts(config: DataConfig, tokenizer: Tokenizer) -> None:
     for dataset in config.datasets:
-        tokenizer.check_prompt(query_prompt(dataset.task), config.query_max_length, "data.query_max_length")
-        prompt = query_prompt(dataset.document_task)
-        tokenizer.check_prompt(prompt, config.document_max_length, "data.document_max_length")
+        check_task(config, dataset, "query", dataset.task, tokenizer)
+        check_task(config, dataset, "document", dataset.document_task, tokenizer)
 
 
 def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -> dict[str, Any]:
@@ -111,8 +110,7 @@ def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -
     made_of = {
         "version": FORMAT_VERSION,
         "tokenizer": tokenizer.digest,
-        "query_max_length": config.query_max_length,
-        "document_max_length": config.document_max_length,
+        **_max_lengths(config),
         # The content of the files, not their names: a moved data set keeps its store.
         "sources": facts(),
     }
@@ -124,6 +122,13 @@ def _header(config: DataConfig, tokenizer: Tokenizer, files: list[list[Path]]) -
         # What a checkpoint has whose store did not know the groups of rows.
         header["digest_ungrouped"] = digest_of({**made_of, "sources": facts(grouped=False)})
     return header
+
+
+def _max_lengths(config: DataConfig) -> dict[str, int | list[int]]:
+    """Of each side the length that all datasets have, or each one's: what a store says of them."""
+    queries, documents = map(list, zip(*config.all_lengths(), strict=True))
+    found = {"query_max_length": queries, "document_max_length": documents}
+    return {side: each[0] if len(set(each)) == 1 else each for side, each in found.items()}
 
 
 def digest_of(made_of: Any) -> str:
@@ -153,19 +158,22 @@ def store_folder(config: DataConfig) -> Path:
 
 def with_store(config: DataConfig) -> DataConfig:
     """config with its store's datasets where it names none, and the instructions that the data has, where it
-    names none: instructions belong to the run."""
+    names none: instructions belong to the run, as do lengths that all datasets share."""
     if not config.store or config.datasets:
         return replace(config, datasets=[with_tasks(dataset) for dataset in config.datasets])
-    sources, keys = read_manifest(store_folder(config))["sources"], ("path", "task", "document_task")
-    return replace(config, datasets=[DatasetConfig(**{key: s[key] for key in keys}) for s in sources])
+    manifest, keys = read_manifest(store_folder(config)), ("path", "task", "document_task")
+    datasets = [DatasetConfig(**{key: source[key] for key in keys}) for source in manifest["sources"]]
+    for side in ("query_max_length", "document_max_length"):
+        if isinstance(each := manifest[side], list):
+            datasets = [replace(d, **{side: n}) for d, n in zip(datasets, each, strict=True)]
+    return replace(config, datasets=datasets)
 
 
 def _check_same_made(store: Store, config: DataConfig, tokenizer: Tokenizer) -> None:
     was = store.manifest
     facts: list[tuple[str, Any, Any]] = [
         ("the tokenizer (sha256)", was["tokenizer"], tokenizer.digest),
-        ("data.query_max_length", was["query_max_length"], config.query_max_length),
-        ("data.document_max_length", was["document_max_length"], config.document_max_length),
+        *((f"data.{side}", was[side], now) for side, now in _max_lengths(config).items()),
     ]
     for name in ("task", "document_task") if config.datasets else ():
         now = [getattr(dataset, name) for dataset in config.datasets]

@@ -33,11 +33,12 @@ from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
 COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
 PENDING = 2 << 20  # characters that wait for the tokenizer
 
-# Files that only a build has: raw int64, or 16 bytes a text. judge() makes the arrays of the store of them.
+# Files that only a build has: raw int64, 16 bytes a text, or one byte (*_cut: whether it lost tokens).
+# judge() makes the arrays of the store of them.
 PARTS = (
-    "query_lengths", "query_hashes", "query_keys", "group_keys", "class_keys", "row_lines", "num_positives",
-    "positives", "num_negatives", "negatives", "document_lengths", "document_hashes", "document_keys",
-    "document_texts", "document_rows",
+    "query_lengths", "query_hashes", "query_cut", "query_keys", "group_keys", "class_keys", "row_lines",
+    "num_positives", "positives", "num_negatives", "negatives", "document_lengths", "document_hashes",
+    "document_cut", "document_keys", "document_texts", "document_rows",
 )  # fmt: skip
 
 
@@ -72,26 +73,28 @@ class _Files:
 
 
 class _Texts:
-    """Texts of one side on their way into the token file: lengths, and a hash of the tokens, beside it.
+    """Texts of one side on their way into the token file: beside it lengths, a hash of the tokens, and which
+    texts were cut.
 
     One thread of `pool` tokenises, on all cores, while further rows are read: the library lets Python go on.
     """
 
     def __init__(
-        self,
-        files: _Files,
-        side: str,
-        encode: Callable[[list[str]], tuple[list[np.ndarray], int]],
-        pool: ThreadPoolExecutor,
-        state: dict[str, Any],
+        self, files: _Files, side: str, tokenizer: Tokenizer, pool: ThreadPoolExecutor, state: dict[str, Any]
     ):
-        self._files, self._side, self._encode, self._pool = files, side, encode, pool
+        self._files, self._side, self._tokenizer, self._pool = files, side, tokenizer, pool
+        self._max_length = 0
         self._pending: list[str] = []
         self._origins: list[tuple[str, int]] = []
         self._size = 0
-        self._encoding: tuple[Future[Any], list[str], list[tuple[str, int]]] | None = None
-        self.truncated: int = state.get(f"truncated_{side}", 0)
+        self._encoding: tuple[Future[Any], int, list[str], list[tuple[str, int]]] | None = None
         self.max_token_id: int = state.get("max_token_id", 0)
+
+    def cut_at(self, max_length: int) -> None:
+        """The texts that are added from now on."""
+        if max_length != self._max_length:
+            self._submit()
+            self._max_length = max_length
 
     def add(self, text: str, path: str, line: int) -> None:
         self._pending.append(text)
@@ -107,29 +110,29 @@ class _Texts:
     def _submit(self) -> None:
         self._write()
         if self._pending:
-            job = self._pool.submit(self._encode, self._pending)
-            self._encoding = job, self._pending, self._origins
+            job = self._pool.submit(self._tokenizer.encode_cut, self._pending, self._max_length)
+            self._encoding = job, self._max_length, self._pending, self._origins
         self._pending, self._origins, self._size = [], [], 0
 
     def _write(self) -> None:
         if self._encoding is None:
             return
-        (job, texts, origins), self._encoding = self._encoding, None
+        (job, max_length, texts, origins), self._encoding = self._encoding, None
         try:
-            arrays, truncated = job.result()
+            arrays, is_cut = job.result()
         except UserError:
             for text, (path, line) in zip(texts, origins, strict=True):
                 try:
-                    self._encode([text])
+                    self._tokenizer.encode_cut([text], max_length)
                 except UserError as error:
                     raise DataError(path, line, str(error)) from None
             raise
-        self.truncated += truncated
         tokens = np.concatenate(arrays)
         self.max_token_id = max(self.max_token_id, int(tokens.max()))
         self._files.add_tokens(f"{self._side}_tokens.bin", tokens)
         self._files.add(f"{self._side}_lengths", array("q", map(len, arrays)).tobytes())
         self._files.add(f"{self._side}_hashes", b"".join(bytes_key(ids.tobytes()) for ids in arrays))
+        self._files.add(f"{self._side}_cut", is_cut.tobytes())
 
 
 def check_rows(config: DataConfig, tokenizer: Tokenizer | None, log: Log) -> Findings:
@@ -154,13 +157,12 @@ def rows_of(
     return checked_rows(dataset, findings, _check_of(config, tokenizer))
 
 
-def _check_of(config: DataConfig, tokenizer: Tokenizer | None) -> Callable[[Row], None]:
-    """check(row) is a ValueError where the row's own instruction leaves no room for its query."""
+def _check_of(config: DataConfig, tokenizer: Tokenizer | None) -> Callable[[DatasetConfig, Row], None]:
+    """check(dataset, row) is a ValueError where the row's own instruction leaves no room for its query."""
 
-    def check(row: Row) -> None:
+    def check(dataset: DatasetConfig, row: Row) -> None:
         if row.prompt is not None and tokenizer is not None:
-            prompt = query_prompt(row.prompt)
-            tokenizer.check_prompt(prompt, config.query_max_length, "data.query_max_length")
+            check_task(config, dataset, "query", row.prompt, tokenizer)
 
     return check
 
@@ -180,8 +182,8 @@ def _compile(
     folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
 ) -> None:
     state = read_state(folder) or {}
-    if state and "class_keys.part" not in state["sizes"]:
-        state = {}  # begun by a version that did not keep the rows' groups
+    if state and "document_cut.part" not in state["sizes"]:
+        state = {}  # begun by a version that did not keep which texts were cut, or the rows' groups
     if state:
         done = f"{state['rows']:,} of {state['total']:,} rows"
         log(f"going on with {folder}: {done} were done when its process ended")
@@ -205,6 +207,7 @@ def _compile(
         parts = state["parts"][i]
         if parts != [[source["row_file"], rows]] and sum(count for _, count in parts) == rows:
             source["parts"] = parts
+    cut = _count_cut(folder, header["sources"])
     arrays, noise = judge(folder, row_parts(header["sources"]))
     for name, values in arrays.items():
         np.save(folder / name, values)
@@ -226,8 +229,7 @@ def _compile(
         "negatives_left_out": left_out,
         "merged_repeats": state["merged"],
         **({"dropped": state["dropped"]} if "dropped" in state else {}),
-        "truncated_queries": state["truncated_query"],
-        "truncated_documents": state["truncated_document"],
+        **cut,
         "max_token_id": state["max_token_id"],
         "noise": noise,
         "files": {
@@ -236,6 +238,25 @@ def _compile(
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _count_cut(folder: Path, sources: list[dict[str, Any]]) -> dict[str, int]:
+    """How many queries and documents lost tokens; likewise, and how many documents they are, of the rows of
+    each source: one that several bring is counted for each."""
+    cut_R, cut_D = (np.fromfile(folder / f"{side}_cut.part", bool) for side in ("query", "document"))
+    ids, ends = {}, {}
+    for part in ("positives", "negatives"):
+        ids[part] = np.fromfile(folder / f"{part}.part", "<i8")
+        ends[part] = np.concatenate([[0], np.cumsum(np.fromfile(folder / f"num_{part}.part", "<i8"))])
+    first = 0
+    for source in sources:
+        end = first + source["rows"]
+        own = np.unique(np.concatenate([ids[part][ends[part][first] : ends[part][end]] for part in ids]))
+        source["documents"] = len(own)
+        source["truncated_queries"] = int(cut_R[first:end].sum())
+        source["truncated_documents"] = int(cut_D[own].sum())
+        first = end
+    return {"truncated_queries": int(cut_R.sum()), "truncated_documents": int(cut_D.sum())}
 
 
 def _tokenise(
@@ -249,17 +270,9 @@ def _tokenise(
 ) -> None:
     """Reads the rows that `state` does not have yet; brings state and files up to date."""
 
-    def texts(side: str, max_length: int) -> _Texts:
-        def encode(texts: list[str]) -> tuple[list[np.ndarray], int]:
-            before = tokenizer.num_truncated
-            return tokenizer.encode(texts, max_length), tokenizer.num_truncated - before
-
-        return _Texts(files, side, encode, pool, state)
-
-    queries = texts("query", config.query_max_length)
-    documents = texts("document", config.document_max_length)
+    queries, documents = (_Texts(files, side, tokenizer, pool, state) for side in ("query", "document"))
     known = (folder / "document_texts.part").read_bytes()
-    # Key of a document with its prompt -> its id.
+    # Key of a document with its prompt, and of where it is cut -> its id.
     ids = {known[at : at + 16]: at // 16 for at in range(0, len(known), 16)}
     rows, source_rows = state["rows"], list(state["source_rows"])
     # [file, rows of it]; a build that an older version began has none, of sources with one file.
@@ -268,7 +281,7 @@ def _tokenise(
     last = begun
 
     def document_id(prompt: str, text: str, path: str, line: int) -> int:
-        key = exact_key(prompt + text)
+        key = exact_key(f"{max_length} {prompt}{text}")
         doc_id = ids.get(key)
         if doc_id is None:
             doc_id = ids[key] = len(ids)
@@ -283,11 +296,13 @@ def _tokenise(
         documents.flush()
         max_token_id = max(queries.max_token_id, documents.max_token_id)
         state.update(rows=rows, source_rows=source_rows, parts=parts, max_token_id=max_token_id)
-        state.update(truncated_query=queries.truncated, truncated_document=documents.truncated)
         files.commit(state)
 
     for i, dataset in enumerate(config.datasets):
         document_prefix = query_prompt(dataset.document_task)
+        query_max_length, max_length = config.lengths(dataset)
+        queries.cut_at(query_max_length)
+        documents.cut_at(max_length)
         for row in itertools.islice(rows_of(config, dataset, tokenizer), source_rows[i], None):
             failpoint("store.row", rows)
             query_prefix = query_prompt(dataset.task if row.prompt is None else row.prompt)
@@ -318,6 +333,16 @@ def _tokenise(
                 log(f"{done}; about {_duration(left)} left")
                 last = time.monotonic()
     commit()
+
+
+def check_task(
+    config: DataConfig, dataset: DatasetConfig, side: str, task: str, tokenizer: Tokenizer
+) -> None:
+    """UserError where the instruction leaves no room for the texts of this side."""
+    name = f"{side}_max_length"
+    is_own = getattr(dataset, name) is not None
+    where = f"data.datasets[{dataset.name or Path(dataset.path).name}]." if is_own else "data."
+    tokenizer.check_prompt(query_prompt(task), getattr(config.lengths(dataset), side), where + name)
 
 
 def check_dropped(state: dict[str, Any], config: DataConfig) -> None:

@@ -65,13 +65,21 @@ def inspect(
     for side, texts in sides.items():
         _show(side, texts.texts, sign, [near[side], *(o.near for _, of, o in overlaps if of == side)], log)
     lengths = {"queries": store.query_lengths, "documents": store.document_lengths}
+    counted = ("path", "rows", "documents", "truncated_queries", "truncated_documents")
     counts = {"queries": len(store), "documents": store.num_documents}
     return {
-        "sources": [{"path": source["path"], "rows": source["rows"]} for source in m["sources"]],
+        "sources": [
+            {
+                **{name: source[name] for name in counted if name in source},
+                "query_max_length": at.query,
+                "document_max_length": at.document,
+            }
+            for source, at in zip(m["sources"], store.max_lengths, strict=True)
+        ],
         "store": store.digest,
         "settings": {
-            name: getattr(config, name)
-            for name in ("query_max_length", "document_max_length", "num_hard_negatives", "max_tokens")
+            **{name: m[name] for name in ("query_max_length", "document_max_length")},  # or a list, of each
+            **{name: getattr(config, name) for name in ("num_hard_negatives", "max_tokens")},
         },
         "counts": {
             "rows": len(store),

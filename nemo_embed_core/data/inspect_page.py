@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.data.building import Log
+from nemo_embed_core.data.store import limits
 from nemo_embed_core.files.durable import write_atomically
 
 Cells = Iterable[Sequence[object]]
@@ -27,7 +28,15 @@ def figures(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         if cells := [[_said(cell) for cell in row] for row in rows]:
             tables.append((title, list(head), cells))
 
-    table("sources", ["", "rows"], [(s["path"], s["rows"]) for s in report["sources"]])
+    table(
+        "sources",
+        ["", "rows", "queries truncated", "at", "documents", "truncated", "at"],
+        [
+            (s["path"], s["rows"], s.get("truncated_queries", "-"), s["query_max_length"],
+             *(s.get(name, "-") for name in ("documents", "truncated_documents")), s["document_max_length"])
+            for s in report["sources"]
+        ],
+    )  # fmt: skip
     table("counts", ["", ""], [(name.replace("_", " "), count) for name, count in counts.items()])
     tokens, uncut = report["tokens"], report["tokens_uncut"]
     at = list(tokens["queries"]["quantiles"])
@@ -45,7 +54,7 @@ def figures(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         "truncated",
         ["", "at", "texts", "of them"],
         [
-            (side, settings[f"{name}_max_length"], cut["count"], _share(cut["count"], cut["of"]))
+            (side, limits(settings[f"{name}_max_length"]), cut["count"], _share(cut["count"], cut["of"]))
             for side, name in zip(sides, ("query", "document"), strict=True)
             for cut in [report["truncated"][side]]
         ],

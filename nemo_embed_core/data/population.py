@@ -74,8 +74,8 @@ def population(
             draw = f"the query with its longest positive and {config.num_hard_negatives} {which} negatives"
             names = "\n  ".join([f"{what}, {draw}:", *named])
             raise UserError(
-                f"{names}\nraise data.max_tokens to at least {needed}, lower data.document_max_length or "
-                "data.num_hard_negatives, or set data.on_long_row to drop or truncate"
+                f"{names}\nraise data.max_tokens to at least {needed}, lower data.document_max_length (or a "
+                "dataset's own) or data.num_hard_negatives, or set data.on_long_row to drop or truncate"
             )
         if config.on_long_row == "drop":
             log(f"WARNING: {what}: left out, as data.on_long_row=drop says (first: {where})")

@@ -201,13 +201,14 @@ def _first_has(source: Source, field: str) -> bool:
 
 
 def checked_rows(
-    config: DatasetConfig, findings: Findings, check: Callable[[Row], None] | None = None
+    config: DatasetConfig, findings: Findings, check: Callable[[DatasetConfig, Row], None] | None = None
 ) -> Iterator[Row]:
-    """read_rows(config, findings) without those of which check(row) is a ValueError: they are `bad`, too."""
+    """read_rows(config, findings) without those of which check(config, row) is a ValueError: they are `bad`,
+    too."""
     for row in read_rows(config, findings):
         try:
             if check is not None:
-                check(row)
+                check(config, row)
         except ValueError as error:
             findings.bad(Path(row.path), row.line, str(error), row=True)
             continue
@@ -218,7 +219,7 @@ def check_sources(
     datasets: Iterable[DatasetConfig],
     log: Callable[[str], None] | None = None,
     drop: bool = False,
-    check: Callable[[Row], None] | None = None,
+    check: Callable[[DatasetConfig, Row], None] | None = None,
 ) -> Findings:
     """Reads every row of all data sets once, with progress, and returns what has to be said about them.
 

@@ -3,9 +3,10 @@
     store = open_store(config, tokenizer)      # builds cache_dir/<digest>/ when it is missing (data/build.py)
     store.query_tokens(row), store.positives(row), store.negatives(row), store.document_tokens(doc_id)
 
-A document id stands for one text (with its instruction): the same text is stored and encoded once. Two
-documents are the same for the loss when their texts have one normal form, or when they have the same tokens
-after truncation: store.same_as.
+A document id stands for one text (with its instruction) and the length at which it is cut: the same text is
+stored and encoded once, or once for each length where datasets have their own. Two documents are the same for
+the loss when their texts have one normal form, or when they have the same tokens after truncation:
+store.same_as.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_embed_core.config.data import Lengths
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.strict_json import parse
@@ -97,6 +99,10 @@ class Store:
         self._parts = row_parts(self.manifest["sources"])
         self._part_ends = np.cumsum([count for _, count in self._parts])
         self.dataset_ends = np.cumsum([source["rows"] for source in self.manifest["sources"]])  # in its rows
+        num_datasets = len(self.manifest["sources"])
+        each = (self.manifest[f"{side}_max_length"] for side in Lengths._fields)
+        sides = [n if isinstance(n, list) else [n] * num_datasets for n in each]
+        self.max_lengths = [Lengths(*pair) for pair in zip(*sides, strict=True)]  # of each dataset
 
     def __len__(self) -> int:
         return len(self.query_lengths)
@@ -157,14 +163,11 @@ def report(store: Store) -> str:
     """What is in the store, for people: rows, documents, tokens, what was cut, what teaches nothing."""
     m = store.manifest
     rows, documents = m["rows"], m["documents"]
-    cut_queries, cut_documents = m["truncated_queries"], m["truncated_documents"]
     lines = [
         f"store {store.folder}: {_counted(rows, 'row')}, {_counted(documents, 'document')}, "
         f"{m['query_tokens'] + m['document_tokens']:,} tokens (mean {m['query_tokens'] / rows:.1f} a query, "
         f"{m['document_tokens'] / documents:.1f} a document)",
-        f"  truncated: {_counted(cut_queries, 'query', 'queries')} ({cut_queries / rows:.2%}) at "
-        f"{m['query_max_length']} tokens, {_counted(cut_documents, 'document')} "
-        f"({cut_documents / documents:.2%}) at {m['document_max_length']}",
+        f"  truncated: {_cut(m, rows, documents, m['query_max_length'], m['document_max_length'])}",
         f"  negatives: {m['negatives'] / rows:.1f} a row, {_counted(m['rows_without_negatives'], 'row')} "
         f"without; repeated texts within a row merged: {m['merged_repeats']:,}",
     ]
@@ -182,8 +185,30 @@ def report(store: Store) -> str:
             warning = "WARNING: " if share > NOISE_SHARE else ""
             lines.append(f"  {warning}{kind}: {entry['count']:,} of {entry['of']:,} ({share:.2%}): {first}")
     if len(m["sources"]) > 1:
-        lines += [f"  {_counted(s['rows'], 'row')} from {', '.join(s['files'])}" for s in m["sources"]]
+        for source, lengths in zip(m["sources"], store.max_lengths, strict=True):
+            line = f"  {_counted(source['rows'], 'row')} from {', '.join(source['files'])}"
+            if "documents" in source:  # a store from before counted for all together
+                line += f", {_counted(source['documents'], 'document')}; truncated: "
+                line += _cut(source, source["rows"], source["documents"], *lengths)
+            lines.append(line)
     return "\n".join(lines)
+
+
+def _cut(
+    counts: dict[str, Any], rows: int, documents: int, query_at: int | list[int], document_at: int | list[int]
+) -> str:
+    """`2 queries (3.33%) at 48 tokens, 1 document (0.40%) at 24 to 512`."""
+    queries, cut = counts["truncated_queries"], counts["truncated_documents"]
+    at = [limits(n) for n in (query_at, document_at)]
+    return (
+        f"{_counted(queries, 'query', 'queries')} ({queries / max(1, rows):.2%}) at {at[0]} tokens, "
+        f"{_counted(cut, 'document')} ({cut / max(1, documents):.2%}) at {at[1]}"
+    )
+
+
+def limits(at: int | list[int]) -> str:
+    """`48`, or of datasets with their own `24 to 512`."""
+    return f"{min(at)} to {max(at)}" if isinstance(at, list) else str(at)
 
 
 def _counted(number: int, one: str, many: str = "") -> str:
@@ -217,6 +242,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("manifest.json does not list the files of a store")
         if sum(source["rows"] for source in manifest["sources"]) != manifest["rows"]:
             raise ValueError("the rows of the sources in manifest.json do not sum to its rows")
+        for side in Lengths._fields:
+            each = manifest[f"{side}_max_length"]
+            if isinstance(each, list) and len(each) != len(manifest["sources"]):
+                raise ValueError(f"manifest.json has {len(each)} {side}_max_length for its sources")
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

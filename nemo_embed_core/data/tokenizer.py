@@ -58,6 +58,14 @@ class Tokenizer:
     ) -> list[np.ndarray]:
         """ids of prompt + text, an int32 array per text: special tokens added, at most max_length ids.
 
+        See encode_cut."""
+        return self.encode_cut(texts, max_length, prompt, name)[0]
+
+    def encode_cut(
+        self, texts: Iterable[str], max_length: int, prompt: str = "", name: str = "max_length"
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """(encode(...), bool [texts]: which of them lost tokens).
+
         Texts are taken one batch after another, so they may come from a disk; memory and time do not grow
         with what is cut off, where a text can be cut before it is tokenised (data/cuts.py). Raises UserError
         for a prompt that leaves no room (named `name`), for a text that gives no token at all (no BOS and
@@ -69,15 +77,19 @@ class Tokenizer:
                 f"special token(s); use at least {self._num_special + 1}"
             )
         self.check_prompt(prompt, max_length, name)
-        out: list[np.ndarray] = []
+        out, cut = list[np.ndarray](), list[np.ndarray]()
         for batch in _batches(texts):
-            out += self._encode_batch(batch, len(out), max_length, prompt)
-        return out
+            arrays, is_cut = self._encode_batch(batch, len(out), max_length, prompt)
+            out += arrays
+            cut.append(is_cut)
+        return out, np.concatenate([np.zeros(0, bool), *cut])
 
-    def _encode_batch(self, texts: list[str], first: int, max_length: int, prompt: str) -> list[np.ndarray]:
-        """encode() of texts that messages call `first` and on: of longer and longer prefixes."""
-        out: list[np.ndarray] = [_NOTHING] * len(texts)
-        todo, num_characters, truncated = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length, 0
+    def _encode_batch(
+        self, texts: list[str], first: int, max_length: int, prompt: str
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """encode_cut() of texts that messages call `first` and on: of longer and longer prefixes."""
+        out, truncated = [_NOTHING] * len(texts), np.zeros(len(texts), bool)
+        todo, num_characters = list(range(len(texts))), CHARACTERS_PER_TOKEN * max_length
         while todo:
             ends = [self._cut(texts[i], num_characters) for i in todo]
             parts = [prompt + texts[i][:end] for i, end in zip(todo, ends, strict=True)]
@@ -95,12 +107,12 @@ class Tokenizer:
                     )
                 if is_cut:
                     _check_unicode(texts[i], first + i)  # of the prefix the library has done so
-                truncated += overflows
+                truncated[i] = overflows
                 out[i] = ids
             todo, num_characters = again, 4 * num_characters
         self.num_encoded += len(texts)
-        self.num_truncated += truncated
-        return out
+        self.num_truncated += int(truncated.sum())
+        return out, truncated
 
     def _cut(self, text: str, num_characters: int) -> int:
         """The first place after num_characters where a cut leaves the ids before it, or the end."""

@@ -156,6 +156,9 @@ def _datasets(manifests: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row = {"name": Path(dataset.get("path", "")).name, "task": dataset.get("task", "")}
             if dataset.get("document_task"):
                 row["document task"] = dataset["document_task"]
+            for side in ("query_max_length", "document_max_length"):
+                if dataset.get(side):
+                    row[side.replace("_", " ")] = dataset[side]
             if len(sources) == len(data["datasets"]):
                 row |= {"rows": sources[i]["rows"], "sha256": ", ".join(sources[i]["files"].values())}
             found.setdefault(json.dumps(row), row)

@@ -71,19 +71,21 @@ def texts_of(
         longest = int(longest_draws(opened, data.num_hard_negatives, data.negatives).max())
         return Texts(batches, longest, f"the store {store}, {len(opened):,} rows", found)
     rng = np.random.default_rng(seed)
-    query = lengths.query_mean, lengths.query_p95, data.query_max_length
-    document = lengths.document_mean, lengths.document_p95, data.document_max_length
+    queries, documents = zip(*data.all_lengths(), strict=True)
+    query = lengths.query_mean, lengths.query_p95, max(queries)
+    document = lengths.document_mean, lengths.document_p95, max(documents)
     batches = [
         np.concatenate([draw(rng, (batch_size, 1), *query), draw(rng, (batch_size, M), *document)], 1)
         for _ in range(NUM_STEPS)
     ]
     # Whatever the distribution, a text may be as long as it is allowed, unless all are alike.
-    caps = [min(most, round(mean)) if mean == p95 else most for mean, p95, most in (query, document)]
+    at = [round(mean) if mean == p95 else 2**31 for mean, p95, _ in (query, document)]
+    longest = max(min(q, at[0]) + M * min(d, at[1]) for q, d in data.all_lengths())
     words = (
         f"stated lengths: queries of {lengths.query_mean:g} tokens (95 %: {lengths.query_p95:g}), "
         f"documents of {lengths.document_mean:g} (95 %: {lengths.document_p95:g})"
     )
-    return Texts(batches, caps[0] + M * caps[1], words)
+    return Texts(batches, longest, words)
 
 
 def draw(rng: np.random.Generator, shape: tuple[int, int], mean: float, p95: float, most: int) -> np.ndarray:

@@ -100,14 +100,14 @@ def test_texts_are_tokenised_in_their_order_while_further_ones_are_read(
     config, tokenizer, tmp_path, monkeypatch
 ):
     whole = open_store(replace(config, cache_dir=str(tmp_path / "whole")), tokenizer, log=lambda line: None)
-    threads, encode = [], type(tokenizer).encode
+    threads, encode = [], type(tokenizer).encode_cut
 
     def slow(self, texts, *rest):
         threads.append(threading.current_thread().name)
         time.sleep(0.002)  # so that the next texts are there before these are done
         return encode(self, texts, *rest)
 
-    monkeypatch.setattr(type(tokenizer), "encode", slow)
+    monkeypatch.setattr(type(tokenizer), "encode_cut", slow)
     monkeypatch.setattr(compile_module, "PENDING", 200)
     small = open_store(config, tokenizer, log=lambda line: None)
     assert content(small.folder) == content(whole.folder)
@@ -204,7 +204,7 @@ def test_all_bad_rows_of_all_sources_are_said_before_a_token_is_made(config, tok
     for dataset in config.datasets:
         with open(dataset.path, "a") as file:
             file.write('{"query": 3, "pos": ["x"], "neg": []}\n' * 2)
-    monkeypatch.setattr(type(tokenizer), "encode", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr(type(tokenizer), "encode_cut", lambda *_: pytest.fail("tokenised"))
     with pytest.raises(UserError) as caught:
         open_store(replace(config, datasets=[replace(d, task="") for d in config.datasets]), tokenizer)
     message = str(caught.value)

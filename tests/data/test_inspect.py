@@ -86,7 +86,12 @@ def test_every_figure_of_a_small_corpus(small, tmp_path):
     assert [line.split(" (")[0] for line in said] == [
         f"{name}: queries that are empty: 1", f"{name}: documents that are empty: 1",
     ]  # fmt: skip
-    assert report["sources"] == [{"path": str(tmp_path / "a<b>.jsonl"), "rows": 5}]
+    assert report["sources"] == [
+        {
+            "path": str(tmp_path / "a<b>.jsonl"), "rows": 5, "documents": 14, "truncated_queries": 1,
+            "truncated_documents": 1, "query_max_length": 9, "document_max_length": 15,
+        }
+    ]  # fmt: skip
     assert report["counts"] == {
         "rows": 5, "documents": 14, "positives": 6, "negatives": 9, "negatives_left_out": 1,
         "rows_without_negatives": 1, "merged_repeats": 1,

@@ -292,7 +292,7 @@ def test_rows_of_other_containers_are_left_out_one_by_one(tmp_path, kind):
 
 def test_check_names_all_that_is_bad_and_writes_and_tokenises_nothing(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(type(tokenizer), "encode", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr(type(tokenizer), "encode_cut", lambda *_: pytest.fail("tokenised"))
     bad, clean, where = with_bad(tmp_path)
     Path(clean.path).write_text('{"query": "q"}\n' * 30)
     before = sorted(tmp_path.iterdir())

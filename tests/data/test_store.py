@@ -130,14 +130,14 @@ def test_bad_row_leaves_nothing_behind(config, tokenizer, tmp_path):
 
 
 def test_text_of_no_tokens_is_named_by_its_line(config, tokenizer, monkeypatch):
-    encode = type(tokenizer).encode
+    encode = type(tokenizer).encode_cut
 
     def no_tokens_for_other(self, texts, max_length):
         if "other" in texts:
             raise UserError(f"text {texts.index('other')} gives 0 tokens")
         return encode(self, texts, max_length)
 
-    monkeypatch.setattr(type(tokenizer), "encode", no_tokens_for_other)
+    monkeypatch.setattr(type(tokenizer), "encode_cut", no_tokens_for_other)
     with pytest.raises(DataError, match=r"a\.jsonl:1: text 0 gives 0 tokens"):
         build(config, tokenizer)
 
