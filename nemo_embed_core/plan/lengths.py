@@ -71,9 +71,9 @@ def texts_of(
         longest = int(longest_draws(opened, data.num_hard_negatives, data.negatives).max())
         return Texts(batches, longest, f"the store {store}, {len(opened):,} rows", found)
     rng = np.random.default_rng(seed)
-    queries, documents = zip(*data.all_lengths(), strict=True)
-    query = lengths.query_mean, lengths.query_p95, max(queries)
-    document = lengths.document_mean, lengths.document_p95, max(documents)
+    most = [max(each) for each in zip(*data.all_lengths(), strict=True)]
+    query = lengths.query_mean, lengths.query_p95, most[0]
+    document = lengths.document_mean, lengths.document_p95, most[1]
     batches = [
         np.concatenate([draw(rng, (batch_size, 1), *query), draw(rng, (batch_size, M), *document)], 1)
         for _ in range(NUM_STEPS)
