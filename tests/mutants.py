@@ -72,8 +72,8 @@ GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/para
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 FP8, TEST_FP8 = "nemo_embed_core/parallel/fp8.py", "tests/parallel/test_fp8.py"
 LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
-PACKING, SAMPLER, MIX, POPULATION = (
-    f"nemo_embed_core/data/{name}.py" for name in ("packing", "sampler", "mix", "population")
+PACKING, BINS, SAMPLER, MIX, POPULATION = (
+    f"nemo_embed_core/data/{name}.py" for name in ("packing", "bins", "sampler", "mix", "population")
 )
 NEAR, OVERLAP, PAGE = (f"nemo_embed_core/data/{name}.py" for name in ("near", "overlap", "inspect_page"))
 INSPECT = "tests/data/test_inspect.py"
@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant("a pinned buffer is written while its copy is in flight", PREFETCH, "self._copied[turn].synchronize()", "pass", TEST_PREFETCH),
     Mutant("the batch that is ready is taken whatever step it is of", PREFETCH, "self._ahead is None or self._ahead[0] != step", "self._ahead is None", TEST_PREFETCH),
     Mutant("the loss is waited for before the next batch is begun", TRAINER, "            self.prefetch.begin(self.step + 1)\n        totals = read()\n", "            pass\n        totals = read()\n        self.prefetch.begin(self.step + 1)\n", TEST_PREFETCH),
-    Mutant("the thread packs the step that is running once more", TRAINER, "self.sampler, step, mesh.dp_rank", "self.sampler, max(0, step - 1), mesh.dp_rank", f"{TEST_PREFETCH} {REST}"),
+    Mutant("the thread packs the step that is running once more", TRAINER, "self.sampler, step, mesh.dp_size", "self.sampler, max(0, step - 1), mesh.dp_size", f"{TEST_PREFETCH} {REST}"),
     Mutant("the largest micro-batch leaves its gradients", ENGINE, "        self.drop_step()\n\n    def _memory_note", "\n    def _memory_note", TEST_REHEARSAL),
     Mutant("the largest micro-batch is that of this rank's steps", TRAINER, "Most.of(gather_objects(mine))", "mine", TEST_REHEARSAL),
     Mutant("the largest micro-batch is run alone where gradients add up", SHAPES, "count = min(2, self.micro_batches)", "count = 1", f"tests/data/test_packing.py {TEST_REHEARSAL}"),
@@ -210,8 +210,8 @@ MUTANTS = [
     Mutant("positions do not begin anew", PACKING, "np.repeat(cu_seqlens[:-1], lengths)", "np.repeat(cu_seqlens[:-1] * 0, lengths)", "tests/data/test_packing.py"),
     Mutant("queries are given their neighbours' embeddings", PACKING, "place[order] = np.arange(len(order))", "place = order", f"{LAYOUT}[tp1-dp1]"),
     Mutant("missing documents are the first one", PACKING, "document_mask=torch.from_numpy(mask)", "document_mask=torch.ones(mask.shape, dtype=torch.bool)", f"{LAYOUT}[tp1-dp1]"),
-    Mutant("the longest groups all go to one rank", PACKING, "heapq.heappush(heap, (load + int(tokens_B[position]), rank))", "heapq.heappush(heap, (0, rank))", "tests/data/test_packing.py"),
-    Mutant("a micro-batch above max_tokens", PACKING, "fitting = rooms >> length", "fitting = rooms >> (length - 1)", "tests/data/test_packing.py"),
+    Mutant("the longest groups all go to one rank", BINS, "heapq.heappush(heap, (load + int(tokens_B[position]), rank))", "heapq.heappush(heap, (0, rank))", "tests/data/test_packing.py"),
+    Mutant("a micro-batch above max_tokens", BINS, "fitting = rooms >> length", "fitting = rooms >> (length - 1)", "tests/data/test_packing.py"),
     Mutant("texts are given back in the order of their lengths", PACKING, "indices = order[start:end]", "indices = np.arange(start, end)", "tests/data/test_packing.py"),
     Mutant("the same permutation in every epoch", SAMPLER, "_permutation(self.seed, epoch, self.num_rows)", "_permutation(self.seed, 0, self.num_rows)", "tests/data/test_sampler.py"),
     Mutant("the same negatives in every epoch", SAMPLER, "^ epochs_B.astype(np.uint64)", "^ np.zeros_like(epochs_B).astype(np.uint64)", "tests/data/test_sampler.py"),

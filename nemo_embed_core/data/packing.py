@@ -1,7 +1,6 @@
 """Rows into micro-batches: split over ranks by tokens, whole groups, queries and documents together.
 
-A group is a query with its positive and hard negatives. Every rank computes the plan of all ranks from the
-lengths alone, so all agree on the number of micro-batches without talking.
+A group is a query with its positive and hard negatives; data/bins.py says which go together.
 
 # T packed tokens · N sequences · B queries of the global batch · b queries of a micro-batch · K hard
 negatives # J documents that a row knows to be right and that others bring
@@ -9,7 +8,6 @@ negatives # J documents that a row knows to be right and that others bring
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 
 from nemo_embed_core.config import DataConfig
+from nemo_embed_core.data.bins import plan, split_over_ranks
 from nemo_embed_core.data.judge import known_of
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.errors import UserError
@@ -66,101 +65,6 @@ class MicroBatch(PackedBatch):
     # [b, J] int64; ids within the global batch that are no negatives of the row; -2 in empty places.
     known_ids: torch.Tensor
     rows: np.ndarray  # [b] int64 rows of the store, to name a sample in an error
-
-
-# ------------------------------------------------------------------------------------------ who takes what
-
-
-def split_over_ranks(tokens_B: np.ndarray, dp_size: int) -> list[np.ndarray]:
-    """Positions in the global batch per dp rank: B / dp_size each, tokens as even as longest-first gets.
-
-    The next longest group goes to the rank with the fewest tokens that still has room; ties to the lower
-    rank.
-    """
-    B = len(tokens_B)
-    if B % dp_size:
-        raise UserError(
-            f"global_batch_size={B} is not a multiple of the {dp_size} data-parallel ranks; "
-            f"use {B // dp_size * dp_size or dp_size} or {(B // dp_size + 1) * dp_size}"
-        )
-    taken: list[list[int]] = [[] for _ in range(dp_size)]
-    heap = [(0, rank) for rank in range(dp_size)]
-    for position in np.argsort(-tokens_B.astype(np.int64), kind="stable").tolist():
-        load, rank = heapq.heappop(heap)
-        taken[rank].append(position)
-        if len(taken[rank]) < B // dp_size:
-            heapq.heappush(heap, (load + int(tokens_B[position]), rank))
-    return [np.array(sorted(positions), dtype=np.int64) for positions in taken]
-
-
-def plan(tokens_per_group_per_rank: list[np.ndarray], max_tokens: int) -> list[list[np.ndarray]]:
-    """[rank][micro-batch] -> groups of that rank: at most max_tokens each, equally many bins on every rank.
-
-    Best-fit decreasing on every rank; ranks that need fewer bins split their fullest ones. All ranks must
-    have the same number of groups (that makes the equal count always possible). Bins are ordered fullest
-    first, so that ranks working on the same index have about the same work. Raises UserError when one group
-    alone exceeds max_tokens.
-    """
-    assert len({len(tokens) for tokens in tokens_per_group_per_rank}) == 1, (
-        "ranks have different numbers of groups"
-    )
-    bins = [_best_fit_decreasing(tokens, max_tokens) for tokens in tokens_per_group_per_rank]
-    count = max(len(rank_bins) for rank_bins in bins)
-    out = []
-    for tokens, rank_bins in zip(tokens_per_group_per_rank, bins, strict=True):
-        loads = [int(tokens[bin_].sum()) for bin_ in rank_bins]
-        while len(rank_bins) < count:
-            fullest = max(
-                (i for i in range(len(rank_bins)) if len(rank_bins[i]) > 1), key=lambda i: (loads[i], -i)
-            )
-            halves = _halve(tokens, rank_bins[fullest])
-            rank_bins[fullest : fullest + 1] = halves
-            loads[fullest : fullest + 1] = [int(tokens[half].sum()) for half in halves]
-        order = sorted(range(count), key=lambda i: (-loads[i], i))
-        out.append([np.array(sorted(rank_bins[i]), dtype=np.int64) for i in order])
-    return out
-
-
-def _best_fit_decreasing(tokens: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Longest group first, each into the fullest bin that still has room for it."""
-    if len(tokens) and int(tokens.max()) > max_tokens:
-        group = int(tokens.argmax())
-        raise UserError(
-            f"the query and passages of group {group} have {int(tokens[group])} tokens together, more than "
-            f"max_tokens={max_tokens}; raise data.max_tokens or lower the max_lengths or num_hard_negatives"
-        )
-    bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # free tokens -> bins with exactly that much room
-    # Bit r is set when by_room[r] has a bin: the best fit is the lowest set bit at or above the length.
-    rooms = 0
-    order = np.argsort(-tokens.astype(np.int64), kind="stable")
-    for group, length in zip(order.tolist(), tokens[order].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            index = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, index = max_tokens, len(bins)
-            bins.append([])
-        bins[index].append(group)
-        left = room - length
-        if left:
-            by_room.setdefault(left, []).append(index)
-            rooms |= 1 << left
-    return bins
-
-
-def _halve(tokens: np.ndarray, groups: list[int]) -> list[list[int]]:
-    """Two non-empty parts of about equal tokens: longest first to the lighter part."""
-    parts: list[list[int]] = [[], []]
-    loads = [0, 0]
-    for group in sorted(groups, key=lambda g: (-int(tokens[g]), g)):
-        lighter = int(loads[1] < loads[0])
-        parts[lighter].append(group)
-        loads[lighter] += int(tokens[group])
-    return parts
 
 
 # ------------------------------------------------------------------------------------------ tensors
@@ -325,6 +229,7 @@ class Drawn:
 
     rows_B: np.ndarray
     doc_ids: np.ndarray  # [B, 1 + K]; -1: missing
+    tokens_B: np.ndarray  # int64: of each row's own texts, whichever other rows have them too
     bins: list[list[np.ndarray]]
 
     def lengths(self, store: Store, bin_: np.ndarray) -> np.ndarray:
@@ -332,6 +237,19 @@ class Drawn:
         ids = np.unique(self.doc_ids[bin_])
         documents = store.document_lengths[ids[ids >= 0]]
         return np.concatenate([store.query_lengths[self.rows_B[bin_]], documents]).astype(np.int64)
+
+
+def draw_rows(
+    store: Store, sampler: Sampler, step: int, config: DataConfig, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows_B, tokens_B, doc_ids) of Drawn."""
+    rows_B = sampler.rows(step)
+    doc_ids = choose_documents(
+        store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed, config.negatives
+    )
+    # Missing documents (-1) index the last length; the mask takes it away again.
+    document_tokens = np.where(doc_ids >= 0, store.document_lengths[doc_ids], 0).astype(np.int64)
+    return rows_B, store.query_lengths[rows_B].astype(np.int64) + document_tokens.sum(1), doc_ids
 
 
 def draw_batch(
@@ -344,13 +262,7 @@ def draw_batch(
     seed: int,
 ) -> Drawn:
     """Pure; UserError for a row that does not fit."""
-    rows_B = sampler.rows(step)
-    doc_ids = choose_documents(
-        store, rows_B, sampler.epochs(step), config.num_hard_negatives, seed, config.negatives
-    )
-    # Missing documents (-1) index the last length; the mask takes it away again.
-    document_tokens = np.where(doc_ids >= 0, store.document_lengths[doc_ids], 0).astype(np.int64)
-    tokens_B = store.query_lengths[rows_B].astype(np.int64) + document_tokens.sum(1)
+    rows_B, tokens_B, doc_ids = draw_rows(store, sampler, step, config, seed)
     room = whole_room(config.max_tokens, pad_to_multiple)
     if int(tokens_B.max()) > room:
         worst = int(tokens_B.argmax())
@@ -362,7 +274,9 @@ def draw_batch(
         )
     positions = split_over_ranks(tokens_B, dp_size)
     plans = plan([tokens_B[p] for p in positions], room)
-    return Drawn(rows_B, doc_ids, [[p[b] for b in bins] for p, bins in zip(positions, plans, strict=True)])
+    return Drawn(
+        rows_B, doc_ids, tokens_B, [[p[b] for b in bins] for p, bins in zip(positions, plans, strict=True)]
+    )
 
 
 def load_batch(
@@ -383,6 +297,13 @@ def load_batch(
     once.
     """
     drawn = draw_batch(store, sampler, step, dp_size, config, pad_to_multiple, seed)
+    return pack_batch(store, drawn, dp_rank, config, pad_to_multiple, few_shapes)
+
+
+def pack_batch(
+    store: Store, drawn: Drawn, dp_rank: int, config: DataConfig, pad_to_multiple: int, few_shapes: bool
+) -> tuple[list[MicroBatch], int]:
+    """load_batch, of what draw_batch has drawn."""
     num_tokens = sum(int(drawn.lengths(store, bin_).sum()) for bins in drawn.bins for bin_ in bins)
     rows_B, doc_ids = drawn.rows_B, drawn.doc_ids
     most = whole_room(config.max_tokens, pad_to_multiple) if few_shapes else None

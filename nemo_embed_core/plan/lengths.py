@@ -14,7 +14,7 @@ import numpy as np
 
 from nemo_embed_core.config.data import DataConfig
 from nemo_embed_core.config.plan import LengthsConfig
-from nemo_embed_core.data.packing import plan, split_over_ranks
+from nemo_embed_core.data.bins import plan, split_over_ranks
 from nemo_embed_core.data.population import longest_draws, population
 from nemo_embed_core.data.sampler import Sampler, choose_documents, sampler
 from nemo_embed_core.data.store import Store

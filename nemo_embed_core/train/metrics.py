@@ -64,8 +64,14 @@ class TensorBoard:
 
     def write(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, values["step"])
+            each = (
+                {f"{name}/{key}": v for key, v in value.items()}
+                if isinstance(value, Mapping)
+                else {name: value}
+            )
+            for tag, scalar in each.items():
+                if tag != "step" and scalar is not None:
+                    self._writer.add_scalar(tag, scalar, values["step"])
 
     def close(self) -> None:
         self._writer.close()
@@ -183,8 +189,10 @@ def step_values(
     num_micro_batches: int,
     seconds: float,
     peak_flops: float | None,
+    drawn: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
-    """What metrics.jsonl says of a step, from its totals. num_rows: of an epoch."""
+    """What metrics.jsonl says of a step, from its totals. num_rows: of an epoch; drawn: of each dataset rows
+    and tokens so far."""
     capacity = config.data.max_tokens * num_micro_batches * mesh.dp_size
     flops = training_flops(model, int(totals["tokens"]), int(totals["squares"]))
     return {
@@ -200,4 +208,6 @@ def step_values(
         "mfu": flops / (seconds * mesh.world_size * peak_flops) if peak_flops else None,
         "memory_gb": peak_memory(mesh.device) / 1e9,
         "seconds": seconds,
+        "drawn_rows": {name: rows for name, (rows, _) in drawn.items()},
+        "drawn_tokens": {name: tokens for name, (_, tokens) in drawn.items()},
     }

@@ -11,14 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.data.packing import Drawn, MicroBatch
 
-# Rows of the global batch, micro-batches of this rank, real tokens of all ranks.
-Batch = tuple[np.ndarray, list[MicroBatch], int]
+# The global batch as lengths, micro-batches of this rank, real tokens of all ranks.
+Batch = tuple[Drawn, list[MicroBatch], int]
 
 
 class Prefetch:
@@ -45,8 +44,8 @@ class Prefetch:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, step: int) -> Batch:
-        rows, batches, num_tokens = self._load(step)
-        return rows, batches if self._upload is None else self._upload(batches), num_tokens
+        drawn, batches, num_tokens = self._load(step)
+        return drawn, batches if self._upload is None else self._upload(batches), num_tokens
 
 
 class Upload:

@@ -23,6 +23,8 @@ from nemo_embed_core.checkpoint.source import usage_of_training
 from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights, write_values
 from nemo_embed_core.checkpoint.write import Piece
 from nemo_embed_core.config import ModelConfig, OptimConfig, TrainConfig
+from nemo_embed_core.data import mix
+from nemo_embed_core.data.packing import draw_rows
 from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.sampler import Sampler, sampler
 from nemo_embed_core.data.store import Store
@@ -158,6 +160,7 @@ class RunState:
     ledger             hash chain over the rows of every step so far, and whether it was skipped
     losses             what the next loss is judged by
     optim              options of the optimizer with the number of warm-up steps, once it is known
+    drawn              of each dataset, by name, rows and tokens so far (data/mix.py)
     overrides          what checkpoint.allow_changed has let pass, over all resumes
     export_dtype       of the weights that training began with: what merge writes
     """
@@ -173,6 +176,8 @@ class RunState:
     ):
         self.engine, self.tokenizer, self.store = engine, tokenizer, store
         self.population, self.draws_lone_rows = drawn.digest, drawn.keeps_lone
+        self.parts = drawn.parts
+        self.drawn: mix.Counts = {part.name: [0, 0] for part in drawn.parts}
         self.commit, self.run = commit, run  # of rank 0, which writes the manifest
         self.step = self.skipped = 0
         self.ledger = "0" * 64
@@ -182,8 +187,9 @@ class RunState:
         self.export_dtype = engine.dtype
         self.shapes = engine.shapes
 
-    def count(self, rows: np.ndarray, skipped: bool) -> None:
-        """A step of these rows is done."""
+    def count(self, rows: np.ndarray, tokens: np.ndarray, skipped: bool) -> None:
+        """A step of these rows, which have so many tokens each, is done."""
+        mix.count(self.drawn, self.parts, self.store.dataset_ends, rows, tokens)
         self.step += 1
         self.skipped += skipped
         self.ledger = hashlib.sha256(
@@ -264,6 +270,7 @@ class RunState:
             "overrides": self.overrides,
             "ledger": self.ledger,
             "skipped": self.skipped,
+            "drawn": dict(self.drawn),  # as it is now: it may be written later
             "recent_losses": self.losses.losses,
             "usage": usage_of_training(options["data"], pooling, rows_per_dataset).to_json(),
             "data_digest": self.store.digest,
@@ -273,8 +280,9 @@ class RunState:
             "tokenizer_digest": self.tokenizer.digest,
         }
 
-    def load(self, folder: Path, log: Callable[[str], None]) -> None:
-        """Of a verified checkpoint, under this layout; UserError when it is of another run or not finite."""
+    def load(self, folder: Path, sampler: Sampler, log: Callable[[str], None]) -> None:
+        """Of a verified checkpoint, under this layout; UserError when it is of another run or not finite.
+        sampler: counts what was drawn before the step, where the checkpoint is too old to say it."""
         reader = Reader(folder)
         self._check_same_run(folder, reader.manifest, log)
         reader.check({name: self.shapes[parameter_of(name)] for name in self.tensors()})
@@ -294,7 +302,23 @@ class RunState:
             )
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
             set_num_updates(self.engine.optimizer, self.step - self.skipped)
+        self._load_drawn(reader.manifest, sampler, log)
         log(f"resumed from {folder} at step {self.step}")
+
+    def _load_drawn(self, manifest: dict[str, Any], sampler: Sampler, log: Callable[[str], None]) -> None:
+        if "drawn" in manifest:
+            # Of another mix (checkpoint.allow_changed) datasets that are no longer there keep their counts.
+            self.drawn |= {name: list(counts) for name, counts in manifest["drawn"].items()}
+        elif self.overrides:
+            log(
+                "WARNING: the checkpoint does not say what was drawn of each dataset, and samples changed on "
+                f"the way: drawn_rows and drawn_tokens count from step {self.step + 1} on"
+            )
+        else:
+            config = self.engine.config
+            for step in range(self.step):
+                rows, tokens, _ = draw_rows(self.store, sampler, step, config.data, config.seed)
+                mix.count(self.drawn, self.parts, self.store.dataset_ends, rows, tokens)
 
     def _check_same_run(self, folder: Path, manifest: dict[str, Any], log: Callable[[str], None]) -> None:
         """What decides the sequence of samples must be the same; other changes are named in the log."""

@@ -22,7 +22,8 @@ from nemo_embed_core.checkpoint.saver import Saver
 from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
 from nemo_embed_core.checkpoint.write import save_checkpoint
 from nemo_embed_core.config import ModelConfig, TrainConfig
-from nemo_embed_core.data.packing import load_batch, shapes_cost_memory
+from nemo_embed_core.data import mix
+from nemo_embed_core.data.packing import draw_batch, pack_batch, shapes_cost_memory
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.shapes import Most, most_of
 from nemo_embed_core.errors import failpoint
@@ -103,7 +104,7 @@ class Trainer:
         if weights is not None:  # their own dtype decides what merge writes: bf16 in, bf16 out
             state.export_dtype = weights.dtype
         if checkpoint is not None:
-            state.load(checkpoint, self.log)
+            state.load(checkpoint, sampler, self.log)
         state.settle_warm_up()
         return engine, state, sampler
 
@@ -121,6 +122,7 @@ class Trainer:
     def run(self) -> None:
         """Train up to the last step or to a signal; what was reached is saved either way."""
         config, metrics, stop = self.config, None, False
+        epoch = self.step * config.global_batch_size // self.sampler.num_rows
         if self.mesh.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             dump_yaml(self.given, self.output / "config.yaml")
@@ -148,6 +150,9 @@ class Trainer:
                         metrics.write(values)
                     if self.step % config.log_every == 0 or self.step == config.num_steps:
                         self.log(console_line(values, config.num_steps))
+                        if int(values["epoch"]) > epoch or self.step == config.num_steps:
+                            epoch = int(values["epoch"])
+                            self._say_drawn()
                 if self.step != saved and (
                     self.step % config.checkpoint.every == 0 or self.step == config.num_steps or stop
                 ):
@@ -235,7 +240,8 @@ class Trainer:
         """One optimizer step: (what metrics.jsonl records, whether some rank was asked to stop)."""
         config, mesh, start = self.config, self.mesh, time.perf_counter()
         note("data", self.step + 1)
-        rows, batches, num_tokens = self.prefetch.take(self.step)
+        drawn, batches, num_tokens = self.prefetch.take(self.step)
+        rows = drawn.rows_B
         failpoint("step.begin", self.step)
         self._num_micro_batches = len(batches)
         losses_B, stats = self.engine.forward_backward(batches, self._before)
@@ -269,11 +275,12 @@ class Trainer:
         zscore, skip = self._judge_loss(totals["loss"] / totals["rows"], rows)
         if waits and not skip:
             self._update(lr, finite)
-        self.state.count(rows, skip)
+        self.state.count(rows, drawn.tokens_B, skip)
         failpoint("step.end", self.step)
         values = step_values(
             config, self.model_config, mesh, totals, step=self.step, lr=lr, num_rows=self.sampler.num_rows,
             num_micro_batches=len(batches), seconds=time.perf_counter() - start, peak_flops=self.peak_flops,
+            drawn=self.state.drawn,
         )  # fmt: skip
         values["checkpoint_stall_s"] = self.saver.take_stall()  # by the save before this step
         return {**values, "loss_zscore": zscore, "skipped": skip}, totals["stop"] > 0
@@ -281,11 +288,11 @@ class Trainer:
     def _load(self, step: int) -> Batch:
         """On the thread of the prefetch, which alone asks the sampler from the first step on."""
         config, mesh = self.config, self.mesh
-        batches, num_tokens = load_batch(
-            self.store, self.sampler, step, mesh.dp_rank, mesh.dp_size, config.data, mesh.tp.size,
-            config.seed, few_shapes=shapes_cost_memory(mesh.device, self.engine.dtype),
-        )  # fmt: skip
-        return self.sampler.rows(step), batches, num_tokens
+        drawn = draw_batch(
+            self.store, self.sampler, step, mesh.dp_size, config.data, mesh.tp.size, config.seed
+        )
+        few_shapes = shapes_cost_memory(mesh.device, self.engine.dtype)
+        return drawn, *pack_batch(self.store, drawn, mesh.dp_rank, config.data, mesh.tp.size, few_shapes)
 
     def _update(self, lr: float, finite: torch.Tensor) -> None:
         note("optimizer")
@@ -320,12 +327,20 @@ class Trainer:
             f"{self.config.global_batch_size} queries a step, "
             f"steps {self.step + 1} to {self.config.num_steps}"
         )
+        if len(self.sampler.parts) > 1:
+            self.log(mix.planned(self.sampler.parts))
+        if self.step:
+            self._say_drawn()
         self.log(f"attention: {self._attention}")
         if self.config.optim.warmup_steps is None:
             self.log(
                 f"optim.warmup_steps is not set: the rate rises for {self.state.optim.warmup_steps} of "
                 f"{self.config.num_steps} steps"
             )
+
+    def _say_drawn(self) -> None:
+        if len(self.state.drawn) > 1:
+            self.log(mix.drawn(self.state.drawn, self.step))
 
     def _saver(self) -> Saver:
         config, mesh, lock = self.config.checkpoint, self.mesh, self._held.lock

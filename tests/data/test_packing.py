@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from nemo_embed_core.config import DataConfig
-from nemo_embed_core.data.packing import (
-    MicroBatch,
-    PackedBatch,
-    build_micro_batch,
-    load_batch,
-    pack_texts,
-    plan,
-    split_over_ranks,
-)
+from nemo_embed_core.data.bins import plan, split_over_ranks
+from nemo_embed_core.data.packing import MicroBatch, PackedBatch, build_micro_batch, load_batch, pack_texts
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.shapes import Most, most_of
 from nemo_embed_core.errors import UserError
