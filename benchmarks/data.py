@@ -7,8 +7,9 @@ compile   launch/prepare.py's own path (read, check, hash, tokenise, judge, veri
           tokenizer.json, one process and one thread each: rows of a query and a document, rows with four
           negatives that other rows have too, documents of 100,000 characters. First the gate: both make the
           same ids.
-packing   share of --max_tokens that micro-batches fill, a row's texts together, by rows of a rank and step;
-          and the share of real tokens where the same rows are padded, queries and documents apart
+packing   share of --max_tokens that micro-batches fill with tokens that are computed, a row's texts together,
+          by rows of a rank and step; the most that it could be, as the tokens of a step make whole
+          micro-batches; processor time to draw and plan a row; and the share of real tokens where the same rows are padded, queries and documents apart
 loading   load_batch of one rank of 64 beside the step that it feeds, of 15,000 tokens/s a rank
 
 Without --data (a BEIR folder, split train) and where the default is not there texts are generated; without a
@@ -38,7 +39,7 @@ from benchmarks.ceilings import ResultsFile
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.inspect import drawn_lengths, padded_slots
-from nemo_embed_core.data.packing import load_batch
+from nemo_embed_core.data.packing import draw_batch, load_batch
 from nemo_embed_core.data.readers import read_rows
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.store import Store
@@ -196,14 +197,20 @@ def measure_compile(
 
 def packings(store: Store, config: DataConfig) -> Iterator[dict[str, Any]]:
     """Of the rows of an epoch that make whole steps."""
-    for size in (128, 1_024, 8_192, 65_536):
+    for size in (128, 1_024, 4_096, 8_192, 65_536):
         if size > len(store):
             continue
-        sampler, slots, tokens = Sampler(len(store), size, 0), 0, 0
-        for step in range(len(store) // size):
-            micro_batches, count = load_batch(store, sampler, step, 0, 1, config)
-            slots, tokens = slots + len(micro_batches) * config.max_tokens, tokens + count
-        yield {"variant": f"packed, {size:,} rows a rank and step", "tokens": tokens, "slots": slots}
+        sampler, slots, tokens, ceiling, steps = Sampler(len(store), size, 0), 0, 0, 0, len(store) // size
+        begun = time.process_time()
+        for step in range(steps):
+            drawn = draw_batch(store, sampler, step, 1, config, 1, 0)
+            counts = [int(drawn.lengths(store, bin_).sum()) for bin_ in drawn.bins[0]]
+            slots, tokens = slots + len(counts) * config.max_tokens, tokens + sum(counts)
+            ceiling += -(-sum(counts) // config.max_tokens) * config.max_tokens
+        yield {
+            "variant": f"packed, {size:,} rows a rank and step", "tokens": tokens, "slots": slots,
+            "ceiling": tokens / ceiling, "us_a_row": (time.process_time() - begun) * 1e6 / (steps * size),
+        }  # fmt: skip
     queries_B, documents_BM = drawn_lengths(store, config, Sampler(len(store), len(store), 0))
     tokens = int(queries_B.sum() + documents_BM.sum())
     order = np.argsort(documents_BM.max(axis=1), kind="stable")
@@ -220,7 +227,12 @@ def measure_packing(store: Store, config: DataConfig, results: ResultsFile) -> N
         results.append(
             what="packing", max_tokens=config.max_tokens, rows=len(store), useful=useful, **figures
         )
-        print(f"packing {figures['variant']:45} {useful:.4f} of {figures['slots']:,} tokens", flush=True)
+        line = f"packing {figures['variant']:45} {useful:.4f} of {figures['slots']:,} tokens"
+        if "ceiling" in figures:
+            line += (
+                f"; whole micro-batches could {figures['ceiling']:.4f}; {figures['us_a_row']:.1f} us a row"
+            )
+        print(line, flush=True)
 
 
 def measure_loading(store: Store, config: DataConfig, rounds: int, results: ResultsFile) -> None:

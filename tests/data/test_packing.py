@@ -97,6 +97,8 @@ def test_plan_keeps_groups_whole_within_capacity_and_counts_equal(seed):
         loads = [int(rank_tokens[bin_].sum()) for bin_ in bins]
         assert min(len(bin_) for bin_ in bins) > 0 and max(loads) <= max_tokens
         assert loads == sorted(loads, reverse=True), "fullest first"
+    least = max(-(-int(r.sum()) // max_tokens) for r in tokens)
+    assert len(plans[0]) >= least
     # At most one bin of a rank that was not split is half empty, else two of them would be one.
     assert len(plans[0]) <= max(2 * int(r.sum()) / max_tokens for r in tokens) + 1
 
@@ -130,6 +132,23 @@ def test_density_on_realistic_lengths(passages, max_tokens, density):
     plans = plan([tokens[part] for part in parts], max_tokens)
     fewest = -(-int(max(tokens[part].sum() for part in parts)) // max_tokens)
     assert len(plans[0]) <= fewest + 1, "on every rank at most one micro-batch more than tokens / max_tokens"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_large_steps_have_as_few_micro_batches_as_their_tokens_need(seed):
+    """Best-fit decreasing makes 354, 349 and 354 of the first, one more than needed of the ranks. Where no
+    fewer can be filled (three of 60 into two of 100), as many stay."""
+    assert [len(bin_) for bin_ in plan([np.array([60, 60, 60])], 100)[0]] == [1, 1, 1]
+    tokens = group_tokens(4096, seed=seed)
+    (bins,) = plan([tokens], 8192)
+    assert len(bins) == (352, 348, 353)[seed]
+    assert tokens.sum() / (len(bins) * 8192) > 0.9965
+    ranks = [group_tokens(1024, seed=seed + rank) for rank in (2, 3, 4, 5)]
+    plans, fullest = plan(ranks, 8192), max(int(tokens.sum()) for tokens in ranks)
+    assert len(plans[0]) == -(-fullest // 8192) and {len(bins) for bins in plans} == {len(plans[0])}
+    for rank_tokens, bins in zip(ranks, plans, strict=True):
+        assert sorted(np.concatenate(bins).tolist()) == list(range(1024))
+        assert max(int(rank_tokens[bin_].sum()) for bin_ in bins) <= 8192
 
 
 def test_group_larger_than_a_micro_batch():
