@@ -9,7 +9,8 @@ compile   launch/prepare.py's own path (read, check, hash, tokenise, judge, veri
           same ids.
 packing   share of --max_tokens that micro-batches fill with tokens that are computed, a row's texts together,
           by rows of a rank and step; the most that it could be, as the tokens of a step make whole
-          micro-batches; processor time to draw and plan a row; and the share of real tokens where the same rows are padded, queries and documents apart
+          micro-batches; processor time to draw and plan a row; and the share of real tokens where the same
+          rows are padded, queries and documents apart
 loading   load_batch of one rank of 64 beside the step that it feeds, of 15,000 tokens/s a rank
 
 Without --data (a BEIR folder, split train) and where the default is not there texts are generated; without a

@@ -202,8 +202,11 @@ def data(rows: list[Row]) -> list[str]:
     title = f"Share of real tokens, {packed[0]['rows']:,} rows with their negatives, "
     title += f"packed into {packed[0]['max_tokens']:,} tokens (a document of several rows of a micro-batch "
     title += "is there once) and padded:"
-    cells = [[row["variant"], f"{row['tokens']:,}", f"{row['useful']:.4f}"] for row in packed]
-    lines += ["", title, "", *table(["variant", "tokens", "useful"], cells), ""]
+    cells = []
+    for row in packed:
+        most = f"{row['ceiling']:.4f}" if "ceiling" in row else ""  # of padded rows there is none
+        cells.append([row["variant"], f"{row['tokens']:,}", f"{row['useful']:.4f}", most])
+    lines += ["", title, "", *table(["variant", "tokens", "useful", "in whole micro-batches"], cells), ""]
     for row in (row for row in rows if row["what"] == "loading"):
         lines.append(
             f"`load_batch` of one rank of {row['ranks']}, {row['rows_a_rank']} rows each: "

@@ -26,6 +26,7 @@ def test_a_whole_run_has_a_line_of_each_figure(tmp_path: Path, monkeypatch: pyte
     assert len(useful) == 5 and useful["packed, 128 rows a rank and step"] > 0.9 > useful["padded, 4 rows"]
     assert useful["padded, 4 rows"] > useful["padded, 16 rows"]
     assert useful["padded, 16 rows, sorted by the longest text"] > useful["padded, 16 rows"]
+    assert all(row["useful"] <= row.get("ceiling", 1) for row in lines if row["what"] == "packing")
     (loaded, more) = (row for row in lines if row["what"] == "loading")
     assert (loaded["ranks"], loaded["rows_a_rank"], loaded["goal_per_s"]) == (3, 32, 45_000)
     assert loaded["tokens_per_s"] == pytest.approx(45_000 / loaded["share_of_step"])
