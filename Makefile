@@ -3,6 +3,7 @@
 # make slow     the tests that make test leaves out: more of the same, or tests of what seldom changes
 # make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
 # make mutants  bugs planted one at a time: does a test notice? A table; some 20 minutes (MUTANTS="clip bf16": these only)
+# make fuzz     a thousand broken rows of every data format: read clean, or refused by path, line and reason; minutes
 # make coverage how much of the package the tests run, forks and spawned processes counted; twice the time of make test
 # make same     nine commands under BASE=commit and under this tree: is every file that they write the same?
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
@@ -21,7 +22,7 @@ BENCHMARKS ?= step kernels ceilings mining optimizer
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test slow lint coverage same faults mutants gpu bench compat docs constraints clean
+.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat docs constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -65,6 +66,11 @@ faults: $(INSTALLED)
 # Two at a time, whatever JOBS says: what they ask starts ranks of its own.
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py --jobs 2 $(MUTANTS)
+
+FUZZ ?= --rows 1000
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 # Most of the GPU tests' time is compilation: in parallel where pytest-xdist is installed.
 in_parallel = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')

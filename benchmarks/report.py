@@ -217,6 +217,34 @@ def data(rows: list[Row]) -> list[str]:
     return lines
 
 
+def two_million(rows: list[Row]) -> list[str]:
+    """Memory while a large store is built, and its bytes after kills."""
+    calm, killed = rows[0], rows[1]
+    count, mib = calm["rows"], 1 << 20
+    points = [(n, size) for what, n, size in calm["points"] if what == "tokenised"]
+    wanted = [
+        min(points, key=lambda point, at=at: abs(point[0] - at * count)) for at in (0.1, 0.3, 0.5, 0.7, 1)
+    ]
+    head = [f"{n:,} documents" for n, _ in wanted]
+    (first, before), (last, after) = wanted[0], wanted[-1]
+    lines = [
+        f"{count:,} rows of distinct texts, compiled in {calm['seconds']:,.0f} s on {calm['sms']} cores that "
+        f"others share (load {calm['load']:.1f} before it). Resident memory, MiB:",
+        "",
+        *table(head, [[f"{size / mib:,.0f}" for _, size in wanted]]),
+        "",
+        f"It grows by {(after - before) / (last - first):.0f} bytes a document; the keys that are held are "
+        f"{calm['held_bytes_a_document']:.0f} at the end, reckoned. Judging takes it to "
+        f"{calm['peak_mib']:,.0f} MiB. Then, in another folder:",
+        "",
+        *(f"- {line}" for line in killed["kills"]),
+        "",
+        f"{killed['files']} files, {killed['bytes']:,} bytes; different from those of the undisturbed run: "
+        f"{', '.join(killed['different']) or 'none'}.",
+    ]
+    return lines
+
+
 SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "ceilings": ceilings,
     "kernels": kernels,
@@ -224,6 +252,7 @@ SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "mining": mining,
     "optimizer": optimizer,
     "data": data,
+    "two_million": two_million,
 }
 
 

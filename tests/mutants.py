@@ -78,7 +78,7 @@ PACKING, BINS, SAMPLER, MIX, POPULATION = (
 NEAR, OVERLAP, PAGE = (f"nemo_embed_core/data/{name}.py" for name in ("near", "overlap", "inspect_page"))
 INSPECT = "tests/data/test_inspect.py"
 SHAPES = "nemo_embed_core/data/shapes.py"
-CONTAINERS, COMPILE = "nemo_embed_core/data/containers.py", "nemo_embed_core/data/compile.py"
+COLUMNAR, COMPILE = "nemo_embed_core/data/columnar.py", "nemo_embed_core/data/compile.py"
 SELECTION, POOL = (f"nemo_embed_core/mine/{name}.py" for name in ("selection", "pool"))
 TOPK, CANDIDATES, STREAMING, BOUNDS = (
     f"nemo_embed_core/mine/search/{name}.py" for name in ("topk", "candidates", "streaming", "bounds")
@@ -243,8 +243,8 @@ MUTANTS = [
     Mutant("density without the room that is left", "nemo_embed_core/data/inspect.py", "tokens / (micro_batches * config.max_tokens)", "tokens / (steps * config.max_tokens)", INSPECT),
     Mutant("cells of the page as they are", PAGE, "{_escaped(str(c))}", "{c}", INSPECT),
     # ---- reading
-    Mutant("row groups are read ahead", CONTAINERS, "pre_buffer=False, buffer_size=1 << 16", "buffer_size=1 << 16", "tests/data/test_dataset.py"),
-    Mutant("a columnar file is read by thousands of rows", CONTAINERS, "BATCH = 64", "BATCH = 4096", "tests/data/test_dataset.py"),
+    Mutant("row groups are read ahead", COLUMNAR, "pre_buffer=False, buffer_size=1 << 16", "buffer_size=1 << 16", "tests/data/test_dataset.py"),
+    Mutant("a columnar file is read by thousands of rows", COLUMNAR, "BATCH = 64", "BATCH = 4096", "tests/data/test_dataset.py"),
     Mutant("every graded pair is relevant", "nemo_embed_core/data/formats/dataset.py", "positive(_rows(config, metadata, documents, findings), config.min_grade, findings)", "_rows(config, metadata, documents, findings)", "tests/data/test_dataset.py"),
     Mutant("a dataset of which no row is left", "nemo_embed_core/data/readers.py", "if drop and findings.num_rows == before", "if False and findings.num_rows == before", "tests/data/test_prepare.py"),
     Mutant("a damaged file ends quietly where rows are left out", "nemo_embed_core/data/lines.py", "if row and isinstance(self.dropped, Texts)", "if isinstance(self.dropped, Texts)", "tests/data/test_prepare.py"),

@@ -392,7 +392,7 @@ AROUND = (
     ("tests/conftest.py", "tests/*/conftest.py", "tests/mutants.py", "tests/same_behaviour.py"),
     ("tests/crash.py",),  # runs that are killed, on
     ("tests/forked.py",),  # a server of forks, warmed by
-    ("tests/tiny.py", "tests/toy_*.py"),  # toys
+    ("tests/tiny.py", "tests/toy_*.py", "tests/fuzz.py"),  # toys
     ("tests/kernels/checks.py", "tests/kernels/compile_sm90.py"),
     ("docs/*.py", "benchmarks/*.py"),
     ("benchmarks/step_runs.py",),  # pieces of step.py, on
@@ -404,7 +404,7 @@ AROUND = (
     ("launch/*.py", "setup.py", ".ci/*.py"),
     ("nemo_embed_core/*.py", "kernels/*.py"),  # among themselves: import-linter's
     # Truths to compare with, and what runs elsewhere: they import nothing of ours.
-    ("tests/oracle.py", "tests/mine/reference.py", "tests/export/flash_stand_in.py"),
+    ("tests/oracle.py", "tests/golden.py", "tests/mine/reference.py", "tests/export/flash_stand_in.py"),
 )
 PACKAGE = len(AROUND) - 2
 

@@ -1,4 +1,5 @@
-"""Files as records: lists of JSON objects, CSV and TSV, Parquet and Arrow. JSON lines are in lines.py.
+"""Files as records: lists of JSON objects, CSV and TSV; columnar.py has Parquet and Arrow, lines.py JSON
+lines.
 
     for line, fields in READERS["csv"](path, findings, wanted='{"query": ...}'): ...
 
@@ -11,14 +12,12 @@ import codecs
 import csv
 import json
 import re
-import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo_embed_core.data.columnar import Fields, arrow, header_problem, parquet
 from nemo_embed_core.data.lines import (
     MAX_LINE,
     Findings,
@@ -26,21 +25,15 @@ from nemo_embed_core.data.lines import (
     check_file,
     decode,
     json_lines,
-    need_pyarrow,
     open_bytes,
     raw_lines,
     short,
     type_name,
     unreadable,
 )
-from nemo_embed_core.errors import DataError
-from nemo_embed_core.files.strict_json import parse, raw_decode
-
-BATCH = 64  # rows of a columnar file that are in memory at once
+from nemo_embed_core.files.strict_json import raw_decode
 
 # ------------------------------------------------------------------------------------------ JSON
-
-Fields = Iterator[tuple[int, dict[str, Any]]]
 
 
 def _json(path: Path, findings: Findings, wanted: str) -> Fields:
@@ -208,7 +201,7 @@ def _separated(delimiter: str, columns: list[str] | None = None) -> Callable[[Pa
                 break
             if names is None:
                 names = row
-                if problem := _header_problem(names) or _separator_problem(names, delimiter):
+                if problem := header_problem(names) or _separator_problem(names, delimiter):
                     findings.bad(path, 1, problem)
                     return
                 continue
@@ -248,140 +241,12 @@ def _separator_problem(names: list[str], delimiter: str) -> str:
     return f"columns are separated by {found[0]!r} here and not by {delimiter!r}: {fix}"
 
 
-def _header_problem(names: list[str]) -> str:
-    if not all(name.strip() for name in names):
-        return f"line 1 names the columns, and not all have a name: {short(names)}"
-    if spaced := [name for name in names if name != name.strip()]:
-        return f"column {short(spaced[0])} has spaces around its name: remove them"
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    return f"column {short(twice[0])} stands twice: rename one" if twice else ""
-
-
-# ------------------------------------------------------------------------------------------ columns
-
-
-class NotWhole(ValueError):
-    """A Parquet file that is cut short or damaged."""
-
-
-@contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
-    """pyarrow.parquet.ParquetFile(path); NotWhole where it cannot be opened, or read in the block.
-
-    Of iter_batches(BATCH) a few pages of each column are in memory, whatever the size of a row group.
-    """
-    pyarrow = need_pyarrow(path)
-    try:
-        # pre_buffer would hold all row groups at once, and without a buffer a whole column chunk.
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
-            yield file
-    except (pyarrow.ArrowException, OSError) as error:
-        raise NotWhole(f"not a whole Parquet file: {one_line(error)}; copy it again") from None
-
-
-def num_parquet_rows(path: Path) -> int:
-    try:
-        with open_parquet(path) as file:
-            return int(file.metadata.num_rows)
-    except NotWhole as error:
-        raise DataError(path, 1, str(error)) from None
-
-
-def parquet_rows(path: Path, findings: Findings, problem: Callable[[Any], str]) -> Fields:
-    """(row from 1, fields); problem(schema): what is wrong with the columns, or ""."""
-    try:
-        with open_parquet(path) as file:
-            yield from _batches(
-                path, findings, file.schema_arrow, problem, file.metadata.num_rows, file.iter_batches(BATCH)
-            )
-    except NotWhole as error:
-        findings.bad(path, 1, str(error))
-
-
-def _parquet(path: Path, findings: Findings, wanted: str) -> Fields:
-    yield from parquet_rows(path, findings, _column_problem)
-
-
-def _arrow(path: Path, findings: Findings, wanted: str) -> Fields:
-    pyarrow = need_pyarrow(path)
-    try:
-        with pyarrow.memory_map(str(path)) as mapped:
-            is_file = mapped.read(6) == b"ARROW1"
-            mapped.seek(0)
-            if is_file:
-                reader = pyarrow.ipc.open_file(mapped)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                reader = batches = pyarrow.ipc.open_stream(mapped)
-            yield from _batches(path, findings, reader.schema, _column_problem, 0, batches)
-    except (pyarrow.ArrowException, OSError) as error:
-        findings.bad(path, 1, f"not a whole Arrow file: {one_line(error)}; copy it again")
-
-
-def _column_problem(schema: Any) -> str:
-    return _header_problem(list(schema.names)).replace("line 1 names the columns, and", "columns:")
-
-
-def _batches(
-    path: Path, findings: Findings, schema: Any, problem: Callable[[Any], str], num_rows: int, batches: Any
-) -> Fields:
-    if wrong := problem(schema):
-        findings.bad(path, 1, wrong)
-        return
-    line, start, classes = 0, time.monotonic(), _class_names(schema)
-    for batch in batches:
-        for at in range(0, batch.num_rows, BATCH):
-            part, before = batch.slice(at, BATCH), line
-            for line, fields in _python_rows(part, path, before, findings):
-                for column, names in classes.items():
-                    if isinstance(number := fields[column], int) and 0 <= number < len(names):
-                        fields[column] = names[number]
-                yield line, fields
-            line = before + part.num_rows
-            if num_rows:
-                findings.progress(path, line, line / num_rows, start)
-
-
-def _python_rows(batch: Any, path: Path, before: int, findings: Findings) -> Fields:
-    """before: rows of the file before these. A row with a value that is none of Python's is `bad`."""
-    try:
-        yield from enumerate(batch.to_pylist(), before + 1)
-        return
-    except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
-        pass
-    for i in range(batch.num_rows):
-        fields = {}
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            try:
-                fields[name] = column[i].as_py()
-            except (ValueError, OverflowError) as error:
-                message = f"column {short(name)} cannot be read: {one_line(error)}; remove or repair it"
-                findings.bad(path, before + i + 1, message, row=True)
-                break
-        else:
-            yield before + i + 1, fields
-
-
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """{column: names} of the columns whose numbers the datasets library calls ClassLabel."""
-    try:
-        features = parse((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        found = {name: f["names"] for name, f in features.items() if f.get("_type") == "ClassLabel"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-    return {name: names for name, names in found.items() if isinstance(names, list) and name in schema.names}
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 READERS: dict[str, Callable[[Path, Findings, str], Fields]] = {
     "jsonl": json_lines,
     "json": _json,
     "csv": _separated(","),
     "tsv": _separated("\t"),
     "triples": _separated("\t", ["query", "positive", "negative"]),
-    "parquet": _parquet,
-    "arrow": _arrow,
+    "parquet": parquet,
+    "arrow": arrow,
 }

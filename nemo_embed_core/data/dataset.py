@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.data.containers import num_parquet_rows, parquet_rows
+from nemo_embed_core.data.columnar import num_parquet_rows, parquet_rows
 from nemo_embed_core.data.dataset_source import SOURCE_CONFIG, source_texts
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.lines import Findings, check_id, check_text, check_unicode, short, type_name

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.data.containers import BATCH, num_parquet_rows
+from nemo_embed_core.data.columnar import BATCH, num_parquet_rows
 from nemo_embed_core.data.dataset import COLUMNS, METADATA, Metadata, read_corpus, read_metadata, shards
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.row import Row

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from nemo_embed_core.data.containers import one_line
+from nemo_embed_core.data.columnar import one_line
 from nemo_embed_core.errors import UserError
 
 _NAME = r"[\w.-]+"

@@ -1,7 +1,5 @@
-"""Rows of every format as its own documentation writes them; near misses; containers; a thousand broken rows
-of each."""
+"""Rows of every format as its documentation writes them (golden.py); near misses; containers; which files."""
 
-import copy
 import csv
 import gzip
 import io
@@ -11,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from golden import GOLDEN
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data import rows as row_formats
@@ -27,145 +26,6 @@ from nemo_embed_core.data.readers import (
     source_files,
 )
 from nemo_embed_core.errors import DataError, UserError
-
-# name -> [(record, (query, pos, neg, further fields of the row))]
-GOLDEN = {
-    "ours": [
-        (
-            {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_scores": [1, 2.5]},
-            ("q", ["p"], ["n", "m"], {"neg_scores": [1.0, 2.5]}),
-        ),
-        (
-            {"query": "q", "pos": ["p"], "neg": [], "id": 3, "group": "g"},
-            ("q", ["p"], [], {"id": "3", "group": "g"}),
-        ),
-    ],
-    "flagembedding": [
-        (
-            {
-                "query": "q",
-                "pos": ["p"],
-                "neg": ["n"],
-                "pos_scores": [0.9],
-                "neg_scores": [0.1],
-                "prompt": "Find answers",
-                "type": "normal",
-            },
-            ("q", ["p"], ["n"], {"prompt": "Find answers", "pos_scores": [0.9], "neg_scores": [0.1]}),
-        ),
-        (
-            {"query": "q", "pos": ["p", "r"], "neg": ["n"], "prompt": ""},
-            ("q", ["p", "r"], ["n"], {"prompt": ""}),
-        ),
-        ({"query": "q", "pos": ["p"], "neg": ["n"], "type": "symmetric_sts"}, ("q", ["p"], ["n"], {})),
-    ],
-    "sentence-transformers": [
-        ({"anchor": "a", "positive": "p"}, ("a", ["p"], [], {})),
-        ({"anchor": "a", "positive": "p", "negative": "n"}, ("a", ["p"], ["n"], {})),
-        (
-            {"query": "a", "positive": "p", "negative_1": "n", "negative_2": "m", "scores": [0.9, 0.2, 0.1]},
-            ("a", ["p"], ["n", "m"], {"pos_scores": [0.9], "neg_scores": [0.2, 0.1]}),
-        ),
-        ({"question": "a", "answer": "p"}, ("a", ["p"], [], {})),
-    ],
-    "tevatron": [
-        (
-            {
-                "query_id": "1",
-                "query": "q",
-                "positive_passages": [{"docid": "7", "title": "T", "text": "p", "score": 0.9}],
-                "negative_passages": [
-                    {"docid": "8", "title": "", "text": "n"},
-                    {"docid": "9", "text": "m", "score": 0.5},
-                ],
-            },
-            (
-                "q",
-                ["T p"],
-                ["n", "m"],
-                {"id": "1", "pos_ids": ["7"], "neg_ids": ["8", "9"], "pos_scores": [0.9]},
-            ),
-        ),
-        (
-            {
-                "query_id": 2,
-                "query": "q",
-                "answers": ["x"],
-                "positive_passages": [{"docid": "7", "title": None, "text": "p"}],
-                "negative_passages": [],
-            },
-            ("q", ["p"], [], {"id": "2", "pos_ids": ["7"]}),
-        ),
-    ],
-    "automodel": [
-        ({"query": "q", "pos_doc": "p", "neg_doc": ["n", "m"]}, ("q", ["p"], ["n", "m"], {})),
-        ({"question": "q", "pos_doc": [{"text": "p"}], "neg_doc": {"text": "n"}}, ("q", ["p"], ["n"], {})),
-        (
-            {"question_id": "5", "question": "q", "pos_doc": [{"id": "a", "text": "p"}], "neg_doc": []},
-            ("q", ["p"], [], {"id": "5", "pos_ids": ["a"]}),
-        ),
-    ],
-    "contrastors": [
-        (
-            {
-                "query": "q",
-                "document": "p",
-                "negatives": ["n", "m"],
-                "metadata": {
-                    "objective": {"self": [], "paired": [], "triplet": [["query", "document", "negatives"]]}
-                },
-            },
-            ("q", ["p"], ["n", "m"], {}),
-        ),
-        ({"query": "q", "document": "p"}, ("q", ["p"], [], {})),
-    ],
-    "f2llm": [
-        (
-            {"query": "q", "passage": "p", **{f"negative_{i}": f"n{i}" for i in range(1, 12)}},
-            ("q", ["p"], [f"n{i}" for i in range(1, 12)], {}),
-        ),
-        ({"query": "q", "passage": "p"}, ("q", ["p"], [], {})),
-    ],
-    "ms-swift": [
-        (
-            {
-                "messages": [{"role": "user", "content": "q"}],
-                "positive_messages": [[{"role": "user", "content": "p"}]],
-                "negative_messages": [
-                    [{"role": "user", "content": "n"}],
-                    [{"role": "assistant", "content": "m"}],
-                ],
-            },
-            ("q", ["p"], ["n", "m"], {}),
-        ),
-        ({"query": "q", "response": "p", "rejected_response": ["n", "m"]}, ("q", ["p"], ["n", "m"], {})),
-        ({"query": "q", "response": "p"}, ("q", ["p"], [], {})),
-    ],
-    "sts": [
-        ({"sentence1": "a", "sentence2": "b", "score": 2.5}, ("a", ["b"], [], {"grade": 2.5})),
-        ({"sentence_A": "a", "sentence_B": "b", "score": 4}, ("a", ["b"], [], {"grade": 4.0})),
-    ],
-    "labels": [
-        (
-            {"text": "my card is late", "label": "card_arrival"},
-            ("my card is late", ["card_arrival"], ["refund", "top up"], {"group": "card_arrival"}),
-        ),
-        (
-            {"text": "give it back", "label": "refund"},
-            ("give it back", ["refund"], ["card_arrival", "top up"], {"group": "refund"}),
-        ),
-        (
-            {"text": "more money", "label": 5, "label_text": "top up"},
-            ("more money", ["top up"], ["card_arrival", "refund"], {"group": "top up"}),
-        ),
-    ],
-    "bitext": [
-        ({"en": "dog", "de": "Hund"}, ("dog", ["Hund"], [], {"lang": "en"})),
-        ({"translation": {"de": "Hund", "en": "dog"}}, ("Hund", ["dog"], [], {"lang": "de"})),
-        ({"sentence1": "dog", "sentence2": "Hund"}, ("dog", ["Hund"], [], {})),
-        ({"deu_Latn": "Hund", "pt-BR": "cão"}, ("Hund", ["cão"], [], {"lang": "deu_Latn"})),
-    ],
-}
 
 
 def row_of(path: Path, line: int, query: str, pos: list[str], neg: list[str], more: dict) -> Row:
@@ -821,77 +681,7 @@ def test_a_store_of_shards_and_prompts_names_rows_and_resumes(tmp_path: Path, to
         open_store(config, tokenizer, log.append)
 
 
-# ------------------------------------------------------------------------------------------ fuzz
-
-ODD = [
-    None,
-    True,
-    7,
-    2.5,
-    "",
-    " ",
-    "\u3000",
-    "\ud83d",
-    [],
-    {},
-    ["x"],
-    {"text": "x"},
-    [None],
-    "x" * 3000,
-    float("nan"),
-    [[]],
-]
-
-
-def mutated(rng: random.Random, record: dict) -> dict:
-    """The record with one thing broken, at any depth."""
-    record = copy.deepcopy(record)
-    place = record
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = rng.choice(keys) if keys else None
-        inner = place[key] if key is not None else None
-        if isinstance(inner, dict | list) and inner and rng.random() < 0.6:
-            place = inner
-            continue
-        how = rng.choice(["value", "drop", "extra", "rename", "copy"])
-        if key is None or (how == "extra" and isinstance(place, dict)):
-            place = record
-            place[rng.choice(["extra", "id", "score", "label", "é"])] = rng.choice(ODD)
-        elif how == "drop":
-            del place[key]
-        elif how == "rename" and isinstance(place, dict):
-            place[f"{key}s"] = place.pop(key)
-        elif how == "copy":
-            place[key] = copy.deepcopy(rng.choice(list(record.values())))
-        else:
-            place[key] = rng.choice(ODD)
-        return record
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_a_thousand_broken_rows_are_clean_or_refused_by_line(tmp_path: Path, name: str) -> None:
-    rng, good = random.Random(name), [record for record, _ in GOLDEN[name]]
-    path, seen = tmp_path / "d.jsonl", {"read": 0, "refused": 0}
-    others = good if name == "labels" else []
-    records = [mutated(rng, rng.choice(good)) for _ in range(1000)]
-    for i, record in enumerate(records):
-        path.write_text("".join(json.dumps(r) + "\n" for r in [record, *others]))
-        findings = Findings()
-        config = DatasetConfig(path=str(path), format=name if i % 2 else "")
-        rows = list(read_rows(config, findings, graded=True))
-        assert len(rows) + findings.num_bad == 1 + len(others), (record, findings.named)
-        for row in rows:
-            assert row.pos and not set(row.pos) & set(row.neg)
-            for text in (row.query, *row.pos, *row.neg):
-                assert isinstance(text, str) and text.strip() and text.encode()
-            assert row.grade is None or abs(row.grade) < 1e300
-        for message in findings.named:
-            assert re.match(rf"{re.escape(str(path))}:\d+: \S.{{8,}}", message) and len(message) < 600, (
-                message
-            )
-        seen["refused" if findings.num_bad else "read"] += 1
-    assert min(seen.values()) > 40, seen
+# ------------------------------------------------------------------------------------------ which files
 
 
 def test_files_named_after_splits_are_told_by_the_word(tmp_path: Path) -> None:

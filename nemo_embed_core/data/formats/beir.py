@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.qrels import read_qrels
 from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.lines import (
@@ -47,14 +48,19 @@ class Beir(NamedTuple):
 
 def beir_of(corpus: Mapping[str, str], rows: Iterable[Row]) -> Beir:
     """Of rows whose documents are in `corpus`: the positives are what is relevant, as no negative of a row is
-    known to be irrelevant."""
+    known to be irrelevant. A corpus of which a line is bad is none."""
     queries, qrels, languages = TextsById({}, Texts()), dict[str, dict[str, int]](), dict[str, str]()
     for row in rows:
         queries.indices[row.id] = queries.texts.append(row.query)
         qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
         if row.lang:
             languages[row.id] = row.lang
-    return Beir(corpus, queries, qrels, languages)
+    return Beir(usable(corpus), queries, qrels, languages)
+
+
+def usable(corpus: Mapping[str, str]) -> Mapping[str, str]:
+    """Without its documents where a line of it is bad, as then none is found by its id."""
+    return {} if isinstance(corpus, Documents) and not corpus.is_closed else corpus
 
 
 def told_by(path: Path) -> str:

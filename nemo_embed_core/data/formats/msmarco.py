@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.documents import Documents
-from nemo_embed_core.data.formats.beir import Beir
+from nemo_embed_core.data.formats.beir import Beir, usable
 from nemo_embed_core.data.formats.dataset import joined
 from nemo_embed_core.data.formats.qrels import read_qrels
 from nemo_embed_core.data.formats.row import Row
@@ -95,4 +95,5 @@ def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
 def beir(config: DatasetConfig, findings: Findings) -> Beir:
     documents, queries, file = _read(config, findings)
     qrels, _ = read_qrels(file, findings)
-    return Beir(documents, {key: queries.get(key, "") for key in qrels}, qrels)
+    texts = usable(queries)
+    return Beir(usable(documents), {key: texts.get(key, "") for key in qrels}, qrels)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.documents import Documents
-from nemo_embed_core.data.formats.beir import Beir
+from nemo_embed_core.data.formats.beir import Beir, usable
 from nemo_embed_core.data.formats.dataset import joined
 from nemo_embed_core.data.formats.msmarco import published, read_texts
 from nemo_embed_core.data.formats.row import Row
@@ -69,4 +69,4 @@ def beir(config: DatasetConfig, findings: Findings) -> Beir:
     qrels: dict[str, dict[str, int]] = {}
     for row in _rows(documents, queries, file, findings):
         qrels.setdefault(row.id, {})[row.pos_ids[0]] = 1
-    return Beir(documents, {key: queries[key] for key in qrels}, qrels)
+    return Beir(usable(documents), {key: queries[key] for key in qrels}, qrels)
