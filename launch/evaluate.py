@@ -1,8 +1,10 @@
 """Retrieval quality of models side by side on one held-out BEIR folder, each with its own prompts, lengths
 and similarity.
 
-python launch/evaluate.py --models runs/stage1 exports/merged bm25 --data data/wiki --split test --output
-report.json
+    python launch/evaluate.py --models runs/stage1 exports/merged bm25 --data data/wiki --output wiki.json
+    python launch/evaluate.py --compare wiki.json reports --allow prompts --output compared.json
+
+--compare reads such reports, or folders of them, and says which differences hold: intervals, p and ranks.
 """
 
 from nemo_embed_core.command_line import load_config
@@ -13,6 +15,11 @@ from nemo_embed_core.errors import user_errors
 def main() -> None:
     with user_errors():
         config = load_config(EvaluateConfig)
+        if config.compare:
+            from nemo_embed_core.evaluation.compare_page import present
+
+            present(config)
+            return
         from nemo_embed_core.evaluation.run import run
 
         run(config)

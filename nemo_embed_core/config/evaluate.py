@@ -8,16 +8,22 @@ from typing import Literal
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
 
+# What must be the same of all models of a task that are compared, but where it is allowed to differ.
+SETTINGS = ("data", "split", "lengths", "prompts")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Retrieval quality on a held-out BEIR folder, through mteb's own evaluator, offline."""
+    """Retrieval quality on a held-out BEIR folder, through mteb's own evaluator, offline; or a comparison of
+    its reports."""
 
-    data: str
+    data: str = ""
     """BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed); or a dataset folder, whose
     instructions are then the prompts where no option says others."""
     models: list[str] = field(default_factory=list)
     """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25."""
+    name: str = ""
+    """Name of the task in comparisons; "": that of the data's folder."""
     split: str = "test"
     """Split of the folder: qrels/{split}.tsv."""
     source: str = ""
@@ -29,7 +35,8 @@ class EvaluateConfig(Options):
     """A judgement of a text that does not exist, an empty text: "error" refuses it, "allow" counts it and
     keeps what mteb keeps."""
     output: str = ""
-    """JSON report to write; "": only the printed table."""
+    """JSON report to write, with a file of the scores of each query beside it; of --compare the comparison,
+    with its tables as Markdown beside it; "": only printed tables."""
     prompt_name: str = ""
     """Prompt of a model with prompts for several tasks; "": its default."""
     task: str | None = None
@@ -47,7 +54,15 @@ class EvaluateConfig(Options):
     max_queries: int = 0
     """Queries of the split to sample; 0: all."""
     seed: int = 0
-    """Seed of that sample."""
+    """Seed of that sample, and of what --compare draws."""
+    compare: list[str] = field(default_factory=list)
+    """Reports, or folders of reports, to compare; nothing is evaluated: --compare a.json b.json."""
+    allow: list[str] = field(default_factory=list)
+    """Of --compare, what may differ between models of one task: any of data, split, lengths, prompts."""
+    draws: int = 10_000
+    """Of --compare, draws of a bootstrap, and random signs of a test."""
+    plot: str = ""
+    """Of --compare, PNG to write: intervals and, where queries have languages, a heat map (matplotlib)."""
     max_tokens: int = 16384
     """Packed tokens of one encoder batch."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
@@ -65,3 +80,13 @@ class EvaluateConfig(Options):
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.max_queries < 0:
             raise UserError(f"max_queries={self.max_queries} must not be negative; 0 takes all")
+        if self.compare and (self.data or self.models):
+            raise UserError("compare reads reports: evaluate models on data first, then compare without them")
+        if unknown := set(self.allow) - set(SETTINGS):
+            raise UserError(f"allow={sorted(unknown)[0]} must be one of {', '.join(SETTINGS)}")
+        if (self.allow or self.plot) and not self.compare:
+            raise UserError("allow and plot belong to --compare")
+        if self.draws < 1000:
+            raise UserError(
+                f"draws={self.draws} must be at least 1,000: fewer leave the intervals' ends to chance"
+            )

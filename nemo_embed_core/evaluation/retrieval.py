@@ -39,7 +39,8 @@ MAX_SCORES = 16 << 20  # fp32 query-document scores held at a time, 64 MB
 def evaluate_retrieval(
     encoder: TextEncoder, beir: Beir, usage: Usage | None = None, *, ignore_identical_ids: bool = False
 ) -> dict[str, Any]:
-    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"} over the queries, and "truncated", the share of each side.
+    """{"ndcg_at_10", "recall_at_10", "mrr_at_10"} over the queries, "per_query" of each, and "truncated", the
+    share of each side.
 
     usage: the default prompts, the lengths and the similarity of it. A share is None where the encoder cannot
     say it. ignore_identical_ids: a document with the query's own id is not counted as found, mteb's flag of
@@ -160,7 +161,7 @@ def rank_of_ids(ids: Sequence[str]) -> np.ndarray:
 
 def evaluate_bm25(
     beir: Beir, k1: float = 1.2, b: float = 0.75, *, ignore_identical_ids: bool = False
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The same figures for words instead of vectors; a document without a word of the query is not found."""
     _check(beir)
     bm25 = Bm25(beir.corpus.values(), k1, b, queries=beir.queries.values())
@@ -193,10 +194,12 @@ _UNSTATED = (
 
 def _figures(
     found: dict[str, dict[str, float]], beir: Beir, digest: str, kind: str, ignore_identical_ids: bool
-) -> dict[str, float]:
-    """What mteb's retrieval task says about a search that found this."""
+) -> dict[str, Any]:
+    """What mteb's retrieval task says about a search that found this, and about each query of it."""
+    per_query: list[dict[str, Any]] = []
     with mteb_imported():
         from datasets import Dataset
+        from mteb._evaluators.retrieval_metrics import mrr
         from mteb.abstasks import AbsTaskRetrieval
         from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
         from mteb.abstasks.task_metadata import TaskMetadata
@@ -235,17 +238,25 @@ def _figures(
                 self.dataset = {"default": {"test": data}}
                 self.data_loaded = True
 
-            def task_specific_scores(self, scores: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
+            def task_specific_scores(
+                self, scores: dict[str, Any], qrels: Any, results: Any, *_: Any, **__: Any
+            ) -> dict[str, float]:
                 # A query that is not scored would leave the means instead of counting as a failure.
                 assert scores.keys() == beir.queries.keys(), (
                     f"{len(scores)} of {len(beir.queries)} queries scored"
                 )
+                reciprocal = dict(zip(results, mrr(qrels, results, self.k_values)["MRR@10"], strict=True))
+                for query in beir.queries:
+                    figures = (scores[query]["ndcg_cut_10"], scores[query]["recall_10"], reciprocal[query])
+                    best = sorted(results[query], key=lambda i: (results[query][i], i), reverse=True)[:10]
+                    row = {"id": query, **dict(zip(METRICS, figures, strict=True)), "found": best}
+                    per_query.append({**row, "scores": [results[query][i] for i in best]})
                 return {}
 
         task = LocalRetrieval()
         task.ignore_identical_ids = ignore_identical_ids
         figures = task.evaluate(Search(), "test", encode_kwargs={})["default"]
-        return {metric: float(figures[metric]) for metric in METRICS}
+        return {**{metric: float(figures[metric]) for metric in METRICS}, "per_query": per_query}
 
 
 def _model_meta(digest: str, kind: str) -> Any:

@@ -6,6 +6,7 @@ report["bm25"]["ndcg_at_10"]
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -22,6 +23,7 @@ from nemo_embed_core.data.readers import Beir, Findings, read_beir, with_tasks
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.models import Subject
+from nemo_embed_core.evaluation.results import write_rows
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
 from nemo_embed_core.files.durable import probe_file, write_atomically
 from nemo_embed_core.parallel.mesh import pick_device, pick_precision
@@ -46,7 +48,7 @@ def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     width = max(len(model) for model in (*config.models, "model"))
     print(f"{'model':{width}}  {'  '.join(task.columns)}  seconds", flush=True)
     report: dict[str, dict[str, Any]] = {}
-    for name in config.models:
+    for number, name in enumerate(config.models):
         start = time.perf_counter()
         if name == "bm25":
             entry = task.bm25()
@@ -63,17 +65,23 @@ def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
         if usage is not None:
             entry |= described(subjects[name], usage)
             print(f"{'':{width}}  {line_of(entry)}", flush=True)
+        rows = entry.pop("per_query")
         report[name] = {**entry, "data": task.facts}
         if config.output:  # after every model: an hour of scores is not lost with the next one
+            report[name] |= write_rows(Path(config.output), number, rows)
             text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
             write_atomically(Path(config.output), text.encode())
     return report
 
 
+SHOWN = 300  # characters of a document beside the scores of a query
+
+
 class Retrieval:
     """A task: data by which models are scored, read and checked when it is made.
 
-    columns: of the table, title -> metric.  facts: of the data, for the report.
+    columns: of the table, title -> metric.  facts: of the data, for the report.  Figures of a model have
+    "per_query", a row for each query.
     """
 
     columns: Mapping[str, str] = {metric.replace("_at_", "@"): metric for metric in METRICS}
@@ -85,10 +93,24 @@ class Retrieval:
             pass  # seconds in the table are of encoding and search, not of imports
 
     def evaluate(self, encoder: TextEncoder, usage: Usage) -> dict[str, Any]:
-        return evaluate_retrieval(encoder, self.beir, usage, **self.options)
+        return self._read(evaluate_retrieval(encoder, self.beir, usage, **self.options))
 
     def bm25(self) -> dict[str, Any]:
-        return {**evaluate_bm25(self.beir, **self.options)}
+        return self._read(evaluate_bm25(self.beir, **self.options))
+
+    def _read(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """With texts in the rows: of the query, and of the first document found and the most relevant one how
+        they begin."""
+        corpus, qrels = self.beir.corpus, self.beir.qrels
+        for row in entry["per_query"]:
+            query = row["id"]
+            judged = {document: grade for document, grade in qrels[query].items() if grade > 0}
+            relevant = [document for document in judged if document in corpus]
+            best = sorted(relevant, key=lambda document: -judged[document])[:1]
+            texts = {document: corpus[document][:SHOWN] for document in (*row["found"][:1], *best)}
+            about = {"language": self.beir.languages.get(query), "text": self.beir.queries[query]}
+            row |= {**about, "judged": judged, "texts": texts}
+        return entry
 
 
 def _with_tasks(config: EvaluateConfig) -> EvaluateConfig:
@@ -109,6 +131,8 @@ def _data(config: EvaluateConfig) -> DatasetConfig:
 
 def check_names(config: EvaluateConfig) -> None:
     """What can be wrong without opening a folder."""
+    if not config.data:
+        raise UserError("data is missing: give the folder to evaluate on, or --compare REPORT ...")
     if not config.models:
         raise UserError('no models to evaluate: give checkpoints, runs or folders, or "bm25"')
     if len(set(config.models)) < len(config.models):
@@ -153,6 +177,10 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
     elif config.ignore_identical_ids:
         print("ignore_identical_ids changes nothing: no query has the id of a document")
     facts = {
+        "name": config.name or Path(config.data).resolve().name,
+        "type": "Retrieval",  # as mteb calls it
+        "main_score": METRICS[0],
+        "digest": digest_of(beir),
         "path": config.data,
         "split": config.split,
         "queries": len(beir.queries),
@@ -165,6 +193,17 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
         "identical_ids": len(identical),
     }
     return beir, facts
+
+
+def digest_of(beir: Beir) -> str:
+    """sha256 of ids, texts and judgements in the order in which they are read."""
+    digest = hashlib.sha256()
+    judged = ((query, beir.qrels.get(query)) for query in beir.queries)
+    for part in (beir.corpus.items(), beir.queries.items(), judged):
+        for item in part:
+            digest.update(f"{json.dumps(item)}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def described(subject: Any, usage: Any) -> dict[str, Any]:

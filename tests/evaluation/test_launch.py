@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from toy_evaluation import copied, write_beir
 from nemo_embed_core.config import DataConfig, DatasetConfig, EvaluateConfig
 from nemo_embed_core.data.prepare import write_datasets
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.compare import compare
 from nemo_embed_core.evaluation.retrieval import METRICS, mteb_imported
 from nemo_embed_core.evaluation.run import evaluate
 
@@ -62,6 +64,36 @@ def test_our_model_a_foreign_folder_and_bm25_side_by_side(
         'query "query: " 64 tokens, 0.0% truncated; document "" 64 tokens, 0.0% truncated; cosine, fp32, '
         + own["digest"][:12]
     )
+
+
+# ------------------------------------------------------------------------------------------ of each query
+
+
+def test_an_evaluation_writes_the_scores_that_a_comparison_reads(launcher, ours, static, beir, tmp_path):
+    """Of each query what mteb says of it, by the formula of one relevant document; documents by their ids."""
+    report = launcher.run(
+        tmp_path / "wiki.json", models=[str(ours), str(static), "bm25"], data=str(beir), name="words"
+    )
+    for model, entry in report.items():
+        rows = [json.loads(line) for line in (tmp_path / entry["per_query"]).read_text().splitlines()]
+        assert [row["id"] for row in rows] == [f"q{i}" for i in range(12)], model
+        assert [row["language"] for row in rows] == ["de"] * 9 + ["en"] * 3
+        for i, row in enumerate(rows):
+            place = row["found"].index(f"d{i}") + 1 if f"d{i}" in row["found"] else None
+            assert row["ndcg_at_10"] == pytest.approx(1 / math.log2(place + 1) if place else 0)
+            assert row["mrr_at_10"] == pytest.approx(1 / place if place else 0) and row[
+                "recall_at_10"
+            ] == bool(place)
+            assert row["scores"] == sorted(row["scores"], reverse=True) and len(row["found"]) <= 10
+            text = f"w{i} w{(i + 7) % 20} w{(i + 11) % 20}"
+            assert row["judged"] == {f"d{i}": 1} and row["texts"][f"d{i}"] == text and row["text"] == f"w{i}"
+            assert row["found"][0] in row["texts"]
+        for metric in ("ndcg_at_10", "recall_at_10", "mrr_at_10"):
+            assert statistics.mean([row[metric] for row in rows]) == pytest.approx(entry[metric], abs=6e-6)
+    with pytest.raises(UserError, match=r"--allow prompts$|--allow lengths prompts$"):
+        compare([str(tmp_path / "wiki.json")], draws=1000)
+    found = compare([str(tmp_path / "wiki.json")], draws=1000, allow=["prompts", "lengths"])
+    assert list(found["tasks"]) == ["words"] and set(found["tasks"]["words"]["languages"]) == {"de", "en"}
 
 
 # ------------------------------------------------------------------------------------------ the model's own

@@ -61,7 +61,9 @@ def test_a_known_ranking_gives_the_figures_calculated_by_hand():
     queries = {"qa": "a", "qb": "b", "qc": "c"}
     ndcg = [1 / math.log2(4), (1 / math.log2(3)) / (1 + 1 / math.log2(3)), 0.0]
     scores = evaluate_retrieval(encoder, Beir(corpus, queries, qrels))
-    assert scores.keys() == {"ndcg_at_10", "recall_at_10", "mrr_at_10", "truncated"}
+    assert scores.keys() == {"ndcg_at_10", "recall_at_10", "mrr_at_10", "per_query", "truncated"}
+    assert [row["ndcg_at_10"] for row in scores["per_query"]] == pytest.approx(ndcg)
+    assert [row["found"][:2] for row in scores["per_query"]] == [["d1", "d2"], ["d7", "d8"], ["d0", "d1"]]
     assert scores["truncated"] == {"query": None, "document": None}  # this encoder cannot say
     # mteb rounds nDCG and recall to five digits
     assert scores["ndcg_at_10"] == pytest.approx(sum(ndcg) / 3, abs=1e-5)

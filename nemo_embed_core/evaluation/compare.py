@@ -1,0 +1,331 @@
+"""Results of several models on the same queries, compared so that a difference stands beside its error.
+
+report = compare(["a.json", "reports"], allow=["prompts"])       # what --compare writes as JSON
+
+    M models · T tasks · n queries of a task · B draws
+
+Two questions have two answers. Over queries: would it be the same with other queries of these tasks? Over
+tasks: would it be the same on other tasks like these? The second resamples whole tasks by their scores, which
+have the error of their queries in them; to draw queries inside drawn tasks again would count it twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.results import Result, check, load, rows_of
+from nemo_embed_core.evaluation.statistics import (
+    LEVEL,
+    bootstrap,
+    borda_points,
+    counts,
+    holm,
+    interval,
+    mean_of,
+    ranks,
+    sign_flip,
+)
+
+# Of fewer tasks no signs of differences make a p below 0.05; of fewer than the second, intervals over tasks
+# hold 0.92 in place of 0.95 (python -m benchmarks.intervals).
+MIN_TASKS, MIN_TASKS_OF_INTERVAL = 6, 10
+EXAMPLES = 5  # queries of a task with the largest gains, and with the largest losses
+Log = Callable[[str], None]
+
+
+def compare(paths: Sequence[str], say: Log = lambda _: None, **options: Any) -> dict[str, Any]:
+    """Means, Borda ranks, differences with intervals and p, and what differs most, of reports or folders.
+
+    options: allow, draws and seed of EvaluateConfig.
+    """
+    config = EvaluateConfig(compare=[str(path) for path in paths], **options)
+    return compared(config, say)
+
+
+def compared(config: EvaluateConfig, say: Log) -> dict[str, Any]:
+    results = load(config.compare, say)
+    notes = check(results, config.allow)
+    models = list(dict.fromkeys(result.model for result in results))
+    names = dict.fromkeys(result.task for result in results)
+    tasks = [Task.of(name, models, results, config) for name in names]
+    for task in tasks:
+        if len(lost := [f"{model} {n}" for model, n in task.unpaired.items() if n]):
+            notes.append(
+                f"{task.name}: only the {task.units} queries that all have; without: {', '.join(lost)}"
+            )
+    if len(tasks) < MIN_TASKS_OF_INTERVAL:
+        least = f"a p needs {MIN_TASKS}, an interval {MIN_TASKS_OF_INTERVAL}"
+        few = f"{len(tasks)} tasks say little of other tasks ({least})"
+        notes.append(f"{few}; rank intervals hold for these tasks more than for others")
+    drawing = (config.draws, config.seed)
+    pairs = [pair(tasks, a, b, *drawing) for a, b in itertools.combinations(range(len(models)), 2)]
+    _correct(pairs)
+    for entry in pairs:
+        entry |= {side: models[entry[side]] for side in ("a", "b")}
+    return {
+        "models": models,
+        "settings": {"draws": config.draws, "seed": config.seed, "level": LEVEL, "notes": notes},
+        "tasks": {task.name: task.described() for task in tasks},
+        "overall": overall(tasks, models, *drawing),
+        "pairs": pairs,
+        "leave_one_task_out": leave_one_out(tasks, models),
+        "differ_most": [
+            examples(task, models[0], other) for other in models[1:] for task in tasks
+            if models[0] in task.models and other in task.models
+        ],
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task as all models have it.
+
+    results: by model.  values_Mn: of the queries that all have, NaN of a model that did not run it.
+    unpaired: queries of each model that not all have, which --allow data may leave.
+    """
+
+    name: str
+    all_models: list[str]
+    results: dict[str, Result]
+    ids: list[str]
+    languages: list[str]
+    values_Mn: np.ndarray
+    unpaired: dict[str, int]
+    draws: int
+    seed: int
+
+    @classmethod
+    def of(cls, name: str, models: list[str], results: Sequence[Result], config: EvaluateConfig) -> Task:
+        own = {result.model: result for result in results if result.task == name}
+        first = next(iter(own.values()))
+        shared = set.intersection(*(set(result.ids) for result in own.values()))
+        ids = [i for i in first.ids if i in shared]
+        if len(ids) < 2:
+            raise UserError(f"{name}: {len(ids)} queries are in all results; intervals need at least two")
+        values_Mn = np.full((len(models), len(ids)), np.nan)
+        for model, result in own.items():
+            place = {i: at for at, i in enumerate(result.ids)}
+            values_Mn[models.index(model)] = result.values[[place[i] for i in ids]]
+        spoken = dict(zip(first.ids, first.languages, strict=True))
+        unpaired = {model: len(result.ids) - len(ids) for model, result in own.items()}
+        languages = [spoken[i] for i in ids]
+        return cls(name, models, own, ids, languages, values_Mn, unpaired, config.draws, config.seed)
+
+    @property
+    def models(self) -> list[str]:
+        return [model for model in self.all_models if model in self.results]
+
+    @property
+    def units(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def type(self) -> str:
+        return next(iter(self.results.values())).facts["type"]
+
+    @cached_property
+    def scores_M(self) -> np.ndarray:
+        """As reported, where all queries are compared."""
+        own = self.values_Mn.mean(1)
+        for model, result in self.results.items():
+            if not any(self.unpaired.values()):
+                own[self.all_models.index(model)] = result.score
+        return own
+
+    def key(self, *more: str) -> list[int]:
+        """A seed of its own, so that a task has the same draws whatever stands beside it."""
+        return [self.seed, *(zlib.crc32(text.encode()) for text in (self.name, *more))]
+
+    @cached_property
+    def draws_BM(self) -> np.ndarray:
+        return bootstrap(mean_of(self.values_Mn), self.units, self.draws, self.key())
+
+    def difference(self, a: int, b: int) -> dict[str, Any]:
+        """Of model b minus a: positive where b is better."""
+        low, high = interval(self.draws_BM[:, b] - self.draws_BM[:, a], self.units)
+        p = sign_flip(self.values_Mn[b] - self.values_Mn[a], self.draws, self.key("signs"))
+        return {**_bounded(self.scores_M[b] - self.scores_M[a], low, high), "p": p}
+
+    def described(self) -> dict[str, Any]:
+        result = next(iter(self.results.values()))
+        spoken = sorted(set(self.languages) - {""})
+        return {
+            "type": self.type,
+            "main_score": result.facts["main_score"],
+            "split": result.facts["split"],
+            "queries": self.units,
+            "scores": self._scores(self.values_Mn, self.draws_BM, self.scores_M),
+            "languages": {language: self._language(language) for language in spoken},
+        }
+
+    def _scores(self, values_Mn: np.ndarray, draws_BM: np.ndarray, scores_M: np.ndarray) -> dict[str, Any]:
+        low, high = interval(draws_BM, values_Mn.shape[1])
+        places = {model: self.all_models.index(model) for model in self.models}
+        return {model: _bounded(scores_M[i], low[i], high[i]) for model, i in places.items()}
+
+    def _language(self, language: str) -> dict[str, Any]:
+        """Scores of its queries alone, and differences from the first model; one query has no interval."""
+        values_Mn = self.values_Mn[:, [spoken == language for spoken in self.languages]]
+        units, scores_M = values_Mn.shape[1], values_Mn.mean(1)
+        if units == 1:
+            alone = {m: {"score": _number(scores_M[self.all_models.index(m)])} for m in self.models}
+            return {"queries": 1, "scores": alone, "differences": {}}
+        draws_BM = bootstrap(mean_of(values_Mn), units, self.draws, self.key(language))
+        first, *others = (self.all_models.index(model) for model in self.models)
+        differences = {}
+        for other in others:
+            low, high = interval(draws_BM[:, other] - draws_BM[:, first], units)
+            differences[self.all_models[other]] = _bounded(scores_M[other] - scores_M[first], low, high)
+        scores = self._scores(values_Mn, draws_BM, scores_M)
+        return {"queries": units, "scores": scores, "differences": differences}
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _bounded(score: Any, low: Any, high: Any) -> dict[str, Any]:
+    return {"score": _number(score), "low": _number(low), "high": _number(high)}
+
+
+# ------------------------------------------------------------------------------------------ over tasks
+
+
+def type_means(types: Sequence[str], scores_TM: np.ndarray) -> dict[str, np.ndarray]:
+    """{type: [M]}: means over its tasks; NaN for a model that did not run one, as on mteb's leaderboard."""
+    return {
+        kind: np.mean([row for row, own in zip(scores_TM, types, strict=True) if own == kind], axis=0)
+        for kind in dict.fromkeys(types)
+    }
+
+
+def overall(tasks: Sequence[Task], models: Sequence[str], draws: int, seed: int) -> dict[str, Any]:
+    """{model: mean over tasks and over task types, null where a task is missing; Borda points and rank}.
+
+    Intervals of means are over queries, those of ranks over tasks and the queries in them.
+    """
+    types = [task.type for task in tasks]
+    scores_TM = np.array([task.scores_M for task in tasks])
+    draws_BTM = np.stack([task.draws_BM for task in tasks], axis=1)
+    by_type = type_means(types, scores_TM)
+    type_draws = type_means(types, draws_BTM.transpose(1, 0, 2))
+    smallest = min(task.units for task in tasks)
+    means = {
+        "mean": (scores_TM.mean(0), draws_BTM.mean(1)),
+        "mean_of_types": (
+            np.mean(list(by_type.values()), axis=0),
+            np.mean(list(type_draws.values()), axis=0),
+        ),
+    }
+    points_M = borda_points(scores_TM).sum(0)
+    rank_M = ranks(points_M)
+    drawn_BT = np.concatenate(list(counts(len(tasks), draws, [seed])))
+    points_BM = np.einsum(
+        "bt,btm->bm", drawn_BT, np.stack([borda_points(task.draws_BM) for task in tasks], 1)
+    )
+    tail = (1 - LEVEL) / 2
+    lowest, highest = np.quantile(ranks(points_BM), [tail, 1 - tail], axis=0, method="inverted_cdf")
+    found = {}
+    for i, model in enumerate(models):
+        entry: dict[str, Any] = {}
+        for name, (score_M, score_draws) in means.items():
+            low, high = interval(score_draws[:, i], smallest)
+            entry[name] = _bounded(score_M[i], low, high)
+        entry["types"] = {kind: _number(mean_M[i]) for kind, mean_M in by_type.items()}
+        span = {"low": int(lowest[i]), "high": int(highest[i])}
+        entry["borda"] = {"points": float(points_M[i]), "rank": int(rank_M[i]), **span}
+        found[model] = entry
+    return found
+
+
+def pair(tasks: Sequence[Task], a: int, b: int, draws: int, seed: int) -> dict[str, Any]:
+    """Model b minus model a on the tasks that both have: each task, and the mean over them.
+
+    over_queries: these tasks, other queries.  over_tasks: other tasks, null where there are too few.
+    """
+    both = [task for task in tasks if not np.isnan(task.scores_M[[a, b]]).any()]
+    entry: dict[str, Any] = {"a": a, "b": b, "tasks": {task.name: task.difference(a, b) for task in both}}
+    if not both:
+        return {**entry, "difference": None, "over_queries": None, "over_tasks": None}
+    differences_T = np.array([task.scores_M[b] - task.scores_M[a] for task in both])
+    draws_B = np.mean([task.draws_BM[:, b] - task.draws_BM[:, a] for task in both], axis=0)
+    low, high = interval(draws_B, min(task.units for task in both))
+    # The mean over tasks is a sum over queries, each with its share.
+    shares = np.concatenate([(task.values_Mn[b] - task.values_Mn[a]) / task.units for task in both])
+    over_queries = {"low": float(low), "high": float(high), "p": sign_flip(shares, draws, [seed, 1])}
+    over_tasks = None
+    if len(both) >= MIN_TASKS:
+        over_tasks = {"low": None, "high": None, "p": sign_flip(differences_T, draws, [seed, 2])}
+    if over_tasks and len(both) >= MIN_TASKS_OF_INTERVAL:
+        means = bootstrap(mean_of(differences_T[None]), len(both), draws, [seed])[:, 0]
+        low, high = interval(means, len(both))
+        over_tasks |= {"low": float(low), "high": float(high)}
+    difference = float(differences_T.mean())
+    return {**entry, "difference": difference, "over_queries": over_queries, "over_tasks": over_tasks}
+
+
+def _correct(pairs: Sequence[dict[str, Any]]) -> None:
+    """p_holm beside p, in three families: all pairs on all tasks; means over queries; means over tasks."""
+    families = [
+        [found for entry in pairs for found in entry["tasks"].values()],
+        *([entry[over] for entry in pairs if entry[over]] for over in ("over_queries", "over_tasks")),
+    ]
+    for family in families:
+        for found, p in zip(family, holm([found["p"] for found in family]), strict=True):
+            found["p_holm"] = p
+
+
+def leave_one_out(tasks: Sequence[Task], models: Sequence[str]) -> dict[str, Any]:
+    """{task that is left out: mean and Borda rank of each model on the others, and who then changes rank}."""
+    scores_TM = np.array([task.scores_M for task in tasks])
+    points_TM = borda_points(scores_TM)
+    rank_M = ranks(points_TM.sum(0))
+    found = {}
+    for t, task in enumerate(tasks if len(tasks) > 1 else ()):
+        left = ranks(points_TM.sum(0) - points_TM[t])
+        means = np.delete(scores_TM, t, axis=0).mean(0)
+        found[task.name] = {
+            "ranks": {model: int(rank) for model, rank in zip(models, left, strict=True)},
+            "means": {model: _number(mean) for model, mean in zip(models, means, strict=True)},
+            "changed": [model for model, old, new in zip(models, rank_M, left, strict=True) if old != new],
+        }
+    return found
+
+
+# ------------------------------------------------------------------------------------------ to read
+
+
+def examples(task: Task, a: str, b: str) -> dict[str, Any]:
+    """The queries where b loses and gains most against a, with what both found and what is relevant."""
+    values = {model: task.values_Mn[task.all_models.index(model)] for model in (a, b)}
+    gained_n = values[b] - values[a]
+    losses = [i for i in np.argsort(gained_n, kind="stable")[:EXAMPLES] if gained_n[i] < 0]
+    gains = [i for i in np.argsort(-gained_n, kind="stable")[:EXAMPLES] if gained_n[i] > 0]
+    wanted = {task.ids[i] for i in (*losses, *gains)}
+    rows = {model: rows_of(task.results[model], wanted) for model in (a, b)}
+
+    def shown(i: int) -> dict[str, Any]:
+        first, second = (rows[model][task.ids[i]] for model in (a, b))
+        sides: Mapping[str, Any] = {
+            model: {"score": float(values[model][i]), "found": rows[model][task.ids[i]]["found"][:3]}
+            for model in (a, b)
+        }
+        kept = {name: first.get(name) for name in ("id", "language", "text", "judged")}
+        return {**kept, "models": sides, "texts": {**first["texts"], **second["texts"]}}
+
+    return {
+        **{"task": task.name, "a": a, "b": b},
+        "better": int((gained_n > 0).sum()),
+        "worse": int((gained_n < 0).sum()),
+        "losses": [shown(i) for i in losses],
+        "gains": [shown(i) for i in gains],
+    }
