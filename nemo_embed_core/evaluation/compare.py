@@ -22,18 +22,9 @@ import numpy as np
 
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.borda import borda_points, ranks
 from nemo_embed_core.evaluation.results import Result, check, load, rows_of
-from nemo_embed_core.evaluation.statistics import (
-    LEVEL,
-    bootstrap,
-    borda_points,
-    counts,
-    holm,
-    interval,
-    mean_of,
-    ranks,
-    sign_flip,
-)
+from nemo_embed_core.evaluation.statistics import LEVEL, bootstrap, counts, holm, interval, mean_of, sign_flip
 
 # Of fewer tasks no signs of differences make a p below 0.05; of fewer than the second, intervals over tasks
 # hold 0.92 in place of 0.95 (python -m benchmarks.intervals).

@@ -10,6 +10,7 @@ from typing import Any
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.compare import Log, compared
+from nemo_embed_core.evaluation.compare_plot import plot, pyplot_or_refuse
 from nemo_embed_core.files.durable import probe_file, write_atomically
 
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
@@ -25,7 +26,7 @@ def present(config: EvaluateConfig, say: Log = print) -> dict[str, Any]:
             f"output {config.output}: give the name of a JSON file; the tables stand in .md beside it"
         )
     if config.plot:
-        _pyplot()
+        pyplot_or_refuse()
     report = compared(config, say)
     for line in report["settings"]["notes"]:
         say(f"note: {line}")
@@ -43,7 +44,7 @@ def present(config: EvaluateConfig, say: Log = print) -> dict[str, Any]:
             f"{output} has all of it, {output.with_suffix('.md')} the tables and the queries that differ most"
         )
     if config.plot:
-        plot(report, Path(config.plot))
+        plot(report, Path(config.plot), labels(report["models"]))
         say(f"{config.plot} has the intervals")
     return report
 
@@ -68,7 +69,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         rows.append([title, "", "", "", *(bounded(own[model][key]) for model in label)])
     for kind in own[first]["types"] if len(own[first]["types"]) > 1 else ():
         rows.append(
-            [f"mean of {kind}", kind, "", "", *(_figure(own[model]["types"][kind]) for model in label)]
+            [f"mean of {kind}", kind, "", "", *(figure(own[model]["types"][kind]) for model in label)]
         )
     borda = [own[model]["borda"] for model in label]
     rows.append(["Borda points", "", "", "", *(f"{entry['points']:g}" for entry in borda)])
@@ -81,7 +82,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     left = report["leave_one_task_out"]
     rows = [
         [
-            *(name, *(f"{out['ranks'][model]} ({_figure(out['means'][model])})" for model in label)),
+            *(name, *(f"{out['ranks'][model]} ({figure(out['means'][model])})" for model in label)),
             ", ".join(label[model] for model in out["changed"]) or "none",
         ]
         for name, out in left.items()
@@ -122,7 +123,7 @@ def labels(models: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def _figure(value: float | None, sign: str = "") -> str:
+def figure(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.4f}"
 
 
@@ -132,7 +133,7 @@ def bounded(found: Mapping[str, Any] | None, sign: str = "") -> str:
         return "-"
     has_ends = found.get("low") is not None
     ends = f" [{found['low']:{sign}.4f}, {found['high']:{sign}.4f}]" if has_ends else ""
-    return _figure(found["score"], sign) + ends
+    return figure(found["score"], sign) + ends
 
 
 def _p(value: float) -> str:
@@ -185,68 +186,3 @@ def _cell(text: object) -> str:
     """On one line, with nothing that Markdown would obey."""
     text = " ".join(str(text).split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text)
-
-
-# ------------------------------------------------------------------------------------------ PNG
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UserError("plot needs matplotlib: pip install 'nemo_embed_core[demo]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def plot(report: Mapping[str, Any], file: Path) -> None:
-    """Differences from the first model with their intervals; scores by language as a heat map beside them."""
-    pyplot, label = _pyplot(), labels(report["models"])
-    pairs = [entry for entry in report["pairs"] if entry["a"] == report["models"][0] and entry["tasks"]]
-    spoken = [(f"{n} {lang}", s) for n, t in report["tasks"].items() for lang, s in t["languages"].items()]
-    bars = [(title, found, i) for i, entry in enumerate(pairs) for title, found in _bars(entry)]
-    height = 1.5 + 0.3 * max(len(bars), len(spoken))
-    figure, axes = pyplot.subplots(
-        1, 2 if spoken else 1, figsize=(14 if spoken else 7, height), squeeze=False
-    )
-    axis = axes[0, 0]
-    for place, (_, found, i) in enumerate(bars):
-        axis.plot([found["low"], found["high"]], [place, place], color=f"C{i}", linewidth=2)
-        name = label[pairs[i]["b"]] if place == next(p for p, bar in enumerate(bars) if bar[2] == i) else None
-        axis.plot(found["score"], place, "o", color=f"C{i}", label=name)
-    axis.axvline(0, color="gray", linewidth=0.8)
-    axis.set_yticks(range(len(bars)), [title for title, _, _ in bars])
-    axis.invert_yaxis()
-    axis.set_xlabel(f"minus {label[report['models'][0]]}, {report['settings']['level']:.0%} intervals")
-    axis.legend(fontsize="small")
-    if spoken:
-        values = [[(s["scores"].get(m) or {}).get("score") for m in report["models"]] for _, s in spoken]
-        heat = axes[0, 1]
-        heat.imshow(
-            [[float("nan") if v is None else v for v in row] for row in values], aspect="auto", vmin=0, vmax=1
-        )
-        heat.set_yticks(range(len(spoken)), [f"{title} ({s['queries']})" for title, s in spoken])
-        heat.set_xticks(range(len(label)), label.values(), rotation=30, ha="right")
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                heat.text(
-                    x,
-                    y,
-                    _figure(value),
-                    ha="center",
-                    va="center",
-                    color="white" if (value or 0) < 0.6 else "black",
-                )
-    figure.tight_layout()
-    with file.open("wb") as out:
-        figure.savefig(out, format="png", dpi=120)
-    pyplot.close(figure)
-
-
-def _bars(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield from entry["tasks"].items()
-    for title, key in (("mean, over queries", "over_queries"), ("mean, over tasks", "over_tasks")):
-        if entry[key] and entry[key]["low"] is not None:
-            yield title, {"score": entry["difference"], **entry[key]}

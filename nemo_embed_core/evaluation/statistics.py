@@ -1,4 +1,4 @@
-"""Paired statistics of scores: bootstrap intervals, sign-flip tests, Holm's correction, Borda ranks.
+"""Paired statistics of scores: bootstrap intervals, sign-flip tests, Holm's correction.
 
     M models · n units (queries of a task, or tasks) · B draws
 
@@ -126,22 +126,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(p_values) - place) * p_values[which]))
         adjusted[which] = least
     return adjusted
-
-
-# ------------------------------------------------------------------------------------------ Borda
-
-
-def borda_points(scores_M: np.ndarray) -> np.ndarray:
-    """[..., M] of one task: M minus the rank, 1 the best, ties the mean of theirs; NaN, not run: 0 points.
-
-    As mteb's leaderboard counts: those that did not run the task still count in M.
-    """
-    lower = scores_M[..., :, None] < scores_M[..., None, :]
-    equal = scores_M[..., :, None] == scores_M[..., None, :]
-    rank = 1 + lower.sum(-1) + (equal.sum(-1) - 1) / 2
-    return np.where(np.isnan(scores_M), 0.0, scores_M.shape[-1] - rank)
-
-
-def ranks(points_M: np.ndarray) -> np.ndarray:
-    """[..., M] int: 1 + how many have more points."""
-    return 1 + (points_M[..., :, None] < points_M[..., None, :]).sum(-1)

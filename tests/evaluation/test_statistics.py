@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.intervals import coverage, ndcg_differences
 from nemo_embed_core.evaluation import statistics
+from nemo_embed_core.evaluation.borda import borda_points, ranks
 from nemo_embed_core.evaluation.retrieval import mteb_imported
 
 
@@ -101,7 +102,7 @@ def test_borda_ranks_are_mtebs_with_ties_and_missing_tasks():
         scores_TM = generator.integers(0, 4, size=(6, 5)) / 4  # many ties
         scores_TM[generator.random((6, 5)) < 0.2] = np.nan
         scores_TM[0] = np.arange(5)  # a model without any task is not on the board
-        own = statistics.ranks(statistics.borda_points(scores_TM).sum(0)).tolist()
+        own = ranks(borda_points(scores_TM).sum(0)).tolist()
         wide = {f"t{i}": [None if np.isnan(x) else x for x in row] for i, row in enumerate(scores_TM)}
         theirs = polars.DataFrame(wide).select(_get_borda_rank(list(wide))).to_series().to_list()
         long = [
