@@ -27,7 +27,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     c.TrainConfig: {"output_dir": "runs/x", "steps": 3},
     c.PrepareConfig: {"tokenizer": "folder"},
     c.MineConfig: {"model": "m", "data": "d", "output": "o"},
-    c.EvaluateConfig: {"data": "d"},
+    c.EvaluateConfig: {},
     c.PlanConfig: {"train": "run.yaml"},
     c.DatasetConfig: {"path": "p"},
     c.MineDatasetConfig: {"path": "p"},

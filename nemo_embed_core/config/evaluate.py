@@ -80,8 +80,6 @@ class EvaluateConfig(Options):
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.max_queries < 0:
             raise UserError(f"max_queries={self.max_queries} must not be negative; 0 takes all")
-        if not (self.compare or self.data):
-            raise UserError("data is missing")
         if self.compare and (self.data or self.models):
             raise UserError("compare reads reports: evaluate models on data first, then compare without them")
         if unknown := set(self.allow) - set(SETTINGS):

@@ -131,6 +131,8 @@ def _data(config: EvaluateConfig) -> DatasetConfig:
 
 def check_names(config: EvaluateConfig) -> None:
     """What can be wrong without opening a folder."""
+    if not config.data:
+        raise UserError("data is missing: give the folder to evaluate on, or --compare REPORT ...")
     if not config.models:
         raise UserError('no models to evaluate: give checkpoints, runs or folders, or "bm25"')
     if len(set(config.models)) < len(config.models):

@@ -311,7 +311,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path, spoil, message):
     [
         ({"compare": ["a.json"], "data": "d"}, "compare reads reports"),
         ({"compare": ["a.json"], "allow": ["length"]}, "allow=length must be one of data, split, len"),
-        ({"models": ["a"]}, "data is missing"),
         ({"data": "d", "plot": "a.png"}, "allow and plot belong to --compare"),
         ({"compare": ["a.json"], "draws": 999}, "draws=999 must be at least 1,000"),
     ],

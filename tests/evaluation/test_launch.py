@@ -398,6 +398,7 @@ def test_a_broken_model_is_found_before_the_first_text_is_encoded(
     [
         ({"models": ["bm25", "bm25"]}, "names one twice"),
         ({"models": []}, "no models"),
+        ({"data": ""}, "data is missing: give the folder to evaluate on, or --compare"),
         ({"split": "validation"}, "validation"),
         ({"output": "."}, "output . is a folder"),
         ({"output": "/proc/nowhere/report.json"}, "output /proc/nowhere/report.json cannot be written"),
