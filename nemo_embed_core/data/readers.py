@@ -53,8 +53,22 @@ CORPUS_FORMATS: tuple[CorpusFormat, ...] = (
 )  # fmt: skip
 
 
+WITH_SOURCE: tuple[CorpusFormat, ...] = (dataset_folder, tevatron_ids)
+
+
 def corpus_format(config: DatasetConfig) -> CorpusFormat | None:
-    """Named, or told by its files; None: its texts are in the rows. UserError where two formats fit."""
+    """Named, or told by its files; None: its texts are in the rows. UserError where two formats fit, and for
+    an option that the format would pass over."""
+    one = _corpus_format(config)
+    takes = {"ignore": (None, automodel_ids, tevatron_ids), "columns": (None,), "source": WITH_SOURCE}
+    for option, formats in takes.items():
+        if getattr(config, option) and one not in formats:
+            what = f"a dataset of the format {one.NAME}" if one else "rows that have their texts"
+            raise UserError(f"{config.path}: {option} is set, which does nothing for {what}: remove it")
+    return one
+
+
+def _corpus_format(config: DatasetConfig) -> CorpusFormat | None:
     path = Path(config.path)
     if config.format:
         names = [*(one.NAME for one in CORPUS_FORMATS), *(one.NAME for one in FORMATS)]

@@ -356,3 +356,18 @@ def test_contrastors_shards_are_those_that_it_counts(tmp_path):
     (tmp_path / "counts.json").write_text(json.dumps({**counts, "shard-00002.jsonl.gz": 1}))
     with pytest.raises(UserError, match=r"1 files of counts.json are not there: shard-00002.jsonl.gz"):
         plain(config)
+
+
+@pytest.mark.parametrize("options", [{"ignore": ["title"]}, {"columns": ["text"]}, {"source": "x"}], ids=str)
+def test_an_option_that_a_format_would_pass_over_is_refused(tmp_path, options):
+    path = msmarco(tmp_path / "m").path
+    (name,) = options
+    with pytest.raises(
+        UserError, match=rf"/m: {name} is set, which does nothing for a dataset of the format msm"
+    ):
+        source_files(DatasetConfig(path=path, split="dev.small", **options))
+    rows = lines(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p"], "neg": []}])
+    with pytest.raises(
+        UserError, match=r"rows.jsonl: source is set, which does nothing for rows that have their"
+    ):
+        source_files(DatasetConfig(path=str(rows), source="x"))
