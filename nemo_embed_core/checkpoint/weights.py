@@ -20,6 +20,7 @@ from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Source, resolve, say_note
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.page_cache import is_cached
 from nemo_embed_core.files.safetensors import find_tensors
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.kernels.adamw import from_fp32_
@@ -180,7 +181,7 @@ class Rows:
         if path not in self._headers:
             try:
                 fd = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if self._behind and path not in self.sha256 and not _is_cached(fd):
+                if self._behind and path not in self.sha256 and not is_cached(fd):
                     self._passing.add(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 with safe_open(path, framework="pt"):  # checks the header and the size of the file
@@ -241,14 +242,6 @@ class Rows:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
-
-
-def _is_cached(fd: int) -> bool:
-    """Whether the end of the file, which its header's reader does not touch, is in the page cache."""
-    try:
-        return os.preadv(fd, [bytearray(1)], os.fstat(fd).st_size - 1, os.RWF_NOWAIT) == 1
-    except OSError:  # it would have to wait, or the file system cannot say
-        return False
 
 
 def fill(

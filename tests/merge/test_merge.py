@@ -24,10 +24,11 @@ from tiny import MODEL, to_hf, train_config, write_rows, write_tokenizer
 
 from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage
 from nemo_embed_core.checkpoint.source import Prompts, Usage, resolve
-from nemo_embed_core.checkpoint.weights import RandomReader, _is_cached, open_weights
+from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
 from nemo_embed_core.config import DatasetConfig, ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import new_folder
+from nemo_embed_core.files.page_cache import is_cached
 from nemo_embed_core.merge import average, merge, stream
 from nemo_embed_core.merge.recipes import greedy_soup, slerp_weights
 from nemo_embed_core.merge.report import report_lines
@@ -170,7 +171,7 @@ def test_a_merge_leaves_the_page_cache_as_it_was(tmp_path: Path) -> None:
 
     def cached(file: Path) -> bool:  # asking brings the end of the file into the cache: once each
         with file.open("rb") as handle:
-            return _is_cached(handle.fileno())
+            return is_cached(handle.fileno())
 
     for file in (unknown, *others):
         with file.open("rb") as handle:

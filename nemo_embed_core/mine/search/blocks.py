@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_embed_core.mine.search.stored import StoredRows
+
 
 def slices(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, size):
@@ -18,6 +20,9 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 def blocks_of(documents: Any, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows as they are stored, on the device): two bytes a number are read rather than four."""
+    if isinstance(documents, StoredRows):
+        yield from documents.blocks(size, device)
+        return
     blocks = slices(documents.shape[0], size)
     if isinstance(documents, Tensor):
         for rows in blocks:
@@ -49,7 +54,7 @@ def resident(documents: Any, device: torch.device | str, share: float = 0.4) -> 
     For several searches of the same documents: the bus carries them once. On a CPU a memory map will do.
     """
     device = torch.device(device)
-    if device.type != "cuda" or isinstance(documents, Tensor) or documents.shape[0] == 0:
+    if device.type != "cuda" or isinstance(documents, Tensor | StoredRows) or documents.shape[0] == 0:
         return documents
     one = _read_only(documents[:1])
     if documents.shape[0] * one.nbytes > share * torch.cuda.mem_get_info(device)[0]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.mine.search.blocks import blocks_of, fp32_rows
+from nemo_embed_core.mine.search.stored import StoredRows
 
 # Part of a block: documents in device memory whose scores are sorted before floors are known.
 FIRST_BLOCK = 16
@@ -17,11 +18,12 @@ GATHERED = 8 << 20  # numbers of gathered rows at a time: 32 MiB
 
 
 class Documents:
-    """Rows of an array, a memory map, a tensor or a corpus; row i is the document first_id + i."""
+    """Rows of an array, a memory map, a tensor, a corpus or files; row i is the document first_id + i."""
 
     def __init__(self, rows: Any, first_id: int, block_size: int, device: torch.device):
         self.rows, self.first_id, self.block_size, self.device = rows, first_id, block_size, device
         self.is_on_device = isinstance(rows, Tensor) and rows.device == device  # no bus, no disk
+        self.pass_once = isinstance(rows, StoredRows)  # a block that is gone costs another pass
 
     def __len__(self) -> int:
         return self.rows.shape[0]

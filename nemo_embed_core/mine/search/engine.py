@@ -4,6 +4,9 @@ Candidates                  every score of every tile; any method, any device
 FilteredCandidates          GPU, bf16 and int8: keys are compared inside the GEMM
 int8_cpu.search             CPU, int8: integer products rule documents out
 exhaustive                  every document that its bound allows is scored: masses of ties
+
+Documents that pass once (StoredRows) are scored while their block is there: PassingCandidates on a GPU, int8 and
+exhaustive on a CPU. On a CPU that certifies every answer.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from nemo_embed_core.mine.search.bounds import METHODS, Rounding, matmul, pair_b
 from nemo_embed_core.mine.search.candidates import Candidates
 from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude
-from nemo_embed_core.mine.search.gpu_filter import FilteredCandidates
+from nemo_embed_core.mine.search.gpu_filter import FilteredCandidates, PassingCandidates
 from nemo_embed_core.mine.search.streaming import streaming_topk_
 
 FILTERING = {"cuda"}  # devices that filter inside the GEMM
@@ -65,6 +68,8 @@ class Engine:
 
     def narrower(self) -> list[str]:
         """The methods after the first, for queries whose ceiling stands in the bulk of the scores."""
+        if self.documents.pass_once:
+            return []
         if self.method == "int8" and self.documents.device.type in FILTERING:
             return ["bf16", "fp32"]
         return [] if self.method == "fp32" else ["fp32"]
@@ -78,7 +83,12 @@ class Engine:
         filters = self.documents.device.type in FILTERING
         if method == "int8" and self.documents.device.type == "cpu" and not filters:
             return int8_cpu.search(*search[1:], *query)
-        if method == "fp32" or not filters or queries_QD.shape[1] % 16:
+        in_tiles = method == "fp32" or not filters or queries_QD.shape[1] % 16
+        if self.documents.pass_once and in_tiles:
+            return *self.exhaustive(*query), torch.ones(len(queries_QD), dtype=torch.bool)
+        if self.documents.pass_once:
+            return PassingCandidates(*search, *query).search()
+        if in_tiles:
             return Candidates(*search, *query).search()
         filtered = FilteredCandidates(*search, *query)
         found = filtered.search()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.kernels.filter_scores import filter_scores
-from nemo_embed_core.mine.search.bounds import split_bound
+from nemo_embed_core.kernels.pair_scores import pair_scores
+from nemo_embed_core.mine.search.bounds import Rows, check_norms, split_bound
 from nemo_embed_core.mine.search.candidates import Candidates
 from nemo_embed_core.mine.search.streaming import merge_lists_
 
@@ -43,9 +44,17 @@ class FilteredCandidates(Candidates):
         if rescore:  # by bounds alone twice as many survive
             self.rescored_at = 2 * num_seen
         self.raise_floor(by_scores=rescore)
-        # A key below the floor, or below the last candidate, cannot be among the k best. A free place takes
-        # any finite key: the lowest finite number and not -inf.
-        enters = torch.maximum(self.keys[:, -1], self.floor).clamp(min=torch.finfo(torch.float32).min)
+        # A key below the floor, or below the last candidate, cannot be among the k best.
+        keys, columns, counts = self.survivors(block, bound, limit, torch.maximum(self.keys[:, -1], self.floor))
+        everyone = slice(0, len(self.queries_QD))
+        merge_lists_(keys, columns, counts, self.keys, self.ids, first, *self.excluded.of(everyone))
+
+    def survivors(
+        self, block: Rows, bound: Tensor, limit: Tensor, least: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(keys [Q, L], columns [Q, L], counts [Q]) of the block's keys from `least` on and below the limit."""
+        # A free place takes any finite key: the lowest finite number and not -inf.
+        enters = least.clamp(min=torch.finfo(torch.float32).min)
         add, slope, spread = bound, None, None
         if self.method == "int8":  # bf16 documents have no residual, others nearly the same
             (add, slope), spread = split_bound(self.rows, block, self.rounding), block.residual
@@ -55,5 +64,40 @@ class FilteredCandidates(Candidates):
             *rows_and_limits, self.rows.scale, block.scale, add, slope, spread
         )
         self.overflowed |= counts > length
-        everyone = slice(0, len(self.queries_QD))
-        merge_lists_(keys, columns, counts, self.keys, self.ids, first, *self.excluded.of(everyone))
+        return keys, columns, counts
+
+
+class PassingCandidates(FilteredCandidates):
+    """Each candidate is scored while its block is on the device: documents that pass once.
+
+    Of the first block the best C are candidates, of later ones all that reach the k-th score so far.
+    """
+
+    def search(self) -> tuple[Tensor, Tensor, Tensor]:
+        blocks = self.documents.blocks()
+        first, documents_nD = next(blocks)
+        self.add_tiles(first, documents_nD)
+        most_dropped = self.keys[:, -1]
+        self.scores = torch.full((len(self.keys), self.k), -torch.inf, device=self.keys.device)
+        self.best_ids = torch.full_like(self.scores, -1, dtype=torch.int64)
+        columns, found = (self.ids - first).to(torch.int32), self.ids >= 0
+        self.add_scored(first, documents_nD, columns, found)
+        for first, documents_nD in blocks:
+            block, bound, limit = self.encode_block(documents_nD)
+            _, columns, counts = self.survivors(block, bound, limit, self.scores[:, -1])
+            found = torch.arange(columns.shape[1], device=counts.device) < counts[:, None]
+            self.add_scored(first, documents_nD, columns, found)
+        check_norms(self.largest_norm, self.rows.norm.max())
+        certified = torch.isneginf(most_dropped) | (most_dropped < self.scores[:, -1])
+        certified &= ~self.overflowed
+        return self.scores.cpu(), self.best_ids.cpu(), certified.cpu()
+
+    def add_scored(self, first: int, documents_nD: Tensor, columns_QL: Tensor, found_QL: Tensor) -> None:
+        """The k best of themselves and of those listed that are found."""
+        rows, places = found_QL.nonzero(as_tuple=True)
+        exact = torch.full(columns_QL.shape, -torch.inf, device=columns_QL.device)
+        scores = pair_scores(self.queries_QD, rows, documents_nD, columns_QL[rows, places].long())
+        exact[rows, places] = torch.where(scores < self.ceilings[rows], scores, -torch.inf)
+        counts = torch.full_like(columns_QL[:, 0], columns_QL.shape[1])
+        everyone = self.excluded.of(slice(0, len(self.queries_QD)))
+        merge_lists_(exact, columns_QL, counts, self.scores, self.best_ids, first, *everyone)

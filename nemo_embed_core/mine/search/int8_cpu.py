@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_embed_core.kernels.pair_scores import pair_scores
 from nemo_embed_core.kernels.quantize_rows import quantize_rows
 from nemo_embed_core.mine.search.blocks import slices
 from nemo_embed_core.mine.search.bounds import (
@@ -35,12 +36,13 @@ from nemo_embed_core.mine.search.bounds import (
 from nemo_embed_core.mine.search.candidates import SLACK
 from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.exclude import DeviceExclude, Exclude, not_excluded
-from nemo_embed_core.mine.search.streaming import best_first
+from nemo_embed_core.mine.search.streaming import best_first, insert_
 
 ROTATED = 512  # documents whose fp32 entries fit into the cache
 FOLD = 8  # products whose maximum is compared first
 MARGIN = 1.15  # of the largest code, for the next block
 GROWTH = 1.5  # of the number of documents, after which what the k-th best is known to have is looked at again
+SCORED = 32768  # pairs that are scored, and put into their places, at a time
 DENSE_ROWS = 256  # queries at a time where more than what is left of a tile is converted
 
 
@@ -158,8 +160,9 @@ class CandidateBuffer:
         self.dropped = torch.full((num_queries,), -torch.inf)  # the best upper bound that had to go
         self.bound = torch.zeros(num_queries)  # the widest so far: lower bound = key - 2 bound
 
-    def add(self, at: Tensor, rows: Tensor, ids: Tensor, keys: Tensor) -> None:
+    def add(self, tile: Tile, at: Tensor, rows: Tensor, columns: Tensor, keys: Tensor) -> None:
         """at: the queries; rows ascend and index them, at most 3 num_kept each."""
+        ids = columns + tile.first
         counts = torch.bincount(rows, minlength=len(at))
         if int((self.counts[at] + counts).max()) > self.keys.shape[1]:
             self.keep_best(at)
@@ -175,6 +178,16 @@ class CandidateBuffer:
         self.ids[at, : self.num_kept] = ids[:, :-1]
         self.counts[at] = self.counts[at].clamp(max=self.num_kept)
 
+    def best_of(self, keys: Tensor, at: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, columns, keys) of the keys of a whole block for the queries `at` that have a place."""
+        columns = torch.arange(keys.shape[1]).expand_as(keys)
+        if keys.shape[1] > self.num_kept:
+            keys, columns = keys.topk(self.num_kept + 1, dim=1)
+            self.dropped[at] = torch.maximum(self.dropped[at], keys[:, -1])
+            keys, columns = keys[:, :-1], columns[:, :-1]
+        rows, place = torch.isfinite(keys).nonzero(as_tuple=True)
+        return rows, columns[rows, place], keys[rows, place]
+
     def raise_floor(self, tile: slice) -> None:
         """The k-th best lower bound of the documents that are surely below the ceiling."""
         keys = self.keys[tile, : int(self.counts[tile].max())]
@@ -182,6 +195,43 @@ class CandidateBuffer:
             sure = torch.where(keys < self.ceilings[tile, None], keys, -torch.inf)
             floor = sure.topk(self.k, dim=1).values[:, -1] - 2 * self.bound[tile]
             self.floor[tile] = torch.maximum(self.floor[tile], floor)
+
+
+class ScoredBuffer:
+    """The k best so far, scored exactly while their block is in memory: documents that pass once.
+
+    Nothing that a bound allows is dropped, so every answer is certified, and the floor is the k-th score.
+    """
+
+    def __init__(self, num_queries: int, k: int, num_kept: int, ceilings: Tensor):
+        self.k, self.num_kept, self.ceilings = k, num_kept, ceilings
+        self.scores = torch.full((num_queries, k), -torch.inf)
+        self.best_ids = torch.full((num_queries, k), -1, dtype=torch.int64)
+        self.floor = torch.full((num_queries,), -torch.inf)
+        self.bound = torch.zeros(num_queries)
+
+    def add(self, tile: Tile, at: Tensor, rows: Tensor, columns: Tensor, keys: Tensor) -> None:
+        for part in torch.arange(len(rows)).split(SCORED):
+            here, there = at[rows[part]], columns[part]
+            exact = pair_scores(tile.x_qD, here - tile.rows.start, tile.block.x_nD, there)
+            # What ties with the k-th came later and has a higher id.
+            enters = (exact > self.scores[here, -1]) & (exact < self.ceilings[here]) & torch.isfinite(exact)
+            changed, row = here[enters].unique_consecutive(return_inverse=True)
+            scores, ids = self.scores[changed], self.best_ids[changed]
+            insert_(exact[enters], row, there[enters] + tile.first, scores, ids)
+            self.scores[changed], self.best_ids[changed] = scores, ids
+            self.floor[changed] = torch.maximum(self.floor[changed], scores[:, -1])
+
+    def best_of(self, keys: Tensor, at: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        floor = self.floor[at]
+        if keys.shape[1] >= self.k:  # the k-th lower bound of those that are surely below the ceiling
+            sure = torch.where(keys < self.ceilings[at, None], keys - 2 * narrow, -torch.inf)
+            floor = torch.maximum(floor, sure.topk(self.k, dim=1).values[:, -1])
+        rows, columns = (torch.isfinite(keys) & (keys >= floor[:, None])).nonzero(as_tuple=True)
+        return rows, columns, keys[rows, columns]
+
+    def raise_floor(self, tile: slice) -> None:
+        """It is the k-th score at any time."""
 
 
 def search(
@@ -198,7 +248,8 @@ def search(
     quantiser = Quantiser(queries_QD)
     queries = quantiser.queries(queries_QD)
     assert queries.scale is not None
-    buffer = CandidateBuffer(len(queries_QD), k, num_kept, ceilings)
+    kind: type[CandidateBuffer | ScoredBuffer] = ScoredBuffer if documents.pass_once else CandidateBuffer
+    buffer = kind(len(queries_QD), k, num_kept, ceilings)
     buffer.floor[~torch.isfinite(queries.scale)] = torch.inf  # nothing has a score with NaN or infinity
     memory, raise_at = torch.empty(0, dtype=torch.int32), 1
     for number, (first, documents_nD) in enumerate(documents.blocks(), 1):
@@ -212,6 +263,8 @@ def search(
                 buffer.raise_floor(rows)
         if number >= raise_at:
             raise_at = max(number + 1, int(number * GROWTH))
+    if isinstance(buffer, ScoredBuffer):
+        return buffer.scores, buffer.best_ids, torch.ones(len(queries_QD), dtype=torch.bool)
     return result(documents, tile_queries, queries_QD, buffer)
 
 
@@ -220,7 +273,7 @@ class Tile:
 
     def __init__(
         self,
-        buffer: CandidateBuffer,
+        buffer: CandidateBuffer | ScoredBuffer,
         rows: slice,
         x_qD: Tensor,
         q: Rows,
@@ -258,7 +311,7 @@ class Tile:
         enter = enter.nonzero()[:, 0]
         if len(enter):
             at = torch.arange(self.rows.start, self.rows.stop)
-            buffer.add(at, rows[enter], columns[enter] + self.first, keys[enter])
+            buffer.add(self, at, rows[enter], columns[enter], keys[enter])
         for some in chunks(crowded):
             self.score_all(some)
 
@@ -319,13 +372,7 @@ class Tile:
         keys[self.excluded_of(some)] = -torch.inf
         may_count = (keys - 2 * narrow < self.ceilings[some, None]) & torch.isfinite(keys)
         keys = torch.where(may_count, keys, -torch.inf)
-        columns = torch.arange(self.num_columns).expand_as(keys)
-        if self.num_columns > buffer.num_kept:
-            keys, columns = keys.topk(buffer.num_kept + 1, dim=1)
-            buffer.dropped[at] = torch.maximum(buffer.dropped[at], keys[:, -1])
-            keys, columns = keys[:, :-1], columns[:, :-1]
-        rows, place = torch.isfinite(keys).nonzero(as_tuple=True)
-        buffer.add(at, rows, columns[rows, place] + self.first, keys[rows, place])
+        buffer.add(self, at, *buffer.best_of(keys, at, narrow))
 
 
 def chunks(chosen: Tensor) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ def streaming_topk_(
         keys = keys + row_add[:, None]
     out = excluded_positions(exclude_indptr, exclude_ids, first_id, num_columns)
     rows, columns = _alive(keys, ceilings, state_keys, out)
-    _insert_(keys[rows, columns], rows, columns + first_id, state_keys, state_ids)
+    insert_(keys[rows, columns], rows, columns + first_id, state_keys, state_ids)
 
 
 @torch.library.custom_op("nemo_embed_core::merge_lists", mutates_args=("state_keys", "state_ids"))
@@ -109,7 +109,7 @@ def merge_lists_(
     if out is not None:
         left = not_excluded(rows, columns, out, width)
         rows, places, columns = rows[left], places[left], columns[left]
-    _insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
+    insert_(list_keys[rows, places], rows, columns + first_id, state_keys, state_ids)
 
 
 @streaming_topk_.register_fake
@@ -167,7 +167,7 @@ def _few_not_below(keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor] | None:
     return rows[at], inner * (num_columns // FOLD) + places[at]
 
 
-def _insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_ids: Tensor) -> None:
+def insert_(keys: Tensor, rows: Tensor, ids: Tensor, state_keys: Tensor, state_ids: Tensor) -> None:
     """state row r = the first C of itself and the (keys[i], ids[i]) with rows[i] == r; rows ascend."""
     if len(rows) == 0:
         return

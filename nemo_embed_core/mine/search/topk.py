@@ -23,13 +23,18 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.page_cache import available_memory
 from nemo_embed_core.mine.search.blocks import fp32_rows, slices
 from nemo_embed_core.mine.search.bounds import METHODS, linear
+from nemo_embed_core.mine.search.candidates import SLACK_ON_GPU
 from nemo_embed_core.mine.search.documents import Documents
 from nemo_embed_core.mine.search.engine import Engine, SearchStats
 from nemo_embed_core.mine.search.exclude import Exclude
+from nemo_embed_core.mine.search.gpu_filter import LIST
+from nemo_embed_core.mine.search.stored import StoredRows, beyond_memory
 from nemo_embed_core.mine.search.streaming import MAX_ID, best_first
 
+BLOCK_QUERIES = 65536
 MANY_QUERIES = 512  # on a CPU; fewer are searched faster in fp32
 _DTYPES = ("float16", "bfloat16", "float32")  # others would be rounded by each method in its own way
 
@@ -43,7 +48,7 @@ def topk_below(
     *,
     first_id: int = 0,
     method: str = "fp32",
-    block_queries: int = 65536,
+    block_queries: int = 0,
     tile_queries: int = 0,
     block_documents: int = 0,
     device: torch.device | str = "cpu",
@@ -52,7 +57,9 @@ def topk_below(
     """s = queries @ documents.T; s[excluded, s >= ceilings[:, None] or not finite] = -inf; s.topk(k).
 
     queries [Q, D], documents [N, D]: numpy arrays, memory maps, tensors, what has __dlpack__ (CuPy, JAX), or
-    anything with .shape, [a:b] and [ids]; float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores
+    anything with .shape, [a:b] and [ids], or StoredRows, files that do not fit into memory (memory maps whose
+    files take more than half of what is available are read as such): one pass over them for block_queries of
+    the queries (0: as many as fit, else 65,536); float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores
     are strictly below; +inf keeps all. method: how candidates are found, "fp32", "bf16", "int8" or "auto"
     (`pick_method`); never what is found. exclude: ids never returned, per query.  first_id: id of
     documents[0] when they are one rank's shard. Returns scores [Q, k] fp32, best first, ties by lower
@@ -66,6 +73,10 @@ def topk_below(
     )
     device, num_queries = torch.device(device), len(ceilings)
     _check(queries, documents, num_queries, k, exclude)
+    documents = beyond_memory(documents)
+    if not block_queries:
+        is_stored = isinstance(documents, StoredRows)
+        block_queries = queries_at_once(k, documents.shape[1], device) if is_stored else BLOCK_QUERIES
     # On a GPU ids share a 64-bit word with their key, and a rank's own places are int32.
     num_documents = documents.shape[0]
     if device.type == "cuda" and (first_id + num_documents > MAX_ID or num_documents >= 2**31):
@@ -99,6 +110,17 @@ def topk_below(
             top = engine.search(fp32_rows(queries, rows, device), ceilings_Q[rows], excluded)
             scores[rows], ids[rows] = top
     return scores, ids
+
+
+def queries_at_once(k: int, hidden_size: int, device: torch.device, memory: int = 0) -> int:
+    """How many queries one pass over documents beyond memory takes: the most in half of `memory` bytes (0:
+    what the device has free), since each pass costs all bytes of the corpus."""
+    a_query = 16 * k + 5 * hidden_size + 256  # scores, ids and the order of both; fp32 and int8 rows
+    if device.type == "cuda":
+        kept = k + SLACK_ON_GPU["int8"]
+        a_query += 12 * kept + 12 * (LIST + kept) + 2 * hidden_size  # candidates of the first block; lists
+        memory = memory or torch.cuda.mem_get_info(device)[0]
+    return max(1, (memory or available_memory()) // 2 // a_query)
 
 
 def _check(queries: Any, documents: Any, num_ceilings: int, k: int, exclude: Exclude | None) -> None:
