@@ -5,8 +5,8 @@ FilteredCandidates          GPU, bf16 and int8: keys are compared inside the GEM
 int8_cpu.search             CPU, int8: integer products rule documents out
 exhaustive                  every document that its bound allows is scored: masses of ties
 
-Documents that pass once (StoredRows) are scored while their block is there: PassingCandidates on a GPU, int8 and
-exhaustive on a CPU. On a CPU that certifies every answer.
+Documents that pass once (StoredRows) are scored while their block is there: by PassingCandidates on a GPU,
+by int8_cpu.search or exhaustive on a CPU, which certifies every answer.
 """
 
 from __future__ import annotations

@@ -45,14 +45,15 @@ class FilteredCandidates(Candidates):
             self.rescored_at = 2 * num_seen
         self.raise_floor(by_scores=rescore)
         # A key below the floor, or below the last candidate, cannot be among the k best.
-        keys, columns, counts = self.survivors(block, bound, limit, torch.maximum(self.keys[:, -1], self.floor))
+        least = torch.maximum(self.keys[:, -1], self.floor)
+        keys, columns, counts = self.survivors(block, bound, limit, least)
         everyone = slice(0, len(self.queries_QD))
         merge_lists_(keys, columns, counts, self.keys, self.ids, first, *self.excluded.of(everyone))
 
     def survivors(
         self, block: Rows, bound: Tensor, limit: Tensor, least: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(keys [Q, L], columns [Q, L], counts [Q]) of the block's keys from `least` on and below the limit."""
+        """(keys [Q, L], columns [Q, L], counts [Q]) of the keys from `least` on and below the limit."""
         # A free place takes any finite key: the lowest finite number and not -inf.
         enters = least.clamp(min=torch.finfo(torch.float32).min)
         add, slope, spread = bound, None, None

@@ -21,7 +21,7 @@ from torch import Tensor
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.page_cache import available_memory, is_cached
 
-BEHIND = 8 << 20  # bytes of a file that stay in the page cache behind the reader, whose pages those ahead take
+BEHIND = 8 << 20  # bytes that stay in the page cache behind the reader; what comes takes their pages
 
 
 class _File(NamedTuple):

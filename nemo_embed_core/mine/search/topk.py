@@ -57,10 +57,10 @@ def topk_below(
     """s = queries @ documents.T; s[excluded, s >= ceilings[:, None] or not finite] = -inf; s.topk(k).
 
     queries [Q, D], documents [N, D]: numpy arrays, memory maps, tensors, what has __dlpack__ (CuPy, JAX), or
-    anything with .shape, [a:b] and [ids], or StoredRows, files that do not fit into memory (memory maps whose
-    files take more than half of what is available are read as such): one pass over them for block_queries of
-    the queries (0: as many as fit, else 65,536); float16, bfloat16 or float32, any norm.  ceilings [Q]: kept scores
-    are strictly below; +inf keeps all. method: how candidates are found, "fp32", "bf16", "int8" or "auto"
+    anything with .shape, [a:b] and [ids]; float16, bfloat16 or float32, any norm. StoredRows are files that
+    need not fit into memory, one pass over them for every block_queries (0: as many as fit, else 65,536);
+    memory maps whose files take more than half of what is available are read as such. ceilings [Q]: kept
+    scores are strictly below; +inf keeps all. method: how candidates are found, "fp32", "bf16", "int8" or "auto"
     (`pick_method`); never what is found. exclude: ids never returned, per query.  first_id: id of
     documents[0] when they are one rank's shard. Returns scores [Q, k] fp32, best first, ties by lower
     id, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify. Memory: block_queries x
