@@ -283,7 +283,8 @@ def law(ops_a_second: float, measured_at: str) -> dict[str, Any]:
     }
     return {
         "shape": LAW, "gpus": GPUS, "goal_s": GOAL_S, "measured_at": measured_at,
-        "ops_a_second": ops_a_second, "queries_at_once": at_once, "passes": passes, "bytes_a_gpu": size, "disk_gb_s": DISK_GB_S,
+        "ops_a_second": ops_a_second, "queries_at_once": at_once, "passes": passes,
+        "bytes_a_gpu": size, "disk_gb_s": DISK_GB_S,
         "bus_gb_s": BUS_GB_S, **parts, "predicted_s": max(parts.values()),
         "needed_ops_s": operations / GOAL_S,
     }  # fmt: skip
@@ -327,12 +328,14 @@ def show(ours: dict[str, Any], options: argparse.Namespace) -> None:
         print(f"  {name:32}{seconds:9.1f} s")
     print(
         f"  floor: {ours['floor_disk_s']:.1f} s for {ours['bytes_read'] / 1e9:.2f} GB at "
-        f"{ours['disk_bytes_s'] / 1e9:.2f} GB/s; {ours['floor_gemm_s']:.1f} s for the products at {ours['gemm_ops_s'] / 1e9:,.0f} GOP/s "
+        f"{ours['disk_bytes_s'] / 1e9:.2f} GB/s; {ours['floor_gemm_s']:.1f} s for the products at "
+        f"{ours['gemm_ops_s'] / 1e9:,.0f} GOP/s "
         f"({ours['floor_gemm_processor_s']:.1f} s of a processor)"
     )
     print(
         f"  peak {ours['peak_bytes'] / gib:.2f} GiB resident ({ours['idle_bytes'] / gib:.2f} before the "
-        f"search) of {options.memory_gib:g} GiB allowed; the documents have {options.N * options.D * 2 / gib:.2f} GiB",
+        f"search) of {options.memory_gib:g} GiB allowed; the documents have "
+        f"{options.N * options.D * 2 / gib:.2f} GiB",
         flush=True,
     )
 
@@ -350,9 +353,9 @@ def show_law(figures: dict[str, Any]) -> None:
     print(
         f"predicted, not measured: {LAW} on {GPUS} GPUs, each at {tera['ops_a_second']:,.0f} TOP/s "
         f"({figures['measured_at']}): {figures['predicted_s']:,.0f} s\n"
-        f"  products {figures['products_s']:,.0f} s; disk {figures['disk_s']:,.0f} s at {DISK_GB_S:g} GB/s and "
-        f"bus {figures['bus_s']:,.0f} s at {BUS_GB_S:g} GB/s a GPU, beside them; passes {figures['passes']}, of "
-        f"{figures['queries_at_once']:,} queries at most; the goal, {GOAL_S} s, takes "
+        f"  products {figures['products_s']:,.0f} s; disk {figures['disk_s']:,.0f} s at {DISK_GB_S:g} GB/s "
+        f"and bus {figures['bus_s']:,.0f} s at {BUS_GB_S:g} GB/s a GPU, beside them; passes "
+        f"{figures['passes']}, of {figures['queries_at_once']:,} queries at most; the goal, {GOAL_S} s, takes "
         f"{tera['needed_ops_s']:,.0f} TOP/s"
     )
 

@@ -60,8 +60,8 @@ def topk_below(
     anything with .shape, [a:b] and [ids]; float16, bfloat16 or float32, any norm. StoredRows are files that
     need not fit into memory, one pass over them for every block_queries (0: as many as fit, else 65,536);
     memory maps whose files take more than half of what is available are read as such. ceilings [Q]: kept
-    scores are strictly below; +inf keeps all. method: how candidates are found, "fp32", "bf16", "int8" or "auto"
-    (`pick_method`); never what is found. exclude: ids never returned, per query.  first_id: id of
+    scores are strictly below; +inf keeps all. method: how candidates are found, "fp32", "bf16", "int8" or
+    "auto" (`pick_method`); never what is found. exclude: ids never returned, per query.  first_id: id of
     documents[0] when they are one rank's shard. Returns scores [Q, k] fp32, best first, ties by lower
     id, and ids [Q, k] int64, on CPU; -inf and -1 where fewer than k qualify. Memory: block_queries x
     (C x 12 bytes + a row) + block_documents rows + tile_queries x block_documents x 9 bytes (0: 1,024 x 2,048
