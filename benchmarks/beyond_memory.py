@@ -170,8 +170,6 @@ def gemm_rate(method: str, hidden_size: int) -> tuple[float, float]:
 def search_here(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Figures; the answer goes to ids.npy and scores.npy in the folder."""
     limit = int(options.memory_gib * 2**30)
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))  # of private memory; a mapped file is none
     queries, documents, stats = np.load(folder / "queries.npy"), documents_of(folder), SearchStats()
     parts: dict[str, float] = {}
     disk = disk_rate(folder)
@@ -355,12 +353,12 @@ def show_law(figures: dict[str, Any]) -> None:
         f"({figures['measured_at']}): {figures['predicted_s']:,.0f} s\n"
         f"  products {figures['products_s']:,.0f} s; disk {figures['disk_s']:,.0f} s at {DISK_GB_S:g} GB/s "
         f"and bus {figures['bus_s']:,.0f} s at {BUS_GB_S:g} GB/s a GPU, beside them; passes "
-        f"{figures['passes']}, of {figures['queries_at_once']:,} queries at most; the goal, {GOAL_S} s, takes "
-        f"{tera['needed_ops_s']:,.0f} TOP/s"
+        f"{figures['passes']}, of {figures['queries_at_once']:,} queries at most; the goal, {GOAL_S} s, "
+        f"takes {tera['needed_ops_s']:,.0f} TOP/s"
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -381,11 +379,20 @@ def main(arguments: list[str] | None = None) -> None:
         "--folder", default="", help="an empty or new folder for the vectors; default: temporary"
     )
     parser.add_argument("--part", choices=["search", "faiss"], help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
+    options = parsed(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     if options.part:
         run = {"search": search_here, "faiss": faiss_here}[options.part]
+        if options.part == "search":
+            limit = int(options.memory_gib * 2**30)
+            resource.setrlimit(
+                resource.RLIMIT_DATA, (limit, limit)
+            )  # of private memory; a mapped file is none
         print(json.dumps(run(Path(options.folder), options)))
         return
     results = ResultsFile("beyond_memory", device="cpu")

@@ -245,6 +245,44 @@ def two_million(rows: list[Row]) -> list[str]:
     return lines
 
 
+def beyond_memory(rows: list[Row]) -> list[str]:
+    """A search over files beside its floor and faiss-cpu's IVF-PQ, and what it would take on GPUs."""
+    run = rows[0]
+    lines = [
+        f"{sized(run['shape'])}, fp16 in files that were not in the page cache, {run['threads']} threads of "
+        f"{run['sms']} cores that others share (load {run['load']} before it). The peak has",
+        "all resident pages in it; the floor is all products at the rate of the GEMM alone, "
+        "measured before and after, or all bytes at the rate of a cold read.",
+        "",
+    ]
+    floor = f"products {number(run['floor_gemm_s'])}, disk {number(run['floor_disk_s'])}"
+    certified = f"1, certified for {run['certified']:,} of {run['shape']['Q']:,}"
+    clock = f"{number(run['seconds'])} ({number(run['processor_s'])} of a processor)"
+    cells = [[f"ours, {run['method']}", clock, floor, f"{run['peak_bytes'] / 2**30:.2f}", certified]]
+    for peer in (row for row in rows if row["what"] == "search" and "searches" in row):
+        kind = f"faiss-cpu {peer['version']}, IVF{peer['lists']},PQ{peer['code_bytes']}"
+        peak = f"{peer['peak_bytes'] / 2**30:.2f}"
+        for one in peer["searches"]:
+            cells.append(
+                [f"{kind}, nprobe {one['nprobe']}", number(one["seconds"]), "", peak, f"{one['recall']:.4f}"]
+            )
+        built = f"{number(peer['train_s'])} to train, {number(peer['add_s'])} to fill"
+        cells.append([kind, built, "", peak, ""])
+    lines += table(["", "seconds", "floor: seconds", "peak GiB", "recall"], cells)
+    parts = ", ".join(f"{name} {number(seconds)}" for name, seconds in run["parts"].items())
+    lines += ["", f"Parts of ours, seconds: {parts}.", ""]
+    for law in (row for row in rows if row["what"] == "law"):
+        lines.append(
+            f"- Predicted, not measured: {sized(law['shape'])} on {law['gpus']} GPUs, "
+            f"{law['measured_at']}: {number(law['predicted_s'])} s, where the goal is {law['goal_s']}. "
+            "Products "
+            f"{number(law['products_s'])}, disk {number(law['disk_s'])} at {law['disk_gb_s']:g} GB/s and bus "
+            f"{number(law['bus_s'])} at {law['bus_gb_s']:g} GB/s a GPU (assumed), beside them; passes: "
+            f"{law['passes']}."
+        )
+    return lines
+
+
 SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "ceilings": ceilings,
     "kernels": kernels,
@@ -253,6 +291,7 @@ SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "optimizer": optimizer,
     "data": data,
     "two_million": two_million,
+    "beyond_memory": beyond_memory,
 }
 
 
