@@ -113,7 +113,7 @@ class _Reader:
 
     def read(self, first: int, out_nD: Tensor) -> Tensor:
         """Rows first, first + 1, ... of all files."""
-        buffer, end = memoryview(out_nD.view(torch.uint8).numpy()).cast("B"), first + len(out_nD)
+        buffer, end = out_nD.view(torch.uint8).numpy().data.cast("B"), first + len(out_nD)
         for file in self.files:
             low, high = max(first, file.first), min(end, file.first + file.rows)
             if low < high:
