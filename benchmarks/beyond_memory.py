@@ -37,9 +37,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.ceilings import ResultsFile
-from benchmarks.report import newest
+from benchmarks import ceilings
 from nemo_embed_core.mine.search import int8_cpu
+from nemo_embed_core.mine.search.buffers import ScoredBuffer
 from nemo_embed_core.mine.search.engine import SearchStats
 from nemo_embed_core.mine.search.stored import StoredRows
 from nemo_embed_core.mine.search.topk import pick_method, queries_at_once, topk_below
@@ -50,7 +50,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "quantising documents": (int8_cpu.Quantiser, "documents"),
     "int8 products": (torch, "_int_mm"),
     "fp32 scores of survivors": (int8_cpu, "sampled_scores"),
-    "exact scores, into the k best": (int8_cpu.ScoredBuffer, "add"),
+    "exact scores, into the k best": (ScoredBuffer, "add"),
 }
 # The law's machine and goal: 1e9 documents of 4,096 columns, 1e6 queries, 8 GPUs, 15 minutes.
 LAW = {"N": 10**9, "D": 4096, "Q": 10**6, "k": 40}
@@ -290,8 +290,8 @@ def law(ops_a_second: float, measured_at: str) -> dict[str, Any]:
 
 def laws() -> Iterator[dict[str, Any]]:
     """By each rate of a whole search that benchmarks/results has of a GPU, its documents in its memory."""
-    for path, rows in newest("mining"):
-        for row in rows:
+    for path in sorted(ceilings.RESULTS.glob("mining-*.jsonl"))[-1:]:
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if row["what"] == "topk" and row["variant"].startswith("ours") and row["shape"]["D"] == LAW["D"]:
                 shape = row["shape"]
                 operations = 2 * shape["Q"] * shape["N"] * shape["D"]
@@ -395,7 +395,7 @@ def main(arguments: list[str] | None = None) -> None:
             )  # of private memory; a mapped file is none
         print(json.dumps(run(Path(options.folder), options)))
         return
-    results = ResultsFile("beyond_memory", device="cpu")
+    results = ceilings.ResultsFile("beyond_memory", device="cpu")
     shape = {name: vars(options)[name] for name in "QNDk"}
     with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         folder, size = Path(name), options.N * options.D * 2

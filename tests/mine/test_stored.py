@@ -13,7 +13,7 @@ import torch
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.page_cache import is_cached
 from nemo_embed_core.mine.corpus import Corpus
-from nemo_embed_core.mine.search import engine, gpu_filter, int8_cpu, stored, topk
+from nemo_embed_core.mine.search import buffers, engine, gpu_filter, stored, topk
 from nemo_embed_core.mine.search.engine import SearchStats
 from nemo_embed_core.mine.search.exclude import Exclude
 from nemo_embed_core.mine.search.stored import StoredRows
@@ -41,7 +41,7 @@ def write(folder: Path, rows: np.ndarray, *sizes: int) -> list[Path]:
 def test_one_pass_over_files_is_brute_force(kind, way, tmp_path, monkeypatch):
     """Blocks of 40 over files of 7, 150 and 176 rows: k above a block, ragged ends, parts of two files."""
     method = way.split()[0]
-    monkeypatch.setattr(int8_cpu, "SCORED", 50)
+    monkeypatch.setattr(buffers, "SCORED", 50)
     if "GPU" in way:  # by the references of its kernels
         monkeypatch.setattr(engine, "FILTERING", {"cpu"})
     for seed, k, dtype in ((0, 5, np.float16), (1, 50, np.float32)):
