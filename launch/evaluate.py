@@ -1,7 +1,8 @@
-"""Retrieval quality of models side by side on one held-out BEIR folder, each with its own prompts, lengths
-and similarity.
+"""Quality of models side by side on held-out data, a BEIR folder or a table of graded or labelled texts, each
+with its own prompts, lengths and similarity.
 
     python launch/evaluate.py --models runs/stage1 exports/merged bm25 --data data/wiki --output wiki.json
+    python launch/evaluate.py --models exports/merged --task_type sts --data data/sts.jsonl --output sts.json
     python launch/evaluate.py --compare wiki.json reports --allow prompts --output compared.json
 
 --compare reads such reports, or folders of them, and says which differences hold: intervals, p and ranks.

@@ -14,14 +14,17 @@ SETTINGS = ("data", "split", "lengths", "prompts")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Retrieval quality on a held-out BEIR folder, through mteb's own evaluator, offline; or a comparison of
-    its reports."""
+    """Quality of models on held-out data, retrieval or another task, by mteb's own evaluators, offline; or a
+    comparison of the reports."""
 
     data: str = ""
     """BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed); or a dataset folder, whose
     instructions are then the prompts where no option says others."""
     models: list[str] = field(default_factory=list)
     """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25."""
+    task_type: Literal["retrieval", "sts", "pair_classification", "classification", "bitext"] = "retrieval"
+    """What is asked of the data; of others than retrieval it is a table as training reads it
+    (docs/evaluation.md), and the model's query prompt stands before all texts."""
     name: str = ""
     """Name of the task in comparisons; "": that of the data's folder."""
     split: str = "test"

@@ -1,1 +1,1 @@
-"""Retrieval quality by mteb's own evaluator, offline, with BM25 beside it as a baseline."""
+"""Quality by mteb's own evaluators, offline, with BM25 beside it as a baseline, and comparisons of it."""

@@ -23,8 +23,19 @@ import numpy as np
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.borda import borda_points, ranks
+from nemo_embed_core.evaluation.rank_statistics import closeness, statistic_of
 from nemo_embed_core.evaluation.results import Result, check, load, rows_of
-from nemo_embed_core.evaluation.statistics import LEVEL, bootstrap, counts, holm, interval, mean_of, sign_flip
+from nemo_embed_core.evaluation.statistics import (
+    LEVEL,
+    Statistic,
+    bootstrap,
+    bootstrap_p,
+    counts,
+    holm,
+    interval,
+    mean_of,
+    sign_flip,
+)
 
 # Of fewer tasks no signs of differences make a p below 0.05; of fewer than the second, intervals over tasks
 # hold 0.92 in place of 0.95 (python -m benchmarks.intervals).
@@ -80,7 +91,8 @@ def compared(config: EvaluateConfig, say: Log) -> dict[str, Any]:
 class Task:
     """A task as all models have it.
 
-    results: by model.  values_Mn: of the queries that all have, NaN of a model that did not run it.
+    results: by model.  values_Mn: of the queries that all have, NaN of a model that did not run it; where the
+    statistic is no mean, predictions of gold_n.
     unpaired: queries of each model that not all have, which --allow data may leave.
     """
 
@@ -90,6 +102,7 @@ class Task:
     ids: list[str]
     languages: list[str]
     values_Mn: np.ndarray
+    gold_n: np.ndarray | None
     unpaired: dict[str, int]
     draws: int
     seed: int
@@ -102,14 +115,16 @@ class Task:
         ids = [i for i in first.ids if i in shared]
         if len(ids) < 2:
             raise UserError(f"{name}: {len(ids)} queries are in all results; intervals need at least two")
-        values_Mn = np.full((len(models), len(ids)), np.nan)
+        values_Mn, gold_n = np.full((len(models), len(ids)), np.nan), None
         for model, result in own.items():
             place = {i: at for at, i in enumerate(result.ids)}
             values_Mn[models.index(model)] = result.values[[place[i] for i in ids]]
+            if result.gold is not None:
+                gold_n = result.gold[[place[i] for i in ids]]
         spoken = dict(zip(first.ids, first.languages, strict=True))
         unpaired = {model: len(result.ids) - len(ids) for model, result in own.items()}
         languages = [spoken[i] for i in ids]
-        return cls(name, models, own, ids, languages, values_Mn, unpaired, config.draws, config.seed)
+        return cls(name, models, own, ids, languages, values_Mn, gold_n, unpaired, config.draws, config.seed)
 
     @property
     def models(self) -> list[str]:
@@ -126,7 +141,7 @@ class Task:
     @cached_property
     def scores_M(self) -> np.ndarray:
         """As reported, where all queries are compared."""
-        own = self.values_Mn.mean(1)
+        own = self.scores_of(slice(None))
         for model, result in self.results.items():
             if not any(self.unpaired.values()):
                 own[self.all_models.index(model)] = result.score
@@ -138,12 +153,29 @@ class Task:
 
     @cached_property
     def draws_BM(self) -> np.ndarray:
-        return bootstrap(mean_of(self.values_Mn), self.units, self.draws, self.key())
+        return bootstrap(self.statistic(slice(None)), self.units, self.draws, self.key())
+
+    def statistic(self, part: Any) -> Statistic:
+        """Of some of the queries."""
+        kind = next(iter(self.results.values())).statistic
+        return statistic_of(kind, self.values_Mn[:, part], None if self.gold_n is None else self.gold_n[part])
+
+    def scores_of(self, part: Any) -> np.ndarray:
+        """[M]: of some of the queries."""
+        return self.statistic(part)(np.ones((1, self.values_Mn[:, part].shape[1]), np.int64))[0]
+
+    @cached_property
+    def closeness_Mn(self) -> np.ndarray:
+        """Of each query, greater for better."""
+        return self.values_Mn if self.gold_n is None else closeness(self.values_Mn, self.gold_n)
 
     def difference(self, a: int, b: int) -> dict[str, Any]:
         """Of model b minus a: positive where b is better."""
         low, high = interval(self.draws_BM[:, b] - self.draws_BM[:, a], self.units)
-        p = sign_flip(self.values_Mn[b] - self.values_Mn[a], self.draws, self.key("signs"))
+        if self.gold_n is None:
+            p = sign_flip(self.values_Mn[b] - self.values_Mn[a], self.draws, self.key("signs"))
+        else:
+            p = bootstrap_p(self.draws_BM[:, b] - self.draws_BM[:, a])
         return {**_bounded(self.scores_M[b] - self.scores_M[a], low, high), "p": p}
 
     def described(self) -> dict[str, Any]:
@@ -154,29 +186,29 @@ class Task:
             "main_score": result.facts["main_score"],
             "split": result.facts["split"],
             "queries": self.units,
-            "scores": self._scores(self.values_Mn, self.draws_BM, self.scores_M),
+            "scores": self._scores(self.units, self.draws_BM, self.scores_M),
             "languages": {language: self._language(language) for language in spoken},
         }
 
-    def _scores(self, values_Mn: np.ndarray, draws_BM: np.ndarray, scores_M: np.ndarray) -> dict[str, Any]:
-        low, high = interval(draws_BM, values_Mn.shape[1])
+    def _scores(self, units: int, draws_BM: np.ndarray, scores_M: np.ndarray) -> dict[str, Any]:
+        low, high = interval(draws_BM, units)
         places = {model: self.all_models.index(model) for model in self.models}
         return {model: _bounded(scores_M[i], low[i], high[i]) for model, i in places.items()}
 
     def _language(self, language: str) -> dict[str, Any]:
         """Scores of its queries alone, and differences from the first model; one query has no interval."""
-        values_Mn = self.values_Mn[:, [spoken == language for spoken in self.languages]]
-        units, scores_M = values_Mn.shape[1], values_Mn.mean(1)
+        part = [i for i, spoken in enumerate(self.languages) if spoken == language]
+        units, scores_M = len(part), self.scores_of(part)
         if units == 1:
             alone = {m: {"score": _number(scores_M[self.all_models.index(m)])} for m in self.models}
             return {"queries": 1, "scores": alone, "differences": {}}
-        draws_BM = bootstrap(mean_of(values_Mn), units, self.draws, self.key(language))
+        draws_BM = bootstrap(self.statistic(part), units, self.draws, self.key(language))
         first, *others = (self.all_models.index(model) for model in self.models)
         differences = {}
         for other in others:
             low, high = interval(draws_BM[:, other] - draws_BM[:, first], units)
             differences[self.all_models[other]] = _bounded(scores_M[other] - scores_M[first], low, high)
-        scores = self._scores(values_Mn, draws_BM, scores_M)
+        scores = self._scores(units, draws_BM, scores_M)
         return {"queries": units, "scores": scores, "differences": differences}
 
 
@@ -250,9 +282,13 @@ def pair(tasks: Sequence[Task], a: int, b: int, draws: int, seed: int) -> dict[s
     differences_T = np.array([task.scores_M[b] - task.scores_M[a] for task in both])
     draws_B = np.mean([task.draws_BM[:, b] - task.draws_BM[:, a] for task in both], axis=0)
     low, high = interval(draws_B, min(task.units for task in both))
-    # The mean over tasks is a sum over queries, each with its share.
-    shares = np.concatenate([(task.values_Mn[b] - task.values_Mn[a]) / task.units for task in both])
-    over_queries = {"low": float(low), "high": float(high), "p": sign_flip(shares, draws, [seed, 1])}
+    if all(task.gold_n is None for task in both):
+        # The mean over tasks is a sum over queries, each with its share.
+        shares = np.concatenate([(task.values_Mn[b] - task.values_Mn[a]) / task.units for task in both])
+        p = sign_flip(shares, draws, [seed, 1])
+    else:
+        p = bootstrap_p(draws_B)
+    over_queries = {"low": float(low), "high": float(high), "p": p}
     over_tasks = None
     if len(both) >= MIN_TASKS:
         over_tasks = {"low": None, "high": None, "p": sign_flip(differences_T, draws, [seed, 2])}
@@ -297,7 +333,7 @@ def leave_one_out(tasks: Sequence[Task], models: Sequence[str]) -> dict[str, Any
 
 def examples(task: Task, a: str, b: str) -> dict[str, Any]:
     """The queries where b loses and gains most against a, with what both found and what is relevant."""
-    values = {model: task.values_Mn[task.all_models.index(model)] for model in (a, b)}
+    values = {model: task.closeness_Mn[task.all_models.index(model)] for model in (a, b)}
     gained_n = values[b] - values[a]
     losses = [i for i in np.argsort(gained_n, kind="stable")[:EXAMPLES] if gained_n[i] < 0]
     gains = [i for i in np.argsort(-gained_n, kind="stable")[:EXAMPLES] if gained_n[i] > 0]
@@ -307,10 +343,10 @@ def examples(task: Task, a: str, b: str) -> dict[str, Any]:
     def shown(i: int) -> dict[str, Any]:
         first, second = (rows[model][task.ids[i]] for model in (a, b))
         sides: Mapping[str, Any] = {
-            model: {"score": float(values[model][i]), "found": rows[model][task.ids[i]]["found"][:3]}
+            model: {"score": float(values[model][i]), "found": rows[model][task.ids[i]].get("found", [])[:3]}
             for model in (a, b)
         }
-        kept = {name: first.get(name) for name in ("id", "language", "text", "judged")}
+        kept = {name: first.get(name) for name in ("id", "language", "text", "other", "gold", "judged")}
         return {**kept, "models": sides, "texts": {**first["texts"], **second["texts"]}}
 
     return {

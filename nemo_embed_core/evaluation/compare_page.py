@@ -174,8 +174,11 @@ def _query(query: Mapping[str, Any], found: Mapping[str, Any], label: Mapping[st
         side = query["models"][model]
         best = side["found"][0] if side["found"] else None
         text = f": {_cell(query['texts'][best])}" if best in query["texts"] else ""
-        ids = ", ".join(map(_cell, side["found"])) or "nothing"
-        yield f"  - {_cell(label[model])} {side['score']:.4f}, found {ids}{text}"
+        ids = f", found {', '.join(map(_cell, side['found'])) or 'nothing'}" if query["judged"] else ""
+        yield f"  - {_cell(label[model])} {side['score']:.4f}{ids}{text}"
+    if not query["judged"]:
+        yield f"  - {_cell(query['other'] or '')} {_cell(query['gold'] or '')}"
+        return
     judged = ", ".join(f"{_cell(i)} ({grade:g})" for i, grade in query["judged"].items())
     shown = sorted((i for i in query["judged"] if i in query["texts"]), key=lambda i: -query["judged"][i])[:1]
     texts = "".join(_cell(query["texts"][i]) for i in shown)

@@ -21,6 +21,7 @@ import numpy as np
 
 from nemo_embed_core.config.evaluate import SETTINGS
 from nemo_embed_core.errors import DataError, UserError
+from nemo_embed_core.evaluation.rank_statistics import statistic_of
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.strict_json import parse, read_object
 
@@ -40,7 +41,8 @@ def write_rows(output: Path, number: int, rows: Iterable[Mapping[str, Any]]) -> 
 class Result:
     """What a report says of one model, with the score of each query in the order of its file.
 
-    entry: the report's.  rows: the file of the queries.  values: [n] of the main score.
+    entry: the report's.  rows: the file of the queries.  values: [n] of the main score, or predictions of
+    gold [n] where the task's statistic is no mean.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Result:
     ids: list[str]
     languages: list[str]
     values: np.ndarray
+    gold: np.ndarray | None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -63,10 +66,14 @@ class Result:
     def score(self) -> float:
         return self.entry[self.facts["main_score"]]
 
+    @property
+    def statistic(self) -> str:
+        return self.facts.get("statistic", "mean")
+
     def setting(self, name: str) -> Any:
         """Of SETTINGS, and what else is shown where it differs; None of words, which have no such thing."""
         if name == "data":
-            return [self.facts["digest"], self.facts["ignore_identical_ids"]]
+            return [self.facts["digest"], self.facts.get("ignore_identical_ids")]
         if name == "split":
             return self.facts["split"]
         if name == "lengths":
@@ -129,14 +136,19 @@ def _result(path: Path, model: str, entry: Mapping[str, Any]) -> Result:
     if hashlib.sha256(data).hexdigest() != entry["per_query_sha256"]:
         raise UserError(f"{file} is not what {path} was written with; evaluate {model} again")
     rows = [row for _, row in _rows(file, data)]
+    is_mean = entry["data"].get("statistic", "mean") == "mean"
     result = Result(
         *(model, path, entry, file, [row["id"] for row in rows]),
         languages=[row.get("language") or "" for row in rows],
-        values=np.array([row[metric] for row in rows]),
+        values=np.array([row[metric if is_mean else "predicted"] for row in rows]),
+        gold=None if is_mean else np.array([row["gold"] for row in rows]),
     )
-    if not abs(result.values.mean() - result.score) <= TOLERANCE:
-        own = f"{result.values.mean():.6f} in the mean"
-        raise UserError(f"{path}: {model} has {metric} {result.score}, and its queries {own}")
+    statistic = statistic_of(result.statistic, result.values[None], result.gold)
+    own = float(statistic(np.ones((1, len(rows)), np.int64))[0, 0])
+    if not abs(own - result.score) <= TOLERANCE:
+        raise UserError(
+            f"{path}: {model} has {metric} {result.score}, and its queries the {result.statistic} {own:.6f}"
+        )
     return result
 
 

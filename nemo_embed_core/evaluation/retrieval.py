@@ -58,7 +58,7 @@ def evaluate_retrieval(
         # Documents as mteb gives them to a model, without the white space around them.
         read = (text.strip() for text in texts.values()) if side == "document" else iter(texts.values())
         for piece in pieces(read, PIECE_CHARACTERS):
-            vectors, cut = _encode(encoder, piece, prompt, max_length or 512, side)
+            vectors, cut = encode_checked(encoder, piece, prompt, max_length or 512, side)
             lost = None if lost is None or cut is None else lost + cut
             yield torch.from_numpy(vectors).to(device)
         truncated[side] = None if lost is None else lost / len(texts)
@@ -75,7 +75,7 @@ def evaluate_retrieval(
     return {**figures, "truncated": truncated}
 
 
-def _encode(
+def encode_checked(
     encoder: TextEncoder, texts: list[str], prompt: str, max_length: int, side: str
 ) -> tuple[np.ndarray, int | None]:
     """(rows, how many texts lost tokens or None)."""
@@ -202,10 +202,9 @@ def _figures(
         from mteb._evaluators.retrieval_metrics import mrr
         from mteb.abstasks import AbsTaskRetrieval
         from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-        from mteb.abstasks.task_metadata import TaskMetadata
 
         class Search:
-            mteb_model_meta = _model_meta(digest, kind)
+            mteb_model_meta = model_meta(digest, kind)
 
             def index(self, corpus: Any, **_: Any) -> None:
                 pass
@@ -215,18 +214,7 @@ def _figures(
 
         class LocalRetrieval(AbsTaskRetrieval):
             k_values = (1, 10)  # mteb needs 1
-            metadata = TaskMetadata(
-                name="LocalRetrieval",
-                description="Queries and documents of a folder.",
-                type="Retrieval",
-                main_score=METRICS[0],
-                dataset={"path": "local", "revision": "local"},
-                category="t2t",
-                modalities=["text"],
-                eval_splits=["test"],
-                eval_langs=["eng-Latn"],  # a required field that nothing here depends on
-                **dict.fromkeys(_UNSTATED),
-            )
+            metadata = task_metadata("Retrieval", METRICS[0])
 
             def load_data(self, *_: Any, **__: Any) -> None:
                 data = RetrievalSplitData(
@@ -259,7 +247,25 @@ def _figures(
         return {**{metric: float(figures[metric]) for metric in METRICS}, "per_query": per_query}
 
 
-def _model_meta(digest: str, kind: str) -> Any:
+def task_metadata(kind: str, main_score: str) -> Any:
+    """mteb's description of a task of this type on data that is only here."""
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    return TaskMetadata(
+        name=f"Local{kind}",
+        description="Texts of a folder.",
+        type=kind,
+        main_score=main_score,
+        dataset={"path": "local", "revision": "local"},
+        category="t2t",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],  # a required field that nothing here depends on
+        **dict.fromkeys(_UNSTATED),
+    )
+
+
+def model_meta(digest: str, kind: str) -> Any:
     """mteb's description of a model; the digest as revision tells two checkpoints apart."""
     from mteb.models import ModelMeta
 

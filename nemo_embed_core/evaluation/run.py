@@ -22,6 +22,7 @@ from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Beir, Findings, read_beir, with_tasks
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.labelled import Labelled
 from nemo_embed_core.evaluation.models import Subject
 from nemo_embed_core.evaluation.results import write_rows
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_retrieval, mteb_imported
@@ -43,7 +44,7 @@ def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     for subject in reversed(subjects.values()):  # so that what was loaded last is the first that is needed
         del encoder  # before the next one is loaded
         encoder = subject.check(config)
-    task = Retrieval(config)
+    task = Retrieval(config) if config.task_type == "retrieval" else Labelled(config)
     precision = pick_precision(config.precision, pick_device(config.device))
     width = max(len(model) for model in (*config.models, "model"))
     print(f"{'model':{width}}  {'  '.join(task.columns)}  seconds", flush=True)
@@ -55,7 +56,7 @@ def run(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
             usage = None
         else:
             encoder = encoder or subjects[name].load(config)
-            usage = subjects[name].usage_with(encoder)
+            usage = task.usage(subjects[name].usage_with(encoder))
             entry = task.evaluate(encoder, usage)
             entry |= {"digest": encoder.digest, "precision": precision}
             encoder = None  # before the next one is loaded
@@ -91,6 +92,9 @@ class Retrieval:
         self.options = {"ignore_identical_ids": config.ignore_identical_ids}
         with mteb_imported():
             pass  # seconds in the table are of encoding and search, not of imports
+
+    def usage(self, usage: Usage) -> Usage:
+        return usage
 
     def evaluate(self, encoder: TextEncoder, usage: Usage) -> dict[str, Any]:
         return self._read(evaluate_retrieval(encoder, self.beir, usage, **self.options))
@@ -180,6 +184,7 @@ def read_data(config: EvaluateConfig) -> tuple[Any, dict[str, Any]]:
         "name": config.name or Path(config.data).resolve().name,
         "type": "Retrieval",  # as mteb calls it
         "main_score": METRICS[0],
+        "statistic": "mean",
         "digest": digest_of(beir),
         "path": config.data,
         "split": config.split,

@@ -257,7 +257,7 @@ def test_of_other_data_only_the_queries_that_all_have_are_compared(tmp_path):
         ("other metric", "t has results of main_score mrr and ndcg_at_10"),
         ("edited rows", r"t.queries-1.jsonl is not what .*t.json was written with"),
         ("no rows file", r"t.queries-0.jsonl, the scores of single queries, cannot be read: No such file"),
-        ("edited figure", "a has ndcg_at_10 0.9, and its queries 0.500000 in the mean"),
+        ("edited figure", "a has ndcg_at_10 0.9, and its queries the mean 0.500000"),
         ("old report", "a has no scores of single queries; evaluate it again with --output"),
         ("no report", "t.json is no report of launch/evaluate.py --output"),
         ("empty folder", "has no report of launch/evaluate.py --output"),

@@ -1,0 +1,169 @@
+"""Tables of graded or labelled texts, through mteb's own task classes and evaluators, offline.
+
+    sts                  sentence1, sentence2, score    Spearman's correlation of similarities with the grades
+    pair_classification  sentence1, sentence2, label    average precision of the pairs with label 1
+    classification       text, label                    accuracy of mteb's ten regressions of 8 texts a label
+    bitext               two columns of translations    F1 of the nearest text, in both directions
+
+As in mteb each text is encoded by itself and compared by the model's own similarity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nemo_embed_core.checkpoint.source import Prompts, Usage
+from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.data.lines import Findings, check_text
+from nemo_embed_core.data.records import find, records
+from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.mteb_tasks import Vectors, bitext, classification, pair_classification, sts
+from nemo_embed_core.evaluation.retrieval import mteb_imported
+
+Row = dict[str, Any]
+
+
+class Kind(NamedTuple):
+    """run: (vectors, rows, training rows) -> (figures, a score or prediction of each row).
+
+    statistic: how the scores of rows become the main one, the first of columns: "mean", or a statistic of
+    predictions against `gold`.
+    """
+
+    type: str  # mteb's word
+    run: Callable[[Vectors, list[Row], list[Row]], tuple[dict[str, float], list[float]]]
+    columns: Mapping[str, str]
+    statistic: str
+    example: str
+
+
+KINDS = {
+    "sts": Kind(
+        *("STS", sts, {"spearman": "spearman", "pearson": "pearson"}, "spearman"),
+        '{"sentence1": "...", "sentence2": "...", "score": 4.2}',
+    ),
+    "pair_classification": Kind(
+        *("PairClassification", pair_classification),
+        {"AP": "similarity_ap", "F1": "similarity_f1", "accuracy": "similarity_accuracy"},
+        *("average_precision", '{"sentence1": "...", "sentence2": "...", "label": 1}'),
+    ),
+    "classification": Kind(
+        *("Classification", classification),
+        {"accuracy": "accuracy", "F1": "f1", "kNN accuracy": "knn_accuracy"},
+        *("mean", '{"text": "...", "label": "card arrival"}'),
+    ),
+    "bitext": Kind(
+        *("BitextMining", bitext, {"F1": "f1", "F1 forth": "f1_forth", "F1 back": "f1_back"}, "mean"),
+        '{"en": "...", "de": "..."}',
+    ),
+}
+
+
+class Labelled:
+    """A task of one of KINDS, with the four names of `Retrieval`."""
+
+    def __init__(self, config: EvaluateConfig):
+        self.kind = KINDS[config.task_type]
+        self.columns = self.kind.columns
+        if "bm25" in config.models:
+            raise UserError(f"bm25 ranks documents for queries: task_type={config.task_type} has none")
+        if config.max_queries or config.ignore_identical_ids:
+            raise UserError("max_queries and ignore_identical_ids are of task_type retrieval")
+        findings = Findings(log=print)
+        self.rows = read(config, config.split, findings)
+        self.train = read(config, "train", findings) if config.task_type == "classification" else []
+        findings.raise_bad()
+        if self.train and (config.split == "train" or Path(config.data).is_file()):
+            raise UserError(
+                f"{config.data}: classification needs a folder with files of train and of {config.split}"
+            )
+        if len(self.rows) < 2:
+            raise UserError(
+                f"{config.data}: {len(self.rows)} rows of split {config.split}; two are the least"
+            )
+        print(f"{len(self.rows)} rows of split {config.split} of {config.data}", flush=True)
+        for line in findings.lines():
+            print(line)
+        digest = hashlib.sha256(json.dumps([self.rows, self.train]).encode()).hexdigest()
+        self.facts = {
+            "name": config.name or Path(config.data).resolve().stem,
+            "type": self.kind.type,
+            "main_score": next(iter(self.columns.values())),
+            "statistic": self.kind.statistic,
+            **{"digest": digest, "path": config.data, "split": config.split},
+            **{"queries": len(self.rows), "train": len(self.train), "found": findings.counts},
+        }
+        with mteb_imported():
+            pass  # seconds in the table are of encoding and scoring, not of imports
+
+    def usage(self, usage: Usage) -> Usage:
+        """The query's prompt and length for all texts, which have no sides."""
+        prompts = {"query": Prompts(usage.default.query, usage.default.query)}
+        return replace(usage, prompts=prompts, document_max_length=usage.query_max_length)
+
+    def evaluate(self, encoder: TextEncoder, usage: Usage) -> dict[str, Any]:
+        vectors = Vectors(encoder, usage)
+        with mteb_imported():
+            figures, scores = self.kind.run(vectors, self.rows, self.train)
+        figures = {name: float(value) for name, value in figures.items()}
+        if bad := [name for name, value in figures.items() if not np.isfinite(value)]:
+            raise UserError(f"{bad[0]} is not a number: all grades, or all similarities, are the same")
+        name = self.facts["main_score"] if self.kind.statistic == "mean" else "predicted"
+        rows = [
+            {"id": row["id"], name: score, **{key: row[key] for key in row if key != "id"}, "texts": {}}
+            for row, score in zip(self.rows, scores, strict=True)
+        ]
+        share = vectors.truncated
+        return {**figures, "per_query": rows, "truncated": {"query": share, "document": share}}
+
+    def bm25(self) -> dict[str, Any]:
+        raise AssertionError("refused before")
+
+
+def read(config: EvaluateConfig, split: str, findings: Findings) -> list[Row]:
+    """{"id", "text", "other" of pairs, "gold" where there is one} of each row of a split; what is wrong is
+    `bad` in findings."""
+    kind, rows = KINDS[config.task_type], list[Row]()
+    for record in records(find(config.data, split), findings, kind.example):
+        try:
+            fields = _fields(config.task_type, record.fields, kind.example)
+        except ValueError as error:
+            findings.bad(record.path, record.line, str(error))
+        else:
+            rows.append({"id": f"{record.path.name}:{record.line}", **fields})
+    return rows
+
+
+def _fields(task_type: str, fields: Mapping[str, Any], example: str) -> Row:
+    wanted = {"sts": "score", "pair_classification": "label", "classification": "label"}.get(task_type)
+    pair: tuple[str, ...] = ("sentence1", "sentence2")
+    if wanted is None and not set(pair) <= fields.keys():
+        pair = tuple(fields)[:2] if len(fields) == 2 else pair
+    texts = ("text",) if task_type == "classification" else pair
+    if missing := [name for name in (*texts, wanted) if name and name not in fields]:
+        raise ValueError(f"field {missing[0]!r} is missing: give {example}")
+    row = dict(zip(("text", "other"), (check_text(fields[name], name) for name in texts), strict=False))
+    if wanted is None:
+        return row
+    gold = fields[wanted]
+    if task_type == "classification":
+        if isinstance(gold, bool) or not isinstance(gold, str | int):
+            raise ValueError(f"field 'label' must be a string or an integer, got {gold!r}")
+        return {**row, "gold": str(gold)}
+    try:
+        number = float(gold)
+    except (TypeError, ValueError):
+        raise ValueError(f"field {wanted!r} must be a number, got {gold!r}") from None
+    if task_type == "pair_classification" and number not in (0, 1):
+        raise ValueError(f"field 'label' must be 0 or 1, got {gold!r}")
+    if not np.isfinite(number):
+        raise ValueError(f"field {wanted!r} must be a number, got {gold!r}")
+    return {**row, "gold": number}

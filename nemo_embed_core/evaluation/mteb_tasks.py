@@ -1,0 +1,165 @@
+"""mteb's task classes on rows that are in memory: figures, and what each row adds to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_embed_core.checkpoint.source import Usage
+from nemo_embed_core.encoders.protocol import TextEncoder
+from nemo_embed_core.encoders.sentence_transformer import pieces
+from nemo_embed_core.evaluation.retrieval import (
+    PIECE_CHARACTERS,
+    encode_checked,
+    model_meta,
+    similarity_of,
+    task_metadata,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Row = dict[str, Any]
+NEIGHBOURS = 5  # of the kNN classifier, as many as scikit-learn's
+
+
+class Vectors:
+    """A model as mteb asks one: texts to vectors, each encoded once, with the query's prompt."""
+
+    def __init__(self, encoder: TextEncoder, usage: Usage):
+        self.encoder, self.usage = encoder, usage
+        self.mteb_model_meta = model_meta(encoder.digest, "dense")
+        self.rows: dict[str, np.ndarray] = {}
+        self.lost: int | None = 0
+
+    @property
+    def truncated(self) -> float | None:
+        """Share of the texts that were cut."""
+        return None if self.lost is None else self.lost / len(self.rows)
+
+    def encode(self, inputs: Any, **_: Any) -> np.ndarray:
+        texts = [text for batch in inputs for text in batch["text"]]
+        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
+        prompt, length = self.usage.default.query, self.usage.query_max_length or 512
+        for piece in pieces(new, PIECE_CHARACTERS):
+            found, cut = encode_checked(self.encoder, piece, prompt, length, "query")
+            self.lost = None if self.lost is None or cut is None else self.lost + cut
+            self.rows.update(zip(piece, found, strict=True))
+        return np.stack([self.rows[text] for text in texts])
+
+    def similarity(self, first: Any, second: Any) -> Tensor:
+        import torch
+
+        a, b = (torch.as_tensor(np.asarray(x)) for x in (first, second))
+        return similarity_of(self.usage.similarity)(a, b)
+
+    def similarity_pairwise(self, first: Any, second: Any) -> Tensor:
+        """Of each row with its own, [n], to the last digit as sentence-transformers: copies of texts tie."""
+        from sentence_transformers.util import SimilarityFunction
+
+        pairwise = SimilarityFunction.to_similarity_pairwise_fn(self.usage.similarity)
+        return pairwise(np.asarray(first), np.asarray(second))
+
+
+def run(task: Any, splits: dict[str, dict[str, list[Any]]], model: Vectors) -> dict[str, Any]:
+    """The scores of a task whose data set is `splits`, {split: {column: values}}."""
+    from datasets import Dataset, DatasetDict
+
+    task.dataset = DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items()})
+    task.data_loaded = True
+    return task.evaluate(model, "test", encode_kwargs={"batch_size": 1024})["default"]
+
+
+def _pairs(rows: list[Row], label: str = "", back: bool = False) -> dict[str, dict[str, list[Any]]]:
+    first, second = ("other", "text") if back else ("text", "other")
+    columns = {"sentence1": [row[first] for row in rows], "sentence2": [row[second] for row in rows]}
+    return {"test": {**columns, **({label: [row["gold"] for row in rows]} if label else {})}}
+
+
+def sts(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str, float], list[float]]:
+    """Correlations of the model's similarities with the grades, and the similarities."""
+    from mteb.abstasks import AbsTaskSTS
+
+    predicted: list[float] = []
+
+    class LocalSts(AbsTaskSTS):
+        metadata = task_metadata("STS", "spearman")
+
+        def _calculate_scores(self, scores: Any, normalized_scores: Any) -> Any:
+            predicted.extend(scores["similarity_scores"])
+            return super()._calculate_scores(scores, normalized_scores)
+
+    found = run(LocalSts(), _pairs(rows, "score"), model)
+    return {name: found[name] for name in ("spearman", "pearson", "cosine_spearman")}, predicted
+
+
+def pair_classification(
+    model: Vectors, rows: list[Row], train: list[Row]
+) -> tuple[dict[str, float], list[float]]:
+    """Average precision, and accuracy and F1 at their best thresholds; the similarities."""
+    from mteb.abstasks import AbsTaskPairClassification
+
+    predicted: list[float] = []
+
+    class LocalPairs(AbsTaskPairClassification):
+        metadata = task_metadata("PairClassification", "similarity_ap")
+
+        def _compute_metrics(self, similarity_scores: Any, labels: Any) -> Any:
+            predicted.extend(similarity_scores["similarity_scores"])
+            return super()._compute_metrics(similarity_scores, labels)
+
+    found = run(LocalPairs(), _pairs(rows, "labels"), model)
+    names = ("similarity_ap", "similarity_f1", "similarity_accuracy", "max_ap")
+    return {name: found[name] for name in names}, predicted
+
+
+def classification(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str, float], list[float]]:
+    """Accuracy and macro F1 over mteb's experiments, by logistic regression and by the nearest neighbours; in
+    how many of the regressions each row was right."""
+    from mteb.abstasks import AbsTaskClassification
+    from sklearn.neighbors import KNeighborsClassifier
+
+    right: list[np.ndarray] = []
+    labels = {label: i for i, label in enumerate(sorted({row["gold"] for row in (*train, *rows)}))}
+
+    class LocalClassification(AbsTaskClassification):
+        metadata = task_metadata("Classification", "accuracy")
+
+        def _calculate_scores(self, y_test: Any, y_pred: Any) -> Any:
+            right.append(np.asarray(y_test) == np.asarray(y_pred))
+            return super()._calculate_scores(y_test, y_pred)
+
+    splits = {
+        name: {"text": [row["text"] for row in part], "label": [labels[row["gold"]] for row in part]}
+        for name, part in (("train", train), ("test", rows))
+    }
+    found = run(LocalClassification(), splits, model)
+    share = np.mean(right, axis=0).tolist()
+    nearest = LocalClassification()
+    nearest.evaluator_model = KNeighborsClassifier(n_neighbors=min(NEIGHBOURS, len(train)))
+    by_neighbours = run(nearest, splits, model)
+    figures = {name: found[name] for name in ("accuracy", "f1")}
+    return {**figures, **{f"knn_{name}": by_neighbours[name] for name in figures}}, share
+
+
+def bitext(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str, float], list[float]]:
+    """F1 of the nearest text from the first to the second side and back, and their mean; of each row its part
+    of the mean, 2 tp / (2 tp + fp + fn) of it as a class."""
+    from mteb.abstasks import AbsTaskBitextMining
+
+    parts: list[list[float]] = []
+
+    class LocalBitext(AbsTaskBitextMining):
+        metadata = task_metadata("BitextMining", "f1")
+
+        def _compute_metrics(self, nearest_neighbors: Any, gold: Any) -> Any:
+            found = [int(neighbour["corpus_id"]) for neighbour in nearest_neighbors]
+            times = Counter(found)
+            parts.append([2 * (j == i) / (1 + times[i]) for i, j in enumerate(found)])
+            return super()._compute_metrics(nearest_neighbors, gold)
+
+    forth, back = (run(LocalBitext(), _pairs(rows, back=turned), model)["f1"] for turned in (False, True))
+    figures = {"f1": (forth + back) / 2, "f1_forth": forth, "f1_back": back}
+    return figures, np.mean(parts, axis=0).tolist()

@@ -1,0 +1,243 @@
+"""Graded and labelled texts: mteb's own figures on toy tasks of every type, scores of rows, refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.compare import compare
+from nemo_embed_core.evaluation.labelled import KINDS, Labelled
+from nemo_embed_core.evaluation.rank_statistics import average_precision, closeness, spearman
+from nemo_embed_core.evaluation.retrieval import mteb_imported, task_metadata
+
+
+def text(generator: random.Random) -> str:
+    return " ".join(f"w{generator.randrange(20)}" for _ in range(3))
+
+
+def table(task_type: str, seed: int, rows: int) -> list[dict[str, Any]]:
+    """Rows with copies, ties and grades that similarities have something to do with."""
+    generator = random.Random(seed)
+    found: list[dict[str, Any]] = []
+    for i in range(rows):
+        first = text(generator)
+        # The similarities of copies are 1 but for the last digit, which would rank them.
+        second = (
+            first
+            if i % 7 == 0 and task_type != "sts"
+            else f"{first.rsplit(' ', 1)[0]} w{generator.randrange(20)}"
+        )
+        second = second if i % 2 else text(generator)
+        shared = len({*first.split()} & {*second.split()})
+        if task_type == "sts":
+            found.append(
+                {"sentence1": first, "sentence2": second, "score": shared + generator.choice([0, 0.5])}
+            )
+        elif task_type == "pair_classification":
+            found.append(
+                {"sentence1": first, "sentence2": second, "label": int(shared + generator.random() > 1.2)}
+            )
+        elif task_type == "classification":
+            found.append({"text": f"{first} w{i % 3}", "label": ["one", "two", "three"][i % 3]})
+        else:
+            found.append({"en": first, "de": second})
+    return found
+
+
+def write(folder: Path, task_type: str) -> Path:
+    """A folder with a test split of 30 rows, for classification also 60 of train."""
+    folder.mkdir()
+    for split, seed, rows in (
+        ("test", 1, 30),
+        *((("train", 2, 60),) if task_type == "classification" else ()),
+    ):
+        lines = (json.dumps(row) + "\n" for row in table(task_type, seed, rows))
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def mteb_figures(folder: Path, task_type: str, prompt: str) -> dict[str, float]:
+    """mteb's own task classes and its own wrapper of sentence-transformers, on the same texts."""
+    with mteb_imported():
+        from datasets import Dataset, DatasetDict
+        from mteb import abstasks
+        from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+        from sentence_transformers import SentenceTransformer
+        from sklearn.neighbors import KNeighborsClassifier
+
+        kind = KINDS[task_type].type
+        base: Any = getattr(abstasks, f"AbsTask{kind}")
+        main = {"STS": "spearman", "PairClassification": "max_ap", "Classification": "accuracy"}.get(
+            kind, "f1"
+        )
+        classes = type("Local", (base,), {"metadata": task_metadata(kind, main)})
+        prompts = {kind: prompt} if prompt else None
+        model = SentenceTransformerEncoderWrapper(
+            SentenceTransformer(str(folder), device="cpu"), model_prompts=prompts
+        )
+
+        def figures(splits: dict[str, list[dict[str, Any]]], classifier: Any = None) -> dict[str, float]:
+            task = classes()
+            if classifier is not None:
+                task.evaluator_model = classifier
+            task.dataset = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+            task.data_loaded = True
+            return task.evaluate(model, "test", encode_kwargs={"batch_size": 8, "show_progress_bar": False})[
+                "default"
+            ]
+
+        rows = table(task_type, 1, 30)
+        if task_type == "sts":
+            return figures({"test": rows})
+        if task_type == "pair_classification":
+            return figures({"test": [{**row, "labels": row["label"]} for row in rows]})
+        if task_type == "classification":
+            number = {"one": 0, "three": 1, "two": 2}
+            splits = {"train": table(task_type, 2, 60), "test": rows}
+            splits = {
+                name: [{**r, "label": number[r["label"]]} for r in part] for name, part in splits.items()
+            }
+            nearest = figures(splits, KNeighborsClassifier(n_neighbors=5))
+            return {**figures(splits), **{f"knn_{name}": nearest[name] for name in ("accuracy", "f1")}}
+        forth = figures({"test": [{"sentence1": row["en"], "sentence2": row["de"]} for row in rows]})["f1"]
+        back = figures({"test": [{"sentence1": row["de"], "sentence2": row["en"]} for row in rows]})["f1"]
+        return {"f1": (forth + back) / 2, "f1_forth": forth, "f1_back": back}
+
+
+@pytest.mark.parametrize("task_type", KINDS)
+def test_figures_are_mtebs_own_and_those_of_the_rows(launcher, ours, static, tmp_path, capsys, task_type):
+    """By ours with its query prompt before all texts, and by a foreign folder without one."""
+    data, output = write(tmp_path / "data", task_type), tmp_path / "report.json"
+    models = [str(ours), str(static)]
+    report = launcher.run(output, models=models, data=str(data), task_type=task_type)
+    for model, prompt in zip(models, ("query: ", ""), strict=True):
+        theirs, entry = mteb_figures(Path(model), task_type, prompt), report[model]
+        own = {name: value for name, value in entry.items() if name in theirs and value != "fp32"}
+        assert own == pytest.approx({name: theirs[name] for name in own}, abs=1e-6) and len(own) >= 3
+        assert 0.05 < abs(entry[entry["data"]["main_score"]]) < 0.99, "a case that tells nothing"
+        assert entry["prompts"] == {"query": prompt, "document": prompt}
+        assert entry["truncated"] == {"query": 0, "document": 0} and entry["data"]["queries"] == 30
+    assert f"30 rows of split test of {data}" in capsys.readouterr().out
+    found = compare([str(output)], draws=1000, allow=["prompts", "lengths"])
+    assert found["tasks"]["data"]["type"] == KINDS[task_type].type
+    pair = found["pairs"][0]["tasks"]["data"]
+    assert pair["low"] <= pair["score"] <= pair["high"] and 0 < pair["p"] <= 1
+    shown = found["differ_most"][0]
+    assert (shown["losses"] or shown["gains"])[0]["id"].startswith("test.jsonl:")
+
+
+def test_pairs_are_compared_by_the_models_own_similarity(launcher, static, tmp_path):
+    from toy_evaluation import copied
+
+    folder = copied(static, tmp_path / "model", "config_sentence_transformers.json", similarity_fn_name="dot")
+    data = write(tmp_path / "data", "sts")
+    entry = launcher.run(tmp_path / "r.json", models=[str(folder)], data=str(data), task_type="sts")[
+        str(folder)
+    ]
+    theirs = mteb_figures(folder, "sts", "")
+    assert [entry["spearman"], entry["cosine_spearman"]] == pytest.approx(
+        [theirs["spearman"], theirs["cosine_spearman"]], abs=1e-6
+    )
+    assert entry["spearman"] != pytest.approx(entry["cosine_spearman"], abs=1e-3)
+
+
+def test_rank_statistics_of_draws_are_those_of_copied_rows():
+    """scipy and scikit-learn on each draw's rows, copies and ties with them."""
+    from scipy.stats import rankdata, spearmanr
+    from sklearn.metrics import average_precision_score
+
+    generator = np.random.default_rng(0)
+    predicted_n, grades_n = generator.normal(size=25).round(1), generator.integers(0, 4, size=25) / 2
+    labels_n = (grades_n + generator.normal(size=25) > 1).astype(float)
+    counts_Bn = generator.multinomial(25, np.ones(25) / 25, size=40)
+    for own, gold_n, theirs in (
+        (spearman, grades_n, lambda x, y: spearmanr(x, y)[0]),
+        (average_precision, labels_n, lambda x, y: average_precision_score(y, x)),
+    ):
+        drawn = [np.repeat(np.arange(25), row) for row in counts_Bn]
+        expected = [theirs(predicted_n[rows], gold_n[rows]) for rows in drawn]
+        np.testing.assert_allclose(own(counts_Bn, predicted_n, gold_n), expected, atol=1e-12)
+        assert np.isnan(own(counts_Bn, predicted_n * np.nan, gold_n)).all()
+    one = np.zeros((1, 25), np.int64)
+    one[0, 3] = 25
+    assert (
+        spearman(one, predicted_n, grades_n) == 0 and average_precision(one, predicted_n, 0 * labels_n) == 0
+    )
+    distance = np.abs(rankdata(predicted_n) - rankdata(grades_n)) / 25
+    np.testing.assert_allclose(closeness(predicted_n[None], grades_n)[0], 1 - distance)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "row", "message"),
+    [
+        (
+            "sts",
+            {"sentence1": "a", "score": 1},
+            r"test.jsonl:31: field 'sentence2' is missing: give {\"sentence1",
+        ),
+        (
+            "sts",
+            {"sentence1": "a", "sentence2": "b", "score": "x"},
+            r"test.jsonl:31: field 'score' must be a number",
+        ),
+        ("sts", {"sentence1": "", "sentence2": "b", "score": 1}, "test.jsonl:31: "),
+        (
+            "pair_classification",
+            {"sentence1": "a", "sentence2": "b", "label": 2},
+            "31: field 'label' must be 0 or 1",
+        ),
+        (
+            "classification",
+            {"text": "a", "label": 0.5},
+            "31: field 'label' must be a string or an integer, got 0.5",
+        ),
+        ("bitext", {"en": "a", "de": "b", "fr": "c"}, "31: field 'sentence1' is missing"),
+    ],
+)
+def test_bad_rows_are_refused_by_line(tmp_path, task_type, row, message):
+    data = write(tmp_path / "data", task_type)
+    with (data / "test.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        Labelled(EvaluateConfig(data=str(data), task_type=task_type, models=["m"]))
+
+
+@pytest.mark.parametrize(
+    ("task_type", "options", "message"),
+    [
+        ("sts", {"models": ["bm25"]}, "bm25 ranks documents for queries: task_type=sts has none"),
+        ("bitext", {"max_queries": 3}, "max_queries and ignore_identical_ids are of task_type retrieval"),
+        (
+            "classification",
+            {"split": "train"},
+            "classification needs a folder with files of train and of train",
+        ),
+        (
+            "classification",
+            {"data": "test.jsonl"},
+            "classification needs a folder with files of train and of test",
+        ),
+    ],
+)
+def test_what_a_task_has_not_is_refused(tmp_path, task_type, options, message):
+    data = write(tmp_path / "data", task_type)
+    options = {**options, "data": str(data / options.get("data", ""))}
+    with pytest.raises(UserError, match=message):
+        Labelled(EvaluateConfig(**{"task_type": task_type, "models": ["m"], **options}))
+
+
+def test_grades_that_are_all_the_same_are_refused(launcher, static, tmp_path):
+    data = tmp_path / "same.jsonl"
+    rows = ({**row, "score": 1} for row in table("sts", 1, 5))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        UserError, match="spearman is not a number: all grades, or all similarities, are the same"
+    ):
+        launcher.run(tmp_path / "r.json", models=[str(static)], data=str(data), task_type="sts")
