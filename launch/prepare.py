@@ -24,14 +24,15 @@ def main() -> None:
         config = load_config(PrepareConfig)
         # After the arguments are parsed, so that --help and typing errors answer at once.
         from nemo_embed_core.data.build import open_store, with_store
-        from nemo_embed_core.data.inspect import check, inspect
-        from nemo_embed_core.data.inspect_page import present
         from nemo_embed_core.data.population import longest_draws
         from nemo_embed_core.data.prepare import check_datasets, write_datasets
         from nemo_embed_core.data.tokenizer import load_tokenizer
 
         start, data = time.perf_counter(), config.data
-        if config.inspect:
+        if config.inspect:  # packs with torch, whose 190 MiB and seconds nothing else here needs
+            from nemo_embed_core.data.inspect import check, inspect
+            from nemo_embed_core.data.inspect_page import present
+
             check(config.against, config.output)
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         if config.check:

@@ -15,4 +15,4 @@ def test_prepare_holds_a_small_part_of_the_text():
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     above, least = re.search(r"prepare +(-?\d+) MiB above the (\d+) MiB", printed).groups()
     assert int(above) < 40, "of 57 MiB of text; 23 bytes a byte once"
-    assert 20 < int(least) < 400, "what eight documents take is not what this test holds"
+    assert 20 < int(least) < 150, "torch alone is 190, and prepare needs none of it"
