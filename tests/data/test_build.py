@@ -75,6 +75,8 @@ def run(config: DataConfig, tokenizer_folder: Path, fail: str = "") -> subproces
 
 
 def test_killed_builds_go_on_and_give_the_same_bytes(config, tokenizer_folder, tmp_path):
+    shorter = replace(config.datasets[1], document_max_length=20)
+    config = replace(config, datasets=[config.datasets[0], shorter])
     whole = run(replace(config, cache_dir=str(tmp_path / "whole")), tokenizer_folder)
     assert whole.returncode == 0, whole.stderr
     assert "tokenised 31 of 60 rows (51.7%)" in whole.stdout and "left" in whole.stdout
