@@ -30,10 +30,9 @@ def main() -> None:
 
         start, data = time.perf_counter(), config.data
         if config.inspect:  # packs with torch, whose 190 MiB and seconds nothing else here needs
-            from nemo_embed_core.data.inspect import check, inspect
-            from nemo_embed_core.data.inspect_page import present
+            from nemo_embed_core.data import inspect, inspect_page
 
-            check(config.against, config.output)
+            inspect.check(config.against, config.output)
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         if config.check:
             check_datasets(data, tokenizer)
@@ -53,7 +52,7 @@ def main() -> None:
             most = f"data.max_tokens={config.data.max_tokens} tokens (first: {first})"
             print(f"WARNING: {len(long):,} rows can have more than {most}; training: data.on_long_row={what}")
         if config.inspect:
-            present(inspect(data, tokenizer, store, config.against), config.output)
+            inspect_page.present(inspect.inspect(data, tokenizer, store, config.against), config.output)
         print(f"verified in {seconds:.1f} s; largest token id {store.max_token_id}, digest {store.digest}")
 
 
