@@ -1,5 +1,6 @@
 """Tables of graded or labelled texts, through mteb's own task classes and evaluators, offline.
 
+    reranking            query, positive, negative      MAP of each query's own candidates
     sts                  sentence1, sentence2, score    Spearman's correlation of similarities with the grades
     pair_classification  sentence1, sentence2, label    average precision of the pairs with label 1
     classification       text, label                    accuracy of mteb's ten regressions of 8 texts a label
@@ -25,10 +26,18 @@ from nemo_embed_core.data.lines import Findings, check_text
 from nemo_embed_core.data.records import find, records
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.evaluation.mteb_tasks import Vectors, bitext, classification, pair_classification, sts
+from nemo_embed_core.evaluation.mteb_tasks import (
+    Vectors,
+    bitext,
+    classification,
+    pair_classification,
+    reranking,
+    sts,
+)
 from nemo_embed_core.evaluation.retrieval import mteb_imported
 
 Row = dict[str, Any]
+SHOWN = ("text", "other", "gold")  # beside the score of a row
 
 
 class Kind(NamedTuple):
@@ -46,6 +55,11 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "reranking": Kind(
+        *("Reranking", reranking),
+        {"MAP": "map_at_1000", "nDCG@10": "ndcg_at_10", "MRR@10": "mrr_at_10"},
+        *("mean", '{"query": "...", "positive": ["..."], "negative": ["...", "..."]}'),
+    ),
     "sts": Kind(
         *("STS", sts, {"spearman": "spearman", "pearson": "pearson"}, "spearman"),
         '{"sentence1": "...", "sentence2": "...", "score": 4.2}',
@@ -105,7 +119,9 @@ class Labelled:
             pass  # seconds in the table are of encoding and scoring, not of imports
 
     def usage(self, usage: Usage) -> Usage:
-        """The query's prompt and length for all texts, which have no sides."""
+        """The query's prompt and length for all texts, where they have no sides."""
+        if self.kind.type == "Reranking":
+            return usage
         prompts = {"query": Prompts(usage.default.query, usage.default.query)}
         return replace(usage, prompts=prompts, document_max_length=usage.query_max_length)
 
@@ -118,11 +134,10 @@ class Labelled:
             raise UserError(f"{bad[0]} is not a number: all grades, or all similarities, are the same")
         name = self.facts["main_score"] if self.kind.statistic == "mean" else "predicted"
         rows = [
-            {"id": row["id"], name: score, **{key: row[key] for key in row if key != "id"}, "texts": {}}
+            {"id": row["id"], name: score, **{key: row[key] for key in row if key in SHOWN}, "texts": {}}
             for row, score in zip(self.rows, scores, strict=True)
         ]
-        share = vectors.truncated
-        return {**figures, "per_query": rows, "truncated": {"query": share, "document": share}}
+        return {**figures, "per_query": rows, "truncated": vectors.truncated}
 
     def bm25(self) -> dict[str, Any]:
         raise AssertionError("refused before")
@@ -142,7 +157,24 @@ def read(config: EvaluateConfig, split: str, findings: Findings) -> list[Row]:
     return rows
 
 
+def _candidates(fields: Mapping[str, Any], example: str) -> Row:
+    if missing := {"query", "positive", "negative"} - fields.keys():
+        raise ValueError(f"field {sorted(missing)[0]!r} is missing: give {example}")
+    row: Row = {"text": check_text(fields["query"], "query")}
+    for name in ("positive", "negative"):
+        texts = [fields[name]] if isinstance(fields[name], str) else fields[name]
+        if not isinstance(texts, list) or not texts:
+            raise ValueError(f"field {name!r} must be texts, at least one: give {example}")
+        row[name] = [check_text(text, name) for text in texts]
+    candidates = [*row["positive"], *row["negative"]]
+    if len(set(candidates)) < len(candidates):
+        raise ValueError("a candidate stands twice: keep one")
+    return {**row, "other": row["positive"][0]}
+
+
 def _fields(task_type: str, fields: Mapping[str, Any], example: str) -> Row:
+    if task_type == "reranking":
+        return _candidates(fields, example)
     wanted = {"sts": "score", "pair_classification": "label", "classification": "label"}.get(task_type)
     pair: tuple[str, ...] = ("sentence1", "sentence2")
     if wanted is None and not set(pair) <= fields.keys():

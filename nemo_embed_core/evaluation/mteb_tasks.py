@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,28 +27,37 @@ NEIGHBOURS = 5  # of the kNN classifier, as many as scikit-learn's
 
 
 class Vectors:
-    """A model as mteb asks one: texts to vectors, each encoded once, with the query's prompt."""
+    """A model as mteb asks one: texts to vectors, each encoded once; as queries, but for what mteb says are
+    documents."""
 
     def __init__(self, encoder: TextEncoder, usage: Usage):
         self.encoder, self.usage = encoder, usage
         self.mteb_model_meta = model_meta(encoder.digest, "dense")
-        self.rows: dict[str, np.ndarray] = {}
-        self.lost: int | None = 0
+        self.rows: dict[str, dict[str, np.ndarray]] = {"query": {}, "document": {}}
+        self.lost: dict[str, int | None] = {"query": 0, "document": 0}
 
     @property
-    def truncated(self) -> float | None:
-        """Share of the texts that were cut."""
-        return None if self.lost is None else self.lost / len(self.rows)
+    def truncated(self) -> dict[str, float | None]:
+        """Share of the texts of each side that were cut; where there are no documents, of the queries."""
+        shares: dict[str, float | None] = {}
+        for side in self.rows:
+            known = side if self.rows[side] else "query"
+            lost = self.lost[known]
+            shares[side] = None if lost is None else lost / len(self.rows[known])
+        return shares
 
-    def encode(self, inputs: Any, **_: Any) -> np.ndarray:
+    def encode(self, inputs: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
+        side = "document" if prompt_type == "document" else "query"
         texts = [text for batch in inputs for text in batch["text"]]
-        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
-        prompt, length = self.usage.default.query, self.usage.query_max_length or 512
+        rows, prompt = self.rows[side], getattr(self.usage.default, side)
+        length = getattr(self.usage, f"{side}_max_length") or 512
+        new = [text for text in dict.fromkeys(texts) if text not in rows]
         for piece in pieces(new, PIECE_CHARACTERS):
-            found, cut = encode_checked(self.encoder, piece, prompt, length, "query")
-            self.lost = None if self.lost is None or cut is None else self.lost + cut
-            self.rows.update(zip(piece, found, strict=True))
-        return np.stack([self.rows[text] for text in texts])
+            found, cut = encode_checked(self.encoder, piece, prompt, length, side)
+            before = self.lost[side]
+            self.lost[side] = None if before is None or cut is None else before + cut
+            rows.update(zip(piece, found, strict=True))
+        return np.stack([rows[text] for text in texts])
 
     def similarity(self, first: Any, second: Any) -> Tensor:
         import torch
@@ -68,6 +78,10 @@ def run(task: Any, splits: dict[str, dict[str, list[Any]]], model: Vectors) -> d
     from datasets import Dataset, DatasetDict
 
     task.dataset = DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items()})
+    return _evaluated(task, model)
+
+
+def _evaluated(task: Any, model: Vectors) -> dict[str, Any]:
     task.data_loaded = True
     return task.evaluate(model, "test", encode_kwargs={"batch_size": 1024})["default"]
 
@@ -163,3 +177,44 @@ def bitext(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str,
     forth, back = (run(LocalBitext(), _pairs(rows, back=turned), model)["f1"] for turned in (False, True))
     figures = {"f1": (forth + back) / 2, "f1_forth": forth, "f1_back": back}
     return figures, np.mean(parts, axis=0).tolist()
+
+
+def reranking(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str, float], list[float]]:
+    """MAP, nDCG@10 and MRR@10 of each query's own candidates in the order of their similarities; each MAP."""
+    from datasets import Dataset
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+
+    each: list[float] = []
+    candidates = {
+        row["id"]: [(text, grade) for side, grade in (("positive", 1), ("negative", 0)) for text in row[side]]
+        for row in rows
+    }
+    # Ids in an order of their own: of equal similarities the greater id comes first.
+    ids = {
+        i: [f"{i} {sha256(text.encode()).hexdigest()}" for text, _ in texts]
+        for i, texts in candidates.items()
+    }
+
+    class LocalReranking(AbsTaskRetrieval):
+        metadata = task_metadata("Reranking", "map_at_1000")
+
+        def task_specific_scores(self, scores: Any, *_: Any, **__: Any) -> dict[str, float]:
+            each.extend(scores[row["id"]]["map_cut_1000"] for row in rows)
+            return {}
+
+    texts = {name: text for i in ids for name, (text, _) in zip(ids[i], candidates[i], strict=True)}
+    task = LocalReranking()
+    data = RetrievalSplitData(
+        corpus=Dataset.from_dict(
+            {"id": list(texts), "title": [""] * len(texts), "text": list(texts.values())}
+        ),
+        queries=Dataset.from_dict({"id": list(ids), "text": [row["text"] for row in rows]}),
+        relevant_docs={
+            i: {name: grade for name, (_, grade) in zip(ids[i], candidates[i], strict=True)} for i in ids
+        },
+        top_ranked=ids,
+    )
+    task.dataset = {"default": {"test": data}}
+    found = _evaluated(task, model)
+    return {name: found[name] for name in ("map_at_1000", "ndcg_at_10", "mrr_at_10")}, each

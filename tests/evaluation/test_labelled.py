@@ -46,6 +46,10 @@ def table(task_type: str, seed: int, rows: int) -> list[dict[str, Any]]:
             )
         elif task_type == "classification":
             found.append({"text": f"{first} w{i % 3}", "label": ["one", "two", "three"][i % 3]})
+        elif task_type == "reranking":
+            others = list(dict.fromkeys(text(generator) for _ in range(5)))
+            near = [f"{word} {text(generator)} {i}" for word in first.split()[: 1 + i % 2]]
+            found.append({"query": first, "positive": near, "negative": others})
         else:
             found.append({"en": first, "de": second})
     return found
@@ -73,6 +77,8 @@ def mteb_figures(folder: Path, task_type: str, prompt: str) -> dict[str, float]:
         from sklearn.neighbors import KNeighborsClassifier
 
         kind = KINDS[task_type].type
+        if task_type == "reranking":
+            return mteb_reranking(folder, prompt)
         base: Any = getattr(abstasks, f"AbsTask{kind}")
         main = {"STS": "spearman", "PairClassification": "max_ap", "Classification": "accuracy"}.get(
             kind, "f1"
@@ -111,6 +117,30 @@ def mteb_figures(folder: Path, task_type: str, prompt: str) -> dict[str, float]:
         return {"f1": (forth + back) / 2, "f1_forth": forth, "f1_back": back}
 
 
+def mteb_reranking(folder: Path, prompt: str) -> dict[str, float]:
+    """By mteb's deprecated class, from its own format of rows."""
+    from datasets import Dataset
+    from mteb.abstasks.text import reranking
+    from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+    from sentence_transformers import SentenceTransformer
+
+    rows = table("reranking", 1, 30)
+
+    class Local(reranking.AbsTaskReranking):
+        metadata = task_metadata("Reranking", "map_at_1000")
+
+    task = Local()
+    reranking.OLD_FORMAT_RERANKING_TASKS.append("LocalReranking")
+    task.transform_old_dataset_format({"test": Dataset.from_list(rows)})
+    task.data_loaded = True
+    prompts = {"query": prompt, "document": ""}
+    model = SentenceTransformerEncoderWrapper(
+        SentenceTransformer(str(folder), device="cpu"), model_prompts=prompts
+    )
+    options = {"batch_size": 8, "show_progress_bar": False}
+    return task.evaluate(model, "test", encode_kwargs=options)["default"]
+
+
 @pytest.mark.parametrize("task_type", KINDS)
 def test_figures_are_mtebs_own_and_those_of_the_rows(launcher, ours, static, tmp_path, capsys, task_type):
     """By ours with its query prompt before all texts, and by a foreign folder without one."""
@@ -122,7 +152,7 @@ def test_figures_are_mtebs_own_and_those_of_the_rows(launcher, ours, static, tmp
         own = {name: value for name, value in entry.items() if name in theirs and value != "fp32"}
         assert own == pytest.approx({name: theirs[name] for name in own}, abs=1e-6) and len(own) >= 3
         assert 0.05 < abs(entry[entry["data"]["main_score"]]) < 0.99, "a case that tells nothing"
-        assert entry["prompts"] == {"query": prompt, "document": prompt}
+        assert entry["prompts"] == {"query": prompt, "document": "" if task_type == "reranking" else prompt}
         assert entry["truncated"] == {"query": 0, "document": 0} and entry["data"]["queries"] == 30
     assert f"30 rows of split test of {data}" in capsys.readouterr().out
     found = compare([str(output)], draws=1000, allow=["prompts", "lengths"])
@@ -198,6 +228,9 @@ def test_rank_statistics_of_draws_are_those_of_copied_rows():
             {"text": "a", "label": 0.5},
             "31: field 'label' must be a string or an integer, got 0.5",
         ),
+        ("reranking", {"query": "a", "positive": ["b"]}, "31: field 'negative' is missing"),
+        ("reranking", {"query": "a", "positive": "b", "negative": []}, "31: field 'negative' must be texts"),
+        ("reranking", {"query": "a", "positive": "b", "negative": ["b"]}, "31: a candidate stands twice"),
         ("bitext", {"en": "a", "de": "b", "fr": "c"}, "31: field 'sentence1' is missing"),
     ],
 )
