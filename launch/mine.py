@@ -24,7 +24,6 @@ def main() -> None:
             if is_first:
                 write_texts(config, say)
             return
-        plan = make_plan(config, say if is_first else lambda _: None)
         from nemo_embed_core.encoders import open_encoder
         from nemo_embed_core.parallel.collectives import gather_objects
         from nemo_embed_core.parallel.mesh import distributed
@@ -35,6 +34,7 @@ def main() -> None:
         with distributed(parallel, config.device) as mesh:
             how = (config.device, config.precision, config.max_tokens)
             ranks = Ranks(mesh.dp_rank, mesh.dp_size, gather_objects)
+            plan = make_plan(config, say if is_first else lambda _: None, ranks)
             mine(plan, ranks, mesh.device, lambda source: open_encoder(source, *how), say)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,21 +53,36 @@ def open_parquet(path: Path) -> Iterator[Any]:
         raise NotWhole(f"not a whole Parquet file: {one_line(error)}; copy it again") from None
 
 
-def num_parquet_rows(path: Path) -> int:
+def parquet_group_sizes(path: Path) -> list[int]:
+    """Rows of each row group."""
     try:
         with open_parquet(path) as file:
-            return int(file.metadata.num_rows)
+            return [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except NotWhole as error:
         raise DataError(path, 1, str(error)) from None
 
 
-def parquet_rows(path: Path, findings: Findings, problem: Callable[[Any], str]) -> Fields:
-    """(row from 1, fields); problem(schema): what is wrong with the columns, or ""."""
+def num_parquet_rows(path: Path) -> int:
+    return sum(parquet_group_sizes(path))
+
+
+def parquet_rows(
+    path: Path,
+    findings: Findings,
+    problem: Callable[[Any], str],
+    groups: Sequence[int] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Fields:
+    """(row from 1, fields); problem(schema): what is wrong with the columns, or "". groups: neighbouring row
+    groups alone; columns: of those that are there, these alone."""
     try:
         with open_parquet(path) as file:
-            yield from _batches(
-                path, findings, file.schema_arrow, problem, file.metadata.num_rows, file.iter_batches(BATCH)
-            )
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            groups = range(len(sizes)) if groups is None else groups
+            before, num_rows = sum(sizes[: groups[0]]) if groups else 0, sum(sizes[i] for i in groups)
+            names = None if columns is None else [n for n in columns if n in file.schema_arrow.names]
+            batches = file.iter_batches(BATCH, row_groups=list(groups), columns=names)
+            yield from _batches(path, findings, file.schema_arrow, problem, num_rows, batches, before)
     except NotWhole as error:
         findings.bad(path, 1, str(error))
 
@@ -111,23 +126,30 @@ def _column_problem(schema: Any) -> str:
 
 
 def _batches(
-    path: Path, findings: Findings, schema: Any, problem: Callable[[Any], str], num_rows: int, batches: Any
+    path: Path,
+    findings: Findings,
+    schema: Any,
+    problem: Callable[[Any], str],
+    num_rows: int,
+    batches: Any,
+    first: int = 0,
 ) -> Fields:
+    """first: rows of the file before those of `batches`, which are num_rows (0: not known)."""
     if wrong := problem(schema):
         findings.bad(path, 1, wrong)
         return
-    line, start, classes = 0, time.monotonic(), _class_names(schema)
+    line, start, classes = first, time.monotonic(), _class_names(schema)
     for batch in batches:
         for at in range(0, batch.num_rows, BATCH):
             part, before = batch.slice(at, BATCH), line
             for line, fields in _python_rows(part, path, before, findings):
                 for column, names in classes.items():
-                    if isinstance(number := fields[column], int) and 0 <= number < len(names):
+                    if isinstance(number := fields.get(column), int) and 0 <= number < len(names):
                         fields[column] = names[number]
                 yield line, fields
             line = before + part.num_rows
             if num_rows:
-                findings.progress(path, line, line / num_rows, start)
+                findings.progress(path, line, (line - first) / num_rows, start)
 
 
 def _python_rows(batch: Any, path: Path, before: int, findings: Findings) -> Fields:

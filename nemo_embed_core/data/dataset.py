@@ -13,14 +13,14 @@ between. formats/dataset.py makes rows of such a folder; docs/data-formats.md is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nemo_embed_core.data.columnar import num_parquet_rows, parquet_rows
-from nemo_embed_core.data.dataset_source import SOURCE_CONFIG, source_texts
+from nemo_embed_core.data.columnar import num_parquet_rows, parquet_group_sizes, parquet_rows
+from nemo_embed_core.data.dataset_source import SOURCE_CONFIG, SourceTexts, source_texts
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.lines import Findings, check_id, check_text, check_unicode, short, type_name
 from nemo_embed_core.errors import UserError
@@ -121,11 +121,14 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     return sha256_file(path)
 
 
-def check_against(folder: Path, metadata: Metadata) -> None:
-    """Rows and digests of all files, where the metadata has them: once a process for each state of a file."""
+def check_against(folder: Path, metadata: Metadata, rank: int = 0, size: int = 1) -> None:
+    """Rows and digests of all files, where the metadata has them: once a process for each state of a file.
+
+    Of several ranks each hashes files of its own.
+    """
     num_rows = {"corpus": 0, "queries": 0}
     for side in num_rows:
-        for file in shards(folder, side):
+        for number, file in enumerate(shards(folder, side)):
             rows = num_parquet_rows(file)
             num_rows[side] += rows
             if not metadata.files:
@@ -135,6 +138,8 @@ def check_against(folder: Path, metadata: Metadata) -> None:
                 raise UserError(f"{folder / METADATA}: files has no {file.name}; write the folder again")
             if entry.get("rows") != rows:
                 raise UserError(f"{file} has {rows:,} rows, and {METADATA} says {short(entry.get('rows'))}")
+            if number % size != rank:
+                continue
             stat = file.stat()
             if entry.get("sha256") != _sha256(file.resolve(), stat.st_size, stat.st_mtime_ns):
                 raise UserError(
@@ -149,13 +154,47 @@ def check_against(folder: Path, metadata: Metadata) -> None:
             )
 
 
-def read_records(
-    folder: Path, side: str, ids_only: bool, findings: Findings
-) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """(file, row from 1, fields) of "corpus" or "queries", one batch of rows in memory; columns checked."""
+class RowGroup(NamedTuple):
+    """A part of a Parquet file that is read on its own."""
+
+    path: Path
+    number: int  # in its file
+    before: int  # rows of its file before it
+    num_rows: int
+
+
+def row_groups(folder: Path, side: str) -> list[RowGroup]:
+    """Of all files of "corpus" or "queries", in order; nothing but the files' ends is read."""
+    found = []
     for path in shards(folder, side):
-        for row, values in parquet_rows(path, findings, partial(_column_problem, side, ids_only)):
-            yield path, row, values
+        before = 0
+        for number, num_rows in enumerate(parquet_group_sizes(path)):
+            found.append(RowGroup(path, number, before, num_rows))
+            before += num_rows
+    return found
+
+
+def read_records(
+    folder: Path,
+    side: str,
+    ids_only: bool,
+    findings: Findings,
+    groups: Sequence[RowGroup] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """(file, row from 1, fields) of "corpus" or "queries", one batch of rows in memory; columns checked.
+
+    groups: these alone; columns: of those that the files have, these alone.
+    """
+    problem = partial(_column_problem, side, ids_only)
+    if groups is None:
+        for path in shards(folder, side):
+            for row, values in parquet_rows(path, findings, problem, None, columns):
+                yield path, row, values
+        return
+    for group in groups:
+        for row, values in parquet_rows(group.path, findings, problem, [group.number], columns):
+            yield group.path, row, values
 
 
 def _column_problem(side: str, ids_only: bool, schema: Any) -> str:
@@ -208,7 +247,25 @@ def read_corpus(folder: Path, metadata: Metadata, findings: Findings, source: st
     """{id: title + " " + text}; what is wrong with a row is `bad` in findings. source: see source_texts."""
     documents, before = Documents(), findings.num_met
     texts = source_texts(folder, "corpus", source, findings) if metadata.ids_only else None
-    for path, line, row in read_records(folder, "corpus", metadata.ids_only, findings):
+    for document in read_documents(folder, findings, texts):
+        documents.add(*document)
+    if findings.num_met == before:  # else places and rows would not go together
+        if not len(documents):
+            findings.bad(shards(folder, "corpus")[0], 1, "the corpus has no rows")
+        if texts is not None:
+            texts.check_count(findings)
+        documents.close(findings)
+    return documents
+
+
+def read_documents(
+    folder: Path,
+    findings: Findings,
+    texts: SourceTexts | None = None,
+    groups: Sequence[RowGroup] | None = None,
+) -> Iterator[tuple[str, str, Path, int]]:
+    """(id, text, file, row from 1) of each document. texts: of a folder of ids only; groups: these alone."""
+    for path, line, row in read_records(folder, "corpus", texts is not None, findings, groups):
         try:
             key = check_id(row["id"], "id")
             for name in ("lang", "group"):
@@ -218,14 +275,7 @@ def read_corpus(folder: Path, metadata: Metadata, findings: Findings, source: st
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
-        documents.add(key, text, path, line)
-    if findings.num_met == before:  # else places and rows would not go together
-        if not len(documents):
-            findings.bad(shards(folder, "corpus")[0], 1, "the corpus has no rows")
-        if texts is not None:
-            texts.check_count(findings)
-        documents.close(findings)
-    return documents
+        yield key, text, path, line
 
 
 def document_text(row: dict[str, Any]) -> str:

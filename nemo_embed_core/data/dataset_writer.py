@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,7 @@ def write_dataset(
             pos = corpus.entries(row.pos, row.pos_ids, row.pos_scores)
             neg = corpus.entries(row.neg, row.neg_ids, row.neg_scores)
             num_left_out += len(pos.keys() & neg.keys())
-            question = {
-                "question_id": key,
-                "question": row.query,
-                "corpus_id": metadata.corpus_id,
-                "pos_doc": [{"id": name, "score": score} for name, score in pos.items()],
-                "neg_doc": [{"id": name, "score": score} for name, score in neg.items() if name not in pos],
-                "grade": row.grade,
-                "lang": row.lang or None,
-                "group": row.group or None,
-            }
-            queries.add(question, len(row.query) + 64 * (len(pos) + len(neg)))
+            queries.add_question(metadata.corpus_id, key, row, pos, neg)
         for key, text in documents:
             corpus.entries([text], [key] if key else (), ())
         if not seen:
@@ -92,6 +83,29 @@ def write_dataset(
             counts["bad_lines_left_out"] = len(dropped)
         failpoint("dataset.metadata", folder.name)
         write_metadata(tmp, replace(metadata, made_of=made_of), counts, files)
+        return counts
+
+
+def write_rows_of_ids(folder: Path, rows: Iterable[Row], metadata: Metadata, shared: Path) -> dict[str, int]:
+    """The folder of rows whose documents are those of `shared` by pos_ids and neg_ids: its corpus files are
+    linked (copied, between file systems), and no document is read. Whole or not at all, the same bytes again.
+    """
+    with new_folder(folder) as tmp:
+        corpus, queries, num_rows = _Shards(tmp, "corpus"), _Shards(tmp, "queries"), 0
+        corpus.link(shared)
+        for num_rows, row in enumerate(rows, 1):
+            failpoint("dataset.row", num_rows - 1)
+            pos, neg = (
+                dict(zip(ids, scores or cycle([None]), strict=False))
+                for ids, scores in ((row.pos_ids, row.pos_scores), (row.neg_ids, row.neg_scores))
+            )
+            queries.add_question(metadata.corpus_id, row.id, row, pos, neg)
+        files = {**corpus.close(), **queries.close()}
+        counts = {
+            "queries": num_rows,
+            "documents": sum(entry["rows"] for name, entry in files.items() if name.startswith("corpus")),
+        }
+        write_metadata(tmp, metadata, counts, files)
         return counts
 
 
@@ -187,6 +201,22 @@ class _Shards:
             self._flush()
             if self._size >= BYTES_PER_SHARD:
                 self._end()
+
+    def add_question(
+        self, corpus_id: str, key: str, row: Row, pos: dict[str, Any], neg: dict[str, Any]
+    ) -> None:
+        """pos, neg: {id: score or None}."""
+        question = {
+            "question_id": key,
+            "question": row.query,
+            "corpus_id": corpus_id,
+            "pos_doc": [{"id": name, "score": score} for name, score in pos.items()],
+            "neg_doc": [{"id": name, "score": score} for name, score in neg.items() if name not in pos],
+            "grade": row.grade,
+            "lang": row.lang or None,
+            "group": row.group or None,
+        }
+        self.add(question, len(row.query) + 64 * (len(pos) + len(neg)))
 
     def _flush(self) -> None:
         import pyarrow

@@ -87,6 +87,20 @@ class Findings:
             left = (now - start) * (1 / done - 1) if done > 0 else 0
             self.log(f"reading {path}: {line:,} lines, {done:.0%}, {left:.0f} s left of this file")
 
+    def told(self) -> tuple[list[str], int, int, dict[str, int], dict[str, str]]:
+        """What another process's Findings takes."""
+        return self.named, self.num_bad, self.num_met, self.counts, self._first
+
+    def take(self, told: tuple[list[str], int, int, dict[str, int], dict[str, str]]) -> None:
+        """Adds what another one met behind this one's lines, in files or parts of them that this one did not
+        read."""
+        named, num_bad, num_met, counts, first = told
+        self.named += named[: MAX_NAMED - len(self.named)]
+        self.num_bad, self.num_met = self.num_bad + num_bad, self.num_met + num_met
+        for what, count in counts.items():
+            self._first.setdefault(what, first[what])
+            self.counts[what] = self.counts.get(what, 0) + count
+
     def raise_bad(self) -> None:
         if self.num_bad:
             raise BadLines(self.named, self.num_bad)

@@ -38,7 +38,7 @@ NUM_RANDOM_PAIRS = 2000  # the yardstick of a trivial negative
 
 
 def mine_negatives(
-    rows: Iterable[Row],
+    rows: Iterable[Row] | Rows,
     teachers: Iterable[Teacher],
     output: str | Path,
     *,
@@ -58,9 +58,12 @@ def mine_negatives(
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print,
     write: Callable[[Path, Iterator[dict[str, Any]]], None] = write_lines,
+    with_texts: bool = True,
 ) -> dict[str, Any]:
     """The rows again, in order, with neg = the best documents below the ceiling, into `output`; the report.
 
+    rows: with numbers already (mine/folder.py), `documents`, `known`, `excluded` and rows_are_searched are
+    theirs. with_texts: `write` gets "pos" and "neg", and not their ids alone.
     teachers: one or several (`selection.combine`), asked for one after the other: each may be loaded then.
     sweep: further thresholds to report on. Searched are `documents` and (rows_are_searched) the rows'.
     known: documents relevant for a query; None: those of the rows. excluded: normal keys of documents not
@@ -75,7 +78,9 @@ def mine_negatives(
     say = log if ranks.rank == 0 else (lambda _: None)
     for threshold in sweep:
         check_threshold(threshold, "sweep")
-    table = _number_texts(rows, documents, Pool(excluded), known, rows_are_searched, say)
+    if not isinstance(rows, Rows):
+        rows = _number_texts(rows, documents, Pool(excluded), known, rows_are_searched)
+    table = _checked(rows, say)
     pool, positives = table.pool, table.pos
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(output.name + ".work")
@@ -117,13 +122,13 @@ def mine_negatives(
     }  # fmt: skip
     report = build_report(
         positive_scores=positive_scores[0], lowest=lowest[0], scores=scores, settings=settings, sweep=swept,
-        random_scores=random_scores(first), query_texts=table.queries, languages=table.langs,
+        random_scores=random_scores(first), scripts=table.scripts, languages=table.langs,
         stats=first.stats, num_searched_again=sum(search.num_again for search in searches),
     )  # fmt: skip
     if ranks.rank == 0:
         judged = table.neg if negatives_are_judged else None
         report |= suspects(table, first, lowest[0], ceilings, judged)
-        write(output, _mined(table, positive_scores[0], scores, ids))
+        write(output, _mined(table, positive_scores[0], scores, ids, with_texts))
         report_path = output.with_name(output.name + ".report.json")
         write_atomically(report_path, json.dumps(report, indent=1, ensure_ascii=False).encode())
         print_report(report, say)
@@ -138,7 +143,6 @@ def _number_texts(
     pool: Pool,
     known: Known | None,
     rows_are_searched: bool,
-    say: Callable[[str], None],
 ) -> Rows:
     """The rows, and all texts that can be documents in their pool, closed."""
     if not rows_are_searched:
@@ -150,6 +154,11 @@ def _number_texts(
     if rows_are_searched:
         pool.add_all(documents)
     pool.close()
+    return table
+
+
+def _checked(table: Rows, say: Callable[[str], None]) -> Rows:
+    pool = table.pool
     aside = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in sorted(pool.counts.items()))
     set_aside = f"; set aside: {aside}" if aside else ""
     say(f"{len(table):,} queries, {pool.num_searched:,} documents to search{set_aside}")
@@ -318,26 +327,22 @@ class Given:
 
 
 def _mined(
-    rows: Rows, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray
+    rows: Rows, positive_scores: np.ndarray, scores: np.ndarray, ids: np.ndarray, with_texts: bool
 ) -> Iterator[dict[str, Any]]:
-    texts, positives = rows.pool.texts, rows.pos
-    for i, query in enumerate(rows.queries):
+    pool, positives = rows.pool, rows.pos
+    texts = pool.held(np.concatenate([positives.ids, ids[ids >= 0]])) if with_texts else {}
+    for i, (query, more) in enumerate(rows.read()):
         found = ids[i] >= 0
         a, b = positives.indptr[i : i + 2]
-        line: dict[str, Any] = {
-            "query": query,
-            "pos": [texts[j] for j in positives.of(i)],
-            "neg": [texts[j] for j in ids[i][found]],
-            "pos_scores": [_short(s) for s in positive_scores[a:b]],
-            "neg_scores": [_short(s) for s in scores[i][found]],
-        }
-        more = {"lang": rows.langs[i], "id": rows.ids[i], "group": rows.groups[i]}
-        of_pos, of_neg = rows.pool.document_ids(positives.of(i)), rows.pool.document_ids(ids[i][found])
-        known = {**more, "pos_ids": of_pos, "neg_ids": of_neg}
-        line |= {name: value for name, value in known.items() if value}
-        if i in rows.prompts:
-            line["prompt"] = rows.prompts[i]
-        yield line
+        numbers = {"pos": positives.of(i), "neg": ids[i][found]}
+        line: dict[str, Any] = {"query": query}
+        if with_texts:
+            line |= {side: [texts[j] for j in numbers[side].tolist()] for side in numbers}
+        line["pos_scores"] = [_short(s) for s in positive_scores[a:b]]
+        line["neg_scores"] = [_short(s) for s in scores[i][found]]
+        prompt = {"prompt": more.pop("prompt")} if "prompt" in more else {}
+        known = {f"{side}_ids": pool.document_ids(numbers[side]) for side in numbers}
+        yield line | more | {name: value for name, value in known.items() if value} | prompt
 
 
 def _short(score: np.float32) -> float:
@@ -372,18 +377,21 @@ def suspects(
         for j, i in enumerate(sample):
             above[j] &= ~np.isin(ids[j], rows.pool.searched(judged.of(i)))
     having = np.flatnonzero(above.any(1))
+    chosen = having[np.linspace(0, len(having) - 1, min(NUM_SUSPECTS, len(having))).astype(int)]
+    over = {j: ids[j][above[j]][:3] for j in chosen.tolist()}
+    at = sample[chosen].tolist()
+    texts = rows.pool.held(np.concatenate([rows.pos.take(sample[chosen]).ids, *over.values()]))
     found = []
-    for j in having[np.linspace(0, len(having) - 1, min(NUM_SUSPECTS, len(having))).astype(int)]:
-        i = int(sample[j])
+    for j, i, (query, more) in zip(over, at, rows.read(at), strict=True):
         kept_out = []
-        for d, s in list(zip(ids[j][above[j]].tolist(), scores[j][above[j]].tolist(), strict=True))[:3]:
+        for d, s in zip(over[j].tolist(), scores[j][above[j]].tolist(), strict=False):
             name = {"id": one[0]} if (one := rows.pool.document_ids([d])) else {}
-            kept_out.append({**name, "text": rows.pool.texts[d], "score": s})
+            kept_out.append({**name, "text": texts[d], "score": s})
         positive = {
-            "pos": [rows.pool.texts[n] for n in rows.pos.of(i)],
+            "pos": [texts[n] for n in rows.pos.of(i).tolist()],
             "lowest_positive_score": float(lowest[i]),
         }
-        name = {"id": rows.ids[i]} if rows.ids[i] else {}
-        found.append({**name, "query": rows.queries[i], **positive, "above_ceiling": kept_out})
+        name = {"id": more["id"]} if "id" in more else {}
+        found.append({**name, "query": query, **positive, "above_ceiling": kept_out})
     share = {"sampled_queries": len(sample), "with_a_passage_above_the_ceiling": len(having)}
     return {"kept_out": share, "suspects": found}

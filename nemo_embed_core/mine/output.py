@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.dataset import METADATA, Metadata, is_dataset, read_metadata
-from nemo_embed_core.data.dataset_writer import write_dataset
+from nemo_embed_core.data.dataset_writer import write_dataset, write_rows_of_ids
 from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.prepare import instruction
 from nemo_embed_core.data.readers import read_rows
@@ -20,13 +20,15 @@ FIELDS = ("lang", "id", "group", "pos_scores", "neg_scores")
 
 
 class FolderWriter:
-    """Rows into a dataset folder. data: what is mined; a dataset folder's corpus is shared."""
+    """Rows into a dataset folder. data: what is mined; a dataset folder's corpus is shared. by_ids: rows name
+    its documents and have no texts of them."""
 
-    def __init__(self, data: str, name: str, prompt: str, document_prompt: str):
+    def __init__(self, data: str, name: str, prompt: str, document_prompt: str, by_ids: bool = False):
         """UserError for a prompt that such a folder cannot hold."""
         about, self.shared = Metadata(corpus_id=name, source=Path(data).name), None
         if is_dataset(data) and not (about := read_metadata(Path(data))).ids_only:
             self.shared = Path(data)
+        self.by_ids = by_ids
         self.metadata = replace(
             about,
             query_instruction=instruction(prompt),
@@ -35,14 +37,17 @@ class FolderWriter:
         )
 
     def __call__(self, output: Path, rows: Iterator[dict[str, Any]]) -> None:
-        write_dataset(output, _rows(output, rows), self.metadata, shared=self.shared)
+        if self.by_ids and self.shared is not None:
+            write_rows_of_ids(output, _rows(output, rows), replace(self.metadata, made_of=""), self.shared)
+        else:
+            write_dataset(output, _rows(output, rows), self.metadata, shared=self.shared)
 
 
 def _rows(output: Path, rows: Iterator[dict[str, Any]]) -> Iterator[Row]:
     for i, row in enumerate(rows):
         pos_ids, neg_ids = ([key or "" for key in row.get(f"{side}_ids", ())] for side in ("pos", "neg"))
         more: dict[str, Any] = {name: row[name] for name in FIELDS if name in row}
-        texts = (row["query"], row["pos"], row["neg"])
+        texts = (row["query"], row.get("pos", []), row.get("neg", []))
         yield Row(*texts, str(output), i + 1, pos_ids=pos_ids, neg_ids=neg_ids, **more)
 
 

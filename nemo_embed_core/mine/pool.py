@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +16,11 @@ import numpy as np
 
 from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
+from nemo_embed_core.data.statistics import script
 from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.mine.keys import KEY, Numbers, as_keys, lists_of, rows_of
 from nemo_embed_core.mine.search.exclude import Exclude
-
-KEY = 16  # bytes
 
 
 class Row(Protocol):
@@ -40,19 +40,16 @@ class Document(NamedTuple):
 
 
 class Known:
-    """Which documents are relevant for a query, over all data of a run: 16 bytes a document."""
+    """Which documents are relevant for a query, over all data of a run: 32 bytes a pair."""
 
     def __init__(self) -> None:
-        self.of_query: dict[bytes, bytearray] = {}
+        self.queries, self.documents = bytearray(), bytearray()  # the normal keys of each pair
 
     def add(self, query: str, documents: Iterable[str]) -> None:
-        keys = self.of_query.setdefault(normal_key(query), bytearray())
+        key = normal_key(query)
         for text in documents:
-            keys += normal_key(text)
-
-    def of(self, query_key: bytes) -> set[bytes]:
-        keys = bytes(self.of_query.get(query_key, b""))
-        return {keys[at : at + KEY] for at in range(0, len(keys), KEY)}
+            self.queries += key
+            self.documents += normal_key(text)
 
 
 class Pool:
@@ -139,6 +136,11 @@ class Pool:
             place = self._others[exact_key(text)]
         return int(self._number[place])
 
+    def searched_by_keys(self, keys: np.ndarray) -> np.ndarray:
+        """[n] int64: searched_by_key of each, -1 where there is none."""
+        found = map(self.searched_by_key, (key.ljust(KEY, b"\0") for key in keys.tolist()))
+        return np.array([-1 if number is None else number for number in found], np.int64)
+
     def searched_by_key(self, key: bytes) -> int | None:
         """The number of the searched document with this normal key, if any."""
         place = self._first.get(key)
@@ -146,8 +148,17 @@ class Pool:
 
     def searched(self, numbers: np.ndarray) -> np.ndarray:
         """The searched documents that are the same texts; a document of which none is searched has none."""
+        found = self.stands(numbers)
+        return found[found >= 0]
+
+    def stands(self, numbers: np.ndarray) -> np.ndarray:
+        """[n] int64: the searched document that is the same text as each of these, -1 where none is."""
         found = self._number[np.frombuffer(self._stands, np.int64)[self._order[numbers]]]
-        return found[found < self.num_searched]
+        return np.where(found < self.num_searched, found, -1)
+
+    def held(self, numbers: np.ndarray) -> Sequence[str] | Mapping[int, str]:
+        """number -> text, to be read in any order."""
+        return self.texts
 
     def document_ids(self, numbers: Iterable[int]) -> list[str | None]:
         """The ids of these documents, None where it is not known; [] where none is."""
@@ -170,6 +181,41 @@ class _Ordered(Sequence[str]):
         return self.stored[int(self.order[index])]
 
 
+class Noise:
+    """Rows, counted by what is wrong with them. add(keys of a row's texts) each, then count()."""
+
+    def __init__(self) -> None:
+        self.of_one = dict.fromkeys(
+            ("query_without_content", "document_without_content", "query_equals_positive",
+             "query_equals_negative", "negative_equals_positive"), 0,
+        )  # fmt: skip
+        self.rows = bytearray()  # a key of each whole row
+
+    def add(
+        self, query: bytes, pos: list[bytes], neg: list[bytes], query_is_empty: bool, one_is_empty: bool
+    ) -> None:
+        """Normal keys; whether the query, and whether any document, is without content."""
+        parts = [query, *sorted(pos), b"-", *sorted(neg)]
+        self.rows += hashlib.blake2b(b"|".join(parts), digest_size=KEY).digest()
+        found = {
+            "query_without_content": query_is_empty,
+            "document_without_content": one_is_empty,
+            "query_equals_positive": query in pos,
+            "query_equals_negative": query in neg,
+            "negative_equals_positive": not set(pos).isdisjoint(neg),
+        }
+        for name, is_so in found.items():
+            self.of_one[name] += is_so
+
+    def count(self, queries: bytes | bytearray) -> dict[str, int]:
+        """queries: the normal keys of all rows."""
+        twice = {
+            name: len(keys) // KEY - len(np.unique(as_keys(keys)))
+            for name, keys in (("duplicate_rows", self.rows), ("same_query_rows", queries))
+        }
+        return twice | self.of_one
+
+
 class Rows:
     """The rows with their texts once, on disk: queries here, documents in the pool.
 
@@ -178,23 +224,18 @@ class Rows:
 
     def __init__(self, rows: Iterable[Row], pool: Pool, known: Known | None = None):
         """known: of the whole run; None: of these rows. Adds texts to the pool, which the caller closes."""
-        self.pool = pool
-        self.queries = Texts()
-        self.keys = bytearray()  # of the queries, 16 bytes each
+        self.pool: Pool = pool
+        self.queries: Sequence[str] = Texts()
+        self.keys: bytes | bytearray = bytearray()  # of the queries, 16 bytes each
         self.ids: list[str] = []
         self.langs: list[str] = []
         self.groups: list[str] = []
         self.prompts: dict[int, str] = {}  # instructions that rows bring themselves
-        self.noise = dict.fromkeys(
-            ("duplicate_rows", "same_query_rows", "query_without_content", "document_without_content",
-             "query_equals_positive", "query_equals_negative", "negative_equals_positive"), 0,
-        )  # fmt: skip
         self.num_excluded = 0  # rows with a positive that is excluded from the search
         self.known = known or Known()
         places = {"pos": array("q"), "neg": array("q")}
         ends = {"pos": array("q", [0]), "neg": array("q", [0])}
-        seen: set[bytes] = set()
-        seen_queries: set[bytes] = set()
+        queries, keys, noise = Texts(), bytearray(), Noise()
         for i, row in enumerate(rows):
             if not row.pos:
                 which = f"row {i} ({row.query[:60]!r})"
@@ -205,40 +246,41 @@ class Rows:
                 ids = getattr(row, f"{side}_ids", None) or [""] * len(texts)
                 places[side].extend(map(pool.add, texts, ids))
                 ends[side].append(len(places[side]))
-            self.queries.append(row.query)
-            self.keys += self._count(row, seen, seen_queries)
+            queries.append(row.query)
+            query, pos, neg = normal_key(row.query), [*map(normal_key, row.pos)], [*map(normal_key, row.neg)]
+            keys += query
+            self.num_excluded += not pool.excluded.isdisjoint(pos)
+            is_empty = not all(map(has_content, (*row.pos, *row.neg)))
+            noise.add(query, pos, neg, not has_content(row.query), is_empty)
             for name, values in (("id", self.ids), ("lang", self.langs), ("group", self.groups)):
                 values.append(getattr(row, name, ""))
             if (prompt := getattr(row, "prompt", None)) is not None:
                 self.prompts[i] = prompt
+        self.queries, self.keys, self.noise = queries, keys, noise.count(keys)
         self._places, self._ends = places, ends
-
-    def _count(self, row: Row, seen: set[bytes], seen_queries: set[bytes]) -> bytes:
-        """The key of its query, after `noise` has taken note of the row."""
-        query = normal_key(row.query)
-        pos, neg = [normal_key(text) for text in row.pos], [normal_key(text) for text in row.neg]
-        parts = [query, *sorted(pos), b"-", *sorted(neg)]
-        whole = hashlib.blake2b(b"|".join(parts), digest_size=KEY).digest()
-        self.num_excluded += not self.pool.excluded.isdisjoint(pos)
-        found = {
-            "duplicate_rows": whole in seen,
-            "same_query_rows": query in seen_queries,
-            "query_without_content": not has_content(row.query),
-            "document_without_content": not all(map(has_content, (*row.pos, *row.neg))),
-            "query_equals_positive": query in pos,
-            "query_equals_negative": query in neg,
-            "negative_equals_positive": not set(pos).isdisjoint(neg),
-        }
-        for name, is_so in found.items():
-            self.noise[name] += is_so
-        seen.add(whole)
-        seen_queries.add(query)
-        return query
 
     def __len__(self) -> int:
         return len(self.queries)
 
-    def prompted(self, prompt: str) -> tuple[Texts, str]:
+    def read(self, at: Iterable[int] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+        """(query, its lang, id and group where they are known) of the rows `at` (ascending; None: of all)."""
+        names = {"lang": self.langs, "id": self.ids, "group": self.groups}
+        for i in range(len(self)) if at is None else at:
+            more = {name: values[i] for name, values in names.items() if values[i]}
+            yield self.queries[i], more | ({"prompt": self.prompts[i]} if i in self.prompts else {})
+
+    @property
+    def scripts(self) -> list[str]:
+        """Of each query."""
+        return [script(text) for text in self.queries]
+
+    @property
+    def classes(self) -> np.ndarray:
+        """[rows] int64: equal for rows of the same group, -1 without one."""
+        numbers = {"": -1}
+        return np.array([numbers.setdefault(group, len(numbers) - 1) for group in self.groups], np.int64)
+
+    def prompted(self, prompt: str) -> tuple[Sequence[str], str]:
         """(queries, prompt) to encode; where rows bring their own instruction it stands in every text."""
         if not self.prompts:
             return self.queries, prompt
@@ -259,9 +301,6 @@ class Rows:
     def _numbered(self, side: str) -> Exclude:
         places = np.array(self._places[side], np.int64)
         return Exclude(np.array(self._ends[side], np.int64), self.pool.number(places))
-
-    def key(self, i: int) -> bytes:
-        return bytes(self.keys[i * KEY : (i + 1) * KEY])
 
 
 class Exclusions:
@@ -292,35 +331,43 @@ def exclusions(rows: Rows, cuts: Iterable[Cut] = ()) -> Exclusions:
     """What no row is given: documents equal in normal form to its query or to a document known to be relevant
     for it, documents of its group, and documents that are equal to one of its positives after truncation
     (`cuts`, one per teacher)."""
-    pool, positives = rows.pool, rows.pos
-    of_key: dict[bytes, int] = {}
-    members: list[list[int]] = []
-    classes: list[list[int]] = []
-    for i in range(len(rows)):
-        key = rows.key(i)
-        if key not in of_key:
-            of_key[key] = len(members)
-            found = map(pool.searched_by_key, (key, *sorted(rows.known.of(key))))
-            members.append(sorted({n for n in found if n is not None}))
-        classes.append([of_key[key]])
-    of_group: dict[str, int] = {}
-    in_group: dict[int, set[int]] = {}
-    for i, group in enumerate(rows.groups):
-        if group:
-            one = of_group.setdefault(group, len(members) + len(of_group))
-            classes[i].append(one)
-            texts = in_group.setdefault(one, set())
-            texts.update(pool.searched(positives.of(i)).tolist())
-            if (query := pool.searched_by_key(rows.key(i))) is not None:
-                texts.add(query)
-    members += [sorted(in_group[one]) for one in sorted(in_group)]
+    pool, positives, keys = rows.pool, rows.pos, as_keys(rows.keys)
+    distinct, class_of = np.unique(keys, return_inverse=True)
+    known = Numbers(distinct).of(as_keys(rows.known.queries))
+    documents = pool.searched_by_keys(as_keys(rows.known.documents)[known >= 0])
+    classes = [(known[known >= 0], documents), (np.arange(len(distinct)), pool.searched_by_keys(distinct))]
+    of_row, first = [(np.arange(len(rows)), class_of)], len(distinct)
+    del distinct, known, documents
+    same = _lists(classes, first)  # as query: by class of equal queries
+    groups = rows.classes
+    if (some := np.flatnonzero(groups >= 0)).size:
+        of_row.append((some, first + groups[some]))
+        in_group = positives.take(some)
+        classes.append((first + np.repeat(groups[some], np.diff(in_group.indptr)), pool.stands(in_group.ids)))
+        classes.append((first + groups[some], pool.searched_by_keys(keys[some])))
+        first += int(groups.max()) + 1
     for cut in cuts:
-        first = len(members)
-        members += [[n for n in same if n < pool.num_searched] for same in cut.members]
-        for i in range(len(rows)):
-            known = (*positives.of(i).tolist(), *members[of_key[rows.key(i)]])
-            classes[i] += sorted({first + cut.of_document[n] for n in known if n in cut.of_document})
-    return Exclusions(Exclude.from_lists(classes), Exclude.from_lists(members))
+        number, of_document = np.array(list(cut.of_document.items()), np.int64).reshape(-1, 2).T
+        is_searched = number < pool.num_searched
+        classes.append((first + of_document[is_searched], number[is_searched]))
+        table = np.full(len(pool.texts) if len(number) else 0, -1, np.int64)
+        table[number] = of_document
+        if len(number):  # a row's classes are those of its positives and of what else is known for it
+            of_class = _lists([(rows_of(same), table[same.ids])], len(same.indptr) - 1).take(class_of)
+            of_row.append((rows_of(positives), _behind(first, table[positives.ids])))
+            of_row.append((rows_of(of_class), first + of_class.ids))
+        first += len(cut.members)
+    return Exclusions(_lists(of_row, len(rows)), _lists(classes, first))
+
+
+def _behind(first: int, numbers: np.ndarray) -> np.ndarray:
+    return np.where(numbers >= 0, first + numbers, -1)
+
+
+def _lists(pairs: list[tuple[np.ndarray, np.ndarray]], num_rows: int) -> Exclude:
+    """lists_of all of these (rows, ids), without the ids below 0."""
+    rows, ids = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return lists_of(rows[ids >= 0], ids[ids >= 0], num_rows)
 
 
 class Cut:

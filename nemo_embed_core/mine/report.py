@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.data.statistics import QUANTILES, quantiles, script
+from nemo_embed_core.data.statistics import QUANTILES, quantiles
 from nemo_embed_core.mine.search.engine import SearchStats
 
 SHARES = ("with_no_negatives", "with_fewer_than_k", "with_k_negatives")
@@ -21,14 +21,15 @@ def build_report(
     lowest: np.ndarray,
     scores: np.ndarray,
     random_scores: np.ndarray,
-    query_texts: Sequence[str],
+    scripts: Sequence[str],
     languages: Sequence[str],
     settings: dict[str, Any],
     stats: SearchStats,
     sweep: list[dict[str, Any]],
     num_searched_again: int,
 ) -> dict[str, Any]:
-    """positive_scores: all pairs; lowest [Q]: each query's; scores [Q, >= k]: of negatives, -inf if none."""
+    """positive_scores: all pairs; lowest [Q]: each query's; scores [Q, >= k]: of negatives, -inf if none.
+    scripts, languages: of each query."""
     found = np.isfinite(scores)
     counts, negatives, k = found.sum(1), scores[found], settings["num_negatives"]
     both = np.concatenate([positive_scores, negatives])
@@ -48,7 +49,7 @@ def build_report(
         "negative_positive_scores": int((lowest < 0).sum()),
         # As the data says, "" where it does not; empty when it never does. No language is guessed.
         "by_language": by_group(languages, counts, k) if any(languages) else {},
-        "by_script": by_group([script(text) for text in query_texts], counts, k),
+        "by_script": by_group(scripts, counts, k),
         "sweep": sweep,
         "histogram": {
             "edges": [float(e) for e in edges],

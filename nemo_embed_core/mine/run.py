@@ -40,10 +40,11 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.mine.corpus import Ranks
+from nemo_embed_core.mine.folder import FolderRows, is_read_by_ids, read_folder
 from nemo_embed_core.mine.formats import FORMATS, convert_all
 from nemo_embed_core.mine.negatives import mine_negatives
 from nemo_embed_core.mine.output import FolderWriter
-from nemo_embed_core.mine.pool import Document, Known
+from nemo_embed_core.mine.pool import Document, Known, Row, Rows
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.teachers import Teachers, check_source, using
 
@@ -68,8 +69,11 @@ class Plan:
         return output / f"{name}{suffix}" if len(self.datasets) > 1 else output
 
 
-def make_plan(config: MineConfig, log: Log = print) -> Plan:
-    """The run, checked: options, models, prompts, outputs, every row of every file, free disk."""
+def make_plan(config: MineConfig, log: Log = print, ranks: Ranks | None = None) -> Plan:
+    """The run, checked: options, models, prompts, outputs, every row of every file, free disk.
+
+    All ranks call it, as they read dataset folders together; log is told on each.
+    """
     _check_options(config)
     datasets = named_datasets(config)
     sources = [resolve(model) for model in config.models]
@@ -81,7 +85,7 @@ def make_plan(config: MineConfig, log: Log = print) -> Plan:
         check_source(
             source, datasets.values(), [of_dataset[i] for of_dataset in usage.values()], config.precision
         )
-    known, excluded, counts = _read_all(config, datasets, log)
+    known, excluded, counts = _read_all(config, datasets, log, ranks or Ranks())
     plan = Plan(config, datasets, sources, usage, known, excluded)
     for name in datasets:
         _writer(plan, name)  # refuses now what it would in hours
@@ -137,8 +141,12 @@ def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Doc
         yield from (Document(text, key) for key, text in read_documents(config.corpus, config.on_missing))
 
 
+def by_ids(config: MineConfig, dataset: MineDatasetConfig) -> bool:
+    return is_read_by_ids(dataset.as_data(), has_more_documents=bool(config.corpus))
+
+
 def _read_all(
-    config: MineConfig, datasets: dict[str, MineDatasetConfig], log: Log
+    config: MineConfig, datasets: dict[str, MineDatasetConfig], log: Log, ranks: Ranks
 ) -> tuple[Known, set[bytes], dict[str, tuple[int, int]]]:
     """(known relevance over all data sets and splits, keys of --exclude, (documents, queries) by name).
 
@@ -159,6 +167,13 @@ def _read_all(
         excluded.update(readable(_excluded(path, findings)))
     counts: dict[str, tuple[int, int]] = {}
     for name, dataset in datasets.items():
+        if by_ids(config, dataset):
+            counts[name] = (0, 0)
+            for table in readable(_folders(dataset, ranks, findings)):
+                known.queries += table.known.queries
+                known.documents += table.known.documents
+                counts[name] = (len(table.pool.texts), len(table))
+            continue
         documents, num_rows = set[int](), 0
         for row in readable(read_rows(dataset.as_data(), findings)):
             known.add(row.query, row.pos)
@@ -175,7 +190,7 @@ def _read_all(
     for line in findings.lines():
         log(line)
     for name, dataset in datasets.items():
-        if has_corpus(dataset.as_data()):
+        if has_corpus(dataset.as_data()) and not by_ids(config, dataset):
             findings = Findings(log=log)
             whole = read_beir(dataset.as_data(), findings)
             counts[name] = (len(whole.corpus) + num_corpus, counts[name][1])
@@ -183,6 +198,22 @@ def _read_all(
     if excluded:
         log(f"--exclude: {len(excluded):,} documents are not searched")
     return known, excluded, counts
+
+
+def _folders(dataset: MineDatasetConfig, ranks: Ranks, findings: Findings) -> Iterator[FolderRows]:
+    """One, or none where a row is bad."""
+    if (table := read_folder(dataset.as_data(), ranks, findings)) is not None:
+        yield table
+
+
+def _rows(plan: Plan, dataset: MineDatasetConfig, ranks: Ranks) -> Iterable[Row] | Rows:
+    if not by_ids(plan.config, dataset):
+        return read_rows(dataset.as_data())
+    findings = Findings()
+    table = read_folder(dataset.as_data(), ranks, findings, plan.known, plan.excluded)
+    findings.raise_bad()
+    assert table is not None
+    return table
 
 
 def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
@@ -295,10 +326,10 @@ def mine(
         if not is_single:
             say(f"\n{name}: {dataset.path}")
         reports[name] = mine_negatives(
-            read_rows(dataset.as_data()),
+            _rows(plan, dataset, ranks),
             teachers.of(dataset, plan.usage[name]),
             output,
-            documents=documents_of(config, dataset),
+            documents=() if by_ids(config, dataset) else documents_of(config, dataset),
             selection=config,
             sweep=config.sweep,
             known=plan.known,
@@ -314,6 +345,7 @@ def mine(
             ranks=ranks,
             log=log,
             write=_writer(plan, name),
+            with_texts=not (config.output_format == "dataset" and by_ids(config, dataset)),
         )
         if ranks.rank == 0:
             if can_plot:
@@ -353,4 +385,5 @@ def _writer(plan: Plan, name: str) -> Callable[[Path, Iterator[dict[str, Any]]],
     output = plan.output(name)
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"output {output} exists and is not empty: choose another name or delete it")
-    return FolderWriter(plan.datasets[name].path, name, **_prompts(plan, name))
+    dataset = plan.datasets[name]
+    return FolderWriter(dataset.path, name, by_ids=by_ids(plan.config, dataset), **_prompts(plan, name))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.dataset import (
@@ -21,7 +21,7 @@ from nemo_embed_core.data.dataset import (
     read_records,
     shards,
 )
-from nemo_embed_core.data.dataset_source import source_files, source_texts
+from nemo_embed_core.data.dataset_source import SourceTexts, source_files, source_texts
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.beir import Beir, beir_of
 from nemo_embed_core.data.formats.row import Row, check_number, positive
@@ -105,17 +105,10 @@ def _rows(
     for path, line, fields in read_records(folder, "queries", metadata.ids_only, findings):
         num_rows += 1
         try:
-            key = check_id(fields["question_id"], "question_id")
-            if (hashed := exact_key(key)) in seen:
-                raise ValueError(f"question_id {short(key)} stands twice: make ids unique")
+            row = row_of(fields, metadata, documents, path, line, findings, texts)
+            if (hashed := exact_key(row.id)) in seen:
+                raise ValueError(stands_twice(row.id))
             seen.add(hashed)
-            query = check_text(fields["question"], "question") if texts is None else texts.at(key)
-            corpus_id = fields["corpus_id"]
-            if corpus_id != metadata.corpus_id:
-                raise ValueError(
-                    f"corpus_id is {short(corpus_id)}, and the folder's corpus is {short(metadata.corpus_id)}"
-                )
-            row = joined(fields, key, query, documents, str(path), line, findings)
         except ValueError as error:
             findings.bad(path, line, str(error), row=True)
             continue
@@ -126,11 +119,43 @@ def _rows(
         findings.bad(shards(folder, "queries")[0], 1, "there are no rows")
 
 
+def stands_twice(key: str) -> str:
+    return f"question_id {short(key)} stands twice: make ids unique"
+
+
+class ById(Protocol):
+    """What stands for each document: its text, or what is equal where the texts are."""
+
+    def get(self, key: str, /) -> Any: ...
+    def __len__(self) -> int: ...
+
+
+def row_of(
+    fields: dict[str, Any],
+    metadata: Metadata,
+    documents: ById,
+    path: Path,
+    line: int,
+    findings: Findings,
+    texts: SourceTexts | None = None,
+) -> Row:
+    """The row of one record of the queries, of what `documents` has for texts; ValueError says what is wrong.
+    texts: of a folder of ids only."""
+    key = check_id(fields["question_id"], "question_id")
+    query = check_text(fields["question"], "question") if texts is None else texts.at(key)
+    corpus_id = fields["corpus_id"]
+    if corpus_id != metadata.corpus_id:
+        raise ValueError(
+            f"corpus_id is {short(corpus_id)}, and the folder's corpus is {short(metadata.corpus_id)}"
+        )
+    return joined(fields, key, query, documents, str(path), line, findings)
+
+
 def joined(
     fields: dict[str, Any],
     key: str,
     query: str,
-    documents: Documents,
+    documents: ById,
     path: str,
     line: int,
     findings: Findings,
@@ -163,11 +188,11 @@ def joined(
     )  # fmt: skip
 
 
-def _entries(fields: dict[str, Any], field: str, documents: Documents) -> tuple[dict[str, str], list[float]]:
+def _entries(fields: dict[str, Any], field: str, documents: ById) -> tuple[dict[str, Any], list[float]]:
     """({id: text}, scores); no scores where the file has none."""
     if fields[field] is None:
         raise ValueError(f"{field} is null: write an empty list where there is none")
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     scores: list[float] = []
     for i, entry in enumerate(fields[field]):
         if entry is None:
