@@ -5,9 +5,9 @@
 
 Every row judges one document, and the texts have --length characters. All of a run but the encoder is the
 launcher's: vectors are made of the texts' numbers, so that nothing of a model is in the figures. "above" is
-the peak less that of 64 rows and documents; "anonymous" the most by phase, less that of reading those, without
-memory-mapped vectors, which the kernel takes back. "written" are the bytes that the process wrote to files, wherever they are: vectors, what the
-search found, the output, and the copies of texts.
+the peak less that of 64 rows and documents; "anonymous" the most by phase, less that of reading those,
+without memory-mapped vectors, which the kernel takes back. "written" are the bytes that the process wrote to
+files, wherever they are: vectors, what the search found, the output, and copies of texts.
 """
 
 from __future__ import annotations

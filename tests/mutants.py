@@ -259,7 +259,7 @@ MUTANTS = [
     Mutant("the best-scoring positive gives the ceiling", "nemo_embed_core/mine/negatives.py", "np.minimum.reduceat(scores", "np.maximum.reduceat(scores", TEST_NEGATIVES),
     Mutant("spelling variants are searched", POOL, '= self._append(text, exact, "variants")', '= self._append(text, exact, "")', TEST_NEGATIVES),
     Mutant("a second search of all queries is reported as the first", "nemo_embed_core/mine/lists.py", "if is_first:", "if len(rows) == len(self.queries):", TEST_NEGATIVES),
-    Mutant("documents known from other data come back", POOL, "(key, *sorted(rows.known.of(key)))", "(key,)", "tests/mine/test_negatives.py tests/mine/test_launch.py"),
+    Mutant("documents known from other data come back", POOL, "classes = [(known[known >= 0], documents), ", "classes = [", "tests/mine/test_negatives.py tests/mine/test_launch.py"),
     Mutant("a score at the ceiling is kept", CANDIDATES, "torch.isfinite(exact) & (exact < self.ceilings[:, None])", "torch.isfinite(exact) & (exact <= self.ceilings[:, None])", TEST_TOPK),
     Mutant("lower bounds are upper bounds", CANDIDATES, "[:, 0] - 2 * bound", "[:, 0]", TEST_TOPK),
     Mutant("bounds of candidates below the ceiling are left out", CANDIDATES, "next_after(self.ceilings + 2 * bound)", "next_after(self.ceilings)", TEST_TOPK),

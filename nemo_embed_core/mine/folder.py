@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from nemo_embed_core.config import DatasetConfig
-from nemo_embed_core.data.dataset import document_text, is_dataset, read_metadata, read_records, row_groups
+from nemo_embed_core.data.dataset import document_text, read_metadata, read_records, row_groups
+from nemo_embed_core.data.formats import dataset as dataset_format
 from nemo_embed_core.data.lines import Findings, check_id
+from nemo_embed_core.data.readers import corpus_format
 from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.folder_parts import FolderDocuments, Questions, read_parts
@@ -28,7 +30,7 @@ from nemo_embed_core.mine.search.exclude import Exclude
 
 def is_read_by_ids(config: DatasetConfig, has_more_documents: bool) -> bool:
     """A dataset folder that has its texts, is the whole pool, and whose pairs are not graded."""
-    is_folder = is_dataset(config.path) and config.format in ("", "dataset") and config.min_grade is None
+    is_folder = corpus_format(config) is dataset_format and config.min_grade is None
     return is_folder and not has_more_documents and not read_metadata(Path(config.path)).ids_only
 
 

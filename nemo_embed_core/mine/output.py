@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,9 @@ class FolderWriter:
         )
 
     def __call__(self, output: Path, rows: Iterator[dict[str, Any]]) -> None:
+        """A folder that is there is one of the same run, killed behind it: it is written again."""
+        if output.exists():
+            shutil.rmtree(output)
         if self.by_ids and self.shared is not None:
             write_rows_of_ids(output, _rows(output, rows), replace(self.metadata, made_of=""), self.shared)
         else:

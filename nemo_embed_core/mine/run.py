@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
+from nemo_embed_core.data.dataset import is_dataset
 from nemo_embed_core.data.formats.beir import splits as beir_splits
 from nemo_embed_core.data.formats.writing import write_lines
 from nemo_embed_core.data.mix import dataset_names
@@ -101,7 +102,8 @@ def _check_options(config: MineConfig) -> None:
         return
     output, is_single = Path(config.output), len(config.datasets) <= 1
     if config.output_format == "dataset" and is_single:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        is_folder = output.is_dir() and (not any(output.iterdir()) or _is_of_a_killed_run(config, output))
+        if output.exists() and not is_folder:
             raise UserError(f"output {config.output} exists and is not an empty folder: choose another name")
     elif output.exists() and output.is_dir() == is_single:
         what = "a file, and several need a folder"
@@ -110,6 +112,14 @@ def _check_options(config: MineConfig) -> None:
     folder = next(p for p in output.absolute().parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"output {config.output}: {folder} cannot be written to; choose another place")
+
+
+def _is_of_a_killed_run(config: MineConfig, output: Path) -> bool:
+    """Whether this dataset folder is one to go on with: its work is there, the last report is not."""
+    of_all = Path(config.output) / "report.json" if config.datasets[1:] else None
+    report = of_all or output.with_name(output.name + ".report.json")
+    has_work = output.with_name(output.name + ".work").is_dir()
+    return is_dataset(output) and has_work and not report.exists()
 
 
 def named_datasets(config: MineConfig) -> dict[str, MineDatasetConfig]:
@@ -383,7 +393,7 @@ def _writer(plan: Plan, name: str) -> Callable[[Path, Iterator[dict[str, Any]]],
     if plan.config.output_format == "jsonl":
         return write_lines
     output = plan.output(name)
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(output.iterdir()) and not _is_of_a_killed_run(plan.config, output):
         raise UserError(f"output {output} exists and is not empty: choose another name or delete it")
     dataset = plan.datasets[name]
     return FolderWriter(dataset.path, name, by_ids=by_ids(plan.config, dataset), **_prompts(plan, name))

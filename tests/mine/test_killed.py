@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from nemo_embed_core.config import DataConfig, DatasetConfig
+from nemo_embed_core.data.prepare import write_datasets
+from nemo_embed_core.data.readers import read_rows
 
 KILLED = -9
 SMALL = (
@@ -85,6 +91,47 @@ def test_killed_at_ten_points_one_after_the_other_and_resumed(miner, calm, tmp_p
     )
     assert report == expected
     assert not re.search(r"^(encoded|searched) ", result.output, re.M), "all of it was there"
+
+
+def launch(argv: list[str]) -> None:
+    """A rank; at the top level, so that a forked server can find it."""
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+@pytest.mark.fault(21)
+def test_a_dataset_folder_killed_at_three_points_and_resumed_by_two_ranks_is_the_same_bytes(
+    miner, calm, tmp_path
+):
+    config = DataConfig(datasets=[DatasetConfig(path=miner.data)])
+    data = write_datasets(config, tmp_path / "data", lambda message: None).datasets[0].path
+    how = ("--model", miner.model, "--data", data, "--output_format", "dataset", *SMALL)
+    alone = miner(*how, "--output", str(tmp_path / "calm/mined"))
+    assert alone.code == 0, alone.output
+    rows, lines = ([*read_rows(DatasetConfig(path=str(path)))] for path in (tmp_path / "calm/mined", calm))
+    assert [(r.query, r.pos, r.neg, list(r.neg_scores)) for r in rows] == [
+        (line.query, line.pos, line.neg, list(line.neg_scores)) for line in lines
+    ]
+    output, work = tmp_path / "again/mined", tmp_path / "again/mined.work"
+    points = ["documents.encoded@1", "dataset.row@40", "rename@again/mined.report.json"]
+    for point in points:
+        killed = miner(*how, "--output", str(output), env={"NEMO_EMBED_FAIL": point})
+        assert killed.code == KILLED, f"{point} was not reached:\n{killed.output[-2000:]}"
+        assert output.exists() == (point == points[-1])
+    argv = ["launch/mine.py", "--device", "cpu", *how, "--output", str(output)]
+    outcomes = miner.server.run(launch, 2, argv)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
+    assert shards(work) == shards(tmp_path / "calm/mined.work")
+    assert shards(output) == shards(tmp_path / "calm/mined")
+    assert (output / "corpus.parquet").samefile(Path(data) / "corpus.parquet")
+    report, expected = (
+        json.loads((tmp_path / name / "mined.report.json").read_text()) for name in ("again", "calm")
+    )
+    assert report == expected
+    shutil.rmtree(tmp_path / "again")
+    outcomes = miner.server.run(launch, 2, argv)
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    assert shards(tmp_path / "again") == shards(tmp_path / "calm")
 
 
 def test_killed_with_several_datasets_the_finished_ones_are_not_done_again(miner, calm, tmp_path):
