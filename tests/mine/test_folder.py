@@ -79,6 +79,7 @@ def trapped(folder: Path, count: int = 40, **how) -> DatasetConfig:
         "W1 w2 EXTRA",
         "held out",
         "Held out.",
+        make_rows(40)[2].pos[0],
     ]
     corpus += [{"id": f"x{i}", "title": "", "text": text} for i, text in enumerate(more)]
     corpus += [{"id": f"y{i}", "title": f"w{i}", "text": f"w{i + 1} w{i + 2}"} for i in range(30)]
