@@ -99,7 +99,6 @@ def launch(argv: list[str]) -> None:
     runpy.run_path(argv[0], run_name="__main__")
 
 
-@pytest.mark.fault(21)
 def test_a_dataset_folder_killed_at_three_points_and_resumed_by_two_ranks_is_the_same_bytes(
     miner, calm, tmp_path
 ):
