@@ -4,10 +4,11 @@
                                        [--only dataset] [--ranks 1] [--folder DIR]
 
 Every row judges one document, and the texts have --length characters. All of a run but the encoder is the
-launcher's: vectors are made of the texts' numbers, so that nothing of a model is in the figures. "above" is
-the peak less that of 64 rows and documents; "anonymous" the most by phase, less that of reading those,
-without memory-mapped vectors, which the kernel takes back. "written" are the bytes that the process wrote to
-files, wherever they are: vectors, what the search found, the output, and copies of texts.
+launcher's: vectors are made of the texts' numbers, so that nothing of a model is in the figures. "peak" is
+all resident memory above what the process had before it began; "anonymous" leaves out memory-mapped vectors,
+which the kernel takes back. A quarter of the size is run first, and the growth from it is given per million
+of the larger of rows and documents. "written" are the bytes that the process wrote to files, wherever they
+are: vectors, what the search found, the output, and copies of texts.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
-from benchmarks.memory import ROOT, write_beir, write_model
+from nemo_embed_core.checkpoint.source import Source, Usage
 from nemo_embed_core.config import MineConfig, ParallelConfig
 from nemo_embed_core.data.dataset import Metadata
 from nemo_embed_core.data.dataset_writer import write_dataset
 from nemo_embed_core.data.formats.row import Row
-from nemo_embed_core.data.tokenizer import train_sentencepiece
+from nemo_embed_core.mine import run as mining
 from nemo_embed_core.mine.corpus import Ranks
-from nemo_embed_core.mine.run import make_plan, mine
 from nemo_embed_core.parallel.collectives import gather_objects
 from nemo_embed_core.parallel.layout import world_size_from_env
 from nemo_embed_core.parallel.mesh import distributed
 
+ROOT = Path(__file__).resolve().parents[1]
 PATHS = ("dataset", "jsonl")
-FEW = 64
 MIB = 2**20
 
 
@@ -57,16 +59,17 @@ class Numbered:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def texts(kind: str, count: int, length: int) -> Iterator[str]:
+def texts(kind: str, stop: int, length: int, start: int = 0) -> Iterator[str]:
     filler = "abcdefgh " * (length // 9 + 1)
-    return (f"{kind} {i} {filler}"[:length] for i in range(count))
+    return (f"{kind} {i} {filler}"[:length] for i in range(start, stop))
 
 
 def write_data(folder: Path, path: str, num_rows: int, num_documents: int, length: int) -> dict[str, str]:
     """The options that mine it."""
-    pairs = zip(texts("query", num_rows, 60), texts("document", num_documents, length), strict=False)
-    others = list(range(num_rows, num_documents))
-    rest = (f"document {i} {'abcdefgh ' * (length // 9 + 1)}"[:length] for i in others)
+    judged = chain.from_iterable(texts("document", num_documents, length) for _ in count())
+    pairs = zip(texts("query", num_rows, 60), judged, strict=False)
+    others = range(num_rows, num_documents)
+    rest = texts("document", num_documents, length, num_rows)
     folder.mkdir(exist_ok=True)
     if path == "dataset":
         rows = (Row(query, [text], [], "rows", i + 1) for i, (query, text) in enumerate(pairs))
@@ -80,17 +83,22 @@ def write_data(folder: Path, path: str, num_rows: int, num_documents: int, lengt
     return {"data": str(folder / "rows.jsonl"), **corpus}
 
 
+def resident(name: str) -> int:
+    """VmRSS, VmHWM (its peak) or RssAnon of this process, in bytes."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+
 class Peaks:
     """The most anonymous memory by phase, looked at fifty times a second."""
 
     def __init__(self) -> None:
         self.phase, self.most = "read", dict[str, int]()
+        self.idle = {name: resident(name) for name in ("VmRSS", "RssAnon")}
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            status = Path("/proc/self/status").read_text()
-            size = int(status.split("RssAnon:")[1].split()[0]) * 1024
+            size = resident("RssAnon") - self.idle["RssAnon"]
             self.most[self.phase] = max(self.most.get(self.phase, 0), size)
             time.sleep(0.02)
 
@@ -107,16 +115,20 @@ class Peaks:
 def worker(options: dict[str, str], width: int) -> None:
     """One rank of a run; prints its figures."""
     peaks, world = Peaks(), world_size_from_env()
-    config = MineConfig(**options, device="cpu", num_negatives=4, threshold=0.95)  # type: ignore[arg-type]
+    source = Source(Path("numbered"), Path("numbered"), "llama", Usage())
+    config = MineConfig(model="numbered", **options, device="cpu", num_negatives=4, threshold=0.95)  # type: ignore[arg-type]
     with distributed(ParallelConfig(dp_size=world), "cpu") as mesh:
         ranks = Ranks(mesh.dp_rank, mesh.dp_size, gather_objects)
-        plan = make_plan(config, peaks.say, *([ranks] if world > 1 else []))
-        reports = mine(plan, ranks, mesh.device, lambda source: Numbered(width), peaks.say)
+        with (
+            mock.patch.object(mining, "resolve", lambda path: source),  # there is no folder to look at
+            mock.patch.object(mining, "check_source", lambda *arguments: None),
+        ):
+            plan = mining.make_plan(config, peaks.say, *([ranks] if world > 1 else []))
+        reports = mining.mine(plan, ranks, mesh.device, lambda source: Numbered(width), peaks.say)
     (report,) = reports.values()
-    status = Path("/proc/self/status").read_text()
     figures = {
         "rank": ranks.rank,
-        "peak": int(status.split("VmHWM:")[1].split()[0]) * 1024,
+        "peak": resident("VmHWM") - peaks.idle["VmRSS"],
         "anonymous": peaks.most,
         "written": int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0]),
         "negatives": report["negatives"],
@@ -144,28 +156,27 @@ def run(options: dict[str, str], output: Path, width: int, num_ranks: int) -> tu
 
 
 def measure(folder: Path, path: str, rows: int, documents: int, width: int, length: int, ranks: int) -> None:
-    few, many = folder / f"{path}-few", folder / f"{path}-many"
-    model = {"model": str(folder / "model")}
-    least, _ = run(model | write_data(few, path, FEW, FEW, length), few / "out", width, ranks)
-    many_options = model | write_data(many, path, rows, documents, length)
-    most, seconds = run(many_options, many / "out", width, ranks)
-    vectors, per_million = (rows + documents) * width * 2 / MIB, 1e6 / max(rows, documents)
-    text = (documents * length + rows * 60) / MIB
-    print(
-        f"{path}: {rows:,} rows, {documents:,} documents of {length} characters ({text:,.0f} MiB of text), "
-        f"width {width} ({vectors:,.0f} MiB of vectors), {ranks} ranks, {seconds:,.0f} s"
-    )
-    for few_figures, figures in zip(least, most, strict=True):
-        above = figures["peak"] - few_figures["peak"]
-        idle = few_figures["anonymous"]["read"]
-        phases = {name: (size - idle) / MIB for name, size in figures["anonymous"].items()}
-        own = max(phases.values())
+    found = []
+    for part in (4, 1):
+        size, place = (rows // part, documents // part), folder / f"{path}-{part}"
+        found.append(run(write_data(place, path, *size, length), place / "out", width, ranks))
+        vectors, text = sum(size) * width * 2 / MIB, (size[1] * length + size[0] * 60) / MIB
         print(
-            f"  rank {figures['rank']}: peak {above / MIB:,.0f} MiB above, anonymous {own:,.0f} MiB "
-            f"({', '.join(f'{name} {size:,.0f}' for name, size in phases.items())}), "
-            f"{own * per_million:,.0f} MiB per million; written {figures['written'] / MIB:,.0f} MiB",
-            flush=True,
+            f"{path}: {size[0]:,} rows, {size[1]:,} documents of {length} characters ({text:,.0f} MiB of "
+            f"text), width {width} ({vectors:,.0f} MiB of vectors), {ranks} ranks, {found[-1][1]:,.0f} s"
         )
+        for one in found[-1][0]:
+            phases = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in one["anonymous"].items())
+            print(
+                f"  rank {one['rank']}: peak {one['peak'] / MIB:,.0f} MiB above idle, anonymous by phase "
+                f"{phases}; written {one['written'] / MIB:,.0f} MiB",
+                flush=True,
+            )
+    (small, _), (large, _) = found
+    for before, after in zip(small, large, strict=True):
+        growth = max(after["anonymous"].values()) - max(before["anonymous"].values())
+        millions = 0.75 * max(rows, documents) / 1e6
+        print(f"  rank {after['rank']}: anonymous grows by {growth / millions / MIB:,.0f} MiB per million")
 
 
 def main() -> None:
@@ -173,7 +184,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--documents", type=int, default=100_000, help="at least as many as rows")
+    parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=64, help="of the vectors")
     parser.add_argument("--length", type=int, default=400, help="characters of a document")
     parser.add_argument("--only", choices=PATHS, action="append", help="again for several; all of them")
@@ -184,16 +195,10 @@ def main() -> None:
     if options.worker:
         worker(*json.loads(options.worker))
         return
-    if options.documents < options.rows:
-        parser.error("--documents must be at least --rows")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        write_beir(folder / "few", 8, 400)
-        train_sentencepiece([(folder / "few" / "corpus.jsonl").read_text()], 600, folder / "tokenizer")
-        write_model(folder)
         for path in options.only or PATHS:
             sizes = (options.rows, options.documents, options.width, options.length, options.ranks)
-            measure(folder, path, *sizes)
+            measure(Path(name), path, *sizes)
 
 
 if __name__ == "__main__":
