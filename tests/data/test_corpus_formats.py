@@ -270,7 +270,7 @@ def test_faults_of_tevatrons_ids_are_named(row, document, message, tmp_path):
 
 # ------------------------------------------------------------------------------------------ triples
 
-TRIPLES = "1185869\t7\t0\n2\t12\t7\n1185869\t7\t12\n"
+TRIPLES = "1185869\t7\t0\n2\t12\t7\n1185869\t12\t0\n"
 
 
 def triples(folder: Path, text: str = TRIPLES) -> DatasetConfig:
@@ -286,14 +286,14 @@ def test_triples_of_ids_are_a_row_a_line(tmp_path):
     assert plain(config) == [
         ("", "what was enriched", [uranium], [bomb], ["7"], ["0"]),
         ("", "who baked", [bread], [uranium], ["12"], ["7"]),
-        ("", "what was enriched", [uranium], [bread], ["7"], ["12"]),
+        ("", "what was enriched", [bread], [bomb], ["12"], ["0"]),
     ]
     names = ["collection.tsv", "queries.dev.small.tsv.gz", "qidpidtriples.train.full.2.tsv.gz"]
     assert [file.name for file in source_files(config)] == names and reading(config) == [
         "format=msmarco-triples"
     ]
     beir = read_beir(config)
-    assert beir.qrels == {"1185869": {"7": 1}, "2": {"12": 1}} and len(beir.corpus) == 3
+    assert beir.qrels == {"1185869": {"7": 1, "12": 1}, "2": {"12": 1}} and len(beir.corpus) == 3
     assert dict(beir.queries) == {"1185869": "what was enriched", "2": "who baked"}
     assert len(plain(DatasetConfig(path=str(tmp_path / "m"), split="dev.small"))) == 2, (
         "the folder is its qrels"
