@@ -182,3 +182,15 @@ def test_a_file_that_is_cut_or_gone_while_it_is_read_is_named(tmp_path):
     blocks = files.blocks(64, CPU)
     assert next(blocks)[0] == 0
     blocks.close()  # who stops early leaves no thread behind
+
+
+def test_a_rank_drops_the_pages_of_its_own_part_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "BEHIND", 1 << 20)
+    (path,) = write(tmp_path, np.ones((32768, 256), np.float16))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.pread(file.fileno(), 1 << 20, 0)  # another rank's
+        for _ in StoredRows.open([path]).part(16384, 32000).blocks(4096, CPU):
+            pass
+        assert os.preadv(file.fileno(), [bytearray(1)], 1 << 19, os.RWF_NOWAIT) == 1

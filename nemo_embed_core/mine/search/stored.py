@@ -110,6 +110,7 @@ class _Reader:
         self.files, self.row_bytes = rows.files, rows.shape[1] * rows.dtype.itemsize
         self.file: _File | None = None
         self.fd, self.is_passing = -1, False
+        self.begin = self.end = 0  # bytes of the file that were read; others may be another rank's
 
     def read(self, first: int, out_nD: Tensor) -> Tensor:
         """Rows first, first + 1, ... of all files."""
@@ -126,22 +127,26 @@ class _Reader:
             if file is not self.file:
                 self.close()
                 self.fd, self.file = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC), file
-                self.is_passing = not is_cached(self.fd)
+                self.is_passing, self.begin = not is_cached(self.fd), offset
                 os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            if self.is_passing and offset > BEHIND:  # a length of 0 would be the whole file
-                os.posix_fadvise(self.fd, 0, offset - BEHIND, os.POSIX_FADV_DONTNEED)
+            self._drop(offset - BEHIND)
             while len(out):
                 if (n := os.preadv(self.fd, [out], offset)) == 0:
                     what = "it was changed while it was read; embed its texts again"
                     raise UserError(f"{file.path} ended at byte {offset:,}: {what}")
                 out, offset = out[n:], offset + n
+                self.end = offset
         except OSError as error:
             raise UserError(f"{file.path} cannot be read: {error.strerror}") from None
 
+    def _drop(self, end: int) -> None:
+        """What was read up to this byte, from the page cache."""
+        if self.is_passing and end > self.begin:  # a length of 0 would be all the rest
+            os.posix_fadvise(self.fd, self.begin, end - self.begin, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         if self.fd >= 0:
-            if self.is_passing:
-                os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._drop(self.end)
             os.close(self.fd)
         self.fd, self.file = -1, None
 
