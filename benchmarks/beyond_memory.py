@@ -173,7 +173,7 @@ def search_here(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     queries, documents, stats = np.load(folder / "queries.npy"), documents_of(folder), SearchStats()
     parts: dict[str, float] = {}
     disk = disk_rate(folder)
-    method = pick_method(torch.device("cpu"), len(queries))
+    method = options.method if options.method != "auto" else pick_method(torch.device("cpu"), len(queries))
     gemm = gemm_rate(method, options.D)
     idle = peak_bytes()
     clock, processor = time.perf_counter(), time.process_time()
@@ -366,6 +366,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--D", type=int, default=256, help="columns")
     parser.add_argument("--Q", type=int, default=2048, help="queries")
     parser.add_argument("--k", type=int, default=10)
+    parser.add_argument(
+        "--method",
+        default="auto",
+        help="fp32, int8, or auto, which a busy machine may mislead (default auto)",
+    )
     parser.add_argument("--rows_a_file", type=int, default=1_000_000)
     parser.add_argument(
         "--memory_gib", type=float, default=4.0, help="private memory that the search may take"

@@ -117,7 +117,8 @@ class Engine:
                 upper = matmul(query_rows[tile], block, bound)
                 lower = upper - 2 * bound[:, None]
                 kth = scores[tile, -1]
-                if upper.shape[1] >= self.k:
+                # Once k scores are known, the k-th best bound of a block adds little for what it costs.
+                if upper.shape[1] >= self.k and bool(torch.isneginf(kth).any()):
                     sure = torch.where(upper < ceilings[tile, None], lower, -torch.inf)
                     at = excluded.positions(tile, first, sure.shape[1])
                     if at is not None:
