@@ -1,7 +1,7 @@
 """Search over vectors in files: time, its floor, memory, faiss-cpu's IVF-PQ beside it, and the law for GPUs.
 
     python -m benchmarks.beyond_memory                                   1,000,000 x 256, 2,048 queries
-    python -m benchmarks.beyond_memory --N 10000000 --Q 4096             what docs/mining.md shows
+    python -m benchmarks.beyond_memory --N 10000000 --method int8        what docs/benchmarks.md shows
 
 Makes fp16 vectors in a temporary folder (N x D x 2 bytes of disk, in files of --rows_a_file), drops them
 from the page cache, and searches them in a process of its own, whose private memory the kernel limits to
