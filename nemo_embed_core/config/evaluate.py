@@ -22,9 +22,9 @@ class EvaluateConfig(Options):
     instructions are then the prompts where no option says others."""
     models: list[str] = field(default_factory=list)
     """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25."""
-    task_type: Literal["retrieval", "reranking", "sts", "pair_classification", "classification", "bitext"] = (
-        "retrieval"
-    )
+    task_type: Literal[
+        "retrieval", "reranking", "sts", "pair_classification", "classification", "clustering", "bitext"
+    ] = "retrieval"
     """What is asked of the data, of others than retrieval a table of texts (docs/evaluation.md); the model's
     query prompt stands before all texts but documents."""
     name: str = ""

@@ -82,7 +82,7 @@ def compared(config: EvaluateConfig, say: Log) -> dict[str, Any]:
         "leave_one_task_out": leave_one_out(tasks, models),
         "differ_most": [
             examples(task, models[0], other) for other in models[1:] for task in tasks
-            if models[0] in task.models and other in task.models
+            if task.has_units and models[0] in task.models and other in task.models
         ],
     }  # fmt: skip
 
@@ -135,6 +135,15 @@ class Task:
         return len(self.ids)
 
     @cached_property
+    def kind(self) -> str:
+        return next(iter(self.results.values())).statistic
+
+    @property
+    def has_units(self) -> bool:
+        """Whether queries have scores: a task without has no intervals, and is the same in every draw."""
+        return self.kind != "none"
+
+    @cached_property
     def type(self) -> str:
         return next(iter(self.results.values())).facts["type"]
 
@@ -153,12 +162,15 @@ class Task:
 
     @cached_property
     def draws_BM(self) -> np.ndarray:
+        if not self.has_units:
+            return np.broadcast_to(self.scores_M, (self.draws, len(self.scores_M)))
         return bootstrap(self.statistic(slice(None)), self.units, self.draws, self.key())
 
     def statistic(self, part: Any) -> Statistic:
         """Of some of the queries."""
-        kind = next(iter(self.results.values())).statistic
-        return statistic_of(kind, self.values_Mn[:, part], None if self.gold_n is None else self.gold_n[part])
+        return statistic_of(
+            self.kind, self.values_Mn[:, part], None if self.gold_n is None else self.gold_n[part]
+        )
 
     def scores_of(self, part: Any) -> np.ndarray:
         """[M]: of some of the queries."""
@@ -171,6 +183,8 @@ class Task:
 
     def difference(self, a: int, b: int) -> dict[str, Any]:
         """Of model b minus a: positive where b is better."""
+        if not self.has_units:
+            return {**_bounded(self.scores_M[b] - self.scores_M[a], np.nan, np.nan), "p": None}
         low, high = interval(self.draws_BM[:, b] - self.draws_BM[:, a], self.units)
         if self.gold_n is None:
             p = sign_flip(self.values_Mn[b] - self.values_Mn[a], self.draws, self.key("signs"))
@@ -191,7 +205,7 @@ class Task:
         }
 
     def _scores(self, units: int, draws_BM: np.ndarray, scores_M: np.ndarray) -> dict[str, Any]:
-        low, high = interval(draws_BM, units)
+        low, high = interval(draws_BM, units) if self.has_units else [np.full(len(scores_M), np.nan)] * 2
         places = {model: self.all_models.index(model) for model in self.models}
         return {model: _bounded(scores_M[i], low[i], high[i]) for model, i in places.items()}
 
@@ -241,7 +255,7 @@ def overall(tasks: Sequence[Task], models: Sequence[str], draws: int, seed: int)
     draws_BTM = np.stack([task.draws_BM for task in tasks], axis=1)
     by_type = type_means(types, scores_TM)
     type_draws = type_means(types, draws_BTM.transpose(1, 0, 2))
-    smallest = min(task.units for task in tasks)
+    smallest = min((task.units for task in tasks if task.has_units), default=0)
     means = {
         "mean": (scores_TM.mean(0), draws_BTM.mean(1)),
         "mean_of_types": (
@@ -261,7 +275,7 @@ def overall(tasks: Sequence[Task], models: Sequence[str], draws: int, seed: int)
     for i, model in enumerate(models):
         entry: dict[str, Any] = {}
         for name, (score_M, score_draws) in means.items():
-            low, high = interval(score_draws[:, i], smallest)
+            low, high = interval(score_draws[:, i], smallest) if smallest else (np.nan, np.nan)
             entry[name] = _bounded(score_M[i], low, high)
         entry["types"] = {kind: _number(mean_M[i]) for kind, mean_M in by_type.items()}
         span = {"low": int(lowest[i]), "high": int(highest[i])}
@@ -281,14 +295,15 @@ def pair(tasks: Sequence[Task], a: int, b: int, draws: int, seed: int) -> dict[s
         return {**entry, "difference": None, "over_queries": None, "over_tasks": None}
     differences_T = np.array([task.scores_M[b] - task.scores_M[a] for task in both])
     draws_B = np.mean([task.draws_BM[:, b] - task.draws_BM[:, a] for task in both], axis=0)
-    low, high = interval(draws_B, min(task.units for task in both))
-    if all(task.gold_n is None for task in both):
+    smallest = min((task.units for task in both if task.has_units), default=0)
+    low, high = interval(draws_B, smallest) if smallest else (np.nan, np.nan)
+    if all(task.kind == "mean" for task in both):
         # The mean over tasks is a sum over queries, each with its share.
         shares = np.concatenate([(task.values_Mn[b] - task.values_Mn[a]) / task.units for task in both])
         p = sign_flip(shares, draws, [seed, 1])
     else:
         p = bootstrap_p(draws_B)
-    over_queries = {"low": float(low), "high": float(high), "p": p}
+    over_queries = {"low": float(low), "high": float(high), "p": p} if smallest else None
     over_tasks = None
     if len(both) >= MIN_TASKS:
         over_tasks = {"low": None, "high": None, "p": sign_flip(differences_T, draws, [seed, 2])}
@@ -307,6 +322,7 @@ def _correct(pairs: Sequence[dict[str, Any]]) -> None:
         *([entry[over] for entry in pairs if entry[over]] for over in ("over_queries", "over_tasks")),
     ]
     for family in families:
+        family = [found for found in family if found["p"] is not None or found.setdefault("p_holm")]
         for found, p in zip(family, holm([found["p"] for found in family]), strict=True):
             found["p_holm"] = p
 

@@ -136,7 +136,9 @@ def bounded(found: Mapping[str, Any] | None, sign: str = "") -> str:
     return figure(found["score"], sign) + ends
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return "-"
     return "<0.0002" if value < 2e-4 else f"{value:.4f}"
 
 

@@ -65,7 +65,7 @@ def plot(report: Mapping[str, Any], file: Path, label: Mapping[str, str]) -> Non
 
 
 def _bars(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield from entry["tasks"].items()
+    yield from ((name, found) for name, found in entry["tasks"].items() if found["low"] is not None)
     for title, key in (("mean, over queries", "over_queries"), ("mean, over tasks", "over_tasks")):
         if entry[key] and entry[key]["low"] is not None:
             yield title, {"score": entry["difference"], **entry[key]}

@@ -4,6 +4,7 @@
     sts                  sentence1, sentence2, score    Spearman's correlation of similarities with the grades
     pair_classification  sentence1, sentence2, label    average precision of the pairs with label 1
     classification       text, label                    accuracy of mteb's ten regressions of 8 texts a label
+    clustering           text, label                    v-measure of k-means, mean of mteb's ten draws
     bitext               two columns of translations    F1 of the nearest text, in both directions
 
 As in mteb each text is encoded by itself and compared by the model's own similarity.
@@ -30,6 +31,7 @@ from nemo_embed_core.evaluation.mteb_tasks import (
     Vectors,
     bitext,
     classification,
+    clustering,
     pair_classification,
     reranking,
     sts,
@@ -43,8 +45,8 @@ SHOWN = ("text", "other", "gold")  # beside the score of a row
 class Kind(NamedTuple):
     """run: (vectors, rows, training rows) -> (figures, a score or prediction of each row).
 
-    statistic: how the scores of rows become the main one, the first of columns: "mean", or a statistic of
-    predictions against `gold`.
+    statistic: how the scores of rows become the main one, the first of columns: "mean", a statistic of
+    predictions against `gold`, or "none" where rows have no scores.
     """
 
     type: str  # mteb's word
@@ -73,6 +75,10 @@ KINDS = {
         *("Classification", classification),
         {"accuracy": "accuracy", "F1": "f1", "kNN accuracy": "knn_accuracy"},
         *("mean", '{"text": "...", "label": "card arrival"}'),
+    ),
+    "clustering": Kind(
+        *("Clustering", clustering, {"v-measure": "v_measure", "AMI": "ami"}, "none"),
+        '{"text": "...", "label": "card arrival"}',
     ),
     "bitext": Kind(
         *("BitextMining", bitext, {"F1": "f1", "F1 forth": "f1_forth", "F1 back": "f1_back"}, "mean"),
@@ -133,9 +139,10 @@ class Labelled:
         if bad := [name for name, value in figures.items() if not np.isfinite(value)]:
             raise UserError(f"{bad[0]} is not a number: all grades, or all similarities, are the same")
         name = self.facts["main_score"] if self.kind.statistic == "mean" else "predicted"
+        own = [{}] * len(self.rows) if self.kind.statistic == "none" else [{name: score} for score in scores]
         rows = [
-            {"id": row["id"], name: score, **{key: row[key] for key in row if key in SHOWN}, "texts": {}}
-            for row, score in zip(self.rows, scores, strict=True)
+            {"id": row["id"], **score, **{key: row[key] for key in row if key in SHOWN}, "texts": {}}
+            for row, score in zip(self.rows, own, strict=True)
         ]
         return {**figures, "per_query": rows, "truncated": vectors.truncated}
 
@@ -175,18 +182,19 @@ def _candidates(fields: Mapping[str, Any], example: str) -> Row:
 def _fields(task_type: str, fields: Mapping[str, Any], example: str) -> Row:
     if task_type == "reranking":
         return _candidates(fields, example)
-    wanted = {"sts": "score", "pair_classification": "label", "classification": "label"}.get(task_type)
+    wanted = {"sts": "score", "bitext": None}.get(task_type, "label")
     pair: tuple[str, ...] = ("sentence1", "sentence2")
     if wanted is None and not set(pair) <= fields.keys():
         pair = tuple(fields)[:2] if len(fields) == 2 else pair
-    texts = ("text",) if task_type == "classification" else pair
+    of_one = task_type in ("classification", "clustering")
+    texts = ("text",) if of_one else pair
     if missing := [name for name in (*texts, wanted) if name and name not in fields]:
         raise ValueError(f"field {missing[0]!r} is missing: give {example}")
     row = dict(zip(("text", "other"), (check_text(fields[name], name) for name in texts), strict=False))
     if wanted is None:
         return row
     gold = fields[wanted]
-    if task_type == "classification":
+    if of_one:
         if isinstance(gold, bool) or not isinstance(gold, str | int):
             raise ValueError(f"field 'label' must be a string or an integer, got {gold!r}")
         return {**row, "gold": str(gold)}

@@ -218,3 +218,17 @@ def reranking(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[s
     task.dataset = {"default": {"test": data}}
     found = _evaluated(task, model)
     return {name: found[name] for name in ("map_at_1000", "ndcg_at_10", "mrr_at_10")}, each
+
+
+def clustering(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str, float], list[float]]:
+    """V-measure and adjusted mutual information of k-means with as many clusters as labels, means of mteb's
+    ten draws of the texts. No row has a score of its own."""
+    from mteb.abstasks import AbsTaskClustering
+
+    class LocalClustering(AbsTaskClustering):
+        metadata = task_metadata("Clustering", "v_measure")
+        max_fraction_of_documents_to_embed = None  # all, where mteb's tasks take 4 % of their large sets
+
+    columns = {"sentences": [row["text"] for row in rows], "labels": [row["gold"] for row in rows]}
+    found = run(LocalClustering(), {"test": columns}, model)
+    return {name: found[name] for name in ("v_measure", "ami")}, []

@@ -9,9 +9,9 @@ from nemo_embed_core.evaluation.statistics import Statistic, mean_of
 
 
 def statistic_of(name: str, values_Mn: np.ndarray, gold_n: np.ndarray | None) -> Statistic:
-    """name: "mean" of the values, or "spearman" or "average_precision" of values as predictions of gold."""
+    """name: "mean" of the values ("none": of NaN), or "spearman" or "average_precision" of predictions."""
     if gold_n is None:
-        assert name == "mean", name
+        assert name in ("mean", "none"), name
         return mean_of(values_Mn)
     one = {"spearman": spearman, "average_precision": average_precision}[name]
     return lambda counts_Bn: np.stack([one(counts_Bn, row_n, gold_n) for row_n in values_Mn], axis=1)

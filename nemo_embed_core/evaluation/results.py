@@ -42,7 +42,7 @@ class Result:
     """What a report says of one model, with the score of each query in the order of its file.
 
     entry: the report's.  rows: the file of the queries.  values: [n] of the main score, or predictions of
-    gold [n] where the task's statistic is no mean.
+    gold [n] where the task's statistic is no mean, NaN where it is "none".
     """
 
     model: str
@@ -136,16 +136,17 @@ def _result(path: Path, model: str, entry: Mapping[str, Any]) -> Result:
     if hashlib.sha256(data).hexdigest() != entry["per_query_sha256"]:
         raise UserError(f"{file} is not what {path} was written with; evaluate {model} again")
     rows = [row for _, row in _rows(file, data)]
-    is_mean = entry["data"].get("statistic", "mean") == "mean"
+    kind = entry["data"].get("statistic", "mean")
+    value = {"mean": metric, "none": None}.get(kind, "predicted")
     result = Result(
         *(model, path, entry, file, [row["id"] for row in rows]),
         languages=[row.get("language") or "" for row in rows],
-        values=np.array([row[metric if is_mean else "predicted"] for row in rows]),
-        gold=None if is_mean else np.array([row["gold"] for row in rows]),
+        values=np.array([np.nan if value is None else row[value] for row in rows]),
+        gold=None if kind in ("mean", "none") else np.array([row["gold"] for row in rows]),
     )
     statistic = statistic_of(result.statistic, result.values[None], result.gold)
     own = float(statistic(np.ones((1, len(rows)), np.int64))[0, 0])
-    if not abs(own - result.score) <= TOLERANCE:
+    if kind != "none" and not abs(own - result.score) <= TOLERANCE:
         raise UserError(
             f"{path}: {model} has {metric} {result.score}, and its queries the {result.statistic} {own:.6f}"
         )

@@ -177,6 +177,27 @@ def test_ranks_have_intervals_over_tasks_and_queries(tmp_path):
         assert borda["low"] == 1 and borda["high"] >= 2 and borda["low"] <= borda["rank"] <= borda["high"]
 
 
+def test_a_task_without_scores_of_queries_counts_in_means_and_ranks_without_intervals(tmp_path, capsys):
+    """Clustering is the same in every draw: beside one other task, the mean's interval is half as wide."""
+    scores = {"a": values_of(0, 0.4), "b": values_of(1, 0.5)}
+    write_report(tmp_path / "t.json", scores)
+    alone = compare([str(tmp_path)], draws=1000)["pairs"][0]
+    write_report(
+        tmp_path / "u.json", {"a": [0.25, 0.25], "b": [0.75, 0.75]}, statistic="none", type="Clustering"
+    )
+    found = present(EvaluateConfig(compare=[str(tmp_path)], draws=1000))
+    (pair,) = found["pairs"]
+    assert pair["tasks"]["u"] == {"score": 0.5, "low": None, "high": None, "p": None, "p_holm": None}
+    assert pair["difference"] == pytest.approx((alone["difference"] + 0.5) / 2)
+    ends = [(alone["tasks"]["t"][end] + 0.5) / 2 for end in ("low", "high")]
+    assert [pair["over_queries"][end] for end in ("low", "high")] == pytest.approx(ends)
+    assert pair["over_queries"]["p"] == pytest.approx(2 / 1001), "no draw is below 0"
+    assert found["overall"]["b"]["borda"] == {"points": 2.0, "rank": 1, "low": 1, "high": 1}
+    assert [entry["task"] for entry in found["differ_most"]] == ["t"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["u", "+0.5000"])
+    assert line.split()[2:] == ["-", "-"]
+
+
 def test_languages_stand_apart(reports):
     spoken = compare([str(reports / "t1.json")], draws=2000)["tasks"]["t1"]["languages"]
     assert {language: found["queries"] for language, found in spoken.items()} == {"d": 30, "e": 10}
