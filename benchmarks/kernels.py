@@ -46,7 +46,7 @@ from benchmarks.ceilings import (
     kernel_times,
     matmul_rates,
 )
-from nemo_embed_core.kernels import info_nce, mean_pool, rms_norm, rope, swiglu
+from nemo_embed_core.kernels import fp8, info_nce, mean_pool, rms_norm, rope, swiglu
 from nemo_embed_core.loss.contrastive import scored_dtype
 from nemo_embed_core.model import attention
 from nemo_embed_core.parallel.mesh import DTYPES
@@ -107,7 +107,9 @@ def random(*shape: int, dtype: torch.dtype, device: str, unit: bool = False) -> 
     return (F.normalize(x, dim=-1) if unit else x).to(dtype)
 
 
-def rms_norm_case(dtype: torch.dtype, device: str, T: int, D: int) -> Case:
+def rms_norm_case(dtype: torch.dtype, device: str, T: int, D: int, amax: int = 0) -> Case:
+    """amax: with the largest output, beside the pass of its own that it replaces."""
+
     def inputs() -> Tensors:
         x = {name: random(T, D, dtype=dtype, device=device) for name in ("x_TD", "residual_TD")}
         return x | {"weight_D": random(D, dtype=dtype, device=device)}
@@ -117,11 +119,20 @@ def rms_norm_case(dtype: torch.dtype, device: str, T: int, D: int) -> Case:
         "rms_norm",
         {"T": T, "D": D},
         inputs,
-        ours=lambda **x: rms_norm.rms_norm_kernel(eps=1e-5, **x),
-        reference=lambda **x: rms_norm.rms_norm_ref(eps=1e-5, **x),
+        ours=lambda **x: rms_norm.rms_norm_kernel(eps=1e-5, amax=bool(amax), **x)[:2],
+        reference=lambda **x: rms_norm.rms_norm_ref(eps=1e-5, amax=bool(amax), **x)[:2],
         bytes=(moved, moved),
         flops=(5 * T * D, 11 * T * D),
     )
+
+    def amax_pass(**x):
+        y_TD, hidden_TD, _ = rms_norm.rms_norm_kernel(eps=1e-5, **x)
+        return y_TD, hidden_TD, fp8.amax_kernel(y_TD.detach())
+
+    if amax:
+        case.shape["amax"] = 1
+        case.peers["amax_pass"] = Variant(lambda **x: amax_pass(**x)[:2])
+        return case
 
     def liger(module):
         apply = module.LigerFusedAddRMSNormFunction.apply
@@ -150,17 +161,46 @@ def rms_norm_case(dtype: torch.dtype, device: str, T: int, D: int) -> Case:
     return case
 
 
-def swiglu_case(dtype: torch.dtype, device: str, T: int, width: int, blocks: int) -> Case:
-    """width: of the whole output, all blocks together."""
+class PassOfItsOwn(torch.autograd.Function):
+    """x; its gradient is read once more for the largest value, which becomes that of `beside`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0], fp8.amax_kernel(grads[0])
+
+
+def swiglu_case(dtype: torch.dtype, device: str, T: int, width: int, blocks: int, amax: int = 0) -> Case:
+    """width: of the whole output, all blocks together. amax: with the largest output and gradient, beside the
+    passes of their own that they replace."""
+
+    def inputs() -> Tensors:
+        x = {"gate_up_TE": random(T, 2 * width, dtype=dtype, device=device)}
+        return x | ({"beside": torch.zeros((), device=device)} if amax else {})
+
     case = Case(
         "swiglu",
         {"T": T, "width": width, "blocks": blocks},
-        lambda: {"gate_up_TE": random(T, 2 * width, dtype=dtype, device=device)},
-        ours=lambda gate_up_TE: swiglu.swiglu_kernel(gate_up_TE, blocks),
-        reference=lambda gate_up_TE: swiglu.swiglu_ref(gate_up_TE, blocks),
+        inputs,
+        ours=lambda **x: swiglu.swiglu_kernel(num_blocks=blocks, **x)[0],
+        reference=lambda **x: swiglu.swiglu_ref(num_blocks=blocks, **x)[0],
         bytes=(3 * T * width * dtype.itemsize, 5 * T * width * dtype.itemsize),
         flops=(6 * T * width, 14 * T * width),
     )
+
+    def amax_pass(gate_up_TE, beside):
+        gate_up_TE = PassOfItsOwn.apply(gate_up_TE, beside)
+        out_TF, _ = swiglu.swiglu_kernel(gate_up_TE, blocks)
+        fp8.amax_kernel(out_TF.detach())
+        return out_TF
+
+    if amax:
+        case.shape["amax"] = 1
+        case.peers["amax_pass"] = Variant(amax_pass)
+        return case
 
     def liger(module):
         # Its kernel for one buffer with all gates before all ups: as many bytes, other columns.
@@ -418,8 +458,17 @@ KERNELS: dict[str, Callable[..., Case]] = {
 # the goal's.
 SHAPES: dict[str, list[dict[str, int]]] = {
     "attention": [{"T": 16384, "H": 32, "G": 8, "A": 128}, {"T": 16384, "H": 32, "G": 8, "A": 64}],
-    "rms_norm": [{"T": 16384, "D": 4096}, {"T": 16384, "D": 2048}, {"T": 2048, "D": 4096}],
-    "swiglu": [{"T": 16384, "width": 14336, "blocks": 8}, {"T": 16384, "width": 8192, "blocks": 8}],
+    "rms_norm": [
+        {"T": 16384, "D": 4096},
+        {"T": 16384, "D": 2048},
+        {"T": 2048, "D": 4096},
+        {"T": 16384, "D": 4096, "amax": 1},
+    ],
+    "swiglu": [
+        {"T": 16384, "width": 14336, "blocks": 8},
+        {"T": 16384, "width": 8192, "blocks": 8},
+        {"T": 16384, "width": 14336, "blocks": 8, "amax": 1},
+    ],
     "rope": [{"T": 16384, "H": 32, "G": 8, "A": 128}, {"T": 16384, "H": 32, "G": 8, "A": 64}],
     "mean_pool": [
         {"T": 16384, "D": 4096, "one_sequence": 0, "normalize": 1},
@@ -457,8 +506,8 @@ def timed_case(kernel: str, device: str, shape: dict[str, int]) -> Case:
 GATE: dict[str, dict[str, dict[str, int]]] = {
     "cuda": {
         "attention": {"T": 1025, "H": 32, "G": 8, "A": 128},
-        "rms_norm": {"T": 1025, "D": 4096},
-        "swiglu": {"T": 513, "width": 8 * 1792, "blocks": 8},
+        "rms_norm": {"T": 1025, "D": 4096, "amax": 1},
+        "swiglu": {"T": 513, "width": 8 * 1792, "blocks": 8, "amax": 1},
         "rope": {"T": 1025, "H": 32, "G": 8, "A": 128},
         "mean_pool": {"T": 2049, "D": 4096, "one_sequence": 0, "normalize": 1},
         "info_nce_hard": {"B": 129, "K": 4, "D": 4096},
@@ -466,8 +515,8 @@ GATE: dict[str, dict[str, dict[str, int]]] = {
     },
     "cpu": {
         "attention": {"T": 129, "H": 6, "G": 2, "A": 32},
-        "rms_norm": {"T": 9, "D": 100},
-        "swiglu": {"T": 9, "width": 3 * 40, "blocks": 3},
+        "rms_norm": {"T": 9, "D": 100, "amax": 1},
+        "swiglu": {"T": 9, "width": 3 * 40, "blocks": 3, "amax": 1},
         "rope": {"T": 9, "H": 6, "G": 2, "A": 32},
         "mean_pool": {"T": 129, "D": 100, "one_sequence": 0, "normalize": 1},
         "info_nce_hard": {"B": 9, "K": 4, "D": 100},

@@ -10,6 +10,7 @@ infinity makes the scale one, and with it every value of the product: a step tha
 Contract: amax reads x once; quantize reads it once and writes 1 byte an element for each layout. The tensor
 cores of Hopper take both factors with the inner dim contiguous, so a weight gradient needs transposes; the
 kernel writes them in the same pass, padded with zeros to a multiple of 16, which those products need too.
+A kernel that writes what is quantised next takes its amax along (`note_amax`): rms_norm.py, swiglu.py.
 """
 
 # R rows · C columns · M, N, K of a product
@@ -58,14 +59,33 @@ _TILE = (128, 64, 4)
 
 
 @triton.jit
+def size_bits(x):
+    """The bits of |x| in fp32: ordered as the floats are, and a NaN's are the largest."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def note_amax(amax_ptr, bits):
+    """amax_ptr, which starts at 0, gets the largest of `bits` if that is larger: size_bits of what a program
+    writes, rounded as it is written. A lane that writes nothing has 0."""
+    most = tl.max(bits)
+    # What is read here may be old, and then too small: that is one atomic too many, never one too few. Nearly
+    # no program has to do it, as the first ones have come near the largest value already.
+    tl.atomic_max(amax_ptr, most, mask=most > tl.load(amax_ptr), sem="relaxed")
+
+
+def zero_bits(x: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """For note_amax on x's device; empty where nobody wants it, as an op returns equally many tensors."""
+    return x.new_zeros((), dtype=torch.int32) if wanted else x.new_empty(0, dtype=torch.int32)
+
+
+@triton.jit
 def _amax_kernel(x_ptr, amax_ptr, n, BLOCK: tl.constexpr):
-    """Bits of non-negative floats are ordered as the floats are, and a NaN's are the largest."""
     most = tl.zeros((BLOCK,), tl.int32)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-        most = tl.maximum(most, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.atomic_max(amax_ptr, tl.max(most, 0))
+        most = tl.maximum(most, size_bits(tl.load(x_ptr + offs, mask=offs < n, other=0.0)))
+    note_amax(amax_ptr, most)
 
 
 @triton.jit
@@ -96,7 +116,7 @@ def _quantize_kernel(
 
 @torch.library.custom_op("nemo_embed_core::amax", mutates_args=())
 def amax_kernel(x: torch.Tensor) -> torch.Tensor:
-    x, bits = x.contiguous(), x.new_zeros((), dtype=torch.int32)
+    x, bits = x.contiguous(), zero_bits(x, True)
     programs, block, num_warps = _AMAX
     grid = min(programs, triton.cdiv(x.numel(), block))
     _amax_kernel[(grid,)](x, bits, x.numel(), BLOCK=block, num_warps=num_warps)

@@ -3,7 +3,7 @@
 Contract: hidden = x + residual, rounded to x.dtype (the value that later layers see); y = norm(hidden) *
 weight. Half types are normalised in fp32, cast back, then multiplied by the weight: LlamaRMSNorm's order, so
 y equals Hugging Face's. One read of x and residual, one write of y and hidden; backward reads dy, dhidden and
-hidden once and writes dx once.
+hidden once and writes dx once. The largest |y|, which fp8 products ask for, is taken along as y is written.
 """
 
 # T packed tokens · D hidden_size · P programs of the backward, each with its own partial sum of dweight
@@ -14,14 +14,20 @@ import torch
 import triton
 import triton.language as tl
 
+from nemo_embed_core.kernels.fp8 import amax_ref, note_amax, size_bits, zero_bits
+
+Normed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # y, hidden, amax where it is asked for
+
 
 def rms_norm_ref(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float,
+    residual_TD: torch.Tensor | None = None, amax: bool = False,
+) -> Normed:  # fmt: skip
     hidden_TD = x_TD if residual_TD is None else x_TD + residual_TD
     wide_TD = hidden_TD.float() if hidden_TD.dtype in (torch.bfloat16, torch.float16) else hidden_TD
     normed_TD = wide_TD * torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
-    return (weight_D * normed_TD.to(hidden_TD.dtype)).to(hidden_TD.dtype), hidden_TD
+    y_TD = (weight_D * normed_TD.to(hidden_TD.dtype)).to(hidden_TD.dtype)
+    return y_TD, hidden_TD, amax_ref(y_TD.detach()) if amax else None
 
 
 # (largest BLOCK_D, num_warps): by registers per thread (no spills; at 16384 the backward would spill), and at
@@ -48,10 +54,10 @@ def _config(hidden_size: int) -> tuple[int, int]:
 
 @triton.jit
 def _rms_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, hidden_ptr, rstd_ptr, eps,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, hidden_ptr, rstd_ptr, amax_ptr, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row."""
+    """One program: one row. amax_ptr None: the kernel without it."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -65,7 +71,10 @@ def _rms_norm_fwd_kernel(
     tl.store(rstd_ptr + row, rstd)
     normed = (hidden * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * D + offs_d, (weight * normed).to(y_ptr.dtype.element_ty), mask=mask_d)
+    y = (weight * normed).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * D + offs_d, y, mask=mask_d)
+    if amax_ptr is not None:
+        note_amax(amax_ptr, size_bits(y))
 
 
 @triton.jit
@@ -123,29 +132,33 @@ def _sum_rows(a_PD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.library.custom_op("nemo_embed_core::rms_norm_forward", mutates_args=())
 def _rms_norm_fwd(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, residual_TD: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> y [T, D], hidden [T, D] (empty without a residual: no op may return its input), rstd [T] fp32"""
+    x_TD: torch.Tensor, weight_D: torch.Tensor, residual_TD: torch.Tensor | None, eps: float, amax: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> y [T, D], hidden [T, D] (empty without a residual: no op may return its input), rstd [T] fp32, bits
+    of amax"""
     num_tokens, hidden_size = x_TD.shape
     block_d, num_warps = _config(hidden_size)
     x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
     y_TD, rstd_T = torch.empty_like(x_TD), x_TD.new_empty(num_tokens, dtype=torch.float32)
+    bits = zero_bits(x_TD, amax)
     if residual_TD is None:
         hidden_TD = x_TD.new_empty(0)
     else:
         residual_TD, hidden_TD = residual_TD.contiguous(), torch.empty_like(x_TD)
     if num_tokens:
         _rms_norm_fwd_kernel[(num_tokens,)](
-            x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, y_TD, hidden_TD, rstd_T, eps,
+            x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, y_TD, hidden_TD, rstd_T,
+            bits if amax else None, eps,
             D=hidden_size, BLOCK_D=block_d, HAS_RESIDUAL=residual_TD is not None, num_warps=num_warps,
         )  # fmt: skip
-    return y_TD, hidden_TD, rstd_T
+    return y_TD, hidden_TD, rstd_T, bits
 
 
 @_rms_norm_fwd.register_fake
-def _(x_TD, weight_D, residual_TD, eps):
+def _(x_TD, weight_D, residual_TD, eps, amax):
     hidden_TD = x_TD.new_empty(0) if residual_TD is None else x_TD.new_empty(x_TD.shape)
-    return x_TD.new_empty(x_TD.shape), hidden_TD, x_TD.new_empty(x_TD.shape[0], dtype=torch.float32)
+    rstd_T = x_TD.new_empty(x_TD.shape[0], dtype=torch.float32)
+    return x_TD.new_empty(x_TD.shape), hidden_TD, rstd_T, zero_bits(x_TD, amax)
 
 
 @torch.library.custom_op("nemo_embed_core::rms_norm_backward", mutates_args=())
@@ -180,41 +193,45 @@ def _(dy_TD, dhidden_TD, hidden_TD, weight_D, rstd_T):
 
 
 def _setup_context(ctx, inputs, output):
-    x_TD, weight_D, residual_TD, _ = inputs
-    _, hidden_TD, rstd_T = output
+    x_TD, weight_D, residual_TD, _, _ = inputs
+    _, hidden_TD, rstd_T, _ = output
     ctx.has_residual = residual_TD is not None
     # No zeros for an output that nobody used: the last layer drops hidden.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_TD if ctx.has_residual else x_TD, weight_D, rstd_T)
 
 
-def _backward(ctx, dy_TD, dhidden_TD, _):
+def _backward(ctx, dy_TD, dhidden_TD, _rstd, _amax):
     hidden_TD, weight_D, rstd_T = ctx.saved_tensors
     if dy_TD is None:
-        return dhidden_TD, None, dhidden_TD if ctx.has_residual else None, None
+        return dhidden_TD, None, dhidden_TD if ctx.has_residual else None, None, None
     if not ctx.has_residual:
         dhidden_TD = None  # the empty placeholder's gradient, if anybody made one
     dx_TD, dweight_D = _rms_norm_bwd(dy_TD, dhidden_TD, hidden_TD, weight_D, rstd_T)
-    return dx_TD, dweight_D, dx_TD if ctx.has_residual else None, None
+    return dx_TD, dweight_D, dx_TD if ctx.has_residual else None, None, None
 
 
 _rms_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rms_norm_kernel(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y_TD, hidden_TD, _ = _rms_norm_fwd(x_TD, weight_D, residual_TD, eps)
-    return y_TD, x_TD if residual_TD is None else hidden_TD
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float,
+    residual_TD: torch.Tensor | None = None, amax: bool = False,
+) -> Normed:  # fmt: skip
+    y_TD, hidden_TD, _, bits = _rms_norm_fwd(x_TD, weight_D, residual_TD, eps, amax)
+    return y_TD, x_TD if residual_TD is None else hidden_TD, bits.view(torch.float32) if amax else None
 
 
 def rms_norm(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden = x + residual; F.rms_norm(hidden.float(), (D,), eps=eps).to(hidden.dtype) * weight, and hidden.
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float,
+    residual_TD: torch.Tensor | None = None, amax: bool = False,
+) -> Normed:  # fmt: skip
+    """hidden = x + residual; y = F.rms_norm(hidden.float(), (D,), eps=eps).to(hidden.dtype) * weight.
 
     x, residual [T, D]: bf16, fp16, fp32 (fp64: plain torch).  weight [D].  eps: added to the mean square.
-    Returns (y [T, D], hidden [T, D]), both in x's dtype; without a residual hidden is x itself.
+    amax: whether the largest |y| is wanted.
+    Returns (y [T, D], hidden [T, D]), both in x's dtype, and fp8.amax(y) or None; without a residual hidden
+    is x itself.
     CUDA: Triton, tensors on the current device, D up to 8192; dweight is summed in a fixed order, without
     atomics.
     """
@@ -228,5 +245,5 @@ def rms_norm(
             f"{list(x_TD.shape)} {x_TD.dtype}"
         )
     if x_TD.is_cuda and x_TD.dtype != torch.float64:
-        return rms_norm_kernel(x_TD, weight_D, eps, residual_TD)
-    return rms_norm_ref(x_TD, weight_D, eps, residual_TD)
+        return rms_norm_kernel(x_TD, weight_D, eps, residual_TD, amax)
+    return rms_norm_ref(x_TD, weight_D, eps, residual_TD, amax)

@@ -3,6 +3,11 @@
 Contract: the columns are num_blocks blocks of [gate block | up block] (ModelConfig.mlp_blocks, so that a
 plain row shard of the weight holds whole blocks); the output columns are in block order. One read and one
 write each way; math in fp32.
+
+fp8 products around it ask for the largest value of what they quantise: of the output, and of the gradient of
+gate_up. The one is returned; the other is handed back as the "gradient" of `beside`, an fp32 scalar that came
+out of the product together with gate_up. So autograd itself carries it to where the gradient goes, and to no
+other place. Who sums gradients of two uses of gate_up must not sum these.
 """
 
 # T packed tokens · F intermediate_size (of this rank) · E = 2 F gate_up columns
@@ -14,11 +19,30 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from nemo_embed_core.kernels.fp8 import amax_ref, note_amax, size_bits, zero_bits
 
-def swiglu_ref(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
+
+class _Beside(torch.autograd.Function):
+    """x; the gradient of `beside` is the largest value of x's."""
+
+    @staticmethod
+    def forward(ctx, x, beside):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, amax_ref(dx)
+
+
+def swiglu_ref(
+    gate_up_TE: torch.Tensor, num_blocks: int, beside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if beside is not None:
+        gate_up_TE = _Beside.apply(gate_up_TE, beside)
     num_tokens, columns = gate_up_TE.shape
     gate, up = gate_up_TE.view(num_tokens, num_blocks, 2, columns // (2 * num_blocks)).unbind(2)
-    return (F.silu(gate) * up).reshape(num_tokens, columns // 2)
+    out_TF = (F.silu(gate) * up).reshape(num_tokens, columns // 2)
+    return out_TF, None if beside is None else amax_ref(out_TF.detach())
 
 
 # (BLOCK_T, BLOCK_F, num_warps). 256 divides the blocks of the 1B (1024) and 8B (1792) models, so no lane
@@ -39,10 +63,11 @@ def _tile(NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, 
 
 @triton.jit
 def _swiglu_fwd_kernel(
-    gate_up_ptr, out_ptr, T,
+    gate_up_ptr, out_ptr, amax_ptr, T,
     NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T rows x BLOCK_F columns of one block of WIDTH columns."""
+    """One program: BLOCK_T rows x BLOCK_F columns of one block of WIDTH columns. amax_ptr None: the kernel
+    without it."""
     block, offs_t, offs_f = _tile(NUM_BLOCKS, WIDTH, BLOCK_T, BLOCK_F)
     mask = (offs_t < T)[:, None] & (offs_f < WIDTH)[None, :]
     gate_ptrs = (
@@ -50,14 +75,16 @@ def _swiglu_fwd_kernel(
     )
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * up
+    out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + offs_t[:, None] * (NUM_BLOCKS * WIDTH) + (block * WIDTH + offs_f)[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, out, mask=mask)
+    if amax_ptr is not None:
+        note_amax(amax_ptr, size_bits(out))
 
 
 @triton.jit
 def _swiglu_bwd_kernel(
-    dout_ptr, gate_up_ptr, dgate_up_ptr, T,
+    dout_ptr, gate_up_ptr, dgate_up_ptr, amax_ptr, T,
     NUM_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     block, offs_t, offs_f = _tile(NUM_BLOCKS, WIDTH, BLOCK_T, BLOCK_F)
@@ -70,11 +97,14 @@ def _swiglu_bwd_kernel(
     sigmoid = tl.sigmoid(gate)
     dgate = dout * up * sigmoid * (1 + gate * (1 - sigmoid))
     dup = dout * gate * sigmoid
-    tl.store(dgate_up_ptr + gate_offs, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
-    tl.store(dgate_up_ptr + gate_offs + WIDTH, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+    dtype: tl.constexpr = dgate_up_ptr.dtype.element_ty
+    tl.store(dgate_up_ptr + gate_offs, dgate.to(dtype), mask=mask)
+    tl.store(dgate_up_ptr + gate_offs + WIDTH, dup.to(dtype), mask=mask)
+    if amax_ptr is not None:
+        note_amax(amax_ptr, tl.maximum(size_bits(dgate.to(dtype)), size_bits(dup.to(dtype))))
 
 
-def _launch(kernel, gate_up_TE: torch.Tensor, num_blocks: int, *tensors: torch.Tensor) -> None:
+def _launch(kernel, gate_up_TE: torch.Tensor, num_blocks: int, *tensors: torch.Tensor | None) -> None:
     num_tokens, columns = gate_up_TE.shape
     block_t, block_f, num_warps = _CONFIG
     width = columns // (2 * num_blocks)
@@ -87,48 +117,69 @@ def _launch(kernel, gate_up_TE: torch.Tensor, num_blocks: int, *tensors: torch.T
 
 
 @torch.library.custom_op("nemo_embed_core::swiglu_forward", mutates_args=())
-def swiglu_kernel(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
+def _swiglu_fwd(
+    gate_up_TE: torch.Tensor, num_blocks: int, beside: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [T, F], bits of its amax where there is `beside`"""
     out_TF = gate_up_TE.new_empty(gate_up_TE.shape[0], gate_up_TE.shape[1] // 2)
-    _launch(_swiglu_fwd_kernel, gate_up_TE, num_blocks, gate_up_TE.contiguous(), out_TF)
-    return out_TF
+    bits = zero_bits(gate_up_TE, beside is not None)
+    tensors = gate_up_TE.contiguous(), out_TF, None if beside is None else bits
+    _launch(_swiglu_fwd_kernel, gate_up_TE, num_blocks, *tensors)
+    return out_TF, bits
 
 
-@swiglu_kernel.register_fake
-def _(gate_up_TE, num_blocks):
-    return gate_up_TE.new_empty(gate_up_TE.shape[0], gate_up_TE.shape[1] // 2)
+@_swiglu_fwd.register_fake
+def _(gate_up_TE, num_blocks, beside):
+    out_TF = gate_up_TE.new_empty(gate_up_TE.shape[0], gate_up_TE.shape[1] // 2)
+    return out_TF, zero_bits(gate_up_TE, beside is not None)
 
 
 @torch.library.custom_op("nemo_embed_core::swiglu_backward", mutates_args=())
-def _swiglu_bwd(dout_TF: torch.Tensor, gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    dgate_up_TE = gate_up_TE.new_empty(gate_up_TE.shape)
-    tensors = dout_TF.contiguous(), gate_up_TE.contiguous(), dgate_up_TE
+def _swiglu_bwd(
+    dout_TF: torch.Tensor, gate_up_TE: torch.Tensor, num_blocks: int, amax: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> dgate_up [T, E], bits of its amax where it is wanted"""
+    dgate_up_TE, bits = gate_up_TE.new_empty(gate_up_TE.shape), zero_bits(gate_up_TE, amax)
+    tensors = dout_TF.contiguous(), gate_up_TE.contiguous(), dgate_up_TE, bits if amax else None
     _launch(_swiglu_bwd_kernel, gate_up_TE, num_blocks, *tensors)
-    return dgate_up_TE
+    return dgate_up_TE, bits
 
 
 @_swiglu_bwd.register_fake
-def _(dout_TF, gate_up_TE, num_blocks):
-    return gate_up_TE.new_empty(gate_up_TE.shape)
+def _(dout_TF, gate_up_TE, num_blocks, amax):
+    return gate_up_TE.new_empty(gate_up_TE.shape), zero_bits(gate_up_TE, amax)
 
 
 def _setup_context(ctx, inputs, output):
-    gate_up_TE, ctx.num_blocks = inputs
+    gate_up_TE, ctx.num_blocks, beside = inputs
+    ctx.amax = beside is not None
     ctx.save_for_backward(gate_up_TE)
 
 
-def _backward(ctx, dout_TF):
-    return _swiglu_bwd(dout_TF, *ctx.saved_tensors, ctx.num_blocks), None
+def _backward(ctx, dout_TF, _):
+    dgate_up_TE, bits = _swiglu_bwd(dout_TF, *ctx.saved_tensors, ctx.num_blocks, ctx.amax)
+    return dgate_up_TE, None, bits.view(torch.float32) if ctx.amax else None
 
 
-swiglu_kernel.register_autograd(_backward, setup_context=_setup_context)
+_swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def swiglu(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
+def swiglu_kernel(
+    gate_up_TE: torch.Tensor, num_blocks: int, beside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out_TF, bits = _swiglu_fwd(gate_up_TE, num_blocks, beside)
+    return out_TF, None if beside is None else bits.view(torch.float32)
+
+
+def swiglu(
+    gate_up_TE: torch.Tensor, num_blocks: int, beside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """gate, up = gate_up.view(T, num_blocks, 2, -1).unbind(2); (F.silu(gate) * up).reshape(T, -1)
 
     gate_up [T, 2 F]: bf16, fp16, fp32 (fp64: plain torch), columns in num_blocks blocks of [gate block | up
-    block].
-    Returns [T, F] in the same dtype.  CUDA: Triton, tensors on the current device.
+    block].  beside: an fp32 scalar whose gradient becomes fp8.amax of gate_up's, or None.
+    Returns out [T, F] in the same dtype, and fp8.amax(out), or None without `beside`.  CUDA: Triton, tensors
+    on the current device.
     """
     if gate_up_TE.dim() != 2 or gate_up_TE.shape[1] % (2 * num_blocks):
         raise ValueError(
@@ -136,5 +187,5 @@ def swiglu(gate_up_TE: torch.Tensor, num_blocks: int) -> torch.Tensor:
             f"{list(gate_up_TE.shape)}"
         )
     if gate_up_TE.is_cuda and gate_up_TE.dtype != torch.float64:
-        return swiglu_kernel(gate_up_TE, num_blocks)
-    return swiglu_ref(gate_up_TE, num_blocks)
+        return swiglu_kernel(gate_up_TE, num_blocks, beside)
+    return swiglu_ref(gate_up_TE, num_blocks, beside)

@@ -160,7 +160,10 @@ MUTANTS = [
     Mutant("fp8 weights of the step before", FP8, "weight.is_kept, weight.made = False, None", "weight.is_kept = False", TEST_FP8),
     Mutant("the transpose of fp8 weights of an earlier step", FP8, "        self.made = made if", "        made = made._replace(columns=vars(self).setdefault('old', made).columns)\n        self.made = made if", TEST_FP8),
     Mutant("fp8 weights are quantised in every micro-batch", FP8, "weight.is_kept = True", "weight.is_kept = False", TEST_FP8),
-    Mutant("the gradient of an fp8 product has e4m3's range", FP8, "is_part=ctx.column), E5M2,", "is_part=ctx.column), E4M3,", TEST_FP8),
+    Mutant("the gradient of an fp8 product has e4m3's range", FP8, "ctx.column, own), E5M2,", "ctx.column, own), E4M3,", TEST_FP8),
+    Mutant("the largest value of another norm", "nemo_embed_core/model/llama.py", "residual_TD, amax = self.post_attention_layernorm(", "residual_TD, _ = self.post_attention_layernorm(", "tests/parallel/test_recompute.py -k fp8"),
+    Mutant("the largest value of SwiGLU's gradient is doubled", "kernels/swiglu.py", "return dx, amax_ref(dx)", "return dx, 2 * amax_ref(dx)", "tests/parallel/test_recompute.py -k fp8"),
+    Mutant("a largest value that was taken along is of this rank alone", FP8, "    own = amax(x.detach()) if own is None else own\n", "    if own is not None:\n        return own\n    own = amax(x.detach())\n", "tests/parallel/test_recompute.py -k fp8"),
     Mutant("fp8 inputs are sent in bf16", "nemo_embed_core/parallel/wire.py", "T * D if wire.fp8 else hidden", "hidden", WIRE),
     # ---- gradients over ranks
     Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIM_OPTIONS),

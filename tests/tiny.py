@@ -4,8 +4,10 @@ import dataclasses
 import json
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -130,6 +132,25 @@ def train_config(folder: Path, **changes: Any) -> TrainConfig:
         k: dataclasses.replace(getattr(base, k), **v) for k, v in changes.items() if isinstance(v, dict)
     }
     return dataclasses.replace(base, **{**changes, **nested})
+
+
+@contextmanager
+def amax_read_again() -> Iterator[list[bool]]:
+    """Within, fp8 products read what they quantise for its largest value, though it was taken along. Yields
+    whether it was, for each in turn; then it was the right one."""
+    from nemo_embed_core.parallel import fp8
+
+    taken_along, real = [], fp8._amax
+
+    def read_again(x: Any, tp: Any, is_part: bool, own: Any = None) -> Any:
+        taken_along.append(own is not None)
+        if own is not None:
+            largest = x.detach().double().abs().max()
+            assert own.shape == () and own.double() == largest > 0, f"{own} of {largest}: {tuple(x.shape)}"
+        return real(x, tp, is_part)
+
+    with mock.patch.object(fp8, "_amax", read_again):
+        yield taken_along
 
 
 def llama_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

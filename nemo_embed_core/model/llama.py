@@ -73,9 +73,15 @@ class LlamaAttention(nn.Module):
         self.o_proj = RowParallelLinear(config.num_attention_heads * config.head_dim, config.hidden_size, tp)
 
     def forward(
-        self, x_TD: Tensor, cos: Tensor, sin: Tensor, segments: Segments, again: Again = None
+        self,
+        x_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        segments: Segments,
+        again: Again = None,
+        amax: Tensor | None = None,
     ) -> Tensor:
-        qkv = self.qkv_proj(x_TD, again)  # [T, (H + 2G) / tp * A]
+        qkv = self.qkv_proj(x_TD, again, amax)  # [T, (H + 2G) / tp * A]
         q_THA, k_TGA, v_TGA = split_rope(qkv, cos, sin, self.num_heads, self.num_kv_heads, self.head_dim)
         return self.o_proj(self.attention(q_THA, k_TGA, v_TGA, segments).flatten(1))
 
@@ -88,11 +94,12 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(config.hidden_size, 2 * F, tp, unit=2 * width)
         self.down_proj = RowParallelLinear(F, config.hidden_size, tp, unit=width)
 
-    def forward(self, x_TD: Tensor, again: Again = None) -> Tensor:
-        gate_up = self.gate_up_proj(x_TD, again)  # [T, 2 F / tp]
+    def forward(self, x_TD: Tensor, again: Again = None, amax: Tensor | None = None) -> Tensor:
+        gate_up, beside = self.gate_up_proj.with_beside(x_TD, again, amax)  # [T, 2 F / tp]
         kept = gate_up.detach()
-        remake = None if again is None else lambda: swiglu(kept, self.num_blocks)
-        return self.down_proj(swiglu(gate_up, self.num_blocks), remake)
+        remake = None if again is None else lambda: swiglu(kept, self.num_blocks)[0]
+        x_TF, amax = swiglu(gate_up, self.num_blocks, beside)
+        return self.down_proj(x_TF, remake, amax)
 
 
 class LlamaBlock(nn.Module):
@@ -114,11 +121,13 @@ class LlamaBlock(nn.Module):
         self, x_TD: Tensor, residual_TD: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) -> (x, residual): the addition of x waits for the next norm, where it is fused."""
-        x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, cos, sin, segments, self._again(self.input_layernorm, residual_TD))
-        x_TD, residual_TD = self.post_attention_layernorm(x_TD, residual_TD)
+        is_fp8 = self.self_attn.qkv_proj.fp8 is not None
+        x_TD, residual_TD, amax = self.input_layernorm(x_TD, residual_TD, is_fp8)
+        again = self._again(self.input_layernorm, residual_TD)
+        x_TD = self.self_attn(x_TD, cos, sin, segments, again, amax)
+        x_TD, residual_TD, amax = self.post_attention_layernorm(x_TD, residual_TD, is_fp8)
         again = self._again(self.post_attention_layernorm, residual_TD)
-        return self.mlp(x_TD, again), residual_TD
+        return self.mlp(x_TD, again, amax), residual_TD
 
     def _again(self, norm: RMSNorm, sum_TD: Tensor) -> Again:
         """The output of the norm once more, from the sum that its own backward needs too."""

@@ -76,9 +76,10 @@ def freeze_weights(model: nn.Module) -> None:
         layer.weight = nn.Parameter(layer.fp8.made.rows, requires_grad=False)
 
 
-def _amax(x: Tensor, tp: TensorParallel, is_part: bool) -> Tensor:
-    """The largest |value| of the matrix that x is, or of which tp ranks hold a part each."""
-    own = amax(x.detach())
+def _amax(x: Tensor, tp: TensorParallel, is_part: bool, own: Tensor | None = None) -> Tensor:
+    """The largest |value| of the matrix that x is, or of which tp ranks hold a part each. own: amax(x), where
+    what made x has taken it along."""
+    own = amax(x.detach()) if own is None else own
     if not is_part or tp.size == 1:
         return own
     # Bits: as floats NCCL's maximum would drop a NaN.
@@ -91,43 +92,55 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, weight: Fp8Weight, tp: TensorParallel, column: bool
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        weight: Fp8Weight,
+        tp: TensorParallel,
+        column: bool,
+        own: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # nobody hands a largest value back: None
         ctx.weight, ctx.tp, ctx.column = weight, tp, column
         ctx.is_gathered = column and tp.size > 1 and tp.sequence_parallel
-        largest = _amax(x, tp, is_part=ctx.is_gathered or not column)
+        largest = _amax(x, tp, ctx.is_gathered or not column, own)
         ctx.save_for_backward(x, w, largest)
         x8 = quantize(x, largest, E4M3)
         rows = x8.rows
         if ctx.is_gathered:
             rows = all_gather_rows(rows.view(torch.uint8), tp.group).view(E4M3)
         w8 = weight.of(w, tp)
-        return scaled_mm(rows, x8.scale, w8.rows, w8.scale, fast=True)
+        y = scaled_mm(rows, x8.scale, w8.rows, w8.scale, fast=True)
+        return y, torch.empty((), device=x.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (dy,), (x, w, largest), tp = grads, ctx.saved_tensors, ctx.tp
+        (dy, own), (x, w, largest), tp = grads, ctx.saved_tensors, ctx.tp
         w8 = ctx.weight.of(w, tp)
         x8 = quantize(x, largest, E4M3, rows=ctx.is_gathered, columns=not ctx.is_gathered)
         columns = x8.columns
         if ctx.is_gathered:
             flying = begin_all_gather_rows(x8.rows.view(torch.uint8), tp.group)  # during dX
-        dy8 = quantize(dy, _amax(dy, tp, is_part=ctx.column), E5M2, columns=True)
+        dy8 = quantize(dy, _amax(dy, tp, ctx.column, own), E5M2, columns=True)
         dx = scaled_mm(dy8.rows, dy8.scale, w8.columns, w8.scale, fast=False)
         if ctx.is_gathered:
             one = torch.full_like(largest, MAX[E4M3])  # a factor of 1: transposed, not changed
             columns = quantize(wait(flying).view(E4M3), one, E4M3, rows=False, columns=True).columns
             dx = begin_reduce_scatter_rows(dx, tp.group)  # during dW
         dw = scaled_mm(dy8.columns, dy8.scale, columns, x8.scale, fast=False)
-        return wait(dx) if ctx.is_gathered else dx, dw, None, None, None
+        return wait(dx) if ctx.is_gathered else dx, dw, None, None, None, None
 
 
-def fp8_linear(x: Tensor, w: Tensor, weight: Fp8Weight, tp: TensorParallel, *, column: bool) -> Tensor:
-    """F.linear(x, w) in bf16, and its gradients, by fp8 products.
+def fp8_linear(
+    x: Tensor, w: Tensor, weight: Fp8Weight, tp: TensorParallel, *, column: bool, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """F.linear(x, w) in bf16, and its gradients, by fp8 products; and a scalar beside it.
 
     column: rows of w over tp, and x is whole or, under sequence parallelism, all-gathered here; its gradient
     is summed over tp. Else columns of w and of x over tp; y is this rank's share of a sum.
+    own: amax(x), where it is known. The scalar holds nothing: its "gradient", if it gets one, must be
+    amax(dy) of this rank's dy (kernels/swiglu.py), which is then not read for it.
     """
     if column and tp.size > 1 and not tp.sequence_parallel:
         x = copy_to_tp(x, tp.group)
-    return _Fp8Linear.apply(x, w, weight, tp, column)
+    return _Fp8Linear.apply(x, w, weight, tp, column, own)

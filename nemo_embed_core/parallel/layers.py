@@ -95,14 +95,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = tp_parameter(tp, (hidden_size,), None)
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(normalised x + residual, x + residual): the sum is what the next block adds to."""
-        return rms_norm(x_TD, local(self.weight), self.eps, residual_TD)
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None = None, amax: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(normalised x + residual, x + residual, the largest size of a normalised value where it is asked
+        for): the sum is what the next block adds to."""
+        return rms_norm(x_TD, local(self.weight), self.eps, residual_TD, amax)
 
 
 class ColumnParallelLinear(nn.Module):
     """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is
-    all-gathered. `again`: of `remade`."""
+    all-gathered. `again`: of `remade`; amax: of x, which fp8 then does not look for."""
 
     fp8: Fp8Weight | None = None  # run_in_fp8
 
@@ -111,18 +114,27 @@ class ColumnParallelLinear(nn.Module):
         self.tp = tp
         self.weight = tp_parameter(tp, (out_features, in_features), 0, unit)
 
-    def forward(self, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
+    ) -> Tensor:
+        return self.with_beside(x, again, amax)[0]
+
+    def with_beside(
+        self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """y_local, and in fp8 the scalar that takes the largest value of its gradient (fp8_linear)."""
         with remade(x, again):
+            w = local(self.weight)
             if self.fp8 is not None:
-                return fp8_linear(x, local(self.weight), self.fp8, self.tp, column=True)
+                return fp8_linear(x, w, self.fp8, self.tp, column=True, own=amax)
             if self.tp.size > 1 and self.tp.sequence_parallel:
-                return column_linear(x, local(self.weight), self.tp.group)
-            return F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, local(self.weight))
+                return column_linear(x, w, self.tp.group), None
+            return F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, w), None
 
 
 class RowParallelLinear(nn.Module):
     """y = g(x_local @ W_local.T): columns of W over tp; all-reduce, or reduce-scatter to [T/tp, D].
-    `again`: of `remade`."""
+    `again`, amax: as above."""
 
     fp8: Fp8Weight | None = None  # run_in_fp8
 
@@ -131,10 +143,15 @@ class RowParallelLinear(nn.Module):
         self.tp = tp
         self.weight = tp_parameter(tp, (out_features, in_features), 1, unit)
 
-    def forward(self, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
+    ) -> Tensor:
         with remade(x, again):
             w = local(self.weight)
-            y = F.linear(x, w) if self.fp8 is None else fp8_linear(x, w, self.fp8, self.tp, column=False)
+            if self.fp8 is None:
+                y = F.linear(x, w)
+            else:
+                y, _ = fp8_linear(x, w, self.fp8, self.tp, column=False, own=amax)
         if self.tp.size == 1:
             return y
         if self.tp.sequence_parallel:

@@ -5,7 +5,8 @@
 compute     hardware FLOPs / (tp x peak x rate), rate an interval (hardware.py), less for narrow ones under
             tp; at least the time in which a GPU reads its weights three times
 fp8         products at the GPU's fp8 rate instead of the highest bf16 one, and the bytes of quantising:
-            8 a value that is multiplied (5 forward, 3 backward), 6 a gradient, 6 a weight and step
+            8 a value that is multiplied (5 forward, 3 backward), 6 a gradient, 6 a weight and step; 2 less
+            a value where its kernel takes the largest one along (norms, SwiGLU and its gradient)
 tp wire     bytes sent / link + calls x latency: nothing of it is hidden
 dp wire     the same, of which 50 to 90 % of the compute hides as much
 optimizer   the bytes that an update reads and writes (train/optim.py), at the memory's rate
@@ -34,12 +35,14 @@ HOST_S = 0.018
 RECOMPUTED: Mapping[Recompute, float] = {"none": 0.0, "selective": 0.01, "full": 1 / 3}
 
 
-def fp8_values(model: ModelConfig) -> tuple[int, int]:
-    """Of a token: inputs of all products of the blocks, and outputs."""
+def fp8_bytes(model: ModelConfig, again: float) -> float:
+    """Of a token, to quantise inputs of all products of the blocks and gradients of their outputs; again:
+    forwards."""
     D, F, A = model.hidden_size, model.intermediate_size, model.head_dim
     H, G = model.num_attention_heads, model.num_key_value_heads
-    inputs, outputs = D + H * A + D + F, (H + 2 * G) * A + D + 2 * F + D
-    return model.num_hidden_layers * inputs, model.num_hidden_layers * outputs
+    forward = 3 * (D + D + F) + 5 * H * A
+    backward = 3 * (D + D + F + H * A) + 6 * ((H + 2 * G) * A + D + D) + 4 * 2 * F
+    return model.num_hidden_layers * (again * forward + backward)
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ def step_seconds(
     dp = wire_seconds(cluster, layout, traffic, ("dp_shard", "dp_replicate", "dp"))
     optimizer = optimizer_bytes * num_parameters / layout.tp / layout.shard / gpu.bandwidth
     again = 1 + RECOMPUTED["full"] if recompute == "full" else 1.0
-    inputs, outputs = fp8_values(model)
-    quantized = (5 * again + 3) * inputs + 6 * outputs  # bytes a token
+    quantized = fp8_bytes(model, again)
     optimizer += 6 * num_parameters / layout.tp / gpu.bandwidth if fp8 else 0.0
     found = []
     for rate, hidden, fp8_rate in zip(reversed(gpu.rates), reversed(HIDDEN), reversed(gpu.fp8), strict=True):

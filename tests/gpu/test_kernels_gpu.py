@@ -201,7 +201,7 @@ def test_public_functions_take_the_kernels():
         torch.randn(5, 64, device="cuda", dtype=torch.bfloat16),
         torch.ones(64, device="cuda", dtype=torch.bfloat16),
     )
-    y, hidden = rms_norm.rms_norm(x, weight, 1e-5, x.requires_grad_())
+    y, hidden, _ = rms_norm.rms_norm(x, weight, 1e-5, x.requires_grad_())
     assert "nemo_embed_core_rms_norm_forward" in type(y.grad_fn).__name__ and hidden.grad_fn is y.grad_fn
     pooled = mean_pool.mean_pool(x, torch.tensor([0, 5], device="cuda"), normalize=True)
     assert "mean_pool_forward" in type(pooled.grad_fn).__name__
@@ -216,7 +216,8 @@ def test_rows_past_two_to_the_31_elements():
     x = torch.zeros(num_rows, hidden_size, device="cuda", dtype=torch.bfloat16)
     x[-1] = torch.randn(hidden_size, device="cuda", dtype=torch.bfloat16)
     weight = torch.ones(hidden_size, device="cuda", dtype=torch.bfloat16)
-    y, _ = rms_norm.rms_norm(x, weight, 1e-5)
+    y, _, amax = rms_norm.rms_norm(x, weight, 1e-5, amax=True)
+    assert torch.equal(amax, y[-1].abs().max().float())
     assert torch.equal(y[-1:], rms_norm.rms_norm_ref(x[-1:], weight, 1e-5)[0])
     cu_seqlens = torch.tensor([0, num_rows - 1, num_rows], device="cuda")
     torch.testing.assert_close(mean_pool.mean_pool(x, cu_seqlens)[1], x[-1].float())

@@ -139,6 +139,17 @@ def noise(*shape: int, dtype: str, device: str, unit: bool = False) -> torch.Ten
 # ------------------------------------------------------------------------------------- the glue between GEMMs
 
 
+def amax_of(x: torch.Tensor, amax: torch.Tensor) -> None:
+    """Exactly the largest size of the values that were written, NaN where there is one."""
+    want = x.detach().double().abs().max().float()
+    assert amax.dtype == torch.float32 and amax.shape == () and not amax.requires_grad
+    assert torch.equal(amax, want) or (amax.isnan() and want.isnan()), f"amax: {amax} {want}"
+
+
+def same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return torch.equal(x.nan_to_num(7), y.nan_to_num(7)) and torch.equal(x.isnan(), y.isnan())
+
+
 def rms_norm(module, T, D, residual, dtype="fp32", device="cpu"):
     inputs = {
         "x_TD": noise(T, D, dtype=dtype, device=device),
@@ -149,7 +160,7 @@ def rms_norm(module, T, D, residual, dtype="fp32", device="cpu"):
         inputs["residual_TD"] = noise(T, D, dtype=dtype, device=device)
 
     def both(function):
-        return lambda **x: function(eps=1e-5, **x)
+        return lambda **x: function(eps=1e-5, **x)[:2]
 
     def no_hidden(function):
         return lambda **x: function(eps=1e-5, **x)[0]
@@ -157,16 +168,40 @@ def rms_norm(module, T, D, residual, dtype="fp32", device="cpu"):
     for wrap in (both, no_hidden):
         check(wrap(module.rms_norm_kernel), wrap(module.rms_norm_ref), inputs, slack=2)
     check_twice(both(module.rms_norm_kernel), inputs)
+    for spoil in (None, float("inf"), -float("nan")):
+        if spoil is not None:
+            inputs["weight_D"][D - 1] = spoil
+        for function in (module.rms_norm_kernel, module.rms_norm_ref):
+            with poisoned_memory():
+                *plain, none = function(eps=1e-5, **inputs)
+                *noted, amax = function(eps=1e-5, amax=True, **inputs)
+            assert none is None and all(map(same, plain, noted)), "amax changes the outputs"
+            amax_of(noted[0], amax)
 
 
 def swiglu(module, T, num_blocks, width, dtype="fp32", device="cpu"):
     inputs = {"gate_up_TE": 4 * noise(T, 2 * num_blocks * width, dtype=dtype, device=device)}
     check(
-        lambda **x: module.swiglu_kernel(num_blocks=num_blocks, **x),
-        lambda **x: module.swiglu_ref(num_blocks=num_blocks, **x),
+        lambda **x: module.swiglu_kernel(num_blocks=num_blocks, **x)[0],
+        lambda **x: module.swiglu_ref(num_blocks=num_blocks, **x)[0],
         inputs,
         slack=2,
     )
+    (x,) = inputs.values()
+    # The largest gradient is any, an up's, none; the last columns are gate and up of the last channel.
+    for back, spoil in ((0, None), (1 + width, 50.0), (1, -float("inf")), (1 + width, float("nan"))):
+        if spoil is not None:
+            x[-1, -back] = spoil
+        for function in (module.swiglu_kernel, module.swiglu_ref):
+            plain, noted = x.clone().requires_grad_(), x.clone().requires_grad_()
+            beside = torch.zeros((), device=device, requires_grad=True)
+            with poisoned_memory():
+                (one, none), (other, amax) = function(plain, num_blocks), function(noted, num_blocks, beside)
+                for out in (one, other):
+                    out.backward(torch.linspace(-3, 2, out.numel(), device=device).view_as(out).to(out.dtype))
+            assert none is None and same(one, other) and same(plain.grad, noted.grad), "amax changes results"
+            amax_of(other, amax)
+            amax_of(noted.grad, beside.grad)
 
 
 def split_rope(module, T, num_heads, num_kv_heads, head_dim, dtype="fp32", device="cpu"):
@@ -786,10 +821,11 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         return custom_op._opoverload
 
     if name == "rms_norm":
-        yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), None, 1e-5)
-        yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), x(3, 16), 1e-5)
+        yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), None, 1e-5, False)
+        yield operator_of(module._rms_norm_fwd), (x(3, 16), x(16), x(3, 16), 1e-5, True)
     elif name == "swiglu":
-        yield operator_of(module.swiglu_kernel), (x(3, 32), 2)
+        for beside in (None, x()):
+            yield operator_of(module._swiglu_fwd), (x(3, 32), 2, beside)
     elif name == "rope":
         yield operator_of(module.split_rope_kernel), (x(3, 64), torch.rand(3, 4), torch.rand(3, 4), 4, 2, 8)
     elif name == "quantize_rows":

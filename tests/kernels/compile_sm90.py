@@ -67,7 +67,7 @@ def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stag
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
-        if name in constexpr_names or (isinstance(value, int) and value == 1):
+        if name in constexpr_names or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
@@ -84,7 +84,7 @@ def record(kernel: JITFunction, *args, grid, warmup=False, num_warps=4, num_stag
     shown = {
         name: value
         for name, value in constants.items()
-        if name in constexpr_names and not isinstance(value, str)
+        if (name in constexpr_names and not isinstance(value, str)) or value is None
     }
     dtype = next((t for t in ("bf16", "fp16") if any(t in signature[n] for n in kernel.arg_names)), "fp32")
     key = (kernel.__name__, dtype, json.dumps(shown), num_warps, num_stages)
@@ -108,13 +108,16 @@ def launch_everything(names: list[str], recipe: bool) -> None:
 
         if "rms_norm" in names and (dtype == torch.bfloat16 or not recipe):
             for hidden_size in (4096,) if recipe else (512, 1024, 2048, 4096, 8192):
-                if not recipe and hidden_size == 4096:
-                    backward(*rms_norm.rms_norm_kernel(empty(16, hidden_size), empty(hidden_size), 1e-5))
-                x, residual = empty(16, hidden_size), empty(16, hidden_size)
-                backward(*rms_norm.rms_norm_kernel(x, empty(hidden_size), 1e-5, residual))
+                weight, (x, residual) = empty(hidden_size), (empty(16, hidden_size) for _ in range(2))
+                for amax in (False, True):  # of fp8
+                    if not recipe and hidden_size == 4096:
+                        backward(*rms_norm.rms_norm_kernel(x, weight, 1e-5, None, amax)[:2])
+                    backward(*rms_norm.rms_norm_kernel(x, weight, 1e-5, residual, amax)[:2])
         if "swiglu" in names and (dtype == torch.bfloat16 or not recipe):
             for num_blocks, width in ((8, 1792),) if recipe else ((8, 1024), (8, 1792)):
-                backward(swiglu.swiglu_kernel(empty(16, 2 * num_blocks * width), num_blocks))
+                for beside in (None, empty(dtype=torch.float32)):
+                    gate_up = empty(16, 2 * num_blocks * width)
+                    backward(swiglu.swiglu_kernel(gate_up, num_blocks, beside)[0])
         if "adamw" in names and (dtype == torch.bfloat16 or not recipe):  # dtype: of the gradient
             options = {"step": 2, "lr": 1e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
             weight, remainder = adamw.split_master(torch.empty(4096, 4096))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Server
-from tiny import MODEL, train_config
+from tiny import MODEL, amax_read_again, train_config
 
 from nemo_embed_core.data.tokenizer import load_tokenizer
 
@@ -83,3 +83,44 @@ def test_a_step_with_kernels_equals_the_reference_step(
         for name, grad in want.items():
             error = (grads[name] - grad).abs().max() / grad.abs().max()
             assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
+
+
+def fp8_block() -> list[list[torch.Tensor]]:
+    """Outputs of a block of 11 tokens and all gradients: largest values taken along, and read again."""
+    from nemo_embed_core.kernels import rms_norm, swiglu
+    from nemo_embed_core.model import llama
+    from nemo_embed_core.model.attention import Segments, reference_attention
+    from nemo_embed_core.parallel import layers
+    from nemo_embed_core.parallel.mesh import TensorParallel
+
+    layers.rms_norm, llama.swiglu = rms_norm.rms_norm_kernel, swiglu.swiglu_kernel
+    torch.manual_seed(0)
+    block = llama.LlamaBlock(MODEL, TensorParallel(), reference_attention)
+    layers.run_in_fp8(block)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, 0.5, 0.3)
+    block.bfloat16()
+    inputs = torch.randn(2, 11, MODEL.hidden_size).bfloat16()
+    cos, sin = llama.rope_table(llama.rope_inv_freq(MODEL), torch.arange(11), torch.float32)
+    segments = Segments(torch.tensor([0, 4, 11], dtype=torch.int32), [4, 7], 7)
+
+    def step() -> list[torch.Tensor]:
+        block.zero_grad(set_to_none=True)
+        x = inputs.clone().requires_grad_()
+        outputs = block(*x.unbind(), cos, sin, segments)
+        torch.autograd.backward(outputs, [inputs[1], inputs[0]])
+        return [y.detach() for y in outputs] + [x.grad, *(p.grad for p in block.parameters())]
+
+    taken_along = step()
+    with amax_read_again() as found:
+        read_again = step()
+    assert sum(found) == 4, "of qkv, gate_up and down, and of the gradient of gate_up"
+    return [taken_along, read_again]
+
+
+def test_an_fp8_block_is_the_same_whoever_takes_the_largest_values(interpreter: Server) -> None:
+    """Norms and SwiGLU run as kernels; their bf16 is the interpreter's, both times."""
+    outcome = interpreter.call(fp8_block)
+    assert outcome.code == 0, outcome.output
+    for x, y in zip(*outcome.result, strict=True):
+        assert torch.equal(x, y) and x.abs().max() > 0

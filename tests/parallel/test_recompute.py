@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Server
-from tiny import MODEL, train_config
+from tiny import MODEL, amax_read_again, train_config
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -120,15 +120,25 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str, precision: 
             batches, _ = load_batch(
                 trainer.store, trainer.sampler, 0, mesh.dp_rank, dp, config.data, tp, config.seed
             )
-            losses_B, _ = engine.forward_backward(batches)
-            sync_replicated_grads(engine.model.parameters(), mesh)
-            grads = {fsdp.plain_name(n): p.grad.full_tensor() for n, p in engine.model.named_parameters()}
+
+            def step(engine=engine, batches=batches, mesh=mesh) -> dict[str, torch.Tensor]:
+                losses_B, _ = engine.forward_backward(batches)
+                sync_replicated_grads(engine.model.parameters(), mesh)
+                named = engine.model.named_parameters()
+                return {"loss": losses_B, **{fsdp.plain_name(n): p.grad.full_tensor() for n, p in named}}
+
+            tensors = step()
+            if precision == "fp8":
+                with amax_read_again() as taken_along:
+                    again = step()
+                assert all(torch.equal(again[name], value) for name, value in tensors.items())
+                # Of each block inputs of qkv, gate_up and down, and the gradient of gate_up.
+                n, forwards = len(batches), 2 * len(batches) - 1 if in_batch != "none" else len(batches)
+                forwards += n if mode == "full" else 0
+                assert sum(taken_along) == MODEL.num_hidden_layers * (3 * forwards + n)
             with Made() as made:
                 rows = embed(engine.model, batches[0])
-            of_mode[mode] = (
-                {"loss": losses_B, **grads},
-                settled(lambda made=made, rows=rows: made.alive(rows)),
-            )
+            of_mode[mode] = (tensors, settled(lambda made=made, rows=rows: made.alive(rows)))
         T = batches[0].input_ids.numel()
         norms, swiglu = 2 * T * MODEL.hidden_size / (tp if sp else 1), T * MODEL.intermediate_size / tp
         freed = (4 if precision == "fp32" else 2) * MODEL.num_hidden_layers * (norms + swiglu)
