@@ -249,8 +249,8 @@ def beyond_memory(rows: list[Row]) -> list[str]:
     """A search over files beside its floor and faiss-cpu's IVF-PQ, and what it would take on GPUs."""
     run = rows[0]
     lines = [
-        f"{sized(run['shape'])}, fp16 in files that were not in the page cache, threads: {run['threads']}, of "
-        f"{run['sms']} cores that others share (load {run['load']} before it). The peak has",
+        f"{sized(run['shape'])}, fp16 in files that were not in the page cache, threads: {run['threads']}, "
+        f"of {run['sms']} cores that others share (load {run['load']} before it). The peak has",
         "all resident pages in it; the floor is all products at the rate of the GEMM alone, "
         "measured before and after, or all bytes at the rate of a cold read.",
         "",
