@@ -135,6 +135,28 @@ def test_intervals_and_p_are_near_students_of_the_paired_differences(reports):
     assert scores["low"] < scores["score"] < scores["high"] and scores["score"] == round(np.mean(a[3]), 5)
 
 
+def test_queries_are_paired_by_their_ids_and_a_large_task_weighs_no_more_than_a_small_one(tmp_path):
+    first = np.array(values_of(0, 0.5, 200))
+    near = (first + np.random.default_rng(1).normal(0.03, 0.1, size=200)).clip(0, 1)
+    scores = {"a": first.tolist(), "b": near.tolist()}
+    write_report(tmp_path / "1/t.json", {"a": scores["a"]})
+    file = write_report(tmp_path / "2/t.json", {"b": scores["b"]})
+    rows = [json.loads(line) for line in file.with_name("t.queries-0.jsonl").read_text().splitlines()]
+    report = json.loads(file.read_text())
+    report["b"] |= write_rows(file, 0, rows[::-1])
+    file.write_text(json.dumps(report))
+    small = {"a": values_of(5, 0.5, 12), "b": values_of(6, 0.5, 12)}
+    write_report(tmp_path / "u.json", small)
+    pair = compare([str(tmp_path)], draws=4000)["pairs"][0]
+    paired = [np.array(own["b"]) - np.array(own["a"]) for own in (scores, small)]
+    half = 1.972 * paired[0].std(ddof=1) / math.sqrt(200)
+    own = pair["tasks"]["t"]
+    assert own["high"] - own["low"] == pytest.approx(2 * half, rel=0.08)
+    z = sum(d.mean() for d in paired) / math.sqrt(sum(d.var() / len(d) for d in paired))
+    assert pair["over_queries"]["p"] == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.05)
+    assert own["p"] < 0.5 * pair["over_queries"]["p"], "the large task alone says more"
+
+
 def test_a_seed_gives_the_same_comparison_whatever_stands_beside_it(reports, tmp_path):
     whole = compare([str(reports)], draws=1000, seed=4)
     assert compare([str(reports)], draws=1000, seed=4) == whole
