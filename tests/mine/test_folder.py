@@ -29,7 +29,7 @@ from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.folder import read_folder
 from nemo_embed_core.mine.keys import Numbers, as_keys, first_of, lists_of
 from nemo_embed_core.mine.output import FolderWriter
-from nemo_embed_core.mine.pool import Document, Known
+from nemo_embed_core.mine.pool import Document, Known, exclusions
 
 
 @pytest.fixture(autouse=True)
@@ -286,3 +286,28 @@ def test_keys_are_compared_whole_and_lists_are_sets():
     assert first_of(random).tolist() == [i % 700 for i in range(2000)]
     lists = lists_of(np.array([2, 0, 2, 2]), np.array([5, 1, 3, 5]), 4)
     assert [lists.of(i).tolist() for i in range(4)] == [[1], [], [3, 5], []]
+
+
+def test_what_stays_is_the_stated_bytes_a_document_and_a_row(tmp_path):
+    def used(num_rows, num_documents):
+        path = tmp_path / f"{num_rows}-{num_documents}"
+        rows = (Row(f"query {i}", [f"document {i % 1000}"], [], "rows", i + 1) for i in range(num_rows))
+        others = (("", f"document {i}") for i in range(num_documents))
+        write_dataset(path, rows, dataset_module.Metadata(corpus_id="c"), others)
+        tracemalloc.start()
+        try:
+            table = read_folder(DatasetConfig(path=str(path)), Ranks(), Findings())
+            most = tracemalloc.get_traced_memory()[1]
+            kept = [table, exclusions(table)]
+            assert len(kept[0]) == num_rows
+            return tracemalloc.get_traced_memory()[0], most
+        finally:
+            tracemalloc.stop()
+
+    used(10, 1000)
+    few, more_rows, more_documents = used(1000, 1000), used(4000, 1000), used(1000, 4000)
+    a_row, a_document = (
+        [(y - x) / 3000 for x, y in zip(few, more, strict=True)] for more in (more_rows, more_documents)
+    )
+    assert a_document[0] < 42 and a_document[1] < 170, a_document
+    assert a_row[0] < 140 and a_row[1] < 250, a_row
