@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 
 from nemo_embed_core import config
 from nemo_embed_core.command_line import load_config
@@ -247,6 +248,11 @@ def test_files_named_in_texts_and_recipes_exist() -> None:
 def test_benchmarks_that_make_runs_exist() -> None:
     (names,) = re.findall(r"^BENCHMARKS \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert not [name for name in names.split() if not (ROOT / "benchmarks" / f"{name}.py").is_file()]
+
+
+def test_the_text_of_every_mutant_stands_in_its_file() -> None:
+    gone = [f"{m.file}: {m.name}" for m in MUTANTS if m.old not in (ROOT / m.file).read_text()]
+    assert not gone, "what make mutants would plant is not there any more"
 
 
 def test_the_table_of_faults_is_what_the_tests_mark() -> None:

@@ -106,7 +106,7 @@ def step_seconds(
     tp = wire_seconds(cluster, layout, traffic, ("tp",))
     dp = wire_seconds(cluster, layout, traffic, ("dp_shard", "dp_replicate", "dp"))
     optimizer = optimizer_bytes * num_parameters / layout.tp / layout.shard / gpu.bandwidth
-    again = 1 + RECOMPUTED["full"] if recompute == "full" else 1.0
+    again = 2.0 if recompute == "full" else 1.0
     quantized = fp8_bytes(model, again)
     optimizer += 6 * num_parameters / layout.tp / gpu.bandwidth if fp8 else 0.0
     found = []

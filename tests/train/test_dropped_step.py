@@ -42,7 +42,7 @@ def leave_everywhere(folder: str) -> list[tuple[str, str, list[str]]]:
         options: dict[str, Any] = {
             "precision": precision,
             "loss": {"in_batch": in_batch},
-            "data": {"max_tokens": 250},
+            "data": {"max_tokens": 200},
         }
         options |= {"global_batch_size": 16, "parallel": {"reshard_after_forward": reshard}}
         config = train_config(Path(folder), **options)
