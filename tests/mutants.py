@@ -273,6 +273,8 @@ MUTANTS = [
     Mutant("lower bounds are upper bounds", CANDIDATES, "[:, 0] - 2 * bound", "[:, 0]", TEST_TOPK),
     Mutant("bounds of candidates below the ceiling are left out", CANDIDATES, "next_after(self.ceilings + 2 * bound)", "next_after(self.ceilings)", TEST_TOPK),
     Mutant("ties go to the higher id", STREAMING, "by_id = ids.argsort(dim=1, stable=True)", "by_id = ids.argsort(dim=1, stable=True, descending=True)", TEST_TOPK),
+    Mutant("documents that the first block dropped are forgotten", "nemo_embed_core/mine/search/gpu_filter.py", "torch.isneginf(most_dropped) | (most_dropped < self.scores[:, -1])", "torch.ones_like(most_dropped, dtype=torch.bool)", "tests/mine/test_stored.py"),
+    Mutant("a block's floor is of upper bounds", "nemo_embed_core/mine/search/buffers.py", "keys - 2 * narrow, -torch.inf)", "keys, -torch.inf)", "tests/mine/test_stored.py"),
     Mutant("exclusions of another block of queries", TOPK, "exclude.take(np.arange(rows.start, rows.stop))", "exclude.take(np.arange(rows.stop - rows.start))", TEST_TOPK),
     Mutant("a bound that forgets the rounding of its rows", BOUNDS, "norm_above(x_nD), torch.zeros(len(x_nD)", "0 * norm_above(x_nD), torch.zeros(len(x_nD)", TEST_TOPK),
     # ---- checkpoints

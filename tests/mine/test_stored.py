@@ -13,7 +13,7 @@ import torch
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.page_cache import is_cached
 from nemo_embed_core.mine.corpus import Corpus
-from nemo_embed_core.mine.search import buffers, engine, gpu_filter, stored, topk
+from nemo_embed_core.mine.search import buffers, candidates, engine, gpu_filter, stored, topk
 from nemo_embed_core.mine.search.engine import SearchStats
 from nemo_embed_core.mine.search.exclude import Exclude
 from nemo_embed_core.mine.search.stored import StoredRows
@@ -194,3 +194,21 @@ def test_a_rank_drops_the_pages_of_its_own_part_alone(tmp_path, monkeypatch):
         for _ in StoredRows.open([path]).part(16384, 32000).blocks(4096, CPU):
             pass
         assert os.preadv(file.fileno(), [bytearray(1)], 1 << 19, os.RWF_NOWAIT) == 1
+
+
+def test_the_floor_of_a_block_is_of_lower_bounds():
+    """Upper bounds 10 and 9, each 6 above its lower one: the second may be the best."""
+    buffer = buffers.ScoredBuffer(1, 1, 4, torch.tensor([torch.inf]))
+    keys, narrow = torch.tensor([[10.0, 9.0, 3.0]]), torch.tensor([[3.0]])
+    rows, columns, _ = buffer.best_of(keys, torch.tensor([0]), narrow)
+    assert (rows.tolist(), columns.tolist()) == ([0, 0], [0, 1])
+
+
+def test_a_gpu_looks_again_where_the_first_block_had_more_candidates_than_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "FILTERING", {"cpu"})
+    monkeypatch.setitem(candidates.SLACK, "int8", 0)  # as many places as are asked for
+    queries, documents, ceilings, _ = cases.make_case("close", 20, 900, 64, 3)
+    files, stats = StoredRows.open(write(tmp_path, documents, 500)), SearchStats()
+    ids = topk_below(queries, files, ceilings, 4, method="int8", block_documents=300, stats=stats)[1]
+    assert stats.num_certified < 20
+    assert np.array_equal(ids.numpy(), cases.brute_force(queries, documents, ceilings, 4)[1])
