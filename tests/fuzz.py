@@ -285,13 +285,13 @@ class Case:
 def unpacked(name: str, data: bytes) -> bytes:
     """As much as can be decompressed."""
     if name.endswith(".gz"):
-        found, stream = b"", zlib.decompressobj(31)
+        found, stream = list[bytes](), zlib.decompressobj(31)
         for at in range(len(data)):
             try:
-                found += stream.decompress(data[at : at + 1])
+                found.append(stream.decompress(data[at : at + 1]))
             except zlib.error:
                 break
-        return found
+        return b"".join(found)
     if name.endswith(".zst"):
         try:
             return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
