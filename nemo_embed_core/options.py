@@ -51,16 +51,19 @@ class Options:
         return _make(cls, values, "")
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **options: Any) -> Self:
-        """The file that `--config` takes; `options` override it, a dict only the keys that it has."""
+    def from_yaml(cls, *paths: str | Path, **options: Any) -> Self:
+        """The files that `--config` takes, each over those before it; `options` override them, a dict only
+        the keys that it has."""
         from jsonargparse import get_loader
 
-        check_yaml(path)
-        values = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+        values: dict[str, Any] = {}
+        for path in paths:
+            check_yaml(path)
+            values = _merged(cls, values, get_loader("yaml")(Path(path).read_text(encoding="utf-8")))
         try:
-            return cls.from_dict(_merged(values, options))
+            return cls.from_dict(_merged(cls, values, options))
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{', '.join(map(str, paths))}: {error}") from None
 
 
 C = TypeVar("C", bound=Options)
@@ -112,6 +115,10 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in arguments
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:  # of strings
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and _fits(v, arguments[1]) for k, v in value.items()
+        )
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -128,6 +135,8 @@ def words(kind: Any) -> str:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin is list:
         return f"a list (each {words(arguments[0])})"
+    if origin is dict:
+        return f"a mapping (to each name {words(arguments[1])})"
     if is_section(kind):
         return f"a {kind.__name__}"
     names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
@@ -178,11 +187,13 @@ def no_option(cls: type[Options], key: str, prefix: str = "") -> str:
     return f"{prefix}{key} is not an option" + (f"; did you mean {prefix}{near[0]}?" if near else "")
 
 
-def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**values, **changes}
+def _merged(cls: type[Options], values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Section by section; any other value, a list or mapping too, is replaced, as on the command line."""
+    merged, kinds = {**values, **changes}, types_of(cls)
     for key, change in changes.items():
-        if isinstance(change, dict) and isinstance(values.get(key), dict):
-            merged[key] = _merged(values[key], change)
+        sections = classes_in(kinds[key]) if key in kinds else []
+        if sections and isinstance(change, dict) and isinstance(values.get(key), dict):
+            merged[key] = _merged(sections[0], values[key], change)
     return merged
 
 

@@ -6,17 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from recipes import ROOT, commands
 
 from nemo_embed_core import config
 from nemo_embed_core.command_line import load_config
 from nemo_embed_core.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
@@ -69,18 +68,7 @@ def test_the_readme_is_short_and_in_order() -> None:
 # ------------------------------------------------------------------------------------------ commands
 
 
-def _commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """(launcher, its arguments) of every line of a page that starts one; a line that ends in a backslash goes
-    on."""
-    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
-    for line in text.splitlines():
-        if (match := re.match(r"\s*(?:python|torchrun)\s.*?launch/(\w+)\.py\b(.*)", line)) and match[
-            1
-        ] != "demo":
-            yield match[1], shlex.split(match[2], comments=True)
-
-
-COMMANDS = [(page.name, verb, argv) for page in PAGES for verb, argv in _commands(page)]
+COMMANDS = [(page.name, verb, argv) for page in PAGES for verb, argv in commands(page)]
 
 
 def test_every_verb_has_a_command_in_the_docs() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import ROOT
 from tiny import train_config
 
 from nemo_embed_core import config as c
@@ -19,8 +20,6 @@ from nemo_embed_core.command_line import load_config
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options, dump_yaml, to_dict
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 CLASSES = sorted((k for k in vars(c).values() if isinstance(k, type) and issubclass(k, Options)), key=str)
 CLASSES.remove(Options)
 NEEDED: dict[type, dict[str, Any]] = {
@@ -92,20 +91,23 @@ def test_of_every_config_a_dict_with_the_needed_options_is_enough(cls: Any) -> N
         assert refusal(lambda: cls.from_dict(less)) == missing  # noqa: B023
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_means_the_same_in_python_and_on_the_command_line(path: Path) -> None:
-    cls: Any = c.LAUNCHERS[path.stem.split("-")[0]]
-    given = {key: value for key, value in NEEDED[cls].items() if f"{key}:" not in path.read_text()}
-    argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-    given |= {"model": [given["model"]]} if isinstance(given.get("model"), str) else {}
-    assert cls.from_yaml(path, **given) == load_config(cls, ["--config", str(path), *argv])
-
-
 def test_options_beside_a_file_override_only_the_keys_that_they_have(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: a\nsteps: 7\noptim:\n  lr: 1e-3\n  beta2: 0.98\n")
     config = c.TrainConfig.from_yaml(path, output_dir="b", optim={"lr": 2e-3})
     assert (config.output_dir, config.steps, config.optim.lr, config.optim.beta2) == ("b", 7, 2e-3, 0.98)
+    over = tmp_path / "over.yaml"
+    over.write_text("optim: {lr: 3e-3}\ndata: {weights: {b: 3}}\n")
+    path.write_text(path.read_text() + "data:\n  datasets: [{path: a}, {path: b}]\n  weights: {a: 2}\n")
+    both = [f"--config={path}", f"--config={over}", "--output_dir=b"]
+    config = c.TrainConfig.from_yaml(path, over, output_dir="b")
+    assert config == load_config(c.TrainConfig, both)
+    assert (config.optim.lr, config.optim.beta2, config.data.weights) == (3e-3, 0.98, {"b": 3}), (
+        "a value whole"
+    )
+    assert [d.weight for d in config.data.datasets] == [1, 3]
+    config = load_config(c.TrainConfig, [*both, "--data.weights.a=0.5"])
+    assert [d.weight for d in config.data.datasets] == [0.5, 3]
     (tmp_path / "optim.yaml").write_text("lr: 5e-4\n")
     argv = ["--output_dir=b", "--steps=7", "--optim", str(tmp_path / "optim.yaml"), "--optim.beta2", "0.9"]
     optim = load_config(c.TrainConfig, argv).optim
@@ -144,6 +146,11 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
      "data.datasets.path is missing"),
     ({"data": {"datasets": {"path": "x"}}}, ['--data.datasets={"path": "x"}'],
      "must be a list (each a DatasetConfig)"),
+    ({"data": {"weights": {"a": "x"}}}, ["--data.weights={a: x}"],
+     "must be a mapping (to each name a finite number)"),
+    ({"data": {"datasets": [{"path": "d/a.jsonl"}], "weights": {"b": 2}}},
+     ["--data.datasets=[{path: d/a.jsonl}]", "--data.weights.b=2"],
+     "data.weights has b, which no dataset is called; there are: a"),
     ({"model": {"rope_scaling": {"factr": 2}}}, ['--model.rope_scaling={"factr": 2}'],
      "model.rope_scaling.factr is not an option; did you mean model.rope_scaling.factor?"),
     ({"model": {"rope_scaling": {"factor": "x"}}}, ['--model.rope_scaling={"factor": "x"}'],

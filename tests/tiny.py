@@ -197,3 +197,25 @@ def to_hf(name: str, tensor: Any, config: ModelConfig) -> Iterator[tuple[str, An
     assert row == tensor.shape[0], f"{name=} {tensor.shape=} {row=}"
     for hf_name, parts in pieces.items():
         yield hf_name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+
+def write_hf(folder: Path, dtype: Any, seed: int = 0, config: ModelConfig = MODEL) -> Path:
+    """A Hugging Face folder with random weights, written without our merger."""
+    import torch
+    from safetensors.torch import save_file
+
+    from nemo_embed_core.checkpoint.weights import RandomReader
+    from nemo_embed_core.export.folder import hf_config
+    from nemo_embed_core.model.spec import parameter_shapes
+
+    write_tokenizer(folder)
+    reader, weights = RandomReader(config, seed), {}
+    for name, shape in parameter_shapes(config).items():
+        noise = torch.rand(shape) * 0.1
+        weights.update(
+            to_hf(name, (reader.read_box(name, ((0,) * len(shape), shape)) + noise).to(dtype), config)
+        )
+    save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    values = hf_config(config, str(dtype).removeprefix("torch."), {"bos_token_id": 0})
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nemo_embed_core.errors import UserError
@@ -87,12 +89,36 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
             raise UserError(f"{where}: weight={self.weight:g} must be positive; leave the dataset out for 0")
 
 
+def dataset_names(paths: Iterable[str], given: Iterable[str] = ()) -> list[str]:
+    """A name for each dataset's file or folder, with a number where two have the same; given: the names that
+    they have already, or ""."""
+    paths = list(paths)
+    names = list(given) or [""] * len(paths)
+    for i, path in enumerate(paths):
+        if names[i]:
+            continue
+        stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.(gz|zst))?$", "", Path(path).name)
+        stem = re.sub(r"[^\w.-]+", "_", stem)  # of a glob
+        count = 1
+        while (name := stem if count == 1 else f"{stem}-{count}") in names:
+            count += 1
+        names[i] = name
+    return names
+
+
+def names_of(datasets: Sequence[DatasetConfig]) -> list[str]:
+    return dataset_names((d.path for d in datasets), (d.name for d in datasets))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Options, section="data"):
     """Texts, their lengths, and how they are packed."""
 
     datasets: list[DatasetConfig] = field(default_factory=list)
     """Datasets to draw from; --data.datasets.help lists the keys of each."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights by the datasets' names, in place of their own: runs over one list of datasets, and one store,
+    that differ in their mix (--data.weights.paq 0.5)."""
     cache_dir: str = "data-cache"
     """Folder of the tokenised stores, one for each digest of data, tokenizer and lengths."""
     query_max_length: int = 512
@@ -133,6 +159,16 @@ class DataConfig(Options, section="data"):
             raise UserError(f"data.datasets: two have the name {twice[0]!r}; give each its own")
         if self.num_hard_negatives < 0:
             raise UserError(f"data.num_hard_negatives={self.num_hard_negatives} must not be negative")
+        if self.weights and self.datasets:  # a store alone brings them later
+            names = names_of(self.datasets)
+            if unknown := sorted(self.weights.keys() - set(names)):
+                raise UserError(
+                    f"data.weights has {', '.join(unknown)}, which no dataset is called; there are: "
+                    f"{', '.join(names)}"
+                )
+            own = zip(names, self.datasets, strict=True)
+            mixed = [replace(d, weight=self.weights.get(name, d.weight)) for name, d in own]
+            object.__setattr__(self, "datasets", mixed)
 
     def lengths(self, dataset: DatasetConfig) -> Lengths:
         """At which the texts of one of the datasets are cut: its own, else those of all."""

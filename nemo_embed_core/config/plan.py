@@ -69,9 +69,9 @@ class PlanConfig(Options):
     """What a training run would need and take on a cluster that need not be there: memory, wire, hours,
     layouts."""
 
-    train: str
-    """YAML of the run, as --config of launch/train.py takes it; init_from may be missing: `model` is then its
-    shape."""
+    train: list[str] | str
+    """YAML of the run, as --config of launch/train.py takes it, several in its order (--train A B); init_from
+    may be missing: `model` is then its shape."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     store: str = ""
@@ -92,3 +92,7 @@ class PlanConfig(Options):
                 f"top={self.top}, tp_sizes={self.tp_sizes} and max_tokens={self.max_tokens} must "
                 f"be at least 1"
             )
+
+    @property
+    def files(self) -> list[str]:
+        return [self.train] if isinstance(self.train, str) else list(self.train)

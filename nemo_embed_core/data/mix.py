@@ -1,43 +1,20 @@
 """Of several datasets the rows that a run draws: caps and weights.
 
-names_of(datasets)                     what reports call them
 parts(datasets, rows, ends, seed)      for the Sampler; UserError names a dataset whose options do not fit
 planned(parts), drawn(counts)          lines that say what an epoch draws of each, and what was drawn
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
 from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.config.data import names_of
 from nemo_embed_core.data.sampler import Part, permutation
 from nemo_embed_core.errors import UserError
-
-
-def dataset_names(paths: Iterable[str], given: Iterable[str] = ()) -> list[str]:
-    """A name for each dataset's file or folder, with a number where two have the same; given: the names that
-    they have already, or ""."""
-    paths = list(paths)
-    names = list(given) or [""] * len(paths)
-    for i, path in enumerate(paths):
-        if names[i]:
-            continue
-        stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.(gz|zst))?$", "", Path(path).name)
-        stem = re.sub(r"[^\w.-]+", "_", stem)  # of a glob
-        count = 1
-        while (name := stem if count == 1 else f"{stem}-{count}") in names:
-            count += 1
-        names[i] = name
-    return names
-
-
-def names_of(datasets: Sequence[DatasetConfig]) -> list[str]:
-    return dataset_names((d.path for d in datasets), (d.name for d in datasets))
 
 
 def capped(datasets: Sequence[DatasetConfig], rows: np.ndarray, ends: np.ndarray, seed: int) -> np.ndarray:

@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
-from nemo_embed_core.config.data import RowsConfig
+from nemo_embed_core.config.data import RowsConfig, names_of
 from nemo_embed_core.data.build import check_prompts, digest_of, file_hashes
 from nemo_embed_core.data.building import Log
 from nemo_embed_core.data.compile import check_rows, rows_of
 from nemo_embed_core.data.dataset import Metadata, is_dataset, read_metadata
 from nemo_embed_core.data.dataset_writer import write_dataset
-from nemo_embed_core.data.mix import names_of
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import (
     Findings,

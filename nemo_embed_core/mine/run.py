@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 from nemo_embed_core.checkpoint.source import Source, resolve
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
+from nemo_embed_core.config.data import dataset_names
 from nemo_embed_core.data.dataset import is_dataset
 from nemo_embed_core.data.formats.beir import splits as beir_splits
 from nemo_embed_core.data.formats.writing import write_lines
-from nemo_embed_core.data.mix import dataset_names
 from nemo_embed_core.data.normal_form import exact_key, normal_key
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import (

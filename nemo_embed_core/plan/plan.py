@@ -21,6 +21,8 @@ import torch
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.plan import PlanConfig
 from nemo_embed_core.config.train import Recompute, TrainConfig
+from nemo_embed_core.data.mix import parts
+from nemo_embed_core.data.sampler import sampler
 from nemo_embed_core.data.shapes import Most, Shape
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.spec import check_fp8, parameter_shapes, rank_units
@@ -86,17 +88,14 @@ def needed(peak: float) -> float:
 
 
 def plan(config: PlanConfig, log: Callable[[str], None] = print) -> Found:
-    train = TrainConfig.from_yaml(config.train)
+    train = TrainConfig.from_yaml(*config.files)
     model, words = _model(train)
     texts = texts_of(
         config.store, train.data, train.loss.in_batch, config.lengths, train.global_batch_size, train.seed
     )
     if train.epochs is not None:
-        if texts.sampler is None:
-            raise UserError(
-                f"{config.train}: epochs={train.epochs} is of rows that nobody has counted: give store, the "
-                "folder of their token store, or steps in place of epochs"
-            )
+        texts = texts if texts.sampler else _at_their_caps(config, train, texts)
+        assert texts.sampler is not None
         train = replace(train, steps=texts.sampler.steps(train.epochs), epochs=None)
     candidates = list(_candidates(config, train, model))
     count = sum(not candidate.why for candidate in candidates)
@@ -120,6 +119,23 @@ def plan(config: PlanConfig, log: Callable[[str], None] = print) -> Found:
         config=config, train=train, model=model, model_words=words, texts=texts, best=fitting, seen=seen,
         too_large=sorted(too_large, key=lambda c: c.peak), impossible=impossible,
     )  # fmt: skip
+
+
+def _at_their_caps(config: PlanConfig, train: TrainConfig, texts: Texts) -> Texts:
+    """With the draws of datasets that all have at least as many rows as their cap."""
+    datasets = train.data.datasets
+    caps = [dataset.cap for dataset in datasets if dataset.cap is not None]
+    if not caps or len(caps) < len(datasets):
+        raise UserError(
+            f"{', '.join(config.files)}: epochs={train.epochs} is of rows that nobody has counted: give "
+            "store, the folder of their token store, a cap for every dataset, or steps in place of epochs"
+        )
+    ends = np.cumsum(caps)
+    drawn = parts(datasets, np.arange(ends[-1]), ends)
+    words = f"{texts.words}; as many rows as the caps of their {len(caps)} datasets, which may have fewer"
+    return replace(
+        texts, words=words, sampler=sampler(drawn, train.data.batches, train.global_batch_size, train.seed)
+    )
 
 
 def _model(train: TrainConfig) -> tuple[ModelConfig, str]:

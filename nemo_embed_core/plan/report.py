@@ -38,7 +38,7 @@ def _lines(found: Found) -> Iterator[str]:
     config, cluster, train = found.config, found.config.cluster, found.train
     gpu = GPUS[cluster.gpu]
     yield (
-        f"{config.train} on {cluster.world_size} x {cluster.gpu} (nodes: "
+        f"{', '.join(config.files)} on {cluster.world_size} x {cluster.gpu} (nodes: "
         f"{cluster.nodes} of {cluster.per_node}): "
         f"{found.num_parameters / 1e9:.3f} B parameters ({found.model_words}), {train.num_steps:,} steps of "
         f"{train.global_batch_size:,} queries"

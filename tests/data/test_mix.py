@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
+from nemo_embed_core.config.data import dataset_names
 from nemo_embed_core.data.build import open_store
-from nemo_embed_core.data.mix import dataset_names
 from nemo_embed_core.data.population import longest_draws, population
 from nemo_embed_core.errors import UserError
 

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from forked import Server
 from safetensors.torch import load_file, save_file
-from tiny import MODEL, to_hf, train_config, write_rows, write_tokenizer
+from tiny import MODEL, train_config, write_hf, write_rows
 
 from nemo_embed_core.checkpoint.manifest import CheckpointError, check_coverage
 from nemo_embed_core.checkpoint.source import Prompts, Usage, resolve
-from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
-from nemo_embed_core.config import DatasetConfig, ModelConfig
+from nemo_embed_core.checkpoint.weights import open_weights
+from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import new_folder
 from nemo_embed_core.files.page_cache import is_cached
@@ -38,23 +38,6 @@ from nemo_embed_core.merge.usage import united_usage
 from nemo_embed_core.model import spec
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_hf(folder: Path, dtype: torch.dtype, seed: int = 0, config: ModelConfig = MODEL) -> Path:
-    """A Hugging Face folder with random weights, written without our merger."""
-    from nemo_embed_core.export.folder import hf_config
-
-    write_tokenizer(folder)
-    reader, weights = RandomReader(config, seed), {}
-    for name, shape in spec.parameter_shapes(config).items():
-        noise = torch.rand(shape) * 0.1
-        weights.update(
-            to_hf(name, (reader.read_box(name, ((0,) * len(shape), shape)) + noise).to(dtype), config)
-        )
-    save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    values = hf_config(config, str(dtype).removeprefix("torch."), {"bos_token_id": 0})
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
 
 
 def save_on_mesh(folder: str, sources: list[str]) -> None:
