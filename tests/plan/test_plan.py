@@ -16,6 +16,7 @@ from benchmarks import step_data as step
 from launch import plan as launcher
 from nemo_embed_core.config import (
     ClusterConfig,
+    DatasetConfig,
     LengthsConfig,
     ModelConfig,
     OptimConfig,
@@ -122,6 +123,7 @@ def test_the_whole_model_is_the_continuation_of_a_few_layers() -> None:
 def hours(cluster: ClusterConfig, name: str, recompute: Recompute) -> tuple[float, float]:
     """Of a recipe of the paper, tp 1, every text of the 512 tokens that it allows."""
     config = TrainConfig.from_yaml(ROOT / "configs" / name)
+    num_steps = config.steps or 33_668  # one epoch of the paper's rows
     lengths = LengthsConfig(query_mean=512, query_p95=512, document_mean=512, document_p95=512)
     texts = texts_of("", config.data, "none", lengths, config.global_batch_size, 0)
     layout, model = Layout(1, 1, cluster.world_size), ModelConfig()
@@ -130,7 +132,7 @@ def hours(cluster: ClusterConfig, name: str, recompute: Recompute) -> tuple[floa
         cluster, layout, model, [(t, squares) for t, squares, _ in found.micro_batches],
         traffic_of(config, model, layout, found), recompute, num_parameters(model), 28,
     )  # fmt: skip
-    return config.num_steps * seconds[0] / 3600, config.num_steps * seconds[1] / 3600
+    return num_steps * seconds[0] / 3600, num_steps * seconds[1] / 3600
 
 
 def test_the_papers_hours_lie_in_the_interval() -> None:
@@ -250,6 +252,19 @@ def test_the_command_says_what_is_wrong_before_it_works(
         UserError, match=r"epochs\.yaml: epochs=3 is of rows that nobody has counted: give store"
     ):
         make_plan(PlanConfig(train=str(tmp_path / "epochs.yaml")))
+    # Of caps the draws are known: 21 and 2.5, half up, three times in batches of 8.
+    datasets = [DatasetConfig(path="a", cap=21), DatasetConfig(path="b", cap=10)]
+    for batches, steps in (("mixed", 9), ("one_source", 8 + 2)):
+        data = {"datasets": datasets, "weights": {"b": 0.25}, "batches": batches}
+        dump_yaml(train_config(tmp_path, steps=None, epochs=3, data=data), tmp_path / "epochs.yaml")
+        one = PlanConfig(
+            train=[str(tmp_path / "epochs.yaml")],
+            cluster=ClusterConfig(per_node=1),
+            tp_sizes=[1],
+            max_tokens=[],
+        )
+        found = make_plan(one, lambda line: None)
+        assert found.train.steps == steps and "as many rows as the caps of their 2 datasets" in report(found)
     with pytest.raises(UserError, match=r"store=.*data\.cache_dir/DIGEST"):
         texts_of(str(tmp_path), train_config(tmp_path).data, "none", LengthsConfig(), 8, 0)
 
