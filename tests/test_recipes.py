@@ -139,9 +139,11 @@ def test_a_recipe_fits_its_cluster_by_the_plan(path: Path) -> None:
 def run_commands(folder: str, given: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
     """(exit code, what it printed) of each; in one process, by main() of its launcher."""
     from nemo_embed_core.merge import merge
+    from nemo_embed_core.mine import run
 
     os.chdir(folder)
     merge.check = lambda *args, **options: None  # in other libraries: tests/export
+    run.plot_report = run.plot_datasets = lambda *args: None  # 15 plots: tests/mine
     found: list[tuple[int, str]] = []
     for verb, argv in given:
         sys.argv = [f"launch/{verb}.py", *argv]
