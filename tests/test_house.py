@@ -390,6 +390,7 @@ AROUND = (
     ("tests/crash.py",),  # runs that are killed, on
     ("tests/forked.py",),  # a server of forks, warmed by
     ("tests/tiny.py", "tests/toy_*.py", "tests/fuzz.py"),  # toys
+    ("tests/recipes.py",),  # what configs and pages say, for
     ("tests/kernels/checks.py", "tests/kernels/compile_sm90.py"),
     ("docs/*.py", "benchmarks/*.py"),
     ("benchmarks/step_runs.py",),  # pieces of step.py, on
