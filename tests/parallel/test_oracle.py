@@ -343,7 +343,9 @@ def test_every_option_changes_the_run_as_the_oracle_says(group: str, server: Ser
 def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
     """A new field of these must come into CHANGES, or be known here to decide no number of a step."""
     elsewhere = {
-        DataConfig: {"datasets", "cache_dir", "store", "on_long_row", "on_bad", "negatives", "batches"},
+        DataConfig: {
+            "datasets", "cache_dir", "store", "on_long_row", "on_bad", "negatives", "batches", "weights",
+        },
         ParallelConfig: {
             "tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s",
         },
