@@ -116,7 +116,8 @@ def worker(options: dict[str, str], width: int) -> None:
     """One rank of a run; prints its figures."""
     peaks, world = Peaks(), world_size_from_env()
     source = Source(Path("numbered"), Path("numbered"), "llama", Usage())
-    config = MineConfig(model="numbered", **options, device="cpu", num_negatives=4, threshold=0.95)  # type: ignore[arg-type]
+    options = {**options, "model": "numbered", "device": "cpu", "num_negatives": 4, "threshold": 0.95}
+    config = MineConfig(**options)  # type: ignore[arg-type]
     with distributed(ParallelConfig(dp_size=world), "cpu") as mesh:
         ranks = Ranks(mesh.dp_rank, mesh.dp_size, gather_objects)
         with (
