@@ -47,6 +47,8 @@ LOSS, OPTIM_OPTIONS, DATA, REST = (
     for group in ("loss", "optim", "data", "rest")
 )
 LAYOUT = f"{ORACLE}::test_a_layout_trains_as_the_oracle"
+BASES = f"{ORACLE}::test_a_base_model_trains_as_the_oracle"
+FAMILIES = "tests/model/test_families.py"
 TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1-dp2]"
 HSDP = f"{LAYOUT}[tp1-dp2-replicate2]"
 BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
@@ -172,7 +174,13 @@ MUTANTS = [
     Mutant("the norm is this dp rank's", GRAD_NORM, "    all_reduce_(total, mesh.shard_group)\n", "", DP2),
     Mutant("the norm counts every copy of the state", GRAD_NORM, "all_reduce_(total, mesh.shard_group)", "all_reduce_(total, mesh.dp_group)", HSDP),
     Mutant("the norm is this tp rank's", GRAD_NORM, "        all_reduce_(total, mesh.tp.group)\n", "        pass\n", TP2),
-    Mutant("norm gradients are not summed over tp", GRAD_NORM, "if not mesh.tp.sequence_parallel:", "if True:", TP2_SP),
+    Mutant("norm gradients are not summed over tp", GRAD_NORM, "if mesh.tp.sequence_parallel or getattr", "if getattr", TP2_SP),
+    Mutant("norms of heads keep their rank's share", LLAMA, "tp, of_heads=True)", "tp)", f"{BASES}[tp2-dp1]"),
+    Mutant("norms of heads are summed once more", GRAD_NORM, "if mesh.tp.sequence_parallel or getattr(module, \"of_heads\", False)\n", "if True\n", f"{BASES}[tp2-dp1]"),
+    Mutant("k has the norm of q", LLAMA, "k = k_norm(k", "k = q_norm(k", FAMILIES),
+    Mutant("a bias has no rank's rows", "nemo_embed_core/parallel/layers.py", "y if self.bias is None else y + local(self.bias)", "y", FAMILIES),
+    Mutant("causal in name alone", LLAMA, "partial(attention, causal=True) if config.is_causal else attention", "attention", FAMILIES),
+    Mutant("a window is read as none", "nemo_embed_core/model/spec.py", "num_key_value_heads=8, sliding_window=4096)", "num_key_value_heads=8)", FAMILIES),
     Mutant("bf16 gradient reduction", FSDP, "reduce_dtype=reduce_dtype,\n        cast", "reduce_dtype=torch.bfloat16,\n        cast", BF16),
     Mutant("rotary tables cast to bf16 by FSDP2", FSDP, "reduce_dtype=reduce_dtype,\n        cast_forward_inputs=False", "reduce_dtype=reduce_dtype,\n        cast_forward_inputs=True", BF16),
     Mutant("half-reduced gradients outlive a dropped step", FSDP, "group._partial_reduce_output = None", "pass", "tests/train/test_dropped_step.py"),
@@ -195,9 +203,9 @@ MUTANTS = [
     Mutant("rotary angles computed in fp32", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].float() * inv_freq.float()).to(inv_freq.dtype)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("rope scaling without its linear part", LLAMA, ".clamp(0, 1)", ".round().clamp(0, 1)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("rows of a quick run look whole", "benchmarks/step_report.py", '**({"quick": self.quick} if self.quick else {})', "**{}", "tests/benchmarks/test_step.py -k quick"),
-    Mutant("FlashAttention-3 is causal", ATTENTION, "causal=False, deterministic", "causal=True, deterministic", "tests/model/test_attention.py"),
+    Mutant("FlashAttention-3 is causal", ATTENTION, "causal=causal, deterministic", "causal=True, deterministic", "tests/model/test_attention.py"),
     Mutant("a build without backward trains", ATTENTION, "and backward and not _flash3_has_backward()", "and not backward and not _flash3_has_backward()", "tests/model/test_attention.py"),
-    Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v, is_causal=causal)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("query heads share the wrong KV heads", ATTENTION, "k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)", "k_TGA.repeat(1, r, 1), v_TGA.repeat(1, r, 1)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD, again, amax), residual_TD", "return self.mlp(x_TD, again, amax), x_TD", f"{LAYOUT}[tp1-dp1]"),
     Mutant("selective recomputation saves it all", LAYERS, "return again if", "return saved if", RECOMPUTE),
@@ -291,7 +299,7 @@ MUTANTS = [
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),
     Mutant("exports without the length", "nemo_embed_core/export/folder.py", '"max_seq_length": usage.longest', '"max_seq_length": 512', "tests/export/test_folder.py tests/merge/test_merge.py"),
     Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/merge/test_merge.py"),
-    Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": False', '"is_causal": True', "tests/export/test_folder.py tests/export/test_proof.py"),
+    Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": model.is_causal', '"is_causal": True', "tests/export/test_folder.py tests/export/test_proof.py"),
     Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_proof.py"),
     Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "b * np.frombuffer(lengths, np.int64) / mean_length", "b", "tests/evaluation/test_bm25.py"),
     Mutant("BM25 counts a repeated word of the query once", "nemo_embed_core/evaluation/bm25.py", "occurrences * idf * counts", "idf * counts", "tests/evaluation/test_bm25.py"),

@@ -1,4 +1,4 @@
-"""Training steps that share no line with the product: Hugging Face's Llama, and loss, clipping, schedule and
+"""Training steps that share no line with the product: Hugging Face's model, and loss, clipping, schedule and
 AdamW as formulas.
 
     oracle = Oracle(folder, torch.float64)                  # of a folder that write_model made
@@ -28,13 +28,19 @@ SHAPE = {
 
 
 def write_model(
-    folder: Path, vocab_size: int, intermediate_size: int, dtype: torch.dtype = torch.float64, **shape: Any
+    folder: Path,
+    vocab_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype = torch.float64,
+    model_type: str = "llama",
+    **shape: Any,
 ) -> Path:
     """A Hugging Face folder of random weights; norms are not ones, which would hide one that is ignored."""
-    from transformers import LlamaConfig, LlamaModel
+    from transformers import AutoConfig, AutoModel
 
-    config = LlamaConfig(vocab_size=vocab_size, intermediate_size=intermediate_size, **(SHAPE | shape))
-    model = LlamaModel(config).double()
+    sizes = {"vocab_size": vocab_size, "intermediate_size": intermediate_size}
+    config = AutoConfig.for_model(model_type, **sizes, **(SHAPE | shape))
+    model = AutoModel.from_config(config).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -66,16 +72,15 @@ class Step:
 class Oracle:
     def __init__(self, folder: Path, dtype: torch.dtype):
         # Here and not above: test modules are imported by every rank, which needs a Batch at most.
-        from transformers import LlamaModel
-        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+        from transformers import AutoModel
 
-        self.model = LlamaModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.count = 0
         if dtype == torch.float64:  # transformers computes norms and angles in fp32 whatever the weights are
             self.model.rotary_emb.forward = self._angles
             for module in self.model.modules():
-                if isinstance(module, LlamaRMSNorm):
+                if type(module).__name__.endswith("RMSNorm"):
                     module.forward = lambda x, m=module: (
                         m.weight * x / (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).sqrt()
                     )

@@ -2,7 +2,7 @@
 
     kind                       what it is                                                    who reads it
     "checkpoint"               a checkpoint of ours, or the newest one of a run              Reader
-    "llama"                    a Hugging Face Llama that we run bidirectionally, an export   HFReader
+    "llama"                    a Hugging Face Llama or relative that we run, an export       HFReader
     "sentence-transformers"    modules.json of another architecture or other modules         its library
     "precomputed"              documents.npy and queries.npy                                 precomputed.py
 
@@ -383,8 +383,8 @@ def _pooling(modules: Modules | None, folder: Path) -> str:
 def _foreign(folder: Path) -> str:
     """Why a model folder needs sentence-transformers: its modules.json is not ours; "" when it is.
 
-    Ours are a Llama that is not causal, a pooling of ours, and at most a normalisation; so a bare Llama
-    folder and our own exports are not foreign, whatever they are called.
+    Ours are a Llama or a relative that says whether it is causal, a pooling of ours, and at most a
+    normalisation; so a bare folder and our own exports are not foreign, whatever they are called.
     """
     modules = modules_of(folder)
     if modules is None:
@@ -394,4 +394,4 @@ def _foreign(folder: Path) -> str:
         return f"model_type {config.get('model_type')!r}"
     if unlike := modules.unlike_ours():
         return unlike
-    return "" if config.get("is_causal") is False else "causal attention"
+    return "" if isinstance(config.get("is_causal"), bool) else "causal attention"

@@ -91,9 +91,8 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
         )
     if not base:
         raise UserError(
-            f"{source.folder} is a sentence-transformers model with {source.foreign}; its weights in a "
-            "bidirectional "
-            "Llama with mean pooling would give other embeddings: train them as one first, or delete "
+            f"{source.folder} is a sentence-transformers model with {source.foreign}; its weights as we run "
+            "them would give other embeddings: train them as one first, or delete "
             "modules.json if it is out of date"
         )
     opened = open_folder(source.folder)
@@ -101,9 +100,9 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
 
 
 def _is_causal(folder: Path) -> bool:
-    """Whether transformers and servers run it causally: a plain Llama whose config.json says nothing else."""
+    """Whether transformers and servers run it causally because config.json says nothing of it."""
     raw = read_object(folder / "config.json")
-    is_said = raw.get("is_causal") is False or raw.get("use_bidirectional_attention") is True
+    is_said = isinstance(raw.get("is_causal"), bool) or raw.get("use_bidirectional_attention") is True
     return FAMILIES[raw["model_type"]].is_causal and not is_said
 
 
@@ -127,7 +126,7 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
         digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
         return Weights(config, reader, folder, dtype, digest)
     if not base and _is_causal(folder):
-        here = "here it is run as a bidirectional Llama"
+        here = "here it is run bidirectionally"
         say_note(
             f"{folder}: config.json does not say is_causal: false, so transformers runs it causally; {here}"
         )

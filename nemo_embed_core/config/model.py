@@ -37,12 +37,16 @@ class RopeScaling(Options, section="rope_scaling"):
 
 
 Pooling = Literal["mean"]
+ModelType = Literal["llama", "mistral", "qwen2", "qwen3"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Options, section="model"):
-    """The shape of a Llama, under the names of Hugging Face's LlamaConfig, and its pooling."""
+    """The shape of a model, under the names of Hugging Face's LlamaConfig, its attention and its pooling."""
 
+    model_type: ModelType = "llama"
+    """What its blocks have: qwen2 biases of q, k and v, qwen3 norms of the heads of q and k; SmolLM is a
+    llama."""
     vocab_size: int = 128256
     """Tokens in the vocabulary: rows of the embedding."""
     hidden_size: int = 4096
@@ -67,6 +71,8 @@ class ModelConfig(Options, section="model"):
     """Longest text in tokens: recorded, not enforced, since RoPE has no table here."""
     initializer_range: float = 0.02
     """Standard deviation of random weights."""
+    is_causal: bool = False
+    """Every token sees those before it alone: the baseline of an experiment; with init_from too."""
     pooling: Pooling = "mean"
     """How the hidden states of all tokens of a text become one vector; with init_from too."""
 

@@ -72,8 +72,13 @@ class Embedder:
             run_in_fp8(encoder)
             freeze_weights(encoder)
         shape = to_dict(weights.model)
-        if shape["pooling"] == ModelConfig.pooling:  # vectors from before it was a field are the same
-            del shape["pooling"]
+        for name in (
+            "pooling",
+            "model_type",
+            "is_causal",
+        ):  # vectors from before these were fields are the same
+            if shape[name] == getattr(ModelConfig, name):
+                del shape[name]
         known = json.dumps([weights.digest, shape, tokenizer.digest, precision])
         digest = hashlib.sha256(known.encode()).hexdigest()
         return cls(encoder, weights.model, tokenizer, digest, target, max_tokens)

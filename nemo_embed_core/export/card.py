@@ -18,8 +18,13 @@ from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.formats import FORMATS, Format
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.spec import POOLINGS
+from nemo_embed_core.model.spec import POOLINGS, family_of
 from nemo_embed_core.version import code_version
+
+_CAUSAL = (
+    "It needs transformers >= 5. Its attention is causal, as config.json says: a token sees those before it",
+    "alone.",
+)
 
 
 class Card(TypedDict, total=False):
@@ -194,8 +199,9 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     """README.md: what is known, in the hub's front matter and in words. No figure that was not handed in."""
     import yaml
 
-    base = card.get("base_model", "")
-    title = card.get("title") or "Bidirectional Llama text embedding model"
+    base, words = card.get("base_model", ""), family_of(model).words
+    kind, mask = ("Causal", "with its") if model.is_causal else ("Bidirectional", "without its")
+    title = card.get("title") or f"{kind} {words} text embedding model"
     parents = [Path(name).name if Path(name).is_absolute() else name for name in card.get("parents", [])]
     is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
     front: dict[str, Any] = {
@@ -215,7 +221,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     says_llama = _why_llama(card)
     trained_here = " Trained with nemo_embed_core." if card.get("runs") else ""
     pooling = POOLINGS[model.pooling]
-    computes = f"Text embeddings from a Llama without its causal mask: {pooling.words}"
+    computes = f"Text embeddings from a {words} {mask} causal mask: {pooling.words}"
     trust = ", trust_remote_code=True" if FORMATS[format].code else ""
     one_limit = f"- sentence-transformers has one limit for both and cuts at {usage.longest} tokens"
     lines = [
@@ -237,7 +243,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "",
         "## Usage",
         "",
-        *FORMATS[format].requirements,
+        *(_CAUSAL if model.is_causal else FORMATS[format].requirements),
         "",
         "```python",
         "from sentence_transformers import SentenceTransformer",

@@ -88,13 +88,14 @@ def reload_request(
     with_theirs: bool = True,
     *,
     pooling: Pooling = ModelConfig.pooling,
+    causal: bool = False,
 ) -> dict[str, Any]:
     """reload.py's REQUEST.json."""
     return {
         **{"texts": list(texts), "num_prompted": NUM_PROMPTED, "probe": PROBE},
         **{"max_seq_length": max_seq_length, "sets_length": sets_length},
         **{"trust_remote_code": trusted, "sentence_transformers": with_theirs},
-        "pooling": POOLINGS[pooling].mode,
+        **{"pooling": POOLINGS[pooling].mode, "causal": causal},
     }
 
 
@@ -108,10 +109,12 @@ def reload_folder(path: Path, *request: Any, partly: bool = False) -> dict[str, 
         install = "pip install 'nemo_embed_core[eval]'"
         raise UserError(f"verifying an export needs sentence-transformers: {install}")
     # Of anybody's folder that we do not compute: not compared.
-    pooling = pooling_of_config(read_object(path / "config.json").get("pooling")) or ModelConfig.pooling
+    config = read_object(path / "config.json")
+    pooling = pooling_of_config(config.get("pooling")) or ModelConfig.pooling
+    how: Any = {"pooling": pooling, "causal": config.get("is_causal") is True}
     with tempfile.TemporaryDirectory() as scratch, writing(Path(scratch), 100 << 20, "the proof"):
         output = Path(scratch) / "vectors.npz"
-        child = run_reload(sys.executable, path, output, reload_request(*request, pooling=pooling))
+        child = run_reload(sys.executable, path, output, reload_request(*request, **how))
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
             if partly and output.is_file():
@@ -133,15 +136,24 @@ def first_state_changes(vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
     return dict(zip(vectors["case_names"].tolist(), vectors["first_state_changes"].tolist(), strict=True))
 
 
-def check_bidirectional(
+def check_attention(
     path: Path, config: Mapping[str, Any], vectors: Mapping[str, np.ndarray], has_code: bool
 ) -> None:
-    """UserError unless all first_state_changes() are above 0: under a causal mask they are exactly 0."""
+    """UserError unless all first_state_changes() are above 0, or, where config.json says is_causal: true,
+    exactly 0, as they are under a causal mask."""
     changes, version = first_state_changes(vectors), str(vectors["transformers_version"])
     if any(math.isnan(change) for change in changes.values()):
         nan = "hidden states are NaN, which says nothing of a mask"
         raise UserError(f"{path}: {nan}; the weights or rms_norm_eps are wrong")
     causal = [case for case, change in changes.items() if not change > 0]
+    if config.get("is_causal") is True:
+        if free := [case for case in changes if case not in causal]:
+            raise UserError(
+                f"{path} runs without a causal mask in {len(free)} of {len(changes)} cases "
+                f"({'; '.join(free)}): replacing the last token changes the first token's hidden state, and "
+                f"config.json says is_causal: true (transformers {version})"
+            )
+        return
     if not causal:
         return
     found = json.dumps(config.get("is_causal", "nothing"))

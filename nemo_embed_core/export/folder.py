@@ -4,7 +4,7 @@ The weights themselves (model.safetensors or shards of it, names without `model.
 merge/stream.py; export/proof.py re-opens the whole folder and proves it. Spellings are chosen for their
 readers:
 
-- `is_causal: false` makes transformers >= 5.2 run LlamaModel bidirectionally; older ones are silently causal.
+- `is_causal: false` makes transformers >= 5.2 run the model bidirectionally; older ones are silently causal.
 - `use_bidirectional_attention` and `pooling` are what text-embeddings-inference and vLLM look at.
 - RoPE in both spellings: `rope_theta` and `rope_scaling` for transformers 4 and TEI, `rope_parameters` for 5.
 - sentence-transformers files in the verbose spelling of its versions before 5.4: the later one is not read by
@@ -26,7 +26,7 @@ from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import Card, model_card
 from nemo_embed_core.export.formats import FORMATS, Format
-from nemo_embed_core.model.spec import ARCHITECTURES, MODULES, POOLINGS, flags_of, model_type_of
+from nemo_embed_core.model.spec import ARCHITECTURES, FAMILIES, MODULES, POOLINGS, flags_of
 
 DTYPES = ("float32", "bfloat16", "float16")  # as transformers and torch name them
 
@@ -83,8 +83,8 @@ def check_mergeable(source: Source) -> None:
 def hf_config(
     model: ModelConfig, dtype: str, special_ids: Mapping[str, int | None], format: Format = "native"
 ) -> dict[str, Any]:
-    """config.json of a bidirectional Llama; `special_ids` has bos_token_id, eos_token_id, pad_token_id."""
-    model_type = FORMATS[format].model_type or model_type_of(model)
+    """config.json of the model; `special_ids` has bos_token_id, eos_token_id, pad_token_id."""
+    model_type = FORMATS[format].model_type or model.model_type
     auto_map = FORMATS[format].auto_map
     scaling = None
     if model.rope_scaling is not None:
@@ -93,8 +93,8 @@ def hf_config(
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
         **({"auto_map": dict(auto_map)} if auto_map else {}),
-        "is_causal": False,
-        "use_bidirectional_attention": True,
+        "is_causal": model.is_causal,
+        "use_bidirectional_attention": not model.is_causal,
         "pooling": POOLINGS[model.pooling].config_word,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -103,11 +103,9 @@ def hf_config(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_key_value_heads,
         "head_dim": model.head_dim,
-        "hidden_act": "silu",
+        **{key: values[0] for key, values in FAMILIES[model_type].supported.items()},
         "rms_norm_eps": model.rms_norm_eps,
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
         "tie_word_embeddings": False,  # there is no output head to tie
         "use_cache": False,
         "initializer_range": model.initializer_range,

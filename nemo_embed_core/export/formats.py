@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
+
 Format = Literal["native", "compat"]
 
 
@@ -51,3 +54,13 @@ FORMATS: Mapping[Format, ExportFormat] = {
         ),
     ),
 }
+
+
+def check_format(format: Format, model: ModelConfig) -> None:
+    """UserError for a model that the format's code does not compute."""
+    if FORMATS[format].code is not None and (model.model_type != "llama" or model.is_causal):
+        causal = "causal " if model.is_causal else ""
+        raise UserError(
+            f"format={format} brings the code of a bidirectional Llama, and this is a "
+            f"{causal}{model.model_type}: use format=native"
+        )

@@ -25,7 +25,7 @@ from nemo_embed_core.export.consumers import (
     NUM_PROMPTED,
     TEXTS,
     backend,
-    check_bidirectional,
+    check_attention,
     check_prompts,
     check_tokens,
     first_state_changes,
@@ -64,7 +64,8 @@ def verify_folder(
     ours: bool = True,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """max |theirs - embed(texts)| <= TOLERANCE, and d(first hidden state) / d(last token) != 0.
+    """max |theirs - embed(texts)| <= TOLERANCE, and d(first hidden state) / d(last token) != 0, or
+    == 0 where config.json says is_causal: true.
 
     embed(texts, max_length) -> [N, D] unit rows of our own encoder in fp32; prompts are in the texts already.
     theirs: of transformers and sentence-transformers in fp32, whatever the weights' dtype is, and of
@@ -72,7 +73,7 @@ def verify_folder(
     that is not the file that we write. say: gets each answer as a line, as soon as it is there.
 
     ours: an export of this version, whose files must be spelled as it writes them; the first fault ends it.
-    Otherwise anybody's folder of a Llama: whether it is causal is answered first, then all that can be; what
+    Otherwise anybody's folder: whether it is causal is answered first, then all that can be; what
     cannot be proven is said, and is no fault.
 
     Returns what was measured; UserError names what is wrong. Takes the time of two loads on the CPU and two
@@ -82,8 +83,8 @@ def verify_folder(
     config = read_object(path / "config.json")
     if not ours and config.get("model_type") not in ARCHITECTURES:
         raise UserError(
-            f"{path / 'config.json'}: model_type is {json.dumps(config.get('model_type'))}; only Llama "
-            f"folders ({', '.join(ARCHITECTURES)}) can be proven here, so nothing of this one was looked at"
+            f"{path / 'config.json'}: model_type is {json.dumps(config.get('model_type'))}; only "
+            f"folders of {', '.join(ARCHITECTURES)} can be proven here, so nothing of this one was looked at"
         )
     has_code = check_code(path, trust_remote_code)
     if has_weights(path):
@@ -99,7 +100,7 @@ def _verify_ours(path: Path, config: Config, embed: Embed | None, has_code: bool
     tokenizer, texts = backend(path, max_length)
     vectors = reload_folder(path, texts, max_length, has_code)
     say(_weights_line(shapes, dtypes))
-    check_bidirectional(path, config, vectors, has_code)
+    check_attention(path, config, vectors, has_code)
     say(_attention_line(vectors))
     if reason := str(vectors["tokenizer_error"]):
         raise UserError(f"{path}: AutoTokenizer does not load: {reason}")
@@ -147,7 +148,7 @@ def _verify_anybodys(path: Path, config: Config, embed: Embed | None, has_code: 
         check_weights(open_folder(path))  # says more, where a file is the reason
         raise
     say(_attention_line(vectors))
-    faults.attempt(lambda: check_bidirectional(path, config, vectors, has_code))
+    faults.attempt(lambda: check_attention(path, config, vectors, has_code))
     shapes, dtypes = faults.attempt(lambda: check_weights(open_folder(path))) or ({}, set())
     if dtypes:
         say(_weights_line(shapes, dtypes))

@@ -4,8 +4,9 @@
 
 Imports nothing of this package, so that it sees the folder as any user does, and runs under transformers 4.51
 to 5.x. REQUEST.json: {"texts", "num_prompted", "max_seq_length", "sets_length", "probe", "trust_remote_code",
-"sentence_transformers", "pooling"}; the last text is the long one; sets_length: the folder states no limit,
-so max_seq_length is set for it; pooling: as sentence-transformers calls it.
+"sentence_transformers", "pooling", "causal"}; the last text is the long one; sets_length: the folder
+states no limit, so max_seq_length is set for it; pooling: as sentence-transformers calls it; causal: as
+config.json says.
 
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
@@ -144,7 +145,8 @@ def main(folder: str, request_file: str, output: str) -> None:
             "tokenizer_error": np.array(tokenizer_error),
             "transformers_version": np.array(transformers.__version__),
         }
-        if not min(changes.values()) > 0 or tokenizer is None:
+        is_as_said = max(changes.values()) == 0 if request["causal"] else min(changes.values()) > 0
+        if not is_as_said or tokenizer is None:
             np.savez(output, **found)
             return
         num_repeats = max_seq_length // (len(tokenizer(texts[-1])["input_ids"]) // 2) + 2

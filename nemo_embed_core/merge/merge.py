@@ -17,7 +17,7 @@ from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import Card, describe, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
-from nemo_embed_core.export.formats import FORMATS, Format
+from nemo_embed_core.export.formats import FORMATS, Format, check_format
 from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.files.durable import new_folder, writing
 from nemo_embed_core.files.safetensors import dtype_name
@@ -87,6 +87,7 @@ def merge(
     for origin in origins:
         check_mergeable(origin)
     opened = open_sources(paths, say)
+    check_format(format, opened[0].model)
     if weights is not None:
         recipes.check_weights(weights, len(opened))
     torch_dtype = dtype_of(dtype, opened)
@@ -162,9 +163,9 @@ def _soup(
 def check(
     folder: str | Path, trust_remote_code: bool = False, *, ours: bool = False, say: Say = _print
 ) -> Report:
-    """transformers.encode(x) = sentence_transformers.encode(x) = Embedder.encode(x), and no mask is causal.
+    """transformers.encode(x) = sentence_transformers.encode(x) = Embedder.encode(x), and the mask is as said.
 
-    ours: a folder of this version, spelled as it writes them; else anybody's Llama, of which all that can be
+    ours: a folder of this version, spelled as it writes them; else anybody's, of which all that can be
     is proven and the rest is said.  trust_remote_code: run code in the folder that we did not write.  Returns
     what was measured (export/proof.py); UserError names the faults.
     """

@@ -1,6 +1,6 @@
-"""Non-causal attention over packed sequences: six backends behind one signature.
+"""Attention over packed sequences: six backends behind one signature.
 
-    softmax(q k^T / sqrt(A)) v within each sequence, every token sees every token
+    softmax(q k^T / sqrt(A)) v within each sequence, every token sees every token; causal: those up to its own
 
 T packed tokens · N sequences · H query heads · G KV heads · A head_dim
 """
@@ -31,19 +31,26 @@ class Segments:
     max_seqlen: int
 
 
-def reference_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+def reference_attention(
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
     """Plain and obvious: one [H, n, n] score matrix per sequence, softmax in fp32 (fp64 for fp64)."""
     r = q_THA.shape[1] // k_TGA.shape[1]
     k_THA, v_THA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
     out = []
     for q, k, v in zip(*(x.split(list(segments.lengths)) for x in (q_THA, k_THA, v_THA)), strict=True):
         scores = torch.einsum("qha,kha->hqk", q, k) * q.shape[-1] ** -0.5
+        if causal:
+            future = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
         p = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1).to(v.dtype)
         out.append(torch.einsum("hqk,kha->qha", p, v))
     return torch.cat(out)
 
 
-def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+def sdpa_attention(
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
     """One F.scaled_dot_product_attention call per run of equally long neighbours: no padding and no mask.
 
     Packing sorts a micro-batch by length, so there are at most as many calls as distinct lengths; any order
@@ -51,7 +58,8 @@ def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segmen
     below 256 tokens it is slower.
     """
     if q_THA.device.type == "cpu" and q_THA.dtype in (torch.bfloat16, torch.float16):
-        return sdpa_attention(q_THA.float(), k_TGA.float(), v_TGA.float(), segments).to(q_THA.dtype)
+        wide = (q_THA.float(), k_TGA.float(), v_TGA.float())
+        return sdpa_attention(*wide, segments, causal).to(q_THA.dtype)
     r = q_THA.shape[1] // k_TGA.shape[1]
     if r > 1:  # enable_gqa takes the slow path on CPU
         k_TGA, v_TGA = k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)
@@ -62,56 +70,67 @@ def sdpa_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segmen
     out = []
     for (n, count), qkv in zip(runs, parts, strict=True):
         q, k, v = (x.view(count, n, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out.append(
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * n, *q_THA.shape[1:])
-        )
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out.append(o.transpose(1, 2).reshape(count * n, *q_THA.shape[1:]))
     return torch.cat(out)
 
 
-def varlen_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+def varlen_attention(
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
     """torch.nn.attention.varlen (FlashAttention-2 inside torch >= 2.11, CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 has no such argument and hands the heads to FlashAttention, which divides them into groups.
-    gqa: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if q_THA.shape[1] != k_TGA.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        gqa = {"enable_gqa": True}
+        options = {"enable_gqa": True}
+    if causal:
+        options["window_size"] = (-1, 0)
     cu, n = segments.cu_seqlens, segments.max_seqlen
-    out = varlen_attn(q_THA, k_TGA, v_TGA, cu, cu, n, n, **gqa)
+    out = varlen_attn(q_THA, k_TGA, v_TGA, cu, cu, n, n, **options)
     assert isinstance(out, Tensor)  # a tuple only with return_aux
     return out
 
 
-def varlen3_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+def varlen3_attention(
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
     """varlen_attention with FlashAttention-3 inside, which torch takes from flash_attn_interface: for the
     whole process, whose F.scaled_dot_product_attention it changes too."""
     from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
     if current_flash_attention_impl() != "FA3":
         activate_flash_attention_impl("FA3")
-    return varlen_attention(q_THA, k_TGA, v_TGA, segments)
+    return varlen_attention(q_THA, k_TGA, v_TGA, segments, causal)
 
 
-def _flash_attn(module: str, q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
+def _flash_attn(
+    module: str, q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments, causal: bool
+) -> Tensor:
     cu, n = segments.cu_seqlens, segments.max_seqlen
     out = importlib.import_module(module).flash_attn_varlen_func(
         q_THA, k_TGA, v_TGA, cu, cu, n, n,
-        causal=False, deterministic=torch.are_deterministic_algorithms_enabled(),
+        causal=causal, deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out  # FlashAttention-3 betas also return the log-sum-exp
 
 
-def flash_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
-    """FlashAttention-2: flash_attn_varlen_func(..., causal=False) of the flash-attn package."""
-    return _flash_attn("flash_attn", q_THA, k_TGA, v_TGA, segments)
+def flash_attention(
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
+    """FlashAttention-2: flash_attn_varlen_func(...) of the flash-attn package."""
+    return _flash_attn("flash_attn", q_THA, k_TGA, v_TGA, segments, causal)
 
 
-def flash3_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments) -> Tensor:
-    """FlashAttention-3: flash_attn_varlen_func(..., causal=False) of the module flash_attn_interface."""
-    return _flash_attn("flash_attn_interface", q_THA, k_TGA, v_TGA, segments)
+def flash3_attention(
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
+    """FlashAttention-3: flash_attn_varlen_func(...) of the module flash_attn_interface."""
+    return _flash_attn("flash_attn_interface", q_THA, k_TGA, v_TGA, segments, causal)
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+Attention = Callable[..., Tensor]  # of q, k, v, segments and causal=False
 # In the order in which "auto" looks for one that runs.
 _BACKENDS: dict[str, Attention] = {
     "flash3": flash3_attention,

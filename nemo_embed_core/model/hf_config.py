@@ -1,9 +1,10 @@
-"""config.json of a Hugging Face Llama. No torch import: a model that does not fit is refused before anything
-heavy is loaded."""
+"""config.json of a Hugging Face Llama or a relative of it (FAMILIES). No torch import: a model that does not
+fit is refused before anything heavy is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,21 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only {types} are read")
     family = FAMILIES[raw["model_type"]]
     for key, values in family.supported.items():
-        if raw.get(key, values[0]) not in values:
+        if (value := raw.get(key, family.defaults.get(key, values[0]))) not in values:
+            unsaid = "" if key in raw else ", which transformers takes where it is left out,"
             raise UserError(
-                f"{path}: {key}={raw[key]!r} is not supported; this Llama has {key}={values[0]!r}"
+                f"{path}: {key}={value!r}{unsaid} is not supported; this {family.words} has "
+                f"{key}={json.dumps(values[0])}"
             )
+    if other := set(raw.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(
+            f"{path}: layer_types has {', '.join(sorted(map(repr, other)))}, which is not supported; every "
+            'layer here is "full_attention"'
+        )
     pooling = pooling_of_config(raw.get("pooling"))
     if pooling is None:
         known = " or ".join(repr(spec.config_word) for spec in POOLINGS.values())
-        raise UserError(
-            f"{path}: pooling={raw['pooling']!r} is not supported; this Llama has pooling={known}"
-        )
+        raise UserError(f"{path}: pooling={raw['pooling']!r} is not supported; here is pooling={known}")
     if raw.get("quantization_config") is not None:
         kind = raw["quantization_config"]
         kind = kind.get("quant_method", "?") if isinstance(kind, dict) else kind
@@ -54,11 +60,12 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
     theta, scaling = _rotary(path, raw, notes)
     if family.is_causal and (code := raw.get("auto_map")):
         file = next(iter(code.values()), "") if isinstance(code, dict) else code
-        notes.append(f"{path}: its own code ({file}) is not run; it is read as a plain Llama")
+        notes.append(f"{path}: its own code ({file}) is not run; it is read as a plain {family.words}")
     try:
-        fields: dict[str, Any] = {**family.defaults, **raw, **family.implied}
-        fields["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
-        fields["head_dim"], fields["pooling"] = raw.get("head_dim") or 0, pooling
+        fields: dict[str, Any] = {**family.defaults, **raw, "model_type": family.model_type}
+        fields["num_key_value_heads"] = fields.get("num_key_value_heads") or raw["num_attention_heads"]
+        fields["head_dim"], fields["pooling"] = fields.get("head_dim") or 0, pooling
+        fields["is_causal"] = family.is_causal and causal is True
         fields["rope_theta"], fields["rope_scaling"] = theta, scaling
         model = ModelConfig(**{f.name: fields[f.name] for f in dataclasses.fields(ModelConfig)})
     except KeyError as error:
@@ -124,9 +131,9 @@ def _spelling(
         raise UserError(f"{path}: rope_type {kind!r} is not supported; use {known}")
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        if kind == "llama3":
+        if kind != "default" or not raw["model_type"].startswith("llama"):
             raise UserError(
-                f"{path}: partial_rotary_factor={partial!r} is not supported; this Llama rotates all channels"
+                f"{path}: partial_rotary_factor={partial!r} is not supported; all channels are rotated"
             )
         notes.append(
             f"{path}: partial_rotary_factor={partial!r} is ignored, as transformers 5 does for a Llama"

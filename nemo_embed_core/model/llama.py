@@ -1,7 +1,9 @@
-"""A bidirectional Llama on flat packed tokens, written for tensor and sequence parallelism.
+"""A bidirectional Llama, and its relatives by the facts of model/spec.py, on flat packed tokens, written for
+tensor and sequence parallelism.
 
 Reads top to bottom: RoPE table, attention, MLP, block, model, initialisation. Equal to Hugging Face's
-LlamaModel with `config.is_causal = False` (tests/model/test_hf.py).
+LlamaModel, MistralModel, Qwen2Model and Qwen3Model, with `config.is_causal = False` and without it
+(tests/model/test_hf.py, tests/model/test_families.py).
 
     T packed tokens (T / tp_size in norms and residuals under sequence parallelism) · D hidden_size H query
     heads · G KV heads · R = H / G · A head_dim · F intermediate_size · M MLP blocks (config.mlp_blocks) a tp
@@ -19,6 +21,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.kernels.rope import split_rope
 from nemo_embed_core.kernels.swiglu import swiglu
 from nemo_embed_core.model.attention import Attention, Segments
+from nemo_embed_core.model.spec import family_of
 from nemo_embed_core.parallel.layers import (
     ColumnParallelLinear,
     RMSNorm,
@@ -67,9 +71,15 @@ class LlamaAttention(nn.Module):
         self.num_heads = config.num_attention_heads // tp.size
         self.num_kv_heads = config.num_key_value_heads // tp.size
         self.head_dim = config.head_dim
-        self.attention = attention
+        self.attention = partial(attention, causal=True) if config.is_causal else attention
+        family = family_of(config)
         qkv_rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, qkv_rows, tp)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, qkv_rows, tp, bias=family.qkv_bias)
+        norms = [
+            RMSNorm(config.head_dim, config.rms_norm_eps, tp, of_heads=True) if family.qk_norm else None
+            for _ in "qk"
+        ]
+        self.q_norm, self.k_norm = norms
         self.o_proj = RowParallelLinear(config.num_attention_heads * config.head_dim, config.hidden_size, tp)
 
     def forward(
@@ -82,8 +92,18 @@ class LlamaAttention(nn.Module):
         amax: Tensor | None = None,
     ) -> Tensor:
         qkv = self.qkv_proj(x_TD, again, amax)  # [T, (H + 2G) / tp * A]
+        if self.q_norm is not None and self.k_norm is not None:
+            qkv = self._with_normed_heads(qkv, self.q_norm, self.k_norm)
         q_THA, k_TGA, v_TGA = split_rope(qkv, cos, sin, self.num_heads, self.num_kv_heads, self.head_dim)
         return self.o_proj(self.attention(q_THA, k_TGA, v_TGA, segments).flatten(1))
+
+    def _with_normed_heads(self, qkv_TE: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> Tensor:
+        """Each head of q and of k through its RMSNorm (Qwen3)."""
+        T, G, A = qkv_TE.shape[0], self.num_kv_heads, self.head_dim
+        q, k, v = qkv_TE.view(T, G, -1, A).split([self.num_heads // G, 1, 1], 2)
+        q = q_norm(q.reshape(-1, A))[0].view(T, G, -1, A)
+        k = k_norm(k.reshape(-1, A))[0].view(T, G, 1, A)
+        return torch.cat([q, k, v], 2).view(T, -1)
 
 
 class LlamaMLP(nn.Module):
@@ -166,9 +186,9 @@ def initial_weight(name: str, shape: torch.Size | tuple[int, ...], seed: int, st
     """The whole fp32 tensor of random weights: a function of (seed, name) only, so every layout starts from
     the same.
 
-    Norms are ones, matrices normal(0, std) as in Hugging Face's Llama.
+    Norms are ones, biases zeros, matrices normal(0, std) as in Hugging Face's Llama.
     """
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     return torch.randn(shape, generator=generator) * std

@@ -1,5 +1,5 @@
-"""Facts of the Llama family, each said once: names of tensors, fused rows, rotary kinds, and what every
-consumer calls them.
+"""Facts of Llama and its relatives, each said once: names of tensors, fused rows, rotary kinds, and what
+every consumer calls them.
 
     parameter_shapes, tp_dim, tp_unit    our parameters and how tensor parallelism cuts them
     rank_units                           what a rank gathers together
@@ -14,10 +14,10 @@ refused before anything heavy is loaded. The arithmetic of pooling is model/pool
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, Pooling
+from nemo_embed_core.config import ModelConfig, ModelType, Pooling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.layout import tp_chunk
 
@@ -30,39 +30,70 @@ FP8_MULTIPLE = 16  # of sizes in an fp8 product (kernels/fp8.py)
 class Family:
     """A model_type of config.json.
 
+    words: for people.
+    model_type: of ModelConfig.
     is_causal: what it means where config.json does not say.
-    implied: fields of ModelConfig that the type decides.
+    qkv_bias: q, k and v have biases.  qk_norm: an RMSNorm over each head of q and k, before they are rotated.
     defaults: what transformers takes for a field that is left out.
-    supported: values of other fields that compute what model/llama.py computes, transformers' default first.
+    supported: values of other fields that compute what model/llama.py computes; exports write the first.
     """
 
+    words: str
     architecture: str
-    is_causal: bool
-    implied: Mapping[str, Any] = field(default_factory=dict)
+    model_type: ModelType
+    is_causal: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
     defaults: Mapping[str, Any]
     supported: Mapping[str, tuple[Any, ...]]
 
 
+def _defaults(max_position_embeddings: int, **others: Any) -> dict[str, Any]:
+    common = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu"}
+    return {**common, "max_position_embeddings": max_position_embeddings, **others}
+
+
+_SILU = {"hidden_act": ("silu", "swish")}
 _LLAMA: dict[str, Any] = {
-    "defaults": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02},
-    "supported": {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish")},
+    "model_type": "llama",
+    "defaults": _defaults(2048),
+    "supported": {"attention_bias": (False,), "mlp_bias": (False,), **_SILU},
 }
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(architecture="LlamaModel", is_causal=True, **_LLAMA),
-    "llama_bidirec": Family(architecture="LlamaBidirectionalModel", is_causal=False, **_LLAMA),
+    "llama": Family(words="Llama", architecture="LlamaModel", **_LLAMA),
+    "llama_bidirec": Family(words="Llama", architecture="LlamaBidirectionalModel", is_causal=False, **_LLAMA),
+    "mistral": Family(
+        words="Mistral",
+        architecture="MistralModel",
+        model_type="mistral",
+        defaults=_defaults(131072, num_key_value_heads=8, sliding_window=4096),
+        supported={"sliding_window": (None,), **_SILU},
+    ),
+    "qwen2": Family(
+        words="Qwen2",
+        architecture="Qwen2Model",
+        model_type="qwen2",
+        qkv_bias=True,
+        defaults=_defaults(32768, num_key_value_heads=32),
+        supported={"use_sliding_window": (False,), **_SILU},
+    ),
+    "qwen3": Family(
+        words="Qwen3",
+        architecture="Qwen3Model",
+        model_type="qwen3",
+        qk_norm=True,
+        defaults=_defaults(32768, num_key_value_heads=32, head_dim=128),
+        supported={"attention_bias": (False,), "use_sliding_window": (False,), **_SILU},
+    ),
 }
 
 
 ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()}
 
 
-def model_type_of(config: ModelConfig) -> str:
-    """The one that transformers computes it by without further code."""
-    return next(
-        name
-        for name, family in FAMILIES.items()
-        if family.is_causal and all(getattr(config, key) == value for key, value in family.implied.items())
-    )
+def family_of(config: ModelConfig) -> Family:
+    """By which transformers computes it without further code."""
+    return FAMILIES[config.model_type]
 
 
 ROPE_TYPES = ("default", "llama3")
@@ -72,21 +103,26 @@ LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_
 # ------------------------------------------------------------------------------------------ names and shapes
 
 EMBEDDING = "embed_tokens.weight"
-FIRST_NORM = "layers.0.input_layernorm.weight"  # every Llama has it, whatever stands before the name
+FIRST_NORM = "layers.0.input_layernorm.weight"  # every one has it, whatever stands before the name
 FINAL_NORM = "norm.weight"
 HEADS = ("lm_head.weight", "score.weight")  # of a language model and of a classifier: no part of an encoder
 ROPE_BUFFER = "rotary_emb.inv_freq"  # in old exports; a function of config.json
+HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter names (as in Encoder.named_parameters) -> global shapes."""
-    D, A = config.hidden_size, config.head_dim
+    family, D, A = family_of(config), config.hidden_size, config.head_dim
     H, G, F = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {f"model.{EMBEDDING}": (config.vocab_size, D)}
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}."
         shapes[layer + "input_layernorm.weight"] = (D,)
         shapes[layer + "self_attn.qkv_proj.weight"] = ((H + 2 * G) * A, D)
+        if family.qkv_bias:
+            shapes[layer + "self_attn.qkv_proj.bias"] = ((H + 2 * G) * A,)
+        if family.qk_norm:
+            shapes |= {layer + name: (A,) for name in HEAD_NORMS}
         shapes[layer + "self_attn.o_proj.weight"] = (D, H * A)
         shapes[layer + "post_attention_layernorm.weight"] = (D,)
         shapes[layer + "mlp.gate_up_proj.weight"] = (2 * F, D)
@@ -140,10 +176,10 @@ def hf_rows(name: str, config: ModelConfig) -> list[tuple[str, int, int]]:
     """Rows of our parameter, in order, as (Hugging Face name, first row there, number of rows)."""
     plain = name.removeprefix("model.")
     G, A = config.num_key_value_heads, config.head_dim
-    if plain.endswith("self_attn.qkv_proj.weight"):
-        prefix, q = plain.removesuffix("qkv_proj.weight"), config.num_attention_heads // G * A
-        heads = (("q_proj.weight", q), ("k_proj.weight", A), ("v_proj.weight", A))
-        return [(prefix + part, g * rows, rows) for g in range(G) for part, rows in heads]
+    if plain.endswith(("self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias")):
+        (prefix, kind), q = plain.split("qkv_proj."), config.num_attention_heads // G * A
+        heads = (("q_proj.", q), ("k_proj.", A), ("v_proj.", A))
+        return [(prefix + part + kind, g * rows, rows) for g in range(G) for part, rows in heads]
     if plain.endswith("mlp.gate_up_proj.weight"):
         prefix, rows = (
             plain.removesuffix("gate_up_proj.weight"),
@@ -172,7 +208,9 @@ class PoolingSpec:
     """How others say what model/pooling.py computes under this name."""
 
     mode: str  # sentence-transformers', a key of POOLING_MODES
-    words: str  # of the model card, after "Text embeddings from a Llama without its causal mask: "
+    words: (
+        str  # of the model card, after "Text embeddings from a Llama without its causal mask: " and the like
+    )
     torch: str  # plain torch of hidden [N, L, D] and mask [N, L, 1], padded on either side -> [N, D]
 
     @property

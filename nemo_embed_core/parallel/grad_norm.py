@@ -23,17 +23,21 @@ def is_tp_replicated(p: Tensor) -> bool:
 
 
 @torch.no_grad()
-def sync_replicated_grads(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
-    """Under sequence parallelism a norm's gradient covers only this rank's tokens: sum over tp, once per
-    step.
+def sync_replicated_grads(model: nn.Module, mesh: Mesh) -> None:
+    """A replicated parameter's gradient that covers a share alone is summed over tp, once per step.
+
+    Norms of the heads of q and k are of this rank's heads; under sequence parallelism the gradients of all
+    norms are of this rank's tokens. Else they are whole on every rank already.
 
     ONE flat all-reduce after FSDP's reduce-scatter (both are linear, so the order is free) and before
     clipping. Post-accumulate hooks would sum again what was summed when gradients accumulate.
     """
-    if not mesh.tp.sequence_parallel:
-        return
-    grads = [local_tensor(p.grad) for p in parameters if p.grad is not None and is_tp_replicated(p)]
-    if not grads:  # every norm is frozen
+    grads = [
+        local_tensor(p.grad)
+        for module in model.modules() if mesh.tp.sequence_parallel or getattr(module, "of_heads", False)
+        for p in module.parameters(recurse=False) if p.grad is not None and is_tp_replicated(p)
+    ]  # fmt: skip
+    if not grads or mesh.tp.size == 1:  # no norms of heads, or every norm is frozen
         return
     flat = torch.cat([g.reshape(-1) for g in grads])
     all_reduce_(flat, mesh.tp.group)

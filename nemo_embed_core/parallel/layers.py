@@ -88,11 +88,11 @@ def remade(x: Tensor, again: Callable[[], Tensor] | None) -> AbstractContextMana
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x**2) + eps) * weight after adding a residual; under sequence parallelism on [T/tp,
-    D]."""
+    D]. of_heads: on this rank's heads instead, whatever the parallelism (grad_norm.py)."""
 
-    def __init__(self, hidden_size: int, eps: float, tp: TensorParallel):
+    def __init__(self, hidden_size: int, eps: float, tp: TensorParallel, of_heads: bool = False):
         super().__init__()
-        self.eps = eps
+        self.eps, self.of_heads = eps, of_heads
         self.weight = tp_parameter(tp, (hidden_size,), None)
 
     def forward(
@@ -104,25 +104,30 @@ class RMSNorm(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """y_local = f(x) @ W_local.T: rows of W over tp. Under sequence parallelism x is [T/tp, D] and is
-    all-gathered. `again`: of `remade`; amax: of x, which fp8 then does not look for."""
+    """y_local = f(x) @ W_local.T + b_local: rows of W and b over tp. Under sequence parallelism x is
+    [T/tp, D] and is all-gathered. `again`: of `remade`; amax: of x, which fp8 then does not look for."""
 
     fp8: Fp8Weight | None = None  # run_in_fp8
 
-    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
+    def __init__(
+        self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1, bias: bool = False
+    ):
         super().__init__()
         self.tp = tp
         self.weight = tp_parameter(tp, (out_features, in_features), 0, unit)
+        self.bias = tp_parameter(tp, (out_features,), 0, unit) if bias else None
 
     def forward(
         self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
     ) -> Tensor:
-        return self.with_beside(x, again, amax)[0]
+        y = self.with_beside(x, again, amax)[0]
+        return y if self.bias is None else y + local(self.bias)
 
     def with_beside(
         self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """y_local, and in fp8 the scalar that takes the largest value of its gradient (fp8_linear)."""
+        """y_local without the bias, and in fp8 the scalar that takes the largest value of its gradient
+        (fp8_linear)."""
         with remade(x, again):
             w = local(self.weight)
             if self.fp8 is not None:

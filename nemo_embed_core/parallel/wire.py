@@ -14,7 +14,8 @@ dp_shard       all_gather       W of each unit, once a step; with reshard in eac
 dp_replicate   all_reduce       G / shard of each unit, once a step
 tp (SP)        all_gather       of T D: embedding 1 in backward; a block 2 forward, 4 backward
                reduce_scatter   of T D: embedding 1 forward; a block 2 forward, 2 backward
-               all_reduce       of N D: pooling 1 forward; once a step the gradients of the 2 L + 1 norms
+               all_reduce       of N D: pooling 1 forward; once a step the gradients of the 2 L + 1 norms,
+                                and, at any tp, of those of heads (Qwen3)
 tp (no SP)     all_reduce       of T D: embedding 1 forward; a block 2 forward, 2 backward
 tp (fp8)       all_gather       of a block 2 forward and 2 of the 4 backward: 1 byte an element
                all_reduce       the largest values, 4 bytes: a block 4 forward (2 without SP), 2 backward, and
@@ -78,6 +79,7 @@ class Wire:
     fp8: bool = False  # products of the blocks
     reduce_bytes: int = 4
     row_bytes: int = 4
+    head_norms: Sequence[int] = ()  # lengths of a block's norms whose gradients tp ranks have shares of
 
     @property
     def num_layers(self) -> int:
@@ -122,8 +124,9 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
                 add("tp", "all_reduce", (matrices * (forwards + again) + 2) * L, 4)
                 add("tp", "all_reduce", 4 * L * (forwards + again + 1) if wire.reshard else 0, 4)
         add("tp", "all_reduce", 4 * L if wire.fp8 and not wire.reshard else 0, 4)
-        if wire.sequence_parallel:
-            add("tp", "all_reduce", 1, (2 * L + 1) * -(-D // s) * 4)
+        norms = sum(L * -(-size // s) for size in wire.head_norms)
+        norms += (2 * L + 1) * -(-D // s) if wire.sequence_parallel else 0
+        add("tp", "all_reduce", 1 if norms else 0, norms * 4)
         add("tp", "all_reduce", 1, 4)
     if s > 1:
         add("dp_shard", "all_reduce", 1, 4)

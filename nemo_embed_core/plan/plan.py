@@ -25,7 +25,7 @@ from nemo_embed_core.data.mix import parts
 from nemo_embed_core.data.sampler import sampler
 from nemo_embed_core.data.shapes import Most, Shape
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model.spec import check_fp8, parameter_shapes, rank_units
+from nemo_embed_core.model.spec import HEAD_NORMS, check_fp8, family_of, parameter_shapes, rank_units
 from nemo_embed_core.parallel.wire import Key, Traffic, Wire, step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Split, Texts, split, texts_of
@@ -143,7 +143,8 @@ def _model(train: TrainConfig) -> tuple[ModelConfig, str]:
     if train.init_from and folder.is_dir():
         from nemo_embed_core.checkpoint.weights import read_model_config
 
-        return read_model_config(train.init_from), train.init_from
+        found = read_model_config(train.init_from)
+        return replace(found, pooling=train.model.pooling, is_causal=train.model.is_causal), train.init_from
     if train.init_from:
         return (
             train.model,
@@ -269,5 +270,6 @@ def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
         dp_replicate=layout.replicate, tp=layout.tp, sequence_parallel=train.parallel.sequence_parallel,
         reshard=train.parallel.reshard_after_forward and (layout.dp > 1 or not split),
         recompute=train.activation_checkpointing == "full", fp8=train.precision == "fp8",
+        head_norms=[model.head_dim] * (len(HEAD_NORMS) if family_of(model).qk_norm else 0),
         in_batch_columns=columns * queries, reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
     )  # fmt: skip

@@ -135,7 +135,7 @@ class Engine:
 
     def clip(self) -> Tensor:
         """The global gradient norm before clipping, which update() does; once after each forward_backward."""
-        sync_replicated_grads(self.model.parameters(), self.mesh)
+        sync_replicated_grads(self.model, self.mesh)
         norm = grad_norm(self.model.parameters(), self.mesh)
         self.factor = clip_factor(norm, self.config.optim.clip_norm)
         return norm

@@ -34,8 +34,8 @@ def device_peak_flops(device: torch.device) -> float | None:
 
 
 def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: int) -> float:
-    """6 P T for the GEMMs + 12 L (H A) sum(n^2) for full (non-causal) attention; embedding lookup and norms
-    not counted.
+    """6 P T for the GEMMs + 12 L (H A) sum(n^2) for full attention, half of it for causal; embedding
+    lookup and norms not counted.
 
     P: matmul parameters. Forward 2 P T, backward twice that; recomputation by activation checkpointing is not
     counted.
@@ -44,7 +44,7 @@ def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: 
     kv = model.num_key_value_heads * model.head_dim
     per_layer = model.hidden_size * (2 * width + 2 * kv + 3 * model.intermediate_size)
     return 6.0 * model.num_hidden_layers * per_layer * num_tokens + (
-        12.0 * model.num_hidden_layers * width * sum_of_squared_lengths
+        (6.0 if model.is_causal else 12.0) * model.num_hidden_layers * width * sum_of_squared_lengths
     )
 
 

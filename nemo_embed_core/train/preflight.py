@@ -62,8 +62,9 @@ def prepare(config: TrainConfig) -> Prepared:
         ) from None
     device = pick_device(config.device)
     model = config.model
-    if config.init_from:  # the pooling is the run's: how the folder pools does not matter to its weights
-        model = replace(read_model_config(config.init_from), pooling=model.pooling)
+    if config.init_from:  # attention and pooling are the run's: the folder's do not matter to its weights
+        found = read_model_config(config.init_from)
+        model = replace(found, pooling=model.pooling, is_causal=model.is_causal)
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
     if config.precision == "fp8":
         check_fp8(model, config.parallel.tp_size)

@@ -52,12 +52,14 @@ def refuse_other_model(
             "(launch/merge.py, launch/evaluate.py)"
         )
     was = model_from_dict(manifest["model"], folder / MANIFEST)
-    if was.pooling != model.pooling:
-        raise UserError(
-            f"{folder} was trained with model.pooling={was.pooling} and this run has "
-            f"model.pooling={model.pooling}, whose vectors are others; continue with {was.pooling}, or "
-            "start a new run with --init_from and this checkpoint"
-        )
+    for name in ("pooling", "is_causal"):
+        old, new = getattr(was, name), getattr(model, name)
+        if old != new:
+            raise UserError(
+                f"{folder} was trained with model.{name}={old} and this run has model.{name}={new}, whose "
+                f"vectors are others; continue with {old}, or start a new run with --init_from and this "
+                "checkpoint"
+            )
     if was != model:
         raise UserError(f"{folder} holds a model of another shape: {to_dict(was)}, not {to_dict(model)}")
 

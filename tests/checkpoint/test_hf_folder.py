@@ -535,7 +535,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["has no config.json; there are models inside: give", "checkpoint-500"],
     ),
     "no config.json": (lambda f: (f / "config.json").unlink(), ["has no config.json", "model.safetensors"]),
-    "another architecture": (lambda f: edit(f, model_type="mistral"), ["model_type is 'mistral'"]),
+    "another architecture": (lambda f: edit(f, model_type="gemma2"), ["model_type is 'gemma2'"]),
     "modules.json damaged": (
         lambda f: (f / "modules.json").write_text("[{}]"),
         ["modules.json is no list of modules"],
@@ -588,12 +588,14 @@ def test_weights_of_another_pooling_start_a_training_and_are_not_published(folde
 def test_a_causal_folder_that_is_run_as_bidirectional_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not when a training starts from it, nor where config.json says that it is bidirectional."""
+    """Not when a training starts from it, nor where config.json says what it is; which then counts."""
     open_weights(str(folder), base=True)
     for changes in ({"is_causal": False}, {"use_bidirectional_attention": True}):
         edit(folder, "is_causal", "use_bidirectional_attention", **changes)
         open_weights(str(folder))
     assert "causal" not in capsys.readouterr().out
-    edit(folder, "use_bidirectional_attention", is_causal=True)
-    open_weights(str(folder))
+    edit(folder, "is_causal", "use_bidirectional_attention")
+    assert not open_weights(str(folder)).model.is_causal
     assert f"note: {folder}: config.json does not say is_causal: false" in capsys.readouterr().out
+    edit(folder, is_causal=True)
+    assert open_weights(str(folder)).model.is_causal and "note" not in capsys.readouterr().out

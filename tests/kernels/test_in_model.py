@@ -43,7 +43,7 @@ def both_paths(folder: str, in_batch: str) -> dict:
     def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         trainer.engine.optimizer.zero_grad(set_to_none=True)
         losses_B, _ = forward_backward(trainer.engine.model, batches, mesh, config.loss, trainer.engine.dtype)
-        sync_replicated_grads(trainer.engine.model.parameters(), mesh)
+        sync_replicated_grads(trainer.engine.model, mesh)
         grads = {
             fsdp.plain_name(n): p.grad.full_tensor().clone()
             for n, p in trainer.engine.model.named_parameters()

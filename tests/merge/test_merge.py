@@ -478,9 +478,8 @@ def test_other_settings_dtypes_and_tokenizers(three: list[Path], tmp_path: Path,
     (causal / "config.json").write_text(
         json.dumps({**config, "is_causal": True, "use_bidirectional_attention": False})
     )
-    warnings: list[str] = []
-    open_sources([str(three[1]), str(causal)], warnings.append)
-    assert len(warnings) == 1 and "is_causal: False and True" in warnings[0]
+    with pytest.raises(UserError, match="models of different shapes: is_causal: False and True"):
+        open_sources([str(three[1]), str(causal)])
 
 
 def say_usage(folder: Path, prompt: str, **settings: Any) -> Path:

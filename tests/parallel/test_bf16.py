@@ -87,7 +87,7 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     def gradients(of: list) -> dict[str, torch.Tensor]:
         trainer.engine.optimizer.zero_grad(set_to_none=True)
         forward_backward(trainer.engine.model, of, mesh, config.loss, trainer.engine.dtype)
-        sync_replicated_grads(trainer.engine.model.parameters(), mesh)
+        sync_replicated_grads(trainer.engine.model, mesh)
         found = {}
         for full_name, p in trainer.engine.model.named_parameters():
             plain = fsdp.plain_name(full_name)

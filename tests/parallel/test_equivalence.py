@@ -188,7 +188,7 @@ def train_on_mesh(folder: str, layouts: list, cases: dict) -> list[dict]:
                 trainer.store, trainer.sampler, 0, mesh.dp_rank, dp, config.data, tp, config.seed
             )
             forward_backward(trainer.engine.model, batches, mesh, config.loss, DTYPES[dtype])
-            sync_replicated_grads(trainer.engine.model.parameters(), mesh)
+            sync_replicated_grads(trainer.engine.model, mesh)
             shapes = parameter_shapes(MODELS[model])
             grads = {}
             for name, p in trainer.engine.model.named_parameters():

@@ -33,6 +33,14 @@ LAYOUTS = [  # tp_size, sequence_parallel, dp_size, dp_replicate
 ]  # fmt: skip
 # 380 and 40: whole rows and whole MLP blocks on 4 ranks; 381 and 27: padding on 2 and on 4.
 MODELS = {"even": (380, 40), "odd": (381, 27)}
+# Facts of other base models in which tensor parallelism could err: (name, what of the even model is another).
+BASES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "causal": {"model_type": "mistral", "sliding_window": None, "is_causal": True},
+}
+BASE_LAYOUTS = [(2, False, 1, 1), (2, True, 1, 1), (1, False, 2, 1)]
+SLOW_LAYOUTS = [(4, True, 1, 1), (2, True, 2, 1), (2, False, 2, 1)]
 
 # No default among them, and a clip_norm that clips.
 BASE: dict[str, Any] = {
@@ -118,6 +126,7 @@ def configure(folder: Path, case: dict[str, Any], name: str) -> TrainConfig:
         "dp_size": dp,
         "dp_replicate": replicate,
     }
+    changes["model"] = {"is_causal": case["model"] == "causal"}
     return train_config(
         folder, init_from=str(folder / case["model"]), output_dir=str(folder / f"runs-{name}"), **changes
     )
@@ -300,6 +309,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(root / "train.jsonl")
     for name, (vocab_size, intermediate_size) in MODELS.items():
         write_model(root / name, vocab_size, intermediate_size)
+    for name, shape in BASES.items():
+        write_model(root / name, *MODELS["even"], **shape)
     return root
 
 
@@ -311,15 +322,40 @@ def run(server: Server, folder: Path, cases: list[dict[str, Any]], name: str) ->
     return outcomes[0].result
 
 
+def named(layout: tuple) -> str:
+    tp, sp, dp, replicate = layout
+    return f"tp{tp}{'+sp' * sp}-dp{dp}{f'-replicate{replicate}' * (replicate > 1)}"
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "layout",
-    LAYOUTS,
-    ids=lambda lay: f"tp{lay[0]}{'+sp' * lay[1]}-dp{lay[2]}{f'-replicate{lay[3]}' * (lay[3] > 1)}",
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=named)
 def test_a_layout_trains_as_the_oracle(layout: tuple, server: Server, folder: Path) -> None:
     cases = [case for case in MIXED if case["layout"] == layout]
     results = run(server, folder, cases, f"mixed-{LAYOUTS.index(layout)}")
+    for case, got in zip(cases, results, strict=True):
+        compare(case, got, expected(folder, case))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "layout",
+    [*BASE_LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS)],
+    ids=named,
+)
+def test_a_base_model_trains_as_the_oracle(layout: tuple, server: Server, folder: Path) -> None:
+    """Two steps, of which the second sees what the first did; with recomputation too."""
+    cases = [
+        {
+            **BASE,
+            "layout": layout,
+            "model": name,
+            "dtype": "fp64",
+            "steps": 2,
+            "activation_checkpointing": how,
+        }
+        for name, how in zip(BASES, ("full", "selective", "none"), strict=True)
+    ]
+    results = run(server, folder, cases, f"bases-{'-'.join(map(str, layout))}")
     for case, got in zip(cases, results, strict=True):
         compare(case, got, expected(folder, case))
 

@@ -123,7 +123,7 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str, precision: 
 
             def step(engine=engine, batches=batches, mesh=mesh) -> dict[str, torch.Tensor]:
                 losses_B, _ = engine.forward_backward(batches)
-                sync_replicated_grads(engine.model.parameters(), mesh)
+                sync_replicated_grads(engine.model, mesh)
                 named = engine.model.named_parameters()
                 return {"loss": losses_B, **{fsdp.plain_name(n): p.grad.full_tensor() for n, p in named}}
 

@@ -1,6 +1,7 @@
 """Collectives that the engine really makes, on gloo and on fake groups of many ranks, against the formulas of
 parallel/wire.py."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,11 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
             store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
             ranks, rank = (1, 0) if backend == "fake" else (dp, mesh.dp_rank)  # data for so many
             sampler = Sampler(torch.arange(61).numpy(), 6 * ranks, 0)
-            engine = Engine(config, MODEL, mesh)
+            # Norms of heads, whose gradients are summed over tp without sequence parallelism too.
+            model = MODEL if reshard else dataclasses.replace(MODEL, model_type="qwen3")
+            engine = Engine(config, model, mesh)
             place = (mesh.tp.rank, tp), (mesh.shard_rank, mesh.shard_size)
-            fill(engine.model, RandomReader(MODEL, 0), MODEL, *place)
+            fill(engine.model, RandomReader(model, 0), model, *place)
             batches, _ = load_batch(store, sampler, 0, rank, ranks, config.data, tp, 0)
             with Counted(mesh) as counted:
                 engine.forward_backward(batches)
@@ -78,9 +81,9 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
                 engine.update(1e-4)
             queries = sum(len(batch.query_index) for batch in batches)
             wire = Wire(
-                units=rank_units(MODEL, tp), hidden_size=MODEL.hidden_size, dp_shard=dp // replicate,
+                units=rank_units(model, tp), hidden_size=MODEL.hidden_size, dp_shard=dp // replicate,
                 dp_replicate=replicate, tp=tp, sequence_parallel=sp, reshard=reshard,
-                recompute=recompute == "full", fp8=precision == "fp8",
+                head_norms=[] if reshard else [16, 16], recompute=recompute == "full", fp8=precision == "fp8",
                 in_batch_columns={"none": 0, "positives": queries, "all": 3 * queries}[in_batch],
                 weight_bytes=4 if precision == "fp32" else 2, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
             )  # fmt: skip
