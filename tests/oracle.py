@@ -70,11 +70,12 @@ class Step:
 
 
 class Oracle:
-    def __init__(self, folder: Path, dtype: torch.dtype):
+    def __init__(self, folder: Path, dtype: torch.dtype, pooling: str = "mean"):
         # Here and not above: test modules are imported by every rank, which needs a Batch at most.
         from transformers import AutoModel
 
         self.model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.pooling = pooling
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.count = 0
         if dtype == torch.float64:  # transformers computes norms and angles in fp32 whatever the weights are
@@ -105,15 +106,20 @@ class Oracle:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def embed(self, texts: list[list[int]]) -> Tensor:
-        """[N, D] mean over each text's tokens, unit length; in fp32 or wider."""
+        """[N, D] of each text's tokens, weighted by the pooling, unit length; in fp32 or wider."""
         ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
+        mask, weights = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.float64)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
+            n = len(text)
+            weights[row, :n] = {
+                "mean": torch.ones(n), "last": 1.0 * (torch.arange(n) == n - 1),
+                "cls": 1.0 * (torch.arange(n) == 0), "weightedmean": torch.arange(n) + 1.0,
+            }[self.pooling]  # fmt: skip
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * mask[..., None]
-        mean = hidden.sum(1) / mask.sum(1, keepdim=True)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        mean = torch.einsum("nld,nl->nd", hidden, (weights / weights.sum(1, keepdim=True)).to(hidden.dtype))
         return mean / mean.norm(dim=1, keepdim=True)
 
     def losses(self, batch: Batch, in_batch: str, temperature: float) -> tuple[Tensor, list[Tensor]]:

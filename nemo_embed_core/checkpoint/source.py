@@ -156,7 +156,7 @@ class Source:
     """A model folder: `folder` is the checkpoint where `path` was a run, the snapshot of a hub's cache.
 
     model: its shape, of a checkpoint or a Llama.  where: the tensors of a Llama folder (hf_folder.py).
-    foreign: what a sentence-transformers folder asks for beyond a bidirectional Llama with mean pooling.
+    foreign: what a sentence-transformers folder asks for that our encoder does not compute.
     """
 
     path: Path
@@ -341,7 +341,7 @@ class Modules(NamedTuple):
             return f"modules {', '.join(self.kinds)}"
         if pooling_of_modes(self.pooling_modes) is None:
             return f"pooling by {', '.join(sorted(self.pooling_modes)) or 'nothing'}"
-        return ""
+        return "" if self.include_prompt else "pooling that leaves the prompt out"
 
 
 def modules_of(folder: Path) -> Modules | None:

@@ -36,7 +36,7 @@ class RopeScaling(Options, section="rope_scaling"):
             )
 
 
-Pooling = Literal["mean"]
+Pooling = Literal["mean", "last", "cls", "weightedmean"]
 ModelType = Literal["llama", "mistral", "qwen2", "qwen3"]
 
 
@@ -74,7 +74,8 @@ class ModelConfig(Options, section="model"):
     is_causal: bool = False
     """Every token sees those before it alone: the baseline of an experiment; with init_from too."""
     pooling: Pooling = "mean"
-    """How the hidden states of all tokens of a text become one vector; with init_from too."""
+    """How the hidden states of a text become one vector; with init_from too. mean: of all tokens; last, cls:
+    the last or the first token's; weightedmean: of all tokens, the n-th with weight n."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # a config.json or manifest may hold anything

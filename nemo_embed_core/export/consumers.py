@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,7 +23,7 @@ from nemo_embed_core.config import ModelConfig, Pooling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import writing
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.spec import POOLINGS, pooling_of_config
+from nemo_embed_core.model.spec import POOLINGS
 
 # One word, scripts of one to four bytes a character, a prompt, look-alikes of special tokens, white space at
 # the ends and doubled, next to nothing, both Unicode normal forms, and at the end a text that needs cutting.
@@ -87,7 +87,7 @@ def reload_request(
     sets_length: bool = False,
     with_theirs: bool = True,
     *,
-    pooling: Pooling = ModelConfig.pooling,
+    pooling: str = ModelConfig.pooling,
     causal: bool = False,
 ) -> dict[str, Any]:
     """reload.py's REQUEST.json."""
@@ -95,11 +95,15 @@ def reload_request(
         **{"texts": list(texts), "num_prompted": NUM_PROMPTED, "probe": PROBE},
         **{"max_seq_length": max_seq_length, "sets_length": sets_length},
         **{"trust_remote_code": trusted, "sentence_transformers": with_theirs},
-        **{"pooling": POOLINGS[pooling].mode, "causal": causal},
+        # Of anybody's folder that pools as we do not: not compared.
+        "pooling": POOLINGS[cast(Pooling, pooling if pooling in POOLINGS else ModelConfig.pooling)].mode,
+        "causal": causal,
     }
 
 
-def reload_folder(path: Path, *request: Any, partly: bool = False) -> dict[str, np.ndarray]:
+def reload_folder(
+    path: Path, *request: Any, pooling: str = ModelConfig.pooling, partly: bool = False
+) -> dict[str, np.ndarray]:
     """reload.py's arrays, of a fresh interpreter: nothing that this one imported or patched takes part.
 
     partly: where only sentence-transformers does not load it, what transformers gave, and the reason as
@@ -108,9 +112,7 @@ def reload_folder(path: Path, *request: Any, partly: bool = False) -> dict[str, 
     if importlib.util.find_spec("sentence_transformers") is None:
         install = "pip install 'nemo_embed_core[eval]'"
         raise UserError(f"verifying an export needs sentence-transformers: {install}")
-    # Of anybody's folder that we do not compute: not compared.
     config = read_object(path / "config.json")
-    pooling = pooling_of_config(config.get("pooling")) or ModelConfig.pooling
     how: Any = {"pooling": pooling, "causal": config.get("is_causal") is True}
     with tempfile.TemporaryDirectory() as scratch, writing(Path(scratch), 100 << 20, "the proof"):
         output = Path(scratch) / "vectors.npz"

@@ -39,7 +39,7 @@ from nemo_embed_core.export.files import (
     check_weights,
 )
 from nemo_embed_core.files.strict_json import read_object
-from nemo_embed_core.model.spec import ARCHITECTURES, pooling_of_config
+from nemo_embed_core.model.spec import ARCHITECTURES, pooling_of_modes
 
 # Two unit vectors for the same text and weights, by the dtype that computed one of them: largest difference
 # of one coordinate, and distance. The distance is what binds for wide models: at 4096 channels a coordinate
@@ -98,7 +98,7 @@ def _verify_ours(path: Path, config: Config, embed: Embed | None, has_code: bool
     max_length = check_sentence_transformers_files(path, opened.model.hidden_size, opened.model.pooling)
     usage = usage_of_folder(path)
     tokenizer, texts = backend(path, max_length)
-    vectors = reload_folder(path, texts, max_length, has_code)
+    vectors = reload_folder(path, texts, max_length, has_code, pooling=opened.model.pooling)
     say(_weights_line(shapes, dtypes))
     check_attention(path, config, vectors, has_code)
     say(_attention_line(vectors))
@@ -143,7 +143,8 @@ def _verify_anybodys(path: Path, config: Config, embed: Embed | None, has_code: 
     tokenizer, texts = found or (None, list(TEXTS))
     has_modules = modules is not None
     try:
-        vectors = reload_folder(path, texts, max_length, has_code, not stated, has_modules, partly=True)
+        request = (texts, max_length, has_code, not stated, has_modules)
+        vectors = reload_folder(path, *request, pooling=usage.pooling, partly=True)
     except UserError:
         check_weights(open_folder(path))  # says more, where a file is the reason
         raise
@@ -178,7 +179,7 @@ def _verify_anybodys(path: Path, config: Config, embed: Embed | None, has_code: 
             ours, theirs = None if unlike else embed, has_modules and not unlike
             compared = (path, texts, usage, max_length, vectors, ours, dtypes, say, others, theirs)
             report = faults.attempt(lambda: _compare(*compared)) or {}
-    _say_other_spellings(path, config, has_modules, say)
+    _say_other_spellings(path, config, modules, say)
     if faults:
         raise UserError("; ".join(dict.fromkeys(faults)))
     return {**report, **_measured(shapes, vectors)}
@@ -192,7 +193,7 @@ def _say_what_is_stated(modules: Modules | None, has_limit: bool, max_length: in
             "stated"
         )
         return ""
-    unlike = modules.unlike_ours() or ("" if modules.include_prompt else "pooling that leaves the prompt out")
+    unlike = modules.unlike_ours()
     if unlike:
         say(
             f"sentence-transformers: {unlike}, which is not what this package computes; its vectors are not "
@@ -203,12 +204,12 @@ def _say_what_is_stated(modules: Modules | None, has_limit: bool, max_length: in
     return unlike
 
 
-def _say_other_spellings(path: Path, config: Config, has_modules: bool, say: Say) -> None:
+def _say_other_spellings(path: Path, config: Config, modules: Modules | None, say: Say) -> None:
     """What readers that know one spelling would miss; no fault of the folder."""
     spelling = _Faults()
     spelling.attempt(lambda: check_config(path, config))
-    if has_modules:
-        pooling = pooling_of_config(config.get("pooling")) or ModelConfig.pooling
+    if modules is not None:
+        pooling = pooling_of_modes(modules.pooling_modes) or ModelConfig.pooling
         hidden_size = config.get("hidden_size", 0)
         spelling.attempt(lambda: check_sentence_transformers_files(path, hidden_size, pooling))
     readers = "text-embeddings-inference, llama.cpp and older libraries"

@@ -224,7 +224,22 @@ POOLINGS: Mapping[Pooling, PoolingSpec] = {
         mode="mean",
         words="mean of the last hidden states over all tokens (special tokens and prompt included)",
         torch="(hidden * mask).sum(1) / mask.sum(1)",
-    )
+    ),
+    "last": PoolingSpec(
+        mode="lasttoken",
+        words="last hidden state of the last token",
+        torch="hidden[torch.arange(len(hidden)), mask.cumsum(1).argmax(1)[:, 0]]",
+    ),
+    "cls": PoolingSpec(
+        mode="cls",
+        words="last hidden state of the first token",
+        torch="hidden[torch.arange(len(hidden)), mask.argmax(1)[:, 0]]",
+    ),
+    "weightedmean": PoolingSpec(
+        mode="weightedmean",
+        words="mean of the last hidden states over all tokens, the n-th with weight n",
+        torch="(hidden * mask.cumsum(1) * mask).sum(1) / (mask.cumsum(1) * mask).sum(1)",
+    ),
 }
 
 # All that sentence-transformers can: its word since version 5.4 -> (its flag before, words of config.json, as
@@ -234,7 +249,7 @@ POOLING_MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "mean": ("pooling_mode_mean_tokens", ("avg", "mean")),
     "max": ("pooling_mode_max_tokens", ()),
     "mean_sqrt_len_tokens": ("pooling_mode_mean_sqrt_len_tokens", ()),
-    "weightedmean": ("pooling_mode_weightedmean_tokens", ()),
+    "weightedmean": ("pooling_mode_weightedmean_tokens", ("weightedmean",)),
     "lasttoken": ("pooling_mode_lasttoken", ("last", "lasttoken")),
 }
 

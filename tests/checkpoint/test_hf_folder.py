@@ -324,7 +324,7 @@ def only(f: Path, name: str, content: bytes = b"x") -> None:
 
 
 ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
-MEAN, LAST = {"pooling_mode": "mean"}, {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+MEAN, MAX = {"pooling_mode": "mean"}, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}
 REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a new file beside an old index": (two_sets, [SINGLE + ", which transformers reads", INDEX]),
     "an index that names it and a shard": (
@@ -469,16 +469,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["is_causal=False, which transformers reads", "use_bidirectional_attention=False, which vLLM"],
     ),
     "pooling in two words": (
-        lambda f: pooled(f, LAST, pooling="avg"),
-        ["pools by lasttoken, which sentence-transformers reads", "pooling='avg'"],
+        lambda f: pooled(f, MAX, pooling="avg"),
+        ["pools by max, which sentence-transformers reads", "pooling='avg'"],
     ),
     "pooling in two spellings": (
-        lambda f: pooled(f, {**LAST, **MEAN}),
-        ["pooling_mode='mean' and the flags of lasttoken"],
+        lambda f: pooled(f, {**MAX, **MEAN}),
+        ["pooling_mode='mean' and the flags of max"],
     ),
     "pooling that is not ours": (
-        lambda f: pooled(f, LAST),
-        ["sentence-transformers model with pooling by lasttoken"],
+        lambda f: pooled(f, MAX),
+        ["sentence-transformers model with pooling by max"],
     ),
     "quantised": (
         lambda f: edit(f, quantization_config={"quant_method": "bitsandbytes"}),
@@ -578,10 +578,10 @@ def test_a_manifest_of_something_else_does_not_hide_a_model(folder: Path, plain:
 
 
 def test_weights_of_another_pooling_start_a_training_and_are_not_published(folder: Path) -> None:
-    pooled(folder, LAST)
+    pooled(folder, MAX)
     assert open_weights(str(folder), base=True).model == read_model_config(str(folder))
     assert resolve(folder).kind == "sentence-transformers"
-    with pytest.raises(UserError, match="pooling by lasttoken"):
+    with pytest.raises(UserError, match="pooling by max"):
         open_weights(str(folder))
 
 

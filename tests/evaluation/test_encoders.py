@@ -26,7 +26,7 @@ def edited(folder: Path, target: Path, file: str, **changes) -> Path:
 def test_folders_are_told_apart_by_their_content(ours, static, tmp_path):
     assert resolve(ours).kind == "llama"
     assert resolve(static).kind == "sentence-transformers"
-    pooling = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    pooling = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
     assert (
         resolve(edited(ours, tmp_path / "causal", "config.json", is_causal=...)).kind
         == "sentence-transformers"
@@ -38,12 +38,11 @@ def test_folders_are_told_apart_by_their_content(ours, static, tmp_path):
     assert (
         resolve(edited(ours, tmp_path / "compat", "config.json", model_type="llama_bidirec")).kind == "llama"
     )
-    last = edited(ours, tmp_path / "last", "1_Pooling/config.json", **pooling)
-    with pytest.raises(UserError, match=r"pools by lasttoken, .* says pooling='avg'"):
+    last = edited(ours, tmp_path / "max", "1_Pooling/config.json", **pooling)
+    with pytest.raises(UserError, match=r"pools by max, .* says pooling='avg'"):
         resolve(last)
     assert (
-        resolve(edited(last, tmp_path / "both", "config.json", pooling="last")).kind
-        == "sentence-transformers"
+        resolve(edited(last, tmp_path / "both", "config.json", pooling="max")).kind == "sentence-transformers"
     )
     dense = edited(ours, tmp_path / "dense", "config.json")
     modules = json.loads((dense / "modules.json").read_text())

@@ -751,10 +751,10 @@ def test_what_does_not_load_in_sentence_transformers_alone_has_its_causality_ans
 
 
 def test_another_pooling_is_said_and_not_compared(anybodys, tmp_path, warm, capsys):
-    path = as_sentence_transformers_6(anybodys, tmp_path / "last", pooling_mode="lasttoken")
+    path = as_sentence_transformers_6(anybodys, tmp_path / "max", pooling_mode="max")
     out, err, code = checked(path, capsys)
     assert code == 0, err
-    assert "sentence-transformers: pooling by lasttoken, which is not what this package computes" in out
+    assert "sentence-transformers: pooling by max, which is not what this package computes" in out
     assert "vectors: only transformers' own" in out and "our encoder: not compared" in out
 
 

@@ -567,7 +567,7 @@ def test_a_folder_that_is_used_in_another_way_is_not_merged(
     modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in (
         ("Transformer", ""), ("Pooling", "1_Pooling"))]  # fmt: skip
     for name, mode, similarity, message in (
-        ("last", "lasttoken", "cosine", "last is a sentence-transformers model with pooling by lasttoken"),
+        ("max", "max_tokens", "cosine", "max is a sentence-transformers model with pooling by max"),
         ("dot", "mean_tokens", "dot", "dot compares vectors of any length by dot"),
     ):
         folder = say_usage(shutil.copytree(three[0], tmp_path / name), "", similarity_fn_name=similarity)

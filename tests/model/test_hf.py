@@ -235,7 +235,7 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("pooling", "cls"), ("hidden_act", "gelu"), ("attention_bias", True)]
+    ("key", "value"), [("pooling", "max"), ("hidden_act", "gelu"), ("attention_bias", True)]
 )
 def test_what_we_would_compute_differently_is_refused(tmp_path: Path, key: str, value: object) -> None:
     hf_llama(MODEL).save_pretrained(tmp_path)
