@@ -19,7 +19,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.safetensors import read_header
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.hf_config import model_config
-from nemo_embed_core.model.spec import EMBEDDING, FIRST_NORM, HEADS, ROPE_BUFFER
+from nemo_embed_core.model.spec import EMBEDDING, FIRST_NORM, HEADS, OUTER_MODELS, ROPE_BUFFER
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 # What torch.compile, DDP, FSDP and activation checkpointing put into names.
@@ -210,7 +210,10 @@ def tensors(folder: Path, raw: Mapping[str, Any]) -> tuple[dict[str, tuple[str, 
                 f"{folder / INDEX}: weight_map says that {name} is in {file}, but {there}; the index is of "
                 "other shards"
             )
-    where, notes = _plain_names(folder, stored, raw.get("tie_word_embeddings") is True)
+    others = OUTER_MODELS.get(raw.get("model_type", ""), ())
+    parts = tuple(before + part for part in others for before in ("", "model."))
+    stored = {name: file for name, file in stored.items() if not name.startswith(parts)}
+    where, notes = _plain_names(folder, stored, raw.get("tie_word_embeddings") is True, bool(others))
     return where, (*notes, *_ignored(folder, files))
 
 
@@ -227,9 +230,12 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _plain_names(
-    folder: Path, stored: Mapping[str, str], tied: bool
+    folder: Path, stored: Mapping[str, str], tied: bool, is_part: bool = False
 ) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Without what wrappers and outer modules put before; the head of a tied model is its embedding."""
+    """Without what wrappers and outer modules put before; the head of a tied model is its embedding.
+
+    is_part: of a model of images and text, whose names are its own.
+    """
     notes: list[str] = []
     plain: dict[str, tuple[str, str]] = {}
     if lora := next((name for name in stored if ".lora_" in name or ".base_layer." in name), None):
@@ -260,7 +266,7 @@ def _plain_names(
             raise UserError(f"{folder} holds both {where[short][0]} and {in_file}; keep one")
         where[short] = (in_file, file)
     odd = {short: at[0] for short, at in where.items() if at[0] not in (short, "model." + short)}
-    if odd:
+    if odd and not is_part:
         short = next((short for short in odd if short not in HEADS), next(iter(odd)))
         notes.append(
             f"{folder}: its tensors have other names than transformers', which would draw random weights for "

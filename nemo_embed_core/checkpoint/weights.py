@@ -24,6 +24,7 @@ from nemo_embed_core.files.page_cache import is_cached
 from nemo_embed_core.files.safetensors import find_tensors
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.kernels.adamw import from_fp32_
+from nemo_embed_core.model.hf_config import text_part
 from nemo_embed_core.model.llama import initial_weight
 from nemo_embed_core.model.spec import FAMILIES, hf_rows, hf_shapes, parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel.boxes import Box, local_box, unpadded
@@ -101,7 +102,7 @@ def _llama(source: Source, base: bool) -> tuple[ModelConfig, Mapping[str, tuple[
 
 def _is_causal(folder: Path) -> bool:
     """Whether transformers and servers run it causally because config.json says nothing of it."""
-    raw = read_object(folder / "config.json")
+    raw = text_part(read_object(folder / "config.json"))
     is_said = isinstance(raw.get("is_causal"), bool) or raw.get("use_bidirectional_attention") is True
     return FAMILIES[raw["model_type"]].is_causal and not is_said
 

@@ -15,7 +15,6 @@ The formats of one set of tensors: export/formats.py.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from nemo_embed_core.data.tokenizer_files import export_files, json_bytes
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.card import Card, model_card
 from nemo_embed_core.export.formats import FORMATS, Format
-from nemo_embed_core.model.spec import ARCHITECTURES, FAMILIES, MODULES, POOLINGS, flags_of
+from nemo_embed_core.model.spec import ARCHITECTURES, FAMILIES, MODULES, POOLINGS, flags_of, rope_fields
 
 DTYPES = ("float32", "bfloat16", "float16")  # as transformers and torch name them
 
@@ -88,7 +87,7 @@ def hf_config(
     auto_map = FORMATS[format].auto_map
     scaling = None
     if model.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **dataclasses.asdict(model.rope_scaling)}
+        scaling = rope_fields(model.rope_scaling)
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,

@@ -11,12 +11,26 @@ from typing import Any
 
 from nemo_embed_core.config import ModelConfig, RopeScaling
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model.spec import FAMILIES, LLAMA3_FIELDS, POOLINGS, ROPE_TYPES, pooling_of_config
+from nemo_embed_core.model.spec import (
+    FAMILIES,
+    OUTER_MODELS,
+    POOLINGS,
+    Q_SCALE,
+    ROPE_TYPES,
+    Family,
+    pooling_of_config,
+    rope_fields,
+)
 
 
 def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
     """(the shape, notes) from config.json's object; UserError where two of its fields contradict, and for
     what we would compute differently."""
+    if raw is not (text := text_part(raw)):
+        if raw.get("quantization_config") is not None:
+            text = {**text, "quantization_config": raw["quantization_config"]}
+        model, said = model_config(path, text)
+        return model, (f"{path}: of this {raw['model_type']} the text part alone is read", *said)
     if raw.get("model_type") not in FAMILIES:
         types = " and ".join(f'"{name}"' for name in FAMILIES)
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only {types} are read")
@@ -57,7 +71,10 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
             "contradict; correct one"
         )
     notes: list[str] = []
-    theta, scaling = _rotary(path, raw, notes)
+    theta, scaling = _rotary(path, raw, family, notes)
+    if family.q_scale != (scaling is not None and scaling.llama_4_scaling_beta is not None):
+        has = "needs" if family.q_scale else "has no"
+        raise UserError(f"{path}: {family.words} {has} {Q_SCALE} in rope_parameters")
     if family.is_causal and (code := raw.get("auto_map")):
         file = next(iter(code.values()), "") if isinstance(code, dict) else code
         notes.append(f"{path}: its own code ({file}) is not run; it is read as a plain {family.words}")
@@ -81,8 +98,12 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
 # stand there, and a theta inside either before rope_theta; 4 has never heard of rope_parameters.
 
 
-def _rotary(path: Path, raw: Mapping[str, Any], notes: list[str]) -> tuple[float, RopeScaling | None]:
+def _rotary(
+    path: Path, raw: Mapping[str, Any], family: Family, notes: list[str]
+) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) on which all spellings that stand in config.json agree."""
+    if not raw.get("rope_scaling") and not raw.get("rope_parameters"):
+        raw = {**raw, "rope_parameters": family.defaults.get("rope_parameters")}
     spellings = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
     readings = {key: _spelling(path, key, value, raw, notes) for key, value in spellings.items()}
     top = raw.get("rope_theta")
@@ -138,7 +159,8 @@ def _spelling(
         notes.append(
             f"{path}: partial_rotary_factor={partial!r} is ignored, as transformers 5 does for a Llama"
         )
-    if not kinds and (unused := [name for name in LLAMA3_FIELDS if name in rope]):
+    needed, optional = ROPE_TYPES[kind]
+    if not kinds and (unused := [name for name in ROPE_TYPES["llama3"][0] if name in rope]):
         notes.append(
             f"{path}: {key} has {unused[0]} but no rope_type: positions are not scaled, as in transformers"
         )
@@ -149,19 +171,23 @@ def _spelling(
         raise UserError(f"{path}: rope_theta={theta!r} must be a number")
     if kind == "default":
         return float(theta), None
-    values: dict[str, Any] = {name: rope.get(name) for name in LLAMA3_FIELDS}
-    outer, inner = raw.get("original_max_position_embeddings"), values["original_max_position_embeddings"]
+    values: dict[str, Any] = {name: rope.get(name) for name in needed}
+    outer, inner = (of.get("original_max_position_embeddings") for of in (raw, rope))
     if outer is not None and inner is not None and outer != inner:
         raise UserError(
             f"{path}: original_max_position_embeddings={outer!r}, which transformers 5 reads, and that of "
             f"{key}, {inner!r}, which transformers 4 reads, contradict; delete one"
         )
     # As transformers 5: the model's own, then its longest text.
-    values["original_max_position_embeddings"] = inner or outer or raw.get("max_position_embeddings", 2048)
+    if "original_max_position_embeddings" in needed:
+        values["original_max_position_embeddings"] = (
+            inner or outer or raw.get("max_position_embeddings", 2048)
+        )
     if missing := [name for name, value in values.items() if value is None]:
-        raise UserError(f"{path}: {key} is of type llama3 and has no {missing[0]}")
+        raise UserError(f"{path}: {key} is of type {kind} and has no {missing[0]}")
+    values |= {name: rope[name] for name in optional if rope.get(name) is not None}
     try:
-        return float(theta), RopeScaling(**values)
+        return float(theta), RopeScaling(**{"rope_type": kind, **values})
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -170,4 +196,11 @@ def _shown(reading: tuple[float, RopeScaling | None]) -> str:
     theta, scaling = reading
     if scaling is None:
         return f"theta {theta:g}, not scaled"
-    return ", ".join([f"theta {theta:g}", *(f"{name} {getattr(scaling, name):g}" for name in LLAMA3_FIELDS)])
+    shown = (f"{name} {value}" for name, value in rope_fields(scaling).items() if name != "rope_type")
+    return ", ".join([f"theta {theta:g}", *shown])
+
+
+def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json's object, or of a model of images and text what it says of the text."""
+    text = raw.get("text_config") if raw.get("model_type") in OUTER_MODELS else None
+    return text if isinstance(text, dict) else raw

@@ -2,8 +2,7 @@
 tensor and sequence parallelism.
 
 Reads top to bottom: RoPE table, attention, MLP, block, model, initialisation. Equal to Hugging Face's
-LlamaModel, MistralModel, Qwen2Model and Qwen3Model, with `config.is_causal = False` and without it
-(tests/model/test_hf.py, tests/model/test_families.py).
+LlamaModel and its like, with `config.is_causal = False` and without (tests/model: test_hf, test_families).
 
     T packed tokens (T / tp_size in norms and residuals under sequence parallelism) · D hidden_size H query
     heads · G KV heads · R = H / G · A head_dim · F intermediate_size · M MLP blocks (config.mlp_blocks) a tp
@@ -42,24 +41,52 @@ from nemo_embed_core.parallel.mesh import TensorParallel
 
 
 def rope_inv_freq(config: ModelConfig) -> Tensor:
-    """[A/2] fp64 rotation per position; with rope_scaling the long wavelengths are divided by `factor` (Llama
-    3.1)."""
+    """[A/2] fp64 rotation per position; rope_scaling divides that of long wavelengths or of all."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
     inv_freq = config.rope_theta**-exponents
     scaling = config.rope_scaling
-    if scaling is not None:
+    if scaling is None:
+        return inv_freq
+    if scaling.rope_type == "linear":
+        return inv_freq / scaling.factor
+    if scaling.rope_type == "llama3":
         wavelength = 2 * math.pi / inv_freq
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         # 0: low frequency, scaled; 1: high frequency, kept; linear between.
         keep = ((scaling.original_max_position_embeddings / wavelength - low) / (high - low)).clamp(0, 1)
-        inv_freq = (1 - keep) * inv_freq / scaling.factor + keep * inv_freq
-    return inv_freq
+    else:
+
+        def channel(turns: float) -> float:
+            """Pairs of channels below this one turn more often over a text of the original length."""
+            length = scaling.original_max_position_embeddings / (2 * math.pi * turns)
+            return config.head_dim * math.log(length) / (2 * math.log(config.rope_theta))
+
+        first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, config.head_dim - 1)
+        last += 0.001 * (first == last)
+        keep = 1 - ((torch.arange(len(inv_freq), dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
+    return (1 - keep) * inv_freq / scaling.factor + keep * inv_freq
 
 
-def rope_table(inv_freq: Tensor, position_ids_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin [T, A/2] in fp32 (fp64 for fp64 models) of position x inv_freq."""
+def query_scale(config: ModelConfig, position_ids_T: Tensor, longest: int) -> Tensor | None:
+    """[T, 1, 1] factor of q by its position (Ministral 3); None where it is 1 at every position."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.llama_4_scaling_beta is None:
+        return None
+    if longest <= scaling.original_max_position_embeddings:
+        return None
+    times = position_ids_T.double() // scaling.original_max_position_embeddings
+    return (1 + scaling.llama_4_scaling_beta * (1 + times).log())[:, None, None]
+
+
+def rope_table(
+    inv_freq: Tensor, position_ids_T: Tensor, dtype: torch.dtype, magnitude: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """magnitude x cos, sin [T, A/2] in fp32 (fp64 for fp64 models) of position x inv_freq."""
     angles = position_ids_T[:, None].to(inv_freq.dtype) * inv_freq
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (magnitude * angles.cos()).to(dtype), (magnitude * angles.sin()).to(dtype)
 
 
 Again = Callable[[], Tensor] | None  # of parallel/layers.py: remade
@@ -90,11 +117,13 @@ class LlamaAttention(nn.Module):
         segments: Segments,
         again: Again = None,
         amax: Tensor | None = None,
+        q_scale: Tensor | None = None,
     ) -> Tensor:
         qkv = self.qkv_proj(x_TD, again, amax)  # [T, (H + 2G) / tp * A]
         if self.q_norm is not None and self.k_norm is not None:
             qkv = self._with_normed_heads(qkv, self.q_norm, self.k_norm)
         q_THA, k_TGA, v_TGA = split_rope(qkv, cos, sin, self.num_heads, self.num_kv_heads, self.head_dim)
+        q_THA = q_THA if q_scale is None else q_THA * q_scale.to(q_THA.dtype)
         return self.o_proj(self.attention(q_THA, k_TGA, v_TGA, segments).flatten(1))
 
     def _with_normed_heads(self, qkv_TE: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> Tensor:
@@ -138,13 +167,19 @@ class LlamaBlock(nn.Module):
         self.mlp = LlamaMLP(config, tp)
 
     def forward(
-        self, x_TD: Tensor, residual_TD: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        segments: Segments,
+        q_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) -> (x, residual): the addition of x waits for the next norm, where it is fused."""
         is_fp8 = self.self_attn.qkv_proj.fp8 is not None
         x_TD, residual_TD, amax = self.input_layernorm(x_TD, residual_TD, is_fp8)
         again = self._again(self.input_layernorm, residual_TD)
-        x_TD = self.self_attn(x_TD, cos, sin, segments, again, amax)
+        x_TD = self.self_attn(x_TD, cos, sin, segments, again, amax, q_scale)
         x_TD, residual_TD, amax = self.post_attention_layernorm(x_TD, residual_TD, is_fp8)
         again = self._again(self.post_attention_layernorm, residual_TD)
         return self.mlp(x_TD, again, amax), residual_TD
@@ -175,10 +210,12 @@ class Llama(nn.Module):
         if self.inv_freq is None or self.inv_freq.device != x_TD.device:
             self.inv_freq = rope_inv_freq(self.config).to(x_TD.device)
         # The angles are made in fp64: a position of 100,000 in fp32 is off by up to 0.004 rad.
-        cos, sin = rope_table(self.inv_freq, position_ids_T, torch.promote_types(x_TD.dtype, torch.float32))
+        wide, scaling = torch.promote_types(x_TD.dtype, torch.float32), self.config.rope_scaling
+        cos, sin = rope_table(self.inv_freq, position_ids_T, wide, scaling.magnitude if scaling else 1.0)
+        q_scale = query_scale(self.config, position_ids_T, segments.max_seqlen)
         residual_TD = None
         for layer in self.layers:
-            x_TD, residual_TD = layer(x_TD, residual_TD, cos, sin, segments)
+            x_TD, residual_TD = layer(x_TD, residual_TD, cos, sin, segments, q_scale)
         return self.norm(x_TD, residual_TD)[0]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, ModelType, Pooling
+from nemo_embed_core.config import ModelConfig, ModelType, Pooling, RopeScaling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.layout import tp_chunk
 
@@ -34,6 +34,7 @@ class Family:
     model_type: of ModelConfig.
     is_causal: what it means where config.json does not say.
     qkv_bias: q, k and v have biases.  qk_norm: an RMSNorm over each head of q and k, before they are rotated.
+    q_scale: q has a factor that grows with its position (RopeScaling.llama_4_scaling_beta).
     defaults: what transformers takes for a field that is left out.
     supported: values of other fields that compute what model/llama.py computes; exports write the first.
     """
@@ -44,6 +45,7 @@ class Family:
     is_causal: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
+    q_scale: bool = False
     defaults: Mapping[str, Any]
     supported: Mapping[str, tuple[Any, ...]]
 
@@ -53,6 +55,7 @@ def _defaults(max_position_embeddings: int, **others: Any) -> dict[str, Any]:
     return {**common, "max_position_embeddings": max_position_embeddings, **others}
 
 
+Q_SCALE = "llama_4_scaling_beta"  # of the scaling of q by its position
 _SILU = {"hidden_act": ("silu", "swish")}
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -67,6 +70,22 @@ FAMILIES: Mapping[str, Family] = {
         architecture="MistralModel",
         model_type="mistral",
         defaults=_defaults(131072, num_key_value_heads=8, sliding_window=4096),
+        supported={"sliding_window": (None,), **_SILU},
+    ),
+    "ministral3": Family(
+        words="Ministral 3",
+        architecture="Ministral3Model",
+        model_type="ministral3",
+        q_scale=True,
+        defaults={
+            **_defaults(262144, num_key_value_heads=8, head_dim=128),
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0},
+                **{"original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0},
+                Q_SCALE: 0.1,
+            },
+        },
         supported={"sliding_window": (None,), **_SILU},
     ),
     "qwen2": Family(
@@ -88,6 +107,10 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+# Of images and text: the text's own config.json is their text_config. -> what the names of other parts begin
+# with.
+OUTER_MODELS: Mapping[str, tuple[str, ...]] = {"mistral3": ("vision_tower.", "multi_modal_projector.")}
+
 ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()}
 
 
@@ -96,9 +119,24 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-ROPE_TYPES = ("default", "llama3")
-# Of rope_scaling and rope_parameters, for "llama3": the fields of config.RopeScaling.
-LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# rope_type -> (fields of config.RopeScaling that it must have, those that it may have).
+ROPE_TYPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim", Q_SCALE),
+    ),
+}
+
+
+def rope_fields(scaling: RopeScaling) -> dict[str, Any]:
+    """The object in config.json, without what its rope_type has no use for."""
+    needed, optional = ROPE_TYPES[scaling.rope_type]
+    found = {name: getattr(scaling, name) for name in (*needed, *optional)}
+    return {"rope_type": scaling.rope_type, **{k: v for k, v in found.items() if v is not None}}
+
 
 # ------------------------------------------------------------------------------------------ names and shapes
 

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny import read_config, to_hf
 
+from nemo_embed_core.checkpoint.hf_folder import open_folder
 from nemo_embed_core.checkpoint.hf_reader import HFReader
 from nemo_embed_core.checkpoint.weights import fill
 from nemo_embed_core.config import ModelConfig
@@ -32,6 +33,23 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 12}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 12, "num_key_value_heads": 4}),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 50.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.4,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
+    ),
     "smollm": ("LlamaConfig", {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}),
 }
 
@@ -41,11 +59,12 @@ def theirs(name: str, **changes: Any) -> transformers.PreTrainedModel:
     kind, own = BASES[name]
     config = getattr(transformers, kind)(**{**SIZES, **own, **changes})
     model = transformers.AutoModel.from_config(config).eval()
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor_name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.3 * noise.tanh() if tensor_name.endswith("norm.weight") else 0.3 * noise)
+            p.copy_(1 + 0.3 * noise.tanh() if tensor_name.endswith("norm.weight") else 0.15 * noise)
     return model
 
 
@@ -83,6 +102,86 @@ def test_hidden_states_equal_transformers(tmp_path: Path, name: str, causal: boo
                     how["attention_mask"] = torch.zeros(1, 1, len(text), len(text))
                 want.append(model(input_ids=text[None], **how).last_hidden_state[0])
             assert (got - torch.cat(want)).abs().max() < 1e-5, way
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, not truncated": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False,
+        "beta_fast": 6.0, "beta_slow": 1.5,
+    },
+    "yarn with its factor": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.3,
+        "beta_fast": 2.0,
+    },
+    "yarn by mscale": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.4,
+        "mscale_all_dim": 0.6,
+    },
+    "yarn by half of mscale, which is none": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.4,
+    },
+    "yarn of one channel's blend": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 7, "beta_fast": 1.1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_kind_of_positions_equals_transformers(tmp_path: Path, kind: str, spelling: str) -> None:
+    model = theirs("qwen2", rope_parameters={**ROPES[kind], "rope_theta": 50.0}, is_causal=False)
+    model.save_pretrained(tmp_path)
+    if spelling == "rope_scaling":
+        raw = json.loads((tmp_path / "config.json").read_text())
+        del raw["rope_parameters"]
+        rope = {"type" if key == "rope_type" else key: value for key, value in ROPES[kind].items()}
+        (tmp_path / "config.json").write_text(json.dumps({**raw, "rope_theta": 50.0, "rope_scaling": rope}))
+    texts = [torch.randint(0, 64, (n,)) for n in (1, 9, 70)]
+    got = ours(tmp_path)(*packed(texts), return_hidden=True)
+    with torch.no_grad():
+        want = torch.cat([model(input_ids=text[None]).last_hidden_state[0] for text in texts])
+    assert (got - want).abs().max() < 1e-5
+    written = hf_config(read_config(tmp_path), "float32", {})
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with torch.no_grad():
+        again = transformers.AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(input_ids=texts[2][None]).last_hidden_state[0], want[10:])
+
+
+def test_the_text_part_of_a_model_of_images_and_text_is_read(tmp_path: Path) -> None:
+    """As Ministral 3 is published, by the names of transformers 5 and by those of its files."""
+    text = theirs("ministral3").config
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 16, "patch_size": 8, "head_dim": 4, "model_type": "pixtral"}
+    config = transformers.Mistral3Config(text_config=text, vision_config={**vision, **sizes})
+    whole = transformers.Mistral3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    parts = ("vision_tower", "multi_modal_projector", "language_model")
+    assert all(any(part in name for name in stored) for part in parts)
+    old = {}
+    for name, tensor in whole.state_dict().items():
+        name = name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
+        old["language_model.lm_head.weight" if name == "lm_head.weight" else name] = tensor.clone()
+    save_file(old, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "new" / "config.json").read_bytes())
+    ids = torch.randint(0, 64, (21,))
+    with torch.no_grad():
+        want = whole.model.language_model(input_ids=ids[None], is_causal=False).last_hidden_state[0]
+    for name in ("new", "old"):
+        opened = open_folder(tmp_path / name)
+        assert opened.model.model_type == "ministral3" and len(opened.notes) == 1
+        assert "of this mistral3 the text part alone is read" in opened.notes[0]
+        got = ours(tmp_path / name)(*packed([ids]), return_hidden=True)
+        assert (got - want).abs().max() < 1e-5
+    raw = json.loads((tmp_path / "old" / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"quantization_config \(fp8\): quantised weights are not read"):
+        open_folder(tmp_path / "old")
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -124,6 +223,7 @@ def test_a_language_model_s_head_is_left_out_tied_or_not(tmp_path: Path) -> None
 
 
 LEFT_OUT = "sliding_window=4096, which transformers takes where it is left out"
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 50.0}
 SLIDING = {"layer_types": ["full_attention", "sliding_attention"]}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported; this Mistral has .*=null"),
@@ -132,6 +232,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported; this Qwen3"),
     ("qwen3", SLIDING, "layer_types has 'sliding_attention'"),
     ("qwen3", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported"),
+    ("ministral3", {"sliding_window": 64}, "sliding_window=64 is not supported; this Ministral 3 has"),
+    ("ministral3", {"rope_parameters": YARN}, "Ministral 3 needs llama_4_scaling_beta in rope_parameters"),
+    ("qwen2", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}, "Qwen2 has no llama_4_scal"),
+    ("qwen2", {"rope_parameters": {"rope_type": "yarn"}}, "is of type yarn and has no factor"),
+    ("qwen2", {"rope_parameters": {**YARN, "beta_slow": 40}}, "beta_slow=40 must be below beta_fast=32"),
+    ("qwen2", {"rope_parameters": {**YARN, "factor": 0}}, "factor=0 must be a positive number"),
+    ("qwen2", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported; use"),
     ("qwen2", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
     ("qwen2", {"model_type": "qwen2_moe"}, "model_type is 'qwen2_moe'; only .*\"qwen3\""),
 ]
