@@ -48,7 +48,7 @@ LOSS, OPTIM_OPTIONS, DATA, REST = (
 )
 LAYOUT = f"{ORACLE}::test_a_layout_trains_as_the_oracle"
 BASES = f"{ORACLE}::test_a_base_model_trains_as_the_oracle"
-FAMILIES = "tests/model/test_families.py"
+FAMILIES, POOLINGS = "tests/model/test_families.py", "tests/model/test_pooling.py"
 TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1-dp2]"
 HSDP = f"{LAYOUT}[tp1-dp2-replicate2]"
 BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
@@ -180,6 +180,15 @@ MUTANTS = [
     Mutant("k has the norm of q", LLAMA, "k = k_norm(k", "k = q_norm(k", FAMILIES),
     Mutant("a bias has no rank's rows", "nemo_embed_core/parallel/layers.py", "y if self.bias is None else y + local(self.bias)", "y", FAMILIES),
     Mutant("causal in name alone", LLAMA, "partial(attention, causal=True) if config.is_causal else attention", "attention", FAMILIES),
+    Mutant("every rank has the last token", POOLING, "mine = (index_N >= 0) & ", "mine = ", POOLINGS),
+    Mutant("the last token is the next one's first", POOLING, "segments.cu_seqlens[1:] - 1", "segments.cu_seqlens[1:]", POOLINGS),
+    Mutant("an empty text has its neighbour's token", POOLING, " & (segments.cu_seqlens.diff() > 0)", "", POOLINGS),
+    Mutant("weights from 0", POOLING, "token_T - cu_seqlens[sequence_T] + 1", "token_T - cu_seqlens[sequence_T]", POOLINGS),
+    Mutant("weights of the batch's positions", POOLING, "token_T - cu_seqlens[sequence_T] + 1", "token_T + 1", POOLINGS),
+    Mutant("YaRN without its magnitude", LLAMA, "scaling.magnitude if scaling else 1.0", "1.0", FAMILIES),
+    Mutant("YaRN stretches the short wavelengths", LLAMA, "keep = 1 - ((torch.arange", "keep = ((torch.arange", FAMILIES),
+    Mutant("q's factor grows within the original length", LLAMA, ".double() // scaling.original", ".double() / scaling.original", FAMILIES),
+    Mutant("an export of a causal model is proven bidirectional", "nemo_embed_core/export/consumers.py", "if config.get(\"is_causal\") is True:\n        if", "if False:\n        if", "tests/export/test_consumers.py"),
     Mutant("a window is read as none", "nemo_embed_core/model/spec.py", "num_key_value_heads=8, sliding_window=4096)", "num_key_value_heads=8)", FAMILIES),
     Mutant("bf16 gradient reduction", FSDP, "reduce_dtype=reduce_dtype,\n        cast", "reduce_dtype=torch.bfloat16,\n        cast", BF16),
     Mutant("rotary tables cast to bf16 by FSDP2", FSDP, "reduce_dtype=reduce_dtype,\n        cast_forward_inputs=False", "reduce_dtype=reduce_dtype,\n        cast_forward_inputs=True", BF16),

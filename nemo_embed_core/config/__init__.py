@@ -7,8 +7,9 @@ Modules receive values (`hidden_size=...`), never the tree.
 from nemo_embed_core.config.data import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.config.evaluate import EvaluateConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig, Selection, check_threshold
-from nemo_embed_core.config.model import ModelConfig, ModelType, Pooling, RopeScaling
+from nemo_embed_core.config.model import ModelConfig, ModelType, Pooling
 from nemo_embed_core.config.plan import ClusterConfig, LengthsConfig, PlanConfig
+from nemo_embed_core.config.rope import RopeScaling
 from nemo_embed_core.config.train import (
     CheckpointConfig,
     LossConfig,

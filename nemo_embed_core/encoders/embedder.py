@@ -22,8 +22,7 @@ from nemo_embed_core.data.packing import pack_texts, shapes_cost_memory
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.spec import check_fp8, rope_fields
-from nemo_embed_core.options import to_dict
+from nemo_embed_core.model.spec import check_fp8, identity
 from nemo_embed_core.parallel.fp8 import freeze_weights
 from nemo_embed_core.parallel.layers import run_in_fp8
 from nemo_embed_core.parallel.mesh import DTYPES, TensorParallel, pick_device, pick_precision
@@ -71,19 +70,7 @@ class Embedder:
         if precision == "fp8":
             run_in_fp8(encoder)
             freeze_weights(encoder)
-        shape = to_dict(weights.model)
-        if (scaling := weights.model.rope_scaling) is not None:
-            shape["rope_scaling"] = rope_fields(scaling)
-            if scaling.rope_type == "llama3":  # vectors from before there were others are the same
-                del shape["rope_scaling"]["rope_type"]
-        for name in (
-            "pooling",
-            "model_type",
-            "is_causal",
-        ):  # vectors from before these were fields are the same
-            if shape[name] == getattr(ModelConfig, name):
-                del shape[name]
-        known = json.dumps([weights.digest, shape, tokenizer.digest, precision])
+        known = json.dumps([weights.digest, identity(weights.model), tokenizer.digest, precision])
         digest = hashlib.sha256(known.encode()).hexdigest()
         return cls(encoder, weights.model, tokenizer, digest, target, max_tokens)
 

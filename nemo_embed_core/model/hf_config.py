@@ -196,8 +196,9 @@ def _shown(reading: tuple[float, RopeScaling | None]) -> str:
     theta, scaling = reading
     if scaling is None:
         return f"theta {theta:g}, not scaled"
-    shown = (f"{name} {value}" for name, value in rope_fields(scaling).items() if name != "rope_type")
-    return ", ".join([f"theta {theta:g}", *shown])
+    fields = {name: value for name, value in rope_fields(scaling).items() if name != "rope_type"}
+    shown = (f"{name} {value:g}" for name, value in fields.items())
+    return ", ".join([f"theta {theta:g}", *shown, scaling.rope_type])
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:

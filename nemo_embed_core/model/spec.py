@@ -19,6 +19,7 @@ from typing import Any
 
 from nemo_embed_core.config import ModelConfig, ModelType, Pooling, RopeScaling
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.layout import tp_chunk
 
 FP8_MULTIPLE = 16  # of sizes in an fp8 product (kernels/fp8.py)
@@ -136,6 +137,20 @@ def rope_fields(scaling: RopeScaling) -> dict[str, Any]:
     needed, optional = ROPE_TYPES[scaling.rope_type]
     found = {name: getattr(scaling, name) for name in (*needed, *optional)}
     return {"rope_type": scaling.rope_type, **{k: v for k, v in found.items() if v is not None}}
+
+
+def identity(config: ModelConfig) -> dict[str, Any]:
+    """What vectors depend on of the shape. Fields that came later are left out where they are what all models
+    were before: digests of their vectors are the same."""
+    shape = to_dict(config)
+    for name in ("pooling", "model_type", "is_causal"):
+        if shape[name] == getattr(ModelConfig, name):
+            del shape[name]
+    if config.rope_scaling is not None:
+        shape["rope_scaling"] = rope_fields(config.rope_scaling)
+        if config.rope_scaling.rope_type == "llama3":
+            del shape["rope_scaling"]["rope_type"]
+    return shape
 
 
 # ------------------------------------------------------------------------------------------ names and shapes

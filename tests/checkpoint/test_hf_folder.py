@@ -438,7 +438,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a number as a string": (
         lambda f: rope(f, rope_scaling={**LLAMA3, "factor": "8.0"}),
-        ["rope_scaling.factor='8.0' must be a positive number"],
+        ["rope_scaling.factor='8.0' must be a finite number"],
     ),
     "theta as a string": (lambda f: rope(f, rope_theta="10000"), ["rope_theta='10000' must be a number"]),
     "theta zero": (lambda f: rope(f, rope_theta=0), ["rope_theta=0.0 must be positive"]),
@@ -452,8 +452,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["low_freq_factor=4.0 must be below high_freq_factor=4.0"],
     ),
     "another scaling": (
-        lambda f: rope(f, rope_scaling={"type": "yarn", "factor": 4.0}),
-        ["rope_type 'yarn'"],
+        lambda f: rope(f, rope_scaling={"type": "dynamic", "factor": 4.0}),
+        ["rope_type 'dynamic'"],
     ),
     "scaling as a list": (lambda f: rope(f, rope_scaling=[8.0]), ["rope_scaling=[8.0] must be an object"]),
     "scaling by layer": (

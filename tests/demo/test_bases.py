@@ -1,4 +1,4 @@
-"""The whole path of the demo from a folder that transformers made, for a toy of each base model: train at tp=2,
+"""The demo's whole path from a folder that transformers made, for a toy of each base model: train at tp=2,
 mine, train on what was mined, merge two, check, evaluate."""
 
 import json
@@ -23,12 +23,12 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
     "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
-# model_type -> (what of SIZES is another, the pooling of the run)
-BASES: dict[str, tuple[dict[str, Any], str]] = {
-    "qwen2": ({"tie_word_embeddings": True}, "mean"),
-    "qwen3": ({}, "last"),
-    "ministral3": ({"rope_parameters": YARN}, "mean"),
-    "mistral": ({"sliding_window": None}, "weightedmean"),
+# model_type -> (what of SIZES is another, pooling and attention of the run)
+BASES: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "qwen2": ({"tie_word_embeddings": True}, "mean", False),
+    "qwen3": ({}, "last", True),
+    "ministral3": ({"rope_parameters": YARN}, "mean", False),
+    "mistral": ({"sliding_window": None}, "weightedmean", False),
 }
 QWEN_SPLIT = (  # of Qwen2Tokenizer, by whose rules transformers reads any tokenizer beside these model types
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -63,7 +63,7 @@ def launch(argv: list[str]) -> None:
 def test_a_base_model_goes_the_whole_way(name: str, server: Server, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    changes, pooling = BASES[name]
+    changes, pooling, causal = BASES[name]
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **changes}))
     base.save_pretrained(tmp_path / "base")
@@ -79,32 +79,36 @@ def test_a_base_model_goes_the_whole_way(name: str, server: Server, tmp_path: Pa
         assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), outcomes[0].output[-4000:]
         return outcomes[0].output
 
-    def train(output: str, init_from: str, data: str, *options: str) -> list[float]:
+    def train(output: str, init_from: str, data: str, *options: Any, ranks: int = 2) -> list[float]:
         datasets = json.dumps([{"path": str(tmp_path / data), "task": "find it"}])
         argv = ["launch/train.py", "--init_from", tmp_path / init_from, "--output_dir", tmp_path / output]
         argv += ["--data.datasets", datasets, "--data.cache_dir", tmp_path / "cache", "--steps", "12"]
         argv += ["--device", "cpu", "--precision", "fp32", "--global_batch_size", "8", "--optim.lr", "2e-3"]
         argv += ["--data.query_max_length", "48", "--data.document_max_length", "48"]
         argv += ["--data.num_hard_negatives", "1", "--loss.in_batch", "all", "--loss.temperature", "0.05"]
-        argv += ["--parallel.tp_size", "2", "--model.pooling", pooling, "--log_every", "1", *options]
-        run(argv, 2)
+        argv += ["--parallel.tp_size", ranks, "--model.pooling", pooling, "--log_every", "1"]
+        argv += ["--model.is_causal", json.dumps(causal), *options]
+        run(argv, ranks)
         lines = (tmp_path / output / "metrics.jsonl").read_text().splitlines()
         return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
-    losses = train("stage1", "base", "rows.jsonl")
+    losses = train("stage1", "base", "rows.jsonl", "--checkpoint.every", "6")
     assert len(losses) == 12 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    half = tmp_path / "stage1" / "step-00000006"
+    moved = train("moved", "base", "rows.jsonl", "--checkpoint.resume", half, ranks=1)
+    assert moved == pytest.approx(losses[6:], rel=1e-3)
     mine = ["launch/mine.py", "--config", "configs/mine-demo.yaml", "--model", tmp_path / "stage1"]
     run([*mine, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "mined.jsonl"])
     mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
     assert sum(len(row["neg"]) for row in mined) > len(mined)
     for seed in ("1", "2"):
-        train(f"stage2-{seed}", "stage1", "mined.jsonl", "--seed", seed, "--steps", "4")
+        train(f"stage2-{seed}", "stage1", "mined.jsonl", "--seed", seed, "--steps", "4", "--optim.lr", "2e-4")
     sources = [tmp_path / "stage2-1", tmp_path / "stage2-2"]
     run(["launch/merge.py", *sources, "--output", tmp_path / "merged"])
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert config["model_type"] == name and config["is_causal"] is False
+    assert config["model_type"] == name and config["is_causal"] is causal
     out = run(["launch/merge.py", "--check", tmp_path / "merged"])
-    assert "attention: bidirectional in 8 of 8 cases" in out
+    assert f"attention: {'causal' if causal else 'bidirectional'} in 8 of 8 cases" in out
     assert "transformers, sentence-transformers, our encoder agree on" in out
     evaluate = ["launch/evaluate.py", "--config", "configs/evaluate-demo.yaml", "--data", tmp_path / "test"]
     evaluate += ["--output", tmp_path / "evaluation.json", "--models", tmp_path / "base", tmp_path / "merged"]
