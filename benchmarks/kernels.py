@@ -493,8 +493,8 @@ SHAPES: dict[str, list[dict[str, int]]] = {
 
 def timed_dtype(kernel: str) -> str:
     """Of a kernel's inputs in a bf16 run, by name: losses get the rows that training scores."""
-    in_batch = {"info_nce_hard": "none", "info_nce_in_batch": "all"}.get(kernel)
-    dtype = torch.bfloat16 if in_batch is None else scored_dtype(in_batch, torch.bfloat16)  # type: ignore[arg-type]
+    in_batch = {"info_nce_hard": False, "info_nce_in_batch": True}.get(kernel)
+    dtype = torch.bfloat16 if in_batch is None else scored_dtype(in_batch, torch.bfloat16)
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 

@@ -35,7 +35,7 @@ from nemo_embed_core.kernels.info_nce_own import (
 
 
 def _columns_ref(
-    q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None
+    q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None, limits_B=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """-> logsumexp [B] over the columns that count, score of the label's column [B] (None without labels)"""
     keep_BP = torch.ones(q_BD.shape[0], docs_PD.shape[0], dtype=torch.bool, device=q_BD.device)
@@ -43,11 +43,14 @@ def _columns_ref(
         keep_BP &= row_ids_B[:, None] != doc_ids_P
         for known_ids_B in () if known_ids_BJ is None else known_ids_BJ.unbind(1):
             keep_BP &= known_ids_B[:, None] != doc_ids_P
-        if labels_B is not None:
-            keep_BP |= labels_B[:, None] == torch.arange(docs_PD.shape[0], device=q_BD.device)
+    scores_BP = wide(q_BD) @ wide(docs_PD).T
+    if limits_B is not None:
+        keep_BP &= scores_BP.detach() <= limits_B[:, None]
+    scores_BP = scores_BP / temperature
+    if labels_B is not None:
+        keep_BP |= labels_B[:, None] == torch.arange(docs_PD.shape[0], device=q_BD.device)
     if valid_P is not None:
         keep_BP &= valid_P
-    scores_BP = wide(q_BD) @ wide(docs_PD).T / temperature
     positive_B = None if labels_B is None else scores_BP.gather(1, labels_B.clamp(min=0)[:, None]).squeeze(1)
     return masked_logsumexp_ref(scores_BP, keep_BP), positive_B
 
@@ -79,16 +82,18 @@ def _groups(
 
 
 def _columns_kernel(
-    q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None
+    q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ=None, limits_B=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups = _groups(row_ids_B, doc_ids_P, valid_P, q_BD.shape[0], known_ids_BJ)
-    return columns_fwd(q_BD, docs_PD, *temperature_argument(temperature, q_BD), labels_B, *groups)[:2]
+    t = temperature_argument(temperature, q_BD)
+    limits_B = None if limits_B is None else limits_B.float()
+    return columns_fwd(q_BD, docs_PD, *t, labels_B, *groups, limits_B)[:2]
 
 
 def _in_batch(
     columns: Callable, own_logsumexp: Callable,
     q_BD, docs_PD, labels_B, temperature, doc_ids_P=None, valid_P=None,
-    own_docs_BKD=None, own_mask_BK=None, extra_lse_B=None, known_ids_BJ=None,
+    own_docs_BKD=None, own_mask_BK=None, extra_lse_B=None, known_ids_BJ=None, limits_B=None,
 ) -> torch.Tensor:  # fmt: skip
     """info_nce_in_batch by the kernels or by plain torch: logsumexp over all terms of a row minus its
     positive score."""
@@ -96,7 +101,7 @@ def _in_batch(
     has_positive_B = labels_B >= 0 if valid_P is None else (labels_B >= 0) & valid_P[label_B]
     row_ids_B = None if doc_ids_P is None else doc_ids_P[label_B]
     lse_B, positive_B = columns(
-        q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ
+        q_BD, docs_PD, temperature, labels_B, row_ids_B, doc_ids_P, valid_P, known_ids_BJ, limits_B
     )
     terms = [lse_B, extra_lse_B]
     if own_docs_BKD is not None:
@@ -110,9 +115,11 @@ def _in_batch(
 
 
 def _logsumexp(
-    columns: Callable, rows_BD, docs_PD, temperature, row_ids_B=None, doc_ids_P=None, valid_P=None
-):
-    return columns(rows_BD, docs_PD, temperature, None, row_ids_B, doc_ids_P, valid_P)[0]
+    columns: Callable, rows_BD, docs_PD, temperature, row_ids_B=None, doc_ids_P=None, valid_P=None,
+    known_ids_BJ=None, limits_B=None,
+) -> torch.Tensor:  # fmt: skip
+    rule = row_ids_B, doc_ids_P, valid_P, known_ids_BJ, limits_B
+    return columns(rows_BD, docs_PD, temperature, None, *rule)[0]
 
 
 info_nce_in_batch_ref = functools.partial(_in_batch, _columns_ref, own_logsumexp_ref)
@@ -127,6 +134,15 @@ def _check(name: str, q_BD: torch.Tensor, docs: torch.Tensor) -> None:
             f"{name} wants rows [B, D] and documents of the same D and dtype, not {list(q_BD.shape)} "
             f"{q_BD.dtype} and {list(docs.shape)} {docs.dtype}"
         )
+
+
+def _check_rules(name: str, rows_BD, doc_ids_P, known_ids_BJ, limits_B) -> None:
+    if known_ids_BJ is not None and (doc_ids_P is None or known_ids_BJ.shape[:1] != rows_BD.shape[:1]):
+        raise ValueError(
+            f"{name}: known_ids [B, J] exclude columns by doc_ids; give both, one row for each of q"
+        )
+    if limits_B is not None and limits_B.shape != rows_BD.shape[:1]:
+        raise ValueError(f"{name} wants one limit a row, {list(rows_BD.shape[:1])}: {list(limits_B.shape)}")
 
 
 def _use_kernel(x: torch.Tensor) -> bool:
@@ -170,6 +186,8 @@ def in_batch_logsumexp(
     row_ids_B: torch.Tensor | None = None,
     doc_ids_P: torch.Tensor | None = None,
     valid_P: torch.Tensor | None = None,
+    known_ids_BJ: torch.Tensor | None = None,
+    limits_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(rows @ docs.T / temperature).masked_fill(row_ids[:, None] == doc_ids, -inf).logsumexp(1), without the
     matrix.
@@ -178,15 +196,17 @@ def in_batch_logsumexp(
     document: in_batch_logsumexp(docs[labels], docs, temperature, doc_ids[labels], doc_ids, valid), where
     equal ids leave out the document itself, its copies and every other query's copy of it.  Join several
     terms with torch.logaddexp. rows [B, D], docs [P, D]; ids int64, both or neither; valid [P] bool, False =
-    missing.  Returns [B] fp32 (fp64 for fp64); -inf, with gradient 0, for a row that no column is left for.
+    missing; known_ids [B, J], limits [B]: as in info_nce_in_batch.  Returns [B] fp32 (fp64 for fp64); -inf,
+    with gradient 0, for a row that no column is left for.
     """
     _check("in_batch_logsumexp", rows_BD, docs_PD)
     if (row_ids_B is None) != (doc_ids_P is None):
         raise ValueError(
             "in_batch_logsumexp: row_ids and doc_ids exclude columns together; give both or neither"
         )
+    _check_rules("in_batch_logsumexp", rows_BD, doc_ids_P, known_ids_BJ, limits_B)
     run = in_batch_logsumexp_kernel if _use_kernel(rows_BD) else in_batch_logsumexp_ref
-    return run(rows_BD, docs_PD, temperature, row_ids_B, doc_ids_P, valid_P)
+    return run(rows_BD, docs_PD, temperature, row_ids_B, doc_ids_P, valid_P, known_ids_BJ, limits_B)
 
 
 def info_nce_in_batch(
@@ -200,6 +220,7 @@ def info_nce_in_batch(
     own_mask_BK: torch.Tensor | None = None,
     extra_lse_B: torch.Tensor | None = None,
     known_ids_BJ: torch.Tensor | None = None,
+    limits_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """F.cross_entropy(q @ docs.T / temperature, labels, reduction="none") without the [B, P] logits.
 
@@ -207,10 +228,11 @@ def info_nce_in_batch(
     -1: none, then loss 0 and gradient 0 (likewise where the positive is not valid).  temperature: float or
     0-d tensor, with gradient. doc_ids [P] int64: columns with the id of the row's own positive, other than
     the positive itself, do not count. known_ids [B, J] int64: nor do columns with one of these ids, documents
-    that are right for the row too; -2 in empty places. valid [P] bool: False for a missing passage, whose
-    contents must be finite and get gradient 0. own_docs [B, K, D], own_mask [B, K]: documents that are terms
-    of their own row only. extra_lse [B]: logsumexp of further terms of each row, with gradient
-    (in_batch_logsumexp makes them). Returns the loss of every query, [B] fp32 (fp64 for fp64).
+    that are right for the row too; -2 in empty places. limits [B] fp32, without gradient: nor do columns,
+    other than the positive, whose score before the temperature is above the row's. valid [P] bool: False for
+    a missing document, whose contents must be finite and get gradient 0. own_docs [B, K, D], own_mask [B, K]:
+    documents that are terms of their own row only. extra_lse [B]: logsumexp of further terms of each row,
+    with gradient (in_batch_logsumexp makes them). Returns the loss of every query, [B] fp32 (fp64 for fp64).
 
     The terms of the paper's ablation, each a choice of columns:
       other rows' positives            docs = positives
@@ -230,10 +252,8 @@ def info_nce_in_batch(
         )
     if own_docs_BKD is not None:
         _check("info_nce_in_batch (own_docs)", q_BD, own_docs_BKD)
-    if known_ids_BJ is not None and (doc_ids_P is None or known_ids_BJ.shape[:1] != q_BD.shape[:1]):
-        raise ValueError(
-            "info_nce_in_batch: known_ids [B, J] exclude columns by doc_ids; give both, one row for each of q"
-        )
+    _check_rules("info_nce_in_batch", q_BD, doc_ids_P, known_ids_BJ, limits_B)
     run = info_nce_in_batch_kernel if _use_kernel(q_BD) else info_nce_in_batch_ref
     own = own_docs_BKD, own_mask_BK
-    return run(q_BD, docs_PD, labels_B, temperature, doc_ids_P, valid_P, *own, extra_lse_B, known_ids_BJ)
+    rules = known_ids_BJ, limits_B
+    return run(q_BD, docs_PD, labels_B, temperature, doc_ids_P, valid_P, *own, extra_lse_B, *rules)

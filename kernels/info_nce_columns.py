@@ -38,13 +38,19 @@ _FP32_PRECISION = "tf32x3"  # fp32 on tensor cores, about 21 bits of mantissa; "
 
 
 @triton.jit
-def _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr):
+def _keep_scores(
+    scores, rule, b, p, B, P,
+    HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, HAS_LIMITS: tl.constexpr,
+):  # fmt: skip
     """Scores that count; the others at -1e30, whose exp is 0 and which may be multiplied by it, unlike -inf.
 
-    rule: the rows' labels and groups, the columns' groups, the groups that a row knows, and how many.
+    rule: the rows' labels and groups, the columns' groups, the groups that a row knows, how many, and the
+    largest score that counts.
     """
-    label, row_group, groups_ptr, known_ptr, num_known = rule
+    label, row_group, groups_ptr, known_ptr, num_known, limit = rule
     keep = (b < B)[:, None] & (p < P)[None, :]
+    if HAS_LIMITS:
+        keep = keep & ((scores <= limit[:, None]) | (label[:, None] == p[None, :]))
     if HAS_GROUPS:
         group = tl.load(groups_ptr + p, mask=p < P, other=-1)
         other_document = group[None, :] != row_group[:, None]
@@ -60,7 +66,8 @@ def _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS: tl.constexpr, HAS_KNOWN: 
 @triton.jit
 def _accumulate(
     products, sums, inverse_temperature, rule, b, first_column, B, P,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, PART: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, HAS_LIMITS: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """The online logsumexp, mean and positive score of rows b after the columns of this tile, PART of them at
     a time: the masks and exponentials of a whole tile do not fit beside its products."""
@@ -69,11 +76,11 @@ def _accumulate(
         left, right = halves(products)
         sums = _accumulate(
             left, sums, inverse_temperature, rule, b, first_column, B, P,
-            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS, PART,
         )  # fmt: skip
         sums = _accumulate(
             right, sums, inverse_temperature, rule, b, first_column + WIDTH // 2, B, P,
-            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS, PART,
         )  # fmt: skip
     else:
         running_max, total, weighted, positive = sums
@@ -81,7 +88,7 @@ def _accumulate(
         scores = products * inverse_temperature
         if HAS_LABELS:
             positive += tl.sum(tl.where(rule[0][:, None] == p[None, :], scores, 0.0), 1)
-        scores = _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS, HAS_KNOWN)
+        scores = _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS)
         new_max = tl.maximum(running_max, tl.max(scores, 1))
         shift = tl.where(new_max > -1e29, new_max, 0.0)  # nothing kept yet: exp(-1e30 - 0) is 0
         weights = tl.exp(scores - shift[:, None])
@@ -94,11 +101,11 @@ def _accumulate(
 
 @triton.jit
 def _columns_fwd_kernel(
-    q, docs, labels_ptr, row_groups_ptr, groups_ptr, known_ptr, temperature,
+    q, docs, labels_ptr, row_groups_ptr, groups_ptr, known_ptr, limits_ptr, temperature,
     lse_ptr, mean_ptr, positive_ptr, B, P, num_known, num_splits, tiles_per_split,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, LEARNED: tl.constexpr, PART: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, HAS_LIMITS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_B rows x one split of the columns; partial lse, mean and positive score, [S, B]."""
     first_row, split = grouped(B, num_splits, BLOCK_B, GROUP)
@@ -106,7 +113,8 @@ def _columns_fwd_kernel(
     inverse_temperature = 1.0 / (tl.load(temperature) if LEARNED else temperature)
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
-    rule = (label, row_group, groups_ptr, known_ptr, num_known)
+    limit = tl.load(limits_ptr + b, mask=b < B, other=0.0) * inverse_temperature if HAS_LIMITS else label
+    rule = (label, row_group, groups_ptr, known_ptr, num_known, limit)
     zeros = tl.zeros((BLOCK_B,), tl.float32)
     sums = (zeros - 1e30, zeros, zeros, zeros)  # running maximum, total, weighted, positive
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(P, BLOCK_P))
@@ -116,7 +124,7 @@ def _columns_fwd_kernel(
         )
         sums = _accumulate(
             products, sums, inverse_temperature, rule, b, tile * BLOCK_P, B, P,
-            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS, PART,
         )  # fmt: skip
     running_max, total, weighted, positive = sums
     out = split.to(tl.int64) * B + b
@@ -157,7 +165,8 @@ def _combine_kernel(
 def _store_dscores(
     products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule,
     b, first_column, column, B, P, width, row_stride,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, PART: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, HAS_LIMITS: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """column: the tile's first one in dscores; PART columns at a time, as in _accumulate."""
     WIDTH: tl.constexpr = products.shape[1]
@@ -165,18 +174,19 @@ def _store_dscores(
         left, right = halves(products)
         _store_dscores(
             left, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule,
-            b, first_column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+            b, first_column, column, B, P, width, row_stride,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS, PART,
         )  # fmt: skip
         _store_dscores(
             right, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule,
             b, first_column + WIDTH // 2, column + WIDTH // 2, B, P, width, row_stride,
-            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+            HAS_LABELS, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS, PART,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, WIDTH)
         p = first_column + tl.arange(0, WIDTH)
         scores = products * inverse_temperature
-        scores = _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS, HAS_KNOWN)
+        scores = _keep_scores(scores, rule, b, p, B, P, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS)
         dscores = tl.exp(scores - lse[:, None]) * (dlse * inverse_temperature)[:, None]
         if HAS_LABELS:
             dscores += tl.where(
@@ -189,11 +199,11 @@ def _store_dscores(
 
 @triton.jit
 def _columns_dscores_kernel(
-    dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, known_ptr, temperature, lse_ptr,
-    dscores_ptr, B, P, num_known, first_column, width, row_stride,
+    dlse_ptr, dpositive_ptr, q, docs, labels_ptr, row_groups_ptr, groups_ptr, known_ptr, limits_ptr,
+    temperature, lse_ptr, dscores_ptr, B, P, num_known, first_column, width, row_stride,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, LEARNED: tl.constexpr, PART: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_KNOWN: tl.constexpr, HAS_LIMITS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, LEARNED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the gradient of the unscaled scores, in columns first_column .. first_column +
     width."""
@@ -206,7 +216,8 @@ def _columns_dscores_kernel(
     )  # fmt: skip
     label = tl.load(labels_ptr + b, mask=b < B, other=-1).to(tl.int32) if HAS_LABELS else b * 0 - 1
     row_group = tl.load(row_groups_ptr + b, mask=b < B, other=-1) if HAS_GROUPS else label
-    rule = (label, row_group, groups_ptr, known_ptr, num_known)
+    limit = tl.load(limits_ptr + b, mask=b < B, other=0.0) * inverse_temperature if HAS_LIMITS else label
+    rule = (label, row_group, groups_ptr, known_ptr, num_known, limit)
     lse = tl.load(lse_ptr + b, mask=b < B, other=0.0)
     # A row that no column counts for has lse -inf: with 0 its -1e30 scores give p = 0, not NaN; its gradient
     # may be NaN.
@@ -215,7 +226,8 @@ def _columns_dscores_kernel(
     dpositive = tl.load(dpositive_ptr + b, mask=b < B, other=0.0) if HAS_LABELS else dlse
     _store_dscores(
         products, dscores_ptr, dlse, dpositive, lse, inverse_temperature, rule, b,
-        first_column + column, column, B, P, width, row_stride, HAS_LABELS, HAS_GROUPS, HAS_KNOWN, PART,
+        first_column + column, column, B, P, width, row_stride,
+        HAS_LABELS, HAS_GROUPS, HAS_KNOWN, HAS_LIMITS, PART,
     )  # fmt: skip
 
 
@@ -240,7 +252,7 @@ def _arguments(q_BD, docs_PD, temperature, constant: float, stand_in, *optional)
     q and docs are descriptors for the bulk copy engine (TMA) where rows are multiples of 16 bytes. An absent
     tensor is never read; the kernels want a pointer all the same: stand_in.
     """
-    labels_B, _, groups_P, known_groups_BJ = optional
+    labels_B, _, groups_P, known_groups_BJ, limits_B = optional
     has_known = known_groups_BJ is not None
     config = _columns_config(q_BD.shape[0], q_BD.element_size(), has_known)
     block_b, block_p, block_d, num_warps, num_stages = config
@@ -251,6 +263,7 @@ def _arguments(q_BD, docs_PD, temperature, constant: float, stand_in, *optional)
     constants = {
         "D": q_BD.shape[1], "BLOCK_B": block_b, "BLOCK_P": block_p, "BLOCK_D": block_d, "GROUP": _GROUP,
         "HAS_LABELS": labels_B is not None, "HAS_GROUPS": groups_P is not None, "HAS_KNOWN": has_known,
+        "HAS_LIMITS": limits_B is not None,
         "TMA": tma, "PRECISION": _FP32_PRECISION, "LEARNED": temperature is not None,
         "num_warps": num_warps, "num_stages": num_stages,
     }  # fmt: skip
@@ -268,11 +281,12 @@ def columns_fwd(
     row_groups_B: torch.Tensor | None,
     groups_P: torch.Tensor | None,
     known_groups_BJ: torch.Tensor | None,
+    limits_B: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> lse [B] over the columns that count, score of the label's column [B] (0 without), mean [B]; fp32"""
     num_rows, num_columns = q_BD.shape[0], docs_PD.shape[0]
     lse_B, mean_B, positive_B = (q_BD.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
-    optional = labels_B, row_groups_B, groups_P, known_groups_BJ
+    optional = labels_B, row_groups_B, groups_P, known_groups_BJ, limits_B
     operands, num_known, constants = _arguments(
         q_BD.contiguous(), docs_PD.contiguous(), temperature, constant, lse_B, *optional
     )
@@ -314,13 +328,14 @@ def _columns_bwd(
     row_groups_B: torch.Tensor | None,
     groups_P: torch.Tensor | None,
     known_groups_BJ: torch.Tensor | None,
+    limits_B: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> dq [B, D], ddocs [P, D]; d(scores) is rounded to the inputs' dtype, as in plain torch."""
     num_rows, num_columns = q_BD.shape[0], docs_PD.shape[0]
     if not num_rows or not num_columns:
         return torch.zeros_like(q_BD), torch.zeros_like(docs_PD)
     q_BD, docs_PD = q_BD.contiguous(), docs_PD.contiguous()
-    optional = labels_B, row_groups_B, groups_P, known_groups_BJ
+    optional = labels_B, row_groups_B, groups_P, known_groups_BJ, limits_B
     operands, num_known, constants = _arguments(q_BD, docs_PD, temperature, constant, lse_B, *optional)
     block_b, block_p = constants["BLOCK_B"], constants["BLOCK_P"]
     chunk = max(block_p, _WORKSPACE // (num_rows * q_BD.element_size()) // block_p * block_p)
@@ -364,7 +379,7 @@ def _columns_backward(ctx, dlse_B, dpositive_B, _):
     if ctx.needs_input_grad[2]:
         dlse_B = without_empty_rows(dlse_B, lse_B)
         dtemperature = -(dlse_B * mean_B + dpositive_B * positive_B).sum() / temperature
-    return dq_BD, ddocs_PD, dtemperature, *[None] * 5
+    return dq_BD, ddocs_PD, dtemperature, *[None] * 6
 
 
 columns_fwd.register_autograd(_columns_backward, setup_context=_columns_setup_context)

@@ -65,7 +65,10 @@ class Mutant(NamedTuple):
     no_bug: str = ""  # why nothing has to notice
 
 
-CONTRASTIVE, STEP = "nemo_embed_core/loss/contrastive.py", "nemo_embed_core/train/step.py"
+CONTRASTIVE, OBJECTIVE, TEMPERATURE = (
+    f"nemo_embed_core/loss/{name}.py" for name in ("contrastive", "objective", "temperature")
+)
+STEP = "nemo_embed_core/train/step.py"
 OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
 ENGINE, TRAINER, PREFETCH, RUN_STATE = (
     f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch", "run_state")
@@ -93,20 +96,32 @@ TEST_PREFETCH, TEST_REHEARSAL = "tests/train/test_prefetch.py", "tests/train/tes
 
 MUTANTS = [
     # ---- the loss
-    Mutant("in-batch labels of another rank", CONTRASTIVE, "labels_B = dp_rank * local.shape[0] + rows", "labels_B = rows", DP2),
-    Mutant("in-batch copies of the positive are negatives", CONTRASTIVE, "doc_ids_P=ids", "doc_ids_P=None", LOSS),
-    Mutant("missing negatives of other rows count", CONTRASTIVE, "valid_P=valid", "valid_P=None", LOSS),
+    Mutant("in-batch labels of another rank", CONTRASTIVE, "count * (dp_rank * B + torch", "count * (torch", DP2),
+    Mutant("in-batch copies of the positive are negatives", CONTRASTIVE, "doc_ids_P=columns.ids_P", "doc_ids_P=None", LOSS),
+    Mutant("missing negatives of other rows count", CONTRASTIVE, "valid_P=columns.valid_P", "valid_P=None", LOSS),
     Mutant("documents of other ranks are constants", CONTRASTIVE, "gather_tokens(local, dp_group, dtype)", "gather_tokens(local.detach(), dp_group, dtype)", DP2),
-    Mutant("own documents are scored in bf16", CONTRASTIVE, 'return run if in_batch != "none" else torch.promote_types(run, torch.float32)', "return run", "tests/loss"),
-    Mutant("in-batch rows are scored in fp32, and timed in bf16", CONTRASTIVE, "dp_group, dp_rank, dtype)\n", "dp_group, dp_rank)\n", "tests/kernels/test_benchmark.py -k training"),
+    Mutant("queries of other ranks are constants", CONTRASTIVE, "gather_tokens(groups.q_BD, dp_group, dtype)", "gather_tokens(groups.q_BD.detach(), dp_group, dtype)", DP2),
+    Mutant("a query stands for any document of its row", CONTRASTIVE, "columns.ids_P[::count]", "columns.ids_P[count - 1 :: count]", "tests/loss"),
+    Mutant("a positive is contrasted with its row's own negatives", CONTRASTIVE, "torch.cat([known_BJ, own_BK], 1)", "known_BJ", "tests/loss"),
+    Mutant("the margin counts from 0", CONTRASTIVE, "limits_B = positive_B.detach() + loss", "limits_B = 0 * positive_B.detach() + loss", f"tests/loss {LOSS}"),
+    Mutant("own negatives above the margin count", CONTRASTIVE, "negative_BK & (_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])", "negative_BK", "tests/loss"),
+    Mutant("further terms are not relative to the positive", CONTRASTIVE, "extra_B - positive_B / temperature", "extra_B - positive_B.detach() / temperature", "tests/loss"),
+    Mutant("rows without further terms in one batch have several", STEP, "loss.has_in_batch and len", 'loss.in_batch != "none" and len', DP2),
+    Mutant("each rank learns a temperature of its own", TEMPERATURE, "all_reduce_(self.log.grad, dp_group)", "self.log.grad", DP2),
+    Mutant("the temperature's gradient is the sum over ranks", TEMPERATURE, ".div_(dp_group.size())", "", DP2),
+    Mutant("the temperature learns at the weights' rate", TEMPERATURE, "self._lr * lr / self._peak", "lr", LOSS),
+    Mutant("the temperature adds its gradients up over steps", ENGINE, "self.temperature.drop_gradient()\n            log", "pass\n            log", LOSS),
+    Mutant("a resumed run forgets the temperature's moments", TEMPERATURE, "value.fill_(values[name])", "pass", TEST_TRAINER),
+    Mutant("own documents are scored in bf16", CONTRASTIVE, "return run if in_batch else torch.promote_types(run, torch.float32)", "return run", "tests/loss"),
+    Mutant("in-batch rows are scored in fp32, and timed in bf16", CONTRASTIVE, "gather_tokens(local, dp_group, dtype)", "gather_tokens(local, dp_group)", "tests/kernels/test_benchmark.py -k training"),
     Mutant("missing slots count in the accuracy", CONTRASTIVE, "(exists & (scores >= positive[:, None]))", "(scores >= positive[:, None])", f"tests/loss {ORACLE}"),
     Mutant("rows without a candidate count as hits", CONTRASTIVE, "(ranked & ~outranked).sum()", "(~outranked).sum()", f"tests/loss {ORACLE}"),
-    Mutant("known positives of the batch are negatives", CONTRASTIVE, "known_ids_BJ=known", "known_ids_BJ=None", ORACLE),
+    Mutant("known positives of the batch are negatives", CONTRASTIVE, "known_ids_BJ=known_BJ", "known_ids_BJ=None", ORACLE),
     Mutant("known positives among the row's own are negatives", CONTRASTIVE, "self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])", "self.mask_BM[:, 1:]", f"tests/loss {ORACLE}"),
     Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_], most", "pad_to_multiple, None, most", f"tests/data/test_packing.py {ORACLE}"),
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
-    Mutant("a temperature that never arrives", CONTRASTIVE, "contrastive_loss(groups, loss.temperature,", "contrastive_loss(groups, 0.02,", LOSS),
-    Mutant("in-batch mode that never arrives", CONTRASTIVE, "loss.temperature, loss.in_batch", 'loss.temperature, "none"', LOSS),
+    Mutant("a temperature that never arrives", OBJECTIVE, "loss.temperature if log_temperature is None", "0.02 if log_temperature is None", LOSS),
+    Mutant("in-batch mode that never arrives", CONTRASTIVE, 'if loss.in_batch == "all" else 1', "if False else 1", LOSS),
     Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
     Mutant("GradCache forgets the first micro-batch", STEP, "with_graph.backward(e.grad)", "with_graph.backward(e.grad * min(i, 1))", LOSS),
     Mutant("a reduce-scatter after every micro-batch", FSDP, "set_requires_gradient_sync(is_last or not whole)", "set_requires_gradient_sync(True)", WIRE),

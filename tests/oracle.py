@@ -67,6 +67,7 @@ class Step:
     scores: list[Tensor]  # [B] cosines of the row's candidates, its positive first
     norm: float  # before clipping
     gradients: dict[str, Tensor]  # Hugging Face name -> after clipping
+    temperature: float  # of this step
 
 
 class Oracle:
@@ -78,6 +79,7 @@ class Oracle:
         self.pooling = pooling
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.count = 0
+        self.log_temperature: Tensor | None = None  # learned
         if dtype == torch.float64:  # transformers computes norms and angles in fp32 whatever the weights are
             self.model.rotary_emb.forward = self._angles
             for module in self.model.modules():
@@ -122,25 +124,51 @@ class Oracle:
         mean = torch.einsum("nld,nl->nd", hidden, (weights / weights.sum(1, keepdim=True)).to(hidden.dtype))
         return mean / mean.norm(dim=1, keepdim=True)
 
-    def losses(self, batch: Batch, in_batch: str, temperature: float) -> tuple[Tensor, list[Tensor]]:
-        """(cross-entropy of each row's positive among its candidates [B], the candidates' cosines); one row
-        at a time."""
+    def losses(self, batch: Batch, loss: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """(loss of each row [B], the cosines of its positive and its candidates); one row at a time."""
         ids = sorted(batch.tokens)
         rows = self.embed(batch.queries + [batch.tokens[i] for i in ids])
+        temperature: Any = loss["temperature"]
+        if loss.get("temperature_lr"):
+            if self.log_temperature is None:
+                self.log_temperature = torch.tensor(math.log(temperature), dtype=rows.dtype)
+                self.log_temperature.requires_grad_()
+            temperature = self.log_temperature.exp()
         q, documents = rows[: len(batch.queries)], dict(zip(ids, rows[len(batch.queries) :], strict=True))
         losses, scores = [], []
-        for b, own in enumerate(batch.documents):
-            others = [
-                theirs for other, theirs in enumerate(batch.documents) if other != b and in_batch != "none"
-            ]
-            found = own[1:] + [d for theirs in others for d in (theirs if in_batch == "all" else theirs[:1])]
-            right = batch.known[b] | {tuple(batch.tokens[own[0]])}
-            candidates = [own[0], *(d for d in found if d >= 0 and tuple(batch.tokens[d]) not in right)]
-            scores.append(torch.stack([q[b] @ documents[d] for d in candidates]))
+        for b in range(len(batch.queries)):
+            scores.append(self._scores(b, batch, q, documents, loss))
             losses.append(
                 torch.nn.functional.cross_entropy(scores[-1][None] / temperature, torch.tensor([0]))
             )
         return torch.stack(losses), [s.detach() for s in scores]
+
+    @staticmethod
+    def _scores(
+        b: int, batch: Batch, q: Tensor, documents: dict[int, Tensor], loss: dict[str, Any]
+    ) -> Tensor:
+        """The positive's cosine, then those of all that row b is contrasted with."""
+        in_batch, own = loss["in_batch"], batch.documents[b]
+
+        def usable(d: int) -> bool:
+            return d >= 0 and tuple(batch.tokens[d]) not in batch.known[b] | {tuple(batch.tokens[own[0]])}
+
+        positive = q[b] @ documents[own[0]]
+        found = [q[b] @ documents[d] for d in own[1:] if usable(d)]
+        own_texts = [batch.tokens[d] for d in own if d >= 0]
+        for other, theirs in enumerate(batch.documents):
+            if other == b:
+                continue
+            theirs = [d for d in (theirs if in_batch == "all" else theirs[:1]) if usable(d)]
+            if in_batch != "none":
+                found += [q[b] @ documents[d] for d in theirs]
+            if loss.get("query_query") and usable(batch.documents[other][0]):
+                found.append(q[b] @ q[other])
+            if loss.get("document_document"):
+                far = [d for d in theirs if batch.tokens[d] not in own_texts]
+                found += [documents[own[0]] @ documents[d] for d in far]
+        margin = loss.get("false_negative_margin")
+        return torch.stack([positive, *(s for s in found if margin is None or s <= positive + margin)])
 
     def step(
         self, batch: Batch, number: int, steps: int, loss: dict[str, Any], optim: dict[str, Any]
@@ -148,15 +176,27 @@ class Oracle:
         """Step `number` of 0, 1, ..., steps - 1, with the options under their names in a training
         configuration."""
         self.model.zero_grad()
-        losses, scores = self.losses(batch, **loss)
+        losses, scores = self.losses(batch, loss)
         losses.mean().backward()
+        learned = self.log_temperature
+        temperature = loss["temperature"] if learned is None else learned.exp().item()
         gradients = {name: p.grad for name, p in self.model.named_parameters()}
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         if optim["clip_norm"] > 0 and norm > optim["clip_norm"]:
             for g in gradients.values():
                 g *= optim["clip_norm"] / (norm + 1e-6)
-        self._adamw(self._rate(number, steps, optim), gradients, optim)
-        return Step(losses.detach(), scores, norm, {name: g.clone() for name, g in gradients.items()})
+        rate = self._rate(number, steps, optim)
+        self.count += 1
+        for name, p in self.model.named_parameters():
+            self._adamw(name, p, gradients[name], rate, optim["weight_decay"] if p.ndim > 1 else 0.0, optim)
+        if learned is not None:
+            rate *= loss["temperature_lr"] / optim["lr"]
+            self._adamw("temperature", learned, learned.grad, rate, 0.0, optim)
+            learned.grad = None
+            with torch.no_grad():
+                learned.clamp_(math.log(0.005), 0.0)
+        kept = {name: g.clone() for name, g in gradients.items()}
+        return Step(losses.detach(), scores, norm, kept, temperature)
 
     @staticmethod
     def _rate(number: int, steps: int, optim: dict[str, Any]) -> float:
@@ -168,14 +208,11 @@ class Oracle:
         return lr - (lr - low) * (number - warmup) / (steps - warmup)
 
     @torch.no_grad()
-    def _adamw(self, lr: float, gradients: dict[str, Tensor], optim: dict[str, Any]) -> None:
+    def _adamw(self, name: str, p: Tensor, g: Tensor, lr: float, decay: float, optim: dict[str, Any]) -> None:
         """arXiv:1711.05101, algorithm 2, decay times lr; only matrices decay."""
         beta1, beta2 = optim["beta1"], optim["beta2"]
-        self.count += 1
-        for name, p in self.model.named_parameters():
-            g = gradients[name]
-            m, v = self.moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
-            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-            self.moments[name] = m, v
-            m, v = m / (1 - beta1**self.count), v / (1 - beta2**self.count)
-            p -= lr * ((optim["weight_decay"] if p.ndim > 1 else 0.0) * p + m / (v.sqrt() + optim["eps"]))
+        m, v = self.moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        self.moments[name] = m, v
+        m, v = m / (1 - beta1**self.count), v / (1 - beta2**self.count)
+        p -= lr * (decay * p + m / (v.sqrt() + optim["eps"]))

@@ -51,18 +51,53 @@ class ParallelConfig(Options, section="parallel"):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Options, section="loss"):
-    """InfoNCE."""
+    """InfoNCE, and terms beside it."""
 
     temperature: float = 0.02
-    """Divisor of the similarities."""
+    """Divisor of the similarities; where it is learned, its first value."""
+    temperature_lr: float = 0.0
+    """Peak learning rate of the temperature's logarithm, on the schedule of optim.lr; 0: it is not learned.
+    CLIP's 5e-4 moves it by at most 0.05 % a step."""
     in_batch: Literal["none", "positives", "all"] = "none"
     """Documents that a query is contrasted with besides its own hard negatives, gathered over the global
     batch: "none" (the paper), "positives" (of other rows), "all" (positives and negatives of other rows)."""
+    query_query: bool = False
+    """Whether a query is contrasted with the other rows' queries too."""
+    document_document: bool = False
+    """Whether a query's positive is contrasted with the other rows' documents too: those of in_batch, with
+    in_batch "none" their positives."""
+    false_negative_margin: float | None = None
+    """Candidates whose similarity is more than this above that of the query and its positive are left out, as
+    they are likely to be right (0.1 in Qwen3-Embedding); null: none is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
             raise UserError(f"loss.temperature={self.temperature} must be positive; the paper uses 0.02")
+        if not self.temperature_lr >= 0:
+            raise UserError(f"loss.temperature_lr={self.temperature_lr} must not be negative; 0: not learned")
+        if self.temperature_lr and not 0.005 <= self.temperature <= 1:
+            raise UserError(
+                f"loss.temperature={self.temperature} must lie between 0.005 and 1, where "
+                "loss.temperature_lr learns it"
+            )
+        margin = self.false_negative_margin
+        if margin is not None and not 0 <= margin <= 2:
+            raise UserError(
+                f"loss.false_negative_margin={margin} must lie between 0 and 2, the most that two cosines "
+                "differ by; null: no candidate is left out"
+            )
+
+    @property
+    def has_in_batch(self) -> bool:
+        """Whether other rows bring candidates, and micro-batches are joined by GradCache."""
+        return self.in_batch != "none" or self.query_query or self.document_document
+
+    def columns(self, num_hard_negatives: int) -> int:
+        """Documents of a row that are gathered over the global batch."""
+        if self.in_batch == "none":
+            return int(self.document_document)
+        return 1 + num_hard_negatives if self.in_batch == "all" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +257,7 @@ class TrainConfig(Options):
                 f"optim.warmup_steps={warmup_steps} is not below steps={self.steps}: the rate would never "
                 f"be at optim.lr={self.optim.lr}; lower it, or leave it out for a tenth of the steps"
             )
-        mixed = len(self.data.datasets) > 1 and self.data.batches == "mixed" and self.loss.in_batch != "none"
+        mixed = len(self.data.datasets) > 1 and self.data.batches == "mixed" and self.loss.has_in_batch
         for dataset in self.data.datasets if mixed else ():
             if dataset.task_type in ("classification", "clustering"):
                 raise UserError(
@@ -235,7 +270,7 @@ class TrainConfig(Options):
             raise UserError(
                 f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off"
             )
-        if self.data.num_hard_negatives == 0 and self.loss.in_batch == "none":
+        if self.data.num_hard_negatives == 0 and not self.loss.has_in_batch:
             raise UserError(
                 "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in "
                 "the softmax and the loss is 0; set loss.in_batch=positives or give hard negatives"

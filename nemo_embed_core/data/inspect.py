@@ -218,7 +218,7 @@ def _packing(store: Store, config: DataConfig) -> dict[str, Any]:
     if long == len(store):
         return found
     drop = replace(config, on_long_row="drop")
-    mix = population(store, drop, "positives", log=lambda line: None, seed=SEED).parts
+    mix = population(store, drop, True, log=lambda line: None, seed=SEED).parts
     draws = sum(part.draws for part in mix)
     most = draws if config.batches == "mixed" else min(len(part.rows) for part in mix if len(part.rows))
     for size in sorted({min(size, most) for size in STEPS}):

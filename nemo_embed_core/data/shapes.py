@@ -62,7 +62,7 @@ class Most:
     def of(found: Iterable[Most]) -> Most:
         return Most(*(max(values) for values in zip(*map(astuple, found), strict=True)))
 
-    def step(self, num_documents: int, in_batch: str, queries_of_rank: int) -> list[Shape]:
+    def step(self, num_documents: int, has_in_batch: bool, queries_of_rank: int) -> list[Shape]:
         """Micro-batches that need no less memory than any of the run: the peak of one comes where gradients
         are added to those of another, so there are two where a step can have several.
 
@@ -70,7 +70,7 @@ class Most:
         meet in one loss, so there the queries are those of a whole step, halved.
         """
         count = min(2, self.micro_batches)
-        queries = self.queries if in_batch == "none" else -(-queries_of_rank // count)
+        queries = -(-queries_of_rank // count) if has_in_batch else self.queries
         rest = self.tokens - self.longest
         others = min(self.sequences - 1, rest)
         short = [rest // others + (i < rest % others) for i in range(others)]

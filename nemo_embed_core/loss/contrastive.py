@@ -1,15 +1,17 @@
 """InfoNCE of the paper and its in-batch variants, equal at any world size and any micro-batching.
 
-    loss[b] = logsumexp_c(q_b . d_c / t) - q_b . d_pos(b) / t        summed over the candidates c of row b
+    loss[b] = logsumexp_c(s_c / t) - s(q_b, d_b) / t       over its positive d_b and the row's candidates c
 
-in_batch   candidates of row b
-"none"       its positive and its own hard negatives (arXiv:2511.07025)
-"positives"  + the positives of all other rows of the global batch
-"all"        + the positives and the hard negatives of all other rows
+                     candidates of row b beside its own hard negatives, with their similarity s_c
+in_batch             s(q_b, d_j) of other rows j of the global batch: "positives", "all": hard negatives too
+query_query          s(q_b, q_j) of other rows' queries
+document_document    s(d_b, d_j) of its positive with the same documents (with in_batch "none" positives)
 
-A document that is right for the row is no candidate, wherever it comes from: the same text as its positive,
-another positive of the row, a positive of a row with the same query (Groups.known_BJ). Exactly these: no row
-excludes what another one knows.
+What is right for the row is no candidate, wherever it comes from: the same text as its positive, another
+positive of the row, a positive of a row with the same query or of the same class, and the queries of such
+positives (Groups.known_BJ). Exactly these: no row excludes what another one knows. document_document leaves
+out copies of the row's own negatives too. false_negative_margin: nor is a candidate, an own hard negative
+too, with s_c > s(q_b, d_b) + margin.
 
 b, B queries (of this rank) · K hard negatives · M = 1 + K documents per query · D hidden_size · P columns of
 the batch
@@ -17,18 +19,15 @@ the batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_embed_core.config import LossConfig
-from nemo_embed_core.kernels.info_nce import info_nce_hard, info_nce_in_batch
+from nemo_embed_core.kernels.info_nce import in_batch_logsumexp, info_nce_hard, info_nce_in_batch
 from nemo_embed_core.parallel.collectives import all_gather_rows, gather_tokens
-
-InBatch = Literal["none", "positives", "all"]
 
 
 @dataclass(frozen=True)
@@ -54,90 +53,124 @@ class Groups:
         return self.mask_BM[:, 1:] & ~self.is_right(self.ids_BM[:, 1:])
 
 
-# What `objective` sums over micro-batches and ranks, and `figures` reads.
-SUMS = ("hits", "positive", "negative", "negatives", "ranked_rows")
+@dataclass(frozen=True)
+class Columns:
+    """What all ranks contribute of their rows, in the order of ranks; None where no term needs it."""
+
+    docs_PD: Tensor | None  # each row's positive, or all its documents
+    ids_P: Tensor  # of the documents; without them of the positives
+    valid_P: Tensor  # bool
+    queries_QD: Tensor | None
+    labels_B: Tensor  # column of this rank's positives
 
 
-def scored_dtype(in_batch: InBatch, run: torch.dtype) -> torch.dtype:
+def scored_dtype(in_batch: bool, run: torch.dtype) -> torch.dtype:
     """Of the rows that the loss scores in a run of this dtype; sums are fp32 (fp64 for fp64) in any case.
 
-    With in_batch the scores are GEMMs, 8 B P D FLOP: in a bf16 run unit rows are rounded once from fp32 to
-    bf16, which tensor cores multiply exactly. The standard deviation of a cosine is then 3.6e-5 near 0 and
+    With in-batch terms the scores are GEMMs, 8 B P D FLOP: in a bf16 run unit rows are rounded once from fp32
+    to bf16, which tensor cores multiply exactly. The standard deviation of a cosine is then 3.6e-5 near 0 and
     6.2e-5 near 0.95 at D = 4096 (3e-3 of a logit at temperature 0.02); where most of a row's length is in one
     coordinate a cosine may be off by 2^-8. A query's own documents alone are bound by memory, and rounding
     them moves more bytes (18 an element) than it saves (12 without): they stay fp32.
     """
-    return run if in_batch != "none" else torch.promote_types(run, torch.float32)
+    return run if in_batch else torch.promote_types(run, torch.float32)
 
 
-def objective(
-    groups: Groups, loss: LossConfig, run: torch.dtype, dp_group: Any, dp_rank: int
-) -> tuple[Tensor, Tensor]:
-    """(loss [B] to take gradients of, SUMS in fp64 to report): all that a step asks of this package.
+def gather_columns(
+    groups: Groups, loss: LossConfig, dp_group: Any, dp_rank: int, dtype: torch.dtype
+) -> Columns | None:
+    """Every dp rank calls this with equally many rows. Rows travel rounded to dtype, with gradient.
 
-    run: dtype of the forward. Gradients have the dtype of the groups' rows.
+    The gather's backward sums over ranks and FSDP averages over dp: with the mean over this rank's rows that
+    is exactly the gradient of the mean over the global batch.
     """
-    dtype = scored_dtype(loss.in_batch, run)
-    losses_B = contrastive_loss(groups, loss.temperature, loss.in_batch, dp_group, dp_rank, dtype)
-    return losses_B, retrieval_stats(groups, loss.in_batch)
-
-
-def figures(totals: Mapping[str, float]) -> dict[str, float | None]:
-    """What metrics.jsonl says of the loss, from SUMS of a global batch, "rows" and "loss" (their sum)."""
-    return {
-        "loss": totals["loss"] / totals["rows"],
-        # Of rows that have a candidate; None where no row of the step has one.
-        "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
-        "rows_without_candidates": round(totals["rows"] - totals["ranked_rows"]),
-        "positive_similarity": totals["positive"] / totals["rows"],
-        "negative_similarity": totals["negative"] / max(1.0, totals["negatives"]),
-    }
+    if not loss.has_in_batch:
+        return None
+    count = groups.ids_BM.shape[1] if loss.in_batch == "all" else 1  # documents of a row that are gathered
+    ids_B = groups.ids_BM.masked_fill(~groups.mask_BM, -1)[:, :count].flatten()
+    ids_P = all_gather_rows(ids_B, dp_group) if dp_group.size() > 1 else ids_B
+    has_documents = loss.in_batch != "none" or loss.document_document
+    local = groups.docs_BMD[:, :count].flatten(0, 1)
+    docs_PD = gather_tokens(local, dp_group, dtype) if has_documents else None
+    queries_QD = gather_tokens(groups.q_BD, dp_group, dtype) if loss.query_query else None
+    B = len(groups.q_BD)
+    labels_B = count * (dp_rank * B + torch.arange(B, device=local.device))
+    return Columns(docs_PD, ids_P, ids_P >= 0, queries_QD, labels_B)
 
 
 def contrastive_loss(
     groups: Groups,
-    temperature: float,
-    in_batch: InBatch,
-    dp_group: Any,
-    dp_rank: int,
+    columns: Columns | None,
+    loss: LossConfig,
+    temperature: float | Tensor,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """loss [B] in fp32, one value per query of this rank; rows are rounded to dtype before they are scored.
 
-    With in_batch every dp rank must call this with equally many rows: documents are gathered over dp with
-    gradient. The gather's backward sums over ranks and FSDP averages over dp: with the mean over this rank's
-    rows that is exactly the gradient of the mean over the global batch. A row without any candidate has loss
-    0.
+    A row without any candidate has loss 0.
     """
-    negative_BK, dtype = groups.negative_BK, dtype or groups.q_BD.dtype
-    q_BD = groups.q_BD.to(dtype)
-    if in_batch == "none":
-        mask_BM = torch.cat([groups.mask_BM[:, :1], negative_BK], 1)
-        return info_nce_hard(q_BD, groups.docs_BMD.to(dtype), mask_BM, temperature)
-    B, M = groups.mask_BM.shape
-    if in_batch == "positives":
-        local, ids, valid = groups.docs_BMD[:, 0], groups.ids_BM[:, 0], groups.mask_BM[:, 0]
-        own = {"own_docs_BKD": groups.docs_BMD[:, 1:].to(dtype), "own_mask_BK": negative_BK} if M > 1 else {}
+    negative_BK, dtype, known_BJ = groups.negative_BK, dtype or groups.q_BD.dtype, groups.known_BJ
+    q_BD, docs_BMD = groups.q_BD.to(dtype), groups.docs_BMD.to(dtype)
+    needs_positive = loss.query_query or loss.document_document or loss.false_negative_margin is not None
+    positive_B = _scores(q_BD, docs_BMD[:, :1])[:, 0] if needs_positive else None
+    limits_B = None
+    if loss.false_negative_margin is not None:
+        assert positive_B is not None
+        limits_B = positive_B.detach() + loss.false_negative_margin
+        with torch.no_grad():
+            negative_BK = negative_BK & (_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])
+    if columns is None or columns.docs_PD is None or loss.in_batch == "none":
+        losses_B = info_nce_hard(
+            q_BD, docs_BMD, torch.cat([groups.mask_BM[:, :1], negative_BK], 1), temperature
+        )
     else:
-        local, ids, valid = groups.docs_BMD.flatten(0, 1), groups.ids_BM.flatten(), groups.mask_BM.flatten()
         own = {}
-    columns_PD = gather_tokens(local, dp_group, dtype)
-    if dp_group.size() > 1:
-        ids = all_gather_rows(ids, dp_group)
-        valid = all_gather_rows(valid.to(torch.int64), dp_group).bool()
-    rows = torch.arange(B, device=local.device)
-    labels_B = dp_rank * local.shape[0] + rows * (local.shape[0] // B)
-    known = groups.known_BJ
-    return info_nce_in_batch(
-        q_BD, columns_PD, labels_B, temperature, doc_ids_P=ids, valid_P=valid, known_ids_BJ=known, **own
-    )
+        if loss.in_batch == "positives" and negative_BK.shape[1]:
+            own = {"own_docs_BKD": docs_BMD[:, 1:], "own_mask_BK": negative_BK}
+        losses_B = info_nce_in_batch(
+            q_BD, columns.docs_PD, columns.labels_B, temperature, doc_ids_P=columns.ids_P,
+            valid_P=columns.valid_P, known_ids_BJ=known_BJ, limits_B=limits_B, **own,
+        )  # fmt: skip
+    for extra_B in _extra_terms(groups, columns, loss, temperature, q_BD, docs_BMD[:, 0], limits_B):
+        assert positive_B is not None
+        losses_B = torch.logaddexp(losses_B, extra_B - positive_B / temperature)
+    return losses_B
+
+
+def _extra_terms(
+    groups: Groups, columns: Columns | None, loss: LossConfig, temperature: float | Tensor,
+    q_BD: Tensor, positives_BD: Tensor, limits_B: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """logsumexp [B] over the candidates of each further term; -inf where a row has none."""
+    terms: list[Tensor] = []
+    if columns is None:
+        return terms
+    row_ids_B, known_BJ = groups.ids_BM[:, 0], groups.known_BJ
+    if columns.queries_QD is not None:
+        # A query stands for its positive: it is left out where that is right for the row.
+        count = len(columns.ids_P) // len(columns.queries_QD)
+        ids_Q, valid_Q = columns.ids_P[::count], columns.valid_P[::count]
+        rule = row_ids_B, ids_Q, valid_Q, known_BJ, limits_B
+        terms.append(in_batch_logsumexp(q_BD, columns.queries_QD, temperature, *rule))
+    if loss.document_document and columns.docs_PD is not None:
+        own_BK = groups.ids_BM[:, 1:].masked_fill(~groups.mask_BM[:, 1:], -2)
+        left_out = own_BK if known_BJ is None else torch.cat([known_BJ, own_BK], 1)
+        rule = row_ids_B, columns.ids_P, columns.valid_P, left_out, limits_B
+        terms.append(in_batch_logsumexp(positives_BD, columns.docs_PD, temperature, *rule))
+    return terms
+
+
+def _scores(q_BD: Tensor, docs_BMD: Tensor) -> Tensor:
+    """[B, M] of a query's own documents, summed in fp32 or wider."""
+    wide = torch.promote_types(q_BD.dtype, torch.float32)
+    return (q_BD.to(wide)[:, None] * docs_BMD.to(wide)).sum(-1)
 
 
 @torch.no_grad()
-def retrieval_stats(groups: Groups, in_batch: InBatch) -> Tensor:
-    """SUMS [5] in fp64, to be added over micro-batches and ranks: rows whose positive outranks every
-    candidate at hand, sum of positive similarities, sum of negative similarities, number of negatives, rows
-    with a candidate.
+def retrieval_stats(groups: Groups, in_batch: str) -> Tensor:
+    """[5] in fp64, to be added over micro-batches and ranks: rows whose positive outranks every candidate at
+    hand, sum of positive similarities, sum of negative similarities, number of negatives, rows with a
+    candidate.
 
     Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same
     micro-batch, but for documents that are right for the row. A row without one is neither a hit nor a miss.

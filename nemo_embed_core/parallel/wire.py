@@ -20,9 +20,10 @@ tp (no SP)     all_reduce       of T D: embedding 1 forward; a block 2 forward, 
 tp (fp8)       all_gather       of a block 2 forward and 2 of the 4 backward: 1 byte an element
                all_reduce       the largest values, 4 bytes: a block 4 forward (2 without SP), 2 backward, and
                                 4 of its weights, once a step; with reshard in each forward and backward
-dp             all_gather       with in-batch negatives: documents as they are scored, in the dtype of the
-                                run, their ids and which exist, once a step
-               reduce_scatter   the gradients of those documents, in fp32, once a step
+dp             all_gather       with in-batch terms: documents, and for query-query queries, as they are
+                                scored, in the dtype of the run, and the documents' ids, once a step
+               reduce_scatter   the gradients of those rows, in fp32, once a step
+               all_reduce       the gradient of a learned temperature, 4 bytes
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 
 GradCache (in-batch negatives and n > 1) runs each forward but the first micro-batch's twice; full
@@ -70,9 +71,9 @@ class Wire:
     sequence_parallel: bool = True
     reshard: bool = False
     recompute: bool = False
-    in_batch_columns: int = (
-        0  # documents of a rank that its queries and others' are contrasted with; 0: own alone
-    )
+    in_batch_columns: int = 0  # documents of a rank that go to all ranks; 0: own alone
+    in_batch_queries: int = 0  # likewise
+    learned_temperature: bool = False
     weight_bytes: int = (
         2  # of an element: as weights run and columns are scored, gradients are reduced, and rows are pooled
     )
@@ -95,7 +96,9 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         found[axis, operation][1] += calls * each
 
     n, s, L, D = len(micro_batches), wire.dp_shard, wire.num_layers, wire.hidden_size
-    passes = [1] + [2 if wire.in_batch_columns else 1] * (n - 1)  # forwards of each micro-batch
+    passes = [1] + [2 if wire.in_batch_columns or wire.in_batch_queries else 1] * (
+        n - 1
+    )  # forwards of each micro-batch
     gathers, reductions = (sum(passes) + n, n) if wire.reshard else (1, 1)
     for shapes in wire.units:
         numel = sum(-(-rows // s) * s * torch.Size(rest).numel() for rows, *rest in shapes)
@@ -131,13 +134,16 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
     if s > 1:
         add("dp_shard", "all_reduce", 1, 4)
     dp = s * wire.dp_replicate
-    if wire.in_batch_columns and dp > 1:
-        # The same ranks have one name.
-        axis = "dp_shard" if wire.dp_replicate == 1 else "dp_replicate" if s == 1 else "dp"
-        columns = dp * wire.in_batch_columns
-        add(axis, "all_gather", 1, columns * D * wire.weight_bytes)
-        add(axis, "all_gather", 2, columns * 8)
-        add(axis, "reduce_scatter", 1, columns * D * wire.row_bytes)
+    # The same ranks have one name.
+    axis = "dp_shard" if wire.dp_replicate == 1 else "dp_replicate" if s == 1 else "dp"
+    rows = [count for count in (wire.in_batch_columns, wire.in_batch_queries) if count and dp > 1]
+    for count in rows:
+        add(axis, "all_gather", 1, dp * count * D * wire.weight_bytes)
+        add(axis, "reduce_scatter", 1, dp * count * D * wire.row_bytes)
+    if rows:
+        add(axis, "all_gather", 1, dp * rows[0] * 8)
+    if wire.learned_temperature and dp > 1:
+        add(axis, "all_reduce", 1, 4)
     return {key: Traffic(*values) for key, values in sorted(found.items())}
 
 

@@ -91,7 +91,7 @@ def plan(config: PlanConfig, log: Callable[[str], None] = print) -> Found:
     train = TrainConfig.from_yaml(*config.files)
     model, words = _model(train)
     texts = texts_of(
-        config.store, train.data, train.loss.in_batch, config.lengths, train.global_batch_size, train.seed
+        config.store, train.data, train.loss.has_in_batch, config.lengths, train.global_batch_size, train.seed
     )
     if train.epochs is not None:
         texts = texts if texts.sampler else _at_their_caps(config, train, texts)
@@ -207,7 +207,7 @@ def _worst(train: TrainConfig, texts: Texts, candidate: Candidate) -> list[Shape
     queries = max(1, min(rows, round(tokens / mean / (1 + M))))
     sequences = queries * (1 + M)
     most = Most(tokens, sequences, -(-tokens // sequences), queries, candidate.micro_batches)
-    return most.step(M, train.loss.in_batch, rows)
+    return most.step(M, train.loss.has_in_batch, rows)
 
 
 LAYERS = (2, 4)  # of the models whose peaks are continued to the whole one
@@ -264,12 +264,14 @@ def traffic_of(train: TrainConfig, model: ModelConfig, layout: Layout, step: Spl
 
 def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
     queries, split = train.global_batch_size // layout.dp, train.optim.master_weights == "split"
-    columns = {"none": 0, "positives": 1, "all": 1 + train.data.num_hard_negatives}[train.loss.in_batch]
     return Wire(
         units=rank_units(model, layout.tp), hidden_size=model.hidden_size, dp_shard=layout.shard,
         dp_replicate=layout.replicate, tp=layout.tp, sequence_parallel=train.parallel.sequence_parallel,
         reshard=train.parallel.reshard_after_forward and (layout.dp > 1 or not split),
         recompute=train.activation_checkpointing == "full", fp8=train.precision == "fp8",
         head_norms=[model.head_dim] * (len(HEAD_NORMS) if family_of(model).qk_norm else 0),
-        in_batch_columns=columns * queries, reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
+        in_batch_columns=train.loss.columns(train.data.num_hard_negatives) * queries,
+        in_batch_queries=queries if train.loss.query_query else 0,
+        learned_temperature=train.loss.temperature_lr > 0,
+        reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.loss.temperature import Temperature
 from nemo_embed_core.model.attention import Attention, pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
@@ -84,6 +85,10 @@ class Engine:
             matrices = {p: place for p, place in places.items() if place is not None}
             self.optimizer = build_optimizer(self.model, config.optim, config.seed, matrices)
             ensure_state(self.optimizer)
+            self.temperature: Temperature | None = None
+            if config.loss.temperature_lr:
+                wide = torch.promote_types(self.dtype, torch.float32)
+                self.temperature = Temperature(config.loss, config.optim, wide, mesh.device)
 
     def box(self, name: str) -> Box:
         """What this rank holds of our parameter."""
@@ -110,9 +115,15 @@ class Engine:
             before(phase, i)
 
         self.optimizer.zero_grad(set_to_none=True)
+        log_temperature = None
+        if self.temperature is not None:
+            self.temperature.drop_gradient()
+            log_temperature = self.temperature.log
         try:
             with weights_kept(self.model):
-                return forward_backward(self.model, batches, self.mesh, self.config.loss, self.dtype, begin)
+                return forward_backward(
+                    self.model, batches, self.mesh, self.config.loss, self.dtype, begin, log_temperature
+                )
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
                 error.add_note(self._memory_note(batches, at))
@@ -138,6 +149,8 @@ class Engine:
         sync_replicated_grads(self.model, self.mesh)
         norm = grad_norm(self.model.parameters(), self.mesh)
         self.factor = clip_factor(norm, self.config.optim.clip_norm)
+        if self.temperature is not None:
+            self.temperature.reduce(self.mesh.dp_group)
         return norm
 
     def update(self, lr: float, finite: Tensor | None = None) -> None:
@@ -145,10 +158,14 @@ class Engine:
         `finite`, a bool on the device, is false."""
         factor = self.factor if finite is None else torch.where(finite, self.factor, 0.0)
         update(self.optimizer, lr, factor)
+        if self.temperature is not None:
+            self.temperature.update(lr, factor != 0)
 
     def drop_step(self) -> None:
         """Forget a forward_backward that was left half-done; weights and moments were not touched by it."""
         fsdp.drop_step(self.model)
+        if self.temperature is not None:
+            self.temperature.drop_gradient()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_embed_core.config import ModelConfig, TrainConfig
+from nemo_embed_core.config import LossConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
-from nemo_embed_core.loss.contrastive import SUMS, figures
+from nemo_embed_core.loss.objective import figures, sum_names
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh
 
@@ -123,9 +123,6 @@ def console_line(m: Mapping[str, Any], steps: int) -> str:
     return line + f"  mem {m['memory_gb']:.2f} GB" + ("  SKIPPED (loss spike)" if m["skipped"] else "")
 
 
-TOTALS = ("loss", *SUMS, "rows", "tokens", "squares", "stop", "save_failed")
-
-
 class ToHost:
     """values.tolist(), which waits for these values and not for what the device is given after them."""
 
@@ -144,6 +141,7 @@ def step_totals(
     losses_B: Tensor,
     stats: Tensor,
     norm: Tensor,
+    loss: LossConfig,
     batches: Sequence[MicroBatch],
     mesh: Mesh,
     stop: bool,
@@ -162,10 +160,12 @@ def step_totals(
     all_reduce_world_(vector)
     copy = ToHost(torch.cat([vector, norm.double()[None]]))
 
+    names = ("loss", *sum_names(loss), "rows", "tokens", "squares", "stop", "save_failed")
+
     def totals() -> dict[str, float]:
-        values = copy.tolist()  # the only host sync of a step
-        totals = {name: value / mesh.tp.size for name, value in zip(TOTALS, values, strict=False)}
-        return {**totals, "grad_norm": values[-1]}
+        *sums, grad_norm = copy.tolist()  # the only host sync of a step
+        totals = {name: value / mesh.tp.size for name, value in zip(names, sums, strict=True)}
+        return {**totals, "grad_norm": grad_norm}
 
     return vector[0].isfinite() & norm.isfinite(), totals
 

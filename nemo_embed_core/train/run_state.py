@@ -22,7 +22,7 @@ from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import usage_of_training
 from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights, write_values
 from nemo_embed_core.checkpoint.write import Piece
-from nemo_embed_core.config import ModelConfig, OptimConfig, TrainConfig
+from nemo_embed_core.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from nemo_embed_core.data import mix
 from nemo_embed_core.data.packing import draw_rows
 from nemo_embed_core.data.population import Population, population
@@ -126,7 +126,7 @@ def population_of(
     """Of a new run, or of the one that continues from this manifest."""
     keep_lone = draws_lone_rows(manifest)
     return population(
-        store, config.data, config.loss.in_batch, config.parallel.tp_size, log, keep_lone, config.seed
+        store, config.data, config.loss.has_in_batch, config.parallel.tp_size, log, keep_lone, config.seed
     )
 
 
@@ -257,7 +257,7 @@ class RunState:
         config, mesh = self.engine.config, self.engine.mesh
         model, options = to_dict(self.engine.model_config), to_dict(config)
         rows_per_dataset = [source["rows"] for source in self.store.manifest["sources"]]
-        pooling = self.engine.model_config.pooling
+        pooling, temperature = self.engine.model_config.pooling, self.engine.temperature
         return {
             "layout": {
                 "tp_size": mesh.tp.size,
@@ -272,6 +272,7 @@ class RunState:
             "overrides": self.overrides,
             "ledger": self.ledger,
             "skipped": self.skipped,
+            **({"temperature": temperature.state()} if temperature is not None else {}),
             "drawn": dict(self.drawn),  # as it is now: it may be written later
             "recent_losses": self.losses.losses,
             "usage": usage_of_training(options["data"], pooling, rows_per_dataset).to_json(),
@@ -304,6 +305,12 @@ class RunState:
             )
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
             set_num_updates(self.engine.optimizer, self.step - self.skipped)
+        if (temperature := self.engine.temperature) is not None:
+            if "temperature" in reader.manifest:
+                temperature.load(reader.manifest["temperature"])
+            else:
+                start = self.engine.config.loss.temperature
+                log(f"loss.temperature_lr: learned from step {self.step + 1} on, from {start}")
         self._load_drawn(reader.manifest, sampler, log)
         log(f"resumed from {folder} at step {self.step}")
 
@@ -338,9 +345,10 @@ class RunState:
         if self.optim.warmup_steps is None:  # left out: the run keeps the one that it began with
             self.optim = replace(self.optim, warmup_steps=old["optim"]["warmup_steps"])
         new = json.loads(json.dumps({**to_dict(config), "optim": to_dict(self.optim)}))
+        options = {"loss": LossConfig, "optim": OptimConfig}
         for key in ("steps", "loss", "optim", "precision"):
-            was = (
-                {**to_dict(OptimConfig()), **old[key]} if key == "optim" else old.get(key)
-            )  # older: fewer options
+            was = old.get(key)
+            if key in options:  # older: fewer options
+                was = {**to_dict(options[key]()), **was}
             if was != new[key]:
                 log(f"WARNING: {key} changed since the checkpoint: {was} -> {new[key]}")

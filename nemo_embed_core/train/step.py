@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemo_embed_core.config import LossConfig
 from nemo_embed_core.data.packing import MicroBatch
-from nemo_embed_core.loss.contrastive import Groups, objective
+from nemo_embed_core.loss.contrastive import Groups
+from nemo_embed_core.loss.objective import objective
 from nemo_embed_core.model.attention import Segments
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.parallel.fsdp import begin_micro_batch
@@ -57,9 +58,10 @@ def forward_backward(
     loss: LossConfig,
     dtype: torch.dtype,
     before: Callable[[str, int], None] = lambda phase, i: None,
+    log_temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each of this rank's queries [B], loss.contrastive.SUMS of them); gradients are left on the
-    parameters.
+    """(loss of each of this rank's queries [B], loss.objective.sum_names of them); gradients are left on the
+    parameters, and on log_temperature, where it is learned.
 
     `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally
     often on every rank; what it raises ends the step there. dtype: of the forward.
@@ -69,14 +71,14 @@ def forward_backward(
     """
     rows = sum(len(batch.query_index) for batch in batches)
     batches = [batch.to(mesh.device) for batch in batches]
-    if loss.in_batch != "none" and len(batches) > 1:
-        return _grad_cache(model, batches, mesh, loss, dtype, rows, before)
+    if loss.has_in_batch and len(batches) > 1:
+        return _grad_cache(model, batches, mesh, loss, dtype, rows, before, log_temperature)
     losses, stats = [], []
     for i, batch in enumerate(batches):
         before("forward", i)
         begin_micro_batch(model, i == len(batches) - 1)
         groups = group(embed(model, batch), batch)
-        losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank)
+        losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank, log_temperature)
         before("backward", i)
         (losses_B.sum() / rows).backward()
         losses.append(losses_B.detach())
@@ -92,6 +94,7 @@ def _grad_cache(
     dtype: torch.dtype,
     rows: int,
     before: Callable[[str, int], None],
+    log_temperature: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     embeddings = []
     for i, batch in enumerate(batches[1:], 1):
@@ -105,7 +108,7 @@ def _grad_cache(
     embeddings.insert(0, with_graph.detach().requires_grad_())
     before("loss", 0)
     groups = _concat([group(e, batch) for e, batch in zip(embeddings, batches, strict=True)])
-    losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank)
+    losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank, log_temperature)
     (losses_B.sum() / rows).backward()
     for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
         if i > 0:

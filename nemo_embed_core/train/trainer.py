@@ -196,7 +196,9 @@ class Trainer:
         )  # fmt: skip
         most = Most.of(gather_objects(mine))
         shapes = most.step(
-            1 + config.data.num_hard_negatives, config.loss.in_batch, config.global_batch_size // mesh.dp_size
+            1 + config.data.num_hard_negatives,
+            config.loss.has_in_batch,
+            config.global_batch_size // mesh.dp_size,
         )
         of = f"micro-batch of steps {self.step + 1} to {config.num_steps}"
         try:
@@ -250,7 +252,9 @@ class Trainer:
         failpoint("step.backward", self.step)
 
         note("totals")
-        finite, read = step_totals(losses_B, stats, norm, batches, mesh, self._stop, self.saver.failed)
+        finite, read = step_totals(
+            losses_B, stats, norm, config.loss, batches, mesh, self._stop, self.saver.failed
+        )
         lr = learning_rate(self.step, config.num_steps, self.state.optim)
         waits = config.on_spike == "skip"  # for the loss, which decides whether there is an update
         if not waits:

@@ -43,8 +43,8 @@ def with_options(config: DataConfig, **options: dict[str, Any]) -> DataConfig:
     return replace(config, datasets=[replace(d, **options.get(d.path[-7], {})) for d in config.datasets])
 
 
-def drawn(store, config: DataConfig, in_batch: str = "positives", **options: Any):
-    return population(store, config, in_batch, log=lambda message: None, **options)
+def drawn(store, config: DataConfig, has_in_batch: bool = True, **options: Any):
+    return population(store, config, has_in_batch, log=lambda message: None, **options)
 
 
 # weight: of 50 rows an epoch has
@@ -87,7 +87,7 @@ def test_a_cap_is_a_sample_that_depends_on_the_seed_alone(store, config):
 def test_a_cap_is_met_by_rows_that_can_be_drawn(store, config):
     """40 of a's 50 rows have a negative; a row that is left out is not too long, and takes no place."""
     capped = with_options(config, a={"cap": 40})
-    parts = drawn(store, capped, "none").parts
+    parts = drawn(store, capped, False).parts
     assert parts[0].rows.tolist() == [i for i in range(50) if i % 5]
     small = replace(with_options(config, a={"cap": 1}, b={"cap": 1}, c={"cap": 1}), max_tokens=60)
     long = set(np.flatnonzero(longest_draws(store, 1) > 60).tolist())

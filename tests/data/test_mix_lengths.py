@@ -155,11 +155,11 @@ def test_a_row_is_too_long_by_the_lengths_of_its_dataset(config, tokenizer):
     config = replace(config, datasets=[one, replace(one, document_max_length=12, name="cut")], max_tokens=60)
     store = opened(config, tokenizer)
     with pytest.raises(UserError) as caught:
-        population(store, config, "positives")
+        population(store, config, True)
     first, long = store.dataset_ends[0], str(caught.value).count("b.jsonl:")
     assert f"{long} of 40 rows can have more than data.max_tokens=60 tokens" in str(caught.value)
     assert 0 < long < 20 and "lower data.document_max_length (or a dataset's own)" in str(caught.value)
-    left = population(store, replace(config, on_long_row="drop"), "positives", log=lambda line: None).parts
+    left = population(store, replace(config, on_long_row="drop"), True, log=lambda line: None).parts
     assert [len(part.rows) for part in left] == [20 - long, 20] and left[1].rows[0] == first
 
 

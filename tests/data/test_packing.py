@@ -331,8 +331,8 @@ def test_the_most_of_all_steps_is_the_most_of_their_tensors(dp_size, pad, few_sh
         queries=max(len(m.query_index) for m in all_batches),
         micro_batches=max(len(batches) for ranks in steps for batches in ranks),
     )
-    for in_batch, queries in (("none", most.queries), ("all", {1: 16, 2: 8, 4: 4, 16: 2}[dp_size])):
-        shapes = most.step(4, in_batch, 32 // dp_size)
+    for has_in_batch, queries in ((False, most.queries), (True, {1: 16, 2: 8, 4: 4, 16: 2}[dp_size])):
+        shapes = most.step(4, has_in_batch, 32 // dp_size)
         assert len(shapes) == (2 if dp_size < 16 else 1)
         for made in (shape.tensors() for shape in shapes):
             assert (len(made.input_ids), len(made.cu_seqlens) - 1) == (most.tokens, most.sequences)

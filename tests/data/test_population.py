@@ -59,13 +59,13 @@ def test_the_bound_of_the_first_negatives_is_theirs(store, config, K):
     assert bound.tolist() == (tokens + longest).tolist()
     assert K not in (1, 2) or (bound < longest_draws(store, K)).any()
     first = replace(config, num_hard_negatives=K, negatives="first", max_tokens=int(bound.max()))
-    population(store, first, "positives")
+    population(store, first, True)
     with pytest.raises(UserError, match=f"longest positive and {K} first negatives"):
-        population(store, replace(first, max_tokens=int(bound.max()) - 1), "positives")
+        population(store, replace(first, max_tokens=int(bound.max()) - 1), True)
     before = store.document_lengths.copy()
     long = [row for row in rows.tolist() if bound[row] > 150]
     small = replace(first, max_tokens=150, on_long_row="truncate")
-    population(store, small, "positives", log=lambda message: None)
+    population(store, small, True, log=lambda message: None)
     assert longest_draws(store, K, "first").max() <= 150
     drawn = {int(d) for row in long for d in (*store.positives(row), *store.negatives(row)[:K])}
     assert {*np.flatnonzero(store.document_lengths < before).tolist()} <= drawn
@@ -87,7 +87,7 @@ def test_long_rows_are_named_before_the_first_step(store, config):
     long = np.flatnonzero(longest_draws(store, 2) > 180).tolist()
     assert 9 in long and 0 < len(long) < 6
     with pytest.raises(UserError) as caught:
-        population(store, config, "positives")
+        population(store, config, True)
     message = str(caught.value)
     for row in long:
         assert f"rows.jsonl:{row + 1}: {longest_draws(store, 2)[row]} tokens" in message
@@ -103,7 +103,7 @@ def test_long_rows_are_named_before_the_first_step(store, config):
 def test_drop_leaves_long_rows_out_of_every_epoch(store, config):
     lines: list[str] = []
     config = replace(config, on_long_row="drop")
-    drawn = population(store, config, "positives", log=lines.append)
+    drawn = population(store, config, True, log=lines.append)
     long = np.flatnonzero(longest_draws(store, 2) > 180)
     assert drawn.rows.tolist() == sorted(set(range(12)) - set(long.tolist()))
     assert f"{len(long)} of 12 rows" in lines[0] and f"rows.jsonl:{long[0] + 1}" in lines[0]
@@ -115,14 +115,14 @@ def test_drop_leaves_long_rows_out_of_every_epoch(store, config):
     for step in range(30):
         load_batch(store, sampler, step, 0, 1, config, seed=5)
     with pytest.raises(UserError, match="leaves none"):
-        population(store, replace(config, max_tokens=20), "positives", log=lines.append)
+        population(store, replace(config, max_tokens=20), True, log=lines.append)
 
 
 def test_truncate_makes_every_draw_fit_and_takes_no_more_than_needed(store, config):
     before = store.document_lengths.copy()
     bound = longest_draws(store, 2)
     lines: list[str] = []
-    drawn = population(store, replace(config, on_long_row="truncate"), "positives", log=lines.append)
+    drawn = population(store, replace(config, on_long_row="truncate"), True, log=lines.append)
     assert drawn.rows.tolist() == list(range(12)) and drawn.digest
     after = longest_draws(store, 2)
     assert after.max() <= 180 and max(np.max(list(draws(store, 2)), axis=0)) <= 180
@@ -138,14 +138,12 @@ def test_truncate_makes_every_draw_fit_and_takes_no_more_than_needed(store, conf
         assert store.document_tokens(doc).tolist() == whole[: store.document_lengths[doc]].tolist()
     again = type(store)(store.folder)
     assert (
-        population(again, replace(config, on_long_row="truncate"), "positives", log=lines.append).digest
+        population(again, replace(config, on_long_row="truncate"), True, log=lines.append).digest
         == drawn.digest
     )
     assert (again.document_lengths == store.document_lengths).all()
     with pytest.raises(UserError, match=r"rows\.jsonl:\d+: the query of .* too few to shorten them to"):
-        population(
-            type(store)(store.folder), replace(config, on_long_row="truncate", max_tokens=45), "positives"
-        )
+        population(type(store)(store.folder), replace(config, on_long_row="truncate", max_tokens=45), True)
 
 
 def test_documents_that_truncation_makes_equal_are_no_negatives_of_each_other(tmp_path, tokenizer):
@@ -165,7 +163,7 @@ def test_documents_that_truncation_makes_equal_are_no_negatives_of_each_other(tm
     store, lines = open_store(config, tokenizer, log=lambda message: None), []
     alpha, gamma, delta = int(store.positives(0)[0]), int(store.negatives(0)[0]), int(store.positives(1)[0])
     assert len({*store.same_as[[alpha, gamma, delta]].tolist()}) == 3
-    population(store, config, "positives", log=lines.append)
+    population(store, config, True, log=lines.append)
     lengths = store.document_lengths[[alpha, gamma, delta]]
     assert lengths[0] == lengths[1] < lengths[2], "one cap for a row, another one for another row"
     equal = store.document_tokens(alpha).tolist() == store.document_tokens(gamma).tolist()
@@ -193,7 +191,7 @@ def test_a_query_that_is_a_shortened_document_knows_it(tmp_path, tokenizer):
     store = open_store(config, tokenizer, log=lambda message: None)
     doc, own = int(store.positives(0)[0]), int(store.positives(1)[0])
     assert store.known_positives(1).tolist() == [own]
-    population(store, config, "positives", log=lambda message: None)
+    population(store, config, True, log=lambda message: None)
     assert store.document_tokens(doc).tolist() == store.query_tokens(1).tolist()
     assert store.known_positives(0).tolist() == [doc] and store.known_positives(1).tolist() == [doc, own]
 
@@ -210,14 +208,14 @@ def test_a_shortened_document_keeps_the_token_that_ends_it(store):
 def test_rows_without_negatives_are_not_drawn_without_in_batch_negatives(store, config):
     config = replace(config, max_tokens=9999)
     lines: list[str] = []
-    drawn = population(store, config, "none", log=lines.append)
+    drawn = population(store, config, False, log=lines.append)
     assert drawn.rows.tolist() == [i for i in range(12) if i % 6] and drawn.digest
     assert (
         "2 of 12 rows have no negative" in lines[0]
         and "rows.jsonl:1, " in lines[0]
         and "rows.jsonl:7)" in lines[0]
     )
-    assert len(population(store, config, "positives").rows) == 12
+    assert len(population(store, config, True).rows) == 12
     store.negative_offsets = np.zeros(13, np.int64)
     with pytest.raises(UserError, match="none of the 12 rows has a hard negative"):
-        population(store, config, "none")
+        population(store, config, False)

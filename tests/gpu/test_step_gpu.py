@@ -114,7 +114,9 @@ def test_nothing_waits_for_the_device_before_adamw_is_launched(mesh, masters):
         batches = upload(hosts[number])
         losses_B, stats = ours.engine.forward_backward(batches)
         norm = ours.engine.clip()
-        finite, read = step_totals(losses_B, stats, norm, batches, mesh, stop=False, save_failed=False)
+        finite, read = step_totals(
+            losses_B, stats, norm, ours.engine.config.loss, batches, mesh, stop=False, save_failed=False
+        )
         ours.engine.update(ours.lr, finite)
         return batches, read
 

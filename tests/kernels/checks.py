@@ -460,6 +460,7 @@ def info_nce_in_batch(
     own=0,
     extra=False,
     known=0,
+    limits=False,
     dtype="fp32",
     device="cpu",
 ):
@@ -478,6 +479,9 @@ def info_nce_in_batch(
         options["known_ids_BJ"] = options["doc_ids_P"][torch.randint(0, P, (B, known))]
         options["known_ids_BJ"][torch.rand(B, known) > 0.7] = -2
         options["known_ids_BJ"][::3] = -2
+    if limits:  # a few of the columns are above, of the last row all, which leaves it the positive
+        options["limits_B"] = torch.linspace(0.05, 0.35, B, dtype=torch.float32).to(device)
+        options["limits_B"][-1] = -9.0
     if valid:
         options["valid_P"] = (torch.rand(P) > 0.2).to(device)
     if own:
@@ -506,7 +510,10 @@ def info_nce_in_batch(
         assert (results[name][lost_rows] == 0).all(), f"{name} of a row without a positive"
 
 
-def in_batch_logsumexp(module, B, P, D, temperature=0.05, ids=False, valid=False, dtype="fp32", device="cpu"):
+def in_batch_logsumexp(
+    module, B, P, D, temperature=0.05, ids=False, valid=False, known=0, limits=False, dtype="fp32",
+    device="cpu",
+):  # fmt: skip
     inputs = {
         "rows_BD": noise(B, D, dtype=dtype, device=device, unit=True),
         "docs_PD": noise(P, D, dtype=dtype, device=device, unit=True),
@@ -518,6 +525,10 @@ def in_batch_logsumexp(module, B, P, D, temperature=0.05, ids=False, valid=False
         options["row_ids_B"] = torch.randint(0, P // 3 + 3, (B,)).to(device)  # some that no column has
         if P == 1:
             options["doc_ids_P"][0] = options["row_ids_B"][0]  # a row with no column left: -inf, gradient 0
+    if known:
+        options["known_ids_BJ"] = options["doc_ids_P"][torch.randint(0, P, (B, known))]
+    if limits:  # of the last row no column is left
+        options["limits_B"] = torch.linspace(0.1, -2.0, B, dtype=torch.float32).to(device)
     if valid:
         options["valid_P"] = (torch.rand(P) > 0.2).to(device)
 
@@ -871,14 +882,15 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
         temperature = torch.tensor(0.1, requires_grad=True)
         yield (
             operator_of(module.columns_fwd),
-            (x(3, 16), x(5, 16), temperature, 0.0, torch.tensor([0, 1, 4]), None, None, None),
+            (x(3, 16), x(5, 16), temperature, 0.0, torch.tensor([0, 1, 4]), None, None, None, None),
         )
         groups = torch.arange(5, dtype=torch.int32)
-        yield operator_of(module.columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, None)
+        ids = groups[:3], groups
+        yield operator_of(module.columns_fwd), (x(3, 16), x(5, 16), None, 0.1, None, *ids, None, None)
         known = torch.tensor([[1, 4], [-2, 0], [3, 3]], dtype=torch.int32)
         yield (
             operator_of(module.columns_fwd),
-            (x(3, 16), x(5, 16), None, 0.1, None, groups[:3], groups, known),
+            (x(3, 16), x(5, 16), None, 0.1, None, *ids, known, torch.tensor([0.1, 2.0, -9.0])),
         )
 
 

@@ -196,10 +196,17 @@ def launch_everything(names: list[str], recipe: bool) -> None:
                 q, docs, own = empty(num_rows, 4096), empty(512, 4096), empty(num_rows, 4, 4096)
                 backward(info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature, ids, valid))
                 if not recipe:
-                    options = {"known_ids_BJ": torch.zeros(num_rows, 3, dtype=torch.int64)}
-                    backward(
-                        info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature, ids, valid, **options)
-                    )
+                    rules = {
+                        "known_ids_BJ": torch.zeros(num_rows, 3, dtype=torch.int64),
+                        "limits_B": torch.zeros(num_rows),
+                    }
+                    for chosen in (rules.keys(), ["known_ids_BJ"], ["limits_B"]):
+                        options = {name: rules[name] for name in chosen}
+                        backward(
+                            info_nce.info_nce_in_batch_kernel(
+                                q, docs, labels, temperature, ids, valid, **options
+                            )
+                        )
                 if not recipe and num_rows == 144:
                     backward(info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature, ids, valid, own))
                     backward(info_nce.info_nce_in_batch_kernel(q, docs, labels, temperature))

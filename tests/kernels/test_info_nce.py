@@ -32,7 +32,8 @@ def test_in_batch_within_budget(passes, B, P, D, dtype):
     passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype)
     passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, ids=True, valid=True, own=3, extra=True)
     passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, ids=True, valid=True, known=1)
-    passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, ids=True, known=5)
+    passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, ids=True, known=5, limits=True)
+    passes("info_nce_in_batch", B=B, P=P, D=D, dtype=dtype, limits=True)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 1.0])
@@ -93,7 +94,7 @@ def test_in_batch_split_of_several_tiles(passes):
 def test_logsumexp_within_budget(passes, B, P):
     passes("in_batch_logsumexp", B=B, P=P, D=64)
     passes("in_batch_logsumexp", B=B, P=P, D=64, ids=True)
-    passes("in_batch_logsumexp", B=B, P=P, D=64, ids=True, valid=P > 1)
+    passes("in_batch_logsumexp", B=B, P=P, D=64, ids=True, valid=P > 1, known=2, limits=P > 1)
 
 
 @pytest.mark.parametrize("B", [1, 4])
@@ -129,6 +130,7 @@ def doubles(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]]).bool()
 KNOWN = torch.tensor([[4, -2], [3, 2], [1, 1], [-2, 3]])
+LIMITS = torch.tensor([0.5, 0.0, 1.0, 2.0])
 LABELS, IDS, VALID = (
     torch.tensor([0, 3, -1, 5]),
     torch.tensor([1, 2, 1, 3, 4, 5, 3]),
@@ -148,12 +150,16 @@ def test_in_batch_reference_gradcheck():
         torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
     ]
     assert torch.autograd.gradcheck(
-        lambda q, d, own, extra, t: info_nce_in_batch(q, d, LABELS, t, IDS, VALID, own, MASK, extra, KNOWN),
+        lambda q, d, own, extra, t: info_nce_in_batch(
+            q, d, LABELS, t, IDS, VALID, own, MASK, extra, KNOWN, LIMITS
+        ),
         inputs,
     )
     rows = torch.tensor([1, 9, 2, 3])
     inputs = [inputs[0], inputs[1], inputs[4]]
-    assert torch.autograd.gradcheck(lambda q, d, t: in_batch_logsumexp(q, d, t, rows, IDS, VALID), inputs)
+    assert torch.autograd.gradcheck(
+        lambda q, d, t: in_batch_logsumexp(q, d, t, rows, IDS, VALID, KNOWN, LIMITS), inputs
+    )
 
 
 def test_hard_equals_cross_entropy_per_row():
@@ -167,15 +173,19 @@ def test_hard_equals_cross_entropy_per_row():
 
 def test_in_batch_equals_cross_entropy_over_the_columns_that_count():
     q, docs, own = torch.randn(4, 8), torch.randn(7, 8), torch.randn(4, 3, 8)
-    loss = info_nce_in_batch(q, docs, LABELS, 0.1, IDS, VALID, own, MASK, None, KNOWN)
+    loss = info_nce_in_batch(q, docs, LABELS, 0.1, IDS, VALID, own, MASK, None, KNOWN, LIMITS)
+    left_out = 0
     for row, label in enumerate(LABELS.tolist()):
         if label < 0 or not VALID[label]:
             assert loss[row] == 0
             continue
         right = {int(IDS[label]), *KNOWN[row].tolist()}
-        columns = [label] + [p for p in range(7) if p != label and VALID[p] and int(IDS[p]) not in right]
+        columns = [p for p in range(7) if p != label and VALID[p] and int(IDS[p]) not in right]
+        left_out += sum((docs[p] @ q[row] > LIMITS[row]).item() for p in columns)
+        columns = [label] + [p for p in columns if docs[p] @ q[row] <= LIMITS[row]]
         scores = torch.cat([docs[columns] @ q[row], own[row][MASK[row]] @ q[row]]) / 0.1
         torch.testing.assert_close(loss[row], F.cross_entropy(scores, torch.tensor(0)))
+    assert left_out, "no column was above its row's limit"
 
 
 def test_query_query_and_document_document_terms():

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nemo_embed_core.config import LossConfig, ParallelConfig
-from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, objective, retrieval_stats
+from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, gather_columns, retrieval_stats
+from nemo_embed_core.loss.objective import objective
 from nemo_embed_core.parallel.mesh import distributed
 
 
@@ -30,19 +31,37 @@ def random_groups(B: int = 5, M: int = 4, D: int = 16) -> Groups:
     return Groups(q, docs, mask, ids)
 
 
-def by_definition(g: Groups, temperature: float, in_batch: str) -> torch.Tensor:
+def loss_of(g: Groups, temperature: float, in_batch: str, group, **options) -> torch.Tensor:
+    loss = LossConfig(temperature=temperature, in_batch=in_batch, **options)  # type: ignore[arg-type]
+    return contrastive_loss(g, gather_columns(g, loss, group, 0, g.q_BD.dtype), loss, temperature)
+
+
+def by_definition(
+    g: Groups, temperature: float, in_batch: str, query_query: bool = False, document_document: bool = False,
+    false_negative_margin: float = 9.0,
+) -> torch.Tensor:  # fmt: skip
     B, M = g.mask_BM.shape
     losses = []
     for b in range(B):
         right = {int(g.ids_BM[b, 0]), *([] if g.known_BJ is None else g.known_BJ[b].tolist())}
-        own = [m for m in range(M) if m == 0 or (g.mask_BM[b, m] and int(g.ids_BM[b, m]) not in right)]
-        scores = [g.q_BD[b] @ g.docs_BMD[b, m] for m in own]
-        for other in range(B):
+        own = {int(i) for i in g.ids_BM[b] if i >= 0}
+        positive = g.q_BD[b] @ g.docs_BMD[b, 0]
+        scores = [
+            g.q_BD[b] @ g.docs_BMD[b, m]
+            for m in range(1, M)
+            if g.mask_BM[b, m] and int(g.ids_BM[b, m]) not in right
+        ]
+        for other in set(range(B)) - {b}:
+            if query_query and int(g.ids_BM[other, 0]) not in right:
+                scores.append(g.q_BD[b] @ g.q_BD[other])
             for m in range(M if in_batch == "all" else 1):
                 usable = g.mask_BM[other, m] and int(g.ids_BM[other, m]) not in right
-                if in_batch != "none" and other != b and usable:
+                if in_batch != "none" and usable:
                     scores.append(g.q_BD[b] @ g.docs_BMD[other, m])
-        losses.append(torch.stack(scores).div(temperature).logsumexp(0) - scores[0] / temperature)
+                if document_document and usable and int(g.ids_BM[other, m]) not in own:
+                    scores.append(g.docs_BMD[b, 0] @ g.docs_BMD[other, m])
+        kept = [positive, *(s for s in scores if s <= positive + false_negative_margin)]
+        losses.append(torch.stack(kept).div(temperature).logsumexp(0) - positive / temperature)
     return torch.stack(losses)
 
 
@@ -50,7 +69,7 @@ def by_definition(g: Groups, temperature: float, in_batch: str) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])
 def test_loss_is_its_definition(group, in_batch: str, temperature: float) -> None:
     g = random_groups()
-    got = contrastive_loss(g, temperature, in_batch, group, 0)
+    got = loss_of(g, temperature, in_batch, group)
     assert (got - by_definition(g, temperature, in_batch)).abs().max() < 1e-10
 
 
@@ -59,10 +78,75 @@ def test_the_same_document_is_never_a_negative(group, in_batch: str) -> None:
     g = random_groups()
     g.ids_BM[3, 0] = g.ids_BM[1, 0]  # rows 1 and 3 share their positive
     g.docs_BMD[3, 0] = g.docs_BMD[1, 0]
-    got = contrastive_loss(g, 0.05, in_batch, group, 0)
+    got = loss_of(g, 0.05, in_batch, group)
     assert (got - by_definition(g, 0.05, in_batch)).abs().max() < 1e-10
     g.ids_BM[3, 0] = 999
-    assert contrastive_loss(g, 0.05, in_batch, group, 0)[1] > got[1] + 1e-3, "the mask made no difference"
+    assert loss_of(g, 0.05, in_batch, group)[1] > got[1] + 1e-3, "the mask made no difference"
+
+
+# The four losses of the paper's ablation, and what else the terms can be.
+TERMS = [
+    {"in_batch": "positives", "query_query": True},
+    {"in_batch": "positives", "query_query": True, "document_document": True, "false_negative_margin": 0.1},
+    {"in_batch": "all", "query_query": True, "document_document": True, "false_negative_margin": 0.0},
+    {"in_batch": "none", "query_query": True, "false_negative_margin": 0.2},
+    {"in_batch": "none", "document_document": True}, {"in_batch": "all", "document_document": True},
+    {"in_batch": "none", "false_negative_margin": 0.1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", TERMS, ids=lambda o: "-".join(map(str, o.values())))
+def test_terms_of_the_ablation_are_their_definition(group, options: dict) -> None:
+    """Loss, and the gradient of every query and document, with rows that know of one another, copies, and
+    missing slots that hold NaN."""
+    g = some_known(random_groups())
+    g.ids_BM[3, 0], g.ids_BM[4, 3], g.mask_BM[4, 3] = g.ids_BM[1, 0], g.ids_BM[2, 1], True
+    leaves = [g.q_BD.requires_grad_(), g.docs_BMD.requires_grad_()]
+    got = loss_of(g, 0.05, group=group, **options)
+    want = by_definition(g, 0.05, **options)
+    assert (got - want).abs().max() < 1e-10
+    weights = torch.rand(5, dtype=torch.float64)
+    for x, y in zip(
+        *(torch.autograd.grad((each * weights).sum(), leaves) for each in (got, want)), strict=True
+    ):
+        assert (x - y).abs().max() < 1e-9 and y.abs().max() > 1e-3
+    for name in options:  # each of them matters
+        without = {
+            **options,
+            name: {"in_batch": "none"}.get(name, None if name.endswith("margin") else False),
+        }
+        if without != options:
+            assert (loss_of(g, 0.05, group=group, **without) - got).abs().max() > 1e-6, name
+
+
+def test_rows_that_are_left_without_a_candidate_lose_nothing(group) -> None:
+    """A batch of one, and rows all of whose candidates are right or above the margin."""
+    every = {"in_batch": "all", "query_query": True, "document_document": True, "false_negative_margin": 0.0}
+    one = random_groups(1, 1)
+    same = random_groups(3, 1)
+    same.ids_BM[:] = 7
+    near = random_groups(1, 3)
+    near.mask_BM[:], near.ids_BM[:] = True, torch.arange(3)
+    near.docs_BMD[0, 1:] = near.q_BD[0]
+    for g in (one, same, near):
+        leaves = [g.q_BD.requires_grad_(), g.docs_BMD.requires_grad_()]
+        losses = loss_of(g, 0.02, group=group, **every)
+        assert (losses == 0).all()
+        assert all((x == 0).all() for x in torch.autograd.grad(losses.sum(), leaves))
+
+
+@pytest.mark.parametrize("directions", [{"query_to_query"}, {"doc_to_doc"}, {"query_to_query", "doc_to_doc"}])
+def test_sentence_transformers_says_the_same(group, directions: set[str]) -> None:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    g = random_groups()
+    g.mask_BM[:] = True  # it has no rows with fewer negatives
+    g.ids_BM[:] = torch.arange(20).view(5, 4)
+    peer = MultipleNegativesRankingLoss(None, scale=20.0, directions=("query_to_doc", *sorted(directions)))
+    want = peer.compute_loss_from_embeddings([g.q_BD, *g.docs_BMD.unbind(1)], torch.zeros(0))
+    terms = {"query_query": "query_to_query" in directions, "document_document": "doc_to_doc" in directions}
+    got = loss_of(g, 0.05, "all", group, **terms)
+    assert abs(got.mean() - want) < 1e-12
 
 
 def some_known(g: Groups) -> Groups:
@@ -79,9 +163,9 @@ def test_documents_that_a_row_knows_are_none_of_its_negatives(group, in_batch: s
     """Of no other row: that row 2 knows row 0's positive says nothing of row 0, nor of who knows row 2's."""
     g = some_known(random_groups())
     docs = g.docs_BMD.requires_grad_()
-    got = contrastive_loss(g, 0.05, in_batch, group, 0)
+    got = loss_of(g, 0.05, in_batch, group)
     assert (got - by_definition(g, 0.05, in_batch)).abs().max() < 1e-10
-    blind = contrastive_loss(Groups(g.q_BD, g.docs_BMD, g.mask_BM, g.ids_BM), 0.05, in_batch, group, 0)
+    blind = loss_of(Groups(g.q_BD, g.docs_BMD, g.mask_BM, g.ids_BM), 0.05, in_batch, group)
     assert {b for b in range(5) if blind[b] > got[b] + 1e-6} == rows
     assert all(blind[b] == got[b] for b in set(range(5)) - rows)
     (grad,) = torch.autograd.grad(got[4], docs)
@@ -95,7 +179,7 @@ def test_a_negative_that_is_the_positive_again_is_none(group) -> None:
     g.mask_BM[3, 1] = True
     g.ids_BM[3, 1] = g.ids_BM[3, 0]
     for in_batch in ("none", "positives", "all"):
-        got = contrastive_loss(g, 0.05, in_batch, group, 0)
+        got = loss_of(g, 0.05, in_batch, group)
         assert (got - by_definition(g, 0.05, in_batch)).abs().max() < 1e-10
 
 
@@ -106,8 +190,8 @@ def test_missing_negatives_weigh_nothing(group) -> None:
     )
     docs = poisoned.docs_BMD.requires_grad_()
     for in_batch in ("none", "positives", "all"):
-        losses = contrastive_loss(poisoned, 0.02, in_batch, group, 0)
-        assert (losses - contrastive_loss(g, 0.02, in_batch, group, 0)).abs().max() < 1e-12
+        losses = loss_of(poisoned, 0.02, in_batch, group)
+        assert (losses - loss_of(g, 0.02, in_batch, group)).abs().max() < 1e-12
         (grad,) = torch.autograd.grad(losses.sum(), docs)
         assert bool(grad.isfinite().all()) and bool((grad[~g.mask_BM] == 0).all())
 
@@ -119,9 +203,9 @@ def test_scores_are_fp32_for_bf16_embeddings(group) -> None:
     half = Groups(g.q_BD.bfloat16(), g.docs_BMD.bfloat16(), g.mask_BM, g.ids_BM)
     exact = Groups(half.q_BD.double(), half.docs_BMD.double(), g.mask_BM, g.ids_BM)
     for in_batch in ("none", "all"):
-        got = contrastive_loss(half, 0.02, in_batch, group, 0)
+        got = loss_of(half, 0.02, in_batch, group)
         assert got.dtype == torch.float32
-        assert (got.double() - contrastive_loss(exact, 0.02, in_batch, group, 0)).abs().max() < 1e-4
+        assert (got.double() - loss_of(exact, 0.02, in_batch, group)).abs().max() < 1e-4
 
 
 def near_ties(D: int, first: float) -> Groups:

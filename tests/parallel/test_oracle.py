@@ -56,7 +56,9 @@ BASE: dict[str, Any] = {
 # One option after the other is changed; True: so is the run.
 CHANGES: list[tuple[str, Any, bool]] = [
     ("steps", 4, True), ("global_batch_size", 12, True), ("seed", 4, True), ("loss.temperature", 0.3, True),
-    ("loss.in_batch", "none", True), ("loss.in_batch", "all", True), ("optim.lr", 1e-3, True),
+    ("loss.in_batch", "none", True), ("loss.in_batch", "all", True),
+    ("loss.query_query", True, True), ("loss.document_document", True, True),
+    ("loss.false_negative_margin", 0.05, True), ("loss.temperature_lr", 0.1, True), ("optim.lr", 1e-3, True),
     ("optim.min_lr", 1e-3, True), ("optim.warmup_steps", 2, True), ("optim.warmup_steps", 0, True),
     ("optim.weight_decay", 0.0, True), ("optim.beta1", 0.2, True), ("optim.beta2", 0.5, True),
     ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True), ("optim.clip_norm", 0.25, True),
@@ -65,6 +67,16 @@ CHANGES: list[tuple[str, Any, bool]] = [
     ("attention", "reference", False), ("activation_checkpointing", "full", False),
     ("activation_checkpointing", "selective", False),
     ("parallel.reshard_after_forward", False, False),
+]  # fmt: skip
+
+
+TERMS: list[dict[str, Any]] = [  # of the loss, beside in_batch
+    {
+        "in_batch": "all", "query_query": True, "document_document": True, "false_negative_margin": 0.02,
+        "temperature_lr": 0.1,
+    },
+    {"in_batch": "none", "query_query": True, "false_negative_margin": 0.05, "temperature_lr": 0.3},
+    {"in_batch": "none", "document_document": True, "temperature_lr": 0.03},
 ]  # fmt: skip
 
 
@@ -110,6 +122,8 @@ def mixed_cases() -> list[dict[str, Any]]:
                     "optim": {**optim, "eps": 0.1},
                 }
             cases.append(case)
+        terms = TERMS[LAYOUTS.index(layout) % len(TERMS)]
+        cases.append({**cases[-2], "dtype": "fp64", "seed": 30, "loss": {"temperature": 0.05, **terms}})
     return cases
 
 
@@ -235,7 +249,7 @@ def batches(config: TrainConfig) -> list[Batch]:
     drawn = [
         i
         for i, row in enumerate(data)
-        if config.loss.in_batch != "none" or any(cut(text) not in right(row) for text in row["neg"])
+        if config.loss.has_in_batch or any(cut(text) not in right(row) for text in row["neg"])
     ]
     sampler = Sampler(np.array(drawn), config.global_batch_size, config.seed)
     out = []
@@ -286,7 +300,11 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
             continue
         assert abs(record["loss"] / step.losses.mean().item() - 1) < tolerance[0], f"{where}: loss"
         assert abs(record["grad_norm"] / step.norm - 1) < tolerance[0], f"{where}: gradient norm"
-        if case["loss"]["in_batch"] == "none":  # else only candidates of the same micro-batch are looked at
+        if case["loss"].get("temperature_lr"):
+            assert abs(record["temperature"] / step.temperature - 1) < tolerance[0], f"{where}: temperature"
+            assert number == 0 or step.temperature != want["steps"][0].temperature, where
+        # Else only candidates of the same micro-batch are looked at, and those that the terms leave out.
+        if case["loss"]["in_batch"] == "none" and case["loss"].keys() == {"in_batch", "temperature"}:
             hits = [bool((s[0] > s[1:]).all()) for s in step.scores if len(s) > 1]
             assert abs(record["accuracy"] - np.mean(hits)) < 1e-12, (
                 f"{where}: accuracy of rows that have a candidate"

@@ -34,8 +34,17 @@ FP8_MODES = [
     ("positives", True, "none", 4000, "fp8", "fp32"), ("none", False, "selective", 150, "fp8", "fp32"),
     ("positives", False, "full", 150, "fp8", "bf16"), ("positives", True, "full", 150, "fp8", "bf16"),
 ]  # fmt: skip
-FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)] + FP8_MODES[1:]
-ALL_MODES += FP8_MODES
+LOSSES: dict[str, dict[str, Any]] = {  # more than in_batch
+    "queries": {"query_query": True, "temperature_lr": 1e-3},
+    "queries and documents": {"in_batch": "all", "query_query": True, "document_document": True},
+    "documents": {"document_document": True},
+}
+TERM_MODES = [
+    ("queries", False, "none", 4000, "bf16", "fp32"), ("documents", True, "none", 150, "fp32", "fp32"),
+    ("queries and documents", False, "none", 150, "bf16", "fp32"),
+]  # fmt: skip
+FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)] + FP8_MODES[1:] + TERM_MODES
+ALL_MODES += FP8_MODES + TERM_MODES
 
 
 def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[str, int, dict, dict]]:
@@ -63,7 +72,8 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
             parallel = {"tp_size": tp, "sequence_parallel": sp, "dp_replicate": replicate}
             parallel |= {"reshard_after_forward": reshard, "reduce_dtype": reduce_dtype}
             config = train_config(
-                Path(folder), parallel=parallel, loss={"in_batch": in_batch}, data={"max_tokens": max_tokens},
+                Path(folder), parallel=parallel, loss=LOSSES.get(in_batch, {"in_batch": in_batch}),
+                data={"max_tokens": max_tokens},
                 activation_checkpointing=recompute, precision=precision, global_batch_size=6 * dp,
             )  # fmt: skip
             store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
@@ -83,8 +93,11 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
             wire = Wire(
                 units=rank_units(model, tp), hidden_size=MODEL.hidden_size, dp_shard=dp // replicate,
                 dp_replicate=replicate, tp=tp, sequence_parallel=sp, reshard=reshard,
-                head_norms=[] if reshard else [16, 16], recompute=recompute == "full", fp8=precision == "fp8",
-                in_batch_columns={"none": 0, "positives": queries, "all": 3 * queries}[in_batch],
+                head_norms=[] if reshard else [16, 16],
+                recompute=recompute == "full", fp8=precision == "fp8",
+                in_batch_columns=config.loss.columns(2) * queries,
+                in_batch_queries=queries if config.loss.query_query else 0,
+                learned_temperature=config.loss.temperature_lr > 0,
                 weight_bytes=4 if precision == "fp32" else 2, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
             )  # fmt: skip
             sizes = [(len(batch.input_ids), len(batch.lengths)) for batch in batches]
@@ -120,4 +133,10 @@ def test_gloo_carries_what_the_formulas_say(world_size: int, server: Server, tmp
 @pytest.mark.parametrize("layout", FAKE, ids=str)
 def test_many_ranks_would_carry_what_the_formulas_say(layout: tuple, server: Server, tmp_path: Path) -> None:
     # Without sequence parallelism only what tp carries is other: one in-batch mode is enough.
-    check(server, tmp_path, [layout], ALL_MODES if layout[1] else ALL_MODES[6:12] + FP8_MODES, "fake")
+    check(
+        server,
+        tmp_path,
+        [layout],
+        ALL_MODES if layout[1] else ALL_MODES[6:12] + FP8_MODES + TERM_MODES,
+        "fake",
+    )

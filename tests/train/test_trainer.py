@@ -25,7 +25,8 @@ from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.config import DatasetConfig, ModelConfig, OptimConfig
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.loss.contrastive import Groups, objective
+from nemo_embed_core.loss.contrastive import Groups
+from nemo_embed_core.loss.objective import objective
 from nemo_embed_core.model.spec import hf_shapes
 from nemo_embed_core.parallel.fsdp import begin_micro_batch
 from nemo_embed_core.parallel.mesh import distributed

@@ -1,0 +1,67 @@
+"""The terms of LossConfig joined, and what metrics.jsonl says of them: all that a step asks of this package.
+
+losses_B, sums = objective(groups, loss, run, dp_group, dp_rank)      a micro-batch, or the global batch
+figures(dict(zip(sum_names(loss), total)) | {"rows", "loss"})          of sums over micro-batches and ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_embed_core.config import LossConfig
+from nemo_embed_core.loss.contrastive import (
+    Groups,
+    contrastive_loss,
+    gather_columns,
+    retrieval_stats,
+    scored_dtype,
+)
+
+_STATS = ("hits", "positive", "negative", "negatives", "ranked_rows")  # of retrieval_stats
+
+
+def sum_names(loss: LossConfig) -> tuple[str, ...]:
+    """What `objective` sums over micro-batches and ranks, and `figures` reads."""
+    return (*_STATS, *(("temperature",) if loss.temperature_lr else ()))
+
+
+def objective(
+    groups: Groups,
+    loss: LossConfig,
+    run: torch.dtype,
+    dp_group: Any,
+    dp_rank: int,
+    log_temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss [B] to take gradients of, sums in fp64 to report).
+
+    run: dtype of the forward. Gradients have the dtype of the groups' rows. log_temperature: learned, in
+    place of loss.temperature.
+    """
+    temperature = loss.temperature if log_temperature is None else log_temperature.exp()
+    dtype = scored_dtype(loss.has_in_batch, run)
+    columns = gather_columns(groups, loss, dp_group, dp_rank, dtype)
+    losses_B = contrastive_loss(groups, columns, loss, temperature, dtype)
+    sums = [retrieval_stats(groups, loss.in_batch)]
+    if log_temperature is not None:
+        sums.append(log_temperature.detach().exp().double()[None] * len(losses_B))
+    return losses_B, torch.cat(sums)
+
+
+def figures(totals: Mapping[str, float]) -> dict[str, float | None]:
+    """Of the sums of a global batch, "rows" and "loss" (their sum)."""
+    found = {
+        "loss": totals["loss"] / totals["rows"],
+        # Of rows that have a candidate; None where no row of the step has one.
+        "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
+        "rows_without_candidates": round(totals["rows"] - totals["ranked_rows"]),
+        "positive_similarity": totals["positive"] / totals["rows"],
+        "negative_similarity": totals["negative"] / max(1.0, totals["negatives"]),
+    }
+    if "temperature" in totals:
+        found["temperature"] = totals["temperature"] / totals["rows"]
+    return found
