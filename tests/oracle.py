@@ -68,6 +68,7 @@ class Step:
     norm: float  # before clipping
     gradients: dict[str, Tensor]  # Hugging Face name -> after clipping
     temperature: float  # of this step
+    terms: dict[str, float]  # mean loss of each, by name
 
 
 class Oracle:
@@ -135,13 +136,18 @@ class Oracle:
                 self.log_temperature.requires_grad_()
             temperature = self.log_temperature.exp()
         q, documents = rows[: len(batch.queries)], dict(zip(ids, rows[len(batch.queries) :], strict=True))
-        losses, scores = [], []
-        for b in range(len(batch.queries)):
-            scores.append(self._scores(b, batch, q, documents, loss))
-            losses.append(
-                torch.nn.functional.cross_entropy(scores[-1][None] / temperature, torch.tensor([0]))
-            )
-        return torch.stack(losses), [s.detach() for s in scores]
+        scores = [self._scores(b, batch, q, documents, loss) for b in range(len(q))]
+        dims = loss.get("matryoshka_dims") or [rows.shape[1]]
+        weights = loss.get("matryoshka_weights") or [1.0] * len(dims)
+        total, self.terms = torch.zeros(len(q), dtype=rows.dtype), {}
+        for dim, weight in zip(dims, weights, strict=True):
+            cut = [x[..., :dim] / x[..., :dim].norm(dim=-1, keepdim=True) for x in (q, *documents.values())]
+            narrow = dict(zip(documents, cut[1:], strict=True))
+            own = [self._scores(b, batch, cut[0], narrow, loss) / temperature for b in range(len(q))]
+            losses = torch.stack([torch.logsumexp(s, 0) - s[0] for s in own])
+            self.terms[f"info_nce@{dim}"] = losses.mean().item()
+            total = total + weight * losses
+        return total, [s.detach() for s in scores]
 
     @staticmethod
     def _scores(
@@ -196,7 +202,7 @@ class Oracle:
             with torch.no_grad():
                 learned.clamp_(math.log(0.005), 0.0)
         kept = {name: g.clone() for name, g in gradients.items()}
-        return Step(losses.detach(), scores, norm, kept, temperature)
+        return Step(losses.detach(), scores, norm, kept, temperature, self.terms)
 
     @staticmethod
     def _rate(number: int, steps: int, optim: dict[str, Any]) -> float:

@@ -69,6 +69,11 @@ class LossConfig(Options, section="loss"):
     false_negative_margin: float | None = None
     """Candidates whose similarity is more than this above that of the query and its positive are left out, as
     they are likely to be right (0.1 in Qwen3-Embedding); null: none is."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Widths at which vectors are to be of use too, cut to their first columns and normalised again: the loss
+    is the sum of that at each of these, of which the model's hidden_size should be one; []: that alone."""
+    matryoshka_weights: list[float] = field(default_factory=list)
+    """Of each of matryoshka_dims in that sum; []: 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +91,14 @@ class LossConfig(Options, section="loss"):
             raise UserError(
                 f"loss.false_negative_margin={margin} must lie between 0 and 2, the most that two cosines "
                 "differ by; null: no candidate is left out"
+            )
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if any(dim < 1 for dim in dims) or len(set(dims)) < len(dims):
+            raise UserError(f"loss.matryoshka_dims={dims} must be different widths of at least 1 column")
+        if weights and (len(weights) != len(dims) or not all(weight > 0 for weight in weights)):
+            raise UserError(
+                f"loss.matryoshka_weights={weights} must be positive, one for each of "
+                f"matryoshka_dims={dims}; []: 1"
             )
 
     @property

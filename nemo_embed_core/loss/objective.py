@@ -1,7 +1,7 @@
 """The terms of LossConfig joined, and what metrics.jsonl says of them: all that a step asks of this package.
 
 losses_B, sums = objective(groups, loss, run, dp_group, dp_rank)      a micro-batch, or the global batch
-figures(dict(zip(sum_names(loss), total)) | {"rows", "loss"})          of sums over micro-batches and ranks
+figures(totals, loss)           of sums over micro-batches and ranks by sum_names(loss), "rows" and "loss"
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from nemo_embed_core.loss.contrastive import (
     retrieval_stats,
     scored_dtype,
 )
+from nemo_embed_core.loss.matryoshka import cut_columns, cut_groups
 
 _STATS = ("hits", "positive", "negative", "negatives", "ranked_rows")  # of retrieval_stats
 
 
 def sum_names(loss: LossConfig) -> tuple[str, ...]:
     """What `objective` sums over micro-batches and ranks, and `figures` reads."""
-    return (*_STATS, *(("temperature",) if loss.temperature_lr else ()))
+    return (*_STATS, *(("temperature",) if loss.temperature_lr else ()), *map(_sum_of, _terms(loss)))
+
+
+def _terms(loss: LossConfig) -> list[str]:
+    """Those that metrics.jsonl tells apart; none where they are the loss."""
+    return [f"info_nce@{dim}" for dim in loss.matryoshka_dims]
+
+
+def _sum_of(term: str) -> str:
+    return f"loss of {term}"
 
 
 def objective(
@@ -45,16 +55,24 @@ def objective(
     temperature = loss.temperature if log_temperature is None else log_temperature.exp()
     dtype = scored_dtype(loss.has_in_batch, run)
     columns = gather_columns(groups, loss, dp_group, dp_rank, dtype)
-    losses_B = contrastive_loss(groups, columns, loss, temperature, dtype)
     sums = [retrieval_stats(groups, loss.in_batch)]
     if log_temperature is not None:
-        sums.append(log_temperature.detach().exp().double()[None] * len(losses_B))
-    return losses_B, torch.cat(sums)
+        sums.append(log_temperature.detach().exp().double()[None] * len(groups.q_BD))
+    dims = loss.matryoshka_dims or [groups.q_BD.shape[1]]
+    weights, losses = loss.matryoshka_weights or [1.0] * len(dims), []
+    for dim, weight in zip(dims, weights, strict=True):
+        cut = cut_groups(groups, dim), cut_columns(columns, dim)
+        losses_B = contrastive_loss(*cut, loss, temperature, dtype)
+        losses.append(losses_B if weight == 1 else weight * losses_B)
+        if loss.matryoshka_dims:
+            sums.append(losses_B.detach().double().sum()[None])
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0), torch.cat(sums)
 
 
-def figures(totals: Mapping[str, float]) -> dict[str, float | None]:
-    """Of the sums of a global batch, "rows" and "loss" (their sum)."""
-    found = {
+def figures(totals: Mapping[str, float], loss: LossConfig) -> dict[str, Any]:
+    """Of the sums of a global batch, "rows" and "loss" (their sum). losses: of each term, without its
+    weight."""
+    found: dict[str, Any] = {
         "loss": totals["loss"] / totals["rows"],
         # Of rows that have a candidate; None where no row of the step has one.
         "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
@@ -64,4 +82,6 @@ def figures(totals: Mapping[str, float]) -> dict[str, float | None]:
     }
     if "temperature" in totals:
         found["temperature"] = totals["temperature"] / totals["rows"]
+    if terms := _terms(loss):
+        found["losses"] = {term: totals[_sum_of(term)] / totals["rows"] for term in terms}
     return found

@@ -23,7 +23,8 @@ def united_usage(
 ) -> tuple[Usage, list[str]]:
     """(the usage of the merged model, what is to be said of it), of [(source's name, its usage), ...].
 
-    prompts = union by name, lengths = max, pooling and similarity: equal, or UserError. The default prompts
+    prompts = union by name, lengths = max, dims = those of all, pooling and similarity: equal, or UserError.
+    The default prompts
     are the first source's, unless `task` or `document_task` (instructions; None: the sources' own) choose;
     why_first is said of it where the others' are different ones.
     """
@@ -74,7 +75,10 @@ def united_usage(
             said.append(f"{attribute} is not known to the sources: {UNKNOWN_LENGTH} tokens are written")
         elif len(known) > 1:
             said.append(f"{attribute}: the sources have {known} tokens, the largest is written")
-    return replace(first, prompts=prompts, **lengths), said
+    dims = tuple(dim for dim in first.dims if all(dim in usage.dims for _, usage in named))
+    if others := sorted({dim for _, usage in named for dim in usage.dims} - set(dims)):
+        said.append(f"widths {', '.join(map(str, others))} were not trained for by all sources: not written")
+    return replace(first, prompts=prompts, dims=dims, **lengths), said
 
 
 def _free_name(name: str, taken: Mapping[str, Any]) -> str:

@@ -198,7 +198,7 @@ def step_values(
     return {
         "step": step,
         "epoch": step * config.global_batch_size / num_rows,
-        **figures(totals),
+        **figures(totals, config.loss),
         "grad_norm": totals["grad_norm"],
         "lr": lr,
         "tokens": int(totals["tokens"]),

@@ -68,6 +68,11 @@ def prepare(config: TrainConfig) -> Prepared:
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
     if config.precision == "fp8":
         check_fp8(model, config.parallel.tp_size)
+    if (widest := max(config.loss.matryoshka_dims, default=0)) > model.hidden_size:
+        raise UserError(
+            f"loss.matryoshka_dims has {widest} and the model's hidden_size is {model.hidden_size}: a vector "
+            "has no more columns"
+        )
     if config.global_batch_size % dp_size:
         raise UserError(
             f"global_batch_size={config.global_batch_size} is not a multiple of the {dp_size} "

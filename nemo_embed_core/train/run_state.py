@@ -275,7 +275,9 @@ class RunState:
             **({"temperature": temperature.state()} if temperature is not None else {}),
             "drawn": dict(self.drawn),  # as it is now: it may be written later
             "recent_losses": self.losses.losses,
-            "usage": usage_of_training(options["data"], pooling, rows_per_dataset).to_json(),
+            "usage": usage_of_training(
+                options["data"], pooling, rows_per_dataset, config.loss.matryoshka_dims
+            ).to_json(),
             "data_digest": self.store.digest,
             "population": self.population,
             **({"draws_lone_rows": True} if self.draws_lone_rows else {}),

@@ -1,6 +1,7 @@
 """The loss by its definition, its masks, and its statistics (one process; other layouts:
 parallel/test_equivalence)."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from nemo_embed_core.config import LossConfig, ParallelConfig
 from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, gather_columns, retrieval_stats
-from nemo_embed_core.loss.objective import objective
+from nemo_embed_core.loss.objective import figures, objective, sum_names
 from nemo_embed_core.parallel.mesh import distributed
 
 
@@ -147,6 +148,45 @@ def test_sentence_transformers_says_the_same(group, directions: set[str]) -> Non
     terms = {"query_query": "query_to_query" in directions, "document_document": "doc_to_doc" in directions}
     got = loss_of(g, 0.05, "all", group, **terms)
     assert abs(got.mean() - want) < 1e-12
+
+
+@pytest.mark.parametrize("in_batch", ["none", "all"])
+def test_sentence_transformers_has_the_same_matryoshka_loss(group, in_batch: str) -> None:
+    """With every row's own negatives alone its loss is of one row at a time."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+
+    class Given(torch.nn.Module):
+        def forward(self, features: dict) -> dict:
+            return dict(features)
+
+        def save(self, *_: object, **__: object) -> None: ...
+
+    g = random_groups()
+    g.mask_BM[:] = True
+    g.ids_BM[:] = torch.arange(20).view(5, 4)
+    # The peer normalises whole rows once more, which takes the radial part of their gradient away.
+    leaves = [g.q_BD.requires_grad_(), g.docs_BMD.requires_grad_()]
+    g = dataclasses.replace(g, q_BD=F.normalize(leaves[0], dim=-1), docs_BMD=F.normalize(leaves[1], dim=-1))
+    model, dims, weights = SentenceTransformer(modules=[Given()], device="cpu"), [16, 7, 3], [1.0, 0.5, 2.0]
+    peer = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model, scale=20.0), dims, weights)
+    columns = [g.q_BD, *g.docs_BMD.unbind(1)]
+    batches = [columns] if in_batch == "all" else [[c[b : b + 1] for c in columns] for b in range(5)]
+    want = torch.stack(
+        [peer([{"sentence_embedding": c} for c in each], torch.zeros(0)) for each in batches]
+    ).mean()
+    options = LossConfig(
+        temperature=0.05, in_batch=in_batch, matryoshka_dims=dims, matryoshka_weights=weights  # type: ignore[arg-type]
+    )  # fmt: skip
+    losses_B, sums = objective(g, options, torch.float64, group, 0)
+    got, totals = losses_B.mean(), dict(zip(sum_names(options), sums.tolist(), strict=True))
+    assert abs(got - want) < 1e-12
+    gradients = [torch.autograd.grad(each, leaves, retain_graph=True) for each in (got, want)]
+    for x, y in zip(*gradients, strict=True):
+        assert (x - y).abs().max() < 1e-12 and y.abs().max() > 1e-3
+    terms = figures(totals | {"rows": 5.0, "loss": losses_B.sum().item()}, options)["losses"]
+    assert terms.keys() == {"info_nce@16", "info_nce@7", "info_nce@3"}
+    assert abs(sum(w * terms[f"info_nce@{d}"] for d, w in zip(dims, weights, strict=True)) - want) < 1e-12
 
 
 def some_known(g: Groups) -> Groups:

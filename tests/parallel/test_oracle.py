@@ -58,7 +58,8 @@ CHANGES: list[tuple[str, Any, bool]] = [
     ("steps", 4, True), ("global_batch_size", 12, True), ("seed", 4, True), ("loss.temperature", 0.3, True),
     ("loss.in_batch", "none", True), ("loss.in_batch", "all", True),
     ("loss.query_query", True, True), ("loss.document_document", True, True),
-    ("loss.false_negative_margin", 0.05, True), ("loss.temperature_lr", 0.1, True), ("optim.lr", 1e-3, True),
+    ("loss.false_negative_margin", 0.05, True), ("loss.temperature_lr", 0.1, True),
+    ("loss.matryoshka_dims", [32, 5], True), ("optim.lr", 1e-3, True),
     ("optim.min_lr", 1e-3, True), ("optim.warmup_steps", 2, True), ("optim.warmup_steps", 0, True),
     ("optim.weight_decay", 0.0, True), ("optim.beta1", 0.2, True), ("optim.beta2", 0.5, True),
     ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True), ("optim.clip_norm", 0.25, True),
@@ -73,10 +74,11 @@ CHANGES: list[tuple[str, Any, bool]] = [
 TERMS: list[dict[str, Any]] = [  # of the loss, beside in_batch
     {
         "in_batch": "all", "query_query": True, "document_document": True, "false_negative_margin": 0.02,
-        "temperature_lr": 0.1,
+        "temperature_lr": 0.1, "matryoshka_dims": [4, 32, 9], "matryoshka_weights": [0.5, 1.0, 2.0],
     },
     {"in_batch": "none", "query_query": True, "false_negative_margin": 0.05, "temperature_lr": 0.3},
-    {"in_batch": "none", "document_document": True, "temperature_lr": 0.03},
+    {"in_batch": "none", "document_document": True, "temperature_lr": 0.03, "matryoshka_dims": [7]},
+    {"in_batch": "none", "matryoshka_dims": [32, 3], "matryoshka_weights": [0.3, 1.0]},
 ]  # fmt: skip
 
 
@@ -303,6 +305,8 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
         if case["loss"].get("temperature_lr"):
             assert abs(record["temperature"] / step.temperature - 1) < tolerance[0], f"{where}: temperature"
             assert number == 0 or step.temperature != want["steps"][0].temperature, where
+        for name, mean in step.terms.items() if "matryoshka_dims" in case["loss"] else ():
+            assert abs(record["losses"][name] / mean - 1) < tolerance[0], f"{where}: loss of {name}"
         # Else only candidates of the same micro-batch are looked at, and those that the terms leave out.
         if case["loss"]["in_batch"] == "none" and case["loss"].keys() == {"in_batch", "temperature"}:
             hits = [bool((s[0] > s[1:]).all()) for s in step.scores if len(s) > 1]
@@ -404,7 +408,7 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         ParallelConfig: {
             "tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s",
         },
-        LossConfig: set(), OptimConfig: {"master_weights", "moments"},
+        LossConfig: {"matryoshka_weights"}, OptimConfig: {"master_weights", "moments"},
         TrainConfig: {
             "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",
             "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data", "parallel", "epochs",
