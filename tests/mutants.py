@@ -65,8 +65,8 @@ class Mutant(NamedTuple):
     no_bug: str = ""  # why nothing has to notice
 
 
-CONTRASTIVE, OBJECTIVE, TEMPERATURE = (
-    f"nemo_embed_core/loss/{name}.py" for name in ("contrastive", "objective", "temperature")
+CONTRASTIVE, OBJECTIVE, TEMPERATURE, MATRYOSHKA = (
+    f"nemo_embed_core/loss/{name}.py" for name in ("contrastive", "objective", "temperature", "matryoshka")
 )
 STEP = "nemo_embed_core/train/step.py"
 OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
@@ -122,6 +122,11 @@ MUTANTS = [
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
     Mutant("a temperature that never arrives", OBJECTIVE, "loss.temperature if log_temperature is None", "0.02 if log_temperature is None", LOSS),
     Mutant("in-batch mode that never arrives", CONTRASTIVE, 'if loss.in_batch == "all" else 1', "if False else 1", LOSS),
+    Mutant("cut rows are not normalised", MATRYOSHKA, "F.normalize(rows[..., :dim].to(wide), dim=-1)", "rows[..., :dim]", "tests/loss"),
+    Mutant("weights of widths never arrive", OBJECTIVE, "losses_B if weight == 1 else weight * losses_B", "losses_B", f"tests/loss {LOSS}"),
+    Mutant("a width is logged with its weight", OBJECTIVE, "sums.append(losses_B.detach().double()", "sums.append(losses[-1].detach().double()", "tests/loss"),
+    Mutant("a model forgets its widths", "nemo_embed_core/checkpoint/source.py", 'return {**value, "dims": dims} if dims else value', "return value", "tests/evaluation/test_encoders.py"),
+    Mutant("cut vectors are not normalised", "nemo_embed_core/encoders/embedder.py", "torch.nn.functional.normalize(rows.float()[:, : self.dim], dim=-1)", "rows.float()[:, : self.dim]", "tests/evaluation/test_encoders.py"),
     Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
     Mutant("GradCache forgets the first micro-batch", STEP, "with_graph.backward(e.grad)", "with_graph.backward(e.grad * min(i, 1))", LOSS),
     Mutant("a reduce-scatter after every micro-batch", FSDP, "set_requires_gradient_sync(is_last or not whole)", "set_requires_gradient_sync(True)", WIRE),

@@ -21,7 +21,8 @@ class EvaluateConfig(Options):
     """BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed); or a dataset folder, whose
     instructions are then the prompts where no option says others."""
     models: list[str] = field(default_factory=list)
-    """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25."""
+    """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25. A@256:
+    A with vectors cut to their first 256 columns, normalised again."""
     task_type: Literal[
         "retrieval", "reranking", "sts", "pair_classification", "classification", "clustering", "bitext"
     ] = "retrieval"

@@ -25,6 +25,7 @@ def open_encoder(
     precision: str = "auto",
     max_tokens: int = 16384,
     by: Literal["auto", "ours", "sentence-transformers"] = "auto",
+    dim: int | None = None,
 ) -> Embedder | SentenceTransformerEncoder:
     """The encoder of a model folder, loaded.
 
@@ -32,7 +33,7 @@ def open_encoder(
     fp32 on a CPU).
     max_tokens: of a packed batch of ours.  by: "auto" takes ours for checkpoints and bidirectional Llamas,
     else the library; "ours" refuses other models; "sentence-transformers" takes the library, also for rows
-    that are not of length 1.
+    that are not of length 1.  dim: vectors are cut to so many columns, and of length 1 again.
     """
     source = resolve(path)
     if source.kind == "precomputed":
@@ -40,8 +41,8 @@ def open_encoder(
     by_library = by == "sentence-transformers" or (by == "auto" and source.kind == "sentence-transformers")
     check_precision(source, precision, by_library)
     if by_library:
-        return SentenceTransformerEncoder(source.folder, device, precision)
-    return Embedder.load(source, device, precision, max_tokens)
+        return SentenceTransformerEncoder(source.folder, device, precision, dim)
+    return Embedder.load(source, device, precision, max_tokens, dim)
 
 
 def check_precision(source: Source, precision: str, by_library: bool) -> None:

@@ -20,6 +20,7 @@ from nemo_embed_core.checkpoint.weights import fill, open_weights
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.packing import pack_texts, shapes_cost_memory
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.spec import check_fp8, identity
@@ -39,24 +40,35 @@ class Embedder:
         digest: str,
         device: torch.device,
         max_tokens: int,
+        dim: int | None = None,
     ):
+        self.dim = dim  # columns of a vector that are kept; None: all
         self.encoder, self.model, self.tokenizer = encoder, model, tokenizer
         self.digest = digest  # of weights, shape, tokenizer and precision: caches and reports are keyed by it
         self.device, self.max_tokens = device, max_tokens
 
     @classmethod
     def load(
-        cls, path: str | Path | Source, device: str = "auto", precision: str = "auto", max_tokens: int = 16384
+        cls,
+        path: str | Path | Source,
+        device: str = "auto",
+        precision: str = "auto",
+        max_tokens: int = 16384,
+        dim: int | None = None,
     ) -> Embedder:
         """A run (its newest checkpoint), a checkpoint (all files verified), or any Hugging Face Llama folder.
 
         precision: "bf16", "fp32", "fp8" or "auto" (bf16 on a GPU, fp32 on a CPU).  fp8: products of the
         blocks, whose scales are of whole batches: a vector depends a little on the texts beside it.
+        dim: vectors are their first columns, normalised again (loss.matryoshka_dims).
         """
         target = pick_device(device)
         precision = pick_precision(precision, target)
         dtype = DTYPES[precision]
         weights = open_weights(path)
+        if dim is not None and not 1 <= dim <= weights.model.hidden_size:
+            columns = weights.model.hidden_size
+            raise UserError(f"{path}: vectors have {columns} columns and cannot be cut to {dim}")
         tokenizer = load_tokenizer(weights.folder)
         tokenizer.check_fits(weights.model.vocab_size)
         if precision == "fp8":
@@ -70,13 +82,14 @@ class Embedder:
         if precision == "fp8":
             run_in_fp8(encoder)
             freeze_weights(encoder)
-        known = json.dumps([weights.digest, identity(weights.model), tokenizer.digest, precision])
+        shape = identity(weights.model)
+        known = json.dumps([weights.digest, shape, tokenizer.digest, precision, *([dim] if dim else [])])
         digest = hashlib.sha256(known.encode()).hexdigest()
-        return cls(encoder, weights.model, tokenizer, digest, target, max_tokens)
+        return cls(encoder, weights.model, tokenizer, digest, target, max_tokens, dim)
 
     @property
     def hidden_size(self) -> int:
-        return self.model.hidden_size
+        return self.dim or self.model.hidden_size
 
     @property
     def num_encoded(self) -> int:
@@ -120,5 +133,7 @@ class Embedder:
             batch = batch.to(self.device)
             segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
             rows = self.encoder(batch.input_ids, batch.position_ids, segments)[: batch.num_sequences]
+            if self.dim is not None:
+                rows = torch.nn.functional.normalize(rows.float()[:, : self.dim], dim=-1)
             out[indices] = rows.float().cpu().numpy()
         return out

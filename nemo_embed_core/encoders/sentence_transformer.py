@@ -24,9 +24,12 @@ class SentenceTransformerEncoder:
 
     limit: the most tokens of a text, as the folder says; None for a bag of words, which reads whole texts.
     device: "cpu", "cuda" or "auto".  precision: "bf16", "fp32" or "auto" (bf16 on a GPU, fp32 on a CPU).
+    dim: vectors are their first columns (truncate_dim), of length 1 again where whole ones are.
     """
 
-    def __init__(self, path: str | Path, device: str = "auto", precision: str = "auto"):
+    def __init__(
+        self, path: str | Path, device: str = "auto", precision: str = "auto", dim: int | None = None
+    ):
         # Before the first import of huggingface_hub, which reads it once.
         os.environ["HF_HUB_OFFLINE"] = "1"
         try:
@@ -48,13 +51,22 @@ class SentenceTransformerEncoder:
             raise UserError(f"{path} does not load in sentence-transformers: {reason[0]}") from error
         limit = self._model.max_seq_length
         self.limit = None if limit is None or limit == math.inf else int(limit)
-        self.digest = f"{sha256_folder(Path(path))}-{precision}"
+        self.digest = f"{sha256_folder(Path(path))}-{precision}{f'-{dim}' if dim else ''}"
+        self._dim: int | None = None
+        columns = self.hidden_size if dim is not None else 0
+        if dim is not None and not 1 <= dim <= columns:
+            raise UserError(f"{path}: vectors have {columns} columns and cannot be cut to {dim}")
+        self._dim = dim
         self._tokenizer = _backend(self._model)
         if self._tokenizer is not None:
             self.tokenize = self._tokenize  # else nobody can say what is cut
 
-    @cached_property
+    @property
     def hidden_size(self) -> int:
+        return self._dim or self._columns
+
+    @cached_property
+    def _columns(self) -> int:
         return self.encode(["a"]).shape[1]
 
     def encode(
@@ -70,7 +82,12 @@ class SentenceTransformerEncoder:
         of_side = {"query": self._model.encode_query, "document": self._model.encode_document}
         encode = of_side.get(side or "", self._model.encode)
         rows = encode(list(texts), prompt=prompt, convert_to_numpy=True, show_progress_bar=False)
-        return rows.astype(np.float32)
+        rows = rows.astype(np.float32)
+        if self._dim is None:
+            return rows
+        cut, lengths = rows[:, : self._dim], np.linalg.norm(rows, axis=1, keepdims=True)
+        own = np.linalg.norm(cut, axis=1, keepdims=True)
+        return cut / own if np.allclose(lengths, 1, atol=1e-2) else cut
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512

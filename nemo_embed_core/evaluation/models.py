@@ -7,6 +7,7 @@ encoder = encoder or subject.load(config)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -32,11 +33,13 @@ class Subject:
     source: Source
     usage: Usage
     overridden: dict[str, Any]
+    dim: int | None = None  # columns that its vectors are cut to: of "exports/model@256" 256
 
     @classmethod
     def of(cls, name: str, config: EvaluateConfig) -> Subject:
+        at = None if Path(name).exists() else re.fullmatch(r"(.+)@([1-9][0-9]*)", name)
         try:
-            source = resolve(name)
+            source = resolve(at[1] if at else name)
         except UserError as error:
             bm25 = "" if Path(name).is_dir() else '; the only model without a folder is "bm25"'
             raise UserError(f"{error}{bm25}") from None
@@ -52,7 +55,7 @@ class Subject:
             usage, overridden = source.usage.override(**{name: getattr(config, name) for name in options})
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        return cls(name, source, usage, overridden)
+        return cls(name, source, usage, overridden, int(at[2]) if at else None)
 
     @property
     def is_ours(self) -> bool:
@@ -65,7 +68,10 @@ class Subject:
         check_precision(self.source, config.precision, not self.is_ours)
         if self.is_ours:
             tokenizer = load_tokenizer(self.source.folder)
-            tokenizer.check_fits(open_weights(self.source, hashed=False).model.vocab_size)
+            model = open_weights(self.source, hashed=False).model
+            tokenizer.check_fits(model.vocab_size)
+            if self.dim is not None and self.dim > model.hidden_size:
+                raise UserError(f"{self.name}: the model's vectors have {model.hidden_size} columns")
             check_prompt = tokenizer.check_prompt
         else:
             encoder = self.load(config)
@@ -81,7 +87,8 @@ class Subject:
 
     def load(self, config: EvaluateConfig) -> Embedder | SentenceTransformerEncoder:
         how = (config.device, config.precision, config.max_tokens)
-        return open_encoder(self.source, *how, by="ours" if self.is_ours else "sentence-transformers")
+        by: Any = "ours" if self.is_ours else "sentence-transformers"
+        return open_encoder(self.source, *how, by=by, dim=self.dim)
 
     def usage_with(self, encoder: TextEncoder | None) -> Usage:
         """The usage with the lengths that this encoder cuts at; None where it reads whole texts."""

@@ -126,3 +126,45 @@ def test_open_encoder_takes_whom_the_folder_needs(ours, static, tmp_path):
     np.save(tmp_path / "documents.npy", np.ones((2, 3), np.float32))
     with pytest.raises(UserError, match="holds embeddings of other texts"):
         open_encoder(tmp_path, "cpu")
+
+
+def test_vectors_are_cut_as_sentence_transformers_cuts_them(ours, static):
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["w1 w2 w3", "w4 w5", "w1"]
+    whole, cut = open_encoder(ours), open_encoder(ours, dim=5)
+    peer = SentenceTransformer(str(ours), device="cpu", truncate_dim=5)
+    want = peer.encode(texts, normalize_embeddings=True)
+    for encoder in (cut, open_encoder(ours, dim=5, by="sentence-transformers")):
+        assert encoder.hidden_size == 5 and np.abs(encoder.encode(texts) - want).max() < 1e-6
+    assert cut.digest != whole.digest and whole.encode(texts).shape[1] == 32
+    # Rows that are not of length 1 stay so.
+    assert np.array_equal(
+        open_encoder(static, dim=3).encode(texts), open_encoder(static).encode(texts)[:, :3]
+    )
+    for path in (ours, static):
+        with pytest.raises(UserError, match=r"have \d+ columns and cannot be cut to 99"):
+            open_encoder(path, dim=99)
+
+
+def test_a_model_is_evaluated_at_several_widths(ours, beir):
+    from nemo_embed_core.evaluation.run import evaluate
+
+    report = evaluate([ours, f"{ours}@4", f"{ours}@32"], beir)
+    figures = [report[name]["ndcg_at_10"] for name in map(str, (ours, f"{ours}@4", f"{ours}@32"))]
+    assert figures[0] != figures[1] and figures[0] == figures[2]
+    with pytest.raises(UserError, match="@33: the model's vectors have 32 columns"):
+        evaluate([f"{ours}@33"], beir)
+
+
+def test_widths_of_a_training_stay_with_the_model():
+    from nemo_embed_core.checkpoint.source import Usage
+    from nemo_embed_core.merge.usage import united_usage
+
+    one, two = Usage(dims=(64, 16, 8)), Usage(dims=(8, 64, 32))
+    assert Usage.from_json(one.to_json(), one.pooling, "x") == one and "dims" not in Usage().to_json()
+    united, said = united_usage([("one", one), ("two", two)])
+    assert united.dims == (64, 8) and any(
+        "widths 16, 32 were not trained for by all" in line for line in said
+    )
+    assert "widths: trained for the first 64, 8 columns, normalised again (truncate_dim)" in united.lines()
