@@ -65,8 +65,9 @@ class Mutant(NamedTuple):
     no_bug: str = ""  # why nothing has to notice
 
 
-CONTRASTIVE, OBJECTIVE, TEMPERATURE, MATRYOSHKA = (
-    f"nemo_embed_core/loss/{name}.py" for name in ("contrastive", "objective", "temperature", "matryoshka")
+CONTRASTIVE, OBJECTIVE, TEMPERATURE, MATRYOSHKA, DISTILL = (
+    f"nemo_embed_core/loss/{name}.py"
+    for name in ("contrastive", "objective", "temperature", "matryoshka", "distill")
 )
 STEP = "nemo_embed_core/train/step.py"
 OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
@@ -122,6 +123,15 @@ MUTANTS = [
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
     Mutant("a temperature that never arrives", OBJECTIVE, "loss.temperature if log_temperature is None", "0.02 if log_temperature is None", LOSS),
     Mutant("in-batch mode that never arrives", CONTRASTIVE, 'if loss.in_batch == "all" else 1', "if False else 1", LOSS),
+    Mutant("the teacher's scores are divided by the student's temperature", OBJECTIVE, "kl(groups, temperature, loss.kl_temperature)", "kl(groups, temperature, loss.temperature)", f"tests/loss {LOSS}"),
+    Mutant("documents without a score are distilled", DISTILL, "& groups.teacher_BM.isfinite()", "", "tests/loss"),
+    Mutant("negatives that are right are distilled", DISTILL, "torch.cat([groups.mask_BM[:, :1], groups.negative_BK], 1)", "groups.mask_BM", f"tests/loss {LOSS}"),
+    Mutant("margins are summed", DISTILL, "kept_BM[:, 1:].sum(1).clamp(min=1)", "1", "tests/loss"),
+    Mutant("a term is logged as a mean over rows that lack it", OBJECTIVE, 'else "scored_rows"] for term', 'else "rows"] for term', "tests/loss"),
+    Mutant("scores move to other documents where a text stands twice", COMPILE, "found.setdefault(doc_id, score)", "found[doc_id] = score", "tests/data/test_scores.py"),
+    Mutant("scores move where a negative is left out", "nemo_embed_core/data/judge.py", '"negative_scores.npy": scores_N[kept_N]', '"negative_scores.npy": scores_N[: kept_N.sum()]', "tests/data/test_scores.py"),
+    Mutant("scores of a batch are those of other rows", "nemo_embed_core/data/store.py", "scores_BM[row[entry], column + (columns.start or 0)] = scores[at[entry]]", "scores_BM[row[entry], column + (columns.start or 0)] = scores[entry]", "tests/data/test_scores.py"),
+    Mutant("a loss without its scores goes unseen", "nemo_embed_core/train/preflight.py", "        _check_scores(config, store)\n", "", "tests/data/test_scores.py"),
     Mutant("cut rows are not normalised", MATRYOSHKA, "F.normalize(rows[..., :dim].to(wide), dim=-1)", "rows[..., :dim]", "tests/loss"),
     Mutant("weights of widths never arrive", OBJECTIVE, "losses_B if weight == 1 else weight * losses_B", "losses_B", f"tests/loss {LOSS}"),
     Mutant("a width is logged with its weight", OBJECTIVE, "sums.append(losses_B.detach().double()", "sums.append(losses[-1].detach().double()", "tests/loss"),

@@ -59,6 +59,7 @@ class Batch:
     documents: list[list[int]]  # [B][1 + K] ids; -1: this row has fewer negatives
     tokens: dict[int, list[int]]  # of each document
     known: list[set[tuple[int, ...]]]  # [B] token ids of all documents that are right for the row
+    scores: list[dict[tuple[int, ...], float]]  # [B] a teacher's, of documents by their token ids
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,45 @@ class Oracle:
             narrow = dict(zip(documents, cut[1:], strict=True))
             own = [self._scores(b, batch, cut[0], narrow, loss) / temperature for b in range(len(q))]
             losses = torch.stack([torch.logsumexp(s, 0) - s[0] for s in own])
-            self.terms[f"info_nce@{dim}"] = losses.mean().item()
-            total = total + weight * losses
+            told = f"@{dim}" if "matryoshka_dims" in loss else ""
+            self.terms[f"info_nce{told}"] = losses.mean().item()
+            total = total + weight * loss.get("info_nce_weight", 1.0) * losses
+            for name in ("kl", "margin_mse"):
+                if own_weight := loss.get(f"{name}_weight"):
+                    found = [
+                        self._distilled(name, b, batch, cut[0], narrow, loss, temperature)
+                        for b in range(len(q))
+                    ]
+                    rows_with = [x for x in found if x is not None]
+                    self.terms[f"{name}{told}"] = torch.stack(rows_with).mean().item()
+                    total = total + weight * own_weight * torch.stack(
+                        [0 * losses[0] if x is None else x for x in found]
+                    )
         return total, [s.detach() for s in scores]
+
+    @staticmethod
+    def _distilled(
+        name: str, b: int, batch: Batch, q: Tensor, documents: dict[int, Tensor], loss: dict[str, Any],
+        temperature: Any,
+    ) -> Tensor | None:  # fmt: skip
+        """Of row b; None where the teacher says nothing of its positive or of all its negatives."""
+        own, known = batch.documents[b], batch.known[b] | {tuple(batch.tokens[batch.documents[b][0]])}
+        told = batch.scores[b]
+        negatives = [d for d in own[1:] if d >= 0 and tuple(batch.tokens[d]) not in known]
+        kept = [d for d in (own[0], *negatives) if tuple(batch.tokens[d]) in told]
+        if own[0] not in kept or len(kept) < 2:
+            return None
+        student = [q[b] @ documents[d] for d in kept]
+        teacher = [told[tuple(batch.tokens[d])] for d in kept]
+        if name == "margin_mse":
+            margins = [
+                (student[0] - s, teacher[0] - t) for s, t in zip(student[1:], teacher[1:], strict=True)
+            ]
+            return sum((s - t) ** 2 for s, t in margins) / len(margins)
+        weights = [math.exp((t - max(teacher)) / loss.get("kl_temperature", 0.02)) for t in teacher]
+        p = [w / sum(weights) for w in weights]
+        log_z = torch.logsumexp(torch.stack(student) / temperature, 0)
+        return sum(a * (math.log(a) - s / temperature + log_z) for a, s in zip(p, student, strict=True) if a)
 
     @staticmethod
     def _scores(

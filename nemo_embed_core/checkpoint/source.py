@@ -303,7 +303,7 @@ def usage_of_folder(folder: Path) -> Usage:
     prompts = {"query": Prompts(own.get("query", ""), document), **others} if is_known else {}
     similarity: Any = settings.get("similarity_fn_name") or "cosine"
     limit = _limit_of(folder)
-    lengths = {"query_max_length": limit, "document_max_length": limit}
+    lengths: dict[str, Any] = {"query_max_length": limit, "document_max_length": limit}
     return Usage(prompts=prompts, pooling=pooling, similarity=similarity, **lengths)
 
 

@@ -49,6 +49,9 @@ class ParallelConfig(Options, section="parallel"):
             raise UserError(f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
 
 
+TERMS = ("info_nce", "kl", "margin_mse")  # of the loss; each has a weight
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Options, section="loss"):
     """InfoNCE, and terms beside it."""
@@ -69,6 +72,16 @@ class LossConfig(Options, section="loss"):
     false_negative_margin: float | None = None
     """Candidates whose similarity is more than this above that of the query and its positive are left out, as
     they are likely to be right (0.1 in Qwen3-Embedding); null: none is."""
+    info_nce_weight: float = 1.0
+    """Weight of the contrastive term in the loss, the sum of all terms by their weights; 0: left out."""
+    kl_weight: float = 0.0
+    """Weight of the divergence of the model's distribution over a query's own documents, softmax of cosines
+    by temperature, from that of a teacher, whose scores the rows have (mining writes them)."""
+    kl_temperature: float = 0.02
+    """Divisor of the teacher's scores: of cosines as temperature, of a reranker's logits 1."""
+    margin_mse_weight: float = 0.0
+    """Weight of the squared difference between the model's and the teacher's margins, positive less negative,
+    of cosines."""
     matryoshka_dims: list[int] = field(default_factory=list)
     """Widths at which vectors are to be of use too, cut to their first columns and normalised again: the loss
     is the sum of that at each of these, of which the model's hidden_size should be one; []: that alone."""
@@ -92,6 +105,12 @@ class LossConfig(Options, section="loss"):
                 f"loss.false_negative_margin={margin} must lie between 0 and 2, the most that two cosines "
                 "differ by; null: no candidate is left out"
             )
+        terms = {f"{name}_weight": getattr(self, f"{name}_weight") for name in TERMS}
+        if any(weight < 0 for weight in terms.values()) or not any(terms.values()):
+            said = ", ".join(f"{name}={weight:g}" for name, weight in terms.items())
+            raise UserError(f"loss: {said} must not be negative, and one of them positive")
+        if not self.kl_temperature > 0:
+            raise UserError(f"loss.kl_temperature={self.kl_temperature} must be positive")
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if any(dim < 1 for dim in dims) or len(set(dims)) < len(dims):
             raise UserError(f"loss.matryoshka_dims={dims} must be different widths of at least 1 column")
@@ -100,6 +119,11 @@ class LossConfig(Options, section="loss"):
                 f"loss.matryoshka_weights={weights} must be positive, one for each of "
                 f"matryoshka_dims={dims}; []: 1"
             )
+
+    @property
+    def needs_scores(self) -> bool:
+        """Of a teacher, in the rows."""
+        return self.kl_weight > 0 or self.margin_mse_weight > 0
 
     @property
     def has_in_batch(self) -> bool:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
 COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
 PENDING = 2 << 20  # characters that wait for the tokenizer
 
-# Files that only a build has: raw int64, 16 bytes a text, or one byte (*_cut: whether it lost tokens).
+# Files that only a build has: raw int64, fp32 (*_scores), 16 bytes a text, or one byte (*_cut: whether it
+# lost tokens).
 # judge() makes the arrays of the store of them.
 PARTS = (
     "query_lengths", "query_hashes", "query_cut", "query_keys", "group_keys", "class_keys", "row_lines",
-    "num_positives", "positives", "num_negatives", "negatives", "document_lengths", "document_hashes",
-    "document_cut", "document_keys", "document_texts", "document_rows",
+    "num_positives", "positives", "positive_scores", "num_negatives", "negatives", "negative_scores",
+    "document_lengths", "document_hashes", "document_cut", "document_keys", "document_texts",
+    "document_rows",
 )  # fmt: skip
 
 
@@ -182,8 +185,8 @@ def _compile(
     folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
 ) -> None:
     state = read_state(folder) or {}
-    if state and "document_cut.part" not in state["sizes"]:
-        state = {}  # begun by a version that did not keep which texts were cut, or the rows' groups
+    if state and "positive_scores.part" not in state["sizes"]:
+        state = {}  # begun by a version that did not keep scores, which texts were cut, or the rows' groups
     if state:
         done = f"{state['rows']:,} of {state['total']:,} rows"
         log(f"going on with {folder}: {done} were done when its process ended")
@@ -228,6 +231,7 @@ def _compile(
         "rows_without_negatives": int((np.diff(arrays["negative_offsets.npy"]) == 0).sum()),
         "negatives_left_out": left_out,
         "merged_repeats": state["merged"],
+        "scored_rows": state.get("scored", 0),
         **({"dropped": state["dropped"]} if "dropped" in state else {}),
         **cut,
         "max_token_id": state["max_token_id"],
@@ -310,16 +314,21 @@ def _tokenise(
             pos = [document_id(document_prefix, text, row.path, row.line) for text in row.pos]
             neg = [document_id(document_prefix, text, row.path, row.line) for text in row.neg]
             # A text twice in one list would count twice in the softmax: once is enough, and it is reported.
-            unique_pos, unique_neg = list(dict.fromkeys(pos)), list(dict.fromkeys(neg))
+            unique_pos, unique_neg = _first(pos, row.pos_scores), _first(neg, row.neg_scores)
             state["merged"] += len(pos) + len(neg) - len(unique_pos) - len(unique_neg)
+            state["scored"] = state.get("scored", 0) + bool(row.pos_scores and row.neg_scores)
             key = normal_key(row.query) if has_content(row.query) else EMPTY_KEY
             files.add("query_keys", key)
             files.add("group_keys", bytes_key(query_prefix.encode("utf-8") + b"\0" + key))
             files.add("class_keys", bytes_key(f"{i} {row.group}".encode()) if row.group else NO_CLASS)
             files.add("row_lines", _int(row.line))
-            for part, values in (("positives", unique_pos), ("negatives", unique_neg)):
+            for part, side, values in (
+                ("positives", "positive", unique_pos),
+                ("negatives", "negative", unique_neg),
+            ):
                 files.add(f"num_{part}", _int(len(values)))
                 files.add(part, array("q", values).tobytes())
+                files.add(f"{side}_scores", array("f", values.values()).tobytes())
             if not parts[i] or parts[i][-1][0] != row.path:
                 parts[i].append([row.path, 0])
             parts[i][-1][1] += 1
@@ -352,6 +361,14 @@ def check_dropped(state: dict[str, Any], config: DataConfig) -> None:
             f"the store of these datasets was built with data.on_bad=drop: {dropped['count']:,} bad lines "
             f"are left out, the first {dropped['first'][0]}; set data.on_bad to drop, or repair the data"
         )
+
+
+def _first(ids: list[int], scores: Sequence[float]) -> dict[int, float]:
+    """{id: score} of each document's first place in the list; NaN without scores."""
+    found: dict[int, float] = {}
+    for doc_id, score in zip(ids, scores or [math.nan] * len(ids), strict=True):
+        found.setdefault(doc_id, score)
+    return found
 
 
 def _int(value: int) -> bytes:

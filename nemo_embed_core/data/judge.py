@@ -132,6 +132,11 @@ def judge(
         "known.npy": known_ids,
         **({"row_classes.npy": class_R} if len(class_pairs) else {}),
     }
+    scores_P, scores_N = (
+        np.fromfile(folder / f"{side}_scores.part", "<f4") for side in ("positive", "negative")
+    )
+    if np.isfinite(scores_P).any() and np.isfinite(scores_N).any():
+        arrays |= {"positive_scores.npy": scores_P, "negative_scores.npy": scores_N[kept_N]}
     return arrays, noise
 
 

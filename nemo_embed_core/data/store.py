@@ -40,6 +40,9 @@ ARRAY_FILES = (
 )
 # [rows] int64, where rows have groups: equal for those of one, a number as in row_groups.npy, -1 for none.
 CLASSES = "row_classes.npy"
+# Where rows have a teacher's scores: fp32 beside positives.npy and negatives.npy, NaN where there is none.
+SCORES = ("positive_scores.npy", "negative_scores.npy")
+OPTIONAL_FILES = {CLASSES, *SCORES}
 
 
 class Store:
@@ -59,7 +62,7 @@ class Store:
                 _map_tokens(self.folder / name) for name in TOKEN_FILES
             )
             arrays = {
-                name: _map_array(self.folder / name)
+                name: _map_array(self.folder / name, np.float32 if name in SCORES else np.int64)
                 for name in self.manifest["files"]
                 if name not in TOKEN_FILES
             }
@@ -71,6 +74,7 @@ class Store:
         self.negative_offsets, self.negative_ids = arrays["negative_offsets.npy"], arrays["negatives.npy"]
         self.row_lines, self.row_groups = arrays["row_lines.npy"], arrays["row_groups.npy"]
         self.row_classes = arrays.get(CLASSES)
+        self.positive_scores, self.negative_scores = map(arrays.get, SCORES)
         self.same_as = arrays["same_as.npy"]
         self.known_offsets, self.known_ids = arrays["known_offsets.npy"], arrays["known.npy"]
         rows, documents, groups = (self.manifest[key] for key in ("rows", "documents", "groups"))
@@ -88,6 +92,10 @@ class Store:
             ("row_groups.npy", self.row_groups, rows),
             (CLASSES, self.row_groups if self.row_classes is None else self.row_classes, rows),
             ("same_as.npy", self.same_as, documents),
+            *(
+                (name, arrays.get(name, ids), len(ids))
+                for name, ids in zip(SCORES, (self.positive_ids, self.negative_ids), strict=True)
+            ),
         ):
             if len(values) != count:
                 raise damaged(self.folder, f"{name} has {len(values)} entries instead of {count}")
@@ -130,6 +138,23 @@ class Store:
     def negatives(self, row: int) -> np.ndarray:
         return self.negative_ids[self.negative_offsets[row] : self.negative_offsets[row + 1]]
 
+    def scores(self, rows_B: np.ndarray, doc_ids_BM: np.ndarray) -> np.ndarray | None:
+        """fp32 [B, M]: the teacher's, of a positive of each row and then of negatives of it (-1: none); NaN
+        where it gave none. None: of no row."""
+        if self.positive_scores is None or self.negative_scores is None:
+            return None
+        scores_BM = np.full(doc_ids_BM.shape, np.nan, np.float32)
+        for columns, offsets, ids, scores in (
+            (slice(0, 1), self.positive_offsets, self.positive_ids, self.positive_scores),
+            (slice(1, None), self.negative_offsets, self.negative_ids, self.negative_scores),
+        ):
+            starts, counts = offsets[rows_B], offsets[rows_B + 1] - offsets[rows_B]
+            row = np.repeat(np.arange(len(rows_B)), counts)
+            at = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + starts[row]
+            entry, column = np.nonzero(ids[at][:, None] == doc_ids_BM[row, columns])
+            scores_BM[row[entry], column + (columns.start or 0)] = scores[at[entry]]
+        return scores_BM
+
     def known_positives(self, row: int) -> np.ndarray:
         """same_as of every document that is no negative of the row, ascending: the positives of all rows with
         the same query (one instruction, one normal form), and documents that are the query itself; those of
@@ -171,6 +196,8 @@ def report(store: Store) -> str:
         f"  negatives: {m['negatives'] / rows:.1f} a row, {_counted(m['rows_without_negatives'], 'row')} "
         f"without; repeated texts within a row merged: {m['merged_repeats']:,}",
     ]
+    if scored := m.get("scored_rows"):
+        lines.append(f"  scores of a teacher: {_counted(scored, 'row')}")
     if dropped := m.get("dropped"):
         share = dropped["count"] / (rows + dropped["count"])
         warning = "WARNING: " if share > NOISE_SHARE else ""
@@ -238,7 +265,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         is_counted = all(isinstance(manifest[key], int) for key in counts)
         if not is_counted or not isinstance(manifest["digest"], str):
             raise ValueError("wrong types in manifest.json")
-        if {CLASSES, *manifest["files"]} != {CLASSES, *TOKEN_FILES, *ARRAY_FILES}:
+        found = set(manifest["files"])
+        if found - OPTIONAL_FILES != {*TOKEN_FILES, *ARRAY_FILES} or len(found & {*SCORES}) == 1:
             raise ValueError("manifest.json does not list the files of a store")
         if sum(source["rows"] for source in manifest["sources"]) != manifest["rows"]:
             raise ValueError("the rows of the sources in manifest.json do not sum to its rows")
@@ -261,10 +289,10 @@ def _map_tokens(path: Path) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype="<i4", mode="r"))
 
 
-def _map_array(path: Path) -> np.ndarray:
+def _map_array(path: Path, dtype: type = np.int64) -> np.ndarray:
     values = np.load(path, mmap_mode="r" if path.stat().st_size > 1024 else None, allow_pickle=False)
-    if values.dtype != np.int64 or values.ndim != 1:
-        raise ValueError(f"{path.name} is {values.dtype} {values.shape}, not a list of int64")
+    if values.dtype != dtype or values.ndim != 1:
+        raise ValueError(f"{path.name} is {values.dtype} {values.shape}, not a list of {dtype.__name__}")
     values = np.asarray(values)
     values.flags.writeable = False
     return values

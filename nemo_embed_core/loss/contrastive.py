@@ -39,6 +39,7 @@ class Groups:
     mask_BM: Tensor  # bool; False: this row has fewer negatives, the slot does not exist
     ids_BM: Tensor  # int64 document ids (same text, same id); -1 where mask is False
     known_BJ: Tensor | None = None  # int64 ids that are right for the row too; -2 in empty places
+    teacher_BM: Tensor | None = None  # fp32 scores of a teacher; NaN where there is none
 
     def is_right(self, ids_BP: Tensor) -> Tensor:
         """bool [B, P], of ids [B or 1, P]: the id of the row's positive, or a known one."""

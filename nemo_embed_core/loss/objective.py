@@ -6,20 +6,23 @@ figures(totals, loss)           of sums over micro-batches and ranks by sum_name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_embed_core.config import LossConfig
+from nemo_embed_core.config.train import TERMS
 from nemo_embed_core.loss.contrastive import (
+    Columns,
     Groups,
     contrastive_loss,
     gather_columns,
     retrieval_stats,
     scored_dtype,
 )
+from nemo_embed_core.loss.distill import kl, margin_mse, scored
 from nemo_embed_core.loss.matryoshka import cut_columns, cut_groups
 
 _STATS = ("hits", "positive", "negative", "negatives", "ranked_rows")  # of retrieval_stats
@@ -27,12 +30,16 @@ _STATS = ("hits", "positive", "negative", "negatives", "ranked_rows")  # of retr
 
 def sum_names(loss: LossConfig) -> tuple[str, ...]:
     """What `objective` sums over micro-batches and ranks, and `figures` reads."""
-    return (*_STATS, *(("temperature",) if loss.temperature_lr else ()), *map(_sum_of, _terms(loss)))
+    names = [*_STATS, *(["temperature"] if loss.temperature_lr else []), *map(_sum_of, _terms(loss))]
+    return (*names, "scored_rows") if loss.needs_scores else tuple(names)
 
 
 def _terms(loss: LossConfig) -> list[str]:
-    """Those that metrics.jsonl tells apart; none where they are the loss."""
-    return [f"info_nce@{dim}" for dim in loss.matryoshka_dims]
+    """Those that metrics.jsonl tells apart; none where there is but one."""
+    each = [name for name in TERMS if getattr(loss, f"{name}_weight")]
+    if loss.matryoshka_dims:
+        return [f"{name}@{dim}" for dim in loss.matryoshka_dims for name in each]
+    return each if len(each) > 1 else []
 
 
 def _sum_of(term: str) -> str:
@@ -59,19 +66,34 @@ def objective(
     if log_temperature is not None:
         sums.append(log_temperature.detach().exp().double()[None] * len(groups.q_BD))
     dims = loss.matryoshka_dims or [groups.q_BD.shape[1]]
-    weights, losses = loss.matryoshka_weights or [1.0] * len(dims), []
+    weights, losses, is_told = loss.matryoshka_weights or [1.0] * len(dims), [], bool(_terms(loss))
     for dim, weight in zip(dims, weights, strict=True):
         cut = cut_groups(groups, dim), cut_columns(columns, dim)
-        losses_B = contrastive_loss(*cut, loss, temperature, dtype)
-        losses.append(losses_B if weight == 1 else weight * losses_B)
-        if loss.matryoshka_dims:
-            sums.append(losses_B.detach().double().sum()[None])
+        for own_weight, losses_B in _each(*cut, loss, temperature, dtype):
+            factor = weight * own_weight
+            losses.append(losses_B if factor == 1 else factor * losses_B)
+            if is_told:
+                sums.append(losses_B.detach().double().sum()[None])
+    if loss.needs_scores:
+        sums.append(scored(groups)[1].sum().double()[None])
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0), torch.cat(sums)
 
 
+def _each(
+    groups: Groups, columns: Columns | None, loss: LossConfig, temperature: float | Tensor, dtype: torch.dtype
+) -> Iterator[tuple[float, Tensor]]:
+    """(weight, [B]) of each term that has a weight, in the order of TERMS."""
+    if loss.info_nce_weight:
+        yield loss.info_nce_weight, contrastive_loss(groups, columns, loss, temperature, dtype)
+    if loss.kl_weight:
+        yield loss.kl_weight, kl(groups, temperature, loss.kl_temperature)
+    if loss.margin_mse_weight:
+        yield loss.margin_mse_weight, margin_mse(groups)
+
+
 def figures(totals: Mapping[str, float], loss: LossConfig) -> dict[str, Any]:
-    """Of the sums of a global batch, "rows" and "loss" (their sum). losses: of each term, without its
-    weight."""
+    """Of the sums of a global batch, "rows" and "loss" (their sum). losses: of each term, without its weight;
+    those of a teacher's scores of the rows that have them, None where no row has."""
     found: dict[str, Any] = {
         "loss": totals["loss"] / totals["rows"],
         # Of rows that have a candidate; None where no row of the step has one.
@@ -83,5 +105,8 @@ def figures(totals: Mapping[str, float], loss: LossConfig) -> dict[str, Any]:
     if "temperature" in totals:
         found["temperature"] = totals["temperature"] / totals["rows"]
     if terms := _terms(loss):
-        found["losses"] = {term: totals[_sum_of(term)] / totals["rows"] for term in terms}
+        of = {term: totals["rows" if term.startswith("info_nce") else "scored_rows"] for term in terms}
+        found["losses"] = {term: totals[_sum_of(term)] / of[term] if of[term] else None for term in terms}
+    if loss.needs_scores:
+        found["scored_rows"] = round(totals["scored_rows"])
     return found

@@ -47,6 +47,21 @@ class Prepared:
     store: Path | None = None  # of the first rank: the folder that all open
 
 
+def _check_scores(config: TrainConfig, store: Store) -> None:
+    """UserError where the loss needs a teacher's scores and no row of the store has them."""
+    if not config.loss.needs_scores or store.negative_scores is not None:
+        return
+    if "scored_rows" not in store.manifest:
+        raise UserError(
+            f"{store.folder} was built before stores kept a teacher's scores, which loss.kl_weight and "
+            "loss.margin_mse_weight need: delete that folder and it is built again"
+        )
+    raise UserError(
+        "loss.kl_weight and loss.margin_mse_weight need a teacher's scores of positives and negatives, and "
+        "no row has them: mine with it (launch/mine.py writes pos_scores and neg_scores), or set both to 0"
+    )
+
+
 def prepare(config: TrainConfig) -> Prepared:
     """Shapes, tokenizer, layout and batch sizes against each other; the first rank also builds the data
     store."""
@@ -106,6 +121,7 @@ def prepare(config: TrainConfig) -> Prepared:
         if config.init_from and checkpoint is None:
             open_weights(config.init_from, hashed=False, base=True)
         store = open_store(config.data, tokenizer)
+        _check_scores(config, store)
         drawn = population_of(config, store, manifest, print)
         if checkpoint is not None and manifest is not None:
             changed_samples(config, checkpoint, manifest, store, drawn.digest)

@@ -38,6 +38,7 @@ def group(embeddings_ND: Tensor, batch: MicroBatch) -> Groups:
         mask_BM=batch.document_mask,
         ids_BM=batch.document_ids,
         known_BJ=batch.known_ids,
+        teacher_BM=batch.teacher_scores,
     )
 
 
@@ -48,6 +49,9 @@ def _concat(groups: Sequence[Groups]) -> Groups:
         torch.cat([g.mask_BM for g in groups]),
         torch.cat([g.ids_BM for g in groups]),
         torch.cat([g.known_BJ for g in groups if g.known_BJ is not None]),  # J is that of the global batch
+        None
+        if groups[0].teacher_BM is None
+        else torch.cat([g.teacher_BM for g in groups if g.teacher_BM is not None]),
     )
 
 

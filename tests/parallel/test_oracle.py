@@ -45,7 +45,10 @@ SLOW_LAYOUTS = [(4, True, 1, 1), (2, True, 2, 1), (2, False, 2, 1)]
 # No default among them, and a clip_norm that clips.
 BASE: dict[str, Any] = {
     "steps": 3, "global_batch_size": 8, "seed": 3, "activation_checkpointing": "none", "attention": "auto",
-    "loss": {"temperature": 0.05, "in_batch": "positives"},
+    "loss": {
+        "temperature": 0.05, "in_batch": "positives", "kl_weight": 0.5, "kl_temperature": 0.1,
+        "matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5],
+    },
     "optim": {
         "lr": 2e-3, "min_lr": 5e-4, "warmup_steps": 1, "weight_decay": 0.3, "beta1": 0.7, "beta2": 0.9,
         "eps": 1e-3, "clip_norm": 0.5,
@@ -59,7 +62,9 @@ CHANGES: list[tuple[str, Any, bool]] = [
     ("loss.in_batch", "none", True), ("loss.in_batch", "all", True),
     ("loss.query_query", True, True), ("loss.document_document", True, True),
     ("loss.false_negative_margin", 0.05, True), ("loss.temperature_lr", 0.1, True),
-    ("loss.matryoshka_dims", [32, 5], True), ("optim.lr", 1e-3, True),
+    ("loss.matryoshka_dims", [32, 5], True), ("loss.matryoshka_weights", [0.5, 2.0], True),
+    ("loss.info_nce_weight", 0.5, True), ("loss.kl_weight", 2.0, True), ("loss.kl_temperature", 0.05, True),
+    ("loss.margin_mse_weight", 3.0, True), ("optim.lr", 1e-3, True),
     ("optim.min_lr", 1e-3, True), ("optim.warmup_steps", 2, True), ("optim.warmup_steps", 0, True),
     ("optim.weight_decay", 0.0, True), ("optim.beta1", 0.2, True), ("optim.beta2", 0.5, True),
     ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True), ("optim.clip_norm", 0.25, True),
@@ -77,8 +82,12 @@ TERMS: list[dict[str, Any]] = [  # of the loss, beside in_batch
         "temperature_lr": 0.1, "matryoshka_dims": [4, 32, 9], "matryoshka_weights": [0.5, 1.0, 2.0],
     },
     {"in_batch": "none", "query_query": True, "false_negative_margin": 0.05, "temperature_lr": 0.3},
-    {"in_batch": "none", "document_document": True, "temperature_lr": 0.03, "matryoshka_dims": [7]},
-    {"in_batch": "none", "matryoshka_dims": [32, 3], "matryoshka_weights": [0.3, 1.0]},
+    {"in_batch": "none", "document_document": True, "temperature_lr": 0.03, "matryoshka_dims": [7],
+     "kl_weight": 1.5, "kl_temperature": 0.05},
+    {
+        "in_batch": "none", "matryoshka_dims": [32, 3], "matryoshka_weights": [0.3, 1.0], "kl_weight": 0.5,
+        "kl_temperature": 0.1, "margin_mse_weight": 2.0, "info_nce_weight": 0.0,
+    },
 ]  # fmt: skip
 
 
@@ -226,6 +235,12 @@ def write_data(path: Path) -> None:
             rows[i]["group"] = i % 2
         if i % 3 == 1:
             rows[i]["neg"] = rows[i]["neg"] + rows[i - 2]["pos"][:1]
+    rng = random.Random(5)
+    for i, row in enumerate(rows):
+        if i % 5 != 2:  # the others have none
+            row["pos_scores"], row["neg_scores"] = (
+                [rng.randrange(16, 64) / 64 for _ in row[s]] for s in ("pos", "neg")
+            )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -264,7 +279,15 @@ def batches(config: TrainConfig) -> list[Batch]:
         found = [data[row] for row in rows.tolist()]
         prompt, length = f"Instruct: {source.task}\nQuery: ", config.data.query_max_length
         queries = [encode(prompt + row["query"]).ids[:length] for row in found]
-        out.append(Batch(queries, documents.tolist(), tokens, [right(row) for row in found]))
+        scores = [
+            {
+                cut(text): score
+                for side in ("pos", "neg")
+                for text, score in zip(row[side], row.get(f"{side}_scores", []), strict=False)
+            }
+            for row in found
+        ]
+        out.append(Batch(queries, documents.tolist(), tokens, [right(row) for row in found], scores))
     return out
 
 
@@ -305,8 +328,9 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
         if case["loss"].get("temperature_lr"):
             assert abs(record["temperature"] / step.temperature - 1) < tolerance[0], f"{where}: temperature"
             assert number == 0 or step.temperature != want["steps"][0].temperature, where
-        for name, mean in step.terms.items() if "matryoshka_dims" in case["loss"] else ():
-            assert abs(record["losses"][name] / mean - 1) < tolerance[0], f"{where}: loss of {name}"
+        for name, mean in step.terms.items() if "losses" in record else ():
+            if name in record["losses"] or not name.startswith("info_nce"):
+                assert abs(record["losses"][name] / mean - 1) < tolerance[0], f"{where}: loss of {name}"
         # Else only candidates of the same micro-batch are looked at, and those that the terms leave out.
         if case["loss"]["in_batch"] == "none" and case["loss"].keys() == {"in_batch", "temperature"}:
             hits = [bool((s[0] > s[1:]).all()) for s in step.scores if len(s) > 1]
@@ -408,7 +432,7 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         ParallelConfig: {
             "tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s",
         },
-        LossConfig: {"matryoshka_weights"}, OptimConfig: {"master_weights", "moments"},
+        LossConfig: set(), OptimConfig: {"master_weights", "moments"},
         TrainConfig: {
             "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",
             "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data", "parallel", "epochs",
