@@ -237,6 +237,9 @@ class TrainConfig(Options):
     init_from: str = ""
     """Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of the shape `model`,
     which is ignored otherwise."""
+    init_layers: list[int] = field(default_factory=list)
+    """Layers of init_from that the model begins with, in this order, counted from 0: [0, 2, 4, 6] of eight
+    makes a model of four; []: all."""
     tokenizer: str = ""
     """Folder with tokenizer.json; "": the one in init_from."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -278,6 +281,11 @@ class TrainConfig(Options):
         if isinstance(self.activation_checkpointing, bool):  # as files and checkpoints before 1.0 say it
             word = "full" if self.activation_checkpointing else "none"
             object.__setattr__(self, "activation_checkpointing", word)
+        layers = self.init_layers
+        if layers and not self.init_from:
+            raise UserError(f"init_layers={layers} are of init_from: give that, or model.num_hidden_layers")
+        if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
+            raise UserError(f"init_layers={layers} must be different layers, counted from 0")
         if (self.steps is None) == (self.epochs is None):
             both = "" if self.steps is None else f", not steps={self.steps} and epochs={self.epochs}"
             raise UserError(f"give steps or epochs{both}: how long to train")

@@ -141,9 +141,11 @@ def _at_their_caps(config: PlanConfig, train: TrainConfig, texts: Texts) -> Text
 def _model(train: TrainConfig) -> tuple[ModelConfig, str]:
     folder = Path(train.init_from)
     if train.init_from and folder.is_dir():
+        from nemo_embed_core.checkpoint.kept_layers import kept_shape
         from nemo_embed_core.checkpoint.weights import read_model_config
 
-        found = read_model_config(train.init_from)
+        whole = read_model_config(train.init_from)
+        found = kept_shape(whole, train.init_layers, train.init_from)
         return replace(found, pooling=train.model.pooling, is_causal=train.model.is_causal), train.init_from
     if train.init_from:
         return (

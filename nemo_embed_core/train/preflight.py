@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nemo_embed_core.checkpoint.kept_layers import kept_shape
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest, verify_checkpoint
 from nemo_embed_core.checkpoint.runs import AllDamagedError, checkpoints, find_checkpoint, newest_whole
 from nemo_embed_core.checkpoint.source import resolve
@@ -78,7 +79,7 @@ def prepare(config: TrainConfig) -> Prepared:
     device = pick_device(config.device)
     model = config.model
     if config.init_from:  # attention and pooling are the run's: the folder's do not matter to its weights
-        found = read_model_config(config.init_from)
+        found = kept_shape(read_model_config(config.init_from), config.init_layers, config.init_from)
         model = replace(found, pooling=model.pooling, is_causal=model.is_causal)
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
     if config.precision == "fp8":

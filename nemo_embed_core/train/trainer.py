@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_embed_core.checkpoint.kept_layers import KeptLayers
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.saver import Saver
-from nemo_embed_core.checkpoint.weights import RandomReader, open_weights
+from nemo_embed_core.checkpoint.weights import BoxReader, RandomReader, open_weights
 from nemo_embed_core.checkpoint.write import save_checkpoint
 from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data import mix
@@ -96,7 +97,10 @@ class Trainer:
             open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
         )
         engine = Engine(config, model, mesh, dtype)
-        fill_engine(engine, weights.reader if weights is not None else RandomReader(model, config.seed))
+        reader: BoxReader = RandomReader(model, config.seed)
+        if weights is not None:
+            reader = KeptLayers(weights.reader, config.init_layers) if config.init_layers else weights.reader
+        fill_engine(engine, reader)
         commit, lock = code_version() if mesh.rank == 0 else "", self._held.lock
         state = RunState(
             engine, self.tokenizer, self.store, drawn, commit, lock.run if lock is not None else None

@@ -434,8 +434,9 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         },
         LossConfig: set(), OptimConfig: {"master_weights", "moments"},
         TrainConfig: {
-            "output_dir", "init_from", "tokenizer", "model", "checkpoint", "precision", "device", "on_spike",
-            "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data", "parallel", "epochs",
+            "output_dir", "init_from", "init_layers", "tokenizer", "model", "checkpoint", "precision",
+            "device", "on_spike", "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data",
+            "parallel", "epochs",
         },
     }  # fmt: skip
     groups = {

@@ -1,0 +1,77 @@
+"""A model of some layers of another one has the vectors of transformers' own model without the rest."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import MODEL, train_config, write_hf
+from tokenizers import Tokenizer
+
+from nemo_embed_core.checkpoint.manifest import read_manifest
+from nemo_embed_core.encoders.embedder import Embedder
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.parallel.mesh import distributed
+from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.trainer import Trainer
+
+TEXTS = ["alpha beta river", "moon violin copper engine and more of it", "cat"]
+
+
+def run(folder: Path, name: str, init_from: Path, layers: list[int], **changes) -> Path:
+    output = folder / name
+    config = train_config(
+        folder, init_from=str(init_from), init_layers=layers, output_dir=str(output), steps=0, **changes
+    )
+    with distributed(config.parallel, "cpu") as mesh:
+        Trainer(config, mesh, prepare(config), log=lambda message: None).run()
+    return output
+
+
+def of_transformers(folder: Path, layers: list[int]) -> np.ndarray:
+    """One text at a time."""
+    from transformers import LlamaModel
+
+    model = LlamaModel.from_pretrained(folder, dtype=torch.float32)
+    model.layers = torch.nn.ModuleList(model.layers[i] for i in layers)
+    model.config.num_hidden_layers = len(layers)
+    encode, rows = Tokenizer.from_file(f"{folder}/tokenizer.json").encode, []
+    with torch.no_grad():
+        for text in TEXTS:
+            mean = model(input_ids=torch.tensor([encode(text).ids])).last_hidden_state[0].mean(0)
+            rows.append((mean / mean.norm()).numpy())
+    return np.stack(rows)
+
+
+def test_layers_are_those_that_are_named_in_their_order(tmp_path: Path) -> None:
+    """Of a Hugging Face folder, and of a run that was made so."""
+    hf = write_hf(tmp_path / "hf", torch.float32, config=dataclasses.replace(MODEL, num_hidden_layers=4))
+    first = run(tmp_path, "first", hf, [3, 0, 2])
+    second = run(tmp_path, "second", first, [2, 0])
+    for folder, layers in ((first, [3, 0, 2]), (second, [2, 3])):
+        manifest = read_manifest(folder / "step-00000000")
+        assert manifest["model"]["num_hidden_layers"] == len(layers)
+        assert not any(f"layers.{len(layers)}." in name for name in manifest["tensors"])
+        rows = Embedder.load(folder, "cpu").encode(TEXTS)
+        assert np.abs(rows - of_transformers(hf, layers)).max() < 1e-5
+        assert np.abs(rows - of_transformers(hf, sorted(layers, reverse=True))).max() > 1e-4
+    assert read_manifest(first / "step-00000000")["config"]["init_layers"] == [3, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "layers, init_from, says",
+    [
+        ([0, 2], "hf", r"init_layers has 2, and .*hf has the layers 0 to 1"),
+        ([1, 1], "hf", "must be different layers"),
+        ([-1], "hf", "counted from 0"),
+        ([0], "", "are of init_from: give that"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(
+    tmp_path: Path, layers: list, init_from: str, says: str
+) -> None:
+    write_hf(tmp_path / "hf", torch.float32)
+    source = init_from and str(tmp_path / init_from)
+    with pytest.raises(UserError, match=says):
+        prepare(train_config(tmp_path, init_from=source, init_layers=layers, steps=1))
