@@ -65,10 +65,11 @@ class Mutant(NamedTuple):
     no_bug: str = ""  # why nothing has to notice
 
 
-CONTRASTIVE, OBJECTIVE, TEMPERATURE, MATRYOSHKA, DISTILL = (
+CONTRASTIVE, OBJECTIVE, TEMPERATURE, MATRYOSHKA, DISTILL, GRADED = (
     f"nemo_embed_core/loss/{name}.py"
-    for name in ("contrastive", "objective", "temperature", "matryoshka", "distill")
+    for name in ("contrastive", "objective", "temperature", "matryoshka", "distill", "graded")
 )
+TEST_GRADED = "tests/loss/test_graded.py"
 STEP = "nemo_embed_core/train/step.py"
 OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
 ENGINE, TRAINER, PREFETCH, RUN_STATE = (
@@ -107,7 +108,7 @@ MUTANTS = [
     Mutant("the margin counts from 0", CONTRASTIVE, "limits_B = positive_B.detach() + loss", "limits_B = 0 * positive_B.detach() + loss", f"tests/loss {LOSS}"),
     Mutant("own negatives above the margin count", CONTRASTIVE, "negative_BK & (_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])", "negative_BK", "tests/loss"),
     Mutant("further terms are not relative to the positive", CONTRASTIVE, "extra_B - positive_B / temperature", "extra_B - positive_B.detach() / temperature", "tests/loss"),
-    Mutant("rows without further terms in one batch have several", STEP, "loss.has_in_batch and len", 'loss.in_batch != "none" and len', DP2),
+    Mutant("rows without in_batch are not joined", STEP, "loss.couples_rows and len", 'loss.in_batch != "none" and len', DP2),
     Mutant("each rank learns a temperature of its own", TEMPERATURE, "all_reduce_(self.log.grad, dp_group)", "self.log.grad", DP2),
     Mutant("the temperature's gradient is the sum over ranks", TEMPERATURE, ".div_(dp_group.size())", "", DP2),
     Mutant("the temperature learns at the weights' rate", TEMPERATURE, "self._lr * lr / self._peak", "lr", LOSS),
@@ -127,16 +128,22 @@ MUTANTS = [
     Mutant("documents without a score are distilled", DISTILL, "& groups.teacher_BM.isfinite()", "", "tests/loss"),
     Mutant("negatives that are right are distilled", DISTILL, "torch.cat([groups.mask_BM[:, :1], groups.negative_BK], 1)", "groups.mask_BM", f"tests/loss {LOSS}"),
     Mutant("margins are summed", DISTILL, "kept_BM[:, 1:].sum(1).clamp(min=1)", "1", "tests/loss"),
-    Mutant("a term is logged as a mean over rows that lack it", OBJECTIVE, 'else "scored_rows"] for term', 'else "rows"] for term', "tests/loss"),
+    Mutant("a term is logged as a mean over rows that lack it", OBJECTIVE, 'totals.get("scored_rows", 0.0)) for term', 'totals["rows"]) for term', "tests/loss"),
     Mutant("scores move to other documents where a text stands twice", COMPILE, "found.setdefault(doc_id, score)", "found[doc_id] = score", "tests/data/test_scores.py"),
     Mutant("scores move where a negative is left out", "nemo_embed_core/data/judge.py", '"negative_scores.npy": scores_N[kept_N]', '"negative_scores.npy": scores_N[: kept_N.sum()]', "tests/data/test_scores.py"),
     Mutant("scores of a batch are those of other rows", "nemo_embed_core/data/store.py", "scores_BM[row[entry], column + (columns.start or 0)] = scores[at[entry]]", "scores_BM[row[entry], column + (columns.start or 0)] = scores[entry]", "tests/data/test_scores.py"),
     Mutant("a loss without its scores goes unseen", "nemo_embed_core/train/preflight.py", "        _check_scores(config, store)\n", "", "tests/data/test_scores.py"),
     Mutant("the first layers are kept, whichever are named", "nemo_embed_core/checkpoint/kept_layers.py", "self._layers[int(number)]", "int(number)", "tests/train/test_init_layers.py"),
+    Mutant("pairs of equal grades are ordered", GRADED, "grade[:, None] > grade[None, :]", "grade[:, None] >= grade[None, :]", TEST_GRADED),
+    Mutant("cosines of other ranks are constants", GRADED, "gather_tokens(own_B, dp_group)", "gather_tokens(own_B.detach(), dp_group) + own_B.sum() - own_B.sum().detach()", TEST_GRADED),
+    Mutant("the lower grade wants the higher cosine", GRADED, "(s[None, :] - s[:, None])", "(s[:, None] - s[None, :])", TEST_GRADED),
+    Mutant("graded pairs are positives", OBJECTIVE, "losses_B.masked_fill(_is_graded(groups), 0.0)", "losses_B", TEST_GRADED),
+    Mutant("graded pairs of a micro-batch alone are compared", STEP, "loss.couples_rows and len", "loss.has_in_batch and len", TEST_GRADED),
+    Mutant("graded pairs without a negative are left out", POPULATION, "lone &= np.isnan(store.row_grades)", "pass", TEST_GRADED),
     Mutant("cut rows are not normalised", MATRYOSHKA, "F.normalize(rows[..., :dim].to(wide), dim=-1)", "rows[..., :dim]", "tests/loss"),
     Mutant("weights of widths never arrive", OBJECTIVE, "factor = weight * own_weight", "factor = own_weight", f"tests/loss {LOSS}"),
     Mutant("a width is logged with its weight", OBJECTIVE, "sums.append(losses_B.detach().double()", "sums.append(losses[-1].detach().double()", "tests/loss"),
-    Mutant("a model forgets its widths", "nemo_embed_core/checkpoint/source.py", 'return {**value, "dims": dims} if dims else value', "return value", "tests/evaluation/test_encoders.py"),
+    Mutant("a model forgets its widths", "nemo_embed_core/checkpoint/source.py", 'if name != "dims" or entry}', 'if name != "dims"}', "tests/evaluation/test_encoders.py"),
     Mutant("cut vectors are not normalised", "nemo_embed_core/encoders/embedder.py", "torch.nn.functional.normalize(rows.float()[:, : self.dim], dim=-1)", "rows.float()[:, : self.dim]", "tests/evaluation/test_encoders.py"),
     Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
     Mutant("GradCache forgets the first micro-batch", STEP, "with_graph.backward(e.grad)", "with_graph.backward(e.grad * min(i, 1))", LOSS),

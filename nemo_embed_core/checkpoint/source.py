@@ -14,7 +14,7 @@ says otherwise. Pooling is the model's own (ModelConfig.pooling), shown beside t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -60,7 +60,6 @@ class Usage:
     prompts: by name of the task's data set, the default one first; empty of a bare Llama.
     *_max_length: tokens, special tokens and prompt included; None where nothing is known.
     pooling: as the model has it, or of a folder that is not ours in sentence-transformers' words.
-    dims: widths that vectors were trained to be cut to (loss.matryoshka_dims).
     """
 
     prompts: Mapping[str, Prompts] = field(default_factory=dict)
@@ -68,7 +67,7 @@ class Usage:
     document_max_length: int | None = None
     pooling: str = ModelConfig.pooling
     similarity: Similarity = "cosine"
-    dims: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()  # widths that vectors were trained to be cut to (loss.matryoshka_dims)
 
     @property
     def default(self) -> Prompts:
@@ -138,16 +137,11 @@ class Usage:
         limits = (self.query_max_length, self.document_max_length)
         lengths = [f"{n} tokens" if n else "not known" for n in limits]
         lines.append(f"longest query: {lengths[0]}; longest document: {lengths[1]}; longer ones are cut")
-        lines.append(f"pooling: {self.pooling}; similarity: {self.similarity}")
-        if self.dims:
-            widths = ", ".join(map(str, sorted(self.dims, reverse=True)))
-            lines.append(f"widths: trained for the first {widths} columns, normalised again (truncate_dim)")
-        return lines
+        return [*lines, f"pooling: {self.pooling}; similarity: {self.similarity}"]
 
     def to_json(self) -> dict[str, Any]:
         value = {**asdict(self), "prompts": {name: p._asdict() for name, p in self.prompts.items()}}
-        dims = list(value.pop("dims"))
-        return {**value, "dims": dims} if dims else value
+        return {name: entry for name, entry in value.items() if name != "dims" or entry}
 
     @classmethod
     def from_json(cls, value: Any, pooling: str, where: str) -> Usage:
@@ -248,9 +242,7 @@ def _refuse_two_models(folder: Path) -> None:
         raise UserError(f"{folder} holds {both}; move one of them to another folder")
 
 
-def usage_of_training(
-    data: Mapping[str, Any], pooling: str, rows: list[int] | None = None, dims: Sequence[int] = ()
-) -> Usage:
+def usage_of_training(data: Mapping[str, Any], pooling: str, rows: list[int] | None = None) -> Usage:
     """From the `data` options of a run (as to_dict gives them) and its model's pooling.
 
     rows: of each dataset, the largest one's prompts are the default. Lengths are the largest of any dataset.
@@ -273,7 +265,7 @@ def usage_of_training(
     sides = ("query_max_length", "document_max_length")
     each = {side: [dataset.get(side) or data[side] for dataset in data["datasets"]] for side in sides}
     lengths = {side: max(found, default=data[side]) for side, found in each.items()}
-    return Usage(prompts=prompts, pooling=pooling, dims=tuple(dims), **lengths)
+    return Usage(prompts=prompts, pooling=pooling, **lengths)
 
 
 def usage_of_manifest(manifest: Mapping[str, Any]) -> Usage:

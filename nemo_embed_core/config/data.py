@@ -61,6 +61,9 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
     """Kind of its rows; "": a dataset folder's own, else retrieval. sts, bitext: of files of rows the task
     stands before documents too, where document_task says nothing else. classification, clustering: beside
     other datasets loss.in_batch needs data.batches=one_source, as a class of another dataset may be right."""
+    grades: bool = False
+    """Whether its rows are graded pairs (an STS table) that keep their grade, for loss.cosent_weight: a batch
+    is of such rows or of others (data.batches one_source beside other datasets)."""
     name: str = ""
     """Its name in reports, metrics and prompts; "": that of its file or folder."""
     cap: int | None = None
@@ -83,6 +86,8 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
                 raise UserError(f"{where}: {name}={length} must be at least 2 tokens; null: as data.{name}")
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise UserError(f"{where}: name={self.name!r} must be of letters, digits, dots, - and _")
+        if self.grades and self.min_grade is not None:
+            raise UserError(f"{where}: grades keeps all pairs, min_grade={self.min_grade:g} some: set one")
         if self.cap is not None and self.cap < 1:
             raise UserError(f"{where}: cap={self.cap} must be at least 1 row; leave the dataset out for none")
         if not self.weight > 0:

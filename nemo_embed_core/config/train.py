@@ -49,7 +49,7 @@ class ParallelConfig(Options, section="parallel"):
             raise UserError(f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
 
 
-TERMS = ("info_nce", "kl", "margin_mse")  # of the loss; each has a weight
+TERMS = ("info_nce", "kl", "margin_mse", "cosent")  # of the loss; each has a weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,11 @@ class LossConfig(Options, section="loss"):
     margin_mse_weight: float = 0.0
     """Weight of the squared difference between the model's and the teacher's margins, positive less negative,
     of cosines."""
+    cosent_weight: float = 0.0
+    """Weight of CoSENT over the graded pairs of the global batch (data.datasets.grades), which wants the more
+    similar of two pairs to have the higher cosine. Graded pairs are in no other term."""
+    cosent_temperature: float = 0.05
+    """Divisor of the differences of cosines in it."""
     matryoshka_dims: list[int] = field(default_factory=list)
     """Widths at which vectors are to be of use too, cut to their first columns and normalised again: the loss
     is the sum of that at each of these, of which the model's hidden_size should be one; []: that alone."""
@@ -109,8 +114,9 @@ class LossConfig(Options, section="loss"):
         if any(weight < 0 for weight in terms.values()) or not any(terms.values()):
             said = ", ".join(f"{name}={weight:g}" for name, weight in terms.items())
             raise UserError(f"loss: {said} must not be negative, and one of them positive")
-        if not self.kl_temperature > 0:
-            raise UserError(f"loss.kl_temperature={self.kl_temperature} must be positive")
+        for name in ("kl_temperature", "cosent_temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"loss.{name}={getattr(self, name)} must be positive")
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if any(dim < 1 for dim in dims) or len(set(dims)) < len(dims):
             raise UserError(f"loss.matryoshka_dims={dims} must be different widths of at least 1 column")
@@ -127,8 +133,13 @@ class LossConfig(Options, section="loss"):
 
     @property
     def has_in_batch(self) -> bool:
-        """Whether other rows bring candidates, and micro-batches are joined by GradCache."""
+        """Whether other rows bring candidates."""
         return self.in_batch != "none" or self.query_query or self.document_document
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the loss of a row needs others, so that micro-batches are joined by GradCache."""
+        return self.has_in_batch or self.cosent_weight > 0
 
     def columns(self, num_hard_negatives: int) -> int:
         """Documents of a row that are gathered over the global batch."""
@@ -315,7 +326,7 @@ class TrainConfig(Options):
             raise UserError(
                 f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off"
             )
-        if self.data.num_hard_negatives == 0 and not self.loss.has_in_batch:
+        if self.data.num_hard_negatives == 0 and not self.loss.couples_rows:
             raise UserError(
                 "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in "
                 "the softmax and the loss is 0; set loss.in_batch=positives or give hard negatives"

@@ -34,14 +34,14 @@ from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
 COMMIT_S = 10.0  # seconds between two lines of progress, each a state that a kill leaves whole
 PENDING = 2 << 20  # characters that wait for the tokenizer
 
-# Files that only a build has: raw int64, fp32 (*_scores), 16 bytes a text, or one byte (*_cut: whether it
-# lost tokens).
+# Files that only a build has: raw int64, fp32 (*_scores, row_grades), 16 bytes a text, or one byte (*_cut:
+# whether it lost tokens).
 # judge() makes the arrays of the store of them.
 PARTS = (
     "query_lengths", "query_hashes", "query_cut", "query_keys", "group_keys", "class_keys", "row_lines",
     "num_positives", "positives", "positive_scores", "num_negatives", "negatives", "negative_scores",
     "document_lengths", "document_hashes", "document_cut", "document_keys", "document_texts",
-    "document_rows",
+    "document_rows", "row_grades",
 )  # fmt: skip
 
 
@@ -185,8 +185,8 @@ def _compile(
     folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
 ) -> None:
     state = read_state(folder) or {}
-    if state and "positive_scores.part" not in state["sizes"]:
-        state = {}  # begun by a version that did not keep scores, which texts were cut, or the rows' groups
+    if state and "row_grades.part" not in state["sizes"]:
+        state = {}  # begun by a version that did not keep grades, scores, which texts were cut, or groups
     if state:
         done = f"{state['rows']:,} of {state['total']:,} rows"
         log(f"going on with {folder}: {done} were done when its process ended")
@@ -322,6 +322,8 @@ def _tokenise(
             files.add("group_keys", bytes_key(query_prefix.encode("utf-8") + b"\0" + key))
             files.add("class_keys", bytes_key(f"{i} {row.group}".encode()) if row.group else NO_CLASS)
             files.add("row_lines", _int(row.line))
+            grade = row.grade if dataset.grades and row.grade is not None else math.nan
+            files.add("row_grades", array("f", [grade]).tobytes())
             for part, side, values in (
                 ("positives", "positive", unique_pos),
                 ("negatives", "negative", unique_neg),

@@ -135,6 +135,9 @@ def judge(
     scores_P, scores_N = (
         np.fromfile(folder / f"{side}_scores.part", "<f4") for side in ("positive", "negative")
     )
+    grades_R = np.fromfile(folder / "row_grades.part", "<f4")
+    if np.isfinite(grades_R).any():
+        arrays["row_grades.npy"] = grades_R
     if np.isfinite(scores_P).any() and np.isfinite(scores_N).any():
         arrays |= {"positive_scores.npy": scores_P, "negative_scores.npy": scores_N[kept_N]}
     return arrays, noise

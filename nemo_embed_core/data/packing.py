@@ -65,6 +65,7 @@ class MicroBatch(PackedBatch):
     # [b, J] int64; ids within the global batch that are no negatives of the row; -2 in empty places.
     known_ids: torch.Tensor
     rows: np.ndarray  # [b] int64 rows of the store, to name a sample in an error
+    grades: torch.Tensor | None = None  # [b] fp32; NaN: not graded; None: no row of the store is
     teacher_scores: torch.Tensor | None = None  # [b, 1 + K] fp32; NaN where missing; None: the store has none
 
 
@@ -182,6 +183,7 @@ def build_micro_batch(
         document_ids=torch.from_numpy(same_ids),
         known_ids=torch.from_numpy(known_ids.astype(np.int64)),
         rows=rows_b,
+        grades=None if store.row_grades is None else torch.from_numpy(store.row_grades[rows_b]),
         teacher_scores=None
         if (scores := store.scores(rows_b, doc_ids)) is None
         else torch.from_numpy(scores),

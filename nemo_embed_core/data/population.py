@@ -118,8 +118,10 @@ def _datasets(store: Store, config: DataConfig) -> list[DatasetConfig]:
 
 
 def _with_candidates(store: Store, keep_lone: bool, log: Callable[[str], None]) -> np.ndarray:
-    """Rows that have a hard negative, for loss.in_batch=none; all of them where a run began so."""
+    """Rows that have a hard negative or a grade, for loss.in_batch=none; all of them where a run began so."""
     lone = np.diff(store.negative_offsets) == 0
+    if store.row_grades is not None:  # which need none
+        lone &= np.isnan(store.row_grades)
     if lone.all():
         raise UserError(
             f"no negatives: none of the {len(store)} rows has a hard negative and loss.in_batch=none, so "

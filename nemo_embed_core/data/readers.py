@@ -21,7 +21,7 @@ from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.formats import automodel_ids, beir, msmarco, msmarco_triples, ours, tevatron_ids
 from nemo_embed_core.data.formats import dataset as dataset_folder
 from nemo_embed_core.data.formats.beir import Beir, OnMissing, pool_texts
-from nemo_embed_core.data.formats.row import Row, positive
+from nemo_embed_core.data.formats.row import Row, positive, with_grades
 from nemo_embed_core.data.hub import hub_address, hub_commit
 from nemo_embed_core.data.lines import MAX_NAMED, BadLines, Findings
 from nemo_embed_core.data.records import Source, find, has_rows, records
@@ -119,7 +119,11 @@ def read_rows(config: DatasetConfig, findings: Findings | None = None, graded: b
     if one not in (None, beir, dataset_folder) and not config.format:
         what = f"data sets read as {one.NAME} (set their format where it is another)"
         own.note(what, Path(config.path), 1)
-    for row in found if graded else positive(found, config.min_grade, own):
+    if config.grades:
+        found = with_grades(found, own)
+    elif not graded:
+        found = positive(found, config.min_grade, own)
+    for row in found:
         if findings is None:
             own.raise_bad()
         yield row
@@ -186,6 +190,7 @@ GROUPED = "groups"  # of rows (the first has one), which stores from before knew
 def reading(config: DatasetConfig) -> list[str]:
     """What decides the rows besides the bytes of source_files, for digests: nothing for files of our rows."""
     how, grade = list[str](), [] if config.min_grade is None else [f"min_grade={config.min_grade:g}"]
+    grade += ["grades"] * config.grades
     if found := corpus_format(config):
         if found is beir:
             return beir.reading(config)

@@ -62,15 +62,15 @@ class Most:
     def of(found: Iterable[Most]) -> Most:
         return Most(*(max(values) for values in zip(*map(astuple, found), strict=True)))
 
-    def step(self, num_documents: int, has_in_batch: bool, queries_of_rank: int) -> list[Shape]:
+    def step(self, num_documents: int, couples_rows: bool, queries_of_rank: int) -> list[Shape]:
         """Micro-batches that need no less memory than any of the run: the peak of one comes where gradients
         are added to those of another, so there are two where a step can have several.
 
-        One of them has as many tokens, sequences, queries and as long a sequence as any. In-batch negatives
-        meet in one loss, so there the queries are those of a whole step, halved.
+        One of them has as many tokens, sequences, queries and as long a sequence as any. Rows that need
+        others meet in one loss, so there the queries are those of a whole step, halved.
         """
         count = min(2, self.micro_batches)
-        queries = -(-queries_of_rank // count) if has_in_batch else self.queries
+        queries = -(-queries_of_rank // count) if couples_rows else self.queries
         rest = self.tokens - self.longest
         others = min(self.sequences - 1, rest)
         short = [rest // others + (i < rest % others) for i in range(others)]

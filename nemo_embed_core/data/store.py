@@ -42,7 +42,8 @@ ARRAY_FILES = (
 CLASSES = "row_classes.npy"
 # Where rows have a teacher's scores: fp32 beside positives.npy and negatives.npy, NaN where there is none.
 SCORES = ("positive_scores.npy", "negative_scores.npy")
-OPTIONAL_FILES = {CLASSES, *SCORES}
+GRADES = "row_grades.npy"  # [rows] fp32, where datasets have grades; NaN for rows of others
+OPTIONAL_FILES = {CLASSES, GRADES, *SCORES}
 
 
 class Store:
@@ -62,7 +63,7 @@ class Store:
                 _map_tokens(self.folder / name) for name in TOKEN_FILES
             )
             arrays = {
-                name: _map_array(self.folder / name, np.float32 if name in SCORES else np.int64)
+                name: _map_array(self.folder / name, np.float32 if name in (*SCORES, GRADES) else np.int64)
                 for name in self.manifest["files"]
                 if name not in TOKEN_FILES
             }
@@ -75,6 +76,7 @@ class Store:
         self.row_lines, self.row_groups = arrays["row_lines.npy"], arrays["row_groups.npy"]
         self.row_classes = arrays.get(CLASSES)
         self.positive_scores, self.negative_scores = map(arrays.get, SCORES)
+        self.row_grades = arrays.get(GRADES)
         self.same_as = arrays["same_as.npy"]
         self.known_offsets, self.known_ids = arrays["known_offsets.npy"], arrays["known.npy"]
         rows, documents, groups = (self.manifest[key] for key in ("rows", "documents", "groups"))
@@ -91,6 +93,7 @@ class Store:
             ("row_lines.npy", self.row_lines, rows),
             ("row_groups.npy", self.row_groups, rows),
             (CLASSES, self.row_groups if self.row_classes is None else self.row_classes, rows),
+            (GRADES, self.row_groups if self.row_grades is None else self.row_grades, rows),
             ("same_as.npy", self.same_as, documents),
             *(
                 (name, arrays.get(name, ids), len(ids))

@@ -225,6 +225,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
     pooling = POOLINGS[model.pooling]
     computes = f"Text embeddings from a {words} {mask} causal mask: {pooling.words}"
     trust = ", trust_remote_code=True" if FORMATS[format].code else ""
+    widths = ", ".join(map(str, sorted(usage.dims, reverse=True)))
     one_limit = f"- sentence-transformers has one limit for both and cuts at {usage.longest} tokens"
     lines = [
         "---",
@@ -237,6 +238,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "",
         f"- Shape: {shape}",
         *(f"- {line[0].upper()}{line[1:]}" for line in usage.lines(mark="`")),
+        *([f"- Widths: trained for the first {widths} columns, normalised again"] if widths else []),
         *([one_limit] if usage.query_max_length != usage.document_max_length else []),
         *(f"- {line[0].upper()}{line[1:]}" for line in card.get("choices", [])),
         *([f"- Base model: {base if is_hub_id else Path(base).name}"] if base else []),

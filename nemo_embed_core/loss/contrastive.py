@@ -40,6 +40,7 @@ class Groups:
     ids_BM: Tensor  # int64 document ids (same text, same id); -1 where mask is False
     known_BJ: Tensor | None = None  # int64 ids that are right for the row too; -2 in empty places
     teacher_BM: Tensor | None = None  # fp32 scores of a teacher; NaN where there is none
+    grade_B: Tensor | None = None  # fp32, of a graded pair (query, document 0); NaN: the row is none
 
     def is_right(self, ids_BP: Tensor) -> Tensor:
         """bool [B, P], of ids [B or 1, P]: the id of the row's positive, or a known one."""
@@ -174,7 +175,8 @@ def retrieval_stats(groups: Groups, in_batch: str) -> Tensor:
     candidate.
 
     Candidates at hand: the row's hard negatives and, with in_batch, the other positives of the same
-    micro-batch, but for documents that are right for the row. A row without one is neither a hit nor a miss.
+    micro-batch, but for documents that are right for the row. A row without one, as a graded pair, is neither
+    a hit nor a miss.
     """
     own_BM = torch.einsum("bd,bmd->bm", groups.q_BD.float(), groups.docs_BMD.float())
     scores, exists = own_BM[:, 1:], groups.negative_BK
@@ -183,6 +185,8 @@ def retrieval_stats(groups: Groups, in_batch: str) -> Tensor:
         exists = torch.cat(
             [exists, groups.mask_BM[None, :, 0] & ~groups.is_right(groups.ids_BM[None, :, 0])], 1
         )
+    if groups.grade_B is not None:
+        exists = exists & groups.grade_B.isnan()[:, None]
     positive, ranked = own_BM[:, 0], exists.any(1)
     outranked = (exists & (scores >= positive[:, None])).any(1)
     negatives = scores.masked_fill(~exists, 0.0).sum()

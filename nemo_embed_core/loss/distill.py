@@ -26,6 +26,8 @@ def scored(groups: Groups) -> tuple[Tensor, Tensor]:
         return none_BM, none_BM[:, 0]
     kept_BM = torch.cat([groups.mask_BM[:, :1], groups.negative_BK], 1) & groups.teacher_BM.isfinite()
     has_B = kept_BM[:, 0] & kept_BM[:, 1:].any(1)
+    if groups.grade_B is not None:
+        has_B &= groups.grade_B.isnan()
     return kept_BM & has_B[:, None], has_B
 
 

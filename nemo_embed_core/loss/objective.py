@@ -23,6 +23,7 @@ from nemo_embed_core.loss.contrastive import (
     scored_dtype,
 )
 from nemo_embed_core.loss.distill import kl, margin_mse, scored
+from nemo_embed_core.loss.graded import cosent
 from nemo_embed_core.loss.matryoshka import cut_columns, cut_groups
 
 _STATS = ("hits", "positive", "negative", "negatives", "ranked_rows")  # of retrieval_stats
@@ -31,7 +32,8 @@ _STATS = ("hits", "positive", "negative", "negatives", "ranked_rows")  # of retr
 def sum_names(loss: LossConfig) -> tuple[str, ...]:
     """What `objective` sums over micro-batches and ranks, and `figures` reads."""
     names = [*_STATS, *(["temperature"] if loss.temperature_lr else []), *map(_sum_of, _terms(loss))]
-    return (*names, "scored_rows") if loss.needs_scores else tuple(names)
+    names += ["scored_rows"] if loss.needs_scores else []
+    return (*names, "graded_rows") if loss.cosent_weight else tuple(names)
 
 
 def _terms(loss: LossConfig) -> list[str]:
@@ -69,31 +71,49 @@ def objective(
     weights, losses, is_told = loss.matryoshka_weights or [1.0] * len(dims), [], bool(_terms(loss))
     for dim, weight in zip(dims, weights, strict=True):
         cut = cut_groups(groups, dim), cut_columns(columns, dim)
-        for own_weight, losses_B in _each(*cut, loss, temperature, dtype):
+        for own_weight, losses_B in _each(*cut, loss, temperature, dtype, dp_group):
             factor = weight * own_weight
             losses.append(losses_B if factor == 1 else factor * losses_B)
             if is_told:
                 sums.append(losses_B.detach().double().sum()[None])
     if loss.needs_scores:
         sums.append(scored(groups)[1].sum().double()[None])
+    if loss.cosent_weight:
+        sums.append(_is_graded(groups).sum().double()[None])
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0), torch.cat(sums)
 
 
+def _is_graded(groups: Groups) -> Tensor:
+    """bool [B]"""
+    return groups.mask_BM[:, 0] & False if groups.grade_B is None else ~groups.grade_B.isnan()
+
+
 def _each(
-    groups: Groups, columns: Columns | None, loss: LossConfig, temperature: float | Tensor, dtype: torch.dtype
-) -> Iterator[tuple[float, Tensor]]:
-    """(weight, [B]) of each term that has a weight, in the order of TERMS."""
+    groups: Groups, columns: Columns | None, loss: LossConfig, temperature: float | Tensor,
+    dtype: torch.dtype, dp_group: Any,
+) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
+    """(weight, [B]) of each term that has a weight, in the order of TERMS. A graded pair may be far apart: it
+    is no positive."""
     if loss.info_nce_weight:
-        yield loss.info_nce_weight, contrastive_loss(groups, columns, loss, temperature, dtype)
+        losses_B = contrastive_loss(groups, columns, loss, temperature, dtype)
+        if groups.grade_B is not None:
+            losses_B = losses_B.masked_fill(_is_graded(groups), 0.0)
+        yield loss.info_nce_weight, losses_B
     if loss.kl_weight:
         yield loss.kl_weight, kl(groups, temperature, loss.kl_temperature)
     if loss.margin_mse_weight:
         yield loss.margin_mse_weight, margin_mse(groups)
+    if loss.cosent_weight:
+        if groups.grade_B is None:
+            yield loss.cosent_weight, groups.q_BD.new_zeros(len(groups.q_BD)) * groups.q_BD.sum()
+        else:
+            whole = cosent(groups, loss.cosent_temperature, dp_group)
+            yield loss.cosent_weight, whole.expand(len(groups.q_BD))
 
 
 def figures(totals: Mapping[str, float], loss: LossConfig) -> dict[str, Any]:
     """Of the sums of a global batch, "rows" and "loss" (their sum). losses: of each term, without its weight;
-    those of a teacher's scores of the rows that have them, None where no row has."""
+    over the rows that have what it is of, None where no row has."""
     found: dict[str, Any] = {
         "loss": totals["loss"] / totals["rows"],
         # Of rows that have a candidate; None where no row of the step has one.
@@ -105,8 +125,9 @@ def figures(totals: Mapping[str, float], loss: LossConfig) -> dict[str, Any]:
     if "temperature" in totals:
         found["temperature"] = totals["temperature"] / totals["rows"]
     if terms := _terms(loss):
-        of = {term: totals["rows" if term.startswith("info_nce") else "scored_rows"] for term in terms}
+        ungraded = totals["rows"] - totals.get("graded_rows", 0.0)
+        count = {"info_nce": ungraded, "cosent": totals.get("graded_rows", 0.0)}
+        of = {term: count.get(term.partition("@")[0], totals.get("scored_rows", 0.0)) for term in terms}
         found["losses"] = {term: totals[_sum_of(term)] / of[term] if of[term] else None for term in terms}
-    if loss.needs_scores:
-        found["scored_rows"] = round(totals["scored_rows"])
+    found |= {name: round(totals[name]) for name in ("scored_rows", "graded_rows") if name in totals}
     return found

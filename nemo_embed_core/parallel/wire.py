@@ -23,6 +23,8 @@ tp (fp8)       all_gather       of a block 2 forward and 2 of the 4 backward: 1 
 dp             all_gather       with in-batch terms: documents, and for query-query queries, as they are
                                 scored, in the dtype of the run, and the documents' ids, once a step
                reduce_scatter   the gradients of those rows, in fp32, once a step
+               with CoSENT      all_gather of a cosine (fp32) of each row for each width and of its grade, and
+                                reduce_scatter of the cosines' gradients, once a step
                all_reduce       the gradient of a learned temperature, 4 bytes
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 
@@ -73,6 +75,8 @@ class Wire:
     recompute: bool = False
     in_batch_columns: int = 0  # documents of a rank that go to all ranks; 0: own alone
     in_batch_queries: int = 0  # likewise
+    graded_queries: int = 0  # of a rank, whose cosines and grades go to all ranks
+    widths: int = 1  # at which the loss is taken
     learned_temperature: bool = False
     weight_bytes: int = (
         2  # of an element: as weights run and columns are scored, gradients are reduced, and rows are pooled
@@ -96,7 +100,7 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         found[axis, operation][1] += calls * each
 
     n, s, L, D = len(micro_batches), wire.dp_shard, wire.num_layers, wire.hidden_size
-    passes = [1] + [2 if wire.in_batch_columns or wire.in_batch_queries else 1] * (
+    passes = [1] + [2 if wire.in_batch_columns or wire.in_batch_queries or wire.graded_queries else 1] * (
         n - 1
     )  # forwards of each micro-batch
     gathers, reductions = (sum(passes) + n, n) if wire.reshard else (1, 1)
@@ -142,6 +146,10 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         add(axis, "reduce_scatter", 1, dp * count * D * wire.row_bytes)
     if rows:
         add(axis, "all_gather", 1, dp * rows[0] * 8)
+    if wire.graded_queries and dp > 1:
+        add(axis, "all_gather", wire.widths, dp * wire.graded_queries * wire.row_bytes)
+        add(axis, "all_gather", 1, dp * wire.graded_queries * 4)
+        add(axis, "reduce_scatter", wire.widths, dp * wire.graded_queries * wire.row_bytes)
     if wire.learned_temperature and dp > 1:
         add(axis, "all_reduce", 1, 4)
     return {key: Traffic(*values) for key, values in sorted(found.items())}

@@ -209,7 +209,7 @@ def _worst(train: TrainConfig, texts: Texts, candidate: Candidate) -> list[Shape
     queries = max(1, min(rows, round(tokens / mean / (1 + M))))
     sequences = queries * (1 + M)
     most = Most(tokens, sequences, -(-tokens // sequences), queries, candidate.micro_batches)
-    return most.step(M, train.loss.has_in_batch, rows)
+    return most.step(M, train.loss.couples_rows, rows)
 
 
 LAYERS = (2, 4)  # of the models whose peaks are continued to the whole one
@@ -274,6 +274,8 @@ def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
         head_norms=[model.head_dim] * (len(HEAD_NORMS) if family_of(model).qk_norm else 0),
         in_batch_columns=train.loss.columns(train.data.num_hard_negatives) * queries,
         in_batch_queries=queries if train.loss.query_query else 0,
+        graded_queries=queries if train.loss.cosent_weight else 0,
+        widths=max(1, len(train.loss.matryoshka_dims)),
         learned_temperature=train.loss.temperature_lr > 0,
         reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint.kept_layers import kept_shape
@@ -61,6 +62,23 @@ def _check_scores(config: TrainConfig, store: Store) -> None:
         "loss.kl_weight and loss.margin_mse_weight need a teacher's scores of positives and negatives, and "
         "no row has them: mine with it (launch/mine.py writes pos_scores and neg_scores), or set both to 0"
     )
+
+
+def _check_grades(config: TrainConfig, store: Store) -> None:
+    """UserError where graded pairs have no term, or the term no pairs, or a batch could have both kinds."""
+    graded = 0 if store.row_grades is None else int(np.isfinite(store.row_grades).sum())
+    if graded and not config.loss.cosent_weight:
+        raise UserError(
+            f"{graded:,} rows are graded pairs (data.datasets.grades), and only loss.cosent_weight has a use "
+            "for them: set it, or the dataset's min_grade in place of grades"
+        )
+    if config.loss.cosent_weight and not graded:
+        raise UserError("loss.cosent_weight needs graded pairs: set grades of the datasets that have them")
+    if graded and graded < len(store) and config.data.batches == "mixed":
+        raise UserError(
+            f"{graded:,} of {len(store):,} rows are graded pairs, which share no term with the others: set "
+            "data.batches=one_source"
+        )
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -123,6 +141,7 @@ def prepare(config: TrainConfig) -> Prepared:
             open_weights(config.init_from, hashed=False, base=True)
         store = open_store(config.data, tokenizer)
         _check_scores(config, store)
+        _check_grades(config, store)
         drawn = population_of(config, store, manifest, print)
         if checkpoint is not None and manifest is not None:
             changed_samples(config, checkpoint, manifest, store, drawn.digest)

@@ -258,6 +258,7 @@ class RunState:
         model, options = to_dict(self.engine.model_config), to_dict(config)
         rows_per_dataset = [source["rows"] for source in self.store.manifest["sources"]]
         pooling, temperature = self.engine.model_config.pooling, self.engine.temperature
+        usage = usage_of_training(options["data"], pooling, rows_per_dataset)
         return {
             "layout": {
                 "tp_size": mesh.tp.size,
@@ -275,9 +276,7 @@ class RunState:
             **({"temperature": temperature.state()} if temperature is not None else {}),
             "drawn": dict(self.drawn),  # as it is now: it may be written later
             "recent_losses": self.losses.losses,
-            "usage": usage_of_training(
-                options["data"], pooling, rows_per_dataset, config.loss.matryoshka_dims
-            ).to_json(),
+            "usage": replace(usage, dims=tuple(config.loss.matryoshka_dims)).to_json(),
             "data_digest": self.store.digest,
             "population": self.population,
             **({"draws_lone_rows": True} if self.draws_lone_rows else {}),

@@ -10,6 +10,7 @@ micro-batches take 2 n - 1 forwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -39,20 +40,14 @@ def group(embeddings_ND: Tensor, batch: MicroBatch) -> Groups:
         ids_BM=batch.document_ids,
         known_BJ=batch.known_ids,
         teacher_BM=batch.teacher_scores,
+        grade_B=batch.grades,
     )
 
 
 def _concat(groups: Sequence[Groups]) -> Groups:
-    return Groups(
-        torch.cat([g.q_BD for g in groups]),
-        torch.cat([g.docs_BMD for g in groups]),
-        torch.cat([g.mask_BM for g in groups]),
-        torch.cat([g.ids_BM for g in groups]),
-        torch.cat([g.known_BJ for g in groups if g.known_BJ is not None]),  # J is that of the global batch
-        None
-        if groups[0].teacher_BM is None
-        else torch.cat([g.teacher_BM for g in groups if g.teacher_BM is not None]),
-    )
+    """J of known_BJ is that of the global batch; what one micro-batch lacks, all do."""
+    names = [field.name for field in fields(Groups) if getattr(groups[0], field.name) is not None]
+    return Groups(**{name: torch.cat([getattr(g, name) for g in groups]) for name in names})
 
 
 def forward_backward(
@@ -75,7 +70,7 @@ def forward_backward(
     """
     rows = sum(len(batch.query_index) for batch in batches)
     batches = [batch.to(mesh.device) for batch in batches]
-    if loss.has_in_batch and len(batches) > 1:
+    if loss.couples_rows and len(batches) > 1:
         return _grad_cache(model, batches, mesh, loss, dtype, rows, before, log_temperature)
     losses, stats = [], []
     for i, batch in enumerate(batches):

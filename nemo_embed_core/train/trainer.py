@@ -201,7 +201,7 @@ class Trainer:
         most = Most.of(gather_objects(mine))
         shapes = most.step(
             1 + config.data.num_hard_negatives,
-            config.loss.has_in_batch,
+            config.loss.couples_rows,
             config.global_batch_size // mesh.dp_size,
         )
         of = f"micro-batch of steps {self.step + 1} to {config.num_steps}"

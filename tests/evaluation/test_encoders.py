@@ -159,6 +159,8 @@ def test_a_model_is_evaluated_at_several_widths(ours, beir):
 
 def test_widths_of_a_training_stay_with_the_model():
     from nemo_embed_core.checkpoint.source import Usage
+    from nemo_embed_core.config import ModelConfig
+    from nemo_embed_core.export.card import model_card
     from nemo_embed_core.merge.usage import united_usage
 
     one, two = Usage(dims=(64, 16, 8)), Usage(dims=(8, 64, 32))
@@ -167,4 +169,5 @@ def test_widths_of_a_training_stay_with_the_model():
     assert united.dims == (64, 8) and any(
         "widths 16, 32 were not trained for by all" in line for line in said
     )
-    assert "widths: trained for the first 64, 8 columns, normalised again (truncate_dim)" in united.lines()
+    card = model_card(ModelConfig(), "float32", united, {})
+    assert "- Widths: trained for the first 64, 8 columns, normalised again\n" in card

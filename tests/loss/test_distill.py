@@ -98,7 +98,7 @@ def test_terms_add_up_by_their_weights_and_are_logged_by_name(has_scores: bool) 
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"info_nce_weight": 0.0}, "kl_weight=0, margin_mse_weight=0 must not be negative, and one of them"),
+        ({"info_nce_weight": 0.0}, "cosent_weight=0 must not be negative, and one of them"),
         ({"kl_weight": -1.0}, "kl_weight=-1"),
         ({"kl_temperature": 0.0}, "kl_temperature=0.0 must be positive"),
         ({"matryoshka_dims": [8, 8]}, r"matryoshka_dims=\[8, 8\] must be different widths"),

@@ -1,7 +1,7 @@
 """Collectives that the engine really makes, on gloo and on fake groups of many ranks, against the formulas of
 parallel/wire.py."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,12 @@ LOSSES: dict[str, dict[str, Any]] = {  # more than in_batch
     "queries": {"query_query": True, "temperature_lr": 1e-3},
     "queries and documents": {"in_batch": "all", "query_query": True, "document_document": True},
     "documents": {"document_document": True},
+    "grades": {"cosent_weight": 1.0, "matryoshka_dims": [64, 16]},
 }
 TERM_MODES = [
     ("queries", False, "none", 4000, "bf16", "fp32"), ("documents", True, "none", 150, "fp32", "fp32"),
     ("queries and documents", False, "none", 150, "bf16", "fp32"),
+    ("grades", False, "none", 150, "bf16", "fp32"),
 ]  # fmt: skip
 FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)] + FP8_MODES[1:] + TERM_MODES
 ALL_MODES += FP8_MODES + TERM_MODES
@@ -80,11 +82,13 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
             ranks, rank = (1, 0) if backend == "fake" else (dp, mesh.dp_rank)  # data for so many
             sampler = Sampler(torch.arange(61).numpy(), 6 * ranks, 0)
             # Norms of heads, whose gradients are summed over tp without sequence parallelism too.
-            model = MODEL if reshard else dataclasses.replace(MODEL, model_type="qwen3")
+            model = MODEL if reshard else replace(MODEL, model_type="qwen3")
             engine = Engine(config, model, mesh)
             place = (mesh.tp.rank, tp), (mesh.shard_rank, mesh.shard_size)
             fill(engine.model, RandomReader(model, 0), model, *place)
             batches, _ = load_batch(store, sampler, 0, rank, ranks, config.data, tp, 0)
+            if config.loss.cosent_weight:
+                batches = [replace(b, grades=torch.rand(len(b.query_index))) for b in batches]
             with Counted(mesh) as counted:
                 engine.forward_backward(batches)
                 engine.clip()
@@ -97,6 +101,8 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
                 recompute=recompute == "full", fp8=precision == "fp8",
                 in_batch_columns=config.loss.columns(2) * queries,
                 in_batch_queries=queries if config.loss.query_query else 0,
+                graded_queries=queries if config.loss.cosent_weight else 0,
+                widths=max(1, len(config.loss.matryoshka_dims)),
                 learned_temperature=config.loss.temperature_lr > 0,
                 weight_bytes=4 if precision == "fp32" else 2, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
             )  # fmt: skip

@@ -107,6 +107,16 @@ def check_disjoint(
         )
 
 
+def with_grades(rows: Iterable[Row], findings: Findings) -> Iterator[Row]:
+    """Of a dataset whose rows keep their grade."""
+    for row in rows:
+        if row.grade is None:
+            what = "a row without a grade, and the dataset's grades is set"
+            findings.bad(Path(row.path), row.line, f"{what}: remove that option")
+            return  # every other line would be as bad
+        yield row
+
+
 def positive(rows: Iterable[Row], min_grade: float | None, findings: Findings) -> Iterator[Row]:
     """Of graded pairs those that belong together."""
     found, row = False, None
@@ -115,7 +125,8 @@ def positive(rows: Iterable[Row], min_grade: float | None, findings: Findings) -
             what, fix = "a row without a grade, and the dataset's min_grade is set", "remove that option"
             if row.grade is not None:
                 what = f"a graded pair (grade {row.grade:g}), which the contrastive loss has no use for"
-                fix = "set the dataset's min_grade to the grade from which pairs belong together"
+                fix = "set the dataset's min_grade to the grade from which pairs belong together, or its "
+                fix += "grades and loss.cosent_weight"
             findings.bad(Path(row.path), row.line, f"{what}: {fix}")
             return  # every other line would be as bad
         if row.grade is not None and min_grade is not None and row.grade < min_grade:
