@@ -51,8 +51,14 @@ def open_folder(folder: Path) -> HFFolder:
 
 def find_folder(path: str | Path) -> tuple[Path, tuple[str, ...]]:
     """The folder and what to say about it; of the hub's cache (models--ORG--NAME) the snapshot that refs/main
-    names."""
+    names, of RUN/best the run's best checkpoint."""
     folder = Path(path)
+    if folder.name == "best" and not folder.exists():
+        from nemo_embed_core.checkpoint.runs import find_checkpoint, is_best  # imports torch
+
+        if is_best(folder):
+            found = find_checkpoint(folder)
+            return found, (f"{folder} is {found.name}",)
     if folder.is_file():
         what = {
             ".gguf": "a GGUF file, whose tensors are quantised and permuted; get the Hugging Face folder it "

@@ -149,6 +149,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     _conform(manifest, _MANIFEST, str(path))
     _conform(manifest.setdefault("overrides", []), [dict], f"{path}: overrides")
+    _conform(manifest.setdefault("eval", {}), {}, f"{path}: eval")
+    if "best" in manifest["eval"]:
+        _conform(manifest["eval"]["best"], {"step": _COUNT, "value": float}, f"{path}: eval: best")
     if step_of(folder.name) not in (-1, manifest["step"]):
         name = folder_name(manifest["step"])
         raise CheckpointError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_embed_core.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     folder_name,
+    read_manifest,
     step_of,
     verify_checkpoint,
 )
@@ -60,8 +62,42 @@ def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | Non
     return None
 
 
+BEST = "best"  # RUN/best stands for a checkpoint of the run, where it is no folder of its own
+
+
+def best_of(manifest: Mapping[str, Any]) -> str:
+    """Name of the run's best checkpoint up to the one with this manifest; "" of a run that was not
+    evaluated."""
+    best = manifest.get("eval", {}).get("best")
+    return folder_name(best["step"]) if best else ""
+
+
+def is_best(path: Path) -> bool:
+    """Whether it is RUN/best."""
+    return path.name == BEST and not path.exists() and bool(checkpoints(path.parent))
+
+
+def _find_best(run: Path) -> Path:
+    """As the newest checkpoint with a readable manifest has it."""
+    for folder in checkpoints(run):
+        try:
+            name = best_of(read_manifest(folder))
+        except CheckpointError:
+            continue
+        if name and not (run / name).is_dir():
+            raise UserError(f"{run} has lost {name}, its best checkpoint by {folder.name}; give another one")
+        if name:
+            return run / name
+        break
+    raise UserError(
+        f"{run} has no best checkpoint: it was trained without eval.datasets, or not evaluated after a step"
+    )
+
+
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest one of a run folder."""
+    """A checkpoint folder, or of a run folder the newest one, of RUN/best the best."""
+    if is_best(path):
+        return _find_best(path.parent)
     if (path / MANIFEST).is_file():
         return path
     found = checkpoints(path)
@@ -74,18 +110,25 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return (path / MANIFEST).is_file() or bool(checkpoints(path))
+    return (path / MANIFEST).is_file() or bool(checkpoints(path)) or is_best(path)
 
 
 def prune(
-    root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]
+    root: Path,
+    newest: Path,
+    keep: int,
+    keep_every: int,
+    damaged: set[str],
+    log: Callable[[str], None],
+    best: str = "",
 ) -> None:
-    """A folder loses its name durably before its files go: no kill or power cut leaves half a checkpoint."""
+    """best: name of one that stays. A folder loses its name durably before its files go: no kill or power cut
+    leaves half a checkpoint."""
     try:
         whole = [p for p in checkpoints(root) if p.name not in damaged]
         gone = []
         for old in whole[keep:]:
-            if old == newest or (keep_every and step_of(old.name) % keep_every == 0):
+            if old == newest or old.name == best or (keep_every and step_of(old.name) % keep_every == 0):
                 continue
             gone.append(root / f".tmp-old-{old.name}")
             os.rename(old, gone[-1])

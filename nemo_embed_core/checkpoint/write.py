@@ -29,7 +29,7 @@ from nemo_embed_core.checkpoint.manifest import (
     is_state,
     seal,
 )
-from nemo_embed_core.checkpoint.runs import prune, unfinished
+from nemo_embed_core.checkpoint.runs import best_of, prune, unfinished
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
 from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name
@@ -82,9 +82,9 @@ def save_checkpoint(
 
     `pieces` are what this rank writes (an owner per box); an optimizer's state goes to the optim file. A
     failure on any rank is raised on all of them, and leaves nothing. Then the oldest beyond the `keep` newest
-    are deleted, but none of a step that `keep_every` divides and none that was found `damaged`; those do not
-    count. A damaged one whose step is saved again gets another name. `check` runs on rank 0 before anything
-    is written (the lock is still ours); `gather` exchanges small objects.
+    are deleted, but none of a step that `keep_every` divides, not the best (of meta) and none that was found
+    `damaged`; those do not count. A damaged one whose step is saved again gets another name. `check` runs on
+    rank 0 before anything is written (the lock is still ours); `gather` exchanges small objects.
     """
     final, tmp = root / folder_name(step), root / f".tmp-{folder_name(step)}"
     failpoint("save.begin", step)
@@ -151,7 +151,7 @@ def save_checkpoint(
             shutil.rmtree(tmp, ignore_errors=True)
         raise
     if first:
-        prune(root, final, keep, keep_every, damaged or set(), log)
+        prune(root, final, keep, keep_every, damaged or set(), log, best_of(meta))
     return final
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemo_embed_core.config.data import DataConfig
+from nemo_embed_core.config.held_out import EvalConfig
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
@@ -205,7 +206,7 @@ class CheckpointConfig(Options, section="checkpoint"):
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept; older ones are deleted, but for the best one (eval.metric)."""
     keep_every: int = 0
     """Checkpoints of a step that is a multiple of this are kept for ever; 0: none."""
     resume: str = "none"
@@ -259,6 +260,7 @@ class TrainConfig(Options):
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
     """Seed of the sampler and, without init_from, of the weights."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"

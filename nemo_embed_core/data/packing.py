@@ -199,6 +199,22 @@ def pack_texts(
     few_shapes: T is one of some 40 values (shapes_cost_memory).
     """
     lengths = np.fromiter((len(tokens) for tokens in token_arrays), np.int64, len(token_arrays))
+    for indices in text_bins(lengths, max_tokens, pad_to_multiple):
+        arrays = [token_arrays[i] for i in indices.tolist()]
+        yield indices, pack_bin(arrays, max_tokens, pad_to_multiple, few_shapes)
+
+
+def pack_bin(
+    arrays: Sequence[np.ndarray], max_tokens: int, pad_to_multiple: int = 1, few_shapes: bool = False
+) -> PackedBatch:
+    """The batch of one of text_bins, whose texts these are in its order."""
+    room = whole_room(max_tokens, pad_to_multiple) if few_shapes else None
+    lengths = np.fromiter((len(tokens) for tokens in arrays), np.int64, len(arrays))
+    return PackedBatch(**_pack(arrays, lengths, pad_to_multiple, room))
+
+
+def text_bins(lengths: np.ndarray, max_tokens: int, pad_to_multiple: int = 1) -> Iterator[np.ndarray]:
+    """[n] indices of the texts of each batch of pack_texts, in its order; shortest first."""
     room = whole_room(max_tokens, pad_to_multiple)
     if len(lengths) and int(lengths.max()) > room:
         i = int(lengths.argmax())
@@ -211,9 +227,7 @@ def pack_texts(
     cumulated = np.concatenate([[0], np.cumsum(lengths[order])])
     while end:
         start = int(np.searchsorted(cumulated, cumulated[end] - room, side="left"))
-        indices = order[start:end]
-        arrays, most = [token_arrays[i] for i in indices.tolist()], room if few_shapes else None
-        yield indices, PackedBatch(**_pack(arrays, lengths[indices], pad_to_multiple, most))
+        yield order[start:end]
         end = start
 
 

@@ -117,7 +117,7 @@ class Best:
     Exact in both, however the documents are split over calls of `add` and however many share a score.
     """
 
-    def __init__(self, num_queries: int, ids: list[str]):
+    def __init__(self, num_queries: int, ids: Sequence[Any]):
         self.num_queries, self.ids, self.rank_N = num_queries, ids, rank_of_ids(ids)
         self.rows = np.empty(0, np.int64)  # query of each document that is held
         self.documents = np.empty(0, np.int64)
@@ -125,18 +125,26 @@ class Best:
         self.floor_Q = np.full(num_queries, -np.inf, np.float32)  # nothing below it can be among the best
         self.num_added = 0
 
-    def add(self, scores_QN: Tensor) -> None:
-        """The scores of the next N documents."""
+    def add(self, scores_QN: Tensor, documents_N: np.ndarray | None = None) -> None:
+        """The scores of the next N documents, or of these."""
         import torch
+
+        if documents_N is None:
+            documents_N = np.arange(self.num_added, self.num_added + scores_QN.shape[1])
 
         floor_Q = torch.from_numpy(self.floor_Q).to(scores_QN.device)
         if scores_QN.shape[1] >= DEPTH:
             floor_Q = torch.maximum(floor_Q, scores_QN.topk(DEPTH, dim=1).values[:, -1])
         new_rows, columns = (scores_QN >= floor_Q[:, None]).nonzero(as_tuple=True)
-        rows = np.concatenate([self.rows, new_rows.cpu().numpy()])
-        documents = np.concatenate([self.documents, self.num_added + columns.cpu().numpy()])
-        scores = np.concatenate([self.scores, scores_QN[new_rows, columns].cpu().numpy()])
         self.num_added += scores_QN.shape[1]
+        new_scores = scores_QN[new_rows, columns].cpu().numpy()
+        self.merge(new_rows.cpu().numpy(), documents_N[columns.cpu().numpy()], new_scores)
+
+    def merge(self, rows: np.ndarray, documents: np.ndarray, scores: np.ndarray) -> None:
+        """Further documents of queries, by their numbers, and their scores."""
+        rows = np.concatenate([self.rows, rows])
+        documents = np.concatenate([self.documents, documents])
+        scores = np.concatenate([self.scores, scores])
         order = np.lexsort((-self.rank_N[documents], -scores, rows))
         rows, documents, scores = rows[order], documents[order], scores[order]
         place = np.arange(len(rows)) - np.searchsorted(rows, rows)
@@ -148,12 +156,14 @@ class Best:
         names = list(queries)
         found: dict[str, dict[str, float]] = {name: {} for name in names}
         for row, document, score in zip(self.rows, self.documents, self.scores, strict=True):
-            found[names[row]][self.ids[document]] = float(score)
+            found[names[row]][self.ids[int(document)]] = float(score)
         return found
 
 
-def rank_of_ids(ids: Sequence[str]) -> np.ndarray:
+def rank_of_ids(ids: Sequence[Any]) -> np.ndarray:
     """[i]: place of ids[i] among them in ascending order."""
+    if isinstance(ids, range):
+        return np.arange(len(ids))
     ranks = np.empty(len(ids), np.int64)
     ranks[np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)] = np.arange(len(ids))
     return ranks

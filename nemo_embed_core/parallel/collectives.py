@@ -213,6 +213,16 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     return values
 
 
+def broadcast_object(value: Any) -> Any:
+    """The first rank's Python value, of any size, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    note_exchange()
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
 def raise_first(failure: str | None) -> None:
     """UserError on all ranks when there is one on any, so that none waits for another; called by all."""
     if first := next(filter(None, gather_objects(failure)), None):

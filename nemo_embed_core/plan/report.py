@@ -101,10 +101,12 @@ def _in_full(found: Found, best: Candidate) -> Iterator[str]:
             f"{rank * cluster.per_node / 1e9:.1f} GB a node"
         )
     forever = train.num_steps // train.checkpoint.keep_every if train.checkpoint.keep_every else 0
+    spared = int(bool(train.eval.datasets))
+    also = "the best, " * spared
     yield (
         f"  Disk: {checkpoint / 1e9:.1f} GB a checkpoint, "
-        f"{(train.checkpoint.keep + 1 + forever) * checkpoint / 1e9:,.0f} GB for "
-        f"keep={train.checkpoint.keep}, one being written and {forever} kept for ever"
+        f"{(train.checkpoint.keep + 1 + spared + forever) * checkpoint / 1e9:,.0f} GB for "
+        f"keep={train.checkpoint.keep}, {also}one being written and {forever} kept for ever"
     )
     yield "  Wire of a step, of each rank:"
     lay = best.layout

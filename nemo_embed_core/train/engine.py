@@ -10,8 +10,8 @@ engine.update(lr)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -133,6 +133,19 @@ class Engine:
         """A forward_backward that is forgotten: what is left of it is what the allocator has seen."""
         self.forward_backward(batches, before)
         self.drop_step()
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Within, `step.embed` under no_grad; gradients of the step before are forgotten, and nothing of what
+        it does is left."""
+        self.drop_step()
+        self.model.eval()
+        try:
+            with weights_kept(self.model):
+                yield
+        finally:
+            self.model.train()
+            self.drop_step()  # weights that were gathered are those of this step
 
     def _memory_note(self, batches: Sequence[MicroBatch], at: int) -> str:
         batch, peak = batches[at], peak_memory(self.mesh.device)

@@ -88,7 +88,9 @@ class MetricsLog:
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] <= resume_step:
+                    values = json.loads(line)
+                    # An evaluation in a line of its own came after the checkpoint, and comes again.
+                    if values["step"] < resume_step or (values["step"] == resume_step and "loss" in values):
                         kept.append(line + "\n")
                 except (ValueError, KeyError):
                     break  # the half line that a killed run left

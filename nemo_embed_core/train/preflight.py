@@ -21,23 +21,31 @@ from nemo_embed_core.checkpoint.source import resolve
 from nemo_embed_core.checkpoint.weights import open_weights, read_model_config
 from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.build import open_store
+from nemo_embed_core.data.packing import text_bins
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.dev import DevSet, read_dev_sets
 from nemo_embed_core.files import durable
 from nemo_embed_core.files.lock import Lock
 from nemo_embed_core.model.attention import backends, choose_attention
 from nemo_embed_core.model.spec import check_fp8, parameter_shapes
 from nemo_embed_core.options import to_dict
-from nemo_embed_core.parallel.collectives import gather_objects, raise_first
+from nemo_embed_core.parallel.collectives import broadcast_object, gather_objects, raise_first
 from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
 from nemo_embed_core.parallel.liveness import begun_before
 from nemo_embed_core.parallel.mesh import pick_device
 from nemo_embed_core.train.engine import run_dtype
 from nemo_embed_core.train.metrics import check_trackers
 from nemo_embed_core.train.optim import BYTES_PER_PARAMETER, check_master_weights
-from nemo_embed_core.train.run_state import changed_samples, population_of, refuse_other_model, sampler_of
+from nemo_embed_core.train.run_state import (
+    changed_samples,
+    population_of,
+    refuse_other_model,
+    sampler_of,
+    usage_of,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Prepared:
     model: ModelConfig
     tokenizer: Tokenizer
     store: Path | None = None  # of the first rank: the folder that all open
+    dev_sets: list[DevSet] | None = None  # of the first rank, which hands them on
 
 
 def _check_scores(config: TrainConfig, store: Store) -> None:
@@ -155,8 +164,28 @@ def prepare(config: TrainConfig) -> Prepared:
             )
         if checkpoint is not None and manifest is not None:
             refuse_other_model(counted, checkpoint, manifest, model)
-        return Prepared(model, tokenizer, store.folder)
+        return Prepared(model, tokenizer, store.folder, read_dev_sets_of(config, model, tokenizer, store))
     return Prepared(model, tokenizer)
+
+
+def read_dev_sets_of(
+    config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, store: Store
+) -> list[DevSet]:
+    """What is wrong with them is said before the first step. A text of more than a micro-batch too."""
+    dev_sets = read_dev_sets(config.eval, usage_of(config, model, store), tokenizer, print)
+    for dev in dev_sets:
+        for side in dev.sides:
+            lengths = np.fromiter(map(len, side.tokens), np.int64, len(side.tokens))
+            try:
+                next(text_bins(lengths, config.data.max_tokens, config.parallel.tp_size))
+            except UserError as error:
+                raise UserError(f"eval.datasets: {dev.name}: {error}") from None
+    return dev_sets
+
+
+def same_dev_sets(config: TrainConfig, prepared: Prepared) -> list[DevSet]:
+    """Of the first rank, on all; in memory 4 bytes a token of them while each takes its share."""
+    return broadcast_object(prepared.dev_sets) if config.eval.datasets else []
 
 
 def _check_output(folder: Path, model: ModelConfig) -> None:

@@ -6,6 +6,7 @@ the rows that an uninterrupted one would have seen, at any world size.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 
 from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, parameter_of, state_name
 from nemo_embed_core.checkpoint.reader import Reader
-from nemo_embed_core.checkpoint.source import usage_of_training
+from nemo_embed_core.checkpoint.source import Usage, usage_of_training
 from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights, write_values
 from nemo_embed_core.checkpoint.write import Piece
 from nemo_embed_core.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
@@ -138,6 +139,13 @@ def sampler_of(config: TrainConfig, drawn: Population) -> tuple[Sampler, TrainCo
     return found, replace(config, steps=found.steps(config.epochs), epochs=None)
 
 
+def usage_of(config: TrainConfig, model: ModelConfig, store: Store) -> Usage:
+    """How everything that uses the run's checkpoints encodes."""
+    rows_per_dataset = [source["rows"] for source in store.manifest["sources"]]
+    usage = usage_of_training(to_dict(config)["data"], model.pooling, rows_per_dataset)
+    return replace(usage, dims=tuple(config.loss.matryoshka_dims))
+
+
 def fill_engine(engine: Engine, reader: BoxReader) -> None:
     """This rank's box of every parameter; UserError on all ranks."""
     mesh, failure = engine.mesh, None
@@ -163,6 +171,7 @@ class RunState:
     losses             what the next loss is judged by
     optim              options of the optimizer with the number of warm-up steps, once it is known
     drawn              of each dataset, by name, rows and tokens so far (data/mix.py)
+    evaluated          record of the last evaluation and the best one (train/evaluate.py); {}: there was none
     overrides          what checkpoint.allow_changed has let pass, over all resumes
     export_dtype       of the weights that training began with: what merge writes
     """
@@ -185,6 +194,7 @@ class RunState:
         self.ledger = "0" * 64
         self.losses = LossWindow(engine.config.spike_zscore)
         self.optim = engine.config.optim
+        self.evaluated: dict[str, Any] = {}
         self.overrides: list[dict[str, Any]] = []
         self.export_dtype = engine.dtype
         self.shapes = engine.shapes
@@ -256,9 +266,7 @@ class RunState:
         """Of the manifest, beside the tensors."""
         config, mesh = self.engine.config, self.engine.mesh
         model, options = to_dict(self.engine.model_config), to_dict(config)
-        rows_per_dataset = [source["rows"] for source in self.store.manifest["sources"]]
-        pooling, temperature = self.engine.model_config.pooling, self.engine.temperature
-        usage = usage_of_training(options["data"], pooling, rows_per_dataset)
+        temperature = self.engine.temperature
         return {
             "layout": {
                 "tp_size": mesh.tp.size,
@@ -276,7 +284,8 @@ class RunState:
             **({"temperature": temperature.state()} if temperature is not None else {}),
             "drawn": dict(self.drawn),  # as it is now: it may be written later
             "recent_losses": self.losses.losses,
-            "usage": replace(usage, dims=tuple(config.loss.matryoshka_dims)).to_json(),
+            "usage": usage_of(config, self.engine.model_config, self.store).to_json(),
+            **({"eval": copy.deepcopy(self.evaluated)} if self.evaluated else {}),
             "data_digest": self.store.digest,
             "population": self.population,
             **({"draws_lone_rows": True} if self.draws_lone_rows else {}),
@@ -305,6 +314,7 @@ class RunState:
                 list(reader.manifest["recent_losses"]),
             )
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
+            self.evaluated = reader.manifest["eval"]
             set_num_updates(self.engine.optimizer, self.step - self.skipped)
         if (temperature := self.engine.temperature) is not None:
             if "temperature" in reader.manifest:

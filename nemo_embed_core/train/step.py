@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_embed_core.config import LossConfig
-from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.data.packing import MicroBatch, PackedBatch
 from nemo_embed_core.loss.contrastive import Groups
 from nemo_embed_core.loss.objective import objective
 from nemo_embed_core.model.attention import Segments
@@ -25,8 +25,12 @@ from nemo_embed_core.parallel.fsdp import begin_micro_batch
 from nemo_embed_core.parallel.mesh import Mesh
 
 
-def embed(model: Encoder, batch: MicroBatch) -> Tensor:
-    """[N, D] unit rows of a micro-batch; the padding sequence, if any, is the last row and nobody points at
+class Stopped(Exception):
+    """All ranks leave here what they do; the text is what they would have done next."""
+
+
+def embed(model: Encoder, batch: PackedBatch) -> Tensor:
+    """[N, D] unit rows of a batch; the padding sequence, if any, is the last row and nobody points at
     it."""
     segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
     return model(batch.input_ids, batch.position_ids, segments)

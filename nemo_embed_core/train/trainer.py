@@ -34,6 +34,7 @@ from nemo_embed_core.parallel.collectives import Vote, background_group, gather_
 from nemo_embed_core.parallel.liveness import mark_begun, note
 from nemo_embed_core.parallel.mesh import Mesh
 from nemo_embed_core.train.engine import Engine, run_dtype
+from nemo_embed_core.train.evaluate import Evaluation
 from nemo_embed_core.train.metrics import (
     MetricsLog,
     console_line,
@@ -44,15 +45,18 @@ from nemo_embed_core.train.metrics import (
 )
 from nemo_embed_core.train.optim import set_num_updates
 from nemo_embed_core.train.prefetch import Batch, Prefetch
-from nemo_embed_core.train.preflight import Prepared, agree_on_attention, hold_output, open_same_store
+from nemo_embed_core.train.preflight import (
+    Prepared,
+    agree_on_attention,
+    hold_output,
+    open_same_store,
+    same_dev_sets,
+)
 from nemo_embed_core.train.run_state import RunState, fill_engine, population_of, sampler_of
 from nemo_embed_core.train.schedule import learning_rate
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
+from nemo_embed_core.train.step import Stopped
 from nemo_embed_core.version import code_version
-
-
-class _Stopped(Exception):
-    """All ranks leave the step here; the text is what they would have done next."""
 
 
 class Trainer:
@@ -78,6 +82,10 @@ class Trainer:
         try:
             self.engine, self.state, self.sampler = self._begin(prepared.model, self._held.checkpoint, dtype)
             self.saver = self._saver()
+            self.evaluation = Evaluation(
+                self.config, self.engine, self.state, same_dev_sets(config, prepared),
+                self._before_evaluation, self.log,
+            )  # fmt: skip
         except BaseException:
             self.close()
             raise
@@ -139,10 +147,13 @@ class Trainer:
         try:
             if config.checkpoint.async_save and self.step < config.num_steps:
                 self.saver.snapshot(self.state.pieces())  # its memory is taken now, or found missing now
+            if self.step < config.num_steps and (figures := self.evaluation.after(self.step)) and metrics:
+                metrics.write({"step": self.step, **figures})  # before the first step, or left at a signal
+            self.evaluation.begin()
             while self.step < config.num_steps and not stop:
                 try:
                     values, stop = self.train_step()
-                except _Stopped as place:
+                except Stopped as place:
                     self.log(
                         f"asked to stop: left step {self.step + 1} before {place}, it runs again after the "
                         "resume"
@@ -150,6 +161,7 @@ class Trainer:
                     self.engine.drop_step()
                     stop = True
                 else:
+                    values |= {} if stop else self.evaluation.after(self.step)
                     if metrics is not None:
                         metrics.write(values)
                     if self.step % config.log_every == 0 or self.step == config.num_steps:
@@ -159,7 +171,8 @@ class Trainer:
                             self._say_drawn()
                 if self.step != saved and (
                     self.step % config.checkpoint.every == 0 or self.step == config.num_steps or stop
-                ):
+                    or self.evaluation.is_best(self.step)
+                ):  # fmt: skip
                     note("save")
                     self.save(wait=stop or self.step == config.num_steps)
                     saved = self.step
@@ -240,7 +253,7 @@ class Trainer:
         note(phase, self.step + 1)
         failpoint("step.micro_batch", f"{self.step}.{i}")
         if self._vote(self._stop):
-            raise _Stopped(phase)
+            raise Stopped(phase)
 
     def train_step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: (what metrics.jsonl records, whether some rank was asked to stop)."""
@@ -319,6 +332,12 @@ class Trainer:
             f"step: {shown(rows)}"
         )
         return zscore, mode == "skip"
+
+    def _before_evaluation(self, phase: str, i: int) -> None:
+        note(phase, self.step)
+        failpoint("eval.batch", f"{self.step}.{i}")
+        if self._vote(self._stop):
+            raise Stopped(phase)
 
     def _announce(self) -> None:
         if self.step >= self.config.num_steps > 0:
