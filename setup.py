@@ -57,7 +57,9 @@ setup(
     extras_require={
         "eval": ["mteb>=2.26,<3", "sentence-transformers>=6,<7"],
         "demo": ["sentencepiece>=0.2", "matplotlib>=3.9"],
-        "log": ["tensorboard>=2.18"],
+        "log": [
+            "tensorboard>=2.18"
+        ],  # the other trackers of report_to by their own names: wandb, mlflow, trackio
         "inspect": ["datasketch>=2,<3"],  # near-duplicates of prepare --inspect
         # Faster attention; built against the installed torch: pip install --no-build-isolation.
         "flash": ["flash-attn>=2.8"],

@@ -75,6 +75,7 @@ OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "sch
 ENGINE, TRAINER, PREFETCH, RUN_STATE = (
     f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch", "run_state")
 )
+EVALUATION, DEV_TESTS = "nemo_embed_core/train/evaluate.py", "tests/train/test_evaluate.py"
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 FP8, TEST_FP8 = "nemo_embed_core/parallel/fp8.py", "tests/parallel/test_fp8.py"
@@ -165,7 +166,7 @@ MUTANTS = [
     Mutant("the batch that is ready is taken whatever step it is of", PREFETCH, "self._ahead is None or self._ahead[0] != step", "self._ahead is None", TEST_PREFETCH),
     Mutant("the loss is waited for before the next batch is begun", TRAINER, "            self.prefetch.begin(self.step + 1)\n        totals = read()\n", "            pass\n        totals = read()\n        self.prefetch.begin(self.step + 1)\n", TEST_PREFETCH),
     Mutant("the thread packs the step that is running once more", TRAINER, "self.sampler, step, mesh.dp_size", "self.sampler, max(0, step - 1), mesh.dp_size", f"{TEST_PREFETCH} {REST}"),
-    Mutant("the largest micro-batch leaves its gradients", ENGINE, "        self.drop_step()\n\n    def _memory_note", "\n    def _memory_note", TEST_REHEARSAL),
+    Mutant("the largest micro-batch leaves its gradients", ENGINE, "self.forward_backward(batches, before)\n        self.drop_step()", "self.forward_backward(batches, before)", TEST_REHEARSAL),
     Mutant("the largest micro-batch is that of this rank's steps", TRAINER, "Most.of(gather_objects(mine))", "mine", TEST_REHEARSAL),
     Mutant("the largest micro-batch is run alone where gradients add up", SHAPES, "count = min(2, self.micro_batches)", "count = 1", f"tests/data/test_packing.py {TEST_REHEARSAL}"),
     Mutant("the largest micro-batch has no padding", SHAPES, "here = T, len(lengths) + (pad > 0)", "here = real, len(lengths)", "tests/data/test_packing.py"),
@@ -270,7 +271,7 @@ MUTANTS = [
     Mutant("missing documents are the first one", PACKING, "document_mask=torch.from_numpy(mask)", "document_mask=torch.ones(mask.shape, dtype=torch.bool)", f"{LAYOUT}[tp1-dp1]"),
     Mutant("the longest groups all go to one rank", BINS, "heapq.heappush(heap, (load + int(tokens_B[position]), rank))", "heapq.heappush(heap, (0, rank))", "tests/data/test_packing.py"),
     Mutant("a micro-batch above max_tokens", BINS, "fitting = rooms >> length", "fitting = rooms >> (length - 1)", "tests/data/test_packing.py"),
-    Mutant("texts are given back in the order of their lengths", PACKING, "indices = order[start:end]", "indices = np.arange(start, end)", "tests/data/test_packing.py"),
+    Mutant("texts are given back in the order of their lengths", PACKING, "yield order[start:end]", "yield np.arange(start, end)", "tests/data/test_packing.py"),
     Mutant("the same permutation in every epoch", SAMPLER, "_permutation(self.seed, epoch, self.num_rows)", "_permutation(self.seed, 0, self.num_rows)", "tests/data/test_sampler.py"),
     Mutant("the same negatives in every epoch", SAMPLER, "^ epochs_B.astype(np.uint64)", "^ np.zeros_like(epochs_B).astype(np.uint64)", "tests/data/test_sampler.py"),
     Mutant("the first negatives instead of a draw", SAMPLER, "order = np.lexsort((place, hashes, owner))", "order = np.lexsort((place, owner))", "tests/data/test_sampler.py"),
@@ -336,7 +337,7 @@ MUTANTS = [
     Mutant("a flipped bit goes unseen", MANIFEST, "if digest != sha256:", "if False:", "tests/checkpoint/test_sharded.py tests/merge/test_merge.py"),
     Mutant("pieces that overlap are accepted", MANIFEST, "if overlap(box, (other", "if None and overlap(box, (other", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
     Mutant("the oldest checkpoints are kept", RUNS, "for old in whole[keep:]:", "for old in whole[:-keep]:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
-    Mutant("keep_every keeps nothing", RUNS, "if old == newest or (keep_every and", "if old == newest or (0 and", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
+    Mutant("keep_every keeps nothing", RUNS, "(keep_every and", "(0 and", "tests/checkpoint/test_sharded.py tests/checkpoint/test_crash_states.py"),
     Mutant("the weights may change while a save copies", SAVER, "self._buffers[name].copy_(tensor, non_blocking=tensor.is_cuda)", "self._buffers[name] = piece.tensor.detach()", "tests/checkpoint/test_saver.py"),
     Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/merge/test_average.py"),
     Mutant("the manifest's own digest is not asked for", MANIFEST, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
@@ -348,6 +349,17 @@ MUTANTS = [
     Mutant("exports without their prompts", "nemo_embed_core/export/folder.py", '"prompts": usage.named_prompts()', '"prompts": {"query": "", "document": ""}', "tests/export/test_folder.py tests/merge/test_merge.py"),
     Mutant("exports that run causally", "nemo_embed_core/export/folder.py", '"is_causal": model.is_causal', '"is_causal": True', "tests/export/test_folder.py tests/export/test_proof.py"),
     Mutant("rotary base left out of the export", "nemo_embed_core/export/folder.py", '"rope_theta": model.rope_theta}', '"rope_theta": 10000.0}', "tests/export/test_folder.py tests/export/test_proof.py"),
+    # ---- scores in training
+    Mutant("a rank without a batch counts the one that it fills in", EVALUATION, "if i < share.num_mine:", "if i < share.rounds:", f"{DEV_TESTS}::test_every_layout_gives_the_same_figures"),
+    Mutant("relevant documents are negatives of the dev loss", EVALUATION, "weights_Qn[own] = 0", "pass", f"{DEV_TESTS}::test_figures_are_those_of_launch_evaluate_and_of_the_formula_of_the_loss"),
+    Mutant("a step that equals the best replaces it", EVALUATION, 'else value > best["value"]', 'else value >= best["value"]', f"{DEV_TESTS}::test_the_best_checkpoint_is_kept_beside_the_newest"),
+    Mutant("the least loss is the worst", EVALUATION, 'is_less = metric.endswith("/loss")', "is_less = False", f"{DEV_TESTS}::test_the_best_checkpoint_is_kept_beside_the_newest"),
+    Mutant("another dev set goes on with the best", EVALUATION, 'state.evaluated["digest"] != digest', "not digest", f"{DEV_TESTS}::test_the_best_checkpoint_is_kept_beside_the_newest"),
+    Mutant("the best checkpoint is deleted", "nemo_embed_core/checkpoint/runs.py", "or old.name == best ", "", f"{DEV_TESTS}::test_the_best_checkpoint_is_kept_beside_the_newest"),
+    Mutant("a document with the query's own id is found", "nemo_embed_core/evaluation/dev.py", "best.documents != self.own_Q[best.rows]", "best.documents >= 0", f"{DEV_TESTS}::test_figures_are_those_of_launch_evaluate_and_of_the_formula_of_the_loss"),
+    Mutant("an evaluation before the first step stands twice", "nemo_embed_core/train/metrics.py", ' and "loss" in values)', ")", f"{DEV_TESTS}::test_killed_in_an_evaluation_and_in_the_save_of_the_best"),
+    Mutant("lines that a tracker has no room for are not counted", "nemo_embed_core/train/trackers.py", "self.dropped += 1", "pass", "tests/train/test_trackers.py"),
+    Mutant("a tracker that raises ends its thread", "nemo_embed_core/train/trackers.py", "except BaseException as error:", "except MemoryError as error:", "tests/train/test_trackers.py"),
     Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "b * np.frombuffer(lengths, np.int64) / mean_length", "b", "tests/evaluation/test_bm25.py"),
     Mutant("BM25 counts a repeated word of the query once", "nemo_embed_core/evaluation/bm25.py", "occurrences * idf * counts", "idf * counts", "tests/evaluation/test_bm25.py"),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -286,8 +287,11 @@ class TrainConfig(Options):
     """Standard deviations from which on a loss is a spike."""
     log_every: int = 1
     """Steps between printed lines; metrics.jsonl has every step."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers that get what metrics.jsonl gets: tensorboard (in output_dir/tensorboard), wandb, mlflow,
+    trackio. None of them can stop or slow the run; what one loses is counted."""
     tensorboard: bool = False
-    """Whether TensorBoard events are also written, to output_dir/tensorboard."""
+    """The same as tensorboard in report_to, which older files say so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,6 +303,10 @@ class TrainConfig(Options):
             raise UserError(f"init_layers={layers} are of init_from: give that, or model.num_hidden_layers")
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             raise UserError(f"init_layers={layers} must be different layers, counted from 0")
+        if unknown := [name for name in self.report_to if name not in TRACKERS]:
+            raise UserError(f"report_to has {unknown[0]!r}; it takes {', '.join(TRACKERS)}")
+        if self.tensorboard and "tensorboard" not in self.report_to:
+            object.__setattr__(self, "report_to", [*self.report_to, "tensorboard"])
         if (self.steps is None) == (self.epochs is None):
             both = "" if self.steps is None else f", not steps={self.steps} and epochs={self.epochs}"
             raise UserError(f"give steps or epochs{both}: how long to train")

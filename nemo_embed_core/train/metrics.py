@@ -1,9 +1,8 @@
-"""What a step reports: one JSON line in metrics.jsonl (the record of truth), one printed line, TensorBoard on
-request."""
+"""What a step reports: one JSON line in metrics.jsonl (the record of truth), one printed line, and on request
+trackers (trackers.py)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import resource
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from nemo_embed_core.config import LossConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
-from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.loss.objective import figures, sum_names
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh
+from nemo_embed_core.train.trackers import Trackers
 
 # Dense bf16 datasheet peaks, FLOP/s. A device that is not listed reports no MFU rather than a guess.
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -48,39 +47,10 @@ def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: 
     )
 
 
-def check_trackers(config: TrainConfig) -> None:
-    """UserError for one that is asked for and not installed."""
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard=true, but it is not installed: pip install tensorboard")
-
-
-class TensorBoard:
-    """A tracker: its folder, and what follows one that was left at resume_step."""
-
-    def __init__(self, folder: Path, resume_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            each = (
-                {f"{name}/{key}": v for key, v in value.items()}
-                if isinstance(value, Mapping)
-                else {name: value}
-            )
-            for tag, scalar in each.items():
-                if tag != "step" and scalar is not None:
-                    self._writer.add_scalar(tag, scalar, values["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 class MetricsLog:
     """Rank 0's writer. A resumed run first drops the lines of steps that will run again."""
 
-    def __init__(self, config: TrainConfig, resume_step: int):
+    def __init__(self, config: TrainConfig, resume_step: int, log: Callable[[str], None] = print):
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
@@ -96,18 +66,16 @@ class MetricsLog:
                     break  # the half line that a killed run left
         write_atomically(path, "".join(kept).encode())
         self._file = path.open("a")
-        self._trackers = [TensorBoard(folder, resume_step)] if config.tensorboard else []
+        self._trackers = Trackers.of(config, resume_step, log)
 
     def write(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
-        for tracker in self._trackers:
-            tracker.write(values)
+        self._trackers.write(values)
 
     def close(self) -> None:
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._trackers.close()
 
 
 def console_line(m: Mapping[str, Any], steps: int) -> str:

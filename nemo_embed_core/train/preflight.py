@@ -37,7 +37,6 @@ from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_s
 from nemo_embed_core.parallel.liveness import begun_before
 from nemo_embed_core.parallel.mesh import pick_device
 from nemo_embed_core.train.engine import run_dtype
-from nemo_embed_core.train.metrics import check_trackers
 from nemo_embed_core.train.optim import BYTES_PER_PARAMETER, check_master_weights
 from nemo_embed_core.train.run_state import (
     changed_samples,
@@ -46,6 +45,7 @@ from nemo_embed_core.train.run_state import (
     sampler_of,
     usage_of,
 )
+from nemo_embed_core.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)

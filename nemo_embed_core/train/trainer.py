@@ -138,7 +138,7 @@ class Trainer:
         if self.mesh.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             dump_yaml(self.given, self.output / "config.yaml")
-            metrics = MetricsLog(config, self.step)
+            metrics = MetricsLog(config, self.step, self.log)
             mark_begun()
         self._announce()
         if self.mesh.device.type == "cuda" and self.step < config.num_steps:

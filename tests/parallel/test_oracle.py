@@ -436,7 +436,7 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         TrainConfig: {
             "output_dir", "init_from", "init_layers", "tokenizer", "model", "checkpoint", "precision",
             "device", "on_spike", "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data",
-            "parallel", "epochs", "eval",
+            "parallel", "epochs", "eval", "report_to",
         },
     }  # fmt: skip
     groups = {
