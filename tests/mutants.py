@@ -342,6 +342,12 @@ MUTANTS = [
     Mutant("an average of fp32 sums", AVERAGE, "orders = 22 - precision", "orders = 30 - precision", "tests/merge/test_average.py"),
     Mutant("the manifest's own digest is not asked for", MANIFEST, 'if manifest.get("digest") != _digest(manifest):', "if False:", "tests/checkpoint/test_sharded.py tests/checkpoint/test_fuzz.py"),
     # ---- exports and evaluation
+    Mutant("a pool keeps queries without a relevant document", "nemo_embed_core/evaluation/retrieval_task.py", "default=0) > 0", "default=0) >= 0", "tests/evaluation/test_pools.py"),
+    Mutant("a pool searches the first documents instead of its own", "nemo_embed_core/evaluation/retrieval.py", "inside[i][first : first + len(part_ND)]", "inside[i][: len(part_ND)]", "tests/evaluation/test_pools.py"),
+    Mutant("ranks' rows come back in the order of their lengths", "nemo_embed_core/evaluation/encoding.py", "rows[own] = gathered[rank * most : rank * most + len(own)]", "rows[rank * most : rank * most + len(own)] = gathered[rank * most : rank * most + len(own)]", "tests/evaluation/test_pools.py"),
+    Mutant("documents of mteb's searches get the instruction", "nemo_embed_core/evaluation/named.py", 'if is_search and side == "document" and not isinstance(own, dict):', "if False:", "tests/evaluation/test_tasks.py"),
+    Mutant("the second model continues the first one's draws", "nemo_embed_core/evaluation/named.py", "own = copy.deepcopy(task)", "own = copy.copy(task)", "tests/evaluation/test_tasks.py"),
+    Mutant("results of other options take the same revision", "nemo_embed_core/evaluation/mteb_results.py", "    if set_by:", "    if False:", "tests/evaluation/test_tasks.py"),
     Mutant("tp ranks of a sequence-parallel model pool their own tokens alone", "nemo_embed_core/model/pooling.py", "sums_ND = whole(sums_ND, tp)", "sums_ND = sums_ND", TP2_SP),
     Mutant("exports say another pooling than the model's", "nemo_embed_core/model/spec.py", "flag: mode == POOLINGS[pooling].mode", 'flag: mode == "cls"', "tests/model/test_pooling.py tests/export/test_folder.py"),
     Mutant("pooling without the prompt", "nemo_embed_core/export/folder.py", '"include_prompt": True', '"include_prompt": False', "tests/export/test_folder.py"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from nemo_embed_core.errors import UserError
@@ -13,16 +14,12 @@ SETTINGS = ("data", "split", "lengths", "prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Options):
-    """Quality of models on held-out data, retrieval or another task, by mteb's own evaluators, offline; or a
-    comparison of the reports."""
+class TaskOptions(Options):
+    """Data of one task and how its texts are encoded."""
 
     data: str = ""
     """BEIR folder: corpus.jsonl, queries.jsonl, qrels/{split}.tsv (.gz allowed); or a dataset folder, whose
     instructions are then the prompts where no option says others."""
-    models: list[str] = field(default_factory=list)
-    """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25. A@256:
-    A with vectors cut to their first 256 columns, normalised again."""
     task_type: Literal[
         "retrieval", "reranking", "sts", "pair_classification", "classification", "clustering", "bitext"
     ] = "retrieval"
@@ -31,7 +28,10 @@ class EvaluateConfig(Options):
     name: str = ""
     """Name of the task in comparisons; "": that of the data's folder."""
     split: str = "test"
-    """Split of the folder: qrels/{split}.tsv."""
+    """Split of the folder: qrels/{split}.tsv; of retrieval several with commas, "dev,test", each a report."""
+    pool: list[str] = field(default_factory=list)
+    """Of retrieval, documents that are searched, each a report: lang=en, those of one language; lang=each, of
+    every language in turn; lang=all, all. Judgements of others do not count; []: all."""
     source: str = ""
     """Of a dataset folder with ids only: the folder or file that its source_config.json names."""
     min_grade: float | None = None
@@ -40,9 +40,6 @@ class EvaluateConfig(Options):
     on_missing: Literal["error", "allow"] = "error"
     """A judgement of a text that does not exist, an empty text: "error" refuses it, "allow" counts it and
     keeps what mteb keeps."""
-    output: str = ""
-    """JSON report to write, with a file of the scores of each query beside it; of --compare the comparison,
-    with its tables as Markdown beside it; "": only printed tables."""
     prompt_name: str = ""
     """Prompt of a model with prompts for several tasks; "": its default."""
     task: str | None = None
@@ -59,8 +56,69 @@ class EvaluateConfig(Options):
     and others."""
     max_queries: int = 0
     """Queries of the split to sample; 0: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if wrong := [pool for pool in self.pool if not re.fullmatch(r"lang=\S+", pool)]:
+            raise UserError(f"{self._prefix}pool={wrong[0]} must be lang=LANGUAGE, lang=each or lang=all")
+        if (self.pool or len(self.splits) > 1) and self.task_type != "retrieval":
+            raise UserError(f"{self._prefix}pool and several splits are of task_type retrieval")
+        for name in ("query_max_length", "document_max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{self._prefix}{name}={value} must be at least 1 token")
+        if self.max_queries < 0:
+            raise UserError(f"{self._prefix}max_queries={self.max_queries} must not be negative; 0 takes all")
+
+    @property
+    def splits(self) -> list[str]:
+        return [split.strip() for split in self.split.split(",")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTask(TaskOptions, section="local"):
+    """One of several tasks on data of one's own; what it does not say of prompts and lengths is the run's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise UserError(f"local.name={self.name!r} must be of letters, digits, dots, - and _")
+        if not self.data:
+            raise UserError(f"local: {self.name}: data is missing: give its file or folder")
+
+
+# Of TaskOptions what every task of a run may have from the run.
+ENCODING = ("prompt_name", "task", "document_task", "query_max_length", "document_max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(TaskOptions):
+    """Quality of models on held-out data, retrieval and other tasks, mteb's own or local ones, by mteb's own
+    evaluators, offline; or a comparison of the reports."""
+
+    models: list[str] = field(default_factory=list)
+    """Checkpoints, runs, Hugging Face or sentence-transformers folders, or "bm25": --models A B bm25. A@256:
+    A with vectors cut to their first 256 columns, normalised again."""
+    tasks: list[str] = field(default_factory=list)
+    """Several tasks in one run: mteb's by name (STS12), its benchmarks ("MTEB(eng, v2)", NanoBEIR) and names
+    of `local`; []: all of `local`, or `data` alone."""
+    local: list[LocalTask] = field(default_factory=list)
+    """Tasks on data of one's own, beside or in place of `data`; --local.help lists the keys of each."""
+    instructions: Literal["auto", "paper", "own"] = "auto"
+    """Prompts of mteb's tasks: "paper", the instruction of each task as the published model has it; "own",
+    what mteb takes of the model's own prompts; "auto": of models whose queries have "Instruct: ..." the
+    paper's. Local tasks: "paper" for sts, pair_classification and bitext; else the model's own."""
+    mirror: str = ""
+    """Folder with copies of data sets under their names on the hub (mteb/sts12-sts/...), read before the
+    cache of the hub; nothing is ever downloaded."""
+    output: str = ""
+    """JSON report to write, with a file of the scores of each query beside it; of `tasks` and `local` a
+    folder, with a report for each; of --compare the comparison, with its tables as Markdown beside it; "":
+    only printed tables."""
+    results: str = ""
+    """Folder for the scores in mteb's own layout too: results/{model}/{revision}/{task}.json, which
+    mteb.ResultCache(folder) reads; "": none."""
     seed: int = 0
-    """Seed of that sample, and of what --compare draws."""
+    """Seed of the sample of queries, and of what --compare draws."""
     compare: list[str] = field(default_factory=list)
     """Reports, or folders of reports, to compare; nothing is evaluated: --compare a.json b.json."""
     allow: list[str] = field(default_factory=list)
@@ -79,14 +137,20 @@ class EvaluateConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("query_max_length", "document_max_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1 token")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
-        if self.max_queries < 0:
-            raise UserError(f"max_queries={self.max_queries} must not be negative; 0 takes all")
-        if self.compare and (self.data or self.models):
+        if self.tasks or self.local:
+            own = [f.name for f in fields(TaskOptions) if f.name not in ENCODING]
+            if given := [name for name in own if getattr(self, name) != getattr(TaskOptions(), name)]:
+                raise UserError(
+                    f"{given[0]} is of one task: with tasks or local give it in its entry of local"
+                )
+            names = [entry.name for entry in self.local]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"local: two have the name {twice[0]!r}; give each its own")
+        if self.is_many and self.output.endswith(".json"):
+            raise UserError(f"output={self.output}: several tasks have a report each: give a folder")
+        if self.compare and (self.data or self.models or self.is_many):
             raise UserError("compare reads reports: evaluate models on data first, then compare without them")
         if unknown := set(self.allow) - set(SETTINGS):
             raise UserError(f"allow={sorted(unknown)[0]} must be one of {', '.join(SETTINGS)}")
@@ -96,3 +160,14 @@ class EvaluateConfig(Options):
             raise UserError(
                 f"draws={self.draws} must be at least 1,000: fewer leave the intervals' ends to chance"
             )
+
+    @property
+    def is_many(self) -> bool:
+        """Whether there is a report of each of several tasks, splits or pools, and not one alone."""
+        return bool(self.tasks or self.local or self.pool or len(self.splits) > 1)
+
+    def of_local(self, entry: LocalTask) -> LocalTask:
+        """With the run's prompts and lengths where it has none of its own."""
+        unsaid = {"prompt_name": ""}  # of the others null, as "" is no instruction
+        run = {n: getattr(self, n) for n in ENCODING if getattr(entry, n) == unsaid.get(n)}
+        return replace(entry, **run)

@@ -13,6 +13,7 @@ between. formats/dataset.py makes rows of such a folder; docs/data-formats.md is
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -243,11 +244,18 @@ def _type_problem(kind: Any, want: str) -> str:
 # ------------------------------------------------------------------------------------------ the corpus
 
 
-def read_corpus(folder: Path, metadata: Metadata, findings: Findings, source: str = "") -> Documents:
-    """{id: title + " " + text}; what is wrong with a row is `bad` in findings. source: see source_texts."""
+def read_corpus(
+    folder: Path,
+    metadata: Metadata,
+    findings: Findings,
+    source: str = "",
+    languages: dict[str, str] | None = None,
+) -> Documents:
+    """{id: title + " " + text}; what is wrong with a row is `bad` in findings. source: see source_texts.
+    languages: gets {id: lang} of the documents that say so."""
     documents, before = Documents(), findings.num_met
     texts = source_texts(folder, "corpus", source, findings) if metadata.ids_only else None
-    for document in read_documents(folder, findings, texts):
+    for document in read_documents(folder, findings, texts, languages=languages):
         documents.add(*document)
     if findings.num_met == before:  # else places and rows would not go together
         if not len(documents):
@@ -263,8 +271,10 @@ def read_documents(
     findings: Findings,
     texts: SourceTexts | None = None,
     groups: Sequence[RowGroup] | None = None,
+    languages: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, str, Path, int]]:
-    """(id, text, file, row from 1) of each document. texts: of a folder of ids only; groups: these alone."""
+    """(id, text, file, row from 1) of each document. texts: of a folder of ids only; groups: these alone;
+    languages: gets {id: lang} where there is one."""
     for path, line, row in read_records(folder, "corpus", texts is not None, findings, groups):
         try:
             key = check_id(row["id"], "id")
@@ -272,6 +282,8 @@ def read_documents(
                 if row.get(name) is not None:
                     check_id(row[name], name)
             text = document_text(row) if texts is None else texts.at(key)
+            if languages is not None and row.get("lang") is not None:
+                languages[key] = sys.intern(row["lang"])
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue

@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemo_embed_core.checkpoint.source import Prompts, Usage
-from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.config.evaluate import TaskOptions
 from nemo_embed_core.data.lines import Findings, check_text
 from nemo_embed_core.data.records import find, records
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.encoding import Encoding, say
 from nemo_embed_core.evaluation.mteb_tasks import (
+    Bm25Search,
     Vectors,
     bitext,
     classification,
@@ -50,7 +52,7 @@ class Kind(NamedTuple):
     """
 
     type: str  # mteb's word
-    run: Callable[[Vectors, list[Row], list[Row]], tuple[dict[str, float], list[float]]]
+    run: Callable[[Any, list[Row], list[Row]], tuple[dict[str, float], list[float]]]
     columns: Mapping[str, str]
     statistic: str
     example: str
@@ -88,16 +90,14 @@ KINDS = {
 
 
 class Labelled:
-    """A task of one of KINDS, with the four names of `Retrieval`."""
+    """A task of one of KINDS, with the names of `Retrieval`."""
 
-    def __init__(self, config: EvaluateConfig):
+    def __init__(self, config: TaskOptions):
         self.kind = KINDS[config.task_type]
         self.columns = self.kind.columns
-        if "bm25" in config.models:
-            raise UserError(f"bm25 ranks documents for queries: task_type={config.task_type} has none")
         if config.max_queries or config.ignore_identical_ids:
             raise UserError("max_queries and ignore_identical_ids are of task_type retrieval")
-        findings = Findings(log=print)
+        findings = Findings(log=say)
         self.rows = read(config, config.split, findings)
         self.train = read(config, "train", findings) if config.task_type == "classification" else []
         findings.raise_bad()
@@ -109,9 +109,9 @@ class Labelled:
             raise UserError(
                 f"{config.data}: {len(self.rows)} rows of split {config.split}; two are the least"
             )
-        print(f"{len(self.rows)} rows of split {config.split} of {config.data}", flush=True)
+        say(f"{len(self.rows)} rows of split {config.split} of {config.data}")
         for line in findings.lines():
-            print(line)
+            say(line)
         digest = hashlib.sha256(json.dumps([self.rows, self.train]).encode()).hexdigest()
         self.facts = {
             "name": config.name or Path(config.data).resolve().stem,
@@ -124,17 +124,17 @@ class Labelled:
         with mteb_imported():
             pass  # seconds in the table are of encoding and scoring, not of imports
 
-    def usage(self, usage: Usage) -> Usage:
-        """The query's prompt and length for all texts, where they have no sides."""
-        if self.kind.type == "Reranking":
-            return usage
-        prompts = {"query": Prompts(usage.default.query, usage.default.query)}
-        return replace(usage, prompts=prompts, document_max_length=usage.query_max_length)
-
-    def evaluate(self, encoder: TextEncoder, usage: Usage) -> dict[str, Any]:
+    def evaluate(self, encoder: TextEncoder | Encoding, usage: Usage) -> dict[str, Any]:
         vectors = Vectors(encoder, usage)
+        return {**self._scored(vectors), "truncated": vectors.truncated}
+
+    def bm25(self) -> dict[str, Any]:
+        """By the words of each query in its candidates, whose words are weighed by those of all queries."""
+        return self._scored(Bm25Search())
+
+    def _scored(self, model: Vectors | Bm25Search) -> dict[str, Any]:
         with mteb_imported():
-            figures, scores = self.kind.run(vectors, self.rows, self.train)
+            figures, scores = self.kind.run(model, self.rows, self.train)
         figures = {name: float(value) for name, value in figures.items()}
         if bad := [name for name, value in figures.items() if not np.isfinite(value)]:
             raise UserError(f"{bad[0]} is not a number: all grades, or all similarities, are the same")
@@ -144,13 +144,16 @@ class Labelled:
             {"id": row["id"], **score, **{key: row[key] for key in row if key in SHOWN}, "texts": {}}
             for row, score in zip(self.rows, own, strict=True)
         ]
-        return {**figures, "per_query": rows, "truncated": vectors.truncated}
-
-    def bm25(self) -> dict[str, Any]:
-        raise AssertionError("refused before")
+        return {**figures, "per_query": rows}
 
 
-def read(config: EvaluateConfig, split: str, findings: Findings) -> list[Row]:
+def without_sides(usage: Usage) -> Usage:
+    """The query's prompt and length for all texts: of tasks whose texts are not queries and documents."""
+    prompts = {"query": Prompts(usage.default.query, usage.default.query)}
+    return replace(usage, prompts=prompts, document_max_length=usage.query_max_length)
+
+
+def read(config: TaskOptions, split: str, findings: Findings) -> list[Row]:
     """{"id", "text", "other" of pairs, "gold" where there is one} of each row of a split; what is wrong is
     `bad` in findings."""
     kind, rows = KINDS[config.task_type], list[Row]()

@@ -1,13 +1,15 @@
 """A model to evaluate: what it is and how its texts are encoded, checked before any text is encoded.
 
-subject = Subject.of("exports/model", config)      # options override the folder's own prompts and lengths
-encoder = subject.check(config)                    # a TextEncoder where the check had to load it, else None
+subject = Subject.of("exports/model")
+usage, overridden = subject.usage(config)          # options override the folder's own prompts and lengths
+encoder = subject.check(config, [usage])           # a TextEncoder where the check had to load it, else None
 encoder = encoder or subject.load(config)
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +17,7 @@ from typing import Any, get_args
 from nemo_embed_core.checkpoint.source import Similarity, Source, Usage, resolve
 from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.config.evaluate import ENCODING, TaskOptions
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.encoders import check_precision, open_encoder
 from nemo_embed_core.encoders.embedder import Embedder
@@ -27,16 +30,12 @@ DEFAULT_LENGTH = 512  # tokens, where neither the folder nor an option says one
 
 @dataclass(frozen=True)
 class Subject:
-    """usage: with the one pair of prompts that is used.  overridden: options that changed the folder's."""
-
     name: str
     source: Source
-    usage: Usage
-    overridden: dict[str, Any]
     dim: int | None = None  # columns that its vectors are cut to: of "exports/model@256" 256
 
     @classmethod
-    def of(cls, name: str, config: EvaluateConfig) -> Subject:
+    def of(cls, name: str) -> Subject:
         at = None if Path(name).exists() else re.fullmatch(r"(.+)@([1-9][0-9]*)", name)
         try:
             source = resolve(at[1] if at else name)
@@ -50,19 +49,21 @@ class Subject:
                 f"{name}: similarity_fn_name is {source.usage.similarity!r}, and only "
                 f"{', '.join(get_args(Similarity))} of one vector a text are evaluated"
             )
-        options = ("prompt_name", "task", "document_task", "query_max_length", "document_max_length")
+        return cls(name, source, int(at[2]) if at else None)
+
+    def usage(self, options: TaskOptions) -> tuple[Usage, dict[str, Any]]:
+        """(with the one pair of prompts that is used, the options that changed the folder's)."""
         try:
-            usage, overridden = source.usage.override(**{name: getattr(config, name) for name in options})
+            return self.source.usage.override(**{name: getattr(options, name) for name in ENCODING})
         except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        return cls(name, source, usage, overridden, int(at[2]) if at else None)
+            raise UserError(f"{self.name}: {error}") from None
 
     @property
     def is_ours(self) -> bool:
         """Whether our encoder gives its vectors: always of length 1, so only where cosine is meant."""
         return self.source.kind != "sentence-transformers" and self.source.usage.similarity == "cosine"
 
-    def check(self, config: EvaluateConfig) -> TextEncoder | None:
+    def check(self, config: EvaluateConfig, usages: Iterable[Usage]) -> TextEncoder | None:
         """UserError when it cannot be loaded or a prompt leaves no room; of ours only headers are read."""
         encoder = None
         check_precision(self.source, config.precision, not self.is_ours)
@@ -76,13 +77,18 @@ class Subject:
         else:
             encoder = self.load(config)
             check_prompt = encoder.check_prompt
-        usage = self.usage_with(encoder)
-        for side in ("query", "document"):
-            if (length := getattr(usage, f"{side}_max_length")) is not None:
-                try:
-                    check_prompt(getattr(usage.default, side), length, f"{side}_max_length")
-                except UserError as error:
-                    raise UserError(f"{self.name}: {error}") from None
+        asked = {
+            (getattr(prompts, side), length, f"{side}_max_length"): None
+            for usage in (cut_by(usage, encoder) for usage in usages)
+            for prompts in usage.prompts.values()
+            for side in ("query", "document")
+            if (length := getattr(usage, f"{side}_max_length")) is not None
+        }
+        for prompt, length, name in asked:
+            try:
+                check_prompt(prompt, length, name)
+            except UserError as error:
+                raise UserError(f"{self.name}: {error}") from None
         return encoder
 
     def load(self, config: EvaluateConfig) -> Embedder | SentenceTransformerEncoder:
@@ -90,13 +96,14 @@ class Subject:
         by: Any = "ours" if self.is_ours else "sentence-transformers"
         return open_encoder(self.source, *how, by=by, dim=self.dim)
 
-    def usage_with(self, encoder: TextEncoder | None) -> Usage:
-        """The usage with the lengths that this encoder cuts at; None where it reads whole texts."""
-        query, document = self.usage.query_max_length, self.usage.document_max_length
-        if not isinstance(encoder, SentenceTransformerEncoder):
-            query, document = query or DEFAULT_LENGTH, document or DEFAULT_LENGTH
-        elif (limit := encoder.limit) is None:
-            query = document = None
-        else:
-            query, document = min(query or limit, limit), min(document or limit, limit)
-        return replace(self.usage, query_max_length=query, document_max_length=document)
+
+def cut_by(usage: Usage, encoder: TextEncoder | None) -> Usage:
+    """The usage with the lengths that this encoder cuts at; None where it reads whole texts."""
+    query, document = usage.query_max_length, usage.document_max_length
+    if not isinstance(encoder, SentenceTransformerEncoder):
+        query, document = query or DEFAULT_LENGTH, document or DEFAULT_LENGTH
+    elif (limit := encoder.limit) is None:
+        query = document = None
+    else:
+        query, document = min(query or limit, limit), min(document or limit, limit)
+    return replace(usage, query_max_length=query, document_max_length=document)

@@ -11,10 +11,12 @@ import numpy as np
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import pieces
+from nemo_embed_core.evaluation.bm25 import Bm25
+from nemo_embed_core.evaluation.encoding import Encoding
 from nemo_embed_core.evaluation.retrieval import (
     PIECE_CHARACTERS,
-    encode_checked,
     model_meta,
+    rank_of_ids,
     similarity_of,
     task_metadata,
 )
@@ -27,35 +29,42 @@ NEIGHBOURS = 5  # of the kNN classifier, as many as scikit-learn's
 
 
 class Vectors:
-    """A model as mteb asks one: texts to vectors, each encoded once; as queries, but for what mteb says are
-    documents."""
+    """A model as mteb asks one: texts to vectors, as queries, but for what mteb says are documents.
 
-    def __init__(self, encoder: TextEncoder, usage: Usage):
-        self.encoder, self.usage = encoder, usage
+    usage: its prompts go by the tasks' names, the default is of the others.  keep: each text of a task is
+    encoded once, at the cost of its row; without it whenever mteb asks.
+    """
+
+    def __init__(self, encoder: TextEncoder | Encoding, usage: Usage, keep: bool = True):
+        self.encoding = encoder if isinstance(encoder, Encoding) else Encoding(encoder)
+        self.usage, self.keep = usage, keep
         self.mteb_model_meta = model_meta(encoder.digest, "dense")
-        self.rows: dict[str, dict[str, np.ndarray]] = {"query": {}, "document": {}}
+        self.rows: dict[tuple[str, str], dict[str, np.ndarray]] = {}  # by side and prompt
+        self.num: Counter[str] = Counter()
         self.lost: dict[str, int | None] = {"query": 0, "document": 0}
 
     @property
     def truncated(self) -> dict[str, float | None]:
         """Share of the texts of each side that were cut; where there are no documents, of the queries."""
         shares: dict[str, float | None] = {}
-        for side in self.rows:
-            known = side if self.rows[side] else "query"
+        for side in self.lost:
+            known = side if self.num[side] else "query"
             lost = self.lost[known]
-            shares[side] = None if lost is None else lost / len(self.rows[known])
+            shares[side] = None if lost is None else lost / max(1, self.num[known])
         return shares
 
-    def encode(self, inputs: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
+    def encode(self, inputs: Any, prompt_type: Any = None, task_metadata: Any = None, **_: Any) -> np.ndarray:
         side = "document" if prompt_type == "document" else "query"
         texts = [text for batch in inputs for text in batch["text"]]
-        rows, prompt = self.rows[side], getattr(self.usage.default, side)
-        length = getattr(self.usage, f"{side}_max_length") or 512
+        prompt = getattr(self.usage.prompts.get(getattr(task_metadata, "name", ""), self.usage.default), side)
+        rows = self.rows.setdefault((side, prompt), {}) if self.keep else {}
         new = [text for text in dict.fromkeys(texts) if text not in rows]
         for piece in pieces(new, PIECE_CHARACTERS):
-            found, cut = encode_checked(self.encoder, piece, prompt, length, side)
+            length = getattr(self.usage, f"{side}_max_length") or 512
+            found, cut = self.encoding.rows(piece, prompt, length, side)
             before = self.lost[side]
             self.lost[side] = None if before is None or cut is None else before + cut
+            self.num[side] += len(piece)
             rows.update(zip(piece, found, strict=True))
         return np.stack([rows[text] for text in texts])
 
@@ -73,6 +82,45 @@ class Vectors:
         return pairwise(np.asarray(first), np.asarray(second))
 
 
+class Bm25Search:
+    """BM25 as mteb asks a search: over the whole corpus, or of the candidates that each query has.
+
+    A document without a word of the query is not found; of candidates all are ranked, those with 0.
+    """
+
+    def __init__(self, k1: float = 1.2, b: float = 0.75):
+        self.k1, self.b = k1, b
+        self.mteb_model_meta = model_meta(f"k1={k1}-b={b}", "sparse")
+        self.corpus: Any = None
+
+    def index(self, corpus: Any, **_: Any) -> None:
+        self.corpus = corpus
+
+    def search(
+        self, queries: Any, top_k: int, top_ranked: Any = None, **_: Any
+    ) -> dict[str, dict[str, float]]:
+        ids, asked = list(self.corpus["id"]), _texts(queries)
+        bm25 = Bm25(_texts(self.corpus), self.k1, self.b, queries=asked)
+        if top_ranked is None:
+            best = bm25.top(asked, top_k, first=-rank_of_ids(ids))
+            return {
+                query: {ids[i]: float(score) for i, score in zip(*found, strict=True)}
+                for query, found in zip(queries["id"], best, strict=True)
+            }
+        places = {name: i for i, name in enumerate(ids)}
+        found = {}
+        for query, text in zip(queries["id"], asked, strict=True):
+            scores_N = bm25.scores(text)
+            found[query] = {name: float(scores_N[places[name]]) for name in top_ranked.get(query, ())}
+        return found
+
+
+def _texts(rows: Any) -> list[str]:
+    """As mteb gives them to a model: a document's title before it, a query's instruction behind it."""
+    names = [name for name in ("title", "text", "instruction") if name in rows.column_names]
+    return [" ".join(filter(None, parts)).strip() for parts in zip(*(rows[n] for n in names), strict=True)]
+
+
 def run(task: Any, splits: dict[str, dict[str, list[Any]]], model: Vectors) -> dict[str, Any]:
     """The scores of a task whose data set is `splits`, {split: {column: values}}."""
     from datasets import Dataset, DatasetDict
@@ -81,7 +129,7 @@ def run(task: Any, splits: dict[str, dict[str, list[Any]]], model: Vectors) -> d
     return _evaluated(task, model)
 
 
-def _evaluated(task: Any, model: Vectors) -> dict[str, Any]:
+def _evaluated(task: Any, model: Vectors | Bm25Search) -> dict[str, Any]:
     task.data_loaded = True
     return task.evaluate(model, "test", encode_kwargs={"batch_size": 1024})["default"]
 
@@ -179,7 +227,9 @@ def bitext(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str,
     return figures, np.mean(parts, axis=0).tolist()
 
 
-def reranking(model: Vectors, rows: list[Row], train: list[Row]) -> tuple[dict[str, float], list[float]]:
+def reranking(
+    model: Vectors | Bm25Search, rows: list[Row], train: list[Row]
+) -> tuple[dict[str, float], list[float]]:
     """MAP, nDCG@10 and MRR@10 of each query's own candidates in the order of their similarities; each MAP."""
     from datasets import Dataset
     from mteb.abstasks import AbsTaskRetrieval

@@ -24,6 +24,7 @@ from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import pieces
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.bm25 import Bm25
+from nemo_embed_core.evaluation.encoding import Encoding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,11 @@ MAX_SCORES = 16 << 20  # fp32 query-document scores held at a time, 64 MB
 
 
 def evaluate_retrieval(
-    encoder: TextEncoder, beir: Beir, usage: Usage | None = None, *, ignore_identical_ids: bool = False
+    encoder: TextEncoder | Encoding,
+    beir: Beir,
+    usage: Usage | None = None,
+    *,
+    ignore_identical_ids: bool = False,
 ) -> dict[str, Any]:
     """{"ndcg_at_10", "recall_at_10", "mrr_at_10"} over the queries, "per_query" of each, and "truncated", the
     share of each side.
@@ -46,11 +51,28 @@ def evaluate_retrieval(
     say it. ignore_identical_ids: a document with the query's own id is not counted as found, mteb's flag of
     that name (ArguAna).
     """
+    parts = evaluate_parts(encoder, beir.corpus, [beir], usage, ignore_identical_ids=ignore_identical_ids)
+    return parts[0]
+
+
+def evaluate_parts(
+    encoder: TextEncoder | Encoding,
+    corpus: Mapping[str, str],
+    parts: Sequence[Beir],
+    usage: Usage | None = None,
+    *,
+    ignore_identical_ids: bool = False,
+) -> list[dict[str, Any]]:
+    """evaluate_retrieval of each: splits and pools of one corpus, every text encoded once.
+
+    The corpus of a part is this one, or some documents of it in its order; an id has one text.
+    """
     import torch
 
-    _check(beir)
+    for part in parts:
+        _check(part)
     usage = usage or Usage()
-    device = getattr(encoder, "device", torch.device("cpu"))
+    encoding = encoder if isinstance(encoder, Encoding) else Encoding(encoder)
     truncated: dict[str, float | None] = {}
 
     def encode(side: str, texts: Mapping[str, str], prompt: str, max_length: int | None) -> Iterator[Tensor]:
@@ -58,43 +80,41 @@ def evaluate_retrieval(
         # Documents as mteb gives them to a model, without the white space around them.
         read = (text.strip() for text in texts.values()) if side == "document" else iter(texts.values())
         for piece in pieces(read, PIECE_CHARACTERS):
-            vectors, cut = encode_checked(encoder, piece, prompt, max_length or 512, side)
+            vectors, cut = encoding.rows(piece, prompt, max_length or 512, side)
             lost = None if lost is None or cut is None else lost + cut
-            yield torch.from_numpy(vectors).to(device)
+            yield torch.from_numpy(vectors).to(encoding.device)
         truncated[side] = None if lost is None else lost / len(texts)
 
     prompts = usage.default
-    queries_QD = torch.cat(list(encode("query", beir.queries, prompts.query, usage.query_max_length)))
+    queries = {query: text for part in parts for query, text in part.queries.items()}
+    queries_QD = torch.cat(list(encode("query", queries, prompts.query, usage.query_max_length)))
     similarity = similarity_of(usage.similarity)
-    best = Best(len(beir.queries), list(beir.corpus))
-    step = max(1, MAX_SCORES // len(queries_QD))
-    for documents_ND in encode("document", beir.corpus, prompts.document, usage.document_max_length):
+    places = {query: i for i, query in enumerate(queries)}
+    of_part = [torch.tensor([places[query] for query in part.queries]) for part in parts]
+    best = [Best(len(part.queries), list(part.corpus)) for part in parts]
+    is_whole = [len(part.corpus) == len(corpus) for part in parts]
+    # One pass over the ids of each smaller corpus, in step with the documents.
+    inside = [
+        torch.ones(0) if whole else torch.tensor([document in part.corpus for document in corpus])
+        for part, whole in zip(parts, is_whole, strict=True)
+    ]
+    step, first = max(1, MAX_SCORES // len(queries_QD)), 0
+    for documents_ND in encode("document", corpus, prompts.document, usage.document_max_length):
         for part_ND in documents_ND.split(step):
-            best.add(similarity(queries_QD, part_ND))
-    figures = _figures(best.found(beir.queries), beir, encoder.digest, "dense", ignore_identical_ids)
-    return {**figures, "truncated": truncated}
-
-
-def encode_checked(
-    encoder: TextEncoder, texts: list[str], prompt: str, max_length: int, side: str
-) -> tuple[np.ndarray, int | None]:
-    """(rows, how many texts lost tokens or None)."""
-    tokenize, cut = getattr(encoder, "tokenize", None), None
-    if tokenize is not None and hasattr(encoder, "encode_tokens"):
-        ids, cut = tokenize(texts, prompt, max_length)
-        vectors = encoder.encode_tokens(ids)
-    else:
-        vectors = encoder.encode(texts, prompt, max_length, side)
-        if tokenize is not None:
-            cut = tokenize(texts, prompt, max_length)[1]
-    assert len(vectors) == len(texts), f"{len(texts)} texts, {len(vectors)} embeddings"
-    bad = ~np.isfinite(vectors).all(axis=1)
-    if bad.any():  # NaN would be sorted to the top
-        raise UserError(
-            f"{bad.sum()} of {len(texts)} {side} embeddings have NaN or infinite values, the first for "
-            f"{texts[int(bad.argmax())][:60]!r}; the weights are broken, take an earlier checkpoint"
-        )
-    return vectors, cut
+            scores_QN = similarity(queries_QD, part_ND)
+            for i, held in enumerate(best):
+                own_QN = scores_QN if len(parts) == 1 else scores_QN[of_part[i].to(scores_QN.device)]
+                if not is_whole[i]:
+                    own_QN = own_QN[:, inside[i][first : first + len(part_ND)].to(own_QN.device)]
+                held.add(own_QN)
+            first += len(part_ND)
+    return [
+        {
+            **_figures(held.found(part.queries), part, encoding.digest, "dense", ignore_identical_ids),
+            "truncated": dict(truncated),
+        }
+        for part, held in zip(parts, best, strict=True)
+    ]
 
 
 def similarity_of(name: Similarity) -> Callable[[Tensor, Tensor], Tensor]:

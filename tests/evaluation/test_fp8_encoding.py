@@ -61,7 +61,7 @@ def test_what_fp8_does_not_fit_is_refused_before_a_text_is_read(ours: Path, stat
         check_source(narrow, [], [], "fp8")
     config = EvaluateConfig(models=[str(static)], data="nowhere", precision="fp8", device="cpu")
     with pytest.raises(UserError, match="is run by sentence-transformers: use precision=bf16"):
-        Subject.of(str(static), config).check(config)
+        Subject.of(str(static)).check(config, [])
     with pytest.raises(UserError, match="is run by sentence-transformers: use precision=bf16"):
         open_encoder(static, "cpu", "fp8")
     for precision in ("bf16", "fp32"):

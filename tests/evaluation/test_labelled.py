@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from toy_evaluation import copied, table, write_table
 
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.errors import UserError
@@ -16,55 +16,7 @@ from nemo_embed_core.evaluation.compare import compare
 from nemo_embed_core.evaluation.labelled import KINDS, Labelled
 from nemo_embed_core.evaluation.rank_statistics import average_precision, closeness, spearman
 from nemo_embed_core.evaluation.retrieval import mteb_imported, task_metadata
-
-
-def text(generator: random.Random) -> str:
-    return " ".join(f"w{generator.randrange(20)}" for _ in range(3))
-
-
-def table(task_type: str, seed: int, rows: int) -> list[dict[str, Any]]:
-    """Rows with copies, ties and grades that similarities have something to do with."""
-    generator = random.Random(seed)
-    found: list[dict[str, Any]] = []
-    for i in range(rows):
-        first = text(generator)
-        # The similarities of copies are 1 but for the last digit, which would rank them.
-        second = (
-            first
-            if i % 7 == 0 and task_type != "sts"
-            else f"{first.rsplit(' ', 1)[0]} w{generator.randrange(20)}"
-        )
-        second = second if i % 2 else text(generator)
-        shared = len({*first.split()} & {*second.split()})
-        if task_type == "sts":
-            found.append(
-                {"sentence1": first, "sentence2": second, "score": shared + generator.choice([0, 0.5])}
-            )
-        elif task_type == "pair_classification":
-            found.append(
-                {"sentence1": first, "sentence2": second, "label": int(shared + generator.random() > 1.2)}
-            )
-        elif task_type in ("classification", "clustering"):
-            found.append({"text": f"{first} w{i % 3}", "label": ["one", "two", "three"][i % 3]})
-        elif task_type == "reranking":
-            others = list(dict.fromkeys(text(generator) for _ in range(5)))
-            near = [f"{word} {text(generator)} {i}" for word in first.split()[: 1 + i % 2]]
-            found.append({"query": first, "positive": near, "negative": others})
-        else:
-            found.append({"en": first, "de": second})
-    return found
-
-
-def write(folder: Path, task_type: str) -> Path:
-    """A folder with a test split of 30 rows, for classification also 60 of train."""
-    folder.mkdir()
-    for split, seed, rows in (
-        ("test", 1, 30),
-        *((("train", 2, 60),) if task_type == "classification" else ()),
-    ):
-        lines = (json.dumps(row) + "\n" for row in table(task_type, seed, rows))
-        (folder / f"{split}.jsonl").write_text("".join(lines))
-    return folder
+from nemo_embed_core.evaluation.tasks import plans_of
 
 
 def mteb_figures(folder: Path, task_type: str, prompt: str) -> dict[str, float]:
@@ -146,7 +98,7 @@ def mteb_reranking(folder: Path, prompt: str) -> dict[str, float]:
 @pytest.mark.parametrize("task_type", KINDS)
 def test_figures_are_mtebs_own_and_those_of_the_rows(launcher, ours, static, tmp_path, capsys, task_type):
     """By ours with its query prompt before all texts, and by a foreign folder without one."""
-    data, output = write(tmp_path / "data", task_type), tmp_path / "report.json"
+    data, output = write_table(tmp_path / "data", task_type), tmp_path / "report.json"
     models = [str(ours), str(static)]
     report = launcher.run(output, models=models, data=str(data), task_type=task_type)
     for model, prompt in zip(models, ("query: ", ""), strict=True):
@@ -170,19 +122,21 @@ def test_figures_are_mtebs_own_and_those_of_the_rows(launcher, ours, static, tmp
     assert (shown["losses"] or shown["gains"])[0]["id"].startswith("test.jsonl:")
 
 
-def test_pairs_are_compared_by_the_models_own_similarity(launcher, static, tmp_path):
-    from toy_evaluation import copied
-
-    folder = copied(static, tmp_path / "model", "config_sentence_transformers.json", similarity_fn_name="dot")
-    data = write(tmp_path / "data", "sts")
-    entry = launcher.run(tmp_path / "r.json", models=[str(folder)], data=str(data), task_type="sts")[
-        str(folder)
-    ]
-    theirs = mteb_figures(folder, "sts", "")
-    assert [entry["spearman"], entry["cosine_spearman"]] == pytest.approx(
-        [theirs["spearman"], theirs["cosine_spearman"]], abs=1e-6
-    )
-    assert entry["spearman"] != pytest.approx(entry["cosine_spearman"], abs=1e-3)
+@pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
+@pytest.mark.parametrize("task_type", ["sts", "pair_classification", "bitext", "reranking"])
+def test_texts_are_compared_by_the_models_own_similarity(launcher, static, tmp_path, task_type, name):
+    """Of vectors of any length, as mteb compares them."""
+    settings = "config_sentence_transformers.json"
+    folder = copied(static, tmp_path / "model", settings, similarity_fn_name=name)
+    data, output = write_table(tmp_path / "data", task_type), tmp_path / "r.json"
+    entry = launcher.run(output, models=[str(folder)], data=str(data), task_type=task_type)[str(folder)]
+    theirs = mteb_figures(folder, task_type, "")
+    own = {key: value for key, value in entry.items() if key in theirs and isinstance(value, float)}
+    assert own == pytest.approx({key: theirs[key] for key in own}, abs=1e-6) and len(own) >= 2
+    assert entry["similarity"] == name
+    if task_type == "sts":
+        is_other = entry["spearman"] != pytest.approx(entry["cosine_spearman"], abs=1e-4)
+        assert is_other == (name != "cosine")
 
 
 def test_rank_statistics_of_draws_are_those_of_copied_rows():
@@ -242,17 +196,18 @@ def test_rank_statistics_of_draws_are_those_of_copied_rows():
     ],
 )
 def test_bad_rows_are_refused_by_line(tmp_path, task_type, row, message):
-    data = write(tmp_path / "data", task_type)
+    data = write_table(tmp_path / "data", task_type)
     with (data / "test.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=message):
-        Labelled(EvaluateConfig(data=str(data), task_type=task_type, models=["m"]))
+        Labelled(EvaluateConfig(data=str(data), task_type=task_type))
 
 
 @pytest.mark.parametrize(
     ("task_type", "options", "message"),
     [
         ("sts", {"models": ["bm25"]}, "bm25 ranks documents for queries: task_type=sts has none"),
+        ("clustering", {"models": ["bm25"]}, "bm25 ranks .*: task_type=clustering has none"),
         ("bitext", {"max_queries": 3}, "max_queries and ignore_identical_ids are of task_type retrieval"),
         (
             "classification",
@@ -267,10 +222,13 @@ def test_bad_rows_are_refused_by_line(tmp_path, task_type, row, message):
     ],
 )
 def test_what_a_task_has_not_is_refused(tmp_path, task_type, options, message):
-    data = write(tmp_path / "data", task_type)
+    data = write_table(tmp_path / "data", task_type)
     options = {**options, "data": str(data / options.get("data", ""))}
     with pytest.raises(UserError, match=message):
-        Labelled(EvaluateConfig(**{"task_type": task_type, "models": ["m"], **options}))
+        config = EvaluateConfig(**{"task_type": task_type, "models": ["m"], **options})
+        (plan,) = plans_of(config)
+        plan.check(config.models)
+        plan.open()
 
 
 def test_grades_that_are_all_the_same_are_refused(launcher, static, tmp_path):

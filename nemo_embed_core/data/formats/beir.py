@@ -7,6 +7,7 @@ judgements of texts that do not exist and empty texts. What is read in such a wa
 from __future__ import annotations
 
 import re
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -44,9 +45,12 @@ class Beir(NamedTuple):
     queries: Mapping[str, str]
     qrels: dict[str, dict[str, int]]
     languages: Mapping[str, str] = {}  # query id -> lang, where queries.jsonl says so
+    document_languages: Mapping[str, str] = {}  # document id -> lang, likewise
 
 
-def beir_of(corpus: Mapping[str, str], rows: Iterable[Row]) -> Beir:
+def beir_of(
+    corpus: Mapping[str, str], rows: Iterable[Row], document_languages: Mapping[str, str] | None = None
+) -> Beir:
     """Of rows whose documents are in `corpus`: the positives are what is relevant, as no negative of a row is
     known to be irrelevant. A corpus of which a line is bad is none."""
     queries, qrels, languages = TextsById({}, Texts()), dict[str, dict[str, int]](), dict[str, str]()
@@ -55,7 +59,7 @@ def beir_of(corpus: Mapping[str, str], rows: Iterable[Row]) -> Beir:
         qrels[row.id] = dict.fromkeys(row.pos_ids, 1)
         if row.lang:
             languages[row.id] = row.lang
-    return Beir(usable(corpus), queries, qrels, languages)
+    return Beir(usable(corpus), queries, qrels, languages, document_languages or {})
 
 
 def usable(corpus: Mapping[str, str]) -> Mapping[str, str]:
@@ -94,6 +98,7 @@ class _Split(NamedTuple):
     queries: TextsById
     corpus: TextsById
     languages: dict[str, str]
+    document_languages: dict[str, str]
 
 
 def beir(config: DatasetConfig, findings: Findings) -> Beir:
@@ -105,7 +110,7 @@ def beir(config: DatasetConfig, findings: Findings) -> Beir:
     s = _read_split(config, findings, whole=True)
     qrels = {qid: scores for qid, scores in s.qrels.items() if qid in s.queries}
     queries = TextsById({qid: s.queries.indices[qid] for qid in qrels}, s.queries.texts)
-    return Beir(s.corpus, queries, qrels, s.languages)
+    return Beir(s.corpus, queries, qrels, s.languages, s.document_languages)
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
@@ -160,10 +165,12 @@ def _read_split(config: DatasetConfig, findings: Findings, whole: bool) -> _Spli
     qrels, lines = read_qrels(file, findings)
     judged = {doc for scores in qrels.values() for doc in scores}
     languages: dict[str, str] = {}
-    queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages)
+    document_languages: dict[str, str] = {}
+    queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages, "queries")
     keep = (lambda _: True) if whole else judged.__contains__
-    corpus = _read_texts(corpus_file, keep, on_missing, findings)
-    read = _Split(file, qrels, lines, queries, corpus, languages)
+    spoken = document_languages if whole else None
+    corpus = _read_texts(corpus_file, keep, on_missing, findings, spoken, "documents")
+    read = _Split(file, qrels, lines, queries, corpus, languages, document_languages)
     if findings.num_met == before:  # a text behind a bad line seems not to exist
         happens = "kept, as nothing can find them" if whole else "left out"
         _check_dangling(read, on_missing, findings, happens)
@@ -210,13 +217,14 @@ def _read_texts(
     keep: Callable[[str], bool],
     on_missing: OnMissing,
     findings: Findings,
-    languages: dict[str, str] | None = None,
+    languages: dict[str, str] | None,
+    kind: str,
 ) -> TextsById:
     """{id: text} of a corpus or queries file in its order, every line checked; "" where keep(id) is False.
 
     languages: gets {id: lang} of the lines that say so.
     """
-    texts, kind = TextsById({}, Texts()), "documents" if languages is None else "queries"
+    texts = TextsById({}, Texts())
     nothing = texts.texts.append("")
     lines = array("q")  # of the texts, in order
     for line, row in json_lines(path, findings, '{"_id": "...", "text": "..."}'):
@@ -229,7 +237,7 @@ def _read_texts(
                 raise ValueError(f"_id {short(key)} is already the _id of line {first}: make ids unique")
             if languages is not None and isinstance(lang := row.get("lang"), str) and keep(key):
                 check_unicode(lang, "lang")
-                languages[key] = lang
+                languages[key] = sys.intern(lang)
             text = document_text(row, kind, on_missing, findings, path, line)
         except ValueError as error:
             findings.bad(path, line, str(error))

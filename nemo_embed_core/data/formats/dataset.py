@@ -71,20 +71,24 @@ def files(config: DatasetConfig) -> list[Path]:
     return dataset_files(folder)
 
 
-def open_folder(config: DatasetConfig, findings: Findings) -> tuple[Metadata, Documents]:
-    """UserError where files are missing or are not those that were written."""
+def open_folder(
+    config: DatasetConfig, findings: Findings, languages: dict[str, str] | None = None
+) -> tuple[Metadata, Documents]:
+    """UserError where files are missing or are not those that were written. languages: gets {id: lang} of the
+    documents that say so."""
     folder = Path(config.path)
     files(config)
     metadata = read_metadata(folder, findings)
     check_against(folder, metadata)
-    return metadata, read_corpus(folder, metadata, findings, config.source)
+    return metadata, read_corpus(folder, metadata, findings, config.source, languages)
 
 
 def beir(config: DatasetConfig, findings: Findings) -> Beir:
     """The whole corpus, and the positives as what is relevant: no negative is known to be irrelevant."""
-    metadata, documents = open_folder(config, findings)
+    languages: dict[str, str] = {}
+    metadata, documents = open_folder(config, findings, languages)
     rows = positive(_rows(config, metadata, documents, findings), config.min_grade, findings)
-    return beir_of(documents, rows)
+    return beir_of(documents, rows, languages)
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:

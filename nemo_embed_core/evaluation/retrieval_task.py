@@ -1,0 +1,224 @@
+"""Retrieval from a folder of one's own: its data read and checked, models scored on it.
+
+task = Retrieval(TaskOptions(data="data/wiki"))
+(entry,) = task.evaluate(Encoding(encoder), usage)      # of each split and pool
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_embed_core.checkpoint.source import Usage
+from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.config.evaluate import TaskOptions
+from nemo_embed_core.data.normal_form import normal_form
+from nemo_embed_core.data.readers import Beir, Findings, read_beir
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.encoding import Encoding, say
+from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_parts, mteb_imported
+
+SHOWN = 300  # characters of a document beside the scores of a query
+
+
+class Retrieval:
+    """Retrieval from one corpus, by one or several splits and pools; read and checked when it is made.
+
+    columns: of the table, title -> metric.  parts: what the report says of the data of each.  Figures of a
+    model have "per_query", a row for each query, and "by_language", means of the queries of each language.
+    """
+
+    columns: Mapping[str, str] = {metric.replace("_at_", "@"): metric for metric in METRICS}
+
+    def __init__(self, options: TaskOptions, seed: int = 0):
+        self.beirs: list[Beir] = []
+        self.parts: list[dict[str, Any]] = []
+        splits = options.splits
+        for split in splits:
+            beir, facts = read_data(replace(options, split=split), seed)
+            if len(splits) > 1:
+                facts["name"] += f"@{split}"
+            for pool in pools_of(options.pool, beir) if options.pool else [""]:
+                own, about = (beir, facts) if not pool else restricted(beir, facts, pool)
+                self.beirs.append(own)
+                self.parts.append(about)
+        pools, base = [beir.corpus for beir in self.beirs], beir.corpus
+        self.corpus = pools[0]  # what any of them searches
+        if len(pools) > 1:
+            self.corpus = Pool(base, (key for key in base if any(key in pool for pool in pools)))
+        self.options = {"ignore_identical_ids": options.ignore_identical_ids}
+        with mteb_imported():
+            pass  # seconds in the table are of encoding and search, not of imports
+
+    def evaluate(self, encoder: Encoding, usage: Usage) -> list[dict[str, Any]]:
+        found = evaluate_parts(encoder, self.corpus, self.beirs, usage, **self.options)
+        return [_read(entry, beir) for entry, beir in zip(found, self.beirs, strict=True)]
+
+    def bm25(self) -> list[dict[str, Any]]:
+        """In a pool the words are weighed by its documents alone."""
+        return [_read(evaluate_bm25(beir, **self.options), beir) for beir in self.beirs]
+
+
+def _read(entry: dict[str, Any], beir: Beir) -> dict[str, Any]:
+    """With texts in the rows: of the query, and of the first document found and the most relevant one how
+    they begin."""
+    corpus, qrels = beir.corpus, beir.qrels
+    by_language: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in entry["per_query"]:
+        query = row["id"]
+        judged = {document: grade for document, grade in qrels[query].items() if grade > 0}
+        relevant = [document for document in judged if document in corpus]
+        best = sorted(relevant, key=lambda document: -judged[document])[:1]
+        texts = {document: corpus[document][:SHOWN] for document in (*row["found"][:1], *best)}
+        about = {"language": beir.languages.get(query), "text": beir.queries[query]}
+        row |= {**about, "judged": judged, "texts": texts}
+        by_language[row["language"] or "unknown"].append(row)
+    if beir.languages:
+        entry["by_language"] = {
+            language: {"queries": len(rows), **{m: sum(row[m] for row in rows) / len(rows) for m in METRICS}}
+            for language, rows in sorted(by_language.items())
+        }
+    return entry
+
+
+# ------------------------------------------------------------------------------------------ pools
+
+
+class Pool(Mapping[str, str]):
+    """Some documents of a corpus, in its order; texts stay where they are."""
+
+    def __init__(self, corpus: Mapping[str, str], ids: Iterable[str]):
+        self.corpus, self.ids = corpus, dict.fromkeys(ids)
+
+    def __getitem__(self, key: str) -> str:
+        if key not in self.ids:
+            raise KeyError(key)
+        return self.corpus[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.ids
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def pools_of(given: Sequence[str], beir: Beir) -> list[str]:
+    """The languages of the pools ("" all documents): of lang=each those of relevant documents, sorted."""
+    spoken = beir.document_languages
+    if not spoken:
+        raise UserError("pool: no document of the corpus has a lang: give the corpus one, or leave pool out")
+    judged = {d for grades in beir.qrels.values() for d, grade in grades.items() if grade > 0}
+    relevant = sorted({spoken[document] for document in judged if document in spoken})
+    pools = list[str]()
+    for pool in given:
+        name = pool.removeprefix("lang=")
+        pools += relevant if name == "each" else ["" if name == "all" else name]
+    there = sorted(set(spoken.values()))
+    if unknown := [name for name in pools if name and name not in there]:
+        raise UserError(f"pool=lang={unknown[0]}: the documents are in {', '.join(there)}")
+    return list(dict.fromkeys(pools))
+
+
+def restricted(beir: Beir, facts: Mapping[str, Any], language: str) -> tuple[Beir, dict[str, Any]]:
+    """The documents of one language, the judgements of these, and the queries that have a relevant one."""
+    spoken = beir.document_languages
+    corpus = Pool(beir.corpus, (document for document in beir.corpus if spoken.get(document) == language))
+    qrels = {
+        query: {document: grade for document, grade in grades.items() if document in corpus}
+        for query, grades in beir.qrels.items()
+    }
+    queries = {
+        query: text for query, text in beir.queries.items() if max(qrels[query].values(), default=0) > 0
+    }
+    pool = f"lang={language}"
+    if not queries:
+        raise UserError(f"{facts['path']}: pool={pool}: no query has a relevant document in it")
+    own = Beir(corpus, queries, {query: qrels[query] for query in queries}, beir.languages, spoken)
+    left = len(beir.queries) - len(queries)
+    shown = f"{len(queries)} queries; {left} have no relevant document in it"
+    say(f"pool {pool}: {len(corpus)} documents, {shown}")
+    counts = Counter(beir.languages.get(query) or "unknown" for query in queries) if beir.languages else {}
+    return own, {
+        **facts,
+        **{"name": f"{facts['name']}@{pool}", "pool": pool, "digest": digest_of(own)},
+        **{"queries": len(queries), "documents": len(corpus), "languages": dict(counts)},
+    }
+
+
+def dataset_of(config: TaskOptions) -> DatasetConfig:
+    """As mining and training read it."""
+    names = ("split", "source", "min_grade", "on_missing")
+    return DatasetConfig(path=config.data, **{name: getattr(config, name) for name in names})
+
+
+def read_data(config: TaskOptions, seed: int) -> tuple[Any, dict[str, Any]]:
+    """(the split, or a sample of its queries; what the report says about it)."""
+    findings = Findings(log=say)
+    beir = read_beir(dataset_of(config), findings)
+    findings.raise_bad()
+    total, sampled = len(beir.queries), ""
+    if 0 < config.max_queries < total:
+        chosen = set(random.Random(seed).sample(list(beir.queries), config.max_queries))
+        queries = {query: text for query, text in beir.queries.items() if query in chosen}
+        beir = beir._replace(queries=queries)
+        sampled = f", a sample of {total} (seed {seed})"
+    spoken = beir.languages and [beir.languages.get(query) or "unknown" for query in beir.queries]
+    languages = dict(Counter(spoken or ()).most_common())
+    sizes = f"{len(beir.queries)} queries of split {config.split}{sampled}, {len(beir.corpus)} documents"
+    say(f"{sizes} of {config.data}")
+    if languages:
+        say(f"languages of the queries: {', '.join(f'{name} {count}' for name, count in languages.items())}")
+    for line in findings.lines():
+        say(line)
+    # The query is in the corpus under its own id: ArguAna, Quora. In other sets two numberings only meet.
+    identical = [query for query in beir.queries if query in beir.corpus]
+    if identical:
+        same = sum(normal_form(beir.queries[q]) in normal_form(beir.corpus[q]) for q in identical)
+        judged = sum(beir.qrels[q].get(q, 0) > 0 for q in identical)
+        shown = f"{len(identical)} of {len(beir.queries)} queries have the id of a document, "
+        shown += f"{same} of them are in its text, {judged} judge it relevant"
+        if config.ignore_identical_ids:
+            say(f"{shown}: these documents are not counted as found (ignore_identical_ids)")
+        else:
+            own = "where the query is its own document (mteb: ArguAna, Quora)"
+            say(f"warning: {shown}; {own} --ignore_identical_ids true")
+    elif config.ignore_identical_ids:
+        say("ignore_identical_ids changes nothing: no query has the id of a document")
+    facts = {
+        "name": config.name or Path(config.data).resolve().name,
+        "type": "Retrieval",  # as mteb calls it
+        "main_score": METRICS[0],
+        "statistic": "mean",
+        "digest": digest_of(beir),
+        "path": config.data,
+        "split": config.split,
+        "queries": len(beir.queries),
+        "queries_of_the_split": total,
+        "seed": seed if sampled else None,
+        "documents": len(beir.corpus),
+        "languages": languages,  # of the queries, where they say it
+        "found": findings.counts,
+        "ignore_identical_ids": config.ignore_identical_ids,
+        "identical_ids": len(identical),
+    }
+    return beir, facts
+
+
+def digest_of(beir: Beir) -> str:
+    """sha256 of ids, texts and judgements in the order in which they are read."""
+    digest = hashlib.sha256()
+    judged = ((query, beir.qrels.get(query)) for query in beir.queries)
+    for part in (beir.corpus.items(), beir.queries.items(), judged):
+        for item in part:
+            digest.update(f"{json.dumps(item)}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
