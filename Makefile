@@ -131,6 +131,7 @@ docs: $(INSTALLED)
 	page=$$($(BIN)/python -m benchmarks.report) && echo "$$page" >docs/benchmarks.md
 	page=$$($(BIN)/python -m docs.architecture) && echo "$$page" >docs/architecture.md
 	page=$$($(BIN)/python -m docs.options) && echo "$$page" >docs/options.md
+	page=$$($(BIN)/python -m docs.experiments) && echo "$$page" >docs/experiments.md
 	$(BIN)/python tests/test_examples.py
 
 # To go to newer versions: make test CONSTRAINTS= in a new .venv, then this.

@@ -26,6 +26,7 @@ setup(
         "nemo_embed_core.demo",
         "nemo_embed_core.encoders",
         "nemo_embed_core.evaluation",
+        "nemo_embed_core.experiments",
         "nemo_embed_core.export",
         "nemo_embed_core.export.remote",
         "nemo_embed_core.files",
@@ -56,10 +57,9 @@ setup(
     ],
     extras_require={
         "eval": ["mteb>=2.26,<3", "sentence-transformers>=6,<7"],
-        "demo": ["sentencepiece>=0.2", "matplotlib>=3.9"],
-        "log": [
-            "tensorboard>=2.18"
-        ],  # the other trackers of report_to by their own names: wandb, mlflow, trackio
+        "demo": ["sentencepiece>=0.2", "matplotlib>=3.9", "gguf>=0.17"],
+        # The other trackers of report_to by their own names: wandb, mlflow, trackio.
+        "log": ["tensorboard>=2.18"],
         "inspect": ["datasketch>=2,<3"],  # near-duplicates of prepare --inspect
         # Faster attention; built against the installed torch: pip install --no-build-isolation.
         "flash": ["flash-attn>=2.8"],

@@ -1,4 +1,4 @@
-"""nemo-embed train|mine|merge|evaluate|prepare|plan: the launchers under one name, where it is installed.
+"""nemo-embed VERB: the launchers (train, mine, merge, ...) under one name, where it is installed.
 
 nemo-embed train --config run.yaml                                    the same as python launch/train.py ...
 torchrun --nproc-per-node 8 -m nemo_embed_core.cli train --config run.yaml
@@ -9,7 +9,7 @@ import sys
 
 from nemo_embed_core.errors import user_errors
 
-VERBS = ("prepare", "train", "mine", "merge", "evaluate", "plan")
+VERBS = ("prepare", "train", "mine", "merge", "evaluate", "plan", "experiment")
 USAGE = (
     f"usage: nemo-embed {{{','.join(VERBS)}}} [options]\n\nnemo-embed VERB --help lists the options of each."
 )

@@ -368,6 +368,13 @@ MUTANTS = [
     Mutant("a tracker that raises ends its thread", "nemo_embed_core/train/trackers.py", "except BaseException as error:", "except MemoryError as error:", "tests/train/test_trackers.py"),
     Mutant("BM25 without the length of documents", "nemo_embed_core/evaluation/bm25.py", "b * np.frombuffer(lengths, np.int64) / mean_length", "b", "tests/evaluation/test_bm25.py"),
     Mutant("BM25 counts a repeated word of the query once", "nemo_embed_core/evaluation/bm25.py", "occurrences * idf * counts", "idf * counts", "tests/evaluation/test_bm25.py"),
+    Mutant("intervals count the residual twice", "nemo_embed_core/evaluation/crossed.py", "max(seeds + queries - rest, seeds, queries)", "seeds + queries", "tests/evaluation/test_crossed.py"),
+    Mutant("intervals over queries alone", "nemo_embed_core/evaluation/crossed.py", "max(seeds + queries - rest, seeds, queries)", "queries", "tests/evaluation/test_crossed.py"),
+    Mutant("a changed file is the same step", "nemo_embed_core/experiments/grid.py", "[n.digest for n in needs], read,", "[n.digest for n in needs],", "tests/experiments/test_experiment.py::test_a_step_is_shared_by_cells_and_changes_with_all_that_it_reads"),
+    Mutant("a step that follows from another one is the same", "nemo_embed_core/experiments/grid.py", "first in (place, place.partition(\".\")[0])", "first == place", "tests/experiments/test_experiment.py::test_placeholders_and_patches_reach_the_options_of_their_cell"),
+    Mutant("judged with grade 0 is relevant", "nemo_embed_core/experiments/judge.py", "if grade > 0 and d in", "if d in", "tests/experiments/test_judge.py"),
+    Mutant("as high as the best positive", "nemo_embed_core/experiments/judge.py", "lowest = min(", "lowest = max(", "tests/experiments/test_judge.py"),
+    Mutant("rows of q and k as llama.cpp has them", "nemo_embed_core/checkpoint/gguf_reader.py", ".swapaxes(1, 2).reshape", ".reshape", "tests/checkpoint/test_gguf_reader.py"),
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
         ("docs/benchmarks.md", ["-m", "benchmarks.report"]),
         ("docs/architecture.md", ["-m", "docs.architecture"]),
         ("docs/options.md", ["-m", "docs.options"]),
+        ("docs/experiments.md", ["-m", "docs.experiments"]),
     ],
 )
 def test_a_page_is_what_its_command_makes(page: str, command: list[str]) -> None:

@@ -6,6 +6,7 @@ Modules receive values (`hidden_size=...`), never the tree.
 
 from nemo_embed_core.config.data import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.config.evaluate import EvaluateConfig
+from nemo_embed_core.config.experiment import ExperimentConfig, JudgeConfig
 from nemo_embed_core.config.held_out import EvalConfig, EvalDatasetConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig, Selection, check_threshold
 from nemo_embed_core.config.model import ModelConfig, ModelType, Pooling
@@ -26,4 +27,5 @@ LAUNCHERS: dict[str, type[Options]] = {
     "mine": MineConfig,
     "evaluate": EvaluateConfig,
     "plan": PlanConfig,
+    "experiment": ExperimentConfig,
 }

@@ -84,6 +84,11 @@ class Result:
 # ------------------------------------------------------------------------------------------ reading
 
 
+def results_in(path: Path) -> list[Result]:
+    """Of each model of one report."""
+    return [_result(path, model, entry) for model, entry in read_object(path).items()]
+
+
 def load(paths: Sequence[str], say: Callable[[str], None]) -> list[Result]:
     """One result of each model and task; of a folder all reports in it, other JSON files are said."""
     results: dict[tuple[str, str], Result] = {}

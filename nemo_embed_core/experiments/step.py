@@ -1,0 +1,25 @@
+"""A module that ends with its parent: python -m nemo_embed_core.experiments.step PARENT MODULE [ARGUMENTS].
+
+A launcher whose experiment was killed would go on writing into the folder that the next one goes on with.
+"""
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+
+
+def main() -> None:
+    parent, module, *arguments = sys.argv[1:]
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it died before that
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
