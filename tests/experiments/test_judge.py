@@ -16,7 +16,7 @@ from nemo_embed_core.experiments.judge import judge
 ROWS: list[dict[str, Any]] = [
     {"query": "w0 w1", "pos": ["w2 w3"], "neg": ["w4 w5", "W6  w7.", "w8"]},  # w6 w7 in another spelling
     {"query": "w2", "pos": ["w9", "w3"], "neg": []},
-    {"query": "w3", "pos": ["w1 w1"], "neg": ["w6 w7", "w2 w3"]},
+    {"query": "w3", "pos": ["w1 w1", "w5 w8", "w12"], "neg": ["w6 w7", "w2 w3", "w13", "w14 w2"]},
 ]
 
 
@@ -36,7 +36,7 @@ def test_labels_that_mining_was_not_given_count_its_false_negatives(tmp_path, mi
     judged = [("q0", "d0", 1), ("q0", "d1", 2), ("q0", "d4", 0), ("q1", "d2", 1), ("q2", "d3", 1)]
     labels = write_beir(tmp_path / "labels", corpus, queries, judged)
     found = judge(JudgeConfig(mined=str(mined), output=str(tmp_path / "j.json"), labels=str(labels)))
-    assert found == {"rows": 3, "without": 1, "negatives": 5, "relevant": 1, "share": 0.2}
+    assert found == {"rows": 3, "without": 1, "negatives": 7, "relevant": 1, "share": 1 / 7}
     assert json.loads((tmp_path / "j.json").read_text()) == found
     first = JudgeConfig(mined=str(mined), output=str(tmp_path / "j.json"), labels=str(labels), max_rows=1)
     assert judge(first)["share"] == pytest.approx(1 / 3)
@@ -65,11 +65,13 @@ def test_a_cross_encoder_calls_relevant_what_it_scores_like_a_positive(tmp_path,
             return float(model(ids).logits)
 
     expected = 0
+    scores = [score("w3", text) for text in (*ROWS[2]["pos"], *ROWS[2]["neg"])]
+    assert sum(s >= min(scores[:3]) for s in scores[3:]) > sum(s >= max(scores[:3]) for s in scores[3:])
     for row in ROWS:
         lowest = min(score(row["query"], text) for text in row["pos"])
         expected += sum(score(row["query"], text.replace("w7.", "w7 .")) >= lowest for text in row["neg"])
     options = {"mined": str(mined), "output": str(tmp_path / "j.json"), "device": "cpu"}
     found = judge(JudgeConfig(**options, cross_encoder=str(tmp_path / "cross")))
-    assert found["relevant"] == expected and 0 < expected < 5 and found["negatives"] == 5
+    assert found["relevant"] == expected and 0 < expected < 7 and found["negatives"] == 7
     with pytest.raises(UserError, match="give labels or cross_encoder"):
         JudgeConfig(**options)
