@@ -125,7 +125,8 @@ def sentence_transformers(args: argparse.Namespace, output: Path, seed: int) -> 
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(output / "trainer"), num_train_epochs=1, per_device_train_batch_size=args.batch,
         learning_rate=args.lr, lr_scheduler_type="linear", warmup_steps=max(1, steps // 10),
-        weight_decay=0.01, max_grad_norm=1.0, seed=seed, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        weight_decay=0.01, max_grad_norm=1.0, seed=seed, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True,
         logging_steps=100000, dataloader_drop_last=True, dataloader_pin_memory=False,
     )  # fmt: skip
     loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
