@@ -8,6 +8,7 @@
 # make same     nine commands under BASE=commit and under this tree: is every file that they write the same?
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 #
+# make experiments  the grids of configs/experiments/ (docs/experiments.md says what they read), and their page
 # make docs     the pages and notebooks that commands make     make constraints   constraints.txt, from .venv
 #
 # make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
@@ -22,7 +23,7 @@ BENCHMARKS ?= step kernels ceilings mining optimizer
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat docs constraints clean
+.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat docs experiments constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -125,6 +126,15 @@ compat: $(COMPAT:%=.venv-compat/%/.installed)
 	$(BIN)/python -m pip --python $(@D)/bin/python install -qq "transformers==$(word 1,$(subst -, ,$*))" \
 	  "sentence-transformers==$(word 2,$(subst -, ,$*))" "datasets<5"
 	@touch $@
+
+EXPERIMENTS ?= thresholds losses merging instructions
+
+experiments: $(INSTALLED)
+	for name in $(EXPERIMENTS); do \
+	  $(BIN)/python launch/experiment.py --grid configs/experiments/$$name.yaml --output runs/$$name --delete_models true && \
+	  cp runs/$$name/results.json docs/experiments/$$name.json || exit 1; \
+	done
+	page=$$($(BIN)/python -m docs.experiments) && echo "$$page" >docs/experiments.md
 
 # A failure leaves the page as it was.
 docs: $(INSTALLED)

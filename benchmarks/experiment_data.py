@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--debian", type=Path, required=True)
     parser.add_argument("--stsb", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("data/experiments"))
+    parser.add_argument("--output", type=Path, default=Path("runs/experiment-data"))
     parser.add_argument("--rows", type=int, default=6000, help="of train.jsonl, about")
     parser.add_argument("--queries", type=int, default=1000, help="of the test, about")
     parser.add_argument("--documents", type=int, default=3000, help="of the test")
