@@ -7,7 +7,9 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -325,3 +327,39 @@ def test_a_grid_killed_and_resumed_ends_in_the_same_table(tmp_path, forks):
     assert f"({difference['value']:+.4f} [{difference['low']:+.4f}, " in table
     assert "interval for other seeds and other queries of the same tasks" in table
     assert (tmp_path / "killed" / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_launcher_ends_with_its_experiment_and_a_new_one_goes_on(tmp_path):
+    """Real processes: the experiment is killed in the middle of a run, whose process must not train on."""
+    grid = toy(tmp_path, seeds=[1], axes={}, figures={}, references={}, models=["warm"])
+    values = yaml.safe_load(grid.read_text())
+    warm = values["steps"]["warm"]
+    warm["options"] |= {"steps": 100000, "checkpoint": {"every": 5}}
+    grid.write_text(yaml.safe_dump({**values, "steps": {"warm": warm}}))
+    command = [sys.executable, "launch/experiment.py", "--grid", str(grid), "--output", str(tmp_path / "out")]
+
+    def until(found: Any) -> Any:
+        deadline = time.monotonic() + 120
+        while not (value := found()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert value, "nothing came of it"
+        return value
+
+    def last_step() -> int:
+        names = [path.name for path in tmp_path.glob("out/steps/warm-*/run/step-*")]
+        return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+    def killed_behind(step: int) -> int:
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        until(lambda: last_step() > step)
+        (lock,) = tmp_path.glob("out/steps/warm-*/run/.lock")
+        child = json.loads(lock.read_text())["pid"]
+        process.kill()
+        process.wait()
+        until(lambda: not Path(f"/proc/{child}").exists())
+        return last_step()
+
+    killed_behind(killed_behind(0))  # the second goes on where the first was, and takes the folder
+    (log,) = tmp_path.glob("out/steps/warm-*/log.txt")
+    assert log.read_text().count("$ ") == 2 and "resum" in log.read_text()
