@@ -15,7 +15,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from nemo_embed_core.evaluation.statistics import LEVEL, counts, interval, sign_flip
+from nemo_embed_core.evaluation.crossed import error_of
+from nemo_embed_core.evaluation.statistics import LEVEL, counts, interval, sign_flip, student
 
 NORMAL = NormalDist()
 TASK_QUERIES = 200  # of a simulated task
@@ -94,6 +95,22 @@ def false_alarms(units: int, sets: int, draws: int, seed: int = 0) -> float:
     return float(np.mean([sign_flip(row, draws, [seed]) < 0.05 for row in values_Rn]))
 
 
+SPREADS = ((0.02, 0.1, 0.3), (0.0, 0.4, 0.3), (0.1, 0.1, 0.1), (0.0, 0.0, 0.3))  # of seeds, queries, both
+
+
+def crossed(spreads: tuple[float, float, float], sets: int, seed: int = 7) -> dict[str, float]:
+    """Of three seeds by 100 queries, the share of intervals that hold the true mean, 0: of seeds and queries
+    (evaluation/crossed.py), of the queries of the seeds' means alone, of the seeds alone."""
+    generator, held = np.random.default_rng(seed), np.zeros(3)
+    for _ in range(sets):
+        x_Sn = generator.normal(0, spreads[0], (3, 1)) + generator.normal(0, spreads[1], 100)
+        x_Sn = x_Sn + generator.normal(0, spreads[2], (3, 100))
+        error = error_of([x_Sn])
+        halves = (error.half(), student(0.975, 99) * error.queries**0.5, student(0.975, 2) * error.seeds**0.5)
+        held += abs(x_Sn.mean()) <= np.array(halves)
+    return dict(zip(("seeds and queries", "queries", "seeds"), held / sets, strict=True))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -110,6 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{units:5} {title}  " + "  ".join(f"{name} {share:.3f}" for name, share in held.items()),
                 flush=True,
             )
+    for spreads in SPREADS:
+        shares = "  ".join(f"{name} {share:.3f}" for name, share in crossed(spreads, options.sets).items())
+        print("spread of seeds {}, of queries {}, of both {}:  {}".format(*spreads, shares), flush=True)
     for units in (20, 100, 300):
         print(
             f"{units:5} queries  p < 0.05 without a difference {false_alarms(units, options.sets, 1000):.3f}",
