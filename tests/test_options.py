@@ -28,6 +28,8 @@ NEEDED: dict[type, dict[str, Any]] = {
     c.MineConfig: {"model": "m", "data": "d", "output": "o"},
     c.EvaluateConfig: {},
     c.PlanConfig: {"train": "run.yaml"},
+    c.ExperimentConfig: {"grid": "grid.yaml", "output": "o"},
+    c.JudgeConfig: {"mined": "m", "output": "o", "labels": "l"},
     c.DatasetConfig: {"path": "p"},
     c.MineDatasetConfig: {"path": "p"},
 }
@@ -84,7 +86,7 @@ def test_activation_checkpointing_is_still_true_or_false(tmp_path: Path, old: bo
 @pytest.mark.parametrize("cls", NEEDED, ids=lambda cls: cls.__name__)
 def test_of_every_config_a_dict_with_the_needed_options_is_enough(cls: Any) -> None:
     assert cls.from_dict(NEEDED[cls]) == cls(**NEEDED[cls])
-    for name in (name for name in NEEDED[cls] if cls not in (c.MineConfig, c.PrepareConfig)):
+    for name in (name for name in NEEDED[cls] if cls not in (c.MineConfig, c.PrepareConfig, c.JudgeConfig)):
         less = {key: value for key, value in NEEDED[cls].items() if key != name}
         either = cls is c.TrainConfig and name == "steps"
         missing = "give steps or epochs: how long to train" if either else f"{name} is missing"
@@ -244,6 +246,7 @@ def test_a_constructor_keeps_no_value_of_another_type(cls: Any) -> None:
     for field in dataclasses.fields(cls):
         wrong: list[Any] = [object(), [object()], {"path": "x"}, [{"path": "x"}], float("inf")]
         kind = typing.get_type_hints(cls)[field.name]
+        wrong = [value for value in wrong if kind != dict[str, str] or value != {"path": "x"}]
         wrong += [] if bool in (kind, *typing.get_args(kind)) else [True]
         wrong += [] if str in (kind, *typing.get_args(kind)) else ["1"]
         for value in wrong:
