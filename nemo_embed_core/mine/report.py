@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nemo_embed_core.data.statistics import QUANTILES, quantiles
+from nemo_embed_core.evaluation.alarms import strict_threshold
 from nemo_embed_core.mine.search.engine import SearchStats
 
 SHARES = ("with_no_negatives", "with_fewer_than_k", "with_k_negatives")
@@ -154,7 +155,8 @@ NOISE_SHARE, CUT_SHARE = 0.01, 0.05  # of rows, and of texts: above these it is 
 
 def _cautions(report: dict[str, Any]) -> list[str]:
     """Effects of data and lengths on the result: truncation, rows that teach nothing, rounding."""
-    lines = []
+    alarm = strict_threshold(report)
+    lines = [f"warning: {alarm.says}"] if alarm is not None else []
     for model in report["models"]:
         for side, option in (("queries", "query_max_length"), ("documents", "document_max_length")):
             count, tokens = model[f"{side}_truncated"], model[option]

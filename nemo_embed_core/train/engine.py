@@ -55,6 +55,8 @@ class Engine:
     ):
         self.config, self.model_config, self.mesh = config, model, mesh
         self.shapes = parameter_shapes(model)
+        # Gets the rows [N, D] of every forward of a step, without their graph, and its micro-batch.
+        self.seen: Callable[[Tensor, MicroBatch], None] | None = None
         self.dtype = dtype or run_dtype(config, mesh.device)
         check_master_weights(config.optim, self.dtype)
         attention = attention or pick_attention(config.attention, mesh.device, self.dtype)
@@ -119,6 +121,9 @@ class Engine:
         if self.temperature is not None:
             self.temperature.drop_gradient()
             log_temperature = self.temperature.log
+        seen, hook = self.seen, None
+        if seen is not None:
+            hook = self.model.register_forward_hook(lambda m, given, rows: seen(rows.detach(), batches[at]))
         try:
             with weights_kept(self.model):
                 return forward_backward(
@@ -128,6 +133,9 @@ class Engine:
             if _is_out_of_memory(error):
                 error.add_note(self._memory_note(batches, at))
             raise
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def rehearse(self, batches: Sequence[MicroBatch], before: Callable[[str, int], None]) -> None:
         """A forward_backward that is forgotten: what is left of it is what the allocator has seen."""

@@ -56,6 +56,7 @@ from nemo_embed_core.train.run_state import RunState, fill_engine, population_of
 from nemo_embed_core.train.schedule import learning_rate
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
 from nemo_embed_core.train.step import Stopped
+from nemo_embed_core.train.watch import Watch
 from nemo_embed_core.version import code_version
 
 
@@ -90,6 +91,7 @@ class Trainer:
             self.close()
             raise
         self.prefetch = Prefetch(self._load, mesh.device)
+        self.watch = Watch(config.global_batch_size, self.log) if mesh.rank == 0 else None
         self._stop, self._vote = False, Vote()
         self.peak_flops = device_peak_flops(mesh.device) if self.engine.dtype == torch.bfloat16 else None
 
@@ -162,6 +164,8 @@ class Trainer:
                     stop = True
                 else:
                     values |= {} if stop else self.evaluation.after(self.step)
+                    if self.watch is not None:
+                        values |= self.watch.after(values)
                     if metrics is not None:
                         metrics.write(values)
                     if self.step % config.log_every == 0 or self.step == config.num_steps:
@@ -263,6 +267,7 @@ class Trainer:
         rows = drawn.rows_B
         failpoint("step.begin", self.step)
         self._num_micro_batches = len(batches)
+        self.engine.seen = self.watch.seen if self.watch is not None else None
         losses_B, stats = self.engine.forward_backward(batches, self._before)
         note("grad norm")
         norm = self.engine.clip()
