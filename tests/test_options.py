@@ -32,6 +32,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     c.JudgeConfig: {"mined": "m", "output": "o", "labels": "l"},
     c.DatasetConfig: {"path": "p"},
     c.MineDatasetConfig: {"path": "p"},
+    c.EvalDatasetConfig: {"path": "p"},
 }
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from nemo_embed_core.checkpoint.best import BEST, find_best
 from nemo_embed_core.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     folder_name,
-    read_manifest,
     step_of,
     verify_checkpoint,
 )
@@ -62,42 +61,15 @@ def newest_whole(root: Path, log: Callable[[str], None], damaged: set[str] | Non
     return None
 
 
-BEST = "best"  # RUN/best stands for a checkpoint of the run, where it is no folder of its own
-
-
-def best_of(manifest: Mapping[str, Any]) -> str:
-    """Name of the run's best checkpoint up to the one with this manifest; "" of a run that was not
-    evaluated."""
-    best = manifest.get("eval", {}).get("best")
-    return folder_name(best["step"]) if best else ""
-
-
 def is_best(path: Path) -> bool:
     """Whether it is RUN/best."""
     return path.name == BEST and not path.exists() and bool(checkpoints(path.parent))
 
 
-def _find_best(run: Path) -> Path:
-    """As the newest checkpoint with a readable manifest has it."""
-    for folder in checkpoints(run):
-        try:
-            name = best_of(read_manifest(folder))
-        except CheckpointError:
-            continue
-        if name and not (run / name).is_dir():
-            raise UserError(f"{run} has lost {name}, its best checkpoint by {folder.name}; give another one")
-        if name:
-            return run / name
-        break
-    raise UserError(
-        f"{run} has no best checkpoint: it was trained without eval.datasets, or not evaluated after a step"
-    )
-
-
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint folder, or of a run folder the newest one, of RUN/best the best."""
     if is_best(path):
-        return _find_best(path.parent)
+        return find_best(path.parent, checkpoints(path.parent))
     if (path / MANIFEST).is_file():
         return path
     found = checkpoints(path)

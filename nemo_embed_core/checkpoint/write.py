@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_embed_core.checkpoint.best import best_of
 from nemo_embed_core.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -29,7 +30,7 @@ from nemo_embed_core.checkpoint.manifest import (
     is_state,
     seal,
 )
-from nemo_embed_core.checkpoint.runs import best_of, prune, unfinished
+from nemo_embed_core.checkpoint.runs import prune, unfinished
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import check_free_space, free_bytes, publish, write_bytes
 from nemo_embed_core.files.safetensors import SafetensorsWriter, dtype_name

@@ -18,7 +18,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,34 +91,34 @@ class StsSet:
 DevSet = RetrievalSet | StsSet
 
 
+class _How(NamedTuple):
+    """What all dev sets are read with."""
+
+    seed: int
+    usage: Usage
+    tokenizer: Tokenizer
+    log: Callable[[str], None]
+
+
 def read_dev_sets(
     config: EvalConfig, usage: Usage, tokenizer: Tokenizer, log: Callable[[str], None]
 ) -> list[DevSet]:
     """All of them, checked and tokenised with the prompts and lengths that the checkpoint will be used with;
     DataError or UserError, with the name of the dev set."""
-    return [
-        _read(name, dataset, config.seed, usage, tokenizer, log)
-        for name, dataset in zip(config.names(), config.datasets, strict=True)
-    ]
+    how = _How(config.seed, usage, tokenizer, log)
+    return [_read(name, one, how) for name, one in zip(config.names(), config.datasets, strict=True)]
 
 
-def _read(
-    name: str,
-    dataset: EvalDatasetConfig,
-    seed: int,
-    usage: Usage,
-    tokenizer: Tokenizer,
-    log: Callable[[str], None],
-) -> DevSet:
-    findings = Findings(log=log)
+def _read(name: str, dataset: EvalDatasetConfig, how: _How) -> DevSet:
+    findings = Findings(log=how.log)
     read = _read_retrieval if dataset.task_type == "retrieval" else _read_sts
     try:
-        dev = read(name, dataset, seed, usage, tokenizer, findings, log)
+        dev = read(name, dataset, how, findings)
     except UserError as error:
         error.args = (f"eval.datasets: {name}: {error}",)
         raise
     for line in findings.lines():
-        log(f"dev set {name}: {line}")
+        how.log(f"dev set {name}: {line}")
     return dev
 
 
@@ -130,22 +130,14 @@ def _override(dataset: EvalDatasetConfig, usage: Usage, task: str | None, docume
     return usage.override(prompt_name=dataset.prompt_name, **tasks)[0]
 
 
-def _read_retrieval(
-    name: str,
-    dataset: EvalDatasetConfig,
-    seed: int,
-    usage: Usage,
-    tokenizer: Tokenizer,
-    findings: Findings,
-    log: Callable[[str], None],
-) -> RetrievalSet:
+def _read_retrieval(name: str, dataset: EvalDatasetConfig, how: _How, findings: Findings) -> RetrievalSet:
     keys = ("path", "split", "source", "min_grade", "on_missing")
     data = DatasetConfig(**{key: getattr(dataset, key) for key in keys})
     own = with_tasks(data)
-    usage = _override(dataset, usage, own.task, own.document_task)
+    usage = _override(dataset, how.usage, own.task, own.document_task)
     beir = read_beir(data, findings)
     findings.raise_bad()
-    beir, sampled = _sample(beir, dataset, seed)
+    beir, sampled = _sample(beir, dataset, how.seed)
     if not beir.queries or not beir.corpus:
         raise UserError(f"{len(beir.queries)} queries over {len(beir.corpus)} documents: nothing to evaluate")
     ids = list(beir.corpus)
@@ -165,13 +157,13 @@ def _read_retrieval(
     own_Q = [number.get(query, -1) if dataset.ignore_identical_ids else -1 for query in beir.queries]
     prompts = usage.default
     texts = (beir.queries[query] for query in beir.queries)
-    queries, cut = _side(tokenizer, texts, usage.query_max_length, prompts.query, "data.query_max_length")
+    queries, cut = _side(how.tokenizer, texts, usage.query_max_length, prompts.query, "data.query_max_length")
     stripped = (beir.corpus[i].strip() for i in ids)  # as mteb gives them to a model
     length = usage.document_max_length
     documents, cut_documents = _side(
-        tokenizer, stripped, length, prompts.document, "data.document_max_length"
+        how.tokenizer, stripped, length, prompts.document, "data.document_max_length"
     )
-    log(
+    how.log(
         f"dev set {name}: {len(own_Q):,} queries ({cut:.1%} cut) over {len(ids):,} documents "
         f"({cut_documents:.1%} cut){sampled}, prompts {prompts.query!r} and {prompts.document!r}"
     )
@@ -204,16 +196,8 @@ def _sample(beir: Beir, dataset: EvalDatasetConfig, seed: int) -> tuple[Beir, st
     return Beir(corpus, queries, beir.qrels), f"{said} (seed {seed})" if said else ""
 
 
-def _read_sts(
-    name: str,
-    dataset: EvalDatasetConfig,
-    seed: int,
-    usage: Usage,
-    tokenizer: Tokenizer,
-    findings: Findings,
-    log: Callable[[str], None],
-) -> StsSet:
-    usage = _override(dataset, usage, None, None)
+def _read_sts(name: str, dataset: EvalDatasetConfig, how: _How, findings: Findings) -> StsSet:
+    usage = _override(dataset, how.usage, None, None)
     as_evaluated = EvaluateConfig(task_type="sts", data=dataset.path, split=dataset.split)
     rows = labelled.read(as_evaluated, dataset.split, findings)
     findings.raise_bad()
@@ -222,8 +206,8 @@ def _read_sts(
         raise UserError(f"{dataset.path}: {len(rows)} pairs with one grade have no order; give others")
     texts = (row[side] for side in ("text", "other") for row in rows)
     prompt = usage.default.query  # sts has no sides, as in launch/evaluate.py
-    side, cut = _side(tokenizer, texts, usage.query_max_length, prompt, "data.query_max_length")
-    log(f"dev set {name}: {len(rows):,} graded pairs ({cut:.1%} of the texts cut), prompt {prompt!r}")
+    side, cut = _side(how.tokenizer, texts, usage.query_max_length, prompt, "data.query_max_length")
+    how.log(f"dev set {name}: {len(rows):,} graded pairs ({cut:.1%} of the texts cut), prompt {prompt!r}")
     return StsSet(name, side, grades, _digest("sts", side, grades))
 
 

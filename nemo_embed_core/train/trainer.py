@@ -341,7 +341,8 @@ class Trainer:
     def _before_evaluation(self, phase: str, i: int) -> None:
         note(phase, self.step)
         failpoint("eval.batch", f"{self.step}.{i}")
-        if self._vote(self._stop):
+        stops = self._vote(self._stop)
+        if stops:
             raise Stopped(phase)
 
     def _announce(self) -> None:

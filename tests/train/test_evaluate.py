@@ -193,7 +193,7 @@ def test_every_layout_gives_the_same_figures(tmp_path: Path, server: Server, wor
     for of_rank in server.results(figures_of_rank, world_size, config, LAYOUTS[world_size]):
         for layout, found in zip(LAYOUTS[world_size], of_rank, strict=True):
             for want, have in zip((before, after), found, strict=True):
-                if layout[0] == 1:
+                if layout[0] == 1 and want is before:
                     assert have == want, layout
                 for name, value in want.items():
                     limit = {"ndcg_at_10": 0, "loss": 5e-6}.get(name.rpartition("/")[2], 1e-3)
