@@ -20,9 +20,10 @@ from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import with_tasks
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.encoding import Encoding
+from nemo_embed_core.evaluation.instructions import instruction_of_type
 from nemo_embed_core.evaluation.labelled import Labelled, without_sides
 from nemo_embed_core.evaluation.models import Subject
-from nemo_embed_core.evaluation.named import instruction_of_type, named_plans
+from nemo_embed_core.evaluation.named import named_plans
 from nemo_embed_core.evaluation.retrieval import mteb_imported
 from nemo_embed_core.evaluation.retrieval_task import Retrieval, dataset_of
 

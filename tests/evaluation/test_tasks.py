@@ -14,7 +14,7 @@ from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.config.evaluate import LocalTask
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.compare import compare
-from nemo_embed_core.evaluation.named import paper_instruction
+from nemo_embed_core.evaluation.instructions import paper_instruction
 from nemo_embed_core.evaluation.retrieval import mteb_imported
 from nemo_embed_core.evaluation.run import run
 
