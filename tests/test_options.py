@@ -31,6 +31,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     c.ExperimentConfig: {"grid": "grid.yaml", "output": "o"},
     c.JudgeConfig: {"mined": "m", "output": "o", "labels": "l"},
     c.DatasetConfig: {"path": "p"},
+    c.EvalDatasetConfig: {"path": "p"},
     c.MineDatasetConfig: {"path": "p"},
     c.EvalDatasetConfig: {"path": "p"},
 }
