@@ -17,6 +17,7 @@ from nemo_embed_core.config import LossConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.loss.objective import figures, sum_names
+from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh
 from nemo_embed_core.train.trackers import Trackers
@@ -76,6 +77,21 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._trackers.close()
+
+
+def opening_line(
+    config: TrainConfig, model: ModelConfig, mesh: Mesh, dtype: torch.dtype, num_rows: int, step: int
+) -> str:
+    """What is trained, on what, from which step on."""
+    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+    copies, tp = mesh.dp_size // mesh.shard_size, mesh.tp
+    kind = f"{'sequence parallel, ' if tp.sequence_parallel else ''}{str(dtype).removeprefix('torch.')}"
+    return (
+        f"{parameters / 1e6:,.1f} M parameters on {mesh.dp_size} dp "
+        f"{f'({copies} copies) ' if copies > 1 else ''}x {tp.size} tp {mesh.device.type} ranks ({kind}); "
+        f"{num_rows:,} rows, {config.global_batch_size} queries a step, "
+        f"steps {step + 1} to {config.num_steps}"
+    )
 
 
 def console_line(m: Mapping[str, Any], steps: int) -> str:

@@ -28,7 +28,6 @@ from nemo_embed_core.data.packing import draw_batch, pack_batch, shapes_cost_mem
 from nemo_embed_core.data.sampler import Sampler
 from nemo_embed_core.data.shapes import Most, most_of
 from nemo_embed_core.errors import failpoint
-from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.options import dump_yaml
 from nemo_embed_core.parallel.collectives import Vote, background_group, gather_objects
 from nemo_embed_core.parallel.liveness import mark_begun, note
@@ -39,6 +38,7 @@ from nemo_embed_core.train.metrics import (
     MetricsLog,
     console_line,
     device_peak_flops,
+    opening_line,
     peak_memory,
     step_totals,
     step_values,
@@ -349,16 +349,10 @@ class Trainer:
         if self.step >= self.config.num_steps > 0:
             self.log(f"step {self.step} of steps={self.config.num_steps} is done: nothing is left to train")
             return
-        parameters = sum(torch.Size(s).numel() for s in parameter_shapes(self.model_config).values())
-        copies = self.mesh.dp_size // self.mesh.shard_size
         self.log(
-            f"{parameters / 1e6:,.1f} M parameters on {self.mesh.dp_size} dp "
-            f"{f'({copies} copies) ' if copies > 1 else ''}x {self.mesh.tp.size} tp "
-            f"{self.mesh.device.type} ranks "
-            f"({'sequence parallel, ' if self.mesh.tp.sequence_parallel else ''}"
-            f"{str(self.engine.dtype).removeprefix('torch.')}); {self.sampler.num_rows:,} rows, "
-            f"{self.config.global_batch_size} queries a step, "
-            f"steps {self.step + 1} to {self.config.num_steps}"
+            opening_line(
+                self.config, self.model_config, self.mesh, self.engine.dtype, self.sampler.num_rows, self.step
+            )
         )
         if len(self.sampler.parts) > 1:
             self.log(mix.planned(self.sampler.parts))
