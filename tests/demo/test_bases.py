@@ -20,7 +20,7 @@ SIZES = {
     "initializer_range": 0.1,
 }  # fmt: skip
 YARN = {
-    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
     "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 # model_type -> (what of SIZES is another, pooling and attention of the run)

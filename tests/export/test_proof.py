@@ -801,11 +801,11 @@ def test_a_fault_in_anybodys_folder_is_named(anybodys, tmp_path, warm, capsys, f
     )
 
 
-@pytest.mark.parametrize("config", [{"model_type": "qwen3"}, {}])
+@pytest.mark.parametrize("config", [{"model_type": "gemma3"}, {}])
 def test_of_what_is_no_llama_nothing_is_looked_at_and_it_is_said(tmp_path, no_reload, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=r"model_type is .*; only Llama folders .* nothing of this one was looked at"
+        UserError, match=r"model_type is .*; only folders of llama, .* nothing of this one was looked at"
     ):
         verify_folder(tmp_path, ours=False)
 
