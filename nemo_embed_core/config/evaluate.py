@@ -119,6 +119,19 @@ class EvaluateConfig(TaskOptions):
     mteb.ResultCache(folder) reads; "": none."""
     seed: int = 0
     """Seed of the sample of queries, and of what --compare draws."""
+    training: list[str] = field(default_factory=list)
+    """Training data that texts of local tasks are looked for in (exact, near-duplicates, cut): datasets
+    (a file or folder, split train, or FOLDER:SPLIT), stores, runs, whose manifest names their data; "own":
+    that of each model's own run. []: not looked for."""
+    strict: float | None = None
+    """Share of the queries that may be in it; above that the evaluation ends before a text is encoded, and
+    names them. null: it is only reported."""
+    base: str = ""
+    """Model that the others are compared with, language by language: a warning where one is worse and its
+    interval says so; "": none."""
+    other_task: str = ""
+    """Instruction of another type of task: the queries are evaluated under it too, and a warning says where
+    the score is no lower (each model is run twice); "": not looked at."""
     compare: list[str] = field(default_factory=list)
     """Reports, or folders of reports, to compare; nothing is evaluated: --compare a.json b.json."""
     allow: list[str] = field(default_factory=list)
@@ -150,6 +163,8 @@ class EvaluateConfig(TaskOptions):
                 raise UserError(f"local: two have the name {twice[0]!r}; give each its own")
         if self.is_many and self.output.endswith(".json"):
             raise UserError(f"output={self.output}: several tasks have a report each: give a folder")
+        if self.strict is not None and not (self.training and 0 <= self.strict <= 1):
+            raise UserError(f"strict={self.strict} is a share from 0 to 1 of what --training has: give that")
         if self.compare and (self.data or self.models or self.is_many):
             raise UserError("compare reads reports: evaluate models on data first, then compare without them")
         if unknown := set(self.allow) - set(SETTINGS):

@@ -32,10 +32,18 @@ _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf90
 _WORDS = re.compile(rf"[^\W{_ALONE}]+|\w")
 
 
+def words_of(form: str) -> list[str]:
+    """Of a normal form."""
+    return _WORDS.findall(form)
+
+
 def word_pairs(text: str) -> set[str]:
     """Neighbouring words; the word, or the text, of one that has fewer than two."""
     form = normal_form(text[:CHARACTERS])
-    words = _WORDS.findall(form)
+    return pairs_of(form, words_of(form))
+
+
+def pairs_of(form: str, words: Sequence[str]) -> set[str]:
     return {f"{a} {b}" for a, b in itertools.pairwise(words)} or {words[0] if words else form}
 
 

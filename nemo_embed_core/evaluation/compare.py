@@ -23,6 +23,7 @@ import numpy as np
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.borda import borda_points, ranks
+from nemo_embed_core.evaluation.overlap import words
 from nemo_embed_core.evaluation.rank_statistics import closeness, statistic_of
 from nemo_embed_core.evaluation.results import Result, check, load, rows_of
 from nemo_embed_core.evaluation.statistics import (
@@ -64,6 +65,10 @@ def compared(config: EvaluateConfig, say: Log) -> dict[str, Any]:
             notes.append(
                 f"{task.name}: only the {task.units} queries that all have; without: {', '.join(lost)}"
             )
+        shares = {model: result.entry.get("overlap") for model, result in task.results.items()}
+        if any(shares.values()):
+            said = "; ".join(f"{model} {words(found)}" for model, found in shares.items())
+            notes.append(f"{task.name}: of its texts in the training data: {said}")
     if len(tasks) < MIN_TASKS_OF_INTERVAL:
         least = f"a p needs {MIN_TASKS}, an interval {MIN_TASKS_OF_INTERVAL}"
         few = f"{len(tasks)} tasks say little of other tasks ({least})"

@@ -8,6 +8,7 @@ encoding.speed                                   # {"texts": 1, "tokens": 5, "se
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Encoding:
         import torch.distributed as dist
 
         self.encoder, self.digest = encoder, encoder.digest
+        self.sample: Callable[[str, np.ndarray], None] | None = None  # is shown side and rows of all texts
         self.device = getattr(encoder, "device", torch.device("cpu"))
         self.group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.group is not None else (0, 1)
@@ -71,6 +73,8 @@ class Encoding:
                 f"{bad.sum()} of {len(texts)} {side} embeddings have NaN or infinite values, the first for "
                 f"{texts[int(bad.argmax())][:60]!r}; the weights are broken, take an earlier checkpoint"
             )
+        if self.sample is not None:
+            self.sample(side, vectors)
         return vectors, lost
 
     def _encode(

@@ -124,6 +124,17 @@ class Labelled:
         with mteb_imported():
             pass  # seconds in the table are of encoding and scoring, not of imports
 
+    @property
+    def texts(self) -> dict[str, dict[str, str]]:
+        """Of the split, as those of a retrieval task; "documents": the other sentence, or the candidates."""
+        found: dict[str, dict[str, str]] = {"queries": {}, "documents": {}}
+        for row in self.rows:
+            found["queries"][row["id"]] = row["text"]
+            others = [*row.get("positive", ()), *row.get("negative", ())]
+            for i, text in enumerate(others or filter(None, [row.get("other")])):
+                found["documents"][f"{row['id']}.{i}"] = text
+        return {side: texts for side, texts in found.items() if texts}
+
     def evaluate(self, encoder: TextEncoder | Encoding, usage: Usage) -> dict[str, Any]:
         vectors = Vectors(encoder, usage)
         return {**self._scored(vectors), "truncated": vectors.truncated}

@@ -54,6 +54,10 @@ class Retrieval:
         with mteb_imported():
             pass  # seconds in the table are of encoding and search, not of imports
 
+    @property
+    def texts(self) -> list[Mapping[str, Mapping[str, str]]]:
+        return [{"queries": beir.queries, "documents": beir.corpus} for beir in self.beirs]
+
     def evaluate(self, encoder: Encoding, usage: Usage) -> list[dict[str, Any]]:
         found = evaluate_parts(encoder, self.corpus, self.beirs, usage, **self.options)
         return [_read(entry, beir) for entry, beir in zip(found, self.beirs, strict=True)]

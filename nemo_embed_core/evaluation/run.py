@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation import mteb_results
-from nemo_embed_core.evaluation.encoding import Encoding
+from nemo_embed_core.evaluation.beside import Sample, besides_of, under
+from nemo_embed_core.evaluation.encoding import Encoding, say
 from nemo_embed_core.evaluation.models import Subject, cut_by
 from nemo_embed_core.evaluation.named import check_data
 from nemo_embed_core.evaluation.results import write_rows
@@ -43,6 +45,9 @@ def run(config: EvaluateConfig) -> dict[str, Report]:
     Under torchrun every rank calls it in a process group: texts are encoded on all, and the first prints and
     writes.
     """
+    if config.base:  # first: the others are compared with it
+        models = [config.base, *(name for name in config.models if name != config.base)]
+        config = replace(config, models=models)
     check_names(config)
     subjects = {name: Subject.of(name) for name in config.models if name != "bm25"}
     plans = plans_of(config)
@@ -54,6 +59,7 @@ def run(config: EvaluateConfig) -> dict[str, Report]:
         del encoder  # before the next one is loaded
         encoder = subject.check(config, [plan.asked(subject)[0] for plan in plans])
     tasks = [plan.open() for plan in plans]
+    besides = [besides_of(config, task) for task in tasks]
     table = Table(config, tasks)
     reports: dict[str, Report] = {}
     for number, name in enumerate(config.models):
@@ -61,19 +67,29 @@ def run(config: EvaluateConfig) -> dict[str, Report]:
         if name != "bm25":
             encoder = encoder or subjects[name].load(config)
             encoding = Encoding(encoder)
-        for plan, task in zip(plans, tasks, strict=True):
-            start = time.perf_counter()
+        for plan, task, beside in zip(plans, tasks, besides, strict=True):
+            start, sample = time.perf_counter(), Sample()
+            others: Sequence[dict[str, Any] | None] = [None] * len(task.parts)
             if encoding is None:
                 entries, about = task.bm25(), dict[str, Any]()
             else:
+                if config.other_task:
+                    usage = cut_by(plan.asked(subjects[name])[0], encoding.encoder)
+                    others = task.evaluate(encoding, under(usage, config.other_task))
+                encoding.sample = sample
                 entries, about = _scored(task, plan, subjects[name], encoding, config)
+                encoding.sample = None
             seconds = round(time.perf_counter() - start, 1)
-            for facts, entry in zip(task.parts, entries, strict=True):
+            folder = subjects[name].source.folder if name in subjects else None
+            for facts, entry, own, other in zip(task.parts, entries, beside, others, strict=True):
+                own.add(name, folder, entry, sample, other)
                 entry["seconds"] = seconds
                 table.row(name, task, facts, entry)
                 if about:
                     entry |= about
                     table.note(line_of(entry))
+                for line in own.lines(entry):
+                    say(f"{'':{table.width}}  {line}")
                 _write(reports.setdefault(facts["name"], {}), entry, name, number, facts, config)
             table.matrix(task, entries)
         encoder = encoding = None  # before the next one is loaded

@@ -47,6 +47,10 @@ class One:
     def __init__(self, task: Labelled):
         self.task, self.columns, self.parts = task, task.columns, [task.facts]
 
+    @property
+    def texts(self) -> list[Mapping[str, Mapping[str, str]]]:
+        return [self.task.texts]
+
     def evaluate(self, encoder: Encoding, usage: Usage) -> list[dict[str, Any]]:
         return [self.task.evaluate(encoder, usage)]
 
