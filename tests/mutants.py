@@ -387,6 +387,12 @@ MUTANTS = [
     Mutant("judged with grade 0 is relevant", "nemo_embed_core/experiments/judge.py", "if grade > 0 and d in", "if d in", "tests/experiments/test_judge.py"),
     Mutant("as high as the best positive", "nemo_embed_core/experiments/judge.py", "lowest = min(", "lowest = max(", "tests/experiments/test_judge.py"),
     Mutant("rows of q and k as llama.cpp has them", "nemo_embed_core/checkpoint/gguf_reader.py", ".swapaxes(1, 2).reshape", ".reshape", "tests/checkpoint/test_gguf_reader.py"),
+    # ---- pairs from documents
+    Mutant("a sentence stays in its document", "nemo_embed_core/synthesize/self_pairs.py", 'blocks[number].replace(sentence, "")', "blocks[number]", "tests/synthesize/test_self_pairs.py"),
+    Mutant("a held-out row may stand in train", "nemo_embed_core/synthesize/self_pairs.py", 'if key in train.rows or any(', "if any(", "tests/synthesize/test_self_pairs.py"),
+    Mutant("a held-out document's text may stand in train", "nemo_embed_core/synthesize/self_pairs.py", "held_out.chunks[place].text) in texts", "held_out.chunks[place].text) in ()", "tests/synthesize/test_self_pairs.py"),
+    Mutant("a chunk may be longer than its limit", "nemo_embed_core/synthesize/chunks.py", "size + 2 + len(piece) <= max_chars", "size + len(piece) <= max_chars", "tests/synthesize/test_structure.py"),
+    Mutant("text of a page's menu is the document's", "nemo_embed_core/synthesize/structure.py", "elif not self._skipped:", "else:", "tests/synthesize/test_structure.py"),
 ]  # fmt: skip
 
 

@@ -30,8 +30,8 @@ NEEDED: dict[type, dict[str, Any]] = {
     c.PlanConfig: {"train": "run.yaml"},
     c.ExperimentConfig: {"grid": "grid.yaml", "output": "o"},
     c.JudgeConfig: {"mined": "m", "output": "o", "labels": "l"},
+    c.SynthesizeConfig: {"documents": "docs", "output": "o"},
     c.DatasetConfig: {"path": "p"},
-    c.EvalDatasetConfig: {"path": "p"},
     c.MineDatasetConfig: {"path": "p"},
     c.EvalDatasetConfig: {"path": "p"},
 }

@@ -1,0 +1,167 @@
+"""Folders of documents into pairs: what is a query of what, and which split it is in."""
+
+import gzip
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from nemo_embed_core.config import DatasetConfig, SelfPairsConfig, SynthesizeConfig
+from nemo_embed_core.data.dataset import read_metadata
+from nemo_embed_core.data.readers import read_rows
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.durable import sha256_folder
+from nemo_embed_core.synthesize import write_self_pairs
+
+BODY = "The {0} machine stands in hall {1}. It was built by the people of {0} in a long winter. "
+GUIDE = f"""# Machines of the north
+
+{BODY.format("weaving", 1)}
+
+## Repair
+
+{BODY.format("boring", 2)}Who repairs the boring machine? Its smith comes on Mondays with tools.
+
+{BODY.format("rolling", 3)}
+
+## How are the machines driven today
+
+{BODY.format("driving", 4)}
+"""
+PYTHON = '''def f():
+    """Turn the spindle once around its axis.
+
+    The spindle is turned by the motor that stands behind it, and nothing else moves then.
+    """
+'''
+
+
+def write(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return folder
+
+
+def run(
+    folder: Path, out: Path, held_out: float = 0.0, **options: object
+) -> tuple[dict[str, dict[str, int]], str]:
+    config = SynthesizeConfig(
+        documents=str(folder), output=str(out), self_pairs=SelfPairsConfig(held_out=held_out, **options)  # type: ignore[arg-type]
+    )  # fmt: skip
+    with redirect_stdout(io.StringIO()) as printed:
+        return write_self_pairs(config), printed.getvalue()
+
+
+def rows(folder: Path) -> dict[str, list[str]]:
+    return {row.query: list(row.pos) for row in read_rows(DatasetConfig(path=str(folder)))}
+
+
+def test_titles_headings_summaries_questions_and_sentences_are_taken_out(tmp_path: Path) -> None:
+    counts, _ = run(
+        write(tmp_path / "in", guide_md=GUIDE, code_py=PYTHON), tmp_path / "out", max_chars=220, min_chars=20
+    )
+    found = rows(tmp_path / "out/train")
+    first, boring, rolling, driving = (
+        next(texts for texts in found.values() if re.search(rf"{word} (in a|machine st)", "".join(texts)))
+        for word in ("weaving", "boring", "rolling", "driving")
+    )  # fmt: skip
+    assert found["Machines of the north"] == first
+    assert found["Machines of the north: Repair"] == [*boring, *rolling]
+    assert found["Who repairs the boring machine?"] == boring and "Who repairs" not in boring[0]
+    assert found["How are the machines driven today"] == driving
+    (spindle,) = found["Turn the spindle once around its axis."]
+    assert spindle.startswith("The spindle is turned")
+    taken = {query for query in found if query.endswith(".") and not query.startswith("Turn")}
+    assert len(taken) == 4 and all(query not in text for query in taken for text in found[query])
+    assert all(query + " " in GUIDE.replace("\n", " ") for query in taken)  # the authors' own words
+    assert counts["train"]["title"] == 1 and counts["train"]["queries"] == len(found) == 9
+    assert counts["train"]["documents"] == 5  # a chunk is one document for all of its queries
+    about = read_metadata(tmp_path / "out/train")
+    assert about.query_instruction.endswith("that it is about\nQuery:") and about.source == "self-pairs of in"
+
+
+@pytest.mark.parametrize("way", ["title", "heading", "summary", "question", "sentence"])
+def test_only_the_ways_that_are_asked_for(tmp_path: Path, way: str) -> None:
+    counts, _ = run(write(tmp_path / "in", guide_md=GUIDE, code_py=PYTHON), tmp_path / "out", ways=[way])
+    assert counts["train"][way] == counts["train"]["queries"] > 0
+    texts = pq.read_table(tmp_path / "out/train/corpus.parquet")["text"].to_pylist()
+    assert any("Who repairs" in text for text in texts) == (way != "question")
+
+
+def test_held_out_documents_are_whole_and_no_text_is_in_both_splits(tmp_path: Path) -> None:
+    files = {f"m{i}_md": f"# Machine number {i}\n\n{BODY.format(f'kind {i}', i)}\n" for i in range(60)}
+    shared = "## Common words of the house\n\nThis machine is bought from the house, as they all are.\n"
+    files |= {
+        f"n{i}_md": f"# Other machine {i}\n\n{BODY.format(f'sort {i}', i)}\n\n{shared}" for i in (1, 2, 3)
+    }
+    run(write(tmp_path / "in", **files), tmp_path / "out", held_out=0.4)
+    train, test = rows(tmp_path / "out/train"), rows(tmp_path / "out/test")
+    ids = {
+        name: {
+            key.partition("#")[0]
+            for key in pq.read_table(tmp_path / f"out/{name}/corpus.parquet")["id"].to_pylist()
+        }
+        for name in ("train", "test")
+    }
+    assert len(ids["train"] | ids["test"]) == 63 and not ids["train"] & ids["test"]
+    assert 10 < len(ids["test"]) < 40
+    assert not train.keys() & test.keys()
+    assert not {text for texts in train.values() for text in texts} & {
+        text for ts in test.values() for text in ts
+    }
+    # A document more moves no other one into another split.
+    write(tmp_path / "in", more_md=GUIDE)
+    run(tmp_path / "in", tmp_path / "again", held_out=0.4)
+    assert {q for q in rows(tmp_path / "again/test") if q.startswith("Machine number")} == {
+        q for q in test if q.startswith("Machine number")
+    }
+
+
+def test_a_heading_of_many_chunks_tells_nothing_and_is_left_out(tmp_path: Path) -> None:
+    files = {
+        f"m{i}_rst": f"Parameters of it\n==================\n\n{BODY.format(f'kind {i}', i)}\n"
+        for i in range(5)
+    }
+    counts, _ = run(write(tmp_path / "in", **files), tmp_path / "out", min_chars=20)
+    assert counts["train"]["too general"] == 1 and "Parameters of it" not in rows(tmp_path / "out/train")
+    files.pop("m4_rst")
+    run(write(tmp_path / "four", **files), tmp_path / "of4", min_chars=20)
+    assert len(rows(tmp_path / "of4/train")["Parameters of it"]) == 4  # one row with all of them
+
+
+def test_what_is_not_read_is_counted_by_reason_and_the_same_bytes_come_again(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "in", a_md=GUIDE, b_md_gz=GUIDE.replace("  ", " ").upper(), sub__c_txt="  \n", d_png="x",
+        e_txt="a\0b", f_py="def (", _hidden_md=GUIDE,
+    )  # fmt: skip
+    (folder / "g.txt").write_bytes(b"\xff\xfe")
+    (folder / "h.txt.gz").write_bytes(gzip.compress(GUIDE.encode())[:40])
+    _, said = run(folder, tmp_path / "one")
+    for reason in ("a copy of an earlier document (first: b.md.gz)", "no content (first: sub/c.txt)",
+                   "another suffix (.png 1)", "binary (first: e.txt)", "not UTF-8 (first: g.txt)",
+                   "damaged gzip (first: h.txt.gz)", "SyntaxError (first: f.py)"):  # fmt: skip
+        assert f"1 files left out: {reason}" in said or f": {reason}" in said, (reason, said)
+    run(folder, tmp_path / "two")
+    assert sha256_folder(tmp_path / "one") == sha256_folder(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "held_out, files, says",
+    [
+        (0.0, {"a_png": "x"}, "holds no document that can be read"),
+        (0.0, {"a_txt": "only this"}, "the 1 files for train in .* give no pair of title, heading"),
+        (0.001, {"a_md": GUIDE}, "the 0 files for test in .* raise self_pairs.held_out, or set it to 0"),
+    ],
+)
+def test_a_folder_without_pairs_is_refused_and_leaves_nothing(
+    tmp_path: Path, held_out: float, files: dict[str, str], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        run(write(tmp_path / "in", **files), tmp_path / "out", held_out=held_out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
