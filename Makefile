@@ -157,7 +157,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %)
-	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %) --editable '.[eval,demo,log,inspect,dev]'
+	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %) --editable '.[eval,demo,log,inspect,synthesize,dev]'
 	@touch $@
 
 # Keeps .venv, .venv-compat, runs/ and data-cache/: they cost time, not space for mistakes.

@@ -62,6 +62,7 @@ setup(
         # The other trackers of report_to by their own names: wandb, mlflow, trackio.
         "log": ["tensorboard>=2.18"],
         "inspect": ["datasketch>=2,<3"],  # near-duplicates of prepare --inspect
+        "synthesize": ["openai>=3,<4", "datasketch>=2,<3"],  # data that models write
         # Faster attention; built against the installed torch: pip install --no-build-isolation.
         "flash": ["flash-attn>=2.8"],
         # Compiles csrc/ at first use; the number is torch.version.cuda's.

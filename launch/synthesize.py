@@ -1,10 +1,12 @@
-"""Training pairs out of a folder of documents, as dataset folders that training and evaluation take.
+"""Training data where there is none, as dataset folders that training and evaluation take.
 
     python launch/synthesize.py --documents docs/ --output data/docs
-    python launch/synthesize.py --config configs/synthesize.yaml
+    python launch/synthesize.py --config configs/synthesize-models.yaml --generate.budget 20
 
 Without a model: titles, headings, summaries, questions and sentences become queries, and the texts that they
-were taken out of their documents. output/test is of held-out documents.
+were taken out of their documents; output/test is of held-out documents. With generate.models: rows that
+models write, out of nothing or for the documents. A command that was killed goes on when it is given again,
+and asks for nothing twice that it has an answer of.
 """
 
 from nemo_embed_core.command_line import load_config
@@ -16,9 +18,14 @@ def main() -> None:
     with user_errors():
         config = load_config(SynthesizeConfig)
         # After the arguments are parsed, so that --help and typing errors answer at once.
-        from nemo_embed_core.synthesize import write_self_pairs
+        if config.generate.models:
+            from nemo_embed_core.synthesize.generate import generate
 
-        write_self_pairs(config)
+            generate(config)
+        else:
+            from nemo_embed_core.synthesize import write_self_pairs
+
+            write_self_pairs(config)
 
 
 if __name__ == "__main__":

@@ -393,6 +393,16 @@ MUTANTS = [
     Mutant("a held-out document's text may stand in train", "nemo_embed_core/synthesize/self_pairs.py", "held_out.chunks[place].text) in texts", "held_out.chunks[place].text) in ()", "tests/synthesize/test_self_pairs.py"),
     Mutant("a chunk may be longer than its limit", "nemo_embed_core/synthesize/chunks.py", "size + 2 + len(piece) <= max_chars", "size + len(piece) <= max_chars", "tests/synthesize/test_structure.py"),
     Mutant("text of a page's menu is the document's", "nemo_embed_core/synthesize/structure.py", "elif not self._skipped:", "else:", "tests/synthesize/test_structure.py"),
+    Mutant("a reply is asked for again after a kill", "nemo_embed_core/synthesize/ask.py", "if self.journal.has(request.key, request.digest):", "if False:", "tests/synthesize/test_generate.py -k killed"),
+    Mutant("a reply of another plan counts", "nemo_embed_core/synthesize/journal.py", 'self._where.get(key, ("", 0))[0] == digest', "key in self._where", "tests/synthesize/test_journal.py"),
+    Mutant("what is in flight does not count in the budget", "nemo_embed_core/synthesize/journal.py", '            self.spent += event["worst"]\n            return', "            return", "tests/synthesize/test_journal.py"),
+    Mutant("a cut line of the journal stays", "nemo_embed_core/synthesize/journal.py", "self._file.truncate(at)", "pass", "tests/synthesize/test_journal.py"),
+    Mutant("the budget is looked at after the request", "nemo_embed_core/synthesize/ask.py", "self.journal.spent + cost > self.config.budget", "self.journal.spent > self.config.budget", "tests/synthesize/test_generate.py -k budget"),
+    Mutant("a key stands in an error", "nemo_embed_core/synthesize/client.py", "{self._hidden(error.message)}", "{error.message}", "tests/synthesize/test_generate.py -k key"),
+    Mutant("another mix of tasks changes every draw", "nemo_embed_core/synthesize/plan.py", '_stream(seed, "rest", index)', '_stream(seed, f"rest{len(tasks)}", index)', "tests/synthesize/test_plan.py"),
+    Mutant("both of two copies go", "nemo_embed_core/synthesize/assemble.py", "if other < place}", "if other != place}", "tests/synthesize/test_generate.py -k planted"),
+    Mutant("a negative that the judge finds useful stays", "nemo_embed_core/synthesize/generate.py", ">= config.generate.judge_grade) != is_positive", ">= config.generate.judge_grade) < is_positive", "tests/synthesize/test_generate.py -k judge"),
+    Mutant("a pause is of one request alone", "nemo_embed_core/synthesize/client.py", "return max(at, self._paused_until) - now", "return at - now", "tests/synthesize/test_journal.py"),
 ]  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def test_every_package_that_setup_asks_for_is_pinned_in_its_range() -> None:
     asked = {
         keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg in _ASKED
     }  # type: ignore[attr-defined]
-    names = ("eval", "demo", "log", "inspect", "dev")
+    names = ("eval", "demo", "log", "inspect", "synthesize", "dev")
     extras = [item for name in names for item in asked["extras_require"][name]]
     requirements = [Requirement(text) for text in (*asked["install_requires"], *extras)]
     for requirement in requirements:

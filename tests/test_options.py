@@ -32,6 +32,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     c.JudgeConfig: {"mined": "m", "output": "o", "labels": "l"},
     c.SynthesizeConfig: {"documents": "docs", "output": "o"},
     c.DatasetConfig: {"path": "p"},
+    c.GeneratorConfig: {"name": "m"},
     c.MineDatasetConfig: {"path": "p"},
     c.EvalDatasetConfig: {"path": "p"},
 }

@@ -12,7 +12,12 @@ from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig, Selection
 from nemo_embed_core.config.model import ModelConfig, ModelType, Pooling
 from nemo_embed_core.config.plan import ClusterConfig, LengthsConfig, PlanConfig
 from nemo_embed_core.config.rope import RopeScaling
-from nemo_embed_core.config.synthesize import SelfPairsConfig, SynthesizeConfig
+from nemo_embed_core.config.synthesize import (
+    GenerateConfig,
+    GeneratorConfig,
+    SelfPairsConfig,
+    SynthesizeConfig,
+)
 from nemo_embed_core.config.train import (
     CheckpointConfig,
     LossConfig,

@@ -54,6 +54,7 @@ class Metadata:
     source: str = ""
     licence: str = ""
     made_of: str = ""  # digest of the sources, where prepare wrote the folder
+    generator: dict[str, Any] = field(default_factory=dict)  # what wrote the texts: models, prompts, seed
     counts: dict[str, int] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> rows, sha256
 
@@ -77,7 +78,7 @@ def read_metadata(folder: Path, findings: Findings | None = None, name: str = ME
     if "corpus_id" not in value:
         raise UserError(f"{path}: corpus_id is missing")
     for name, entry in value.items():
-        want = {"ids_only": bool, "counts": dict, "files": dict}.get(name, str)
+        want = {"ids_only": bool, "counts": dict, "files": dict, "generator": dict}.get(name, str)
         if name in known and type(entry) is not want:
             raise UserError(f"{path}: {name} must be {type_name(want())}, got {type_name(entry)}")
         if name not in known and findings is not None:

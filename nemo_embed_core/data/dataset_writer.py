@@ -114,6 +114,8 @@ def write_metadata(
 ) -> None:
     value = {"class": "TextQADataset", **{f.name: getattr(metadata, f.name) for f in fields(Metadata)}}
     value |= {"counts": counts, "files": files}
+    if not metadata.generator:  # of texts that people wrote
+        del value["generator"]
     write_bytes(folder / METADATA, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -1,4 +1,5 @@
-"""Training data where there is none: pairs out of documents themselves (self_pairs.py).
+"""Training data where there is none: pairs out of documents themselves (self_pairs.py), rows that models
+write (generate.py).
 
 write_self_pairs(config, print) -> output/train and output/test, dataset folders
 """

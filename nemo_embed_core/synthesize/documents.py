@@ -49,9 +49,9 @@ def read_documents(folder: str | Path, log: Callable[[str], None]) -> Iterator[D
             continue
         try:
             document = _read(path, name.as_posix(), SUFFIXES[suffix], seen)
-        except ValueError as reason:
-            left_out[str(reason)] += 1
-            first.setdefault(str(reason), name.as_posix())
+        except ValueError as error:
+            left_out[str(error)] += 1
+            first.setdefault(str(error), name.as_posix())
             continue
         count += 1
         yield document

@@ -137,7 +137,7 @@ def _taken_out(blocks: list[str], config: SelfPairsConfig, seed: str) -> Iterato
             blocks[number] = re.sub(r" {2,}", " ", blocks[number].replace(sentence, "")).strip()
             if not blocks[number]:
                 del blocks[number]
-            yield way, sentence  # type: ignore[misc]  # a Way
+            yield way, sentence
 
 
 def _is_query(sentence: str) -> bool:

@@ -96,11 +96,14 @@ def test_only_the_ways_that_are_asked_for(tmp_path: Path, way: str) -> None:
 
 def test_held_out_documents_are_whole_and_no_text_is_in_both_splits(tmp_path: Path) -> None:
     files = {f"m{i}_md": f"# Machine number {i}\n\n{BODY.format(f'kind {i}', i)}\n" for i in range(60)}
-    shared = "## Common words of the house\n\nThis machine is bought from the house, as they all are.\n"
-    files |= {
-        f"n{i}_md": f"# Other machine {i}\n\n{BODY.format(f'sort {i}', i)}\n\n{shared}" for i in (1, 2, 3)
-    }
-    run(write(tmp_path / "in", **files), tmp_path / "out", held_out=0.4)
+    text = (
+        "This machine is bought from the house of the north and paid for in silver and in wool, as all are."
+    )
+    # One heading over texts of their own, and headings of their own over one text: in c2 and h3 for training,
+    # in the others held out.
+    files |= {f"c{i}_md": f"# Common words of the house\n\n{BODY.format(f'sort {i}', i)}" for i in (1, 2, 3)}
+    files |= {f"h{i}_md": f"# The title of {i} alone\n\n{text}\n\n## End {i}" for i in (1, 2, 3)}
+    counts, _ = run(write(tmp_path / "in", **files), tmp_path / "out", held_out=0.4)
     train, test = rows(tmp_path / "out/train"), rows(tmp_path / "out/test")
     ids = {
         name: {
@@ -109,8 +112,13 @@ def test_held_out_documents_are_whole_and_no_text_is_in_both_splits(tmp_path: Pa
         }
         for name in ("train", "test")
     }
-    assert len(ids["train"] | ids["test"]) == 63 and not ids["train"] & ids["test"]
+    assert len(ids["train"] | ids["test"]) == 65 and not ids["train"] & ids["test"]
     assert 10 < len(ids["test"]) < 40
+    assert (
+        "Common words of the house" in train
+        and [text] in train.values()
+        and counts["test"]["in train too"] == 3
+    )
     assert not train.keys() & test.keys()
     assert not {text for texts in train.values() for text in texts} & {
         text for ts in test.values() for text in ts
