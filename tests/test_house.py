@@ -401,6 +401,7 @@ AROUND = (
     (
         "benchmarks/ceilings.py",
         "benchmarks/intervals.py",
+        "benchmarks/synthesis_server.py",
         "benchmarks/__init__.py",
     ),  # below the others of their folder
     ("launch/*.py", "setup.py", ".ci/*.py"),

@@ -69,7 +69,7 @@ def test_every_fault_is_met_and_every_planted_row_is_left_out_for_its_reason(tmp
             server,
             tmp_path,
             requests=420,
-            timeout_s=3.0,
+            timeout_s=6.0,
             tasks={"question": 2.0, "document-question": 1.0, "similarity": 1.0},
         )
         said: list[str] = []
