@@ -23,8 +23,8 @@ tp (fp8)       all_gather       of a block 2 forward and 2 of the 4 backward: 1 
 dp             all_gather       with in-batch terms: documents, and for query-query queries, as they are
                                 scored, in the dtype of the run, and the documents' ids, once a step
                reduce_scatter   the gradients of those rows, in fp32, once a step
-               with CoSENT      all_gather of a cosine (fp32) of each row for each width and of its grade, and
-                                reduce_scatter of the cosines' gradients, once a step
+               with CoSENT      all_gather of a cosine and a grade of each row, in fp32, and reduce_scatter of
+                                the cosines' gradients, once a step for each width
                all_reduce       the gradient of a learned temperature, 4 bytes
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 
@@ -148,7 +148,7 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         add(axis, "all_gather", 1, dp * rows[0] * 8)
     if wire.graded_queries and dp > 1:
         add(axis, "all_gather", wire.widths, dp * wire.graded_queries * wire.row_bytes)
-        add(axis, "all_gather", 1, dp * wire.graded_queries * 4)
+        add(axis, "all_gather", wire.widths, dp * wire.graded_queries * 4)
         add(axis, "reduce_scatter", wire.widths, dp * wire.graded_queries * wire.row_bytes)
     if wire.learned_temperature and dp > 1:
         add(axis, "all_reduce", 1, 4)
