@@ -40,6 +40,9 @@ def mteb_figures(folder: Path, task_type: str, prompt: str) -> dict[str, float]:
         model = SentenceTransformerEncoderWrapper(
             SentenceTransformer(str(folder), device="cpu"), model_prompts=prompts
         )
+        # Of pairs mteb knows no euclidean and manhattan; without a name it asks sentence-transformers.
+        meta = model.mteb_model_meta.model_copy(update={"similarity_fn_name": None})
+        model.mteb_model_meta = meta
 
         def figures(splits: dict[str, list[dict[str, Any]]], classifier: Any = None) -> dict[str, float]:
             task = classes()

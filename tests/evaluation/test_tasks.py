@@ -185,9 +185,10 @@ def test_tasks_by_name_have_mtebs_own_scores_from_a_mirror(ours, static, mirror,
             assert result.model_revision == f"{reports['STS12'][model]['digest'][:12]}-fp32"
             for task in result.task_results:
                 entry = reports[task.task_name][model]
-                assert task.get_score() == pytest.approx(entry[entry["data"]["main_score"]], abs=1e-12)
+                assert task.get_score() == pytest.approx(entry[entry["data"]["main_score"]], abs=1e-6)
         table_ = loaded.to_dataframe()
-        assert set(table_["task_name"]) == set(DATA) and len(table_.columns) == 3
+        assert set(table_["task_name"]) == set(DATA)
+        assert {f"{model.parent.name}/{model.name}" for model in models} <= set(table_.columns)
 
 
 def test_instructions_are_those_of_the_published_model(ours, mirror):
