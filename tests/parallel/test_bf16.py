@@ -193,11 +193,11 @@ def peers(folder: Path) -> dict[torch.dtype, tuple[dict, dict]]:
     ids = choose_documents(store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
     tokens = {int(d): store.document_tokens(d).tolist() for d in np.unique(ids[ids >= 0])}
     queries = [store.query_tokens(row).tolist() for row in range(ROWS)]
-    batch = Batch(queries, ids.tolist(), tokens, [set() for _ in queries])
+    batch = Batch(queries, ids.tolist(), tokens, [set() for _ in queries], [{} for _ in queries])
     found = {}
     for dtype in (torch.float64, torch.bfloat16):
         oracle = Oracle(folder / "model", dtype)
-        losses, _ = oracle.losses(batch, "none", TEMPERATURE)
+        losses, _ = oracle.losses(batch, {"temperature": TEMPERATURE, "in_batch": "none"})
         losses.mean().backward()
         embeddings = oracle.embed(queries + list(tokens.values())).detach()
         names = [("query", row) for row in range(ROWS)] + [("document", d) for d in tokens]
