@@ -73,6 +73,7 @@ class Groups:
         # Each row has a query of its own and knows its own positive alone.
         self.row_groups, self.known_offsets, self.known_ids = rows, self.positive_offsets, self.positive_ids
         self.row_classes = None
+        self.row_grades = None
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -82,6 +83,9 @@ class Groups:
 
     def document_tokens(self, doc_id: int) -> np.ndarray:
         return self.documents[doc_id]
+
+    def scores(self, rows_B: np.ndarray, doc_ids_BM: np.ndarray) -> None:
+        """No row has a teacher's."""
 
 
 def pad(sequences: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ def made(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     queries = [{"_id": f"q{i}", "text": query("FEVER", i)} for i in range(6)]
     write_beir(folder / "data/heldout", corpus, queries, [(f"q{i}", f"d{i}", 1) for i in range(6)])
     given = [(verb, made_small(verb, argv)) for verb, argv in commands(PAGE) if verb != "plan"]
-    server.preload("launch.evaluate", "nemo_embed_core.evaluation.run:mteb_imported", "torch._dynamo")
+    server.preload("launch.evaluate", "nemo_embed_core.evaluation.retrieval:mteb_imported", "torch._dynamo")
 
     # As published, with ids only: all of them are named with what to download, at once.
     ((code, said),) = server.call(run_commands, str(folder), given[:1]).result

@@ -290,8 +290,9 @@ def write_in_place(tmp: Path, final: Path) -> None:
 
 
 def delete_at_once(
-    root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None]
-) -> None:
+    root: Path, newest: Path, keep: int, keep_every: int, damaged: set[str], log: Callable[[str], None],
+    best: str = "",
+) -> None:  # fmt: skip
     for old in checkpoints(root)[keep:]:
         shutil.rmtree(old)
 

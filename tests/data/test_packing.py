@@ -34,6 +34,9 @@ class FakeStore(SimpleNamespace):
     def document_tokens(self, doc_id):
         return np.full(self.document_lengths[doc_id], 20_000 + doc_id, np.int32)
 
+    def scores(self, rows, doc_ids):
+        """None of a teacher."""
+
     def __len__(self):
         return len(self.query_lengths)
 
@@ -50,6 +53,7 @@ def fake_store(rows: int = 97, documents: int = 150, seed: int = 0) -> FakeStore
     return FakeStore(
         row_groups=groups,
         row_classes=None,
+        row_grades=None,
         same_as=same_as,
         known_offsets=np.cumsum([0] + [len(k) for k in known]),
         known_ids=np.concatenate(known),

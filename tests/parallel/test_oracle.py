@@ -281,9 +281,9 @@ def batches(config: TrainConfig) -> list[Batch]:
         queries = [encode(prompt + row["query"]).ids[:length] for row in found]
         scores = [
             {
-                cut(text): score
-                for side in ("pos", "neg")
-                for text, score in zip(row[side], row.get(f"{side}_scores", []), strict=False)
+                cut(text): score  # the first one, where texts are the same when they are cut
+                for side in ("neg", "pos")
+                for text, score in reversed([*zip(row[side], row.get(f"{side}_scores", []), strict=False)])
             }
             for row in found
         ]
@@ -432,7 +432,8 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         ParallelConfig: {
             "tp_size", "sequence_parallel", "dp_size", "dp_replicate", "reduce_dtype", "timeout_s",
         },
-        LossConfig: set(), OptimConfig: {"master_weights", "moments"},
+        LossConfig: {"cosent_weight", "cosent_temperature"},  # of graded rows: tests/loss/test_graded.py
+        OptimConfig: {"master_weights", "moments"},
         TrainConfig: {
             "output_dir", "init_from", "init_layers", "tokenizer", "model", "checkpoint", "precision",
             "device", "on_spike", "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data",

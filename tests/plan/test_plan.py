@@ -125,7 +125,7 @@ def hours(cluster: ClusterConfig, name: str, recompute: Recompute) -> tuple[floa
     config = TrainConfig.from_yaml(ROOT / "configs" / name)
     num_steps = config.steps or 33_668  # one epoch of the paper's rows
     lengths = LengthsConfig(query_mean=512, query_p95=512, document_mean=512, document_p95=512)
-    texts = texts_of("", config.data, "none", lengths, config.global_batch_size, 0)
+    texts = texts_of("", config.data, False, lengths, config.global_batch_size, 0)
     layout, model = Layout(1, 1, cluster.world_size), ModelConfig()
     found = split(texts.batches[0], layout.dp, config.data.max_tokens)
     seconds = step_seconds(
@@ -168,7 +168,7 @@ def test_a_ring_over_nodes_has_the_cards_of_its_ranks(
 def test_batches_are_split_as_training_splits_them(tmp_path: Path) -> None:
     config = train_config(tmp_path, data={"max_tokens": 200, "num_hard_negatives": 3})
     store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
-    texts = texts_of(str(store.folder), config.data, "none", LengthsConfig(), 24, 5)
+    texts = texts_of(str(store.folder), config.data, False, LengthsConfig(), 24, 5)
     sampler = Sampler(DRAWN, 24, 5)
     assert texts.sampler is not None and texts.sampler.steps(2) == 4, "of 45 rows each"
     for number, batch in enumerate(texts.batches[:2]):
