@@ -90,7 +90,8 @@ def hf_llama(model: ModelConfig, attention: str = "sdpa") -> nn.Module:
     """attention: by a name that transformers knows."""
     from transformers import LlamaConfig, LlamaModel
 
-    sizes = {k: v for k, v in asdict(model).items() if k not in ("rope_theta", "rope_scaling")}
+    ours = ("rope_theta", "rope_scaling", "model_type", "is_causal", "pooling")
+    sizes = {k: v for k, v in asdict(model).items() if k not in ours}
     rope_parameters = {"rope_type": "default", "rope_theta": model.rope_theta}
     return LlamaModel(
         LlamaConfig(
