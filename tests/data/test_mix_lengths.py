@@ -190,9 +190,9 @@ def test_the_planner_and_the_model_know_the_lengths(config):
         (replace(config, datasets=config.datasets[:2]), 16 + 3 * 40, (30, 40)),
         (replace(config, datasets=config.datasets[:1]), 30 + 3 * 12, (30, 12)),
     ):
-        texts = texts_of("", data, "none", whole, 8, 0)
+        texts = texts_of("", data, False, whole, 8, 0)
         assert texts.longest == longest and {int(b.max()) for b in texts.batches} == {max(usage)}
         found = usage_of_training(to_dict(data), "mean")
         assert (found.query_max_length, found.document_max_length) == usage
     half = LengthsConfig(query_mean=20, query_p95=20, document_mean=20, document_p95=20)
-    assert texts_of("", config, "none", half, 8, 0).longest == 20 + 3 * 20
+    assert texts_of("", config, False, half, 8, 0).longest == 20 + 3 * 20

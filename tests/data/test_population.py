@@ -92,12 +92,10 @@ def test_long_rows_are_named_before_the_first_step(store, config):
     for row in long:
         assert f"rows.jsonl:{row + 1}: {longest_draws(store, 2)[row]} tokens" in message
     assert f"{len(long)} of 12 rows" in message and f"at least {longest_draws(store, 2).max()}" in message
-    everything = population(
-        store, replace(config, max_tokens=int(longest_draws(store, 2).max())), "positives"
-    )
+    everything = population(store, replace(config, max_tokens=int(longest_draws(store, 2).max())), True)
     assert everything.rows.tolist() == list(range(12)) and everything.digest == ""
     with pytest.raises(UserError, match="can have more than"):  # equal slices for 7 ranks: fewer tokens fit
-        population(store, replace(config, max_tokens=int(longest_draws(store, 2).max())), "positives", 7)
+        population(store, replace(config, max_tokens=int(longest_draws(store, 2).max())), True, 7)
 
 
 def test_drop_leaves_long_rows_out_of_every_epoch(store, config):
