@@ -2,7 +2,7 @@
 # make gpu      benchmarks and tests on a CUDA device within BUDGET=540 seconds, with $(PYTHON) as it is; installs nothing
 # make slow     the tests that make test leaves out: more of the same, or tests of what seldom changes
 # make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
-# make mutants  bugs planted one at a time: does a test notice? A table; some 20 minutes (MUTANTS="clip bf16": these only)
+# make mutants  bugs planted one at a time: does a test notice? A table; an hour or more (MUTANTS="clip bf16": these only)
 # make fuzz     a thousand broken rows of every data format: read clean, or refused by path, line and reason; minutes
 # make coverage how much of the package the tests run, forks and spawned processes counted; twice the time of make test
 # make same     nine commands under BASE=commit and under this tree: is every file that they write the same?

@@ -13,7 +13,7 @@ assert version is not None
 setup(
     name="nemo_embed_core",
     version=version[1],
-    description="Contrastive training of bidirectional Llama embedding models: train, mine, merge, evaluate",
+    description="Contrastive training of bidirectional text-embedding models: train, mine, merge, evaluate",
     license="Apache-2.0",
     python_requires=">=3.11",
     # By name, not by find_packages: kernels/ has no __init__.py and would be left out without a word.

@@ -236,7 +236,8 @@ class CheckpointConfig(Options, section="checkpoint"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
-    """Contrastive training of a bidirectional Llama: JSONL or BEIR in, checkpoints and metrics out."""
+    """Contrastive training of a bidirectional encoder: rows of any format in docs/data-formats.md in,
+    checkpoints and metrics out."""
 
     output_dir: str
     """Folder of the run: step-XXXXXXXX/ checkpoints, metrics.jsonl, config.yaml."""
@@ -248,7 +249,7 @@ class TrainConfig(Options):
     global_batch_size: int = 128
     """Queries per optimizer step, over all ranks."""
     init_from: str = ""
-    """Hugging Face Llama folder, or a checkpoint or run of ours; "": random weights of the shape `model`,
+    """Hugging Face folder of a base model, or a checkpoint or run of ours; "": random weights of the shape `model`,
     which is ignored otherwise."""
     init_layers: list[int] = field(default_factory=list)
     """Layers of init_from that the model begins with, in this order, counted from 0: [0, 2, 4, 6] of eight

@@ -261,9 +261,7 @@ class PoolingSpec:
     """How others say what model/pooling.py computes under this name."""
 
     mode: str  # sentence-transformers', a key of POOLING_MODES
-    words: (
-        str  # of the model card, after "Text embeddings from a Llama without its causal mask: " and the like
-    )
+    words: str  # of the model card, after "Text embeddings from a Llama without its causal mask: "
     torch: str  # plain torch of hidden [N, L, D] and mask [N, L, 1], padded on either side -> [N, D]
 
     @property

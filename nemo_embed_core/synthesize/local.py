@@ -31,7 +31,9 @@ class LocalGenerator:
         self.config, self.limiter = config, Limiter(0, 0)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(config.name, local_files_only=True)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(config.name, local_files_only=True)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                config.name, local_files_only=True, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"generate.models: {config.name} cannot be loaded: {error}") from None
         self._lock = asyncio.Lock()

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
-from nemo_embed_core.loss.temperature import Temperature
 from nemo_embed_core.model.attention import Attention, pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
@@ -31,6 +30,7 @@ from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
 from nemo_embed_core.train.metrics import peak_memory
 from nemo_embed_core.train.optim import build_optimizer, check_master_weights, ensure_state, place_of, update
 from nemo_embed_core.train.step import forward_backward
+from nemo_embed_core.train.temperature import Temperature
 
 
 def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

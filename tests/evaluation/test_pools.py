@@ -162,7 +162,7 @@ def evaluated(models: list[str], output: str, tables: dict[str, str]) -> dict[st
 
     Embedder.encode_tokens = counted  # type: ignore[method-assign]
     dist.init_process_group("gloo")
-    local = [LocalTask(name=kind, data=path, task_type=kind) for kind, path in tables.items()]  # type: ignore
+    local = [LocalTask(name=kind, data=path, task_type=kind) for kind, path in tables.items()]
     reports = run_many([*models], local=local, output=output)
     return {"reports": reports, "encoded": sum(counts)}
 

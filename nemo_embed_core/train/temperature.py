@@ -15,6 +15,7 @@ import torch
 
 from nemo_embed_core.config import LossConfig, OptimConfig
 from nemo_embed_core.parallel.collectives import all_reduce_
+from nemo_embed_core.train.optim import ensure_state
 
 RANGE = (0.005, 1.0)  # of t: the kernels are tested in it
 
@@ -28,9 +29,7 @@ class Temperature:
         self._lr, self._peak = loss.temperature_lr, optim.lr
         options: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._optimizer = torch.optim.AdamW([self.log], self._lr, weight_decay=0.0, fused=True, **options)
-        zeros = {name: torch.zeros_like(start) for name in ("exp_avg", "exp_avg_sq")}
-        step = torch.zeros((), dtype=torch.float32, device=device)
-        self._optimizer.state[self.log] = {"step": step, **zeros}
+        ensure_state(self._optimizer)
 
     def reduce(self, dp_group: Any) -> None:
         assert self.log.grad is not None
