@@ -249,8 +249,8 @@ class TrainConfig(Options):
     global_batch_size: int = 128
     """Queries per optimizer step, over all ranks."""
     init_from: str = ""
-    """Hugging Face folder of a base model, or a checkpoint or run of ours; "": random weights of the shape `model`,
-    which is ignored otherwise."""
+    """Hugging Face folder of a base model, or a checkpoint or run of ours; "": random weights of the shape
+    `model`, which is ignored otherwise."""
     init_layers: list[int] = field(default_factory=list)
     """Layers of init_from that the model begins with, in this order, counted from 0: [0, 2, 4, 6] of eight
     makes a model of four; []: all."""
