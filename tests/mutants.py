@@ -65,13 +65,15 @@ class Mutant(NamedTuple):
     no_bug: str = ""  # why nothing has to notice
 
 
-CONTRASTIVE, OBJECTIVE, TEMPERATURE, MATRYOSHKA, DISTILL, GRADED = (
+CONTRASTIVE, OBJECTIVE, MATRYOSHKA, DISTILL, GRADED = (
     f"nemo_embed_core/loss/{name}.py"
-    for name in ("contrastive", "objective", "temperature", "matryoshka", "distill", "graded")
+    for name in ("contrastive", "objective", "matryoshka", "distill", "graded")
 )
 TEST_GRADED = "tests/loss/test_graded.py"
 STEP = "nemo_embed_core/train/step.py"
-OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
+OPTIM, SCHEDULE, TEMPERATURE = (
+    f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule", "temperature")
+)
 ENGINE, TRAINER, PREFETCH, RUN_STATE = (
     f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch", "run_state")
 )

@@ -148,8 +148,9 @@ def spread(rows_nD: np.ndarray) -> dict[str, float]:
     n, mean_D = len(rows), rows.mean(0)
     products = rows @ rows.T
     centred = products - products.mean(0) - products.mean(1)[:, None] + products.mean()
-    values = np.maximum(np.linalg.eigvalsh(centred), 0)
-    shares = values[values > 1e-10 * max(values.sum(), 1e-300)] / max(values.sum(), 1e-300)
+    values = np.linalg.eigvalsh(centred)
+    values = values[values > 1e-12 * n]  # below: what subtracting the means of equal rows rounds to
+    shares = values / values.sum()
     lengths, vectors = np.linalg.eigh(products)
     kept = lengths > 1e-10 * n
     along = vectors[:, kept] * np.sqrt(lengths[kept])  # c . u of each row and direction
