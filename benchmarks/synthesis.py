@@ -1,10 +1,10 @@
 """Ten thousand synthetic rows from an endpoint on this machine that misbehaves: what is accepted, which
 planted faults are caught, how fast, and in how much memory.
 
-    python -m benchmarks.synthesis [--requests 10000] [--in_flight 64] [--faults 0.01]
+    python -m benchmarks.synthesis [--save]
 
 The endpoint (benchmarks/synthesis_server.py) runs in this process, synthesis in one of its own, whose time
-and memory are given. --faults: the share of the requests that gets each of the faults.
+and memory are given.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.ceilings import ResultsFile
 from benchmarks.synthesis_server import COMMON, IN_THE_ANSWER, ON_THE_WAY, Server
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 
 
 def run(requests: int, in_flight: int, share: float, folder: Path) -> tuple[dict, list[dict]]:
@@ -57,16 +55,10 @@ def run(requests: int, in_flight: int, share: float, folder: Path) -> tuple[dict
         )
         seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    verdicts, digests = {}, {}
+    found: dict[str, Counter[str]] = {}
     for line in (folder / "out/datasets/verdicts.jsonl").read_text().splitlines():
         value = json.loads(line)
-        verdicts[value["request"]] = value["verdict"]
-    for line in (folder / "out/journal.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        digests[int(event["key"])] = event["digest"]
-    found: dict[str, Counter[str]] = {}
-    for request, verdict in verdicts.items():
-        found.setdefault(server.planted[digests[request]] or "none", Counter())[verdict] += 1
+        found.setdefault(server.planted[value["digest"]] or "none", Counter())[value["verdict"]] += 1
     rows = []
     for fault in ["none", *ON_THE_WAY, *IN_THE_ANSWER]:
         counts = found.get(fault, Counter())
@@ -89,13 +81,15 @@ def run(requests: int, in_flight: int, share: float, folder: Path) -> tuple[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=10_000, help="rows that are asked for")
     parser.add_argument("--in_flight", type=int, default=32, help="of each of the two generators")
     parser.add_argument(
         "--faults", type=float, default=0.01, help="share of the requests that gets each fault"
     )
-    parser.add_argument("--save", action="store_true", help="into benchmarks/results")
+    parser.add_argument("--save", action="store_true", help="write into benchmarks/results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         whole, rows = run(options.requests, options.in_flight, options.faults, Path(name))
@@ -107,17 +101,9 @@ def main() -> None:
         )
     print(json.dumps(whole, indent=1))
     if options.save:
-        stamp, commit = (
-            datetime.now(UTC),
-            subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip(),
-        )
-        about = {"date": f"{stamp:%Y-%m-%d %H:%M}", "commit": commit,
-                 "gpu": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-                 "command": "python -m benchmarks.synthesis " + " ".join(sys.argv[1:])}  # fmt: skip
-        path = RESULTS / f"synthesis-{stamp:%Y%m%d-%H%M%S}.jsonl"
-        path.write_text("".join(json.dumps({**about, **row}) + "\n" for row in (whole, *rows)))
+        results = ResultsFile("synthesis", device="cpu")
+        for row in (whole, *rows):
+            results.append(command=" ".join(["python -m benchmarks.synthesis", *sys.argv[1:]]), **row)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,18 @@ def quantiles(values: np.ndarray, at: Sequence[float] = QUANTILES) -> dict[str, 
 
 def script(text: str) -> str:
     """The script that most letters of a text are written in: "Latin", "Han", "Cyrillic"; not its language."""
-    scripts: Counter[str] = Counter()
+    found = scripts(text)
+    return min(found, key=lambda name: (-found[name], name)) if found else "no letters"
+
+
+def scripts(text: str) -> Counter[str]:
+    """Letters of a text by their script."""
+    found: Counter[str] = Counter()
     for character, count in Counter(text).items():
         name = _script_of(character)
         if name:
-            scripts[name] += count
-    return min(scripts, key=lambda name: (-scripts[name], name)) if scripts else "no letters"
+            found[name] += count
+    return found
 
 
 @cache

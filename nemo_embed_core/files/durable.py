@@ -125,12 +125,13 @@ def publish(tmp: Path, final: Path, first_wins: bool = False) -> Path | None:
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, replaces: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and is removed when it does not.
 
-    `final` must not exist, or be empty: results are never mixed with older ones.
+    `final` must not exist, or be empty: results are never mixed with older ones. replaces: it may hold what
+    can be made again, which stays until the new one is whole, and then goes.
     """
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    if not replaces and final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final} exists and is not empty; choose another output or delete it")
     make_folder(final.parent)
     # Named after its owner: what a killed process of this host left goes, what a living one makes stays.
@@ -146,9 +147,10 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         yield tmp
         fsync_files(tmp)
-        if final.exists():
+        if final.exists() and not replaces:
             final.rmdir()
-        publish(tmp, final)
+        if (old := publish(tmp, final)) is not None:
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise

@@ -16,7 +16,7 @@ from nemo_embed_core.data.prepare import instruction
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import new_folder
-from nemo_embed_core.synthesize.documents import read_documents
+from nemo_embed_core.synthesize.documents import name_of, read_documents
 from nemo_embed_core.synthesize.self_pairs import Split, self_pairs
 
 
@@ -28,7 +28,7 @@ def write_self_pairs(
     The corpus of a split is all of its chunks, those without a query too. UserError where a split, but for
     held_out=0, gets no pair.
     """
-    source = Path(config.documents).resolve().name
+    source = name_of(config.documents)
     splits = self_pairs(read_documents(config.documents, log), config.self_pairs, config.seed)
     about = Metadata(
         corpus_id=source,

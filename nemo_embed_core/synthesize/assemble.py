@@ -11,11 +11,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nemo_embed_core.config.synthesize import GenerateConfig, SynthesizeConfig
+from nemo_embed_core.config.synthesize import SynthesizeConfig
 from nemo_embed_core.data.dataset import Metadata
 from nemo_embed_core.data.dataset_writer import write_dataset
 from nemo_embed_core.data.formats.row import Row
@@ -25,8 +25,13 @@ from nemo_embed_core.data.prepare import instruction
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.evaluation.bm25 import Bm25
 from nemo_embed_core.files.durable import new_folder, write_bytes
+from nemo_embed_core.synthesize.documents import name_of
 from nemo_embed_core.synthesize.tasks import TASKS, Item
 
+if TYPE_CHECKING:
+    from nemo_embed_core.encoders import TextEncoder
+
+MAX_LENGTH = 512  # tokens of a text that the embedder looks at
 TASK_TYPES = {
     "retrieval": "Retrieval",
     "document": "Retrieval",
@@ -52,8 +57,10 @@ class Verdicts:
         self.lines: list[tuple[int, str]] = []  # (index of the request, its line)
         self.by: dict[str, dict[str, Counter[str]]] = {"task": {}, "model": {}}
 
-    def add(self, item: Item, model: str, verdict: str, detail: str = "") -> None:
-        line = {"request": item.index, "task": item.task.name, "model": model, "verdict": verdict}
+    def add(self, item: Item, digest: str, model: str, verdict: str, detail: str = "") -> None:
+        """digest: the request's in the journal."""
+        line = {"request": item.index, "digest": digest, "task": item.task.name, "model": model}
+        line |= {"verdict": verdict}
         line |= {"detail": detail} if detail else {}
         self.lines.append((item.index, json.dumps(line, ensure_ascii=False)))
         for kind, name in (("task", item.task.name), ("model", model)):
@@ -86,31 +93,33 @@ def duplicates(made: Sequence[Made]) -> dict[int, int]:
     return found
 
 
-def not_found(made: Sequence[Made], documents: Iterable[str], config: GenerateConfig) -> set[int]:
+def not_found(
+    made: Sequence[Made], documents: Iterable[str], encoder: TextEncoder | None, top_k: int
+) -> set[int]:
     """Places of rows whose first positive is not among the top_k of all documents of the task for its query.
 
-    Exact, with the embedder's own prompts; a document that ties with the positive counts as before it.
+    Exact, by the encoder, the task's instruction before the queries, or by BM25 (None); a document that ties
+    with the positive counts as before it. UserError where a vector is not finite.
     """
     texts = list(
         dict.fromkeys([*documents, *(text for one in made for text in (*one.row.pos, *one.row.neg))])
     )
     place_of = {text: place for place, text in enumerate(texts)}
-    if config.embedder == "bm25":
+    if encoder is None:
         index = Bm25(texts)
         scores: Iterator[np.ndarray] = (index.scores(one.row.query) for one in made)
     else:
-        from nemo_embed_core.encoders import open_encoder  # torch: only where it is asked for
+        from nemo_embed_core.evaluation.encoding import Encoding  # torch: only where it is asked for
 
-        encoder: Any = open_encoder(config.embedder)
-        prompt = query_prompt(made[0].item.task.instruction)
-        matrix = encoder.encode(texts, side="document")
-        queries = encoder.encode([one.row.query for one in made], prompt, side="query")
+        encoding, prompt = Encoding(encoder), query_prompt(made[0].item.task.instruction)
+        matrix, _ = encoding.rows(texts, "", MAX_LENGTH, "document")
+        queries, _ = encoding.rows([one.row.query for one in made], prompt, MAX_LENGTH, "query")
         scores = (matrix @ query for query in queries)
     found = set()
     for place, (one, row_N) in enumerate(zip(made, scores, strict=True)):
         own = row_N[place_of[one.row.pos[0]]]
-        shares_nothing = config.embedder == "bm25" and own == 0
-        if shares_nothing or int((row_N >= own).sum()) > config.top_k:
+        shares_nothing = encoder is None and own == 0
+        if shares_nothing or int((row_N >= own).sum()) > top_k:
             found.add(place)
     return found
 
@@ -122,12 +131,13 @@ def write(
     verdicts: Verdicts,
     report: dict[str, Any],
 ) -> dict[str, dict[str, int]]:
-    """output/datasets/TASK, output/datasets/report.json and verdicts.jsonl, all or none.
+    """output/datasets/TASK, output/datasets/report.json and verdicts.jsonl, all or none: those of an earlier
+    call, made of the same journal, stay until these are whole.
 
     documents: (id, text) of the seed documents, all of which are the corpus of the tasks that they are for.
     """
     counts: dict[str, dict[str, int]] = {}
-    with new_folder(Path(config.output) / "datasets") as tmp:
+    with new_folder(Path(config.output) / "datasets", replaces=True) as tmp:
         for name, made in made_of.items():
             rows = (one.row for one in made)
             corpus = documents if TASKS[name].kind == "document" else ()
@@ -142,17 +152,18 @@ def write(
 def _metadata(name: str, made: list[Made], config: SynthesizeConfig) -> Metadata:
     task, models = TASKS[name], config.generate.models
     rows = Counter(one.item.model for one in made)
-    licences = dict.fromkeys(filter(None, (models[place].licence for place in sorted(rows))))
-    if task.kind == "document" and config.licence:
-        licences[config.licence] = None
+    licence_of = {models[place].name: models[place].licence for place in sorted(rows)}
+    if task.kind == "document":
+        licence_of[name_of(config.documents)] = config.licence
+    licences = dict.fromkeys(licence or f"unknown ({maker})" for maker, licence in licence_of.items())
     prompts = hashlib.sha256("".join(sorted(one.digest for one in made)).encode()).hexdigest()
     return Metadata(
         corpus_id=name,
         query_instruction=instruction(query_prompt(task.instruction)),
         passage_instruction=instruction(query_prompt(task.document_instruction)),
         task_type=TASK_TYPES[task.kind],
-        source="synthetic" if task.kind != "document" else f"synthetic, for {Path(config.documents).name}",
-        licence=", ".join(licences),
+        source="synthetic" if task.kind != "document" else f"synthetic, for {name_of(config.documents)}",
+        licence=", ".join(licences) if any(licence_of.values()) else "",
         generator={
             "models": {models[place].name: count for place, count in sorted(rows.items())},
             "prompts": prompts,

@@ -3,7 +3,7 @@
 reply = await endpoint.complete(request)      # one attempt; else Refused, Lost, Unfit or UserError
 
 Retries, budget and journal are ask.py's; local.py has a model on this machine under the same names. A key is
-read from the environment, and no message of ours holds it.
+read from the environment, and is masked in what a server's errors say; answers stay as they came.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from nemo_embed_core.files.strict_json import parse
 from nemo_embed_core.synthesize.journal import Reply
 
 MAX_WAIT_S = 600.0  # that a Retry-After is believed
+# The server has not taken the request, it says. Of every other failure it may have been answered, and paid.
+NOT_TAKEN = (409, 425, 429, 503)
 
 
 @dataclass(frozen=True)
 class Request:
-    """key: its name in the journal.  parameters: as the protocol calls them."""
+    """parameters: as the protocol calls them."""
 
-    key: str
     model: str
     prompt: str
     parameters: dict[str, Any]
 
     @cached_property
     def digest(self) -> str:
-        """Of all that decides the answer; not of where the model runs."""
-        sent = [self.key, self.model, self.prompt, self.parameters]
+        """Of all that decides the answer; not of where the model runs. Its name in the journal."""
+        sent = [self.model, self.prompt, self.parameters]
         return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -52,16 +53,20 @@ class Request:
         return value
 
 
-class Refused(Exception):
-    """Not answered and not paid; wait_s: what the server asks for, None: it does not say."""
+class Failed(Exception):
+    """No answer: another attempt may have one. wait_s: what the server asks for, None: it does not say."""
 
     def __init__(self, why: str, wait_s: float | None = None):
         super().__init__(why)
         self.wait_s = wait_s
 
 
-class Lost(Exception):
-    """Not answered, perhaps paid."""
+class Refused(Failed):
+    """Not taken, and not paid."""
+
+
+class Lost(Failed):
+    """Perhaps paid."""
 
 
 class Unfit(Exception):
@@ -148,7 +153,6 @@ class Endpoint:
             if why in ("ConnectError", "ConnectTimeout", "PoolTimeout"):
                 raise Refused(f"{name}: no connection ({why})") from None
             raise Lost(f"{name}: {why}") from None
-        body = self._hidden(body)
         try:
             value = parse(body)
             tokens = tuple(int(value["usage"][f"{kind}_tokens"]) for kind in ("prompt", "completion"))
@@ -166,12 +170,14 @@ class Endpoint:
         said = f"{code} of {self.config.base_url}: {self._hidden(error.message)}"[:300]
         if code == 404:
             return UserError(f"generate.models: {name}: {said}")
-        if code in (408, 409, 425, 429) or code >= 500:
+        if code in NOT_TAKEN:
             return Refused(f"{name}: {code}", retry_after(error.response.headers))
+        if code == 408 or code >= 500:
+            return Lost(f"{name}: {code}", retry_after(error.response.headers))
         return Unfit(said)
 
     def _hidden(self, text: str) -> str:
-        """What a server says, without the key: some say it again."""
+        """A server's error without the key: some say it again."""
         return text.replace(self._key, "***") if self.config.key_env else text
 
     async def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,9 +23,19 @@ MAX_BYTES = 32 << 20  # of a file: beyond it is data, not a document
 
 @dataclass(frozen=True)
 class Document:
-    id: str  # its path in the folder
+    id: str  # its path in the folder, as shown() has it
     text: str
     parsed: Parsed
+
+
+def shown(path: str | Path) -> str:
+    """A path as text: a byte of a file's name that is not UTF-8 as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def name_of(folder: str | Path) -> str:
+    """Of the documents as a whole, in datasets that are made of them."""
+    return shown(Path(folder).resolve().name)
 
 
 def read_documents(folder: str | Path, log: Callable[[str], None]) -> Iterator[Document]:
@@ -32,48 +43,68 @@ def read_documents(folder: str | Path, log: Callable[[str], None]) -> Iterator[D
 
     UTF-8, with or without a byte order mark. What is left out is counted and said with the first file of each
     reason: another suffix, another encoding, a copy of an earlier document (in the normal form), no content,
-    over MAX_BYTES. UserError where nothing is left. Memory: one document, and 16 bytes for each.
+    over MAX_BYTES, a file or folder that cannot be read. UserError where nothing is left. Memory: one
+    document, and of all others their paths and 16 bytes.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"documents: {root} is no folder; give the folder that the documents are in")
+        raise UserError(f"documents: {shown(root)} is no folder; give the folder that the documents are in")
+    name = shown(root)
     left_out, first, others = Counter[str](), dict[str, str](), Counter[str]()
     seen, count = set[bytes](), 0
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if not path.is_file() or any(part.startswith(".") for part in name.parts):
-            continue
+
+    def leave_out(reason: str, path: Path) -> None:
+        left_out[reason] += 1
+        first.setdefault(reason, shown(path.relative_to(root)))
+
+    for path in _files(root, leave_out):
         suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
         if suffix not in SUFFIXES:
-            others[suffix or "none"] += 1
+            others[shown(suffix) or "none"] += 1
             continue
         try:
-            document = _read(path, name.as_posix(), SUFFIXES[suffix], seen)
+            document = _read(path, shown(path.relative_to(root)), SUFFIXES[suffix], seen)
         except ValueError as error:
-            left_out[str(error)] += 1
-            first.setdefault(str(error), name.as_posix())
+            leave_out(str(error), path)
             continue
         count += 1
         yield document
     if others:
         most = ", ".join(f"{suffix} {number:,}" for suffix, number in others.most_common(8))
         log(
-            f"{root}: {others.total():,} files left out: another suffix ({most}{', ...' * (len(others) > 8)})"
+            f"{name}: {others.total():,} files left out: another suffix ({most}{', ...' * (len(others) > 8)})"
         )
     for reason, number in left_out.most_common():
-        log(f"{root}: {number:,} files left out: {reason} (first: {first[reason]})")
+        log(f"{name}: {number:,} files left out: {reason} (first: {first[reason]})")
     if not count:
         suffixes = ", ".join(SUFFIXES)
-        raise UserError(f"documents: {root} holds no document that can be read: files of {suffixes}, or .gz")
+        raise UserError(f"documents: {name} holds no document that can be read: files of {suffixes}, or .gz")
+
+
+def _files(root: Path, leave_out: Callable[[str, Path], None]) -> list[Path]:
+    """All that is no folder, not hidden, in the order of the paths; links to folders are not followed."""
+
+    def failed(error: OSError) -> None:
+        leave_out(f"a folder that cannot be read ({error.strerror})", Path(error.filename))
+
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root, onerror=failed):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def _read(path: Path, name: str, kind: str, seen: set[bytes]) -> Document:
     """ValueError with the reason why it is left out."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("no ordinary file")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        except (OSError, EOFError, zlib.error):
-            raise ValueError("damaged gzip") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError("damaged gzip") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
     try:

@@ -3,7 +3,7 @@
 generate(config, print) -> output/datasets/TASK, dataset folders; output/journal.jsonl, every answer
 
 The journal is what was paid for; the folders are made of it anew by each call, and the same journal gives the
-same bytes. Memory: 200 bytes a request, the accepted rows, the seed documents.
+same bytes. Memory: a kilobyte a request, the accepted rows, the seed documents.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_embed_core.config.synthesize import GeneratorConfig, SynthesizeConfig
 from nemo_embed_core.data.formats.row import check_number
@@ -33,6 +33,9 @@ from nemo_embed_core.synthesize.tasks import JUDGE, Item
 from nemo_embed_core.synthesize.tasks import ask as prompt_of
 from nemo_embed_core.synthesize.validate import Rejected, content, json_object, row_of
 
+if TYPE_CHECKING:
+    from nemo_embed_core.encoders import TextEncoder
+
 Log = Callable[[str], None]
 
 
@@ -50,31 +53,40 @@ def generate(config: SynthesizeConfig, log: Log = print) -> dict[str, dict[str, 
 
 
 def _generate(config: SynthesizeConfig, output: Path, log: Log) -> dict[str, dict[str, int]]:
+    """All that a call needs is opened before the first request is paid for."""
     seeds = seed_documents(config, log) if config.documents else []
+    items = list(plan(config.generate, config.seed, [text for _, text in seeds]))
     generators = [_open(model, config) for model in config.generate.models]
+    judge = _open(config.generate.judge, config) if config.generate.judge is not None else None
+    embedder = None
+    if config.generate.embedder not in ("", "bm25"):
+        from nemo_embed_core.encoders import open_encoder  # torch: only where it is asked for
+
+        embedder = open_encoder(config.generate.embedder)
     with closing(Journal(output / "journal.jsonl", log)) as journal:
-        return _ask_and_write(config, seeds, generators, journal, log)
+        if len(journal):
+            log(f"{journal.path}: {len(journal):,} replies are there, {journal.spent:.4f} spent at most")
+        requests = [_requests(items, place, config, seeds) for place in range(len(generators))]
+        failed = asyncio.run(ask(requests, generators, journal, config.generate, log))
+        verdicts = Verdicts()
+        made = _rows(items, config, seeds, journal, failed, verdicts)
+        made = _compared(made, seeds, embedder, config, verdicts)
+        if judge is not None:
+            made = _judged(made, judge, config, journal, verdicts, log)
+        return _write(made, seeds, config, journal, verdicts, log)
 
 
-def _ask_and_write(
-    config: SynthesizeConfig,
+def _write(
+    made: dict[str, list[Made]],
     seeds: list[tuple[str, str]],
-    generators: list[Generator],
+    config: SynthesizeConfig,
     journal: Journal,
+    verdicts: Verdicts,
     log: Log,
 ) -> dict[str, dict[str, int]]:
-    if len(journal):
-        log(f"{journal.path}: {len(journal):,} replies are there already, {journal.spent:.4f} spent at most")
-    requests = [_requests(place, config, seeds) for place in range(len(generators))]
-    failed = asyncio.run(ask(requests, generators, journal, config.generate, log))
-    verdicts = Verdicts()
-    made = _rows(config, seeds, journal, failed, verdicts)
-    made = _compared(made, seeds, config, verdicts)
-    if config.generate.judge is not None:
-        made = _judged(made, config.generate.judge, config, journal, verdicts, log)
     for rows in made.values():
         for one in rows:
-            verdicts.add(one.item, config.generate.models[one.item.model].name, "accepted")
+            verdicts.add(one.item, one.digest, config.generate.models[one.item.model].name, "accepted")
     log_table(verdicts, log)
     made = {name: rows for name, rows in made.items() if rows}
     if not made:
@@ -82,9 +94,6 @@ def _ask_and_write(
             f"none of {len(journal):,} replies is accepted; {journal.path} has them, the lines above say why"
         )
     report = {"spent": journal.spent, "tokens": journal.tokens, "replies": len(journal)}
-    shutil.rmtree(
-        Path(config.output) / "datasets", ignore_errors=True
-    )  # of an earlier call, made of the same journal
     counts = write(made, seeds, config, verdicts, report)
     prompt, answer = journal.tokens
     log(f"{len(journal):,} replies, {prompt:,} + {answer:,} tokens, {journal.spent:.4f} spent at most")
@@ -116,27 +125,33 @@ def seed_documents(config: SynthesizeConfig, log: Log) -> list[tuple[str, str]]:
     return found
 
 
-def _requests(place: int, config: SynthesizeConfig, seeds: list[tuple[str, str]]) -> Iterator[Request]:
+def _requests(
+    items: list[Item], place: int, config: SynthesizeConfig, seeds: list[tuple[str, str]]
+) -> Iterator[Request]:
     """Those of one generator, in the order of the plan."""
-    for item in plan(config.generate, config.seed, len(seeds)):
-        if item.model == place:
-            yield _request(item, config, seeds)
+    return (_request(item, config, seeds) for item in items if item.model == place)
 
 
 def _request(item: Item, config: SynthesizeConfig, seeds: list[tuple[str, str]]) -> Request:
     prompt = prompt_of(item, seeds[item.document][1] if item.document >= 0 else "")
-    return _send(str(item.index), config.generate.models[item.model], prompt, config)
+    return _send(config.generate.models[item.model], prompt, config, str(item.index))
 
 
-def _send(key: str, model: GeneratorConfig, prompt: str, config: SynthesizeConfig) -> Request:
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed}\0{key}".encode()).digest()[:4]) >> 1
+def _send(model: GeneratorConfig, prompt: str, config: SynthesizeConfig, draw: str) -> Request:
+    """draw: two requests of one prompt are two where it differs."""
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}\0{draw}".encode()).digest()[:4]) >> 1
     parameters = {"temperature": config.generate.temperature, "seed": seed}
-    return Request(
-        key, model.name, prompt, parameters | {model.length_field: config.generate.max_output_tokens}
-    )
+    parameters[model.length_field] = config.generate.max_output_tokens
+    return Request(model.name, prompt, parameters)
+
+
+def _unanswered(digest: str, failed: dict[str, str]) -> tuple[str, str]:
+    """(verdict, detail) of a request that the journal has no reply of."""
+    return ("no answer", failed[digest]) if digest in failed else ("not asked", "")
 
 
 def _rows(
+    items: list[Item],
     config: SynthesizeConfig,
     seeds: list[tuple[str, str]],
     journal: Journal,
@@ -145,52 +160,58 @@ def _rows(
 ) -> dict[str, list[Made]]:
     """Rows by task, in the order of the plan, whatever order the replies came in."""
     made: dict[str, list[Made]] = {}
-    for item in plan(config.generate, config.seed, len(seeds)):
-        request, name = _request(item, config, seeds), config.generate.models[item.model].name
-        if not journal.has(request.key, request.digest):
-            why = failed.get(request.key)
-            verdicts.add(item, name, "not asked" if why is None else "no answer", why or "")
+    for item in items:
+        digest, name = _request(item, config, seeds).digest, config.generate.models[item.model].name
+        if not journal.has(digest):
+            verdicts.add(item, digest, name, *_unanswered(digest, failed))
             continue
         key, document = seeds[item.document] if item.document >= 0 else ("", "")
         try:
-            row = row_of(item, journal.get(request.key).body, document)
+            row = row_of(item, journal.get(digest).body, document)
         except Rejected as error:
-            verdicts.add(item, name, error.reason, error.detail)
+            verdicts.add(item, digest, name, error.reason, error.detail)
             continue
         row = row._replace(pos_ids=[key]) if key else row
-        made.setdefault(item.task.name, []).append(Made(item, request.digest, row))
+        made.setdefault(item.task.name, []).append(Made(item, digest, row))
     return made
 
 
 def _compared(
-    made: dict[str, list[Made]], seeds: list[tuple[str, str]], config: SynthesizeConfig, verdicts: Verdicts
+    made: dict[str, list[Made]],
+    seeds: list[tuple[str, str]],
+    embedder: TextEncoder | None,
+    config: SynthesizeConfig,
+    verdicts: Verdicts,
 ) -> dict[str, list[Made]]:
     """Without duplicates, and without rows that the embedder does not find."""
     kept = {}
     for name, rows in made.items():
-        copies = {place: f"of request {rows[other].item.index}" for place, other in duplicates(rows).items()}
-        kept[name] = _without(copies, rows, "duplicate", config, verdicts)
+        copies = {
+            place: ("duplicate", f"of request {rows[other].item.index}")
+            for place, other in duplicates(rows).items()
+        }
+        kept[name] = _without(copies, rows, config, verdicts)
         kind = rows[0].item.task.kind
         if config.generate.embedder and kept[name] and kind in ("retrieval", "document", "multi-hop"):
             corpus = [text for _, text in seeds] if kind == "document" else []
-            missed = dict.fromkeys(not_found(kept[name], corpus, config.generate), "")
-            kept[name] = _without(missed, kept[name], "not found", config, verdicts)
+            missed = not_found(kept[name], corpus, embedder, config.generate.top_k)
+            kept[name] = _without(dict.fromkeys(missed, ("not found", "")), kept[name], config, verdicts)
     return kept
 
 
 def _without(
-    details: dict[int, str], rows: list[Made], reason: str, config: SynthesizeConfig, verdicts: Verdicts
+    verdict_of: dict[int, tuple[str, str]], rows: list[Made], config: SynthesizeConfig, verdicts: Verdicts
 ) -> list[Made]:
-    """details: by the place of what goes."""
-    for place, detail in sorted(details.items()):
-        item = rows[place].item
-        verdicts.add(item, config.generate.models[item.model].name, reason, detail)
-    return [one for place, one in enumerate(rows) if place not in details]
+    """verdict_of: (verdict, detail) by the place of a row that goes."""
+    for place, (verdict, detail) in sorted(verdict_of.items()):
+        one = rows[place]
+        verdicts.add(one.item, one.digest, config.generate.models[one.item.model].name, verdict, detail)
+    return [one for place, one in enumerate(rows) if place not in verdict_of]
 
 
 def _judged(
     made: dict[str, list[Made]],
-    judge: GeneratorConfig,
+    judge: Generator,
     config: SynthesizeConfig,
     journal: Journal,
     verdicts: Verdicts,
@@ -199,40 +220,44 @@ def _judged(
     """Without rows whose positive is graded below judge_grade, or a negative not below it; where the judge
     gives no grade the row goes too. Of multi-hop rows, whose positives are half an answer each, the
     negatives are judged alone."""
-    wanted: dict[str, tuple[Request, bool]] = {}  # key -> (request, whether its document is a positive)
+    requests: dict[str, Request] = {}
+    looks: dict[int, list[tuple[str, bool]]] = {}  # of a row's request (digest, whether of a positive)
     for one in (one for rows in made.values() for one in rows):
         row, task = one.row, one.item.task
         if task.kind not in ("retrieval", "document", "multi-hop"):
             continue
-        sides = [("p", text) for text in row.pos if task.kind != "multi-hop"]
-        sides += [("n", text) for text in row.neg]
-        for side, text in sides:
+        sides = [(text, True) for text in row.pos if task.kind != "multi-hop"]
+        for text, is_positive in [*sides, *((text, False) for text in row.neg)]:
             prompt = JUDGE.format(instruction=task.instruction, query=row.query, document=text)
-            key = f"judge-{one.item.index}-{side}"
-            wanted[key] = _send(key, judge, prompt, config), side == "p"
-    requests = iter([request for request, _ in wanted.values()])
-    asyncio.run(ask([requests], [_open(judge, config)], journal, config.generate, log))
-    refused = set()
-    for key, (request, is_positive) in wanted.items():
-        grade = _grade(journal, request)
+            request = _send(judge.config, prompt, config, "judge")
+            requests[request.digest] = request
+            looks.setdefault(one.item.index, []).append((request.digest, is_positive))
+    failed = asyncio.run(ask([iter(requests.values())], [judge], journal, config.generate, log))
+    kept = {}
+    for name, rows in made.items():
+        found = [_judgement(looks.get(one.item.index, []), journal, failed, config) for one in rows]
+        verdict_of = {place: verdict for place, verdict in enumerate(found) if verdict is not None}
+        kept[name] = _without(verdict_of, rows, config, verdicts)
+    return kept
+
+
+def _judgement(
+    looks: list[tuple[str, bool]], journal: Journal, failed: dict[str, str], config: SynthesizeConfig
+) -> tuple[str, str] | None:
+    """(verdict, detail) of a row that goes. One bad grade is enough; else all have to be there."""
+    open_looks = []
+    for digest, is_positive in looks:
+        if not journal.has(digest):
+            open_looks.append(digest)
+            continue
+        grade = _grade(journal, digest)
         if grade is None or (grade >= config.generate.judge_grade) != is_positive:
-            refused.add(int(key.split("-")[1]))
-    return {
-        name: _without(
-            {place: "" for place, one in enumerate(rows) if one.item.index in refused},
-            rows,
-            "judge",
-            config,
-            verdicts,
-        )
-        for name, rows in made.items()
-    }
+            return "judge", ""
+    return _unanswered(open_looks[0], failed) if open_looks else None
 
 
-def _grade(journal: Journal, request: Request) -> float | None:
-    if not journal.has(request.key, request.digest):
-        return None
+def _grade(journal: Journal, digest: str) -> float | None:
     try:
-        return check_number(json_object(content(journal.get(request.key).body)).get("grade"), "grade")
+        return check_number(json_object(content(journal.get(digest).body)).get("grade"), "grade")
     except (Rejected, ValueError):
         return None

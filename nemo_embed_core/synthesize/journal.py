@@ -1,11 +1,12 @@
 """What was asked and answered, in one file that only grows: nothing that was paid for is asked again.
 
-output/journal.jsonl, an event a line, of a request by its key and the digest of all that was sent:
+output/journal.jsonl, an event a line, of a request by the digest of all that was sent. No number of the plan
+is in it: the same request is the same one wherever another plan, of more documents say, has it.
 
-{"key", "digest", "event": "sent", "worst"}            before it is sent: what it can cost at most
-{"key", "digest", "event": "refused", "why"}           no answer and no cost: 429, 5xx, no connection
-{"key", "digest", "event": "lost", "why"}              no answer, perhaps paid: timed out, cut; costs `worst`
-{"key", "digest", "event": "reply", "model", "body", "sha256", "tokens": [in, out], "cost"}
+{"digest", "event": "sent", "worst"}            before it is sent: what it can cost at most
+{"digest", "event": "refused", "why"}           no answer and no cost: 429, 503, no connection
+{"digest", "event": "lost", "why"}              no answer, perhaps paid: timed out, cut, 500; costs `worst`
+{"digest", "event": "reply", "model", "body", "sha256", "tokens": [in, out], "cost"}
 
 A reply is fsynced before it counts. After a kill at any point a request that was sent and has no other event
 counts as `worst`, so that a budget holds over any number of kills; it is sent again with the same
@@ -41,8 +42,8 @@ class Journal:
 
     def __init__(self, path: Path, log: Callable[[str], None] = print):
         self.path, self.spent, self.tokens = path, 0.0, [0, 0]
-        self._where: dict[str, tuple[str, int]] = {}  # key -> (digest, where its reply's line begins)
-        self._open: dict[str, list[float]] = {}  # key -> costs of what was sent and has no outcome
+        self._where: dict[str, int] = {}  # digest -> where its reply's line begins
+        self._open: dict[str, list[float]] = {}  # digest -> costs of what was sent and has no outcome
         make_folder(path.parent)
         self._file = path.open("ab+")
         self._read(log)
@@ -66,14 +67,16 @@ class Journal:
             at += len(line)
 
     def _take(self, event: dict[str, Any], at: int) -> None:
-        key, kind = event["key"], event["event"]
+        digest, kind = event["digest"], event["event"]
         if kind == "sent":
-            self._open.setdefault(key, []).append(event["worst"])
+            self._open.setdefault(digest, []).append(event["worst"])
             self.spent += event["worst"]
             return
         if kind not in ("refused", "lost", "reply"):
             raise ValueError(f"the event {kind!r} is not known")
-        worst = self._open[key].pop()
+        worst = self._open[digest].pop()
+        if not self._open[digest]:
+            del self._open[digest]
         if kind == "refused":
             self.spent -= worst
         if kind == "reply":
@@ -81,7 +84,7 @@ class Journal:
                 raise ValueError("the body does not have its sha256")
             self.spent += event["cost"] - worst
             self.tokens = [a + b for a, b in zip(self.tokens, event["tokens"], strict=True)]
-            self._where[key] = event["digest"], at
+            self._where[digest] = at
 
     def _append(self, event: dict[str, Any], durable: bool) -> None:
         line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
@@ -92,29 +95,29 @@ class Journal:
         if durable:
             fsync(self._file.fileno())
         self._take(event, at)
-        failpoint(f"journal.{event['event']}", event["key"])
+        failpoint(f"journal.{event['event']}", event["digest"])
 
-    def sent(self, key: str, digest: str, worst: float) -> None:
+    def sent(self, digest: str, worst: float) -> None:
         """`spent` has it at once: it is what can have been paid."""
-        self._append({"key": key, "digest": digest, "event": "sent", "worst": worst}, durable=False)
+        self._append({"digest": digest, "event": "sent", "worst": worst}, durable=False)
 
-    def refused(self, key: str, digest: str, why: str) -> None:
-        self._append({"key": key, "digest": digest, "event": "refused", "why": why}, durable=False)
+    def refused(self, digest: str, why: str) -> None:
+        self._append({"digest": digest, "event": "refused", "why": why}, durable=False)
 
-    def lost(self, key: str, digest: str, why: str) -> None:
-        self._append({"key": key, "digest": digest, "event": "lost", "why": why}, durable=False)
+    def lost(self, digest: str, why: str) -> None:
+        self._append({"digest": digest, "event": "lost", "why": why}, durable=False)
 
-    def reply(self, key: str, digest: str, reply: Reply) -> None:
-        event = {"key": key, "digest": digest, "event": "reply", "model": reply.model, "body": reply.body}
+    def reply(self, digest: str, reply: Reply) -> None:
+        event = {"digest": digest, "event": "reply", "model": reply.model, "body": reply.body}
         event |= {"sha256": hashlib.sha256(reply.body.encode()).hexdigest()}
         self._append(event | {"tokens": list(reply.tokens), "cost": reply.cost}, durable=True)
 
-    def has(self, key: str, digest: str) -> bool:
-        """Whether this very request was answered; one of another plan has another digest."""
-        return self._where.get(key, ("", 0))[0] == digest
+    def has(self, digest: str) -> bool:
+        """Whether this very request was answered."""
+        return digest in self._where
 
-    def get(self, key: str) -> Reply:
-        self._file.seek(self._where[key][1])
+    def get(self, digest: str) -> Reply:
+        self._file.seek(self._where[digest])
         event = parse(self._file.readline())
         return Reply(event["model"], event["body"], tuple(event["tokens"]), event["cost"])
 

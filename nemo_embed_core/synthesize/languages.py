@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nemo_embed_core.data.statistics import script
+from nemo_embed_core.data.statistics import script, scripts
 
 
 class Language(NamedTuple):
@@ -60,9 +60,10 @@ def is_in(text: str, name: str) -> bool:
     language = LANGUAGES[name]
     if (found := script(text)) not in language.scripts:
         return False
-    if name == "Japanese" and not re.search(r"[\u3040-\u30ff]", text):
-        return len(text) < 12  # without kana: a name, or Chinese
-    if name == "Chinese" and re.search(r"[\u3040-\u30ff]", text):
+    has_kana = "Kana" in scripts(text)
+    if name == "Japanese" and not has_kana:
+        return len(text) < 12  # a name, or Chinese
+    if name == "Chinese" and has_kana:
         return False
     words = re.findall(r"[^\W\d_]+", text.lower())
     hits = {

@@ -1,8 +1,10 @@
 """Which requests are made: a pure function of the seed, so that request i is the same whenever it is asked.
 
 Of each request the task, the generator and the rest (language, persona, topic, lengths, difficulty, clarity,
-label, grade, seed document) are drawn from streams of their own: another mix of tasks or of generators
-changes no other draw, which is what an experiment on the diversity of either needs.
+label, grade) are drawn from streams of their own: another mix of tasks or of generators changes no other
+draw, which is what an experiment on the diversity of either needs. Its seed document is the one whose text's
+hash, mixed with a draw, is the greatest: a document that is added takes over its own share of the requests,
+and one that is renamed or moved none, so that all others are what they were, and paid for.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from nemo_embed_core.config.synthesize import GenerateConfig
+from nemo_embed_core.data.sampler import splitmix64
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.synthesize.tasks import CLARITIES, DIFFICULTIES, PERSONAS, TASKS, TOPICS, Item, Task
 
@@ -21,11 +26,12 @@ SENTENCE_WORDS = ((6, 12), (10, 20), (18, 35))
 KEYWORDS = (2, 6)
 
 
-def plan(config: GenerateConfig, seed: int, num_documents: int) -> Iterator[Item]:
-    """num_documents: seed documents. UserError where a task needs some and there are none."""
-    tasks = {TASKS[name]: weight for name, weight in tasks_of(config, num_documents).items()}
+def plan(config: GenerateConfig, seed: int, documents: Sequence[str]) -> Iterator[Item]:
+    """documents: texts that may be seeds. UserError where a task needs some and there are none."""
+    tasks = {TASKS[name]: weight for name, weight in tasks_of(config, len(documents)).items()}
+    keys_N = np.array([_hash(text) for text in documents], np.uint64)
     for index in range(config.requests):
-        yield _draw(index, tasks, config, seed, num_documents)
+        yield _draw(index, tasks, config, seed, keys_N)
 
 
 def tasks_of(config: GenerateConfig, num_documents: int) -> dict[str, float]:
@@ -45,13 +51,17 @@ def _is_possible(task: Task, config: GenerateConfig, num_documents: int) -> bool
     return num_documents > 0 or task.kind != "document"
 
 
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
 def _stream(seed: int, name: str, index: int) -> random.Random:
     # Of the digest: Random(str) hashes as well, but only by a rule of this Python.
     return random.Random(int.from_bytes(hashlib.sha256(f"{seed}\0{name}\0{index}".encode()).digest()))
 
 
 def _draw(
-    index: int, tasks: dict[Task, float], config: GenerateConfig, seed: int, num_documents: int
+    index: int, tasks: dict[Task, float], config: GenerateConfig, seed: int, keys_N: np.ndarray
 ) -> Item:
     (task,) = _stream(seed, "task", index).choices(list(tasks), list(tasks.values()))
     weights = [model.weight for model in config.models]
@@ -69,9 +79,8 @@ def _draw(
         rest.choice(DIFFICULTIES),
         rest.choice(CLARITIES),
         rest.random(),
-        rest.random(),
     )
-    other, persona, topic, query_words, document_words, difficulty, clarity, share, place = draws
+    other, persona, topic, query_words, document_words, difficulty, clarity, share = draws
     if "keywords" in task.name:
         query_words = KEYWORDS
     return Item(
@@ -88,8 +97,13 @@ def _draw(
         clarity=clarity,
         label=_at(task.labels, share) if task.labels else "",
         grade=int(share * 6) if task.kind == "sts" else -1,
-        document=int(place * num_documents) if task.kind == "document" else -1,
+        document=_seed_document(keys_N, seed, index) if task.kind == "document" else -1,
     )
+
+
+def _seed_document(keys_N: np.ndarray, seed: int, index: int) -> int:
+    """Rendezvous hashing: of N documents each is the greatest for one request in N."""
+    return int(splitmix64(keys_N ^ np.uint64(_hash(f"{seed}\0document\0{index}"))).argmax())
 
 
 def _at(values: Sequence[str], share: float) -> str:

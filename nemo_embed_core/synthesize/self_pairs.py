@@ -28,6 +28,7 @@ from typing import NamedTuple
 from nemo_embed_core.config.synthesize import SelfPairsConfig, Way
 from nemo_embed_core.data.formats.row import Row
 from nemo_embed_core.data.normal_form import normal_form, normal_key
+from nemo_embed_core.data.statistics import scripts
 from nemo_embed_core.synthesize.chunks import chunks, sentences
 from nemo_embed_core.synthesize.documents import Document, is_held_out
 from nemo_embed_core.synthesize.structure import Section
@@ -145,10 +146,10 @@ def _is_query(sentence: str) -> bool:
     words = sentence.split()
     if not (QUERY_CHARS[0] <= len(sentence) <= QUERY_CHARS[1]) or "\n" in sentence:
         return False
-    is_cjk = bool(re.search(r"[\u3040-\u30ff\u4e00-\u9fff]", sentence))
+    has_no_spaces = bool({"Kana", "Han"} & scripts(sentence).keys())
     letters = sum(character.isalpha() or character.isspace() for character in sentence)
     ends = re.search(r"[.!?。！？][\"'”’)]*$", sentence)
-    return bool(ends) and letters >= 0.75 * len(sentence) and (is_cjk or len(words) >= 5)
+    return bool(ends) and letters >= 0.75 * len(sentence) and (has_no_spaces or len(words) >= 5)
 
 
 def _add(split: Split, way: Way, query: str, places: list[int], config: SelfPairsConfig) -> None:

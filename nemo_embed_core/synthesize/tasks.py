@@ -108,7 +108,7 @@ DIFFICULTIES = (
 CLARITIES = ("exact", "a little vague", "that leaves much to be guessed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One request of the plan. document: the number of its seed document, -1: none."""
 

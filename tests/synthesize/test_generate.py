@@ -1,9 +1,11 @@
 """Against an endpoint on this machine that misbehaves (benchmarks/synthesis_server.py): every fault, kills, a
 budget, keys."""
 
+import itertools
 import json
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,10 @@ from benchmarks.synthesis_server import IN_THE_ANSWER, ON_THE_WAY, Server
 from nemo_embed_core.config import DatasetConfig, SynthesizeConfig
 from nemo_embed_core.data.dataset import read_metadata
 from nemo_embed_core.data.readers import read_rows
-from nemo_embed_core.errors import UserError
+from nemo_embed_core.errors import UserError, user_errors
 from nemo_embed_core.files.durable import sha256_folder
+from nemo_embed_core.synthesize import assemble, journal
+from nemo_embed_core.synthesize.client import Endpoint
 from nemo_embed_core.synthesize.generate import generate
 
 pytest.importorskip("openai", reason="the extra [synthesize] (openai) is not installed")
@@ -31,15 +35,20 @@ GUIDE = "# Machines\n\n" + "\n\n".join(
 def config(server: Server, folder: Path, **generating: Any) -> SynthesizeConfig:
     (folder / "in").mkdir(exist_ok=True)
     (folder / "in/guide.md").write_text(GUIDE)
-    model = generating.pop("model", {})
+    model, licences = generating.pop("model", {}), generating.pop("licences", {})
     models = [
-        {"name": name, "base_url": server.url, "max_in_flight": 4, "licence": f"licence of {name}"}
+        {
+            "name": name,
+            "base_url": server.url,
+            "max_in_flight": 4,
+            "licence": licences.get(name, f"licence of {name}"),
+        }
         | {"input_price": 1.0, "output_price": 2.0}
         | model
         for name in generating.pop("names", ("large", "small"))
     ]
     options = {"languages": ["English", "German"], "requests": 60, "timeout_s": 60.0, "backoff_s": 0.0}
-    options |= {"max_output_tokens": 900, "models": models}
+    options |= {"max_output_tokens": 900, "models": models, "tasks": {"question": 1.0, "topic": 1.0}}
     return SynthesizeConfig.from_dict(
         {
             "output": str(folder / "out"),
@@ -51,12 +60,13 @@ def config(server: Server, folder: Path, **generating: Any) -> SynthesizeConfig:
     )
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def verdicts(folder: Path) -> dict[str, str]:
-    """By the digest of the request."""
-    lines = (folder / "out/datasets/verdicts.jsonl").read_text().splitlines()
-    by_key = {str(value["request"]): value["verdict"] for value in map(json.loads, lines)}
-    events = map(json.loads, (folder / "out/journal.jsonl").read_text().splitlines())
-    return {event["digest"]: by_key[event["key"]] for event in events if event["key"] in by_key}
+    """By the digest of the request, in the order of the plan."""
+    return {line["digest"]: line["verdict"] for line in lines(folder / "out/datasets/verdicts.jsonl")}
 
 
 def silent(_: str) -> None:
@@ -64,21 +74,26 @@ def silent(_: str) -> None:
 
 
 def test_every_fault_is_met_and_every_planted_row_is_left_out_for_its_reason(tmp_path: Path) -> None:
-    with Server(dict.fromkeys([*ON_THE_WAY, *IN_THE_ANSWER], 0.04) | {"timeout": 0.01}) as server:
+    with Server(
+        dict.fromkeys([*ON_THE_WAY, *IN_THE_ANSWER], 0.045) | {"timeout": 0.01, "duplicate": 0.15}
+    ) as server:
         options = config(
             server,
             tmp_path,
-            requests=420,
-            timeout_s=6.0,
+            requests=150,
+            timeout_s=1.5,
             tasks={"question": 2.0, "document-question": 1.0, "similarity": 1.0},
         )
-        said: list[str] = []
-        counts = generate(options, said.append)
+        counts = generate(options, silent)
         found = verdicts(tmp_path)
-        assert len(found) == 420
+        assert len(found) == 150
         # Twice only where this machine was too busy to hear the answer in time.
-        events = map(json.loads, (tmp_path / "out/journal.jsonl").read_text().splitlines())
-        lost = {event["digest"] for event in events if event["event"] == "lost"}
+        events: dict[str, set[str]] = {"refused": set(), "lost": set(), "sent": set(), "reply": set()}
+        for line in lines(tmp_path / "out/journal.jsonl"):
+            events[line["event"]].add(line["digest"])
+        lost = events["lost"]
+        assert {server.planted[digest] for digest in events["refused"]} == {"429", "429 without Retry-After"}
+        assert {server.planted[digest] for digest in lost} >= {"timeout", "500", "cut", "half JSON"}
         assert all(count == 1 or digest in lost for digest, count in server.paid.items())
         planted: dict[str, Counter[str]] = {}
         for digest, verdict in found.items():
@@ -137,10 +152,9 @@ def killed(run: Callable[[], object], failpoint: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-def answered(journal: Path) -> dict[str, str]:
-    """{key: digest} of the replies that it has."""
-    events = map(json.loads, journal.read_text().splitlines()) if journal.exists() else ()
-    return {event["key"]: event["digest"] for event in events if event["event"] == "reply"}
+def answered(folder: Path) -> set[str]:
+    """Digests of the replies in its journal."""
+    return {line["digest"] for line in lines(folder / "out/journal.jsonl") if line["event"] == "reply"}
 
 
 @pytest.mark.parametrize("remembers", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -153,13 +167,12 @@ def test_killed_again_and_again_no_pair_is_lost_or_paid_twice(tmp_path: Path, re
         generate(config(server, tmp_path / "whole"), silent)
     with Server(faults, remembers=remembers) as server:
         options = config(server, tmp_path / "killed")
-        journal = tmp_path / "killed/out/journal.jsonl"
         have: set[str] = set()
         for share, event in ((0.1, "sent"), (0.3, "reply"), (0.5, "sent"), (0.3, "reply")):
-            left = [key for key in map(str, range(60)) if key not in answered(journal)]
+            left = [digest for digest in verdicts(tmp_path / "whole") if digest not in have]
             killed(lambda: generate(options, silent), f"journal.{event}@{left[int(share * len(left))]}")
-            assert len(answered(journal)) > len(have) or event == "sent"
-            have, paid, asked = set(answered(journal).values()), dict(server.paid), dict(server.asked)
+            assert have < answered(tmp_path / "killed")
+            have, paid, asked = answered(tmp_path / "killed"), dict(server.paid), dict(server.asked)
         generate(options, silent)
         assert {d: n for d, n in server.paid.items() if d in have} == {
             d: n for d, n in paid.items() if d in have
@@ -169,10 +182,18 @@ def test_killed_again_and_again_no_pair_is_lost_or_paid_twice(tmp_path: Path, re
         # Only what was in flight at a kill, at most 8 requests, can have been answered unknown to us.
         twice = sum(count - 1 for count in server.paid.values())
         assert twice == 0 if remembers else twice <= 4 * 8
-        spent = sum(
-            json.loads(line)["cost"] for line in journal.read_text().splitlines() if '"reply"' in line
-        )
-        assert spent > 0
+        # What was sent and has no outcome stays at its worst, of each kill.
+        unknown: dict[str, list[float]] = {}
+        spent = 0.0
+        for line in lines(tmp_path / "killed/out/journal.jsonl"):
+            if line["event"] == "sent":
+                unknown.setdefault(line["digest"], []).append(line["worst"])
+            else:
+                worst = unknown[line["digest"]].pop()
+                spent += {"reply": line.get("cost"), "lost": worst, "refused": 0.0}[line["event"]]
+        report = json.loads((tmp_path / "killed/out/datasets/report.json").read_text())
+        assert report["spent"] == pytest.approx(spent + sum(map(sum, unknown.values())), rel=1e-9)
+        assert sum(map(len, unknown.values())) >= 4
     assert sha256_folder(tmp_path / "killed/out/datasets/question") == sha256_folder(
         tmp_path / "whole/out/datasets/question"
     )
@@ -185,7 +206,7 @@ def test_a_budget_ends_it_before_it_is_exceeded_and_a_higher_one_goes_on(tmp_pat
         for budget in (0.012, 0.03):
             said: list[str] = []
             generate(config(server, tmp_path, budget=budget), said.append)
-            events = [json.loads(line) for line in (tmp_path / "out/journal.jsonl").read_text().splitlines()]
+            events = lines(tmp_path / "out/journal.jsonl")
             real = sum(event.get("cost", 0.0) for event in events)
             worst = max(event.get("worst", 0.0) for event in events)
             lost = sum(event["event"] == "lost" for event in events) * worst
@@ -213,8 +234,127 @@ def test_an_error_waits_for_what_is_in_flight_and_paid(tmp_path: Path) -> None:
     with Server(delay_s=0.3) as server:
         with pytest.raises(UserError, match=r"absent: 404 of .*there is no such model"):
             generate(config(server, tmp_path, names=("large", "absent")), silent)
-        have = answered(tmp_path / "out/journal.jsonl")
-        assert 0 < len(have) <= 4 and set(have.values()) == set(server.paid)
+        have = answered(tmp_path)
+        assert 0 < len(have) <= 4 and have == set(server.paid)
+
+
+def at_the_third_request(act: Callable[[], object]) -> Callable[[str, object], None]:
+    """In place of the journal's failpoint."""
+    sent = itertools.count(1)
+
+    def failpoint(name: str, at: object) -> None:
+        if name == "journal.sent" and next(sent) == 3:
+            act()
+
+    return failpoint
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_waits_for_what_is_in_flight_and_a_second_one_gives_it_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    before = signal.getsignal(number)
+    with Server(delay_s=0.2) as server:
+        act = at_the_third_request(lambda: os.kill(os.getpid(), number))
+        monkeypatch.setattr(journal, "failpoint", act)
+        with pytest.raises(SystemExit) as end, user_errors():
+            generate(config(server, tmp_path))
+        have = answered(tmp_path)
+        assert end.value.code == code and 3 <= len(have) <= 8 and have == set(server.paid)
+        said = capsys.readouterr()
+        assert f"waiting at most 60 s for {len(have)} that are" in said.out
+        assert f"error: stopped by {number.name}: " in said.err and f"has {len(have)} replies" in said.err
+        assert signal.getsignal(number) is before
+        server.delay_s, start = 5.0, time.monotonic()
+        act = at_the_third_request(lambda: [os.kill(os.getpid(), number) for _ in range(2)])
+        monkeypatch.setattr(journal, "failpoint", act)
+        with pytest.raises(SystemExit) as end, user_errors():
+            generate(config(server, tmp_path))
+        assert end.value.code == code and time.monotonic() - start < 4.0 and answered(tmp_path) == have
+        worst = [line["worst"] for line in lines(tmp_path / "out/journal.jsonl")[2 * len(have) :]]
+        assert f"{sum(worst):.1}" < capsys.readouterr().err.split("replies, ")[1]  # they count as spent
+        server.delay_s = 0.0
+        monkeypatch.setattr(journal, "failpoint", lambda *_: None)
+        generate(config(server, tmp_path), silent)
+        assert have < answered(tmp_path) and all(server.paid[digest] == 1 for digest in have)
+
+
+@pytest.mark.parametrize("where", ["the library", "the disk"])
+def test_any_error_waits_for_what_is_in_flight_and_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("as never before")
+
+    if where == "the disk":
+        monkeypatch.setattr(journal, "failpoint", at_the_third_request(fail))
+    else:
+        complete, calls = Endpoint.complete, itertools.count(1)
+        monkeypatch.setattr(
+            Endpoint, "complete", lambda *args: fail() if next(calls) == 3 else complete(*args)
+        )
+    with Server(delay_s=0.2) as server:
+        with pytest.raises(OSError, match="as never before"):
+            generate(config(server, tmp_path), silent)
+        assert 2 <= len(answered(tmp_path)) <= 7 and answered(tmp_path) == set(server.paid)
+    lost = [line["why"] for line in lines(tmp_path / "out/journal.jsonl") if line["event"] == "lost"]
+    assert lost == (["OSError: as never before"] if where == "the library" else [])
+
+
+def test_another_document_asks_for_its_own_share_alone_and_mixes_no_answers(tmp_path: Path) -> None:
+    asked = {"tasks": {"document-question": 1.0}, "licences": {"small": ""}}
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    with Server() as server:
+        generate(config(server, tmp_path / "one", **asked), silent)
+        before = set(server.paid)
+        (tmp_path / "one/in/a.md").write_text(GUIDE.replace("machine", "engine").partition("## Hall 4")[0])
+        options = config(server, tmp_path / "one", **asked)
+        os.rename(tmp_path / "one/in/guide.md", tmp_path / "one/in/z.md")
+        generate(options, silent)
+        assert 3 < len(server.paid.keys() - before) < 30 and set(server.paid.values()) == {1}
+        assert len(verdicts(tmp_path / "one").keys() & before) > 30
+    with Server() as server:  # the same answers to the same requests, of a journal that was never another's
+        options = config(server, tmp_path / "other", **asked)
+        for name in ("a.md", "z.md"):
+            (tmp_path / "other/in" / name).write_bytes((tmp_path / "one/in" / name).read_bytes())
+        (tmp_path / "other/in/guide.md").unlink()
+        generate(options, silent)
+    whole = tmp_path / "one/out/datasets/document-question", tmp_path / "other/out/datasets/document-question"
+    assert sha256_folder(whole[0]) == sha256_folder(whole[1])
+    assert read_metadata(whole[0]).licence == "licence of large, unknown (small), CC0-1.0"
+
+
+def test_datasets_of_an_earlier_call_stay_until_the_new_ones_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Server() as server:
+        generate(config(server, tmp_path, requests=9, licences={"large": "", "small": ""}), silent)
+        before = sha256_folder(tmp_path / "out/datasets")
+        assert read_metadata(next((tmp_path / "out/datasets").glob("*/"))).licence in ("", "CC0-1.0")
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(assemble, "write_bytes", lambda *_: 1 / 0)
+            generate(config(server, tmp_path, requests=20), silent)
+        assert sha256_folder(tmp_path / "out/datasets") == before
+        generate(config(server, tmp_path, requests=20), silent)
+        assert len(verdicts(tmp_path)) == 20
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["datasets", "journal.jsonl", "lock"]
+
+
+@pytest.mark.parametrize(
+    "absent, says",
+    [({"judge": {"name": "nowhere"}}, "nowhere is no model folder"), ({"embedder": "nowhere"}, "nowhere")],
+)
+def test_a_model_that_is_not_there_is_met_before_anything_is_asked(
+    tmp_path: Path, absent: dict[str, Any], says: str
+) -> None:
+    with Server() as server, pytest.raises(UserError, match=says):
+        generate(config(server, tmp_path, **absent), silent)
+    assert not server.asked
 
 
 KEY = "sk-very-secret-0123456789"
@@ -241,7 +381,7 @@ def test_a_key_comes_from_the_environment_and_stands_nowhere(
         assert KEY not in str(error.value)
         server.refuse_with = None
         monkeypatch.setenv("TOY_KEY", KEY)
-        generate(config(server, tmp_path, model=model))
+        generate(config(server, tmp_path, model=model, tasks={}))  # all that there are
         assert len(server.paid) == 60
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     printed = capfd.readouterr()
@@ -273,14 +413,35 @@ def test_a_judge_leaves_out_rows_that_it_grades_otherwise(tmp_path: Path) -> Non
     negative."""
     with Server() as server:
         judge = {"name": "judge", "base_url": server.url}
-        generate(config(server, tmp_path, tasks={"question": 3.0, "topic": 1.0}, judge=judge), silent)
-        lines = [
-            json.loads(line) for line in (tmp_path / "out/datasets/verdicts.jsonl").read_text().splitlines()
-        ]
-        found = Counter((line["task"], line["verdict"]) for line in lines)
+        tasks = {"question": 3.0, "topic": 1.0}
+        generate(config(server, tmp_path, tasks=tasks), silent)
+        generate(config(server, tmp_path, tasks=tasks, judge=judge, budget=0.0), silent)  # out of budget
+        found = Counter(
+            (line["task"], line["verdict"]) for line in lines(tmp_path / "out/datasets/verdicts.jsonl")
+        )
+        assert found.keys() == {("question", "not asked"), ("topic", "accepted")}
+        generate(config(server, tmp_path, tasks=tasks, judge=judge), silent)
+        found = Counter(
+            (line["task"], line["verdict"]) for line in lines(tmp_path / "out/datasets/verdicts.jsonl")
+        )
         assert found["topic", "judge"] == 0 < found["topic", "accepted"]
         assert 3 < found["question", "accepted"] < found["question", "judge"]
         assert server.paid.total() == 60 + 2 * (found["question", "accepted"] + found["question", "judge"])
+
+
+def test_a_judge_grades_a_document_once_for_its_query(tmp_path: Path) -> None:
+    with Server() as server:
+        judge = {"name": "judge", "base_url": server.url}
+        counts = generate(config(server, tmp_path, tasks={"document-question": 1.0}, judge=judge), silent)
+    bodies = [
+        json.loads(line["body"])
+        for line in lines(tmp_path / "out/journal.jsonl")
+        if line.get("model") == "judge"
+    ]
+    grades = Counter(json.loads(body["choices"][0]["message"]["content"])["grade"] for body in bodies)
+    found = Counter(verdicts(tmp_path).values())
+    assert found["accepted"] == counts["document-question"]["queries"] == grades[5] > 10
+    assert found["judge"] == grades[0] > 10
 
 
 def test_one_process_at_a_time_writes_into_a_folder(tmp_path: Path) -> None:

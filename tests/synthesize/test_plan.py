@@ -16,9 +16,12 @@ from nemo_embed_core.synthesize.tasks import TASKS, ask
 LARGE, SMALL = GeneratorConfig(name="large"), GeneratorConfig(name="small", weight=3.0)
 
 
-def items(seed: int = 7, num_documents: int = 9, **options: Any) -> list[Any]:
+DOCUMENTS = [f"The text of document {i}." for i in range(9)]
+
+
+def items(seed: int = 7, documents: list[str] = DOCUMENTS, **options: Any) -> list[Any]:
     options = {"models": [LARGE, SMALL], "languages": ["English", "Chinese"], "requests": 400} | options
-    return list(plan(GenerateConfig(**options), seed, num_documents))
+    return list(plan(GenerateConfig(**options), seed, documents))
 
 
 def test_names_of_tasks_and_languages_are_those_of_the_options() -> None:
@@ -47,14 +50,25 @@ def test_draws_have_their_weights() -> None:
     assert 0.72 < sum(item.model for item in found) / 4000 < 0.78
     grades = Counter(item.grade for item in found if item.task.name == "similarity")
     assert set(grades) == set(range(6)) and min(grades.values()) > 100
-    assert {item.document for item in items(tasks={"document-question": 1.0})} == set(range(9))
+    documents = Counter(item.document for item in items(tasks={"document-question": 1.0}, requests=900))
+    assert set(documents) == set(range(9)) and 70 < min(documents.values()) < max(documents.values()) < 130
+
+
+def test_a_document_that_is_added_takes_its_share_and_one_that_moves_none() -> None:
+    tasks = {"document-question": 1.0}
+    before = [DOCUMENTS[item.document] for item in items(tasks=tasks)]
+    moved = [*reversed(DOCUMENTS[:4]), "A new one.", *DOCUMENTS[4:]]
+    after = [moved[item.document] for item in items(documents=moved, tasks=tasks)]
+    new = [text for text in after if text == "A new one."]
+    assert 20 < len(new) < 65  # of 400
+    assert all(text in (other, "A new one.") for text, other in zip(after, before, strict=True))
 
 
 def test_only_tasks_that_can_be_asked_for() -> None:
-    names = {item.task.name for item in items(num_documents=0, languages=["English"])}
+    names = {item.task.name for item in items(documents=[], languages=["English"])}
     assert names == set(TASKS) - {"document-question", "document-keywords", "translation"}
     with pytest.raises(UserError, match="document-question needs documents"):
-        items(num_documents=0, tasks={"document-question": 1.0})
+        items(documents=[], tasks={"document-question": 1.0})
     with pytest.raises(UserError, match="translation needs two languages"):
         items(languages=["English"], tasks={"translation": 1.0})
 

@@ -1,10 +1,13 @@
 """Folders of documents into pairs: what is a query of what, and which split it is in."""
 
+import errno
 import gzip
 import io
+import os
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -131,6 +134,13 @@ def test_held_out_documents_are_whole_and_no_text_is_in_both_splits(tmp_path: Pa
     }
 
 
+def test_a_sentence_of_a_script_without_spaces_is_a_query(tmp_path: Path) -> None:
+    found = ["獾住在森林里的地下洞穴中。", "它们在夜间出来寻找食物和水。", "冬天的时候它们很少离开洞穴。"]
+    run(write(tmp_path / "in", a_md="".join(found)), tmp_path / "out", ways=["sentence"], min_chars=20)
+    (query,) = rows(tmp_path / "out/train")
+    assert query in found
+
+
 def test_a_heading_of_many_chunks_tells_nothing_and_is_left_out(tmp_path: Path) -> None:
     files = {
         f"m{i}_rst": f"Parameters of it\n==================\n\n{BODY.format(f'kind {i}', i)}\n"
@@ -143,18 +153,43 @@ def test_a_heading_of_many_chunks_tells_nothing_and_is_left_out(tmp_path: Path) 
     assert len(rows(tmp_path / "of4/train")["Parameters of it"]) == 4  # one row with all of them
 
 
-def test_what_is_not_read_is_counted_by_reason_and_the_same_bytes_come_again(tmp_path: Path) -> None:
+def locked(scandir: Any) -> Any:
+    """For root as well, who may read every folder."""
+
+    def without(path: Any) -> Any:
+        if str(path).endswith("/locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    return without
+
+
+def test_what_is_not_read_is_counted_by_reason_and_the_same_bytes_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write(
         tmp_path / "in", a_md=GUIDE, b_md_gz=GUIDE.replace("  ", " ").upper(), sub__c_txt="  \n", d_png="x",
         e_txt="a\0b", f_py="def (", _hidden_md=GUIDE,
     )  # fmt: skip
     (folder / "g.txt").write_bytes(b"\xff\xfe")
     (folder / "h.txt.gz").write_bytes(gzip.compress(GUIDE.encode())[:40])
+    Path(os.fsdecode(bytes(folder) + b"/caf\xe9.md")).write_text(GUIDE.replace("machine", "engine"))
+    (folder / "i.txt").symlink_to("nothing")
+    (folder / "j.txt").symlink_to("/proc/self/mem")  # opens, and cannot be read
+    os.mkfifo(folder / "k.txt")
+    (folder / "locked").mkdir()
+    monkeypatch.setattr(os, "scandir", locked(os.scandir))
     _, said = run(folder, tmp_path / "one")
     for reason in ("a copy of an earlier document (first: b.md.gz)", "no content (first: sub/c.txt)",
                    "another suffix (.png 1)", "binary (first: e.txt)", "not UTF-8 (first: g.txt)",
-                   "damaged gzip (first: h.txt.gz)", "SyntaxError (first: f.py)"):  # fmt: skip
-        assert f"1 files left out: {reason}" in said or f": {reason}" in said, (reason, said)
+                   "damaged gzip (first: h.txt.gz)",
+                   "cannot be read (No such file or directory) (first: i.txt)",
+                   "cannot be read (Input/output error) (first: j.txt)", "no ordinary file (first: k.txt)",
+                   "a folder that cannot be read (Permission denied) (first: locked)",
+                   "not Python that this interpreter reads: SyntaxError (first: f.py)"):  # fmt: skip
+        assert f"in: 1 files left out: {reason}\n" in said, (reason, said)
+    ids = pq.read_table(tmp_path / "one/train/corpus.parquet")["id"].to_pylist()
+    assert {key.partition("#")[0] for key in ids} == {"a.md", r"caf\xe9.md"}
     run(folder, tmp_path / "two")
     assert sha256_folder(tmp_path / "one") == sha256_folder(tmp_path / "two")
 
