@@ -133,8 +133,10 @@ def mixed_cases() -> list[dict[str, Any]]:
                     "optim": {**optim, "eps": 0.1},
                 }
             cases.append(case)
-        terms = TERMS[LAYOUTS.index(layout) % len(TERMS)]
-        cases.append({**cases[-2], "dtype": "fp64", "seed": 30, "loss": {"temperature": 0.05, **terms}})
+        # All where ranks share a batch and nothing else; elsewhere one by turns.
+        one = [TERMS[LAYOUTS.index(layout) % len(TERMS)]]
+        for terms in TERMS if layout == (1, False, 2, 1) else one:
+            cases.append({**cases[-2], "dtype": "fp64", "seed": 30, "loss": {"temperature": 0.05, **terms}})
     return cases
 
 
