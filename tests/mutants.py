@@ -65,17 +65,15 @@ class Mutant(NamedTuple):
     no_bug: str = ""  # why nothing has to notice
 
 
-CONTRASTIVE, OBJECTIVE, MATRYOSHKA, DISTILL, GRADED = (
-    f"nemo_embed_core/loss/{name}.py"
-    for name in ("contrastive", "objective", "matryoshka", "distill", "graded")
+CONTRASTIVE, OBJECTIVE, DISTILL, GRADED = (
+    f"nemo_embed_core/loss/{name}.py" for name in ("contrastive", "objective", "distill", "graded")
 )
 TEST_GRADED = "tests/loss/test_graded.py"
 STEP = "nemo_embed_core/train/step.py"
-OPTIM, SCHEDULE, TEMPERATURE = (
-    f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule", "temperature")
-)
-ENGINE, TRAINER, PREFETCH, RUN_STATE = (
-    f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch", "run_state")
+OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
+ENGINE, TRAINER, PREFETCH, RUN_STATE, TEMPERATURE = (
+    f"nemo_embed_core/train/{name}.py"
+    for name in ("engine", "trainer", "prefetch", "run_state", "temperature")
 )
 EVALUATION, DEV_TESTS = "nemo_embed_core/train/evaluate.py", "tests/train/test_evaluate.py"
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
@@ -109,13 +107,15 @@ MUTANTS = [
     Mutant("a query stands for any document of its row", CONTRASTIVE, "columns.ids_P[::count]", "columns.ids_P[count - 1 :: count]", "tests/loss/test_contrastive.py"),
     Mutant("a positive is contrasted with its row's own negatives", CONTRASTIVE, "torch.cat([known_BJ, own_BK], 1)", "known_BJ", "tests/loss/test_contrastive.py"),
     Mutant("the margin counts from 0", CONTRASTIVE, "limits_B = positive_B.detach() + loss", "limits_B = 0 * positive_B.detach() + loss", "tests/loss/test_contrastive.py"),
-    Mutant("own negatives above the margin count", CONTRASTIVE, "negative_BK & (_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])", "negative_BK", "tests/loss/test_contrastive.py"),
+    Mutant("own negatives above the margin count", CONTRASTIVE, "negative_BK & (own_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])", "negative_BK", "tests/loss/test_contrastive.py"),
     Mutant("further terms are not relative to the positive", CONTRASTIVE, "extra_B - positive_B / temperature", "extra_B - positive_B.detach() / temperature", "tests/loss/test_contrastive.py"),
     Mutant("rows without in_batch are not joined", STEP, "loss.couples_rows and len", 'loss.in_batch != "none" and len', DP2),
     Mutant("each rank learns a temperature of its own", TEMPERATURE, "all_reduce_(self.log.grad, dp_group)", "self.log.grad", DP2),
     Mutant("the temperature's gradient is the sum over ranks", TEMPERATURE, ".div_(dp_group.size())", "", DP2),
     Mutant("the temperature learns at the weights' rate", TEMPERATURE, "self._lr * lr / self._peak", "lr", LOSS),
     Mutant("the temperature adds its gradients up over steps", ENGINE, "self.temperature.drop_gradient()\n            log", "pass\n            log", LOSS),
+    Mutant("a learned temperature leaves its range", TEMPERATURE, "self.log.clamp_(*map(math.log, TEMPERATURE_RANGE))", "pass", "tests/train/test_temperature.py"),
+    Mutant("a refused step moves the temperature", TEMPERATURE, "finite.to(self.log.dtype)", "torch.ones_like(self.log)", "tests/train/test_temperature.py"),
     Mutant("a resumed run forgets the temperature's moments", TEMPERATURE, "value.fill_(values[name])", "pass", "tests/train/test_temperature.py"),
     Mutant("own documents are scored in bf16", CONTRASTIVE, "return run if in_batch else torch.promote_types(run, torch.float32)", "return run", "tests/loss"),
     Mutant("in-batch rows are scored in fp32, and timed in bf16", CONTRASTIVE, "gather_tokens(local, dp_group, dtype)", "gather_tokens(local, dp_group)", "tests/kernels/test_benchmark.py -k training"),
@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant("known positives of a micro-batch instead of the batch", PACKING, "pad_to_multiple, known_BJ[bin_], most", "pad_to_multiple, None, most", f"tests/data/test_packing.py {ORACLE}"),
     Mutant("missing slots count in the negatives' similarity", CONTRASTIVE, "negatives = scores.masked_fill(~exists, 0.0).sum()", "negatives = scores.sum()", "tests/loss"),
     Mutant("a temperature that never arrives", OBJECTIVE, "loss.temperature if log_temperature is None", "0.02 if log_temperature is None", LOSS),
-    Mutant("in-batch mode that never arrives", CONTRASTIVE, 'if loss.in_batch == "all" else 1', "if False else 1", LOSS),
+    Mutant("in-batch mode that never arrives", CONTRASTIVE, "count = max(1, num_documents)", "count = 1", LOSS),
     Mutant("the teacher's scores are divided by the student's temperature", OBJECTIVE, "kl(groups, temperature, loss.kl_temperature)", "kl(groups, temperature, loss.temperature)", "tests/loss/test_distill.py"),
     Mutant("documents without a score are distilled", DISTILL, "& groups.teacher_BM.isfinite()", "", "tests/loss/test_distill.py"),
     Mutant("negatives that are right are distilled", DISTILL, "torch.cat([groups.mask_BM[:, :1], groups.negative_BK], 1)", "groups.mask_BM", "tests/loss/test_distill.py"),
@@ -135,6 +135,7 @@ MUTANTS = [
     Mutant("scores move to other documents where a text stands twice", COMPILE, "found.setdefault(doc_id, score)", "found[doc_id] = score", "tests/data/test_scores.py"),
     Mutant("scores move where a negative is left out", "nemo_embed_core/data/judge.py", '"negative_scores.npy": scores_N[kept_N]', '"negative_scores.npy": scores_N[: kept_N.sum()]', "tests/data/test_scores.py"),
     Mutant("scores of a batch are those of other rows", "nemo_embed_core/data/store.py", "scores_BM[row[entry], column + (columns.start or 0)] = scores[at[entry]]", "scores_BM[row[entry], column + (columns.start or 0)] = scores[entry]", "tests/data/test_scores.py"),
+    Mutant("the document of a graded pair is right", "nemo_embed_core/data/judge.py", "np.isnan(grades_R)[row_P]", "row_P >= 0", "tests/data/test_scores.py"),
     Mutant("a loss without its scores goes unseen", "nemo_embed_core/train/preflight.py", "        _check_scores(config, store)\n", "", "tests/data/test_scores.py"),
     Mutant("the first layers are kept, whichever are named", "nemo_embed_core/checkpoint/kept_layers.py", "self._layers[int(number)]", "int(number)", "tests/train/test_init_layers.py"),
     Mutant("pairs of equal grades are ordered", GRADED, "grade[:, None] > grade[None, :]", "grade[:, None] >= grade[None, :]", TEST_GRADED),
@@ -143,11 +144,11 @@ MUTANTS = [
     Mutant("graded pairs are positives", OBJECTIVE, "losses_B.masked_fill(_is_graded(groups), 0.0)", "losses_B", TEST_GRADED),
     Mutant("graded pairs of a micro-batch alone are compared", STEP, "loss.couples_rows and len", "loss.has_in_batch and len", TEST_GRADED),
     Mutant("graded pairs without a negative are left out", POPULATION, "lone &= np.isnan(store.row_grades)", "pass", TEST_GRADED),
-    Mutant("cut rows are not normalised", MATRYOSHKA, "F.normalize(rows[..., :dim].to(wide), dim=-1)", "rows[..., :dim]", "tests/loss/test_contrastive.py"),
+    Mutant("cut rows are not normalised", "nemo_embed_core/model/pooling.py", "unit(rows[..., :dim].to(wide))", "rows[..., :dim]", "tests/loss/test_contrastive.py"),
     Mutant("weights of widths never arrive", OBJECTIVE, "factor = weight * own_weight", "factor = own_weight", "tests/loss/test_contrastive.py"),
     Mutant("a width is logged with its weight", OBJECTIVE, "sums.append(losses_B.detach().double()", "sums.append(losses[-1].detach().double()", "tests/loss/test_contrastive.py"),
     Mutant("a model forgets its widths", "nemo_embed_core/checkpoint/source.py", 'if name != "dims" or entry}', 'if name != "dims"}', "tests/evaluation/test_encoders.py"),
-    Mutant("cut vectors are not normalised", "nemo_embed_core/encoders/embedder.py", "torch.nn.functional.normalize(rows.float()[:, : self.dim], dim=-1)", "rows.float()[:, : self.dim]", "tests/evaluation/test_encoders.py"),
+    Mutant("cut vectors are not normalised", "nemo_embed_core/encoders/embedder.py", "cut_rows(rows, self.dim)", "rows[:, : self.dim]", "tests/evaluation/test_encoders.py"),
     Mutant("mean over the micro-batch instead of the batch", STEP, "(losses_B.sum() / rows).backward()", "losses_B.mean().backward()", DP2),
     Mutant("GradCache forgets the first micro-batch", STEP, "with_graph.backward(e.grad)", "with_graph.backward(e.grad * min(i, 1))", LOSS),
     Mutant("a reduce-scatter after every micro-batch", FSDP, "set_requires_gradient_sync(is_last or not whole)", "set_requires_gradient_sync(True)", WIRE),
@@ -171,6 +172,7 @@ MUTANTS = [
     Mutant("the largest micro-batch leaves its gradients", ENGINE, "self.forward_backward(batches, before)\n        self.drop_step()", "self.forward_backward(batches, before)", TEST_REHEARSAL),
     Mutant("the largest micro-batch is that of this rank's steps", TRAINER, "Most.of(gather_objects(mine))", "mine", TEST_REHEARSAL),
     Mutant("the largest micro-batch is run alone where gradients add up", SHAPES, "count = min(2, self.micro_batches)", "count = 1", f"tests/data/test_packing.py {TEST_REHEARSAL}"),
+    Mutant("the largest micro-batch is of no graded pairs", SHAPES, "grades=torch.zeros(b) if loss.cosent_weight else None", "grades=None", "tests/data/test_packing.py tests/plan/test_plan.py"),
     Mutant("the largest micro-batch has no padding", SHAPES, "here = T, len(lengths) + (pad > 0)", "here = real, len(lengths)", "tests/data/test_packing.py"),
     Mutant("the largest micro-batch has a mean text for its longest", SHAPES, "rest = self.tokens - self.longest", "rest = self.tokens - self.tokens // self.sequences", "tests/data/test_packing.py"),
     Mutant("a run on a GPU begins without the largest micro-batch", TRAINER, 'self.mesh.device.type == "cuda" and', 'self.mesh.device.type == "cpu" and', TEST_REHEARSAL),
@@ -260,7 +262,7 @@ MUTANTS = [
     Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD, again, amax), residual_TD", "return self.mlp(x_TD, again, amax), x_TD", f"{LAYOUT}[tp1-dp1]"),
     Mutant("selective recomputation saves it all", LAYERS, "return again if", "return saved if", RECOMPUTE),
     Mutant("a norm is made again of what stands before it", LLAMA, "(lambda: norm(kept)[0])", "(lambda: norm(kept)[1])", RECOMPUTE),
-    Mutant("sums instead of means under sequence parallelism", POOLING, "unit(sums_ND / segments.cu_seqlens.diff()[:, None].to(sums_ND.dtype))", "unit(sums_ND)", TP2_SP,
+    Mutant("sums instead of means under sequence parallelism", POOLING, "unit(sums_ND / segments.cu_seqlens.diff().clamp(min=1)[:, None].to(sums_ND.dtype))", "unit(sums_ND)", TP2_SP,
            no_bug="the rows are scaled to unit length next, and their length is no part of the gradient; the division keeps sums in range"),
     Mutant("pooled rows are gathered and their gradients doubled", POOLING, "return reduce_from_tp(shares_ND, tp.group)", "return reduce_from_tp(shares_ND, tp.group) * 2 - reduce_from_tp(shares_ND, tp.group).detach()", TP2_SP),
     Mutant("pooled under sequence parallelism without the shard's offset", POOLING, "token_offset=tp.rank * hidden_TD.shape[0]", "token_offset=0", TP2_SP),

@@ -81,6 +81,7 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
         ["multiples of 16", "64 x 120; use precision=bf16"],
     ),
     (["--model.head_dim=7"], ["head_dim=7 must be even"]),
+    (["--model.model_type=ministral3"], ["model_type=ministral3 needs a rope_scaling.llama_4_scaling_beta"]),
     (["--model.vocab_size=100"], ["model.vocab_size=100", "tokenizer makes ids up to"]),
     (["--tokenizer="], ["tokenizer is not set"]),
     (["--tokenizer=nowhere"], ["nowhere"]),

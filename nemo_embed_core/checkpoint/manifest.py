@@ -72,6 +72,15 @@ _MANIFEST: dict[str, Any] = {
     "tensors": {str: {"dtype": str, "shape": [_COUNT]}},
     "pieces": {str: [_BLOCK]},
 }
+# The same of fields that older checkpoints, or runs without them, do not have.
+_OPTIONAL: dict[str, Any] = {
+    "overrides": [dict],
+    "eval": {},
+    "skipped": _COUNT,
+    "recent_losses": [float],
+    "drawn": {str: [_COUNT]},
+    "temperature": {"log": float, "step": float, "exp_avg": float, "exp_avg_sq": float},
+}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -148,8 +157,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: its digest differs from what it holds; the file was changed or damaged"
         )
     _conform(manifest, _MANIFEST, str(path))
-    _conform(manifest.setdefault("overrides", []), [dict], f"{path}: overrides")
-    _conform(manifest.setdefault("eval", {}), {}, f"{path}: eval")
+    manifest = {"overrides": [], "eval": {}, **manifest}
+    for name, schema in _OPTIONAL.items():
+        if name in manifest:
+            _conform(manifest[name], schema, f"{path}: {name}")
     if "best" in manifest["eval"]:
         _conform(manifest["eval"]["best"], {"step": _COUNT, "value": float}, f"{path}: eval: best")
     if step_of(folder.name) not in (-1, manifest["step"]):

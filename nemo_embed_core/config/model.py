@@ -11,6 +11,7 @@ from nemo_embed_core.options import Options
 
 Pooling = Literal["mean", "last", "cls", "weightedmean"]
 ModelType = Literal["llama", "mistral", "ministral3", "qwen2", "qwen3"]
+Q_SCALED: ModelType = "ministral3"  # its q has a factor that grows with its position, by llama_4_scaling_beta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,10 @@ class ModelConfig(Options, section="model"):
                     "change one or set model.head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        has_scale = self.rope_scaling is not None and self.rope_scaling.llama_4_scaling_beta is not None
+        if has_scale != (self.model_type == Q_SCALED):
+            has = "has no" if has_scale else "needs a"
+            raise UserError(f"model.model_type={self.model_type} {has} rope_scaling.llama_4_scaling_beta")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
 

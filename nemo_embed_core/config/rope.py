@@ -42,7 +42,8 @@ class RopeScaling(Options, section="rope_scaling"):
     mscale_all_dim: float | None = None
     """yarn: as above."""
     llama_4_scaling_beta: float | None = None
-    """Ministral 3: b in 1 + b ln(1 + floor(position / original_max_position_embeddings)), a factor of q."""
+    """yarn of Ministral 3: b in 1 + b ln(1 + floor(position / original_max_position_embeddings)), a factor
+    of q."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +53,11 @@ class RopeScaling(Options, section="rope_scaling"):
                 continue
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise UserError(f"rope_scaling.{f.name}={value!r} must be a positive number")
+        if self.llama_4_scaling_beta is not None and self.rope_type != "yarn":
+            raise UserError(
+                f"rope_scaling.llama_4_scaling_beta={self.llama_4_scaling_beta} is of rope_type=yarn, not "
+                f"{self.rope_type}"
+            )
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) >= getattr(self, high):
                 raise UserError(

@@ -52,6 +52,7 @@ class ParallelConfig(Options, section="parallel"):
 
 
 TERMS = ("info_nce", "kl", "margin_mse", "cosent")  # of the loss; each has a weight
+TEMPERATURE_RANGE = (0.005, 1.0)  # of one that is learned: the kernels are tested in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +102,10 @@ class LossConfig(Options, section="loss"):
             raise UserError(f"loss.temperature={self.temperature} must be positive; the paper uses 0.02")
         if not self.temperature_lr >= 0:
             raise UserError(f"loss.temperature_lr={self.temperature_lr} must not be negative; 0: not learned")
-        if self.temperature_lr and not 0.005 <= self.temperature <= 1:
+        low, high = TEMPERATURE_RANGE
+        if self.temperature_lr and not low <= self.temperature <= high:
             raise UserError(
-                f"loss.temperature={self.temperature} must lie between 0.005 and 1, where "
+                f"loss.temperature={self.temperature} must lie between {low:g} and {high:g}, where "
                 "loss.temperature_lr learns it"
             )
         margin = self.false_negative_margin
@@ -116,6 +118,11 @@ class LossConfig(Options, section="loss"):
         if any(weight < 0 for weight in terms.values()) or not any(terms.values()):
             said = ", ".join(f"{name}={weight:g}" for name, weight in terms.items())
             raise UserError(f"loss: {said} must not be negative, and one of them positive")
+        if self.temperature_lr and not self.info_nce_weight and not self.kl_weight:
+            raise UserError(
+                f"loss.temperature_lr={self.temperature_lr} learns a temperature that no term has: "
+                "loss.info_nce_weight and loss.kl_weight are 0; set one of them, or temperature_lr to 0"
+            )
         for name in ("kl_temperature", "cosent_temperature"):
             if not getattr(self, name) > 0:
                 raise UserError(f"loss.{name}={getattr(self, name)} must be positive")
@@ -135,8 +142,9 @@ class LossConfig(Options, section="loss"):
 
     @property
     def has_in_batch(self) -> bool:
-        """Whether other rows bring candidates."""
-        return self.in_batch != "none" or self.query_query or self.document_document
+        """Whether other rows bring candidates, to InfoNCE."""
+        others = self.in_batch != "none" or self.query_query or self.document_document
+        return self.info_nce_weight > 0 and others
 
     @property
     def couples_rows(self) -> bool:
@@ -145,9 +153,34 @@ class LossConfig(Options, section="loss"):
 
     def columns(self, num_hard_negatives: int) -> int:
         """Documents of a row that are gathered over the global batch."""
+        if not self.has_in_batch:
+            return 0
         if self.in_batch == "none":
             return int(self.document_document)
         return 1 + num_hard_negatives if self.in_batch == "all" else 1
+
+    @property
+    def has_query_columns(self) -> bool:
+        """Whether queries are gathered over the global batch."""
+        return self.has_in_batch and self.query_query
+
+    def why_zero(self, num_hard_negatives: int, batch_size: int) -> str:
+        """Of a term with a weight that is 0 in every batch: why, and what to change; "": there is none."""
+        few = f"data.num_hard_negatives={num_hard_negatives}"
+        if self.info_nce_weight and not num_hard_negatives and not (self.has_in_batch and batch_size > 1):
+            return (
+                f"no negatives: {few}, loss.in_batch={self.in_batch} and global_batch_size={batch_size} "
+                "leave the positive alone in the softmax; give hard negatives, set loss.in_batch=positives "
+                "with a batch of at least 2, or loss.info_nce_weight=0"
+            )
+        if self.needs_scores and not num_hard_negatives:
+            return (
+                f"no negatives: {few} leaves loss.kl_weight and loss.margin_mse_weight the positive alone of "
+                "each query's documents; give hard negatives, or set both to 0"
+            )
+        if self.cosent_weight and batch_size < 2:
+            return "loss.cosent_weight compares pairs of a batch: raise global_batch_size=1, or set it to 0"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,16 +370,8 @@ class TrainConfig(Options):
             raise UserError(
                 f"spike_zscore={self.spike_zscore} must be positive; on_spike=ignore switches the check off"
             )
-        if self.data.num_hard_negatives == 0 and not self.loss.couples_rows:
-            raise UserError(
-                "no negatives: data.num_hard_negatives=0 and loss.in_batch=none leave the positive alone in "
-                "the softmax and the loss is 0; set loss.in_batch=positives or give hard negatives"
-            )
-        if self.global_batch_size == 1 and self.data.num_hard_negatives == 0:
-            raise UserError(
-                "no negatives: global_batch_size=1 and data.num_hard_negatives=0 leave the positive alone "
-                "in the softmax"
-            )
+        if why := self.loss.why_zero(self.data.num_hard_negatives, self.global_batch_size):
+            raise UserError(f"{why}: the term would be 0 in every step")
 
     @property
     def num_steps(self) -> int:

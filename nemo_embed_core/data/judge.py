@@ -4,6 +4,7 @@ Two documents are the same when their texts have one normal form (data/normal_fo
 are equal after truncation, and so are two that are the same as a third. A negative that is the same as a
 positive of its row, as a positive of another row with the same query, or as the query itself would be pushed
 away although it is right: it is left out. So is a positive, or the query, of a row of the same class (group).
+The document of a graded pair is no positive here.
 All other kinds are counted and stay.
 
 # R rows · D documents · P, N positives and negatives of all rows, end to end
@@ -44,6 +45,7 @@ def judge(
     document_rows_D, lines_R = ints("document_rows"), ints("row_lines")
     R, D = len(lines_R), len(document_rows_D)
     row_P, row_N = np.repeat(np.arange(R), num_positives_R), np.repeat(np.arange(R), num_negatives_R)
+    grades_R = np.fromfile(folder / "row_grades.part", "<f4")
 
     # The queries stand behind the documents, so that a query finds the document that it is.
     text_all = _first_equal(np.concatenate([keys("document_keys"), keys("query_keys")]))
@@ -54,7 +56,9 @@ def judge(
     _, group_R = np.unique(_first_equal(keys("group_keys")), return_inverse=True)
 
     # What is never a negative: pairs (group, document) as one number; classes are groups behind the others.
-    rows, documents = [row_P], [same_D[positives_P]]
+    # The document of a graded pair may be as wrong for its query as any other.
+    is_right_P = np.isnan(grades_R)[row_P]
+    rows, documents = [row_P[is_right_P]], [same_D[positives_P[is_right_P]]]
     for by_R in (by_text_R, by_token_R):
         rows.append(np.flatnonzero(by_R >= 0))
         documents.append(same_D[by_R[by_R >= 0]])
@@ -135,7 +139,6 @@ def judge(
     scores_P, scores_N = (
         np.fromfile(folder / f"{side}_scores.part", "<f4") for side in ("positive", "negative")
     )
-    grades_R = np.fromfile(folder / "row_grades.part", "<f4")
     if np.isfinite(grades_R).any():
         arrays["row_grades.npy"] = grades_R
     if np.isfinite(scores_P).any() and np.isfinite(scores_N).any():

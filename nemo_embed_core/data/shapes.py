@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nemo_embed_core.config import DataConfig
+from nemo_embed_core.config import DataConfig, LossConfig
 from nemo_embed_core.data.packing import MicroBatch, draw_batch, padded, whole_room
 from nemo_embed_core.data.sampler import Sampler
 
@@ -33,8 +33,8 @@ class Shape:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
-    def tensors(self) -> MicroBatch:
-        """Of token 0 throughout."""
+    def tensors(self, loss: LossConfig) -> MicroBatch:
+        """Of token 0 throughout, with the scores and grades that the loss's terms take."""
         T, N, b, M = self.num_tokens, len(self.lengths), self.num_queries, self.num_documents
         rows = torch.arange(b * (1 + M)) % N
         return MicroBatch(
@@ -45,6 +45,8 @@ class Shape:
             query_index=rows[:b], document_index=rows[b:].view(b, M),
             document_mask=torch.ones(b, M, dtype=torch.bool), document_ids=torch.arange(b * M).view(b, M),
             known_ids=torch.zeros(b, 0, dtype=torch.int64), rows=np.zeros(b, dtype=np.int64),
+            teacher_scores=torch.zeros(b, M) if loss.needs_scores else None,
+            grades=torch.zeros(b) if loss.cosent_weight else None,
         )  # fmt: skip
 
 

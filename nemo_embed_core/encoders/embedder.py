@@ -23,6 +23,7 @@ from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.attention import Segments, pick_attention
 from nemo_embed_core.model.encoder import Encoder
+from nemo_embed_core.model.pooling import cut_rows
 from nemo_embed_core.model.spec import check_fp8, identity
 from nemo_embed_core.parallel.fp8 import freeze_weights
 from nemo_embed_core.parallel.layers import run_in_fp8
@@ -134,6 +135,6 @@ class Embedder:
             segments = Segments(batch.cu_seqlens, batch.lengths, batch.max_seqlen)
             rows = self.encoder(batch.input_ids, batch.position_ids, segments)[: batch.num_sequences]
             if self.dim is not None:
-                rows = torch.nn.functional.normalize(rows.float()[:, : self.dim], dim=-1)
+                rows = cut_rows(rows, self.dim)
             out[indices] = rows.float().cpu().numpy()
         return out

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+import torch
 
 from nemo_embed_core.data.tokenizer import MIN_ROOM
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_folder
+from nemo_embed_core.model.pooling import cut_rows
 
 BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which takes about 23 bytes of memory for each
 
@@ -85,9 +87,9 @@ class SentenceTransformerEncoder:
         rows = rows.astype(np.float32)
         if self._dim is None:
             return rows
-        cut, lengths = rows[:, : self._dim], np.linalg.norm(rows, axis=1, keepdims=True)
-        own = np.linalg.norm(cut, axis=1, keepdims=True)
-        return cut / own if np.allclose(lengths, 1, atol=1e-2) else cut
+        # By each row's own length: a vector is the same, whatever it is encoded with.
+        is_unit = np.abs(np.linalg.norm(rows, axis=1, keepdims=True) - 1) <= 1e-2
+        return np.where(is_unit, cut_rows(torch.from_numpy(rows), self._dim).numpy(), rows[:, : self._dim])
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str = "", max_length: int = 512

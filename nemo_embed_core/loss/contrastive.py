@@ -88,13 +88,13 @@ def gather_columns(
     """
     if not loss.has_in_batch:
         return None
-    count = groups.ids_BM.shape[1] if loss.in_batch == "all" else 1  # documents of a row that are gathered
+    num_documents = loss.columns(groups.ids_BM.shape[1] - 1)
+    count = max(1, num_documents)  # queries alone are known by their positives
     ids_B = groups.ids_BM.masked_fill(~groups.mask_BM, -1)[:, :count].flatten()
     ids_P = all_gather_rows(ids_B, dp_group) if dp_group.size() > 1 else ids_B
-    has_documents = loss.in_batch != "none" or loss.document_document
     local = groups.docs_BMD[:, :count].flatten(0, 1)
-    docs_PD = gather_tokens(local, dp_group, dtype) if has_documents else None
-    queries_QD = gather_tokens(groups.q_BD, dp_group, dtype) if loss.query_query else None
+    docs_PD = gather_tokens(local, dp_group, dtype) if num_documents else None
+    queries_QD = gather_tokens(groups.q_BD, dp_group, dtype) if loss.has_query_columns else None
     B = len(groups.q_BD)
     labels_B = count * (dp_rank * B + torch.arange(B, device=local.device))
     return Columns(docs_PD, ids_P, ids_P >= 0, queries_QD, labels_B)
@@ -114,13 +114,13 @@ def contrastive_loss(
     negative_BK, dtype, known_BJ = groups.negative_BK, dtype or groups.q_BD.dtype, groups.known_BJ
     q_BD, docs_BMD = groups.q_BD.to(dtype), groups.docs_BMD.to(dtype)
     needs_positive = loss.query_query or loss.document_document or loss.false_negative_margin is not None
-    positive_B = _scores(q_BD, docs_BMD[:, :1])[:, 0] if needs_positive else None
+    positive_B = own_scores(q_BD, docs_BMD[:, :1])[:, 0] if needs_positive else None
     limits_B = None
     if loss.false_negative_margin is not None:
         assert positive_B is not None
         limits_B = positive_B.detach() + loss.false_negative_margin
         with torch.no_grad():
-            negative_BK = negative_BK & (_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])
+            negative_BK = negative_BK & (own_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])
     if columns is None or columns.docs_PD is None or loss.in_batch == "none":
         losses_B = info_nce_hard(
             q_BD, docs_BMD, torch.cat([groups.mask_BM[:, :1], negative_BK], 1), temperature
@@ -162,8 +162,9 @@ def _extra_terms(
     return terms
 
 
-def _scores(q_BD: Tensor, docs_BMD: Tensor) -> Tensor:
-    """[B, M] of a query's own documents, summed in fp32 or wider."""
+def own_scores(q_BD: Tensor, docs_BMD: Tensor) -> Tensor:
+    """torch.einsum("bd,bmd->bm", q, docs): a query's cosines with its own documents, summed in fp32 or
+    wider."""
     wide = torch.promote_types(q_BD.dtype, torch.float32)
     return (q_BD.to(wide)[:, None] * docs_BMD.to(wide)).sum(-1)
 
@@ -178,10 +179,11 @@ def retrieval_stats(groups: Groups, in_batch: str) -> Tensor:
     micro-batch, but for documents that are right for the row. A row without one, as a graded pair, is neither
     a hit nor a miss.
     """
-    own_BM = torch.einsum("bd,bmd->bm", groups.q_BD.float(), groups.docs_BMD.float())
+    own_BM = own_scores(groups.q_BD, groups.docs_BMD)
     scores, exists = own_BM[:, 1:], groups.negative_BK
     if in_batch != "none":
-        scores = torch.cat([scores, groups.q_BD.float() @ groups.docs_BMD[:, 0].float().T], 1)
+        wide = own_BM.dtype
+        scores = torch.cat([scores, groups.q_BD.to(wide) @ groups.docs_BMD[:, 0].to(wide).T], 1)
         exists = torch.cat(
             [exists, groups.mask_BM[None, :, 0] & ~groups.is_right(groups.ids_BM[None, :, 0])], 1
         )

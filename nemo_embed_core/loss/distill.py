@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from nemo_embed_core.loss.contrastive import Groups
+from nemo_embed_core.loss.contrastive import Groups, own_scores
 
 
 def scored(groups: Groups) -> tuple[Tensor, Tensor]:
@@ -33,12 +33,10 @@ def scored(groups: Groups) -> tuple[Tensor, Tensor]:
 
 def _both(groups: Groups, kept_BM: Tensor) -> tuple[Tensor, Tensor]:
     """(cosines, the teacher's scores) [B, M] in fp32 or wider, 0 where none is kept."""
-    wide = torch.promote_types(groups.q_BD.dtype, torch.float32)
-    docs_BMD = groups.docs_BMD.to(wide).masked_fill(~kept_BM[..., None], 0.0)
-    scores_BM = (groups.q_BD.to(wide)[:, None] * docs_BMD).sum(-1)
+    scores_BM = own_scores(groups.q_BD, groups.docs_BMD.masked_fill(~kept_BM[..., None], 0.0))
     if groups.teacher_BM is None:
         return scores_BM, torch.zeros_like(scores_BM)
-    return scores_BM, groups.teacher_BM.to(wide).masked_fill(~kept_BM, 0.0)
+    return scores_BM, groups.teacher_BM.to(scores_BM.dtype).masked_fill(~kept_BM, 0.0)
 
 
 def kl(groups: Groups, temperature: float | Tensor, teacher_temperature: float) -> Tensor:

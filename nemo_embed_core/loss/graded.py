@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_embed_core.loss.contrastive import Groups
+from nemo_embed_core.loss.contrastive import Groups, own_scores
 from nemo_embed_core.parallel.collectives import all_gather_rows, gather_tokens
 
 
 def cosent(groups: Groups, temperature: float, dp_group: Any) -> Tensor:
     """A scalar. Every dp rank calls it with equally many rows; gathered as in contrastive.gather_columns."""
     assert groups.grade_B is not None
-    wide = torch.promote_types(groups.q_BD.dtype, torch.float32)
-    own_B = (groups.q_BD.to(wide) * groups.docs_BMD[:, 0].to(wide)).sum(-1)
+    own_B = own_scores(groups.q_BD, groups.docs_BMD[:, :1])[:, 0]
     s = gather_tokens(own_B, dp_group)
     grade = all_gather_rows(groups.grade_B, dp_group) if dp_group.size() > 1 else groups.grade_B
     differences = (s[None, :] - s[:, None]) / temperature  # row i, column j

@@ -11,20 +11,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from nemo_embed_core.loss.contrastive import Columns, Groups
-
-
-def cut_rows(rows: Tensor, dim: int) -> Tensor:
-    """F.normalize(rows[..., :dim], dim=-1) in fp32 or wider, then in the dtype of the rows; whole unit rows
-    as they are."""
-    if dim == rows.shape[-1]:
-        return rows
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return F.normalize(rows[..., :dim].to(wide), dim=-1).to(rows.dtype)
+from nemo_embed_core.model.pooling import cut_rows
 
 
 def cut_groups(groups: Groups, dim: int) -> Groups:

@@ -24,9 +24,8 @@ def united_usage(
     """(the usage of the merged model, what is to be said of it), of [(source's name, its usage), ...].
 
     prompts = union by name, lengths = max, dims = those of all, pooling and similarity: equal, or UserError.
-    The default prompts
-    are the first source's, unless `task` or `document_task` (instructions; None: the sources' own) choose;
-    why_first is said of it where the others' are different ones.
+    The default prompts are the first source's, unless `task` or `document_task` (instructions; None: the
+    sources' own) choose; why_first is said of it where the others' are different ones.
     """
     first, said = named[0][1], list[str]()
     for attribute in ("pooling", "similarity"):
@@ -77,7 +76,7 @@ def united_usage(
             said.append(f"{attribute}: the sources have {known} tokens, the largest is written")
     dims = tuple(dim for dim in first.dims if all(dim in usage.dims for _, usage in named))
     if others := sorted({dim for _, usage in named for dim in usage.dims} - set(dims)):
-        said.append(f"widths {', '.join(map(str, others))} were not trained for by all sources: not written")
+        said.append(f"widths {', '.join(map(str, others))} are not said by all sources: not written")
     return replace(first, prompts=prompts, dims=dims, **lengths), said
 
 

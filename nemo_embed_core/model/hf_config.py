@@ -15,7 +15,6 @@ from nemo_embed_core.model.spec import (
     FAMILIES,
     OUTER_MODELS,
     POOLINGS,
-    Q_SCALE,
     ROPE_TYPES,
     Family,
     pooling_of_config,
@@ -72,9 +71,6 @@ def model_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
         )
     notes: list[str] = []
     theta, scaling = _rotary(path, raw, family, notes)
-    if family.q_scale != (scaling is not None and scaling.llama_4_scaling_beta is not None):
-        has = "needs" if family.q_scale else "has no"
-        raise UserError(f"{path}: {family.words} {has} {Q_SCALE} in rope_parameters")
     if family.is_causal and (code := raw.get("auto_map")):
         file = next(iter(code.values()), "") if isinstance(code, dict) else code
         notes.append(f"{path}: its own code ({file}) is not run; it is read as a plain {family.words}")

@@ -31,7 +31,7 @@ def mean(hidden_TD: Tensor, segments: Segments, tp: TensorParallel) -> Tensor:
         return mean_pool(hidden_TD, segments.cu_seqlens, normalize=True)
     sums_ND = segment_sum(hidden_TD, segments.cu_seqlens, token_offset=tp.rank * hidden_TD.shape[0])
     sums_ND = whole(sums_ND, tp)
-    return unit(sums_ND / segments.cu_seqlens.diff()[:, None].to(sums_ND.dtype))
+    return unit(sums_ND / segments.cu_seqlens.diff().clamp(min=1)[:, None].to(sums_ND.dtype))
 
 
 def last(hidden_TD: Tensor, segments: Segments, tp: TensorParallel) -> Tensor:
@@ -76,6 +76,15 @@ def whole(shares_ND: Tensor, tp: TensorParallel) -> Tensor:
 
 def unit(rows_ND: Tensor) -> Tensor:
     return F.normalize(rows_ND, dim=-1, eps=torch.finfo(rows_ND.dtype).tiny)
+
+
+def cut_rows(rows: Tensor, dim: int) -> Tensor:
+    """F.normalize(rows[..., :dim], dim=-1) in fp32 or wider, then in the dtype of the rows; whole unit rows
+    as they are: vectors of loss.matryoshka_dims, wherever they are cut."""
+    if dim == rows.shape[-1]:
+        return rows
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return unit(rows[..., :dim].to(wide)).to(rows.dtype)
 
 
 POOLINGS: Mapping[Pooling, Callable[[Tensor, Segments, TensorParallel], Tensor]] = {

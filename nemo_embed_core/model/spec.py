@@ -35,7 +35,6 @@ class Family:
     model_type: of ModelConfig.
     is_causal: what it means where config.json does not say.
     qkv_bias: q, k and v have biases.  qk_norm: an RMSNorm over each head of q and k, before they are rotated.
-    q_scale: q has a factor that grows with its position (RopeScaling.llama_4_scaling_beta).
     defaults: what transformers takes for a field that is left out.
     supported: values of other fields that compute what model/llama.py computes; exports write the first.
     """
@@ -46,7 +45,6 @@ class Family:
     is_causal: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
-    q_scale: bool = False
     defaults: Mapping[str, Any]
     supported: Mapping[str, tuple[Any, ...]]
 
@@ -77,7 +75,6 @@ FAMILIES: Mapping[str, Family] = {
         words="Ministral 3",
         architecture="Ministral3Model",
         model_type="ministral3",
-        q_scale=True,
         defaults={
             **_defaults(262144, num_key_value_heads=8, head_dim=128),
             "rms_norm_eps": 1e-5,

@@ -28,7 +28,7 @@ dp             all_gather       with in-batch terms: documents, and for query-qu
                all_reduce       the gradient of a learned temperature, 4 bytes
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 
-GradCache (in-batch negatives and n > 1) runs each forward but the first micro-batch's twice; full
+GradCache (in-batch negatives or CoSENT, and n > 1) runs each forward but the first micro-batch's twice; full
 recomputation runs a block's forward in its backward, selective none of its collectives. An axis of one rank
 sends nothing. The trainer adds an all-reduce of some hundred bytes over all ranks.
 """
@@ -76,6 +76,7 @@ class Wire:
     in_batch_columns: int = 0  # documents of a rank that go to all ranks; 0: own alone
     in_batch_queries: int = 0  # likewise
     graded_queries: int = 0  # of a rank, whose cosines and grades go to all ranks
+    couples_rows: bool = False  # GradCache joins micro-batches
     widths: int = 1  # at which the loss is taken
     learned_temperature: bool = False
     weight_bytes: int = (
@@ -100,9 +101,7 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         found[axis, operation][1] += calls * each
 
     n, s, L, D = len(micro_batches), wire.dp_shard, wire.num_layers, wire.hidden_size
-    passes = [1] + [2 if wire.in_batch_columns or wire.in_batch_queries or wire.graded_queries else 1] * (
-        n - 1
-    )  # forwards of each micro-batch
+    passes = [1] + [2 if wire.couples_rows else 1] * (n - 1)  # forwards of each micro-batch
     gathers, reductions = (sum(passes) + n, n) if wire.reshard else (1, 1)
     for shapes in wire.units:
         numel = sum(-(-rows // s) * s * torch.Size(rest).numel() for rows, *rest in shapes)

@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nemo_embed_core.checkpoint.kept_layers import kept_shape
+from nemo_embed_core.checkpoint.runs import is_best
+from nemo_embed_core.checkpoint.weights import read_model_config
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.plan import PlanConfig
 from nemo_embed_core.config.train import Recompute, TrainConfig
@@ -139,11 +142,7 @@ def _at_their_caps(config: PlanConfig, train: TrainConfig, texts: Texts) -> Text
 
 
 def _model(train: TrainConfig) -> tuple[ModelConfig, str]:
-    folder = Path(train.init_from)
-    if train.init_from and folder.is_dir():
-        from nemo_embed_core.checkpoint.kept_layers import kept_shape
-        from nemo_embed_core.checkpoint.weights import read_model_config
-
+    if train.init_from and (Path(train.init_from).exists() or is_best(Path(train.init_from))):
         whole = read_model_config(train.init_from)
         found = kept_shape(whole, train.init_layers, train.init_from)
         return replace(found, pooling=train.model.pooling, is_causal=train.model.is_causal), train.init_from
@@ -273,9 +272,9 @@ def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
         recompute=train.activation_checkpointing == "full", fp8=train.precision == "fp8",
         head_norms=[model.head_dim] * (len(HEAD_NORMS) if family_of(model).qk_norm else 0),
         in_batch_columns=train.loss.columns(train.data.num_hard_negatives) * queries,
-        in_batch_queries=queries if train.loss.query_query else 0,
+        in_batch_queries=queries if train.loss.has_query_columns else 0,
         graded_queries=queries if train.loss.cosent_weight else 0,
-        widths=max(1, len(train.loss.matryoshka_dims)),
+        couples_rows=train.loss.couples_rows, widths=max(1, len(train.loss.matryoshka_dims)),
         learned_temperature=train.loss.temperature_lr > 0,
         reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
     )  # fmt: skip

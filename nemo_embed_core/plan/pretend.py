@@ -141,7 +141,7 @@ def _step(
         # Every tensor says that it is on a GPU, so that the kernels' wrappers take the kernels.
         on_gpu = mock.patch.object(torch.Tensor, "is_cuda", True)
         with memory(), on_gpu, Counted(mesh) as counted:
-            engine.forward_backward([shape.tensors() for shape in shapes], begin)
+            engine.forward_backward([shape.tensors(config.loss) for shape in shapes], begin)
             phase = "the gradient norm"
             engine.clip()
             phase = "the optimizer"

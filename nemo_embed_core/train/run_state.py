@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -63,6 +64,13 @@ def refuse_other_model(
             )
     if was != model:
         raise UserError(f"{folder} holds a model of another shape: {to_dict(was)}, not {to_dict(model)}")
+    if "temperature" in manifest and not config.loss.temperature_lr:
+        learned = math.exp(manifest["temperature"]["log"])
+        raise UserError(
+            f"{folder} has learned a temperature, {learned:.4g} by now, and this run has "
+            f"loss.temperature_lr=0, which would go back to loss.temperature={config.loss.temperature}; "
+            "continue with a rate, or start a new run with --init_from and this checkpoint"
+        )
 
 
 def changed_samples(

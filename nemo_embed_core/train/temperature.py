@@ -3,7 +3,7 @@
     t = exp(log), log <- log - lr m / (sqrt(v) + eps)        AdamW without decay, at loss.temperature_lr
 
 Its gradient is the mean over dp ranks, as that of the weights, and is neither in the gradient norm nor
-clipped. log stays within `RANGE`. A checkpoint's manifest has log and the moments; exports have none.
+clipped. t stays within TEMPERATURE_RANGE. A checkpoint's manifest has log and the moments; exports have none.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from nemo_embed_core.config import LossConfig, OptimConfig
+from nemo_embed_core.config.train import TEMPERATURE_RANGE
 from nemo_embed_core.parallel.collectives import all_reduce_
-from nemo_embed_core.train.optim import ensure_state
-
-RANGE = (0.005, 1.0)  # of t: the kernels are tested in it
+from nemo_embed_core.train.optim import ensure_state, update
 
 
 class Temperature:
@@ -39,17 +38,14 @@ class Temperature:
     def update(self, lr: float, finite: torch.Tensor) -> None:
         """lr: of the weights, whose schedule this one follows. finite: a bool on the device; else nothing
         changes."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * lr / self._peak
-        self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self._optimizer.step()
-        self.log.clamp_(*map(math.log, RANGE))
+        update(self._optimizer, self._lr * lr / self._peak, finite.to(self.log.dtype))
+        self.log.clamp_(*map(math.log, TEMPERATURE_RANGE))
 
     def drop_gradient(self) -> None:
         self.log.grad = None
 
     def state(self) -> dict[str, float]:
-        """For a manifest: floats that are these values exactly."""
+        """For a manifest (checkpoint/manifest.py says its fields): floats that are these values exactly."""
         state = self._optimizer.state[self.log]
         return {"log": self.log.item(), **{name: value.item() for name, value in state.items()}}
 

@@ -224,7 +224,8 @@ class Trainer:
         of = f"micro-batch of steps {self.step + 1} to {config.num_steps}"
         try:
             self.engine.rehearse(
-                [shape.tensors() for shape in shapes], lambda phase, i: note(f"largest micro-batch, {phase}")
+                [shape.tensors(config.loss) for shape in shapes],
+                lambda phase, i: note(f"largest micro-batch, {phase}"),
             )
         except BaseException as error:
             error.add_note(f"No step was begun: this was as large as any {of}, which is run first")

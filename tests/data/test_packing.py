@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_embed_core.config import DataConfig
+from nemo_embed_core.config import DataConfig, LossConfig
 from nemo_embed_core.data.bins import plan, split_over_ranks
 from nemo_embed_core.data.packing import MicroBatch, PackedBatch, build_micro_batch, load_batch, pack_texts
 from nemo_embed_core.data.sampler import Sampler, choose_documents
@@ -338,7 +338,11 @@ def test_the_most_of_all_steps_is_the_most_of_their_tensors(dp_size, pad, few_sh
     for has_in_batch, queries in ((False, most.queries), (True, {1: 16, 2: 8, 4: 4, 16: 2}[dp_size])):
         shapes = most.step(4, has_in_batch, 32 // dp_size)
         assert len(shapes) == (2 if dp_size < 16 else 1)
-        for made in (shape.tensors() for shape in shapes):
+        plain, loss = LossConfig(), LossConfig(kl_weight=1.0, cosent_weight=1.0)
+        assert shapes[0].tensors(plain).grades is shapes[0].tensors(plain).teacher_scores is None
+        for made in (shape.tensors(loss) for shape in shapes):
+            assert made.grades is not None and made.grades.shape == (queries,)
+            assert made.teacher_scores is not None and made.teacher_scores.shape == (queries, 4)
             assert (len(made.input_ids), len(made.cu_seqlens) - 1) == (most.tokens, most.sequences)
             assert made.max_seqlen == most.longest == int(made.cu_seqlens.diff().max())
             assert tuple(made.cu_seqlens.diff().tolist()) == made.lengths and min(made.lengths) > 0

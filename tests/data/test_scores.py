@@ -89,3 +89,28 @@ def test_a_loss_that_needs_scores_says_what_is_missing(tmp_path, capsys) -> None
     with pytest.raises(UserError, match=r"built before stores kept a teacher's scores.*delete that folder"):
         prepare(config)
     prepare(train_config(tmp_path))
+
+
+def test_the_document_of_a_graded_pair_may_be_wrong_for_its_query(tmp_path, tokenizer) -> None:
+    """A pair of low grade takes a negative neither from the rows with its query nor from those of its
+    class; what stands in a row's own positives, or is the query, is right by itself."""
+    pairs = [("a cat sat", "a dog ran", 0.0), ("a cat sat", "a  Cat sat", 5.0), ("the sea", "the moon", 1.0)]
+    lines = [{"sentence1": one, "sentence2": two, "score": grade} for one, two, grade in pairs]
+    (tmp_path / "sts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wrong = ["a dog ran", "the moon", "A cat sat"]
+    row = {"query": "a cat sat", "pos": ["one sits"], "neg": wrong}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    datasets = [
+        DatasetConfig(path=str(tmp_path / "sts.jsonl"), grades=True),
+        DatasetConfig(path=str(tmp_path / "rows.jsonl")),
+    ]
+    store = open_store(DataConfig(datasets=datasets, cache_dir=str(tmp_path / "cache")), tokenizer)
+    assert store.row_grades is not None and store.row_groups[0] == store.row_groups[3]
+    text_of = {tuple(tokenizer.encode([text], 512)[0].tolist()): text for text in ["one sits", *wrong]}
+
+    def texts(documents) -> list[str]:
+        return [text_of.get(tuple(store.document_tokens(d).tolist()), "another") for d in documents.tolist()]
+
+    assert texts(store.negatives(3)) == ["a dog ran", "the moon"]
+    known = set(texts(store.known_positives(3)))
+    assert "one sits" in known and not known & {"a dog ran", "the moon"}

@@ -166,8 +166,6 @@ def test_widths_of_a_training_stay_with_the_model():
     one, two = Usage(dims=(64, 16, 8)), Usage(dims=(8, 64, 32))
     assert Usage.from_json(one.to_json(), one.pooling, "x") == one and "dims" not in Usage().to_json()
     united, said = united_usage([("one", one), ("two", two)])
-    assert united.dims == (64, 8) and any(
-        "widths 16, 32 were not trained for by all" in line for line in said
-    )
+    assert united.dims == (64, 8) and any("widths 16, 32 are not said by all" in line for line in said)
     card = model_card(ModelConfig(), "float32", united, {})
     assert "- Widths: trained for the first 64, 8 columns, normalised again\n" in card

@@ -1039,7 +1039,7 @@ def training_scores_what_is_timed() -> None:
                 return real(*args, **options)
 
             with mock.patch.object(contrastive, name, seen):
-                engine.forward_backward([Shape((5, 9, 4, 7), 2, 2).tensors()] * 2)
+                engine.forward_backward([Shape((5, 9, 4, 7), 2, 2).tensors(config.loss)] * 2)
             timed = {x.dtype for x in kernels.timed_case(name, "cpu", shapes[name]).inputs().values()}
             scored = {dtype for dtype in given if dtype.is_floating_point}
             assert scored == timed and len(timed) == 1, f"{in_batch}: scored {scored}, timed {timed}"

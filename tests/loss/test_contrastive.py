@@ -1,6 +1,7 @@
 """The loss by its definition, its masks, and its statistics (one process; other layouts:
 parallel/test_equivalence)."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nemo_embed_core.config import LossConfig, ParallelConfig
+from nemo_embed_core.config import DataConfig, LossConfig, ParallelConfig, TrainConfig
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.loss.contrastive import Groups, contrastive_loss, gather_columns, retrieval_stats
 from nemo_embed_core.loss.objective import figures, objective, sum_names
 from nemo_embed_core.parallel.mesh import distributed
@@ -323,3 +325,35 @@ def test_accuracy_is_of_rows_that_have_a_candidate() -> None:
     mask[:, 1] = False
     hits, _, _, count, ranked = retrieval_stats(Groups(q, docs, mask, ids, known), "positives").tolist()
     assert (hits, count, ranked) == (1, 4 + 1, 2), "rows 2 (a hit over four) and 3 (a tie with row 1's)"
+
+
+@pytest.mark.parametrize(
+    "loss, hard, batch, says",
+    [
+        ({"in_batch": "positives"}, 0, 2, ""), ({"query_query": True}, 0, 2, ""), ({}, 1, 1, ""),
+        ({"in_batch": "positives"}, 0, 1, "global_batch_size=1 leave the positive alone in the softmax"),
+        ({}, 0, 8, "data.num_hard_negatives=0, loss.in_batch=none and global_batch_size=8 leave"),
+        ({"cosent_weight": 1.0}, 0, 8, "leave the positive alone in the softmax"),
+        ({"cosent_weight": 1.0, "info_nce_weight": 0.0}, 0, 8, ""),
+        ({"cosent_weight": 1.0}, 1, 1, "loss.cosent_weight compares pairs of a batch"),
+        ({"in_batch": "all", "kl_weight": 1.0}, 0, 8, "loss.margin_mse_weight the positive alone"),
+        ({"in_batch": "all", "margin_mse_weight": 1.0, "info_nce_weight": 0.0}, 0, 8, "the positive alone"),
+    ],
+)  # fmt: skip
+def test_a_term_that_would_be_0_in_every_step_is_refused(
+    loss: dict, hard: int, batch: int, says: str
+) -> None:
+    options = {"loss": LossConfig(**loss), "data": DataConfig(num_hard_negatives=hard)}
+    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+        TrainConfig(output_dir="run", steps=1, global_batch_size=batch, **options)
+
+
+def test_other_rows_are_gathered_for_info_nce_alone() -> None:
+    """A run without that term draws, scores and sends as one without in-batch negatives."""
+    options = {"in_batch": "all", "query_query": True, "document_document": True}
+    with_it, without = LossConfig(**options), LossConfig(**options, info_nce_weight=0.0, kl_weight=1.0)
+    assert with_it.has_in_batch and with_it.has_query_columns and with_it.columns(2) == 3
+    assert not without.has_in_batch and not without.has_query_columns and without.columns(2) == 0
+    assert (
+        not without.couples_rows and gather_columns(random_groups(), without, None, 0, torch.float32) is None
+    )

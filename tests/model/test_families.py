@@ -14,7 +14,7 @@ from tiny import read_config, to_hf
 from nemo_embed_core.checkpoint.hf_folder import open_folder
 from nemo_embed_core.checkpoint.hf_reader import HFReader
 from nemo_embed_core.checkpoint.weights import fill
-from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.config import ModelConfig, RopeScaling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.folder import hf_config
 from nemo_embed_core.export.formats import check_format
@@ -233,8 +233,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", SLIDING, "layer_types has 'sliding_attention'"),
     ("qwen3", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported"),
     ("ministral3", {"sliding_window": 64}, "sliding_window=64 is not supported; this Ministral 3 has"),
-    ("ministral3", {"rope_parameters": YARN}, "Ministral 3 needs llama_4_scaling_beta in rope_parameters"),
-    ("qwen2", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}, "Qwen2 has no llama_4_scal"),
+    ("ministral3", {"rope_parameters": YARN}, "model_type=ministral3 needs a rope_scaling.llama_4_scal"),
+    (
+        "qwen2",
+        {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}},
+        "qwen2 has no rope_scaling.llama_4",
+    ),
     ("qwen2", {"rope_parameters": {"rope_type": "yarn"}}, "is of type yarn and has no factor"),
     ("qwen2", {"rope_parameters": {**YARN, "beta_slow": 40}}, "beta_slow=40 must be below beta_fast=32"),
     ("qwen2", {"rope_parameters": {**YARN, "factor": 0}}, "factor=0 must be a positive number"),
@@ -254,6 +258,15 @@ def test_what_would_be_computed_differently_is_refused(
     file.write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
     with pytest.raises(UserError, match=message):
         read_config(tmp_path)
+
+
+def test_a_scale_of_q_that_no_export_could_say_is_refused() -> None:
+    with pytest.raises(UserError, match=r"llama_4_scaling_beta=0\.1 is of rope_type=yarn, not llama3"):
+        RopeScaling(llama_4_scaling_beta=0.1)
+    scaling = RopeScaling(rope_type="yarn", llama_4_scaling_beta=0.1)
+    assert ModelConfig(model_type="ministral3", rope_scaling=scaling).rope_scaling == scaling
+    with pytest.raises(UserError, match=r"model_type=llama has no rope_scaling\.llama_4_scaling_beta"):
+        ModelConfig(rope_scaling=scaling)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -64,11 +64,12 @@ def test_rows_equal_sentence_transformers(name: Pooling, lengths: list[int]) -> 
 
 @pytest.mark.parametrize("name", get_args(Pooling))
 def test_every_rank_s_share_of_the_tokens_adds_up(name: Pooling, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and gradients of all tokens under sequence parallelism; the ranks' shares are summed here."""
-    lengths = [3, 1, 7, 5]
+    """Rows and gradients of all tokens under sequence parallelism; the ranks' shares are summed here.
+    One text has no token."""
+    lengths = [3, 1, 0, 7, 5]
     segments = Segments(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), lengths, 7)
     whole = torch.randn(16, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 8, dtype=torch.float64)
+    weight = torch.randn(5, 8, dtype=torch.float64)
     want = pooling.pool(name, whole, segments, TensorParallel())
     (gradient,) = torch.autograd.grad((want * weight).sum(), whole)
     monkeypatch.setattr(TensorParallel, "group", None)

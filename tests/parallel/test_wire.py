@@ -57,9 +57,10 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
     from nemo_embed_core.checkpoint.weights import RandomReader, fill
     from nemo_embed_core.data.packing import load_batch
     from nemo_embed_core.data.sampler import Sampler
-    from nemo_embed_core.model.spec import rank_units
     from nemo_embed_core.parallel.mesh import build_mesh
-    from nemo_embed_core.parallel.wire import Counted, Wire, step_traffic
+    from nemo_embed_core.parallel.wire import Counted, step_traffic
+    from nemo_embed_core.plan.plan import wire_of
+    from nemo_embed_core.plan.time import Layout
     from nemo_embed_core.train.engine import Engine
 
     world_size = layouts[0][0] * layouts[0][2]
@@ -93,19 +94,9 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
                 engine.forward_backward(batches)
                 engine.clip()
                 engine.update(1e-4)
-            queries = sum(len(batch.query_index) for batch in batches)
-            wire = Wire(
-                units=rank_units(model, tp), hidden_size=MODEL.hidden_size, dp_shard=dp // replicate,
-                dp_replicate=replicate, tp=tp, sequence_parallel=sp, reshard=reshard,
-                head_norms=[] if reshard else [16, 16],
-                recompute=recompute == "full", fp8=precision == "fp8",
-                in_batch_columns=config.loss.columns(2) * queries,
-                in_batch_queries=queries if config.loss.query_query else 0,
-                graded_queries=queries if config.loss.cosent_weight else 0,
-                widths=max(1, len(config.loss.matryoshka_dims)),
-                learned_temperature=config.loss.temperature_lr > 0,
-                weight_bytes=4 if precision == "fp32" else 2, reduce_bytes=2 if reduce_dtype == "bf16" else 4,
-            )  # fmt: skip
+            assert sum(len(batch.query_index) for batch in batches) == 6
+            wire = wire_of(config, model, Layout(tp, replicate, tp * dp))
+            wire = replace(wire, weight_bytes=4 if precision == "fp32" else 2)  # plans are of bf16 weights
             sizes = [(len(batch.input_ids), len(batch.lengths)) for batch in batches]
             case = f"{tp=} {sp=} {dp=} {replicate=} {in_batch} {reshard=} {recompute=}"
             case += f" {precision} {reduce_dtype}"

@@ -14,10 +14,12 @@ from tiny import DRAWN, MODEL, train_config
 
 from benchmarks import step_data as step
 from launch import plan as launcher
+from nemo_embed_core.checkpoint.manifest import seal
 from nemo_embed_core.config import (
     ClusterConfig,
     DatasetConfig,
     LengthsConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -33,14 +35,18 @@ from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.options import dump_yaml
+from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.parallel.wire import step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
 from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
+from nemo_embed_core.plan.plan import _model as shape_of
 from nemo_embed_core.plan.plan import plan as make_plan
 from nemo_embed_core.plan.pretend import PARTS, pretend
 from nemo_embed_core.plan.report import report
 from nemo_embed_core.plan.time import Layout, link, step_seconds
+from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/step-20261127-140006.jsonl"  # one H200
@@ -67,11 +73,14 @@ def test_the_recorded_peaks_within_five_percent(shape: str, layers: int, vocab_s
 
 
 @pytest.mark.parametrize(
-    "world_size, copies, precision, sizes",
-    [(64, 8, "bf16", (1, 2, 4, 8)), (512, 64, "bf16", (1, 2, 4, 8)), (64, 8, "fp8", (1, 4))],
-)
+    "world_size, copies, precision, sizes, loss",
+    [
+        (64, 8, "bf16", (1, 2, 4, 8), {}), (512, 64, "bf16", (1, 2, 4, 8), {}), (64, 8, "fp8", (1, 4), {}),
+        (64, 8, "bf16", (2,), {"cosent_weight": 1.0, "kl_weight": 1.0, "matryoshka_dims": [4096, 64]}),
+    ],
+)  # fmt: skip
 def test_a_pretended_step_sends_what_the_formulas_say(
-    world_size: int, copies: int, precision: Literal["bf16", "fp8"], sizes: tuple[int, ...]
+    world_size: int, copies: int, precision: Literal["bf16", "fp8"], sizes: tuple[int, ...], loss: dict
 ) -> None:
     """Every layout of a block of the 8B, on one rank of a cluster."""
     model = ModelConfig(num_hidden_layers=1)
@@ -81,7 +90,7 @@ def test_a_pretended_step_sends_what_the_formulas_say(
             parallel = ParallelConfig(tp_size=tp, dp_replicate=replicate)
             config = TrainConfig(
                 output_dir="", steps=1, parallel=parallel, global_batch_size=12 * layout.dp,
-                precision=precision,
+                precision=precision, loss=LossConfig(**loss),
             )  # fmt: skip
             shapes = [Shape((96,) * 40, 8, 4), Shape((64,) * 20, 4, 4)]
             seen = pretend(config, model, world_size, shapes, parts=False)
@@ -118,6 +127,26 @@ def test_the_whole_model_is_the_continuation_of_a_few_layers() -> None:
         pretend(config, ModelConfig(num_hidden_layers=n), 16, shapes, parts=False).peak for n in (2, 4, 8)
     )
     assert abs((two + 3 * (four - two)) / eight - 1) < 0.01
+
+
+def test_graded_pairs_of_a_large_batch_need_memory() -> None:
+    """CoSENT's differences of all pairs of the global batch, and their gradients, are on every rank."""
+    loss = LossConfig(info_nce_weight=0.0, cosent_weight=1.0)
+    config = TrainConfig(output_dir="", steps=1, loss=loss, global_batch_size=8192)
+    model = replace(MODEL, num_hidden_layers=1)
+    assert pretend(config, model, 8, [Shape((4,) * 64, 1024, 1)], parts=False).peak > 2 * 4 * 8192**2
+
+
+def test_a_run_from_the_best_checkpoint_of_another_has_its_shape(tmp_path: Path) -> None:
+    model = replace(MODEL, num_hidden_layers=1)
+    config = train_config(tmp_path, steps=0, model=model, output_dir=str(tmp_path / "first"))
+    with distributed(config.parallel, "cpu", model) as mesh:
+        Trainer(config, mesh, prepare(config), log=lambda message: None).run()
+    file = tmp_path / "first" / "step-00000000" / "manifest.json"
+    best = {"best": {"step": 0, "value": 0.5}}
+    file.write_bytes(seal({**json.loads(file.read_text()), "eval": best}))
+    train = train_config(tmp_path, init_from=str(tmp_path / "first" / "best"))
+    assert shape_of(train) == (model, train.init_from)
 
 
 def hours(cluster: ClusterConfig, name: str, recompute: Recompute) -> tuple[float, float]:
@@ -266,7 +295,7 @@ def test_the_command_says_what_is_wrong_before_it_works(
         found = make_plan(one, lambda line: None)
         assert found.train.steps == steps and "as many rows as the caps of their 2 datasets" in report(found)
     with pytest.raises(UserError, match=r"store=.*data\.cache_dir/DIGEST"):
-        texts_of(str(tmp_path), train_config(tmp_path).data, "none", LengthsConfig(), 8, 0)
+        texts_of(str(tmp_path), train_config(tmp_path).data, False, LengthsConfig(), 8, 0)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from nemo_embed_core.train.trainer import Trainer
 TEXTS = ["alpha beta river", "moon violin copper engine and more of it", "cat"]
 
 
-def run(folder: Path, name: str, init_from: Path, layers: list[int], **changes) -> Path:
+def run(folder: Path, name: str, init_from: Path, layers: list[int], steps: int = 0, **changes) -> Path:
     output = folder / name
     config = train_config(
-        folder, init_from=str(init_from), init_layers=layers, output_dir=str(output), steps=0, **changes
+        folder, init_from=str(init_from), init_layers=layers, output_dir=str(output), steps=steps, **changes
     )
     with distributed(config.parallel, "cpu") as mesh:
         Trainer(config, mesh, prepare(config), log=lambda message: None).run()
@@ -57,6 +57,19 @@ def test_layers_are_those_that_are_named_in_their_order(tmp_path: Path) -> None:
         assert np.abs(rows - of_transformers(hf, layers)).max() < 1e-5
         assert np.abs(rows - of_transformers(hf, sorted(layers, reverse=True))).max() > 1e-4
     assert read_manifest(first / "step-00000000")["config"]["init_layers"] == [3, 0, 2]
+
+
+def test_a_run_of_some_layers_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf", torch.float32, config=dataclasses.replace(MODEL, num_hidden_layers=3))
+    options = {"checkpoint": {"resume": "auto"}, "optim": {"warmup_steps": 0, "min_lr": 1e-5}}
+    calm = run(tmp_path, "calm", hf, [2, 0], 2, **options)
+    run(tmp_path, "stopped", hf, [2, 0], 1, **options)
+    stopped = run(tmp_path, "stopped", hf, [2, 0], 2, **options)
+    ends = [read_manifest(folder / "step-00000002") for folder in (calm, stopped)]
+    assert ends[0]["ledger"] == ends[1]["ledger"] and ends[0]["recent_losses"] == ends[1]["recent_losses"]
+    first = Embedder.load(calm / "step-00000002", "cpu").encode(TEXTS)
+    assert np.array_equal(first, Embedder.load(stopped, "cpu").encode(TEXTS))
+    assert np.abs(first - of_transformers(hf, [2, 0])).max() > 1e-6, "the steps have moved it"
 
 
 @pytest.mark.parametrize(

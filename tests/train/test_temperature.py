@@ -1,16 +1,20 @@
 """A learned temperature outlives its process, bit for bit; what it is in a step is test_oracle's."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import train_config
 
 from nemo_embed_core.checkpoint.manifest import read_manifest
-from nemo_embed_core.config import LossConfig
+from nemo_embed_core.config import LossConfig, OptimConfig
+from nemo_embed_core.config.train import TEMPERATURE_RANGE
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.preflight import prepare
+from nemo_embed_core.train.temperature import Temperature
 from nemo_embed_core.train.trainer import Trainer
 
 
@@ -47,11 +51,44 @@ def test_a_run_may_begin_to_learn_it_when_it_resumes(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_does_not_go_back_from_the_temperature_that_it_has_learned(tmp_path: Path) -> None:
+    run(tmp_path, "run", 1, 0.05)
+    with pytest.raises(UserError, match=r"learned a temperature, 0\.\d+ by now, and this run has loss\.tem"):
+        run(tmp_path, "run", 2, 0.0)
+
+
+@pytest.mark.parametrize("end, sign", [(0, 1.0), (1, -1.0)])
+def test_it_stays_in_its_range_and_a_refused_step_leaves_it(end: int, sign: float) -> None:
+    """Three steps of AdamW by its formula, cut to the range, with a refused one after the first."""
+    loss, optim = LossConfig(temperature=0.07, temperature_lr=4.0), OptimConfig(lr=1e-2, beta1=0.8, beta2=0.9)
+    learned = Temperature(loss, optim, torch.float64, torch.device("cpu"))
+    bounds = math.log(TEMPERATURE_RANGE[0]), math.log(TEMPERATURE_RANGE[1])
+    log, m, v, logs = math.log(0.07), 0.0, 0.0, []
+    for step, (gradient, lr) in enumerate([(2.0, 5e-3), (math.nan, 1e-2), (1.0, 1e-2), (-4.0, 2e-3)]):
+        learned.log.grad = torch.tensor(sign * gradient, dtype=torch.float64)
+        before = learned.state()
+        learned.update(lr, torch.tensor(math.isfinite(gradient)))
+        if step == 1:
+            assert learned.state() == before
+            continue
+        n = len(logs) + 1
+        m, v = 0.8 * m + 0.2 * sign * gradient, 0.9 * v + 0.1 * gradient**2
+        log -= 4.0 * lr / 1e-2 * (m / (1 - 0.8**n)) / (math.sqrt(v / (1 - 0.9**n)) + 1e-8)
+        log = min(max(log, bounds[0]), bounds[1])
+        logs.append(log)
+        assert learned.log.item() == pytest.approx(log, abs=1e-12)
+    assert logs[1] == bounds[end] and logs[0] not in bounds and logs[2] not in bounds
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
         ({"temperature_lr": -1.0}, "temperature_lr=-1.0 must not be negative"),
         ({"temperature": 0.001, "temperature_lr": 1e-3}, "temperature=0.001 must lie between 0.005 and 1"),
+        (
+            {"temperature_lr": 1e-3, "info_nce_weight": 0.0, "cosent_weight": 1.0},
+            "temperature_lr=0.001 learns a temperature that no term has",
+        ),
         ({"false_negative_margin": -0.1}, "false_negative_margin=-0.1 must lie between 0 and 2"),
     ],
 )
