@@ -42,6 +42,11 @@ def amax_ref(x: torch.Tensor) -> torch.Tensor:
     return x.abs().amax().abs().float()  # abs again: a NaN's sign, which would order its bits below zero
 
 
+def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """That quantize gives."""
+    return torch.where(amax < _LEAST, _LEAST, amax) / MAX[dtype]
+
+
 def quantize_ref(
     x_RC: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype, rows: bool, columns: bool
 ) -> Quantized:
@@ -49,7 +54,7 @@ def quantize_ref(
     values = (x_RC.float() * (MAX[dtype] / amax)).to(dtype)
     empty, padding = values.new_empty(0), -len(x_RC) % MULTIPLE
     transposed = torch.nn.functional.pad(values.view(torch.uint8).t(), (0, padding)).contiguous().view(dtype)
-    return Quantized(values if rows else empty, transposed if columns else empty, amax / MAX[dtype])
+    return Quantized(values if rows else empty, transposed if columns else empty, scale_of(amax, dtype))
 
 
 # Programs, elements at a time, num_warps: four programs an SM of an H100/H200. Not timed yet.

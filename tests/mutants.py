@@ -79,6 +79,9 @@ EVALUATION, DEV_TESTS = "nemo_embed_core/train/evaluate.py", "tests/train/test_e
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
 COLLECTIVES, LAYERS = "nemo_embed_core/parallel/collectives.py", "nemo_embed_core/parallel/layers.py"
 FP8, TEST_FP8 = "nemo_embed_core/parallel/fp8.py", "tests/parallel/test_fp8.py"
+TEST_GATHER = (
+    "tests/parallel/test_fp8_gather.py::test_weights_gathered_in_fp8_give_the_bits_of_those_gathered_in_bf16"
+)
 LLAMA, ATTENTION, POOLING = (f"nemo_embed_core/model/{name}.py" for name in ("llama", "attention", "pooling"))
 PACKING, BINS, SAMPLER, MIX, POPULATION = (
     f"nemo_embed_core/data/{name}.py" for name in ("packing", "bins", "sampler", "mix", "population")
@@ -202,13 +205,21 @@ MUTANTS = [
     # ---- fp8
     Mutant("an fp8 scale is not divided out", FP8, "scaled_mm(rows, x8.scale,", "scaled_mm(rows, torch.ones_like(x8.scale),", TEST_FP8),
     Mutant("each tp rank has an fp8 scale of its own", FP8, "if not is_part or tp.size == 1:", "if True:", TEST_FP8),
-    Mutant("fp8 weights of the step before", FP8, "weight.is_kept, weight.made = False, None", "weight.is_kept = False", TEST_FP8),
-    Mutant("the transpose of fp8 weights of an earlier step", FP8, "        self.made = made if", "        made = made._replace(columns=vars(self).setdefault('old', made).columns)\n        self.made = made if", TEST_FP8),
-    Mutant("fp8 weights are quantised in every micro-batch", FP8, "weight.is_kept = True", "weight.is_kept = False", TEST_FP8),
+    Mutant("fp8 weights of the step before", FP8, "weight.is_kept, weight.made, weight.amax, weight.scale = False, None, None, None", "weight.is_kept = False", TEST_FP8),
+    Mutant("the transpose of fp8 weights of an earlier step", FP8, "            self.made = made if", "            made = made._replace(columns=vars(self).setdefault('old', made).columns)\n            self.made = made if", TEST_FP8),
+    Mutant("fp8 weights are quantised in every micro-batch", FP8, "layer.fp8.is_kept = keeps_whole", "layer.fp8.is_kept = False", TEST_FP8),
     Mutant("the gradient of an fp8 product has e4m3's range", FP8, "ctx.column, own), E5M2,", "ctx.column, own), E4M3,", TEST_FP8),
     Mutant("the largest value of another norm", "nemo_embed_core/model/llama.py", "residual_TD, amax = self.post_attention_layernorm(", "residual_TD, _ = self.post_attention_layernorm(", "tests/parallel/test_recompute.py -k fp8"),
     Mutant("the largest value of SwiGLU's gradient is doubled", "kernels/swiglu.py", "return dx, amax_ref(dx)", "return dx, 2 * amax_ref(dx)", "tests/parallel/test_recompute.py -k fp8"),
     Mutant("a largest value that was taken along is of this rank alone", FP8, "    own = amax(x.detach()) if own is None else own\n", "    if own is not None:\n        return own\n    own = amax(x.detach())\n", "tests/parallel/test_recompute.py -k fp8"),
+    Mutant("each shard of a weight has an fp8 scale of its own", FP8, "bits = all_reduce_max(own.bfloat16().float().view(torch.int32), layers[0].fp8.shard_group)", "bits = own.bfloat16().float().view(torch.int32)", f"{TEST_GATHER}[2]"),
+    Mutant("each tp rank has an fp8 scale of gathered weights", FP8, "bits = all_reduce_max(bits, layers[0].tp.group)", "pass", f"{TEST_GATHER}[4]"),
+    Mutant("the fp8 scale of gathered weights is of fp32 masters", FP8, "own.bfloat16().float()", "own", f"{TEST_GATHER}[2]"),
+    Mutant("fp32 masters are not rounded to bf16 before fp8", FP8, "local_tensor(layer.weight.detach()).bfloat16()", "local_tensor(layer.weight.detach())", f"{TEST_GATHER}[2]"),
+    Mutant("the gradient of a weight gathered in fp8 is in fp8", FP8, "w.grad_dtype = torch.bfloat16", "pass", f"{TEST_GATHER}[2]"),
+    Mutant("weights gathered in fp8 have the scales of the first step", FP8, "        layer.fp8.amax, layer.fp8.scale = of_layer, scale", "        old = vars(layer).setdefault('old', (of_layer, scale))\n        layer.fp8.amax, layer.fp8.scale = old", f"{TEST_GATHER}[2]"),
+    Mutant("weights are gathered in bf16 for fp8", ENGINE, 'config.precision == "fp8" and mesh.shard_size > 1', "False", f"{TEST_GATHER}[2]"),
+    Mutant("weights gathered in fp8 have two bytes", "nemo_embed_core/parallel/wire.py", "one_byte * (wire.weight_bytes - 1)", "0", WIRE),
     Mutant("fp8 inputs are sent in bf16", "nemo_embed_core/parallel/wire.py", "T * D if wire.fp8 else hidden", "hidden", WIRE),
     # ---- gradients over ranks
     Mutant("clipping without its clamp", GRAD_NORM, ".clamp(max=1.0)", "", OPTIM_OPTIONS),

@@ -4,6 +4,9 @@ gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -67,6 +70,27 @@ def keep_gradients_in_fp32(model: nn.Module) -> None:
             group._orig_dtype = torch.float32
     for p in model.parameters():
         p.grad_dtype = torch.float32
+
+
+def gather_by(
+    model: nn.Module, layers: Collection[nn.Module], before: Callable[..., Any], after: Callable[..., Any]
+) -> None:
+    """FSDP2 sends what before(...) makes of a shard of a layer's weight, and after(...) makes the whole
+    weight of what came: its fsdp_pre_all_gather and fsdp_post_all_gather. Once parameters have memory.
+
+    It asks a shard for these two by their names alone, so shards need no class of their own (torch 2.13).
+    """
+    assert isinstance(model, FSDPModule)
+    # It puts other tensors in place of shards that need padding, and these would not have the methods.
+    model._get_fsdp_state()._lazy_init()
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for parameter in group.fsdp_params if group is not None else ():
+            place = parameter._module_info
+            if place.param_name == "weight" and place.module in layers:
+                shard_: Any = parameter._sharded_local_tensor
+                shard_.fsdp_pre_all_gather, shard_.fsdp_post_all_gather = before, after
+                parameter._init_extensions()
 
 
 def begin_micro_batch(model: nn.Module, is_last: bool) -> None:

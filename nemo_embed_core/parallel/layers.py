@@ -129,9 +129,9 @@ class ColumnParallelLinear(nn.Module):
         """y_local without the bias, and in fp8 the scalar that takes the largest value of its gradient
         (fp8_linear)."""
         with remade(x, again):
-            w = local(self.weight)
             if self.fp8 is not None:
-                return fp8_linear(x, w, self.fp8, self.tp, column=True, own=amax)
+                return fp8_linear(x, self.weight, self.fp8, self.tp, column=True, own=amax)
+            w = local(self.weight)
             if self.tp.size > 1 and self.tp.sequence_parallel:
                 return column_linear(x, w, self.tp.group), None
             return F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, w), None
@@ -152,11 +152,10 @@ class RowParallelLinear(nn.Module):
         self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
     ) -> Tensor:
         with remade(x, again):
-            w = local(self.weight)
             if self.fp8 is None:
-                y = F.linear(x, w)
+                y = F.linear(x, local(self.weight))
             else:
-                y, _ = fp8_linear(x, w, self.fp8, self.tp, column=False, own=amax)
+                y, _ = fp8_linear(x, self.weight, self.fp8, self.tp, column=False, own=amax)
         if self.tp.size == 1:
             return y
         if self.tp.sequence_parallel:

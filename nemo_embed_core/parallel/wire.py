@@ -6,7 +6,8 @@ Bytes are those of the whole buffer, gathered or before it is scattered; of a gr
 (n - 1) / n of it, of an all-reduce twice that. `Counted` counts what really happens, under the same keys.
 
 L layers · D hidden_size · T tokens and N sequences of a micro-batch, padding included · n micro-batches
-W bytes of a unit's weights on a tp rank, as they run, padded to equal shards · G the same of its gradients
+W bytes of a unit's weights on a tp rank, as they run, padded to equal shards; with fp8 the matrices of a
+block have 1 byte an element · G the same of its gradients
 
 axis           operation        calls x bytes, over the L blocks and the root as units
 dp_shard       all_gather       W of each unit, once a step; with reshard in each forward and backward
@@ -18,8 +19,10 @@ tp (SP)        all_gather       of T D: embedding 1 in backward; a block 2 forwa
                                 and, at any tp, of those of heads (Qwen3)
 tp (no SP)     all_reduce       of T D: embedding 1 forward; a block 2 forward, 2 backward
 tp (fp8)       all_gather       of a block 2 forward and 2 of the 4 backward: 1 byte an element
-               all_reduce       the largest values, 4 bytes: a block 4 forward (2 without SP), 2 backward, and
-                                4 of its weights, once a step; with reshard in each forward and backward
+               all_reduce       the largest values, 4 bytes: a block 4 forward (2 without SP), 2 backward;
+                                with a dp_shard of one also those of its 4 matrices, once a step; with reshard
+                                in each forward and backward
+dp_shard, tp   all_reduce       with fp8, of more: the largest values of all 4 L matrices at once, once a step
 dp             all_gather       with in-batch terms: documents, and for query-query queries, as they are
                                 scored, in the dtype of the run, and the documents' ids, once a step
                reduce_scatter   the gradients of those rows, in fp32, once a step
@@ -103,10 +106,18 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
     n, s, L, D = len(micro_batches), wire.dp_shard, wire.num_layers, wire.hidden_size
     passes = [1] + [2 if wire.couples_rows else 1] * (n - 1)  # forwards of each micro-batch
     gathers, reductions = (sum(passes) + n, n) if wire.reshard else (1, 1)
-    for shapes in wire.units:
-        numel = sum(-(-rows // s) * s * torch.Size(rest).numel() for rows, *rest in shapes)
+    for unit, shapes in enumerate(wire.units):
+        numels = [-(-rows // s) * s * torch.Size(rest).numel() for rows, *rest in shapes]
+        numel = sum(numels)
         if s > 1:
-            add("dp_shard", "all_gather", gathers, numel * wire.weight_bytes)
+            in_fp8 = wire.fp8 and unit > 0  # not the root, which has no products
+            one_byte = sum(n for n, shape in zip(numels, shapes, strict=True) if in_fp8 and len(shape) > 1)
+            add(
+                "dp_shard",
+                "all_gather",
+                gathers,
+                numel * wire.weight_bytes - one_byte * (wire.weight_bytes - 1),
+            )
             add("dp_shard", "reduce_scatter", reductions, numel * wire.reduce_bytes)
         if wire.dp_replicate > 1:
             add("dp_replicate", "all_reduce", 1, numel // s * wire.reduce_bytes)
@@ -128,14 +139,18 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
             if wire.fp8:
                 matrices = 4 if wire.sequence_parallel else 2
                 add("tp", "all_reduce", (matrices * (forwards + again) + 2) * L, 4)
-                add("tp", "all_reduce", 4 * L * (forwards + again + 1) if wire.reshard else 0, 4)
-        add("tp", "all_reduce", 4 * L if wire.fp8 and not wire.reshard else 0, 4)
+                add("tp", "all_reduce", 4 * L * (forwards + again + 1) if wire.reshard and s == 1 else 0, 4)
+        add("tp", "all_reduce", 4 * L if wire.fp8 and s == 1 and not wire.reshard else 0, 4)
         norms = sum(L * -(-size // s) for size in wire.head_norms)
         norms += (2 * L + 1) * -(-D // s) if wire.sequence_parallel else 0
         add("tp", "all_reduce", 1 if norms else 0, norms * 4)
         add("tp", "all_reduce", 1, 4)
     if s > 1:
         add("dp_shard", "all_reduce", 1, 4)
+        if wire.fp8:
+            add("dp_shard", "all_reduce", 1, 16 * L)
+            if wire.tp > 1:
+                add("tp", "all_reduce", 1, 16 * L)
     dp = s * wire.dp_replicate
     # The same ranks have one name.
     axis = "dp_shard" if wire.dp_replicate == 1 else "dp_replicate" if s == 1 else "dp"

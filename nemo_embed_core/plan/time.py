@@ -108,7 +108,11 @@ def step_seconds(
     optimizer = optimizer_bytes * num_parameters / layout.tp / layout.shard / gpu.bandwidth
     again = 2.0 if recompute == "full" else 1.0
     quantized = fp8_bytes(model, again)
-    optimizer += 6 * num_parameters / layout.tp / gpu.bandwidth if fp8 else 0.0
+    if fp8:
+        # Once a step, of a weight: its largest value 2 bytes, both layouts 4. Of shards: the largest value 4,
+        # the bf16 of an fp32 master 6, its fp8 3; and the transpose of all that was gathered 2.
+        weight_bytes = 6 if layout.shard == 1 else 13 / layout.shard + 2
+        optimizer += weight_bytes * num_parameters / layout.tp / gpu.bandwidth
     found = []
     for rate, hidden, fp8_rate in zip(reversed(gpu.rates), reversed(HIDDEN), reversed(gpu.fp8), strict=True):
         narrow = layout.tp * NARROW.get(layout.tp, min(NARROW.values()))

@@ -23,7 +23,7 @@ from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.boxes import Box, local_box
-from nemo_embed_core.parallel.fp8 import weights_kept
+from nemo_embed_core.parallel.fp8 import gather_in_fp8, weights_kept
 from nemo_embed_core.parallel.grad_norm import clip_factor, grad_norm, sync_replicated_grads
 from nemo_embed_core.parallel.layers import run_in_fp8
 from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
@@ -80,6 +80,8 @@ class Engine:
             self.model.to_empty(device=mesh.device)
             if split:
                 fsdp.keep_gradients_in_fp32(self.model)
+            if config.precision == "fp8" and mesh.shard_size > 1:
+                gather_in_fp8(self.model, mesh.shard_group)
             found = {p: fsdp.plain_name(name) for name, p in self.model.named_parameters()}
             places = {
                 p: place_of(name, self.shapes[name], self.box(name), model) for p, name in found.items()

@@ -62,6 +62,7 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     from nemo_embed_core.model.llama import rope_inv_freq
     from nemo_embed_core.model.spec import parameter_shapes
     from nemo_embed_core.parallel import fsdp
+    from nemo_embed_core.parallel.fp8 import weights_kept
     from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.train import step as step_module
@@ -86,7 +87,8 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
 
     def gradients(of: list) -> dict[str, torch.Tensor]:
         trainer.engine.optimizer.zero_grad(set_to_none=True)
-        forward_backward(trainer.engine.model, of, mesh, config.loss, trainer.engine.dtype)
+        with weights_kept(trainer.engine.model):
+            forward_backward(trainer.engine.model, of, mesh, config.loss, trainer.engine.dtype)
         sync_replicated_grads(trainer.engine.model, mesh)
         found = {}
         for full_name, p in trainer.engine.model.named_parameters():

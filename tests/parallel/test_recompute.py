@@ -97,6 +97,7 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str, precision: 
 
     from nemo_embed_core.data.packing import load_batch
     from nemo_embed_core.parallel import fsdp
+    from nemo_embed_core.parallel.fp8 import weights_kept
     from nemo_embed_core.parallel.grad_norm import sync_replicated_grads
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.train.preflight import Prepared
@@ -136,7 +137,7 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str, precision: 
                 n, forwards = len(batches), 2 * len(batches) - 1 if in_batch != "none" else len(batches)
                 forwards += n if mode == "full" else 0
                 assert sum(taken_along) == MODEL.num_hidden_layers * (3 * forwards + n)
-            with Made() as made:
+            with weights_kept(engine.model), Made() as made:
                 rows = embed(engine.model, batches[0])
             of_mode[mode] = (tensors, settled(lambda made=made, rows=rows: made.alive(rows)))
         T = batches[0].input_ids.numel()
