@@ -5,6 +5,7 @@
 A text that was shortened, or stands in a longer one, has a small J with it (data/near.py) and C near 1. A
 changed word costs up to RUN of the runs. The index keeps the KEPT smallest hashes of a text's runs, and none
 that more than COMMON texts have: boilerplate is no evidence. C is then that of the texts, not its estimate.
+Both texts count whole: a passage may stand anywhere in a long page. Time grows with a text, the index not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from nemo_embed_core.data.near import CHARACTERS, words_of
+from nemo_embed_core.data.near import words_of
 from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.sampler import splitmix64
 
@@ -43,7 +44,7 @@ def run_hashes(words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
 
 def runs_of(text: str) -> np.ndarray:
     """Distinct hashes, ascending."""
-    return np.unique(run_hashes([words_of(normal_form(text[:CHARACTERS]))])[0])
+    return np.unique(run_hashes([words_of(normal_form(text))])[0])
 
 
 def contained(a: str, b: str) -> float:
@@ -78,7 +79,7 @@ class ContainedIndex:
         self._indexed = np.bincount(self._owner, minlength=len(kept))
 
     def show(self, numbers: Sequence[int], words: Sequence[Sequence[str]]) -> None:
-        """words [n] of texts that are shown."""
+        """words [n] of texts that are shown, whole."""
         hashes, text = run_hashes(words)
         starts = np.searchsorted(self._hashes, hashes, side="left")
         times = np.searchsorted(self._hashes, hashes, side="right") - starts

@@ -35,7 +35,12 @@ def normal_form(text: str) -> str:
 
 def normal_key(text: str) -> bytes:
     """16 bytes, equal where normal_form is equal."""
-    return bytes_key(normal_form(text).encode("utf-8", "surrogatepass"))
+    return form_key(normal_form(text))
+
+
+def form_key(form: str) -> bytes:
+    """normal_key of a text with this normal form."""
+    return bytes_key(form.encode("utf-8", "surrogatepass"))
 
 
 def exact_key(text: str) -> bytes:

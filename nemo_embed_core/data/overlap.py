@@ -1,4 +1,8 @@
-"""Which texts of an evaluation set a dataset has: equal in normal form, or near-duplicates (data/near.py)."""
+"""Which texts of an evaluation set a dataset has: equal in normal form, or near-duplicates (data/near.py).
+
+For a page on the dataset, whose distinct texts are on disk: each is signed once, for its own near-duplicates
+and all evaluation sets. Training data that only streams by, and cut texts: evaluation/overlap.py.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,10 @@ Training texts of either side are read once, as training reads them, and looked 
 sides of the task. Memory: 8 bytes for each distinct training text (16 while the sorted parts are merged), and
 20 for each text of the task; 1.6 kB for each of at most SAMPLED of a side that near-duplicates and cut texts
 are looked for; not the texts themselves (data/texts.py).
+
+data/overlap.py answers the same for `--inspect`, the other way round: a dataset's distinct texts are on disk
+there, signed once for its own near-duplicates and for every evaluation set, and exact copies are looked up
+among their keys. Here they stream by and nothing of them is kept but that they were met.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import heapq
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +31,8 @@ from nemo_embed_core.config import DataConfig, DatasetConfig
 from nemo_embed_core.data.build import with_store
 from nemo_embed_core.data.contained import ContainedIndex
 from nemo_embed_core.data.lines import PROGRESS_S
-from nemo_embed_core.data.near import CHARACTERS, NEAR, NearIndex, pairs_of, signer, words_of
-from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_form, normal_key
+from nemo_embed_core.data.near import CHARACTERS, NEAR, NearIndex, pairs_of, signer, word_pairs, words_of
+from nemo_embed_core.data.normal_form import exact_key, form_key, has_content, normal_form, normal_key
 from nemo_embed_core.data.overlap import NAMED, SAMPLED
 from nemo_embed_core.data.readers import Findings, files_of, read_rows
 from nemo_embed_core.data.store import TOKEN_FILES
@@ -36,7 +40,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
 
 OWN = "own"  # as a name of training data: that of each model's own run
-PIECE = 1024  # training texts that are looked at together
+PIECE, PIECE_CHARACTERS = 1024, 8 << 20  # training texts that are looked at together, and of them
 PAIR_BITS = 27  # of the table of pairs of words, 16 MB
 Log = Callable[[str], None]
 Texts = Mapping[str, Mapping[str, str]]  # side -> id -> text
@@ -140,8 +144,7 @@ class Overlap:
         self._contained = ContainedIndex(sampled.tolist(), self._text)
         self._has_pair = np.zeros(1 << (PAIR_BITS - 3), np.uint8)
         for place in sampled.tolist():
-            form = normal_form(self._text(place)[:CHARACTERS])
-            bits = _pair_bits(pairs_of(form, words_of(form)))
+            bits = _pair_bits(word_pairs(self._text(place)))
             np.bitwise_or.at(self._has_pair, bits >> 3, np.uint8(1) << (bits & 7).astype(np.uint8))
         self._exact: dict[int, tuple[str, str]] = {}  # place -> training text and where
         self._others: dict[int, tuple[str, str, str, float]] = {}  # and kind and similarity
@@ -151,12 +154,9 @@ class Overlap:
         return self._texts[side][name]
 
     def show(self, texts: Sequence[str], where: Sequence[str]) -> None:
-        forms = [normal_form(text[:CHARACTERS]) for text in texts]
+        forms = [normal_form(text) for text in texts]
         words = [words_of(form) for form in forms]
-        keys = np.array(
-            [_key(bytes_key(form.encode("utf-8", "surrogatepass")) if len(text) <= CHARACTERS
-                  else normal_key(text)) for text, form in zip(texts, forms, strict=True)], np.uint64
-        )  # fmt: skip
+        keys = np.array([_key(form_key(form)) for form in forms], np.uint64)
         starts = np.searchsorted(self._keys, keys, side="left")
         ends = np.searchsorted(self._keys, keys, side="right")
         for i in np.flatnonzero(ends > starts).tolist():
@@ -164,7 +164,9 @@ class Overlap:
                 self._exact.setdefault(place, (texts[i], where[i]))
         self._contained.show(range(len(texts)), words)
         # J >= NEAR takes that share of the pairs of what is shown: most texts are told without a signature.
-        likely = [i for i, form in enumerate(forms) if self._share(pairs_of(form, words[i])) >= NEAR]
+        pairs = (pairs_of(form, own) if len(text) <= CHARACTERS else word_pairs(text)
+                 for text, form, own in zip(texts, forms, words, strict=True))  # fmt: skip
+        likely = [i for i, own in enumerate(pairs) if self._share(own) >= NEAR]
         if likely:
             own = [texts[i][:CHARACTERS] for i in likely]
             self._near.show(0, own, self._sign(own))
@@ -226,6 +228,20 @@ def _pair_bits(pairs: set[str]) -> np.ndarray:
     return np.array([zlib.crc32(pair.encode()) >> (32 - PAIR_BITS) for pair in pairs], np.int64)
 
 
+def _pieces(shown: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """At most PIECE texts of PIECE_CHARACTERS together, or one: their words are in memory at once."""
+    piece: list[tuple[str, str]] = []
+    held = 0
+    for text, where in shown:
+        if piece and (held + len(text) > PIECE_CHARACTERS or len(piece) == PIECE):
+            yield piece
+            piece, held = [], 0
+        piece.append((text, where))
+        held += len(text)
+    if piece:
+        yield piece
+
+
 def overlap(texts: Texts, training: Sequence[str], log: Log = print) -> dict[str, Any]:
     """Overlap.report() of the sides of `texts`, with "training", its "rows" of texts that were read, the
     "distinct" ones of them, and "seconds"."""
@@ -233,7 +249,7 @@ def overlap(texts: Texts, training: Sequence[str], log: Log = print) -> dict[str
     begun = said = time.monotonic()
     found, seen, read = Overlap(texts), Seen(), 0
     shown = itertools.chain.from_iterable(map(training_texts, sources))
-    while piece := list(itertools.islice(shown, PIECE)):
+    for piece in _pieces(shown):
         read += len(piece)
         is_new = seen.new(np.array([_key(exact_key(text)) for text, _ in piece], np.uint64))
         if fresh := [piece[i] for i in np.flatnonzero(is_new).tolist()]:

@@ -11,6 +11,7 @@ import pytest
 from tiny import train_config
 
 from nemo_embed_core.data.contained import COMMON, contained, run_hashes
+from nemo_embed_core.data.near import CHARACTERS
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation import overlap as module
 from nemo_embed_core.evaluation.overlap import Seen, lines, overlap, refuse, training_data, words
@@ -73,6 +74,21 @@ def test_what_is_planted_is_found_and_nothing_else(planted):
     assert found["documents"]["share"] == pytest.approx(5 / 40) and found["queries"]["share"] == 1 / 40
     assert words(found) == "queries 2.50%, documents 12.50%" and words(None) == "not looked for"
     assert "documents: 2 of 40 exact, 1 near and 2 cut, together 12.50%" in "\n".join(lines(found))
+
+
+@pytest.mark.parametrize("characters", [1 << 23, 2000])
+def test_a_text_at_the_end_of_a_long_page_is_cut(tmp_path: Path, monkeypatch, characters: int):
+    """Behind more characters than a near-duplicate is told by, on either side; pieces of several texts or of
+    one."""
+    generator = random.Random(3)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", characters)
+    page, other = (text(generator, 1500) for _ in range(2))
+    assert len(page) > CHARACTERS
+    passage, short = text(generator, 40), text(generator, 120)
+    task = {"documents": {"d0": passage, "d1": f"{other} {short}", "d2": text(generator, 40)}}
+    rows = [{"query": "a question", "pos": [f"{page} {passage}"], "neg": [short]}]
+    found = overlap(task, [str(write_rows(tmp_path / "train.jsonl", rows))], lambda line: None)["documents"]
+    assert {one["id"]: one["kind"] for one in found["first"]} == {"d0": "cut", "d1": "cut"}
 
 
 def test_a_sample_is_looked_at_for_what_is_no_exact_copy(planted, monkeypatch):
@@ -146,7 +162,15 @@ def test_training_data_of_a_run_a_store_a_folder_and_none(tmp_path: Path):
     config = train_config(tmp_path)
     store = open_store(config.data, load_tokenizer(config.tokenizer), lambda line: None)
     assert [d.path for d in training_data(str(store.folder)).datasets] == [str(tmp_path / "train.jsonl")]
-    assert training_data("x:dev" if Path("x:dev").exists() else f"{tmp_path / 'train.jsonl'}").datasets
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "train.jsonl").rename(tmp_path / "rows/dev.jsonl")
+    (tmp_path / "rows/train.jsonl").write_bytes((tmp_path / "rows/dev.jsonl").read_bytes())
+    for name, split in ((f"{tmp_path}/rows:dev", "dev"), (f"{tmp_path}/rows", "train")):
+        (dataset,) = training_data(name).datasets
+        assert (dataset.path, dataset.split) == (f"{tmp_path}/rows", split)
+    with pytest.raises(UserError, match=r"training=.*rows:test: "):
+        training_data(f"{tmp_path}/rows:test")
+    (tmp_path / "rows/dev.jsonl").rename(tmp_path / "train.jsonl")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     with pytest.raises(UserError, match="does not say what it was trained on: give its run"):
