@@ -14,7 +14,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -44,6 +44,13 @@ class Options:
                 is_section = any(isinstance(item, dict) for item in items) and any(classes_in(kind))
                 way = "; from_dict takes a dict in its place" if is_section else ""
                 raise UserError(f"{self._prefix}{name}={short(value)} must be {words(kind)}{way}")
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Those of these options that have another value than their default."""
+        has = {f.name: f.default for f in dataclasses.fields(self)}
+        has |= {f.name: f.default_factory() for f in dataclasses.fields(self)
+                if f.default_factory is not dataclasses.MISSING}  # fmt: skip
+        return [name for name in names if getattr(self, name) != has[name]]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

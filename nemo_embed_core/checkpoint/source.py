@@ -41,6 +41,7 @@ Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 
 # Our own key in config_sentence_transformers.json, whose others have one length for both sides.
 USAGE_KEY = "nemo_embed_core"
+DEFAULT_LENGTH = 512  # tokens of a text, where neither the folder nor an option says how many
 PRECOMPUTED = ("documents.npy", "queries.npy")
 # Names of prompts for documents, in the order in which sentence-transformers looks for them.
 DOCUMENT_NAMES = ("document", "passage", "corpus")
@@ -96,11 +97,8 @@ class Usage:
         own = self.prompts[prompt_name] if prompt_name else self.default
         query = own.query if task is None else query_prompt(task)
         document = own.document if document_task is None else query_prompt(document_task)
-        lengths: dict[str, Any]
-        lengths = {"query_max_length": query_max_length, "document_max_length": document_max_length}
-        lengths = {
-            name: getattr(self, name) if length is None else length for name, length in lengths.items()
-        }
+        given = {"query_max_length": query_max_length, "document_max_length": document_max_length}
+        lengths: dict[str, Any] = {n: getattr(self, n) if x is None else x for n, x in given.items()}
         changed = {
             "prompt_name": prompt_name if own != self.default else None,
             "task": task if query != own.query else None,

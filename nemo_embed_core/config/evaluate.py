@@ -13,6 +13,10 @@ from nemo_embed_core.options import Options
 SETTINGS = ("data", "split", "lengths", "prompts")
 
 
+# Of TaskOptions, and of dev sets, what a table of texts has nothing of.
+OF_RETRIEVAL = ("source", "min_grade", "on_missing", "ignore_identical_ids", "max_queries")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(Options):
     """Data of one task and how its texts are encoded."""
@@ -26,7 +30,7 @@ class TaskOptions(Options):
     """What is asked of the data, of others than retrieval a table of texts (docs/evaluation.md); the model's
     query prompt stands before all texts but documents."""
     name: str = ""
-    """Name of the task in comparisons; "": that of the data's folder."""
+    """Name of the task in comparisons; "": that of the data's folder or file."""
     split: str = "test"
     """Split of the folder: qrels/{split}.tsv; of retrieval several with commas, "dev,test", each a report."""
     pool: list[str] = field(default_factory=list)
@@ -63,6 +67,10 @@ class TaskOptions(Options):
             raise UserError(f"{self._prefix}pool={wrong[0]} must be lang=LANGUAGE, lang=each or lang=all")
         if (self.pool or len(self.splits) > 1) and self.task_type != "retrieval":
             raise UserError(f"{self._prefix}pool and several splits are of task_type retrieval")
+        if self.task_type != "retrieval" and (given := self.given(OF_RETRIEVAL)):
+            raise UserError(
+                f"{self._prefix}{given[0]} is of task_type retrieval, not of {self.task_type}: remove it"
+            )
         for name in ("query_max_length", "document_max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{self._prefix}{name}={value} must be at least 1 token")
@@ -86,6 +94,8 @@ class LocalTask(TaskOptions, section="local"):
             raise UserError(f"local: {self.name}: data is missing: give its file or folder")
 
 
+# What --compare reads; all others are of an evaluation.
+OF_COMPARE = ("compare", "allow", "draws", "plot", "output", "seed")
 # Of TaskOptions what every task of a run may have from the run.
 ENCODING = ("prompt_name", "task", "document_task", "query_max_length", "document_max_length")
 
@@ -118,26 +128,28 @@ class EvaluateConfig(TaskOptions):
     """Folder for the scores in mteb's own layout too: results/{model}/{revision}/{task}.json, which
     mteb.ResultCache(folder) reads; "": none."""
     seed: int = 0
-    """Seed of the sample of queries, and of what --compare draws."""
+    """Seed of the sample of queries, and of what base, other_task and --compare draw."""
     training: list[str] = field(default_factory=list)
     """Training data that texts of local tasks are looked for in (exact, near-duplicates, cut): datasets
     (a file or folder, split train, or FOLDER:SPLIT), stores, runs, whose manifest names their data; "own":
     that of each model's own run. []: not looked for."""
     strict: float | None = None
-    """Share of the queries that may be in it; above that the evaluation ends before a text is encoded, and
-    names them. null: it is only reported."""
+    """Share of the queries of a task that may be in it; above that the evaluation ends before a text is
+    encoded, and names the first of them. null: it is only reported."""
     base: str = ""
     """Model that the others are compared with, language by language: a warning where one is worse and its
-    interval says so; "": none."""
+    interval says so. It is evaluated first, and need not stand in models; "": none."""
     other_task: str = ""
     """Instruction of another type of task: the queries are evaluated under it too, and a warning says where
-    the score is no lower (each model is run twice); "": not looked at."""
+    the score is higher, its interval above 0, or the same in every query (each model is run twice); "": not
+    looked at."""
     compare: list[str] = field(default_factory=list)
     """Reports, or folders of reports, to compare; nothing is evaluated: --compare a.json b.json."""
     allow: list[str] = field(default_factory=list)
     """Of --compare, what may differ between models of one task: any of data, split, lengths, prompts."""
     draws: int = 10_000
-    """Of --compare, draws of a bootstrap, and random signs of a test."""
+    """Draws of a bootstrap, by which base, other_task and --compare have their intervals, and random signs of
+    a test of --compare."""
     plot: str = ""
     """Of --compare, PNG to write: intervals and, where queries have languages, a heat map (matplotlib)."""
     max_tokens: int = 16384
@@ -153,8 +165,7 @@ class EvaluateConfig(TaskOptions):
         if self.max_tokens < 1:
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.tasks or self.local:
-            own = [f.name for f in fields(TaskOptions) if f.name not in ENCODING]
-            if given := [name for name in own if getattr(self, name) != getattr(TaskOptions(), name)]:
+            if given := self.given(f.name for f in fields(TaskOptions) if f.name not in ENCODING):
                 raise UserError(
                     f"{given[0]} is of one task: with tasks or local give it in its entry of local"
                 )
@@ -165,8 +176,11 @@ class EvaluateConfig(TaskOptions):
             raise UserError(f"output={self.output}: several tasks have a report each: give a folder")
         if self.strict is not None and not (self.training and 0 <= self.strict <= 1):
             raise UserError(f"strict={self.strict} is a share from 0 to 1 of what --training has: give that")
-        if self.compare and (self.data or self.models or self.is_many):
-            raise UserError("compare reads reports: evaluate models on data first, then compare without them")
+        if self.compare and (given := self.given(f.name for f in fields(self) if f.name not in OF_COMPARE)):
+            raise UserError(
+                f"compare reads reports, and {given[0]} is of an evaluation: evaluate models on data first, "
+                "then compare without it"
+            )
         if unknown := set(self.allow) - set(SETTINGS):
             raise UserError(f"allow={sorted(unknown)[0]} must be one of {', '.join(SETTINGS)}")
         if (self.allow or self.plot) and not self.compare:

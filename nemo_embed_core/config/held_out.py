@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_embed_core.config.data import dataset_names
+from nemo_embed_core.config.evaluate import OF_RETRIEVAL
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
 
@@ -58,9 +59,8 @@ class EvalDatasetConfig(Options, section="eval.datasets"):
         for name in ("max_queries", "max_documents"):
             if getattr(self, name) < 0:
                 raise UserError(f"{where}: {name}={getattr(self, name)} must not be negative; 0 takes all")
-        of_retrieval = ("document_task", "min_grade", "source", "ignore_identical_ids", "max_queries",
-                        "max_documents")  # fmt: skip
-        if self.task_type == "sts" and (given := [name for name in of_retrieval if getattr(self, name)]):
+        of_retrieval = ("document_task", "max_documents", *OF_RETRIEVAL)
+        if self.task_type == "sts" and (given := self.given(of_retrieval)):
             raise UserError(f"{where}: {given[0]} is of task_type retrieval, not of sts: remove it")
 
 

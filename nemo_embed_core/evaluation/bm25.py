@@ -4,7 +4,7 @@ score(q, d) = sum over words w of q, as often as they occur, of
               idf(w) * tf(w, d) / (tf(w, d) + k1 * (1 - b + b * |d| / mean |d|))
 idf(w) = ln(1 + (N - df(w) + 0.5) / (df(w) + 0.5))
 
-k1 = 1.2 and b = 0.75 are Lucene's and Elasticsearch's defaults, never tuned on the data at hand. Words are
+K1 and B are Lucene's and Elasticsearch's defaults, never tuned on the data at hand. Words are
 lower-cased runs of letters, digits and underscores (Unicode); no stemming and no stop words, which in English
 are worth a few points more.
 """
@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 WORD = re.compile(r"\w+")
+K1, B = 1.2, 0.75
+REVISION = f"k1={K1}-b={B}"  # of the model, in mteb's words
 
 
 class Bm25:
@@ -28,7 +30,7 @@ class Bm25:
     """
 
     def __init__(
-        self, texts: Iterable[str], k1: float = 1.2, b: float = 0.75, queries: Iterable[str] | None = None
+        self, texts: Iterable[str], k1: float = K1, b: float = B, queries: Iterable[str] | None = None
     ):
         # Of each word the documents that have it, in order, and how often.
         self.postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(

@@ -95,8 +95,6 @@ class Labelled:
     def __init__(self, config: TaskOptions):
         self.kind = KINDS[config.task_type]
         self.columns = self.kind.columns
-        if config.max_queries or config.ignore_identical_ids:
-            raise UserError("max_queries and ignore_identical_ids are of task_type retrieval")
         findings = Findings(log=say)
         self.rows = read(config, config.split, findings)
         self.train = read(config, "train", findings) if config.task_type == "classification" else []

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from nemo_embed_core.checkpoint.source import Similarity, Source, Usage, resolve
+from nemo_embed_core.checkpoint.source import DEFAULT_LENGTH, Similarity, Source, Usage, resolve
 from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.config.evaluate import ENCODING, TaskOptions
@@ -24,8 +24,6 @@ from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
 from nemo_embed_core.errors import UserError
-
-DEFAULT_LENGTH = 512  # tokens, where neither the folder nor an option says one
 
 
 @dataclass(frozen=True)

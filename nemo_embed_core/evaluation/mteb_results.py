@@ -5,8 +5,9 @@
 
     mteb.ResultCache(folder).load_results()
 
-The revision is made of the weights' digest and, where options changed how texts are encoded, of them: results
-of other weights, precisions or prompts never take each other's place.
+The revision is made of the weights' digest, the precision and the run's options of encoding: results that
+differ in one of them never take each other's place. What a task's entry of `local`, or another file of the
+model's folder, says of prompts and lengths is not in it: such results do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from nemo_embed_core.config import EvaluateConfig
 from nemo_embed_core.config.evaluate import ENCODING
+from nemo_embed_core.evaluation.bm25 import REVISION
 from nemo_embed_core.evaluation.retrieval import model_meta, mteb_imported, task_metadata
 
 BM25 = "local/bm25"
@@ -35,7 +37,7 @@ def name_of(model: str) -> str:
 def revision_of(entry: Mapping[str, Any], config: EvaluateConfig) -> str:
     """{12 digits of the weights' digest}-{precision}[-{8 of the sha256 of the run's options of encoding}]."""
     if "digest" not in entry:
-        return "k1=1.2-b=0.75"
+        return REVISION
     default = EvaluateConfig()
     names = (*ENCODING, "instructions")
     set_by = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_embed_core.checkpoint.source import Usage
+from nemo_embed_core.checkpoint.source import DEFAULT_LENGTH, Usage
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import pieces
-from nemo_embed_core.evaluation.bm25 import Bm25
+from nemo_embed_core.evaluation.bm25 import REVISION, Bm25
 from nemo_embed_core.evaluation.encoding import Encoding
 from nemo_embed_core.evaluation.retrieval import (
     PIECE_CHARACTERS,
@@ -60,7 +60,7 @@ class Vectors:
         rows = self.rows.setdefault((side, prompt), {}) if self.keep else {}
         new = [text for text in dict.fromkeys(texts) if text not in rows]
         for piece in pieces(new, PIECE_CHARACTERS):
-            length = getattr(self.usage, f"{side}_max_length") or 512
+            length = getattr(self.usage, f"{side}_max_length") or DEFAULT_LENGTH
             found, cut = self.encoding.rows(piece, prompt, length, side)
             before = self.lost[side]
             self.lost[side] = None if before is None or cut is None else before + cut
@@ -88,9 +88,8 @@ class Bm25Search:
     A document without a word of the query is not found; of candidates all are ranked, those with 0.
     """
 
-    def __init__(self, k1: float = 1.2, b: float = 0.75):
-        self.k1, self.b = k1, b
-        self.mteb_model_meta = model_meta(f"k1={k1}-b={b}", "sparse")
+    def __init__(self) -> None:
+        self.mteb_model_meta = model_meta(REVISION, "sparse")
         self.corpus: Any = None
 
     def index(self, corpus: Any, **_: Any) -> None:
@@ -100,7 +99,7 @@ class Bm25Search:
         self, queries: Any, top_k: int, top_ranked: Any = None, **_: Any
     ) -> dict[str, dict[str, float]]:
         ids, asked = list(self.corpus["id"]), _texts(queries)
-        bm25 = Bm25(_texts(self.corpus), self.k1, self.b, queries=asked)
+        bm25 = Bm25(_texts(self.corpus), queries=asked)
         if top_ranked is None:
             best = bm25.top(asked, top_k, first=-rank_of_ids(ids))
             return {

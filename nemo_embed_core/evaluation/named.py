@@ -38,6 +38,12 @@ class NamedPlan:
     def name(self) -> str:
         return self.task.metadata.name
 
+    @property
+    def restriction(self) -> str:
+        each = [f"splits {', '.join(sorted(part.eval_splits))} of {', '.join(sorted(part.hf_subsets))}"
+                for part in parts_of(self.task)]  # fmt: skip
+        return "; ".join(each)
+
     @cached_property
     def is_search(self) -> bool:
         """Whether its texts are queries and documents."""

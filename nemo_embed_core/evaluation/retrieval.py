@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_embed_core.checkpoint.source import Similarity, Usage
+from nemo_embed_core.checkpoint.source import DEFAULT_LENGTH, Similarity, Usage
 from nemo_embed_core.data.readers import Beir
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import pieces
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.evaluation.bm25 import Bm25
+from nemo_embed_core.evaluation.bm25 import REVISION, Bm25
 from nemo_embed_core.evaluation.encoding import Encoding
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def evaluate_parts(
         # Documents as mteb gives them to a model, without the white space around them.
         read = (text.strip() for text in texts.values()) if side == "document" else iter(texts.values())
         for piece in pieces(read, PIECE_CHARACTERS):
-            vectors, cut = encoding.rows(piece, prompt, max_length or 512, side)
+            vectors, cut = encoding.rows(piece, prompt, max_length or DEFAULT_LENGTH, side)
             lost = None if lost is None or cut is None else lost + cut
             yield torch.from_numpy(vectors).to(encoding.device)
         truncated[side] = None if lost is None else lost / len(texts)
@@ -189,19 +189,17 @@ def rank_of_ids(ids: Sequence[Any]) -> np.ndarray:
     return ranks
 
 
-def evaluate_bm25(
-    beir: Beir, k1: float = 1.2, b: float = 0.75, *, ignore_identical_ids: bool = False
-) -> dict[str, Any]:
+def evaluate_bm25(beir: Beir, *, ignore_identical_ids: bool = False) -> dict[str, Any]:
     """The same figures for words instead of vectors; a document without a word of the query is not found."""
     _check(beir)
-    bm25 = Bm25(beir.corpus.values(), k1, b, queries=beir.queries.values())
+    bm25 = Bm25(beir.corpus.values(), queries=beir.queries.values())
     ids = list(beir.corpus)
     top = bm25.top(beir.queries.values(), DEPTH, first=-rank_of_ids(ids))
     found = {
         query: {ids[i]: float(score) for i, score in zip(*best, strict=True)}
         for query, best in zip(beir.queries, top, strict=True)
     }
-    return _figures(found, beir, f"k1={k1}-b={b}", "sparse", ignore_identical_ids)
+    return _figures(found, beir, REVISION, "sparse", ignore_identical_ids)
 
 
 def _check(beir: Beir) -> None:

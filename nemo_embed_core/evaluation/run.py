@@ -68,14 +68,15 @@ def run(config: EvaluateConfig) -> dict[str, Report]:
             encoder = encoder or subjects[name].load(config)
             encoding = Encoding(encoder)
         for plan, task, beside in zip(plans, tasks, besides, strict=True):
-            start, sample = time.perf_counter(), Sample()
+            sample = Sample()
             others: Sequence[dict[str, Any] | None] = [None] * len(task.parts)
+            if encoding is not None and config.other_task:
+                usage = cut_by(plan.asked(subjects[name])[0], encoding.encoder)
+                others = task.evaluate(encoding, under(usage, config.other_task))
+            start = time.perf_counter()  # of the score alone
             if encoding is None:
                 entries, about = task.bm25(), dict[str, Any]()
             else:
-                if config.other_task:
-                    usage = cut_by(plan.asked(subjects[name])[0], encoding.encoder)
-                    others = task.evaluate(encoding, under(usage, config.other_task))
                 encoding.sample = sample
                 entries, about = _scored(task, plan, subjects[name], encoding, config)
                 encoding.sample = None

@@ -61,6 +61,8 @@ class One:
 class Plan(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def restriction(self) -> str: ...  # which of the task's data it takes
     def check(self, models: list[str]) -> None: ...  # UserError for what it cannot score
     def asked(self, subject: Subject) -> tuple[Usage, dict[str, Any]]: ...  # and the options that changed it
     def open(self) -> Task: ...
@@ -88,6 +90,10 @@ class LocalPlan:
     @property
     def name(self) -> str:
         return self.options.name
+
+    @property
+    def restriction(self) -> str:
+        return f"{self.options.data} of local"
 
     def check(self, models: list[str]) -> None:
         if "bm25" in models and self.options.task_type not in WITH_BM25:
@@ -123,8 +129,15 @@ def plans_of(config: EvaluateConfig) -> list[Plan]:
             plans += found
         else:
             raise UserError(f"tasks: {name!r} is no task or benchmark of mteb{near(name, local)}")
-    names = [plan.name for plan in plans]
-    return [plan for i, plan in enumerate(plans) if plan.name not in names[:i]]  # benchmarks overlap
+    once: dict[str, Plan] = {}
+    for plan in plans:  # benchmarks overlap
+        first = once.setdefault(plan.name, plan)
+        if first.restriction != plan.restriction:
+            raise UserError(
+                f"tasks: {plan.name} is asked for twice, with {first.restriction[:200]} and with "
+                f"{plan.restriction[:200]}, and a run has one report of it: give each a run of its own"
+            )
+    return list(once.values())
 
 
 def near(name: str, local: Mapping[str, Any]) -> str:

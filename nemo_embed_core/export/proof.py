@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nemo_embed_core.checkpoint.hf_folder import has_weights, open_folder, weight_files
-from nemo_embed_core.checkpoint.source import Modules, Usage, modules_of, resolve, usage_of_folder
+from nemo_embed_core.checkpoint.source import (
+    DEFAULT_LENGTH,
+    Modules,
+    Usage,
+    modules_of,
+    resolve,
+    usage_of_folder,
+)
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.errors import UserError
@@ -47,7 +54,6 @@ from nemo_embed_core.model.spec import ARCHITECTURES, pooling_of_modes
 # (tests/export/test_proof.py). A lost RoPE scaling can stay below bf16's tolerance, which is why everything
 # is compared in fp32 first.
 TOLERANCE = {"float32": (1e-5, 1e-4), "float16": (5e-3, 1e-2), "bfloat16": (2e-2, 4e-2)}
-DEFAULT_LENGTH = 512  # tokens, for a folder that states none
 Config = dict[str, Any]
 Report = dict[str, Any]
 Vectors = dict[str, np.ndarray]  # reload.py's arrays

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_embed_core.checkpoint.source import Source
+from nemo_embed_core.checkpoint.source import DEFAULT_LENGTH, Source
 from nemo_embed_core.checkpoint.weights import open_weights
 from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
 from nemo_embed_core.data.prompts import query_prompt
@@ -28,7 +28,6 @@ from nemo_embed_core.encoders.precomputed import Lookup, Similarity, precomputed
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.errors import UserError
 
-DEFAULT_MAX_LENGTH = 512  # tokens, of a model that says nothing
 PROMPT_OF = {"query": "prompt", "document": "document_prompt"}  # of a Teacher, by side
 
 
@@ -144,7 +143,7 @@ def using(
             instead = f" in place of its own {prompt!r}" if prompt and query_prompt(task) != prompt else ""
             prompt, whose = query_prompt(task), f"{option}{instead}"
         length, limit = (getattr(options, f"{side}_max_length") for options in (config, own))
-        tokens = length or limit or DEFAULT_MAX_LENGTH
+        tokens = length or limit or DEFAULT_LENGTH
         origin = "option" if length else "the model's" if limit else "none known"
         if source.kind == "sentence-transformers" and limit and tokens > limit:
             tokens, origin = limit, f"the folder's limit, below {side}_max_length={length}"

@@ -352,7 +352,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path, spoil, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compare": ["a.json"], "data": "d"}, "compare reads reports"),
+        ({"compare": ["a.json"], "data": "d"}, "compare reads reports, and data is of an evaluation"),
+        ({"compare": ["a.json"], "training": ["d"]}, "compare reads reports, and training is of"),
+        ({"compare": ["a.json"], "base": "m"}, "compare reads reports, and base is of"),
+        ({"compare": ["a.json"], "other_task": "t"}, "compare reads reports, and other_task is of"),
         ({"compare": ["a.json"], "allow": ["length"]}, "allow=length must be one of data, split, len"),
         ({"data": "d", "plot": "a.png"}, "allow and plot belong to --compare"),
         ({"compare": ["a.json"], "draws": 999}, "draws=999 must be at least 1,000"),

@@ -211,7 +211,8 @@ def test_bad_rows_are_refused_by_line(tmp_path, task_type, row, message):
     [
         ("sts", {"models": ["bm25"]}, "bm25 ranks documents for queries: task_type=sts has none"),
         ("clustering", {"models": ["bm25"]}, "bm25 ranks .*: task_type=clustering has none"),
-        ("bitext", {"max_queries": 3}, "max_queries and ignore_identical_ids are of task_type retrieval"),
+        ("bitext", {"max_queries": 3}, "max_queries is of task_type retrieval, not of bitext: remove it"),
+        ("sts", {"on_missing": "allow"}, "on_missing is of task_type retrieval, not of sts: remove it"),
         (
             "classification",
             {"split": "train"},
