@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.intervals import ndcg_differences
+from nemo_embed_core.config import TrainConfig
 from nemo_embed_core.evaluation.alarms import collapse, degradation, differences, spread
 
 QUERIES, DRAWS = 300, 2000
@@ -55,23 +56,12 @@ def told(run: str) -> Counter[str]:
     """{kind: steps in which it sounds}, by the run's own metrics."""
     from nemo_embed_core.train.watch import Watch
 
-    watch, found = Watch(json_rows(run), lambda line: None), Counter[str]()
+    config = TrainConfig.from_yaml(Path(run) / "config.yaml")
+    watch, found = Watch(config.global_batch_size, config.loss, lambda line: None), Counter[str]()
     for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        if "loss" in values:
-            watch.after(values)
-            sounding = set(watch.sounding)
-            for side in ("queries", "documents"):
-                figures = values.get(f"spread_{side}")
-                sounding |= {"collapse"} if figures and collapse(figures, side) else set()
-            found.update(sounding)
+        kinds = watch.recall([values := json.loads(line)])
+        found.update(kinds if "loss" in values else ())
     return found
-
-
-def json_rows(run: str) -> int:
-    import yaml
-
-    return int(yaml.safe_load((Path(run) / "config.yaml").read_text())["global_batch_size"])
 
 
 def main() -> None:

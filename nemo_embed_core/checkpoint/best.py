@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.checkpoint.manifest import CheckpointError, folder_name, read_manifest
+from nemo_embed_core.checkpoint.manifest import MANIFEST, CheckpointError, folder_name, read_manifest, seal
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.durable import write_atomically
 
 BEST = "best"  # RUN/best stands for a checkpoint of the run, where it is no folder of its own
 
@@ -17,6 +18,14 @@ def best_of(manifest: Mapping[str, Any]) -> str:
     evaluated."""
     best = manifest.get("eval", {}).get("best")
     return folder_name(best["step"]) if best else ""
+
+
+def record_evaluation(run: Path, step: int, evaluated: Mapping[str, Any]) -> None:
+    """Into the manifest of a checkpoint that was published before its evaluation was made, if it was."""
+    checkpoint = run / folder_name(step)
+    if checkpoint.is_dir():
+        manifest = {**read_manifest(checkpoint), "eval": dict(evaluated)}
+        write_atomically(checkpoint / MANIFEST, seal(manifest))
 
 
 def find_best(run: Path, newest_first: Sequence[Path]) -> Path:

@@ -40,15 +40,15 @@ WITHOUT = 0.05  # of the rows: as many steps of every hundred would teach nothin
 TRIVIAL = 0.01  # nats
 
 
-def no_negatives(without: Sequence[float], rows: float) -> Alarm | None:
-    """sum(without) / (len(without) * rows) > 0.05: rows of the last WINDOW steps that had no candidate.
+def no_negatives(without: Sequence[float], rows: Sequence[float]) -> Alarm | None:
+    """sum(without) / sum(rows) > 0.05: rows of the last WINDOW steps that had no candidate.
 
-    without: rows_without_candidates of each step; rows: of a step. A row without a candidate, because its
-    negatives are missing, equal to a positive or of its class, has loss 0 and gradient 0. Rows that have none
-    in the data are left out before the first step, so what is counted is lost in the batch: healthy runs
-    have 0.
+    without: rows_without_candidates of each step; rows: of each, but for graded pairs. A row without a
+    candidate, because its negatives are missing, equal to a positive or of its class, has loss 0 and
+    gradient 0. Rows that have none in the data are left out before the first step, so what is counted is
+    lost in the batch: healthy runs have 0.
     """
-    share = sum(without) / (len(without) * rows) if without else 0.0
+    share = sum(without) / max(1, sum(rows))
     if len(without) < FEWEST or share <= WITHOUT:
         return None
     return Alarm(
@@ -62,16 +62,17 @@ def no_negatives(without: Sequence[float], rows: float) -> Alarm | None:
 def trivial_negatives(losses: Sequence[float]) -> Alarm | None:
     """mean(losses) < 0.01 over the last WINDOW steps: the positive has 99 % of the softmax.
 
-    The gradient of InfoNCE in the logits is p - 1 at the positive and p elsewhere, with 1 - p <= loss: below
-    0.01 a row moves the weights by less than a hundredth of what an open one does. So it is with negatives
-    that are empty, of another language or topic, or learnt by heart.
+    losses: of InfoNCE, without its weight; of several widths the largest. Its gradient in the logits is p - 1
+    at the positive and p elsewhere, with 1 - p <= loss: below 0.01 a row moves the weights by less than a
+    hundredth of what an open one does. So it is with negatives that are empty, of another language or topic,
+    or learnt by heart.
     """
     mean = math.fsum(losses) / max(1, len(losses))
     if len(losses) < FEWEST or not mean < TRIVIAL:
         return None
     return Alarm(
         "trivial_negatives",
-        f"the mean loss of the last {len(losses)} steps is {mean:.4f}: every negative is told from its "
+        f"the mean InfoNCE of the last {len(losses)} steps is {mean:.4f}: every negative is told from its "
         "positive at once and the steps teach next to nothing: mine harder negatives (docs/mining.md), set "
         "loss.in_batch, or stop if the rows are known by heart",
     )

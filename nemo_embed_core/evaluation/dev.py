@@ -4,9 +4,10 @@ them. Read and tokenised once; no mteb, whose figures these are (tests/train/tes
     nDCG@10 of a query = sum of grade / log2(1 + rank) over the ten nearest documents / that of the best order
     loss of a query    = mean over its relevant p of -log(e^(s_p / t) / (e^(s_p / t) + sum_n e^(s_n / t)))
 
-s: cosines; n: every document of the corpus that the query does not judge relevant; t: loss.temperature. Of
-equal scores the document with the greater id comes first, and texts of the same tokens are one text: they tie
-at every layout. Spearman's correlation is of midranks.
+s: cosines; n: every document of the corpus that the query does not judge relevant; t: loss.temperature. With
+ignore_identical_ids a query's own document is neither found nor p nor n. Of equal scores the document with
+the greater id comes first, and texts of the same tokens are one text: they tie at every layout. Spearman's
+correlation is of midranks.
 
 Q queries · N documents · J relevant pairs · n texts
 """
@@ -31,6 +32,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation import labelled
 from nemo_embed_core.evaluation.rank_statistics import spearman
 from nemo_embed_core.evaluation.retrieval import Best, rank_of_ids
+from nemo_embed_core.evaluation.retrieval_task import sample_queries
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,11 @@ def _read_retrieval(name: str, dataset: EvalDatasetConfig, how: _How, findings: 
         for document, grade in beir.qrels[query].items()
         if grade > 0 and document in number
     ]
-    if not pairs:
+    own_Q = [number.get(query, -1) if dataset.ignore_identical_ids else -1 for query in beir.queries]
+    if all(pair % len(ids) == own_Q[pair // len(ids)] for pair, _ in pairs):
         raise UserError(f"{dataset.path}: no query of split {dataset.split} has a relevant document")
     judged = np.array(sorted(pairs), np.int64)
     ideal = [_ideal(beir.qrels[query].values()) for query in beir.queries]
-    own_Q = [number.get(query, -1) if dataset.ignore_identical_ids else -1 for query in beir.queries]
     prompts = usage.default
     texts = (beir.queries[query] for query in beir.queries)
     queries, cut = _side(how.tokenizer, texts, usage.query_max_length, prompts.query, "data.query_max_length")
@@ -179,11 +181,9 @@ def _ideal(grades: Iterable[int]) -> float:
 def _sample(beir: Beir, dataset: EvalDatasetConfig, seed: int) -> tuple[Beir, str]:
     """A sample of the queries as launch/evaluate.py takes it; of the documents those that they judge, and
     others."""
-    queries, corpus, said = beir.queries, beir.corpus, ""
-    if 0 < dataset.max_queries < len(queries):
-        chosen = set(random.Random(seed).sample(list(queries), dataset.max_queries))
-        said += f", a sample of {len(queries):,} queries"
-        queries = {query: text for query, text in queries.items() if query in chosen}
+    queries, corpus, said = sample_queries(beir, dataset.max_queries, seed).queries, beir.corpus, ""
+    if len(queries) < len(beir.queries):
+        said += f", a sample of {len(beir.queries):,} queries"
     if 0 < dataset.max_documents < len(corpus):
         judged = {document for query in queries for document in beir.qrels[query]}
         if dataset.ignore_identical_ids:

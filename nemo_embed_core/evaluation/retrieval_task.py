@@ -95,17 +95,22 @@ def dataset_of(config: TaskOptions) -> DatasetConfig:
     return DatasetConfig(path=config.data, **{name: getattr(config, name) for name in names})
 
 
+def sample_queries(beir: Beir, count: int, seed: int) -> Beir:
+    """With `count` of the queries, in their order; all of them where 0 or as many are asked for."""
+    if not 0 < count < len(beir.queries):
+        return beir
+    chosen = set(random.Random(seed).sample(list(beir.queries), count))
+    return beir._replace(queries={query: text for query, text in beir.queries.items() if query in chosen})
+
+
 def read_data(config: TaskOptions, seed: int) -> tuple[Any, dict[str, Any]]:
     """(the split, or a sample of its queries; what the report says about it)."""
     findings = Findings(log=say)
     beir = read_beir(dataset_of(config), findings)
     findings.raise_bad()
-    total, sampled = len(beir.queries), ""
-    if 0 < config.max_queries < total:
-        chosen = set(random.Random(seed).sample(list(beir.queries), config.max_queries))
-        queries = {query: text for query, text in beir.queries.items() if query in chosen}
-        beir = beir._replace(queries=queries)
-        sampled = f", a sample of {total} (seed {seed})"
+    total = len(beir.queries)
+    beir = sample_queries(beir, config.max_queries, seed)
+    sampled = f", a sample of {total} (seed {seed})" if len(beir.queries) < total else ""
     spoken = beir.languages and [beir.languages.get(query) or "unknown" for query in beir.queries]
     languages = dict(Counter(spoken or ()).most_common())
     sizes = f"{len(beir.queries)} queries of split {config.split}{sampled}, {len(beir.corpus)} documents"

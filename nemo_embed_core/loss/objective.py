@@ -113,20 +113,21 @@ def _each(
 
 def figures(totals: Mapping[str, float], loss: LossConfig) -> dict[str, Any]:
     """Of the sums of a global batch, "rows" and "loss" (their sum). losses: of each term, without its weight;
-    over the rows that have what it is of, None where no row has."""
+    over the rows that have what it is of, None where no row has. rows_without_candidates: but for graded
+    pairs, which are contrasted with nothing."""
+    graded = totals.get("graded_rows", 0.0)
     found: dict[str, Any] = {
         "loss": totals["loss"] / totals["rows"],
         # Of rows that have a candidate; None where no row of the step has one.
         "accuracy": totals["hits"] / totals["ranked_rows"] if totals["ranked_rows"] else None,
-        "rows_without_candidates": round(totals["rows"] - totals["ranked_rows"]),
+        "rows_without_candidates": round(totals["rows"] - graded - totals["ranked_rows"]),
         "positive_similarity": totals["positive"] / totals["rows"],
         "negative_similarity": totals["negative"] / max(1.0, totals["negatives"]),
     }
     if "temperature" in totals:
         found["temperature"] = totals["temperature"] / totals["rows"]
     if terms := _terms(loss):
-        ungraded = totals["rows"] - totals.get("graded_rows", 0.0)
-        count = {"info_nce": ungraded, "cosent": totals.get("graded_rows", 0.0)}
+        count = {"info_nce": totals["rows"] - graded, "cosent": graded}
         of = {term: count.get(term.partition("@")[0], totals.get("scored_rows", 0.0)) for term in terms}
         found["losses"] = {term: totals[_sum_of(term)] / of[term] if of[term] else None for term in terms}
     found |= {name: round(totals[name]) for name in ("scored_rows", "graded_rows") if name in totals}

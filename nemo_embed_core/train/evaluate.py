@@ -206,15 +206,28 @@ class Evaluation:
         return {"spearman": dev.spearman(cosines.numpy())}
 
     def _retrieval(self, dev: RetrievalSet, queries: Share, documents: Share) -> dict[str, float]:
-        """Documents are never all in memory: a batch of them is scored and forgotten, by one of the tp ranks
-        that have it."""
+        """nDCG@10, and the mean over the queries that have a p of
+
+            mean over p of -log(e^(s_p / t) / (e^(s_p / t) + sum_n e^(s_n / t)))
+
+        p: texts of relevant documents, n: all others, but for the text of the query's own document (own_Q),
+        which is not ranked either. s: cosines; t: loss.temperature. Documents are never all in memory: a
+        batch of them is scored and forgotten, by one of the tp ranks that have it.
+        """
         tp, t = self.engine.mesh.tp, self.config.loss.temperature
         queries_QD = self._whole(queries)
         num_queries, num_documents = len(queries_QD), len(documents.of)
         by_text = np.argsort(documents.of, kind="stable")
-        pairs = np.stack(np.divmod(dev.judged_J, num_documents))  # [2, J]: queries and documents
-        pairs = np.unique(np.stack([pairs[0], documents.of[pairs[1]]]), axis=1)  # and texts
-        pairs = pairs[:, np.argsort(pairs[1], kind="stable")]
+        judged = np.stack(np.divmod(dev.judged_J, num_documents))  # [2, J]: queries and documents
+        own = np.stack([np.flatnonzero(dev.own_Q >= 0), dev.own_Q[dev.own_Q >= 0]])
+        judged_keys, own_keys = (texts * num_queries + rows for rows, texts in (
+            (judged[0], documents.of[judged[1]]), (own[0], documents.of[own[1]])
+        ))  # fmt: skip
+        relevant = np.setdiff1d(judged_keys, own_keys)
+        pairs, no_negatives = (  # [2, J]: queries and texts, by the texts
+            np.stack(np.divmod(keys, num_queries))[::-1]
+            for keys in (relevant, np.union1d(relevant, own_keys))
+        )
         best = Best(num_queries, range(num_documents))
         negatives_Q, cosines_J = np.zeros(num_queries), np.zeros(pairs.shape[1])
         is_finite, step = True, max(1, MAX_SCORES // num_queries)
@@ -227,12 +240,11 @@ class Evaluation:
                 is_finite &= bool(rows_ND.isfinite().all())
                 columns, places = members(documents.of[by_text], texts)
                 best.add(scores_Qn[:, torch.from_numpy(columns).to(scores_Qn.device)], by_text[places])
-                columns, places = members(pairs[1], texts)
-                own = tuple(torch.from_numpy(x).to(scores_Qn.device) for x in (pairs[0, places], columns))
                 weights_Qn = scores_Qn.double().sub_(1).div_(t).exp_()
-                weights_Qn[own] = 0
+                weights_Qn[_entries(no_negatives, texts, weights_Qn.device)[1]] = 0
                 negatives_Q += weights_Qn.sum(1).cpu().numpy()
-                cosines_J[places] = scores_Qn[own].double().cpu().numpy()
+                places, entries = _entries(pairs, texts, scores_Qn.device)
+                cosines_J[places] = scores_Qn[entries].double().cpu().numpy()
         parts = gather_objects((best.rows, best.documents, best.scores, negatives_Q, cosines_J, is_finite))
         if not all(part[-1] for part in parts):
             raise NonFiniteError(self._broken)
@@ -244,9 +256,17 @@ class Evaluation:
         return {"ndcg_at_10": dev.ndcg_at_10(best), "loss": loss}
 
 
+def _entries(
+    pairs: np.ndarray, texts: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, tuple[Tensor, ...]]:
+    """(numbers of the pairs [2, J] of these texts, their rows and columns of scores [Q, len(texts)])."""
+    columns, places = members(pairs[1], texts)
+    return places, tuple(torch.from_numpy(x).to(device) for x in (pairs[0, places], columns))
+
+
 def _loss(negatives_Q: np.ndarray, logits_J: np.ndarray, queries_J: np.ndarray) -> float:
-    """Mean over the queries that have a relevant document; ten digits, as the order of the sums is the
-    layout's."""
+    """Of the sums over n of e^((s_n - 1) / t), the (s_p - 1) / t and the query of each p; ten digits, as the
+    order of the sums is the layout's."""
     with np.errstate(divide="ignore"):
         losses_J = np.logaddexp(logits_J, np.log(negatives_Q)[queries_J]) - logits_J
     counts_Q = np.bincount(queries_J, minlength=len(negatives_Q))

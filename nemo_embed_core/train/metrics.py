@@ -21,6 +21,7 @@ from nemo_embed_core.model.spec import parameter_shapes
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh
 from nemo_embed_core.train.trackers import Trackers
+from nemo_embed_core.train.watch import Watch
 
 # Dense bf16 datasheet peaks, FLOP/s. A device that is not listed reports no MFU rather than a guess.
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -49,9 +50,18 @@ def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: 
 
 
 class MetricsLog:
-    """Rank 0's writer. A resumed run first drops the lines of steps that will run again."""
+    """Rank 0's writer. A resumed run first drops the lines of steps that will run again, and an evaluation
+    after its checkpoint, unless that has it: evaluated, the step of its last one. watch recalls the others,
+    and adds its alarms to each line."""
 
-    def __init__(self, config: TrainConfig, resume_step: int, log: Callable[[str], None] = print):
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume_step: int,
+        log: Callable[[str], None] = print,
+        watch: Watch | None = None,
+        evaluated: int | None = None,
+    ):
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
@@ -60,16 +70,22 @@ class MetricsLog:
             for line in path.read_text().splitlines():
                 try:
                     values = json.loads(line)
-                    # An evaluation in a line of its own came after the checkpoint, and comes again.
-                    if values["step"] < resume_step or (values["step"] == resume_step and "loss" in values):
+                    # An evaluation in a line of its own came after the checkpoint, and comes again unless it
+                    # was written into that.
+                    is_done = "loss" in values or evaluated == resume_step
+                    if values["step"] < resume_step or (values["step"] == resume_step and is_done):
                         kept.append(line + "\n")
                 except (ValueError, KeyError):
                     break  # the half line that a killed run left
         write_atomically(path, "".join(kept).encode())
-        self._file = path.open("a")
+        if watch is not None:
+            watch.recall(map(json.loads, kept))
+        self._file, self._watch = path.open("a"), watch
         self._trackers = Trackers.of(config, resume_step, log)
 
     def write(self, values: Mapping[str, Any]) -> None:
+        if self._watch is not None:
+            values = {**values, **self._watch.after(values)}
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         self._trackers.write(values)

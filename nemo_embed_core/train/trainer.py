@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_embed_core.checkpoint.best import record_evaluation
 from nemo_embed_core.checkpoint.kept_layers import KeptLayers
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest
 from nemo_embed_core.checkpoint.runs import checkpoints
@@ -91,7 +92,7 @@ class Trainer:
             self.close()
             raise
         self.prefetch = Prefetch(self._load, mesh.device)
-        self.watch = Watch(config.global_batch_size, self.log) if mesh.rank == 0 else None
+        self.watch = Watch(config.global_batch_size, config.loss, self.log) if mesh.rank == 0 else None
         self._stop, self._vote = False, Vote()
         self.peak_flops = device_peak_flops(mesh.device) if self.engine.dtype == torch.bfloat16 else None
 
@@ -140,7 +141,7 @@ class Trainer:
         if self.mesh.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             dump_yaml(self.given, self.output / "config.yaml")
-            metrics = MetricsLog(config, self.step, self.log)
+            metrics = MetricsLog(config, self.step, self.log, self.watch, self.state.evaluated.get("step"))
             mark_begun()
         self._announce()
         if self.mesh.device.type == "cuda" and self.step < config.num_steps:
@@ -149,8 +150,9 @@ class Trainer:
         try:
             if config.checkpoint.async_save and self.step < config.num_steps:
                 self.saver.snapshot(self.state.pieces())  # its memory is taken now, or found missing now
-            if self.step < config.num_steps and (figures := self.evaluation.after(self.step)) and metrics:
+            if config.num_steps and (figures := self.evaluation.after(self.step)) and metrics:
                 metrics.write({"step": self.step, **figures})  # before the first step, or left at a signal
+                record_evaluation(self.output, self.step, self.state.evaluated)
             self.evaluation.begin()
             while self.step < config.num_steps and not stop:
                 try:
@@ -164,8 +166,6 @@ class Trainer:
                     stop = True
                 else:
                     values |= {} if stop else self.evaluation.after(self.step)
-                    if self.watch is not None:
-                        values |= self.watch.after(values)
                     if metrics is not None:
                         metrics.write(values)
                     if self.step % config.log_every == 0 or self.step == config.num_steps:

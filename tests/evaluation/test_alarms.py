@@ -23,11 +23,13 @@ def kind(alarm: Alarm | None) -> str:
 
 
 def test_rows_without_a_negative():
-    assert kind(no_negatives([0] * 80 + [33] * 20, 128)) == "no_negatives", "5.2 % of 100 steps of 128"
-    assert "5.2% of the rows of the last 100 steps" in no_negatives([0] * 80 + [33] * 20, 128).says
-    assert no_negatives([0] * 80 + [32] * 20, 128) is None, "5 %"
-    assert no_negatives([128] * 19, 128) is None, "19 steps say nothing"
-    assert no_negatives([], 128) is None
+    rows = [128] * 100
+    assert kind(no_negatives([0] * 80 + [33] * 20, rows)) == "no_negatives", "5.2 % of 100 steps of 128"
+    assert "5.2% of the rows of the last 100 steps" in no_negatives([0] * 80 + [33] * 20, rows).says
+    assert no_negatives([0] * 80 + [32] * 20, rows) is None, "5 %"
+    assert kind(no_negatives([0] * 80 + [32] * 20, [0] + [128] * 99)) == "no_negatives", "a step of grades"
+    assert no_negatives([128] * 19, rows[:19]) is None, "19 steps say nothing"
+    assert no_negatives([], []) is None and no_negatives([0] * 20, [0] * 20) is None
 
 
 def test_negatives_that_teach_nothing():

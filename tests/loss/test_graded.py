@@ -72,6 +72,7 @@ def test_a_graded_pair_is_in_no_other_term() -> None:
     totals = {**dict(zip(sum_names(loss), sums.tolist(), strict=True)), "rows": 4.0, "loss": 0.0}
     found = figures(totals, loss)
     assert found["graded_rows"] == found["scored_rows"] == 2 and totals["ranked_rows"] == 2
+    assert found["rows_without_candidates"] == 0, "graded pairs have none by design"
     assert found["losses"]["cosent"] == pytest.approx(2 * whole.item())  # of a batch, whose rows all have it
 
 
@@ -131,7 +132,8 @@ def test_grades_train_alike_in_every_layout(tmp_path: Path, server: Server) -> N
     split, parted = server.results(train, 2, str(tmp_path), [(1, False, 2), (2, True, 1)])[0]
     assert alone[0]["micro_batches"] > 2
     for step, truth in enumerate(alone):
-        assert truth["graded_rows"] == 8 and truth["losses"]["info_nce@64"] is None
+        assert truth["graded_rows"] == 8 and truth["rows_without_candidates"] == 0
+        assert truth["losses"]["info_nce@64"] is None
         assert truth["loss"] == pytest.approx(1.5 * sum(truth["losses"][f"cosent@{n}"] for n in (64, 8)))
         for got in (split[step], parted[step]):
             for name in ("loss", "grad_norm"):

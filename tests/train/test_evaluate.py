@@ -18,7 +18,8 @@ from toy_evaluation import write_beir
 from nemo_embed_core.checkpoint.manifest import read_manifest
 from nemo_embed_core.checkpoint.runs import checkpoints, find_checkpoint
 from nemo_embed_core.checkpoint.source import resolve
-from nemo_embed_core.config import EvalConfig, EvalDatasetConfig, TrainConfig
+from nemo_embed_core.config import EvalConfig, EvalDatasetConfig, EvaluateConfig, TrainConfig
+from nemo_embed_core.config.evaluate import LocalTask
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.mesh import build_mesh, distributed
@@ -84,9 +85,30 @@ def run(config: TrainConfig) -> list[str]:
     return log
 
 
+def of_formula(folder: Path, model: Path, instruction: str, ignores_own: bool) -> float:
+    """The mean loss over the queries: texts as they are, one at a time, in fp64."""
+    embedder = Embedder.load(model, "cpu")
+    read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()]  # noqa: E731
+    queries, corpus = read("queries.jsonl"), {row["_id"]: row["text"] for row in read("corpus.jsonl")}
+    texts = list(dict.fromkeys(corpus.values()))
+    q = embedder.encode([row["text"] for row in queries], f"Instruct: {instruction}\nQuery: ", 20)
+    d = embedder.encode(texts, "", 48).astype(np.float64)
+    judged = [line.split("\t") for line in (folder / "qrels/dev.tsv").read_text().splitlines()[1:]]
+    losses = []
+    for query, row in zip(queries, q.astype(np.float64), strict=True):
+        right = {corpus[doc] for asked, doc, grade in judged if asked == query["_id"] and int(grade) > 0}
+        own = {corpus[query["_id"]]} if ignores_own and query["_id"] in corpus else set()
+        e = {text: math.exp(float(row @ vector) / 0.02) for text, vector in zip(texts, d, strict=True)}
+        negatives = math.fsum(e[text] for text in e.keys() - right - own)
+        if each := [-math.log(e[text] / (e[text] + negatives)) for text in right - own]:
+            losses.append(np.mean(each))
+    assert len(losses) < len(queries) if ignores_own else len(losses) == len(queries)
+    return float(np.mean(losses))
+
+
 def test_figures_are_those_of_launch_evaluate_and_of_the_formula_of_the_loss(tmp_path: Path) -> None:
-    """On the checkpoint of the step, mteb's: to the last digit but one of fp32's order of near ties."""
-    from nemo_embed_core.evaluation.run import evaluate
+    """On the checkpoints of two steps, mteb's: to the last digit but one of fp32's order of near ties."""
+    from nemo_embed_core.evaluation.run import run as evaluate
 
     config = train_config(
         tmp_path, steps=3, eval=dev_config(tmp_path), checkpoint={"every": 1, "keep": 9},
@@ -95,44 +117,29 @@ def test_figures_are_those_of_launch_evaluate_and_of_the_formula_of_the_loss(tmp
     run(config)
     found = figures(tmp_path / "run")
     assert list(found) == [0, 2, 3]
-    for step in (3,):
-        model = str(tmp_path / f"run/step-{step:08d}")
-        for name, options in {"dev": {}, "own": {"task": "other", "ignore_identical_ids": True}}.items():
-            (entry,) = evaluate(
-                [model],
-                tmp_path / "dev",
-                split="dev",
-                device="cpu",
-                output=str(tmp_path / "r.json"),
-                **options,
-            ).values()
-            rows = [json.loads(line) for line in (tmp_path / entry["per_query"]).read_text().splitlines()]
+    models = {step: tmp_path / f"run/step-{step:08d}" for step in (2, 3)}
+    data, reports = {"data": str(tmp_path / "dev"), "split": "dev"}, tmp_path / "reports"
+    local = [
+        LocalTask(name="dev", **data),
+        LocalTask(name="own", task="other", ignore_identical_ids=True, **data),
+        LocalTask(name="sts", data=str(tmp_path / "sts.jsonl"), split="dev", task_type="sts"),
+    ]
+    names = [str(model) for model in models.values()]
+    report = evaluate(EvaluateConfig(models=names, local=local, device="cpu", output=str(reports)))
+    for step, model in models.items():
+        for name in ("dev", "own"):
+            entry = report[name][str(model)]
+            rows = [json.loads(line) for line in (reports / entry["per_query"]).read_text().splitlines()]
             want = math.fsum(row["ndcg_at_10"] for row in rows) / len(rows)
             assert abs(found[step][f"{name}/ndcg_at_10"] - want) < 1e-6, (step, name)
             assert abs(entry["ndcg_at_10"] - want) < 1e-5  # mteb rounds
-        (entry,) = evaluate(
-            [model], tmp_path / "sts.jsonl", split="dev", task_type="sts", device="cpu"
-        ).values()
-        assert abs(found[step]["sts/spearman"] - entry["spearman"]) < 1e-6
+        assert abs(found[step]["sts/spearman"] - report["sts"][str(model)]["spearman"]) < 1e-6
         means = [found[step][key] for key in ("dev/ndcg_at_10", "own/ndcg_at_10", "sts/spearman")]
         assert found[step]["mean"] == math.fsum(means) / 3
+        for name, options in (("dev", ("find it", False)), ("own", ("other", True))):
+            want = of_formula(tmp_path / "dev", model, *options)
+            assert abs(found[step][f"{name}/loss"] / want - 1) < 1e-5, (step, name)
     assert len({found[step]["dev/ndcg_at_10"] for step in found}) > 2, "the weights that train are scored"
-
-    embedder = Embedder.load(tmp_path / "run/step-00000003", "cpu")
-    read = lambda name: [json.loads(line) for line in (tmp_path / "dev" / name).read_text().splitlines()]  # noqa: E731
-    queries, corpus = read("queries.jsonl"), read("corpus.jsonl")
-    texts = [row["text"] for row in corpus]
-    q = embedder.encode([row["text"] for row in queries], "Instruct: find it\nQuery: ", 20).astype(np.float64)
-    d = embedder.encode(texts, "", 48).astype(np.float64)
-    judged = [line.split("\t") for line in (tmp_path / "dev/qrels/dev.tsv").read_text().splitlines()[1:]]
-    at = {row["_id"]: i for i, row in enumerate(corpus)}
-    losses = []
-    for i, query in enumerate(queries):
-        mine = {texts[at[doc]] for asked, doc, grade in judged if asked == query["_id"] and int(grade) > 0}
-        e = {text: math.exp(float(q[i] @ d[j]) / 0.02) for j, text in enumerate(texts)}
-        negatives = sum(e[text] for text in set(texts) - mine)
-        losses.append(np.mean([-math.log(e[text] / (e[text] + negatives)) for text in mine]))
-    assert abs(found[3]["dev/loss"] - np.mean(losses)) < 1e-5 * np.mean(losses)
 
 
 def trained(config: TrainConfig) -> tuple[list[float], dict[int, dict[str, float]]]:
@@ -346,6 +353,7 @@ def test_an_evaluation_that_costs_too_much_is_left_out_and_said(
         ({"task": "a " * 60}, r"eval.datasets: dev: data.query_max_length=48 tokens leaves no room"),
         ({"name": "a/b"}, "must be of letters"),
         ({"task_type": "sts", "max_queries": 3}, "max_queries is of task_type retrieval"),
+        ({"task_type": "sts", "on_missing": "allow"}, "on_missing is of task_type retrieval"),
     ],
 )  # fmt: skip
 def test_a_wrong_dev_set_stops_the_run_before_it_begins(
@@ -369,6 +377,8 @@ def test_wrong_options_of_the_evaluation_are_refused(tmp_path: Path) -> None:
 
 
 def test_samples_are_those_of_launch_evaluate_and_hold_what_is_judged(tmp_path: Path) -> None:
+    from nemo_embed_core.evaluation.retrieval_task import Retrieval
+
     dev = dev_config(tmp_path, seed=3)
     sample = dataclasses.replace(dev.datasets[0], max_queries=7, max_documents=60)
     whole, part = (
@@ -376,9 +386,46 @@ def test_samples_are_those_of_launch_evaluate_and_hold_what_is_judged(tmp_path: 
         for one in (dev.datasets[0], sample)
     )
     ids = [json.loads(line)["_id"] for line in (tmp_path / "dev/queries.jsonl").read_text().splitlines()]
-    chosen = [ids.index(query) for query in random.Random(3).sample(ids, 7)]
+    data = EvaluateConfig(data=str(tmp_path / "dev"), split="dev", max_queries=7)
+    queries = [Retrieval(data, seed).beirs[0].queries for seed in (3, 4)]
+    chosen, other = ([ids.index(query) for query in one] for one in queries)
+    assert len(chosen) == 7 and chosen == sorted(set(chosen)) != other and chosen != list(range(7))
     assert len(part[0].queries.of) == 7 and len(part[0].documents.of) == 60
     tokens = [part[0].queries.tokens[i].tolist() for i in part[0].queries.of]
-    assert tokens == [whole[0].queries.tokens[whole[0].queries.of[i]].tolist() for i in sorted(chosen)]
-    assert part[0].ideal_Q.tolist() == whole[0].ideal_Q[sorted(chosen)].tolist()
+    assert tokens == [whole[0].queries.tokens[whole[0].queries.of[i]].tolist() for i in chosen]
+    assert part[0].ideal_Q.tolist() == whole[0].ideal_Q[chosen].tolist()
     assert len(part[0].judged_J) == sum(1 + (i % 3 > 0) for i in chosen)
+
+
+@pytest.mark.parametrize("best", [3, 1])
+def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    """It is in the metrics once, in the manifest of the checkpoint that is there already, and made once."""
+    planned(monkeypatch, {0: 0.1, 1: 0.5, 2: 0.4, 3: 0.6 if best == 3 else 0.2})
+    dev = dev_config(tmp_path, every=1)
+    dev = dataclasses.replace(dev, datasets=dev.datasets[:1])
+    config = train_config(tmp_path, steps=3, eval=dev, checkpoint={"resume": "auto"})
+    real_step = Trainer.train_step
+
+    def train_step(self: Trainer) -> Any:
+        real_clip = self.engine.clip
+
+        def clip() -> Any:  # after the last forward, which a signal would leave out
+            self._stop = self.step == 2
+            return real_clip()
+
+        self.engine.clip = clip
+        return real_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        run(config)
+    assert list(figures(tmp_path / "run")) == [0, 1, 2]
+    for made in (1, 0):
+        log = run(config)
+        assert sum("evaluation of step 3: " in line for line in log) == made
+        assert list(figures(tmp_path / "run")) == [0, 1, 2, 3]
+        record = read_manifest(tmp_path / "run/step-00000003")["eval"]
+        assert record["step"] == 3 and record["best"]["step"] == best
+        assert find_checkpoint(tmp_path / "run/best").name == f"step-{best:08d}"

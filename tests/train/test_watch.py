@@ -1,13 +1,16 @@
 """The alarms of a run: what its steps have at hand reaches them, and no number of the run changes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from tiny import MODEL, train_config
 
+from nemo_embed_core.config import CheckpointConfig, LossConfig
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train import watch as module
 from nemo_embed_core.train.preflight import prepare
@@ -45,12 +48,15 @@ def test_the_vectors_of_a_step_are_those_of_its_forward(tmp_path: Path):
         trainer.engine.drop_step()
         with mock.patch.multiple(module, ROWS=10, EVERY=3, spread=taken):
             trainer.run()
+            more = dataclasses.replace(config, steps=5, checkpoint=CheckpointConfig(resume="auto"))
+            Trainer(more, mesh, prepare(more), log=said.append).run()
         Trainer(plain, mesh, prepare(plain), log=lambda message: None).run()
-    found = lines_of(tmp_path / "run")
+    *found, resumed = lines_of(tmp_path / "run")
+    assert resumed["alarms"] == {"collapse": 1}, "its first look is not of the run's start"
     assert [[name for name in line if name.startswith("spread")] for line in found] == [
         [], ["spread_queries", "spread_documents"], [], ["spread_queries", "spread_documents"]
     ], "8 rows a step: 10 after the second; then from step 3 on, which the fourth fills"  # fmt: skip
-    assert [len(part) for part in rows.values()] == [10, 10, 10, 10]
+    assert [len(part) for part in rows.values()][:4] == [10, 10, 10, 10]
     expected = torch.cat(whole).numpy()
     for row in expected:  # all 8 of step 0, each once
         assert (np.abs(rows[0][:8] - row).max(1) < 1e-6).sum() == 1
@@ -66,7 +72,7 @@ def test_the_vectors_of_a_step_are_those_of_its_forward(tmp_path: Path):
 
 def test_losses_and_rows_of_the_last_steps_sound_until_they_are_well_again():
     said: list[str] = []
-    watch = Watch(8, said.append)
+    watch = Watch(8, LossConfig(), said.append)
     for step in range(1, 131):
         is_trivial = step <= 25
         more = watch.after(values(step, 0.001 if is_trivial else 0.9, 8 if 60 <= step < 70 else 0))
@@ -81,7 +87,7 @@ def test_losses_and_rows_of_the_last_steps_sound_until_they_are_well_again():
 
 
 def test_the_losses_of_the_dev_sets_are_compared_with_the_steps_before_each():
-    watch = Watch(8, lambda line: None)
+    watch = Watch(8, LossConfig(), lambda line: None)
     dev = {10: 3.0, 20: 2.0, 30: 2.1, 40: 2.2, 50: 1.9}
     sounded = []
     for step in range(1, 51):
@@ -89,3 +95,55 @@ def test_the_losses_of_the_dev_sets_are_compared_with_the_steps_before_each():
         more = watch.after(values(step, 2.0 - step / 50, **figures))
         sounded += [step] if "apart" in more.get("alarms", {}) else []
     assert sounded == list(range(40, 50)), "until the next evaluation is better"
+
+
+@pytest.mark.parametrize(
+    ("loss", "step", "sounds"),
+    [
+        ({"info_nce_weight": 0.5}, {"loss": 0.0049}, 1),
+        ({"info_nce_weight": 0.5}, {"loss": 0.0051}, 0),  # 0.0102 without its weight
+        ({"info_nce_weight": 0.0, "margin_mse_weight": 9.0}, {"loss": 0.001}, 0),
+        ({"kl_weight": 1.0}, {"loss": 0.9, "losses": {"info_nce": 0.009, "kl": 0.891}}, 1),
+        ({"kl_weight": 1.0}, {"loss": 0.001, "losses": {"info_nce": 0.02, "kl": 0.0001}}, 0),
+        ({"matryoshka_dims": [9, 4]}, {"loss": 1, "losses": {"info_nce@9": 0.008, "info_nce@4": 0.009}}, 1),
+        ({"matryoshka_dims": [9, 4]}, {"loss": 0, "losses": {"info_nce@9": 0.001, "info_nce@4": 0.011}}, 0),
+        ({"cosent_weight": 1.0}, {"loss": 0.001, "losses": {"info_nce": None, "cosent": 0.001}}, 0),
+    ],
+)  # fmt: skip
+def test_negatives_are_trivial_by_the_contrastive_term_alone(loss: dict, step: dict, sounds: int):
+    watch = Watch(8, LossConfig(**loss), lambda line: None)
+    found = [watch.after(values(number, **step)) for number in range(1, 31)]
+    assert ("trivial_negatives" in found[-1].get("alarms", {})) == sounds
+
+
+def test_graded_pairs_are_none_of_the_rows_that_lack_negatives():
+    """A row in eight of every tenth step, whose others are graded pairs, is 1.25 % of all and 12.5 % of those
+    that are contrasted."""
+    watch = Watch(8, LossConfig(cosent_weight=1.0), lambda line: None)
+    found = [
+        watch.after(values(step, without=step % 10 == 0, graded_rows=0 if step % 10 == 0 else 8))
+        for step in range(1, 31)
+    ]
+    assert found[-1]["alarms"] == {"no_negatives": 1}
+
+
+def test_a_resumed_run_goes_on_with_what_its_metrics_say(tmp_path: Path):
+    """Every alarm sounds in the same steps as in a run that was not stopped, and is not said again."""
+    narrow = {"mean_norm": 0.99, "effective_rank": 2.0, "isotropy": 0.1, "rows": 128}
+
+    def line(step: int) -> dict:
+        figures = (
+            {"eval": {"wiki/loss": {10: 2.0, 20: 2.3, 30: 2.4, 40: 1.9}[step]}} if step % 10 == 0 else {}
+        )
+        spreads = dict.fromkeys(("spread_queries", "spread_documents"), narrow) if step in (5, 15) else {}
+        return values(step, 0.009 - step / 1e4, without=2, **figures, **spreads)
+
+    said: dict[str, list[str]] = {"calm": [], "resumed": []}
+    calm = Watch(8, LossConfig(), said["calm"].append)
+    sounding = [set(calm.recall([line(step)])) for step in range(1, 45)]
+    assert [len(kinds) for kinds in sounding][14:35:10] == [1, 3, 4] and len(sounding[-1]) == 3
+    resumed = Watch(8, LossConfig(), said["resumed"].append)
+    resumed.recall([line(step) for step in range(1, 33)])
+    for step in range(33, 45):
+        assert set(resumed.after(line(step))["alarms"]) == sounding[step - 1], step
+    assert not said["resumed"]
