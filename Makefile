@@ -7,6 +7,7 @@
 # make coverage how much of the package the tests run, forks and spawned processes counted; twice the time of make test
 # make same     nine commands under BASE=commit and under this tree: is every file that they write the same?
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
+# make consumers  what programs that serve exports make of them, and of faults in them: a table; installs them into .venv-consumers
 #
 # make experiments  the grids of configs/experiments/ (docs/experiments.md says what they read), and their page
 # make docs     the pages and notebooks that commands make     make constraints   constraints.txt, from .venv
@@ -23,7 +24,7 @@ BENCHMARKS ?= step kernels ceilings mining optimizer
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat docs experiments constraints clean
+.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat consumers docs experiments constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -127,6 +128,19 @@ compat: $(COMPAT:%=.venv-compat/%/.installed)
 	  "sentence-transformers==$(word 2,$(subst -, ,$*))" "datasets<5"
 	@touch $@
 
+# With all that .venv has behind them, as in .venv-compat.
+CONSUMERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+
+consumers: .venv-consumers/.installed
+	.venv-consumers/bin/python -m pytest tests/export/test_serving.py -q
+
+.venv-consumers/.installed: Makefile | $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "$$main" >"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install -qq $(CONSUMERS)
+	@touch $@
+
 EXPERIMENTS ?= thresholds losses merging instructions
 
 experiments: $(INSTALLED)
@@ -160,7 +174,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %) --editable '.[eval,demo,log,inspect,synthesize,dev]'
 	@touch $@
 
-# Keeps .venv, .venv-compat, runs/ and data-cache/: they cost time, not space for mistakes.
+# Keeps .venv, .venv-compat, .venv-consumers, runs/ and data-cache/: they cost time, not space for mistakes.
 clean:
 	rm -rf build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -63,6 +63,8 @@ setup(
         "log": ["tensorboard>=2.18"],
         "inspect": ["datasketch>=2,<3"],  # near-duplicates of prepare --inspect
         "synthesize": ["openai>=3,<4", "datasketch>=2,<3"],  # data that models write
+        # Writes and runs the files of merge --format onnx.
+        "serve": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.23"],
         # Faster attention; built against the installed torch: pip install --no-build-isolation.
         "flash": ["flash-attn>=2.8"],
         # Compiles csrc/ at first use; the number is torch.version.cuda's.

@@ -4,15 +4,15 @@ python launch/merge.py runs/stage2 -o exports/model
 python launch/merge.py runs/a runs/b runs/c [--weights 0.5 0.3 0.2] -o exports/average    (or else the mean)
 python launch/merge.py runs/a runs/b --method slerp --t 0.3 -o exports/between
 python launch/merge.py runs/a runs/b runs/c --method soup --evaluate "python f.py {folder}" -o exports/soup
-python launch/merge.py runs/stage2 --format compat -o exports/compat  (transformers >= 4.51; brings its code)
-python launch/merge.py --check exports/model        (prove any exported folder, also somebody else's)
+python launch/merge.py runs/stage2 --format onnx -o exports/onnx      (or compat, for transformers >= 4.51)
+python launch/merge.py --check DIR [--with onnxruntime tei]    (prove any folder; and in programs that serve it)
 """
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from nemo_embed_core.errors import user_errors
-from nemo_embed_core.export.formats import FORMATS
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES
 from nemo_embed_core.merge.recipes import check_recipe
 
 
@@ -25,6 +25,8 @@ def options() -> ArgumentParser:
     add("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own")
     formats = "; ".join(f"{name}: {format.readers}" for name, format in FORMATS.items())
     add("--format", choices=FORMATS, default="native", help=formats)
+    served = f"with --check: run there, or judged where not installed; of {', '.join(CONSUMERS)}"
+    add("--with", choices=CONSUMERS, nargs="+", metavar="NAME", default=LIBRARIES, help=served)
     add("--trust-remote-code", action="store_true", help="with --check: run code in DIR that is not ours")
     add("--task", help="instruction of the default query prompt; default: the sources' own")
     add("--document-task", help="the same of documents")
@@ -32,9 +34,7 @@ def options() -> ArgumentParser:
     methods = "soup: of the sources that --evaluate scores best together; slerp: between two, on the arc"
     add("--method", choices=("average", "slerp", "soup"), default="average", help=methods)
     add("--t", type=float, help="slerp: 0 is the first source, 1 the second")
-    add(
-        "--evaluate", metavar="COMMAND", help="soup: prints a score last, higher is better; {folder} is given"
-    )
+    add("--evaluate", metavar="COMMAND", help="soup: prints a score last, higher is better, of {folder}")
     return parser
 
 
@@ -42,16 +42,16 @@ def main() -> None:
     with user_errors():
         parser = options()
         given = vars(parser.parse_args())
-        path, trusted = given.pop("check"), given.pop("trust_remote_code")
+        path, trusted, consumers = (given.pop(key) for key in ("check", "trust_remote_code", "with"))
         if bool(path) == bool(given["sources"] and given["output"]):
             parser.error("give sources and -o DIR, or --check DIR")
-        if trusted and not path:
-            parser.error("--trust-remote-code goes with --check DIR")
+        if (trusted or consumers != LIBRARIES) and not path:
+            parser.error("--trust-remote-code and --with go with --check DIR")
         check_recipe(given["method"], given["weights"], given["t"], given["evaluate"])
         from nemo_embed_core.merge import merge
 
         if path:
-            merge.check(path, trusted)
+            merge.check(path, trusted, consumers=consumers)
         else:
             merge.merge(**given, command=sys.argv)
 

@@ -16,7 +16,7 @@ from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.formats import FORMATS, Format
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, Answer, Format
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import POOLINGS, family_of
 from nemo_embed_core.version import code_version
@@ -311,6 +311,24 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
             f"- Copy of the licence: {copies}",
             f"- Name of this model: {title}{does_not_begin}",
         ]
+    return "\n".join(lines) + "\n"
+
+
+def serving_section(answers: Sequence[Answer], usage: Usage) -> str:
+    """Who was asked about the folder, what each said, the command to serve, and what differs there."""
+    lines = ["", "## Serving", ""]
+    for name, state, words in answers:
+        consumer = CONSUMERS[name]
+        lines.append(f"- {name}: {state}, {words}.")
+        if state in ("refused", "wrong"):
+            continue
+        if consumer.command:
+            lines.append(f"  `{consumer.command.replace('{limit}', str(usage.longest))}`")
+        if consumer.differs:
+            lines.append(f"  What differs: {consumer.differs.replace('{limit}', str(usage.longest))}.")
+    if any(usage.default):
+        query, document = usage.default
+        lines += ["", f"Prompt before a query: {query!r}; before a document: {document!r}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
-"""The formats of an export: the same tensors for different readers. No torch import: the launcher lists them.
+"""The formats of an export, and who reads them. No torch import: the launcher lists them.
 
-A new one of the same tensors is an entry here, its model_type in model/spec.py and the code that it brings.
+A new one of the same tensors is an entry here, its model_type in model/spec.py and the code that it brings;
+one that adds a file to a native folder is an entry here and in serving.py's FILES.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 
-Format = Literal["native", "compat"]
+Format = Literal["native", "compat", "onnx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +28,16 @@ class ExportFormat:
     code: Path | None = None
     auto_map: Mapping[str, str] = field(default_factory=dict)  # transformers' class -> MODULE.CLASS of `code`
     requirements: tuple[str, ...]  # lines of the model card
+    consumer: str = ""  # of CONSUMERS: who reads the file that it adds to a native folder
 
 
+_NATIVE = (
+    "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, "
+    "run the model with a causal",
+    "mask and return other vectors without an error.",
+)
 FORMATS: Mapping[Format, ExportFormat] = {
-    "native": ExportFormat(
-        readers="transformers >= 5.2",
-        requirements=(
-            "It needs transformers >= 5.2: older versions ignore `is_causal: false` in config.json, "
-            "run the model with a causal",
-            "mask and return other vectors without an error.",
-        ),
-    ),
+    "native": ExportFormat(readers="transformers >= 5.2", requirements=_NATIVE),
     "compat": ExportFormat(
         model_type="llama_bidirec",
         readers=">= 4.51",
@@ -52,6 +52,69 @@ FORMATS: Mapping[Format, ExportFormat] = {
             "`modeling_llama_bidirec.py` in this folder: transformers before 5.2 has no Llama without a "
             "causal mask.",
         ),
+    ),
+    "onnx": ExportFormat(
+        readers="native, and onnx/model.onnx for onnxruntime", requirements=_NATIVE, consumer="onnxruntime"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consumer:
+    """A program that serves an exported folder.
+
+    module: is imported where it is installed, "": by no Python.  package: how pip calls it.
+    file: what it reads of the folder, "": the folder itself.
+    precision: what it computes in, a key of proof.TOLERANCE.
+    command: of the model card, with the {limit} of tokens.  differs: from training, said in the card.
+    """
+
+    module: str = ""
+    package: str = ""
+    file: str = ""
+    precision: str = "float32"
+    command: str = ""
+    differs: str = ""
+
+
+# proven: it gave our vectors.  written: its file is there and it is not installed.
+# By its source alone: accepted, refused, unknown; wrong: it would give other vectors without a word.
+State = Literal["proven", "written", "accepted", "refused", "wrong", "unknown"]
+
+
+class Answer(NamedTuple):
+    """words: of versions and figures, or why not."""
+
+    consumer: str
+    state: State
+    words: str
+
+
+LIBRARIES = ("transformers", "sentence-transformers")  # which proof.py asks, always together
+CONSUMERS: Mapping[str, Consumer] = {
+    "transformers": Consumer(
+        module="transformers", differs="the caller pools and normalises, as under Usage"
+    ),
+    "sentence-transformers": Consumer(
+        module="sentence_transformers", differs="before version 6 it strips white space at the ends of texts"
+    ),
+    "onnxruntime": Consumer(
+        module="onnxruntime",
+        package="onnxruntime",
+        file="onnx/model.onnx",
+        command='InferenceSession("onnx/model.onnx").run(["sentence_embedding"], '
+        '{"input_ids": ids, "attention_mask": mask})',
+        differs="the caller puts the prompt before the text and tokenises by tokenizer.json "
+        "(encode_special_tokens, at most {limit} tokens); pooling and normalisation are inside",
+    ),
+    "vllm": Consumer(
+        command="vllm serve path/to/this/folder --runner pooling",
+        differs="the caller puts the prompt before the text",
+    ),
+    "tei": Consumer(
+        command="text-embeddings-router --model-id path/to/this/folder --dtype float16 "
+        "--default-prompt-name query",
+        differs="one prompt for all requests of a server; text that looks like a special token is one",
     ),
 }
 

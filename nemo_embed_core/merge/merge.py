@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from nemo_embed_core.checkpoint.hf_folder import find_folder
 from nemo_embed_core.checkpoint.source import Usage, resolve, usage_of_folder
 from nemo_embed_core.encoders import open_encoder
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.card import Card, describe, shown_command
+from nemo_embed_core.export import serving
+from nemo_embed_core.export.card import Card, describe, serving_section, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
-from nemo_embed_core.export.formats import FORMATS, Format, check_format
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES, Answer, Format, check_format
 from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.files.durable import new_folder, writing
 from nemo_embed_core.files.safetensors import dtype_name
@@ -66,7 +68,7 @@ def merge(
     evaluate: a function of a folder, or a command line with {folder} that prints the score on its last line;
         higher is better.
     dtype: of the output; "auto" is the sources' own.  format: "native" for transformers >= 5.2, "compat" for
-        >= 4.51, with code.
+        >= 4.51, with code; "onnx": native, and a file for onnxruntime.
     task, document_task: instructions of the default prompts; None: the sources' own.
     command: for the model card.  say: gets every line of progress.
 
@@ -104,8 +106,11 @@ def merge(
     tokenizer_files, servable = one_tokenizer(paths, opened)
     if evaluate is None:
         say("\n".join(usage.lines() + said + servable))
+    serving.check_file(format, opened[0].model, tokenizer_files)
     beside = sum(map(len, tokenizer_files.values())) + BESIDE_BYTES * len(opened)
-    needed = weight_bytes(hf_shapes(opened[0].model), torch_dtype) + beside
+    shapes = hf_shapes(opened[0].model)
+    of_file = {"onnx": weight_bytes(shapes, torch.float32)}.get(format, 0)
+    needed = weight_bytes(shapes, torch_dtype) + of_file + beside
 
     def write(folder: Path, members: Sequence[int], metrics: Metrics | None = None, **how: Any) -> Report:
         chosen, (usage, said) = [opened[i] for i in members], encoded(members)
@@ -132,7 +137,13 @@ def merge(
             shown = shown_command(shlex.split(evaluate)) if isinstance(evaluate, str) else how_scored
             report = write(folder, members, {shown: {"score": score}}, hashed=False)
             report |= {"method": "soup", "evaluate": how_scored, "decisions": decisions}
-        check(folder, ours=True, say=say)  # a folder that fails is not published
+        if (file := serving.write_file(format, folder)) is not None:
+            say(f"  {file.relative_to(folder)}: {file.stat().st_size:,} bytes")
+        # A folder that fails is not published.
+        asked = (*LIBRARIES, *filter(None, [FORMATS[format].consumer]), *serving.JUDGES)
+        answers = check(folder, ours=True, consumers=asked, say=say)["consumers"]
+        with (folder / "README.md").open("a", encoding="utf-8") as readme:
+            readme.write(serving_section(answers, usage))
         if len(opened) > 1:
             write_report(folder, report)
             say("\n".join(report_lines(report)))
@@ -161,14 +172,23 @@ def _soup(
 
 
 def check(
-    folder: str | Path, trust_remote_code: bool = False, *, ours: bool = False, say: Say = _print
+    folder: str | Path,
+    trust_remote_code: bool = False,
+    *,
+    ours: bool = False,
+    consumers: Sequence[str] = LIBRARIES,
+    say: Say = _print,
 ) -> Report:
     """transformers.encode(x) = sentence_transformers.encode(x) = Embedder.encode(x), and the mask is as said.
 
     ours: a folder of this version, spelled as it writes them; else anybody's, of which all that can be
-    is proven and the rest is said.  trust_remote_code: run code in the folder that we did not write.  Returns
-    what was measured (export/proof.py); UserError names the faults.
+    is proven and the rest is said.  trust_remote_code: run code in the folder that we did not write.
+    consumers: of export/formats.py's CONSUMERS; others than these two libraries are asked of our own folders.
+    Returns what was measured (export/proof.py) and "consumers": the Answer of each; UserError names the
+    faults.
     """
+    if unknown := [name for name in consumers if name not in CONSUMERS]:
+        raise UserError(f"consumers: {unknown[0]!r} is none of {', '.join(CONSUMERS)}")
     path, notes = find_folder(folder)
     for note in notes:
         say(f"  note: {note}")
@@ -177,7 +197,19 @@ def check(
         # Our copy of the weights is gone when it returns.
         return open_encoder(path, "cpu", "fp32", by="ours").encode(texts, max_length=max_length)
 
-    report = verify_folder(path, embed, trust_remote_code, ours=ours, say=lambda line: say(f"  {line}"))
+    report: Report = {"consumers": []}
+    if libraries := [name for name in consumers if name in LIBRARIES]:
+        report |= verify_folder(path, embed, trust_remote_code, ours=ours, say=lambda line: say(f"  {line}"))
+        versions = {name: report[name.replace("-", "_")] for name in libraries}
+        proven = [Answer(name, "proven", f"{name} {v}") for name, v in versions.items() if v != "not there"]
+        report["consumers"] += proven
+    for name in consumers:
+        if name not in LIBRARIES:
+            answer = serving.ask(path, name, embed)
+            report["consumers"].append(answer)
+            say(f"  {name}: {answer.state}, {answer.words}")
     if not ours:
         say("\n".join(f"  {line}" for line in usage_of_folder(path).lines()))
+        if bad := [answer for answer in report["consumers"] if answer.state in ("refused", "wrong")]:
+            raise UserError("; ".join(f"{path} is not for {a.consumer}: {a.words}" for a in bad))
     return report

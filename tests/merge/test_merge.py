@@ -205,7 +205,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(merge, "check", lambda folder, **options: None)
+    monkeypatch.setattr(merge, "check", lambda folder, **options: {"consumers": []})
     monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, argv)])
     module.main()
 
@@ -368,7 +368,7 @@ def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatc
 
 
 def test_merging_from_python(three: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(merge, "check", lambda folder, **options: None)
+    monkeypatch.setattr(merge, "check", lambda folder, **options: {"consumers": []})
 
     def closeness(folder: Path) -> float:
         """To the second source, which therefore stays alone."""

@@ -1,0 +1,90 @@
+"""What onnxruntime and llama.cpp make of a folder on the CPU, in a fresh process.
+
+    python clients.py CONSUMER FOLDER REQUEST.json OUTPUT.npz
+
+Imports nothing of this package, so that it sees the folder as any user does: prompts and the limit are those
+of the sentence-transformers files. REQUEST.json: {"texts", "num_prompted", "num_repeats"}; the last text is
+the long one, and num_repeats of it must be cut.
+
+OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
+
+    version                 of the library
+    token_ids, token_counts of all texts in a row, and of the long one repeated
+    alone_ND                each text by itself
+    together_ND             several at a time, padded on the right where the library pads
+    left_padded_ND          the same padded on the left, of a library whose caller pads
+    cut_1D                  [1, D] of the long text repeated
+    queries_MD, documents_MD  with the prompts of each side
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TOGETHER = 4  # texts
+
+
+class OnnxRuntime:
+    def __init__(self, folder: Path, limit: int):
+        import onnxruntime
+        from tokenizers import Tokenizer
+
+        self.version = f"onnxruntime {onnxruntime.__version__}"
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(limit)
+        self.tokenizer.encode_special_tokens = True  # split_special_tokens of tokenizer_config.json
+        file = str(folder / "onnx" / "model.onnx")
+        self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+    def tokenize(self, text):
+        return self.tokenizer.encode(text).ids
+
+    def embed(self, texts, left=False):
+        rows = [self.tokenize(text) for text in texts]
+        longest = max(map(len, rows))
+        ids_NL, mask_NL = np.zeros((2, len(rows), longest), np.int64)
+        for i, row in enumerate(rows):
+            at = slice(longest - len(row), None) if left else slice(len(row))
+            ids_NL[i, at], mask_NL[i, at] = row, 1
+        inputs = {"input_ids": ids_NL, "attention_mask": mask_NL}
+        return self.session.run(["sentence_embedding"], inputs)[0]
+
+
+CONSUMERS = {"onnxruntime": OnnxRuntime}
+
+
+def in_parts(embed, texts, size, **how):
+    return np.concatenate([embed(texts[i : i + size], **how) for i in range(0, len(texts), size)])
+
+
+def main(name: str, folder: str, request_file: str, output: str) -> None:
+    with open(request_file, encoding="utf-8") as file:
+        request = json.load(file)
+    with open(Path(folder) / "sentence_bert_config.json", encoding="utf-8") as file:
+        limit = json.load(file)["max_seq_length"]
+    with open(Path(folder) / "config_sentence_transformers.json", encoding="utf-8") as file:
+        prompts = json.load(file)["prompts"]
+    texts = request["texts"]
+    prompted, long_text = texts[: request["num_prompted"]], texts[-1] * request["num_repeats"]
+    consumer = CONSUMERS[name](Path(folder), limit)
+    rows = [consumer.tokenize(text) for text in (*texts, long_text)]
+    found = {
+        "version": np.array(consumer.version),
+        "token_ids": np.array([i for row in rows for i in row], np.int64),
+        "token_counts": np.array([len(row) for row in rows], np.int64),
+        "alone_ND": in_parts(consumer.embed, texts, 1),
+        "together_ND": in_parts(consumer.embed, texts, TOGETHER),
+        "cut_1D": consumer.embed([long_text]),
+    }
+    for side, key in (("queries_MD", "query"), ("documents_MD", "document")):
+        found[side] = in_parts(consumer.embed, [prompts.get(key, "") + text for text in prompted], TOGETHER)
+    if name == "onnxruntime":
+        found["left_padded_ND"] = in_parts(consumer.embed, texts, TOGETHER, left=True)
+    np.savez(output, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

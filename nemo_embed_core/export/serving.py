@@ -1,0 +1,186 @@
+"""Who serves an exported folder: each consumer that is installed runs in its own process and its vectors are
+compared with ours; another is judged by what its source accepts, and said to be not run.
+
+    ask(path, "onnxruntime", embed)     -> Answer("onnxruntime", "proven", "onnxruntime 1.32.0: ...")
+    ask(path, "tei", embed)             -> Answer("tei", "refused", "not run; by its source: ...")
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_embed_core.checkpoint.hf_folder import open_folder
+from nemo_embed_core.checkpoint.source import usage_of_folder
+from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.errors import UserError
+from nemo_embed_core.export.consumers import NUM_PROMPTED, backend
+from nemo_embed_core.export.files import check_sentence_transformers_files
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, Answer, Format, State
+from nemo_embed_core.export.onnx import check_onnx, write_onnx
+from nemo_embed_core.export.proof import Embed, compare_vectors
+from nemo_embed_core.files.durable import writing
+from nemo_embed_core.files.strict_json import read_object
+
+Tensors = dict[str, np.ndarray]
+
+
+# ------------------------------------------------------------------------------------------ files of a format
+
+# format -> (UserError where it cannot be written, the writer of its file in a native folder).
+FILES: Mapping[str, tuple[Callable[[ModelConfig, Mapping[str, bytes]], None], Callable[[Path], Path]]] = {
+    "onnx": (check_onnx, write_onnx)
+}
+
+
+def check_file(format: Format, model: ModelConfig, tokenizer_files: Mapping[str, bytes]) -> None:
+    """UserError, before anything is written, where the file of this format cannot be."""
+    if format in FILES:
+        FILES[format][0](model, tokenizer_files)
+
+
+def write_file(format: Format, folder: Path) -> Path | None:
+    """The file that this format adds to the native folder; None of one that adds none."""
+    return FILES[format][1](folder) if format in FILES else None
+
+
+# ------------------------------------------------------------------------------------------ asked
+
+
+def ask(path: Path, name: str, embed: Embed) -> Answer:
+    """What `name`, of CONSUMERS and not of LIBRARIES, makes of the folder; UserError for other vectors.
+
+    embed: of our encoder in fp32, as in proof.py.
+    """
+    if name in JUDGES:
+        state, words = JUDGES[name](read_object(path / "config.json"), open_folder(path).model)
+        return Answer(name, state, f"not run; by its source: {words}")
+    consumer = CONSUMERS[name]
+    if not (path / consumer.file).is_file():
+        format = next(format for format, entry in FORMATS.items() if entry.consumer == name)
+        raise UserError(
+            f"{path} has no {consumer.file}, which {name} reads: export it with --format {format}"
+        )
+    if importlib.util.find_spec(consumer.module) is None:
+        install = f"not run, it is not installed (pip install {consumer.package})"
+        return Answer(name, "written", f"{consumer.file} is there; {install}")
+    return _run(path, name, embed)
+
+
+def _run(path: Path, name: str, embed: Embed) -> Answer:
+    opened = open_folder(path)
+    limit = check_sentence_transformers_files(path, opened.model.hidden_size, opened.model.pooling)
+    tokenizer, texts = backend(path, limit)
+    repeats = limit // (len(tokenizer.encode(texts[-1]).ids) // 2) + 2
+    request = {"texts": texts, "num_prompted": NUM_PROMPTED, "num_repeats": repeats}
+    found = _vectors(path, name, request)
+    version, long_text = str(found["version"]), texts[-1] * repeats
+    _check_tokens(
+        path, name, found, [tokenizer.encode(text).ids for text in (*texts, long_text)], [*texts, long_text]
+    )
+
+    prompted, prompts = texts[:NUM_PROMPTED], usage_of_folder(path).default
+    queries, documents = ([prompt + text for text in prompted] for prompt in prompts)
+    ours_ND = np.asarray(embed([*texts, long_text, *queries, *documents], limit), np.float32)
+    N, M = len(texts), len(prompted)
+    kinds = {
+        "alone": ("alone_ND", 0, texts),
+        "together": ("together_ND", 0, texts),
+        "padded on the left": ("left_padded_ND", 0, texts),
+        "cut": ("cut_1D", N, [long_text]),
+        "queries": ("queries_MD", N + 1, queries),
+        "documents": ("documents_MD", N + 1 + M, documents),
+    }
+    kinds = {kind: entry for kind, entry in kinds.items() if entry[0] in found}
+    differences, cosines = list[float](), list[float]()
+    for kind, (key, first, of) in kinds.items():
+        theirs, ours = found[key].astype(np.float32), ours_ND[first : first + len(of)]
+        pair = {f"{name}'s vectors ({kind})": theirs, "our encoder's": ours}
+        differences += compare_vectors(path, pair, CONSUMERS[name].precision, of).values()
+        cosines.append(float((theirs * ours).sum(1).min()))
+    return Answer(
+        name,
+        "proven",
+        f"{version}: {N} texts {', '.join(list(kinds)[:-3])}, one that is cut, {M} with the prompts of each "
+        f"side; largest difference of a coordinate {max(differences):.1e}, lowest cosine {min(cosines):.7f}",
+    )
+
+
+def _vectors(path: Path, name: str, request: Mapping[str, Any]) -> Tensors:
+    """clients.py's arrays, of a fresh interpreter."""
+    with tempfile.TemporaryDirectory() as scratch, writing(Path(scratch), 100 << 20, "the proof"):
+        file, output = Path(scratch) / "request.json", Path(scratch) / "vectors.npz"
+        file.write_text(json.dumps(request))
+        script = str(Path(__file__).with_name("clients.py"))
+        child = subprocess.run(
+            [sys.executable, script, name, str(path.resolve()), str(file), str(output)],
+            cwd=scratch,
+            # The second keeps this folder (onnx.py, files.py) off the module path of the child.
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if child.returncode:
+            reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{path} does not load in {name} (exit code {child.returncode}): {reason}")
+        with np.load(output, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+def _check_tokens(path: Path, name: str, found: Tensors, ours: list[list[int]], texts: list[str]) -> None:
+    theirs = np.split(found["token_ids"], found["token_counts"].cumsum()[:-1])
+    for text, row, ids in zip(texts, theirs, ours, strict=True):
+        if row.tolist() != ids:
+            raise UserError(
+                f"{path}: {name} gives {len(row)} tokens {row[:6].tolist()}... for {text[:40]!r} and "
+                f"tokenizer.json {len(ids)} tokens {ids[:6]}..."
+            )
+
+
+# ------------------------------------------------------------------------------------------ judged
+
+
+def _vllm(config: Mapping[str, Any], model: ModelConfig) -> tuple[State, str]:
+    """By vllm/model_executor/models (registry.py, llama.py, qwen2.py, qwen3.py)."""
+    if model.pooling == "weightedmean":
+        return "refused", "it has no pooling=weightedmean"
+    (name,) = config["architectures"]
+    if name not in ("LlamaModel", "LlamaBidirectionalModel", "MistralModel", "Qwen2Model"):
+        return "unknown", f"{name} is not named among its embedding models"
+    return "accepted", f"{name} is an embedding model, is_causal and the pooling of modules.json are read"
+
+
+def _tei(config: Mapping[str, Any], model: ModelConfig) -> tuple[State, str]:
+    """By its backends/candle/src/models (flash_mistral.rs, flash_qwen2.rs, flash_qwen3.rs) and router."""
+    if model.pooling == "weightedmean":
+        return "refused", "it has no pooling=weightedmean"
+    if model.model_type == "ministral3":
+        return "refused", "it has no Ministral 3"
+    if model.model_type == "qwen2":
+        return "refused", "its Qwen2 wants tensors named model.*, and exports have the names of Qwen2Model"
+    if model.model_type == "llama" and model.rope_scaling is not None:
+        return "refused", "its Llama takes no rope_scaling; without that key it would give other vectors"
+    if model.rope_scaling is not None:
+        return "wrong", "it leaves rope_scaling out and gives other vectors without a word"
+    if model.model_type in ("mistral", "qwen3") and not model.is_causal:
+        return "wrong", "its attention is causal whatever config.json says: other vectors without a word"
+    return (
+        "accepted",
+        "on CUDA in fp16 alone; use_bidirectional_attention and the flags of 1_Pooling are read",
+    )
+
+
+JUDGES: Mapping[str, Callable[[Mapping[str, Any], ModelConfig], tuple[State, str]]] = {
+    "vllm": _vllm,
+    "tei": _tei,
+}
