@@ -49,8 +49,11 @@ LOSS, OPTIM_OPTIONS, DATA, REST = (
 LAYOUT = f"{ORACLE}::test_a_layout_trains_as_the_oracle"
 BASES = f"{ORACLE}::test_a_base_model_trains_as_the_oracle"
 FAMILIES, POOLINGS = "tests/model/test_families.py", "tests/model/test_pooling.py"
-TP2, TP2_SP, DP2 = f"{LAYOUT}[tp2-dp1]", f"{LAYOUT}[tp2+sp-dp1]", f"{LAYOUT}[tp1-dp2]"
-HSDP = f"{LAYOUT}[tp1-dp2-replicate2]"
+MORE = f"{ORACLE}::test_more_cases_of_a_layout_train_as_the_oracle"
+ONE, TP2, TP2_SP, DP2, HSDP = (
+    f"{LAYOUT}[{name}] {MORE}[{name}]"
+    for name in ("tp1-dp1", "tp2-dp1", "tp2+sp-dp1", "tp1-dp2", "tp1-dp2-replicate2")
+)
 BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
 RECOMPUTE = "tests/parallel/test_recompute.py"
 MASTERS, MOMENTS = "tests/train/test_master_weights.py", "tests/train/test_moments.py"
@@ -264,14 +267,14 @@ MUTANTS = [
     # ---- the model
     Mutant("rotary tables in the activations' dtype", LLAMA, "torch.promote_types(x_TD.dtype, torch.float32)", "x_TD.dtype", BF16),
     Mutant("rotary angles computed in bf16", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].bfloat16() * inv_freq.bfloat16()).to(inv_freq.dtype)", BF16),
-    Mutant("rotary angles computed in fp32", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].float() * inv_freq.float()).to(inv_freq.dtype)", f"{LAYOUT}[tp1-dp1]"),
-    Mutant("rope scaling without its linear part", LLAMA, ".clamp(0, 1)", ".round().clamp(0, 1)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("rotary angles computed in fp32", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].float() * inv_freq.float()).to(inv_freq.dtype)", ONE),
+    Mutant("rope scaling without its linear part", LLAMA, ".clamp(0, 1)", ".round().clamp(0, 1)", ONE),
     Mutant("rows of a quick run look whole", "benchmarks/step_report.py", '**({"quick": self.quick} if self.quick else {})', "**{}", "tests/benchmarks/test_step.py -k quick"),
     Mutant("FlashAttention-3 is causal", ATTENTION, "causal=causal, deterministic", "causal=True, deterministic", "tests/model/test_attention.py"),
     Mutant("a build without backward trains", ATTENTION, "and backward and not _flash3_has_backward()", "and not backward and not _flash3_has_backward()", "tests/model/test_attention.py"),
-    Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v, is_causal=causal)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", f"{LAYOUT}[tp1-dp1]"),
-    Mutant("query heads share the wrong KV heads", ATTENTION, "k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)", "k_TGA.repeat(1, r, 1), v_TGA.repeat(1, r, 1)", f"{LAYOUT}[tp1-dp1]"),
-    Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD, again, amax), residual_TD", "return self.mlp(x_TD, again, amax), x_TD", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v, is_causal=causal)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", ONE),
+    Mutant("query heads share the wrong KV heads", ATTENTION, "k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)", "k_TGA.repeat(1, r, 1), v_TGA.repeat(1, r, 1)", ONE),
+    Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD, again, amax), residual_TD", "return self.mlp(x_TD, again, amax), x_TD", ONE),
     Mutant("selective recomputation saves it all", LAYERS, "return again if", "return saved if", RECOMPUTE),
     Mutant("a norm is made again of what stands before it", LLAMA, "(lambda: norm(kept)[0])", "(lambda: norm(kept)[1])", RECOMPUTE),
     Mutant("sums instead of means under sequence parallelism", POOLING, "unit(sums_ND / segments.cu_seqlens.diff().clamp(min=1)[:, None].to(sums_ND.dtype))", "unit(sums_ND)", TP2_SP,
@@ -283,8 +286,8 @@ MUTANTS = [
     Mutant("RMSNorm in bf16", "kernels/rms_norm.py", "wide_TD = hidden_TD.float() if", "wide_TD = hidden_TD if", "tests/kernels/test_rms_norm.py"),
     # ---- data
     Mutant("positions do not begin anew", PACKING, "np.repeat(cu_seqlens[:-1], lengths)", "np.repeat(cu_seqlens[:-1] * 0, lengths)", "tests/data/test_packing.py"),
-    Mutant("queries are given their neighbours' embeddings", PACKING, "place[order] = np.arange(len(order))", "place = order", f"{LAYOUT}[tp1-dp1]"),
-    Mutant("missing documents are the first one", PACKING, "document_mask=torch.from_numpy(mask)", "document_mask=torch.ones(mask.shape, dtype=torch.bool)", f"{LAYOUT}[tp1-dp1]"),
+    Mutant("queries are given their neighbours' embeddings", PACKING, "place[order] = np.arange(len(order))", "place = order", ONE),
+    Mutant("missing documents are the first one", PACKING, "document_mask=torch.from_numpy(mask)", "document_mask=torch.ones(mask.shape, dtype=torch.bool)", ONE),
     Mutant("the longest groups all go to one rank", BINS, "heapq.heappush(heap, (load + int(tokens_B[position]), rank))", "heapq.heappush(heap, (0, rank))", "tests/data/test_packing.py"),
     Mutant("a micro-batch above max_tokens", BINS, "fitting = rooms >> length", "fitting = rooms >> (length - 1)", "tests/data/test_packing.py"),
     Mutant("texts are given back in the order of their lengths", PACKING, "yield order[start:end]", "yield np.arange(start, end)", "tests/data/test_packing.py"),

@@ -22,8 +22,8 @@ from nemo_embed_core.model.spec import POOLINGS, family_of
 from nemo_embed_core.version import code_version
 
 _CAUSAL = (
-    "It needs transformers >= 5. Its attention is causal, as config.json says: a token sees those before it",
-    "alone.",
+    "Its attention is causal, as config.json says: a token sees those before it alone. Take transformers 5;",
+    "older versions know neither Ministral 3 nor tokenizers of the class TokenizersBackend.",
 )
 
 

@@ -142,6 +142,12 @@ def test_vectors_are_cut_as_sentence_transformers_cuts_them(ours, static):
     assert np.array_equal(
         open_encoder(static, dim=3).encode(texts), open_encoder(static).encode(texts)[:, :3]
     )
+    # Each row by its own length, whatever stands beside it.
+    library = open_encoder(ours, dim=2, by="sentence-transformers")
+    rows = np.array([[0.6, 0.0, 0.8], [3.0, 4.0, 12.0], [0.0, 0.0, 1.0]], np.float32)
+    library._model.encode = lambda texts, **_: rows[: len(texts)]
+    assert np.abs(library.encode(["a"]) - [[1, 0]]).max() < 1e-6
+    assert np.abs(library.encode(["a"] * 3) - [[1, 0], [3, 4], [0, 0]]).max() < 1e-6
     for path in (ours, static):
         with pytest.raises(UserError, match=r"have \d+ columns and cannot be cut to 99"):
             open_encoder(path, dim=99)

@@ -82,16 +82,17 @@ def packed(texts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Segme
     return torch.cat(texts), positions, Segments(ends, lengths, max(lengths))
 
 
-@pytest.mark.parametrize("attention", [reference_attention, sdpa_attention])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", BASES)
-def test_hidden_states_equal_transformers(tmp_path: Path, name: str, causal: bool, attention: Any) -> None:
+def test_hidden_states_equal_transformers(tmp_path: Path, name: str, causal: bool) -> None:
     """Bidirectional: once by is_causal=False, and once by a mask that hides nothing, which knows no flag."""
     model = theirs(name)
     model.save_pretrained(tmp_path)
-    encoder = ours(tmp_path, attention, is_causal=causal)
     texts = [torch.randint(0, 64, (n,)) for n in (1, 5, 9, 9, 33)]
-    got = encoder(*packed(texts), return_hidden=True)
+    found = [
+        ours(tmp_path, attention, is_causal=causal)(*packed(texts), return_hidden=True)
+        for attention in (reference_attention, sdpa_attention)
+    ]
     ways: list[dict[str, Any]] = [{}] if causal else [{"is_causal": False}, {"attention_mask": True}]
     with torch.no_grad():
         for way in ways:
@@ -101,7 +102,7 @@ def test_hidden_states_equal_transformers(tmp_path: Path, name: str, causal: boo
                 if "attention_mask" in how:
                     how["attention_mask"] = torch.zeros(1, 1, len(text), len(text))
                 want.append(model(input_ids=text[None], **how).last_hidden_state[0])
-            assert (got - torch.cat(want)).abs().max() < 1e-5, way
+            assert all((got - torch.cat(want)).abs().max() < 1e-5 for got in found), way
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -128,16 +129,17 @@ ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("kind", ROPES)
-def test_every_kind_of_positions_equals_transformers(tmp_path: Path, kind: str, spelling: str) -> None:
+def test_every_kind_of_positions_equals_transformers(tmp_path: Path, kind: str) -> None:
+    """By rope_parameters, by rope_scaling, which has the same, and as we write it."""
     model = theirs("qwen2", rope_parameters={**ROPES[kind], "rope_theta": 50.0}, is_causal=False)
     model.save_pretrained(tmp_path)
-    if spelling == "rope_scaling":
-        raw = json.loads((tmp_path / "config.json").read_text())
-        del raw["rope_parameters"]
-        rope = {"type" if key == "rope_type" else key: value for key, value in ROPES[kind].items()}
-        (tmp_path / "config.json").write_text(json.dumps({**raw, "rope_theta": 50.0, "rope_scaling": rope}))
+    by_parameters = read_config(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["rope_parameters"]
+    rope = {"type" if key == "rope_type" else key: value for key, value in ROPES[kind].items()}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "rope_theta": 50.0, "rope_scaling": rope}))
+    assert read_config(tmp_path) == by_parameters
     texts = [torch.randint(0, 64, (n,)) for n in (1, 9, 70)]
     got = ours(tmp_path)(*packed(texts), return_hidden=True)
     with torch.no_grad():

@@ -41,6 +41,8 @@ BASES: dict[str, dict[str, Any]] = {
 }
 BASE_LAYOUTS = [(2, False, 1, 1), (2, True, 1, 1), (1, False, 2, 1)]
 SLOW_LAYOUTS = [(4, True, 1, 1), (2, True, 2, 1), (2, False, 2, 1)]
+# Of four ranks, what fewer show: dp alone, tp and dp without sequence parallelism, copies beside tp.
+SLOW_MIXED = [(1, False, 4, 1), (2, False, 2, 1), (2, True, 2, 2)]
 
 # No default among them, and a clip_norm that clips.
 BASE: dict[str, Any] = {
@@ -96,12 +98,13 @@ def changed(base: dict[str, Any], option: str, value: Any) -> dict[str, Any]:
     return {**base, group: {**base[group], name: value}} if group else {**base, name: value}
 
 
-def mixed_cases() -> list[dict[str, Any]]:
-    """Every layout with every in-batch mode twice or more and once in fp32, the other options drawn from what
-    is no default."""
+def mixed_cases() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every layout with every in-batch mode, once in fp32 and with further terms; and once more or three
+    times with every mode. The other options are drawn from what is no default."""
     rng = random.Random(0)
-    cases = []
+    cases, more = [], []
     for layout in LAYOUTS:
+        own: list[dict[str, Any]] = []
         # Four ranks on two cores take their time.
         times = 4 if layout[0] * layout[2] < 4 and layout[3] == 1 else 2
         modes = ["none", "positives", "all"] * times + [rng.choice(["none", "all"])]
@@ -132,15 +135,18 @@ def mixed_cases() -> list[dict[str, Any]]:
                     "loss": {**loss, "temperature": 0.1},
                     "optim": {**optim, "eps": 0.1},
                 }
-            cases.append(case)
+            own.append(case)
+        cases += [*own[:3], own[-1]]
+        more += own[3:-1]
         # All where ranks share a batch and nothing else; elsewhere one by turns.
         one = [TERMS[LAYOUTS.index(layout) % len(TERMS)]]
         for terms in TERMS if layout == (1, False, 2, 1) else one:
-            cases.append({**cases[-2], "dtype": "fp64", "seed": 30, "loss": {"temperature": 0.05, **terms}})
-    return cases
+            own.append({**own[-2], "dtype": "fp64", "seed": 30, "loss": {"temperature": 0.05, **terms}})
+            cases.append(own[-1])
+    return cases, more
 
 
-MIXED = mixed_cases()
+MIXED, MORE = mixed_cases()
 
 
 def configure(folder: Path, case: dict[str, Any], name: str) -> TrainConfig:
@@ -381,10 +387,24 @@ def named(layout: tuple) -> str:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", LAYOUTS, ids=named)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_MIXED else x for x in LAYOUTS],
+    ids=map(named, LAYOUTS),
+)
 def test_a_layout_trains_as_the_oracle(layout: tuple, server: Server, folder: Path) -> None:
     cases = [case for case in MIXED if case["layout"] == layout]
     results = run(server, folder, cases, f"mixed-{LAYOUTS.index(layout)}")
+    for case, got in zip(cases, results, strict=True):
+        compare(case, got, expected(folder, case))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=named)
+def test_more_cases_of_a_layout_train_as_the_oracle(layout: tuple, server: Server, folder: Path) -> None:
+    cases = [case for case in MORE if case["layout"] == layout]
+    results = run(server, folder, cases, f"more-{LAYOUTS.index(layout)}")
     for case, got in zip(cases, results, strict=True):
         compare(case, got, expected(folder, case))
 

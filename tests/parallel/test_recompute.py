@@ -150,7 +150,12 @@ def gradients_and_bytes(world_size: int, folder: str, in_batch: str, precision: 
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "world_size, in_batch, precision",
-    [(1, "positives", "fp32"), (2, "none", "fp32"), (1, "positives", "fp8"), (2, "none", "fp8")],
+    [
+        (1, "positives", "fp32"),
+        (2, "none", "fp32"),
+        (1, "positives", "fp8"),
+        pytest.param(2, "none", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_recomputation_gives_the_same_bits_and_frees_its_bytes(
     tmp_path: Path, server: Server, world_size: int, in_batch: str, precision: str

@@ -46,6 +46,8 @@ TERM_MODES = [
     ("grades", False, "none", 150, "bf16", "fp32"),
 ]  # fmt: skip
 FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)] + FP8_MODES[1:] + TERM_MODES
+# Each in-batch mode with and without reshard_after_forward, and a kind of recomputation by turns.
+TURNS = [ALL_MODES[i] for i in (0, 4, 7, 11, 14, 15)] + FP8_MODES + TERM_MODES
 ALL_MODES += FP8_MODES + TERM_MODES
 
 
@@ -122,18 +124,20 @@ def check(server: Server, folder: Path, layouts: list, modes: list, backend: str
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])  # of REAL
-def test_gloo_carries_what_the_formulas_say(world_size: int, server: Server, tmp_path: Path) -> None:
-    check(server, tmp_path, REAL[world_size], FEW_MODES, "gloo")
+@pytest.mark.parametrize(
+    "layouts",
+    [[REAL[2][0], REAL[2][2]], *(pytest.param(x, marks=pytest.mark.slow) for x in (REAL[2][1::2], REAL[4]))],
+    ids=["2 ranks", "2 ranks otherwise", "4 ranks"],
+)
+def test_gloo_carries_what_the_formulas_say(layouts: list, server: Server, tmp_path: Path) -> None:
+    check(server, tmp_path, layouts, FEW_MODES, "gloo")
 
 
+@pytest.mark.parametrize(
+    "modes", [TURNS, pytest.param(ALL_MODES, marks=pytest.mark.slow)], ids=["turns", "all"]
+)
 @pytest.mark.parametrize("layout", FAKE, ids=str)
-def test_many_ranks_would_carry_what_the_formulas_say(layout: tuple, server: Server, tmp_path: Path) -> None:
-    # Without sequence parallelism only what tp carries is other: one in-batch mode is enough.
-    check(
-        server,
-        tmp_path,
-        [layout],
-        ALL_MODES if layout[1] else ALL_MODES[6:12] + FP8_MODES + TERM_MODES,
-        "fake",
-    )
+def test_many_ranks_would_carry_what_the_formulas_say(
+    layout: tuple, modes: list, server: Server, tmp_path: Path
+) -> None:
+    check(server, tmp_path, [layout], modes, "fake")
