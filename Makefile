@@ -129,10 +129,10 @@ compat: $(COMPAT:%=.venv-compat/%/.installed)
 	@touch $@
 
 # With all that .venv has behind them, as in .venv-compat.
-CONSUMERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+CONSUMERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 xllamacpp==2026.10.11549
 
 consumers: .venv-consumers/.installed
-	.venv-consumers/bin/python -m pytest tests/export/test_serving.py -q
+	.venv-consumers/bin/python -m pytest tests/export/test_serving.py tests/export/test_gguf.py -q
 
 .venv-consumers/.installed: Makefile | $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(@D)

@@ -63,8 +63,8 @@ setup(
         "log": ["tensorboard>=2.18"],
         "inspect": ["datasketch>=2,<3"],  # near-duplicates of prepare --inspect
         "synthesize": ["openai>=3,<4", "datasketch>=2,<3"],  # data that models write
-        # Writes and runs the files of merge --format onnx.
-        "serve": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.23"],
+        # Writes and runs the files of merge --format onnx and gguf; xllamacpp is llama.cpp's server.
+        "serve": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.23", "gguf>=0.17", "xllamacpp>=2026.10"],
         # Faster attention; built against the installed torch: pip install --no-build-isolation.
         "flash": ["flash-attn>=2.8"],
         # Compiles csrc/ at first use; the number is torch.version.cuda's.

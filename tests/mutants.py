@@ -413,6 +413,11 @@ MUTANTS = [
     Mutant("judged with grade 0 is relevant", "nemo_embed_core/experiments/judge.py", "if grade > 0 and d in", "if d in", "tests/experiments/test_judge.py"),
     Mutant("as high as the best positive", "nemo_embed_core/experiments/judge.py", "lowest = min(", "lowest = max(", "tests/experiments/test_judge.py"),
     Mutant("rows of q and k as llama.cpp has them", "nemo_embed_core/checkpoint/gguf_reader.py", ".swapaxes(1, 2).reshape", ".reshape", "tests/checkpoint/test_gguf_reader.py"),
+    Mutant("a GGUF has rows of q and k as Hugging Face does", "nemo_embed_core/export/gguf.py", "if of_heads and architecture in NEIGHBOURS", "if False", "tests/export/test_gguf.py"),
+    Mutant("a GGUF's wavelengths of Llama 3 are upside down", "nemo_embed_core/export/gguf.py", "(plain / rope_inv_freq(model).numpy())", "(rope_inv_freq(model).numpy() / plain)", "tests/export/test_gguf.py"),
+    Mutant("a GGUF says that it is causal", "nemo_embed_core/export/gguf.py", "writer.add_causal_attention(model.is_causal)", "writer.add_causal_attention(True)", "tests/export/test_gguf.py"),
+    Mutant("a consumer's vectors of texts together are not compared", "nemo_embed_core/export/serving.py", '"together": ("together_ND", 0, texts),', "", "tests/export/test_serving.py"),
+    Mutant("ONNX pools what is padding", "nemo_embed_core/export/onnx.py", "/ mask_NL.sum(1, keepdim=True)", "/ mask_NL.shape[1]", "tests/export/test_serving.py"),
     # ---- pairs from documents
     Mutant("a sentence stays in its document", "nemo_embed_core/synthesize/self_pairs.py", 'blocks[number].replace(sentence, "")', "blocks[number]", "tests/synthesize/test_self_pairs.py"),
     Mutant("a held-out row may stand in train", "nemo_embed_core/synthesize/self_pairs.py", 'if key in train.rows or any(', "if any(", "tests/synthesize/test_self_pairs.py"),

@@ -47,7 +47,7 @@ def read_gguf(file: Path, output: Path, layers: int = 0) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no readable GGUF file: {error}") from None
     facts = _Facts(file, reader.fields)
-    if (family := facts["general.architecture"]) != "llama":
+    if (family := facts["general.architecture"]) not in ("llama", "llama-embed"):
         raise UserError(f"{file} holds a {family}; only llama is read")
     total = facts["llama.block_count"]
     if not 0 <= layers <= total:
@@ -71,11 +71,18 @@ class _Facts:
         self.file, self.fields = file, fields
 
     def __getitem__(self, key: str) -> Any:
+        key = self._key(key)
         if key not in self.fields:
             raise UserError(f"{self.file} does not say its {key}")
         return self.fields[key].contents()
 
+    def _key(self, key: str) -> str:
+        """llama-embed, a Llama without a causal mask, has its own keys of its own name."""
+        own = key.replace("llama.", "llama-embed.", 1)
+        return own if own in self.fields else key
+
     def get(self, key: str, default: Any) -> Any:
+        key = self._key(key)
         return self.fields[key].contents() if key in self.fields else default
 
 

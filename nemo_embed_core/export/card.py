@@ -323,13 +323,17 @@ def serving_section(answers: Sequence[Answer], usage: Usage) -> str:
         if state in ("refused", "wrong"):
             continue
         if consumer.command:
-            lines.append(f"  `{consumer.command.replace('{limit}', str(usage.longest))}`")
+            lines.append(f"  `{_with_limit(consumer.command, usage)}`")
         if consumer.differs:
-            lines.append(f"  What differs: {consumer.differs.replace('{limit}', str(usage.longest))}.")
+            lines.append(f"  What differs: {_with_limit(consumer.differs, usage)}.")
     if any(usage.default):
         query, document = usage.default
         lines += ["", f"Prompt before a query: {query!r}; before a document: {document!r}."]
     return "\n".join(lines) + "\n"
+
+
+def _with_limit(text: str, usage: Usage) -> str:
+    return text.replace("{limit}", str(usage.longest)).replace("{all}", str(4 * usage.longest))
 
 
 def _why_llama(card: Card) -> str:

@@ -1,4 +1,4 @@
-"""What onnxruntime and llama.cpp make of a folder on the CPU, in a fresh process.
+"""What onnxruntime and llama.cpp's server make of a folder on the CPU, in a fresh process.
 
     python clients.py CONSUMER FOLDER REQUEST.json OUTPUT.npz
 
@@ -19,7 +19,10 @@ OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
 import json
 import sys
+import urllib.request
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +56,44 @@ class OnnxRuntime:
         return self.session.run(["sentence_embedding"], inputs)[0]
 
 
-CONSUMERS = {"onnxruntime": OnnxRuntime}
+class LlamaCpp:
+    """llama-server in this process: a text is given as text where it reads no special token in it, else, and
+    where it is too long, as its tokens."""
+
+    def __init__(self, folder: Path, limit: int):
+        import xllamacpp
+
+        self.limit, self.version = limit, f"llama.cpp of xllamacpp {version('xllamacpp')}"
+        params = xllamacpp.CommonParams()
+        params.model.path = str(folder / "model.gguf")
+        params.embedding, params.warmup = True, False
+        # A cache of each text by itself, or too small a batch, cuts texts that are served together into parts
+        # that do not see one another: without a causal mask other vectors, and not a word.
+        params.kv_unified, params.n_parallel = True, TOGETHER
+        params.n_ctx = params.n_batch = params.n_ubatch = TOGETHER * limit
+        self.server = xllamacpp.Server(params)
+
+    def _tokens(self, text, reads_special):
+        content = {"content": text, "add_special": True, "parse_special": reads_special}
+        address, headers = f"{self.server.listening_address}/tokenize", {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, json.dumps(content).encode(), headers)
+        with urllib.request.urlopen(request) as response:
+            return json.loads(response.read().decode())["tokens"]
+
+    def tokenize(self, text):
+        return self._tokens(text, False)[: self.limit]
+
+    def embed(self, texts):
+        rows = [self.tokenize(text) for text in texts]
+        is_plain = [row == self._tokens(text, True) for text, row in zip(texts, rows, strict=True)]
+        given = [text if plain else row for text, row, plain in zip(texts, rows, is_plain, strict=True)]
+        answer = self.server.handle_embeddings({"input": given})
+        if "error" in answer:
+            raise RuntimeError(answer["error"]["message"])
+        return np.array([item["embedding"] for item in answer["data"]], np.float32)
+
+
+CONSUMERS: dict[str, Any] = {"onnxruntime": OnnxRuntime, "llama.cpp": LlamaCpp}
 
 
 def in_parts(embed, texts, size, **how):

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 
-Format = Literal["native", "compat", "onnx"]
+Format = Literal["native", "compat", "onnx", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,9 @@ FORMATS: Mapping[Format, ExportFormat] = {
     "onnx": ExportFormat(
         readers="native, and onnx/model.onnx for onnxruntime", requirements=_NATIVE, consumer="onnxruntime"
     ),
+    "gguf": ExportFormat(
+        readers="native, and model.gguf for llama.cpp", requirements=_NATIVE, consumer="llama.cpp"
+    ),
 }
 
 
@@ -66,7 +69,8 @@ class Consumer:
     module: is imported where it is installed, "": by no Python.  package: how pip calls it.
     file: what it reads of the folder, "": the folder itself.
     precision: what it computes in, a key of proof.TOLERANCE.
-    command: of the model card, with the {limit} of tokens.  differs: from training, said in the card.
+    command: of the model card, with the {limit} of tokens, {all}: four times that.
+    differs: from training, said in the card.
     """
 
     module: str = ""
@@ -106,6 +110,16 @@ CONSUMERS: Mapping[str, Consumer] = {
         '{"input_ids": ids, "attention_mask": mask})',
         differs="the caller puts the prompt before the text and tokenises by tokenizer.json "
         "(encode_special_tokens, at most {limit} tokens); pooling and normalisation are inside",
+    ),
+    "llama.cpp": Consumer(
+        module="xllamacpp",
+        package="xllamacpp",
+        file="model.gguf",
+        precision="float16",  # of keys and values in its cache
+        command="llama-server -m model.gguf --embedding --kv-unified -np 4 -c {all} -b {all} -ub {all}",
+        differs="the caller puts the prompt before the text and cuts it at {limit} tokens; text that looks "
+        "like a special token is one; without --kv-unified, or with less in -b and -ub than -np times the "
+        "longest text, texts that are served together get other vectors without a word",
     ),
     "vllm": Consumer(
         command="vllm serve path/to/this/folder --runner pooling",

@@ -61,7 +61,11 @@ class Pooled(nn.Module):
         self.model, self.pool = model, POOL[pooling]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden_NLD = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # Of the tokens that are there: transformers counts padding on the left too, which is nothing to
+        # rotations, but not to a factor of q by its position (Ministral 3).
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        how = {"attention_mask": attention_mask, "position_ids": positions}
+        hidden_NLD = self.model(input_ids=input_ids, **how).last_hidden_state
         return nn.functional.normalize(self.pool(hidden_NLD, attention_mask.to(hidden_NLD.dtype)), dim=-1)
 
 

@@ -26,6 +26,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.consumers import NUM_PROMPTED, backend
 from nemo_embed_core.export.files import check_sentence_transformers_files
 from nemo_embed_core.export.formats import CONSUMERS, FORMATS, Answer, Format, State
+from nemo_embed_core.export.gguf import check_gguf, write_gguf
 from nemo_embed_core.export.onnx import check_onnx, write_onnx
 from nemo_embed_core.export.proof import Embed, compare_vectors
 from nemo_embed_core.files.durable import writing
@@ -38,7 +39,8 @@ Tensors = dict[str, np.ndarray]
 
 # format -> (UserError where it cannot be written, the writer of its file in a native folder).
 FILES: Mapping[str, tuple[Callable[[ModelConfig, Mapping[str, bytes]], None], Callable[[Path], Path]]] = {
-    "onnx": (check_onnx, write_onnx)
+    "onnx": (check_onnx, write_onnx),
+    "gguf": (check_gguf, write_gguf),
 }
 
 

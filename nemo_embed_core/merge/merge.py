@@ -68,7 +68,7 @@ def merge(
     evaluate: a function of a folder, or a command line with {folder} that prints the score on its last line;
         higher is better.
     dtype: of the output; "auto" is the sources' own.  format: "native" for transformers >= 5.2, "compat" for
-        >= 4.51, with code; "onnx": native, and a file for onnxruntime.
+        >= 4.51, with code; "onnx", "gguf": native, and a file for onnxruntime, for llama.cpp.
     task, document_task: instructions of the default prompts; None: the sources' own.
     command: for the model card.  say: gets every line of progress.
 
@@ -109,8 +109,9 @@ def merge(
     serving.check_file(format, opened[0].model, tokenizer_files)
     beside = sum(map(len, tokenizer_files.values())) + BESIDE_BYTES * len(opened)
     shapes = hf_shapes(opened[0].model)
-    of_file = {"onnx": weight_bytes(shapes, torch.float32)}.get(format, 0)
-    needed = weight_bytes(shapes, torch_dtype) + of_file + beside
+    of_file = {"onnx": torch.float32, "gguf": torch_dtype}.get(format)
+    needed = weight_bytes(shapes, torch_dtype) + beside
+    needed += weight_bytes(shapes, of_file) if of_file is not None else 0
 
     def write(folder: Path, members: Sequence[int], metrics: Metrics | None = None, **how: Any) -> Report:
         chosen, (usage, said) = [opened[i] for i in members], encoded(members)

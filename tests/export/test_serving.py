@@ -1,7 +1,7 @@
 """Programs that serve an export: what is compared of those that run, how others are judged, and faults.
 
-The slow tests run onnxruntime on each kind of model, and with each fault that serving is known for planted
-into its file; `make consumers` installs it and prints the table.
+The slow tests run onnxruntime and llama.cpp on each kind of model, and with each fault that serving is known
+for planted into their files; `make consumers` installs them and prints the table.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.config import ModelConfig, RopeScaling
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export import onnx, serving
+from nemo_embed_core.export import gguf, onnx, serving
 from nemo_embed_core.export.card import serving_section
 from nemo_embed_core.export.consumers import NUM_PROMPTED, backend
 from nemo_embed_core.export.folder import hf_config, write_folder
@@ -36,8 +36,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "smollm": {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4},
     "mistral": {"model_type": "mistral", "rope_scaling": RopeScaling(rope_type="linear", factor=2.0)},
-    "qwen2": {"model_type": "qwen2", "rope_scaling": None, "pooling": "cls"},
+    "qwen2": {"model_type": "qwen2", "rope_scaling": None, "pooling": "cls", "head_dim": 8},
     "qwen3": {"model_type": "qwen3", "rope_scaling": None, "pooling": "last"},
+    "yarn": {
+        "rope_scaling": RopeScaling(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.3
+        )
+    },
+    "ministral3": {
+        "model_type": "ministral3",
+        "rope_scaling": RopeScaling(
+            rope_type="yarn",
+            factor=4.0,
+            original_max_position_embeddings=8,
+            beta_fast=4.0,
+            beta_slow=0.5,
+            mscale=0.7,
+            mscale_all_dim=0.4,
+            llama_4_scaling_beta=0.3,
+        ),
+    },
     "causal": {"is_causal": True, "pooling": "last", "rope_scaling": None},
 }
 
@@ -151,7 +169,7 @@ def test_who_is_not_installed_is_said_to_be_not_run(folder: Path, monkeypatch: p
         ("tei", {"rope_scaling": None}, "accepted"),
         ("tei", {"rope_scaling": None, "pooling": "weightedmean"}, "refused"),
         ("tei", {"rope_scaling": None, "model_type": "qwen2"}, "refused"),
-        ("tei", {"rope_scaling": None, "model_type": "ministral3"}, "refused"),
+        ("tei", MODELS["ministral3"], "refused"),
         ("tei", {"rope_scaling": None, "model_type": "qwen3"}, "wrong"),
         ("tei", {"rope_scaling": None, "model_type": "qwen3", "is_causal": True}, "accepted"),
         (
@@ -198,9 +216,23 @@ def test_pooling_inside_the_file_takes_padding_on_either_side(pooling: Any) -> N
     torch.testing.assert_close(onnx.POOL[pooling](hidden_NLD, mask_NL.double()), torch.stack(rows))
 
 
-needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="no onnx, onnxscript, onnxruntime: `make consumers` installs them",
+# consumer -> (what writes its file, the modules that this takes)
+RUN = {
+    "onnxruntime": (onnx.write_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "llama.cpp": (gguf.write_gguf, ("gguf", "xllamacpp")),
+}
+runs = pytest.mark.parametrize(
+    "consumer",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                any(importlib.util.find_spec(module) is None for module in modules),
+                reason=f"no {', '.join(modules)}: `make consumers` installs them",
+            ),
+        )
+        for name, (_, modules) in RUN.items()
+    ],
 )
 
 
@@ -209,15 +241,17 @@ def ours(folder: Path) -> Any:
 
 
 @pytest.mark.slow
-@needs_onnx
-def test_onnxruntime_gives_the_vectors_of_every_base_model(tmp_path: Path, capsys: Any) -> None:
+@runs
+def test_every_base_model_gives_our_vectors_where_it_is_served(
+    tmp_path: Path, capsys: Any, consumer: str
+) -> None:
     rows = []
     for name in MODELS:
         path = write(tmp_path / name, model_of(name))
-        onnx.write_onnx(path)
-        rows.append(("onnxruntime", "onnx", name, *serving.ask(path, "onnxruntime", ours(path))[1:]))
+        file = RUN[consumer][0](path).relative_to(path)
+        rows.append((consumer, str(file), name, *serving.ask(path, consumer, ours(path))[1:]))
     with capsys.disabled():
-        print("\n\n| consumer | format | model | result | |\n|---|---|---|---|---|")
+        print("\n\n| consumer | file | model | result | |\n|---|---|---|---|---|")
         for row in rows:
             print(f"| {' | '.join(row)} |")
     assert {row[3] for row in rows} == {"proven"}
@@ -225,7 +259,7 @@ def test_onnxruntime_gives_the_vectors_of_every_base_model(tmp_path: Path, capsy
 
 def damaged(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy that says or holds the fault, of which the served file is written."""
-    copy = shutil.copytree(folder, folder.with_name(f"{folder.name}-{fault}"))
+    copy = shutil.copytree(folder, folder.with_name(f"{folder.name}-{fault.replace(' ', '-')}"))
     for file, key, value in {
         "causal mask": [
             ("config.json", "is_causal", True),
@@ -248,17 +282,25 @@ def damaged(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@needs_onnx
+@runs
 @pytest.mark.parametrize(
     "fault", ["causal mask", "other pooling", "dropped final norm", "vectors of any length", "missing prompt"]
 )
-def test_a_fault_of_serving_is_found_in_onnxruntime(tmp_path: Path, fault: str, monkeypatch: Any) -> None:
-    folder = write(tmp_path / "toy", MODEL)
-    onnx.write_onnx(damaged(folder, fault, monkeypatch), folder / onnx.FILE)
+def test_a_fault_of_serving_is_found_in_each(
+    tmp_path: Path, fault: str, consumer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, write_file = write(tmp_path / "toy", MODEL), RUN[consumer][0]
+    if fault == "vectors of any length" and consumer == "llama.cpp":
+        pytest.skip("the server normalises, no file can stop it")
+    embedder = Embedder.load(str(folder), "cpu", "fp32")
+    write_file(damaged(folder, fault, monkeypatch), folder / CONSUMERS[consumer].file)
     monkeypatch.undo()
-    if fault == "missing prompt":
+    if fault == "missing prompt":  # of what the caller reads; how the model was trained is still known
         file = folder / "config_sentence_transformers.json"
         settings = json.loads(file.read_text())
-        file.write_text(json.dumps({**settings, "prompts": {**settings["prompts"], "query": ""}}))
-    with pytest.raises(UserError, match="disagree" if fault != "missing prompt" else "the prompt 'query' is"):
-        serving.ask(folder, "onnxruntime", ours(folder))
+        prompts = {**settings["prompts"], "query": ""}
+        file.write_text(json.dumps({**settings, "prompts": prompts}))
+        monkeypatch.setattr(serving, "usage_of_folder", lambda path: USAGE)
+    message = rf"{consumer}'s vectors \({'queries' if fault == 'missing prompt' else 'alone'}\) .* disagree"
+    with pytest.raises(UserError, match=message):
+        serving.ask(folder, consumer, lambda texts, limit: embedder.encode(texts, max_length=limit))

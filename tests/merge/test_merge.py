@@ -396,7 +396,7 @@ def test_merging_from_python(three: list[Path], tmp_path: Path, monkeypatch, cap
         ({"weights": [], "method": "slerp", "t": 0.5}, "--weights are of an average"),
         ({"dtype": "float32"}, "dtype='float32' must be one of auto, bf16, fp32, fp16"),
         ({"method": "soup", "evaluate": "score '{folder}"}, "is no command line: No closing quotation"),
-        ({"format": "onnx"}, "format='onnx' must be one of native, compat"),
+        ({"format": "mlx"}, "format='mlx' must be one of native, compat, onnx, gguf"),
     ):
         with pytest.raises(UserError, match=message):
             merge.merge(three[:2], tmp_path / "out", **options)
