@@ -5,7 +5,7 @@ python launch/merge.py runs/a runs/b runs/c [--weights 0.5 0.3 0.2] -o exports/a
 python launch/merge.py runs/a runs/b --method slerp --t 0.3 -o exports/between
 python launch/merge.py runs/a runs/b runs/c --method soup --evaluate "python f.py {folder}" -o exports/soup
 python launch/merge.py runs/stage2 --format onnx -o exports/onnx      (or compat, for transformers >= 4.51)
-python launch/merge.py --check DIR [--with onnxruntime tei]    (prove any folder, and in what serves it)
+python launch/merge.py --check DIR [--with onnxruntime tei]     (prove it, also in programs that serve it)
 """
 
 import sys
