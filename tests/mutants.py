@@ -430,6 +430,7 @@ MUTANTS = [
     Mutant("an error loses the answers in flight", "nemo_embed_core/synthesize/ask.py", "                self._stop(error)\n\n        async with", "                raise\n\n        async with", "tests/synthesize/test_generate.py -k any_error"),
     Mutant("a signal loses the answers in flight", "nemo_embed_core/synthesize/ask.py", "            self._stop()\n            self.log(", "            task.cancel()\n            self.log(", "tests/synthesize/test_generate.py -k signal"),
     Mutant("a request that a server failed in is unpaid", "nemo_embed_core/synthesize/client.py", "(409, 425, 429, 503)", "(409, 425, 429, 503, 502)", "tests/synthesize/test_client.py"),
+    Mutant("an answer may drip for ever", "nemo_embed_core/synthesize/client.py", "asyncio.timeout(self._timeout_s)", "asyncio.timeout(None)", "tests/synthesize/test_client.py -k drips"),
     Mutant("a key is masked in answers", "nemo_embed_core/synthesize/client.py", "body = raw.http_response.text", "body = self._hidden(raw.http_response.text)", "tests/synthesize/test_client.py"),
     Mutant("a row that the judge was not asked of is accepted", "nemo_embed_core/synthesize/generate.py", "return _unanswered(open_looks[0], failed) if open_looks else None", "return None", "tests/synthesize/test_generate.py -k judge"),
     Mutant("a document whose vector is NaN is found", "nemo_embed_core/synthesize/assemble.py", 'matrix, _ = encoding.rows(texts, "", MAX_LENGTH, "document")', "matrix = encoder.encode(texts)", "tests/synthesize/test_assemble.py"),

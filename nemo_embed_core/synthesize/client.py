@@ -8,6 +8,7 @@ read from the environment, and is masked in what a server's errors say; answers 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -133,19 +134,26 @@ class Endpoint:
                 'or key_env to "" for a server without keys'
             )
         self.limiter = Limiter(config.requests_per_minute, config.tokens_per_minute)
+        self._timeout_s = options.timeout_s
+        # The library's are of each read: an answer that drips would never end. Connections fail before the
+        # whole does, as without one nothing can have been paid.
+        timeout = openai.Timeout(options.timeout_s, connect=options.timeout_s / 2)
         self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=config.base_url, timeout=options.timeout_s, max_retries=0
+            api_key=self._key, base_url=config.base_url, timeout=timeout, max_retries=0
         )
 
     async def complete(self, request: Request) -> Reply:
         name, create = self.config.name, self._client.chat.completions.with_raw_response.create
         messages: Any = [{"role": "user", "content": request.prompt}]
         try:
-            raw: Any = await create(
-                model=request.model, messages=messages, extra_headers={"Idempotency-Key": request.digest},
-                **request.parameters,
-            )  # fmt: skip
+            async with asyncio.timeout(self._timeout_s):
+                raw: Any = await create(
+                    model=request.model, messages=messages, extra_headers={"Idempotency-Key": request.digest},
+                    **request.parameters,
+                )  # fmt: skip
             body = raw.http_response.text
+        except TimeoutError:
+            raise Lost(f"{name}: no whole answer in {self._timeout_s:g} s") from None
         except self._openai.APIStatusError as error:
             raise self._failure(error) from None
         except self._openai.APIConnectionError as error:  # timed out, too

