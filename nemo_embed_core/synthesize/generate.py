@@ -3,7 +3,8 @@
 generate(config, print) -> output/datasets/TASK, dataset folders; output/journal.jsonl, every answer
 
 The journal is what was paid for; the folders are made of it anew by each call, and the same journal gives the
-same bytes. Memory: a kilobyte a request, the accepted rows, the seed documents.
+same bytes. Memory: of each request its place in the plan, its digest and its verdict; the accepted rows; the
+seed documents.
 """
 
 from __future__ import annotations
