@@ -100,10 +100,10 @@ def named_plans(name: str, config: EvaluateConfig) -> list[NamedPlan]:
         import mteb
 
         try:
-            tasks = list(mteb.get_benchmark(name).tasks)
-        except KeyError:
+            tasks = [mteb.get_task(name)]
+        except KeyError:  # to ask for a benchmark makes every task of all of them: seconds
             try:
-                tasks = [mteb.get_task(name)]
+                tasks = list(mteb.get_benchmark(name).tasks)
             except KeyError:
                 return []
     return [NamedPlan(task, config) for task in tasks]

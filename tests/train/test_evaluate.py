@@ -269,13 +269,7 @@ def test_killed_in_an_evaluation_and_in_the_save_of_the_best(tmp_path: Path, wor
     calm, killed = (config_for(tmp_path, name, **changes) for name in ("calm", "killed"))
     assert worker.run(calm, world_size=2) == [0, 0]
     best = read_manifest(checkpoints(tmp_path / "calm")[0])["eval"]["best"]["step"]
-    for kill in (
-        "eval.batch@0.2",
-        "step.begin@0",
-        "save.before_rename@1",
-        "eval.batch@3.4",
-        "save.after_rename@4",
-    ):
+    for kill in ("step.begin@0", "save.before_rename@1", "eval.batch@3.4"):
         assert -9 in worker.run(killed, fail=kill, world_size=2), kill
     assert worker.run(killed, world_size=2) == [0, 0]
     assert figures(tmp_path / "killed") == figures(tmp_path / "calm")
@@ -315,7 +309,7 @@ def test_a_signal_leaves_an_evaluation_and_the_resume_makes_it(tmp_path: Path) -
 def test_an_evaluation_that_costs_too_much_is_left_out_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock on which an evaluation takes 10 s and a step 1 s; a quarter of the time: 30 steps apart."""
+    """A clock on which an evaluation takes 2 s and a step 1 s; a quarter of the time: 6 steps apart."""
     time_s = [0.0]
     real_step = Trainer.train_step
 
@@ -324,23 +318,23 @@ def test_an_evaluation_that_costs_too_much_is_left_out_and_said(
         return real_step(self)
 
     def retrieval(self: Evaluation, *_: Any) -> dict[str, float]:
-        time_s[0] += 10
+        time_s[0] += 2
         return {"ndcg_at_10": 0.5, "loss": 1.0}
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(Evaluation, "_retrieval", retrieval)
     dev = dev_config(tmp_path, every=2, max_share=0.25)
     dev = dataclasses.replace(dev, datasets=dev.datasets[:1])
-    config = train_config(tmp_path, steps=64, eval=dev, log_every=100)
+    config = train_config(tmp_path, steps=16, eval=dev, log_every=100)
     with distributed(config.parallel, "cpu", MODEL) as mesh:
         log: list[str] = []
         trainer = Trainer(config, mesh, prepare(config), log=log.append)
         trainer.evaluation._clock = lambda: time_s[0]
         trainer.run()
     found = {line["step"]: line["eval"] for line in lines(tmp_path / "run") if "eval" in line}
-    assert list(found) == [0, 30, 60, 64]
-    assert [found[step]["seconds"] for step in found] == [10] * 4
-    assert [found[step]["share"] for step in (30, 60)] == [10 / 40, 20 / 80]
+    assert list(found) == [0, 6, 12, 16]
+    assert [found[step]["seconds"] for step in found] == [2] * 4
+    assert [found[step]["share"] for step in (6, 12)] == [2 / 8, 4 / 16]
     assert sum("left out" in line for line in log) == 3 and "eval.max_share=0.25" in "".join(log)
 
 

@@ -223,3 +223,18 @@ def test_tensorboard_has_the_lines_of_metrics(tmp_path: Path) -> None:
     assert all(
         abs(value - line["lr"]) <= 1e-6 * line["lr"] for (_, value), line in zip(read, lines, strict=True)
     )
+
+
+def test_tensorboard_of_a_resumed_run_forgets_the_steps_that_run_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from nemo_embed_core.train.tracker_libraries import TensorBoard
+
+    config = train_config(tmp_path, report_to=["tensorboard"])
+    for resume_step, loss in ((0, 3.0), (2, 5.0)):
+        board = TensorBoard(config, resume_step)
+        for step in range(resume_step + 1, 5 - resume_step // 2):
+            board.write({"loss": loss}, step)
+        board.close()
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 3.0), (3, 5.0)]
