@@ -10,11 +10,9 @@ OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
     version                 of the library
     token_ids, token_counts of all texts in a row, and of the long one repeated
-    alone_ND                each text by itself
-    together_ND             several at a time, padded on the right where the library pads
-    left_padded_ND          the same padded on the left, of a library whose caller pads
-    cut_1D                  [1, D] of the long text repeated
-    queries_MD, documents_MD  with the prompts of each side
+    alone_ND, together_ND   each text by itself, several at a time (padded on the right where the caller pads)
+    left_padded_ND          the same padded on the left, where the caller pads
+    cut_1D, queries_MD, documents_MD    the long text repeated, [1, D]; with the prompts of each side
 """
 
 import json
@@ -26,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-TOGETHER = 4  # texts
+TOGETHER, PROVIDERS = 4, ["CPUExecutionProvider"]  # texts at a time; of onnxruntime
 
 
 class OnnxRuntime:
@@ -39,8 +37,7 @@ class OnnxRuntime:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limit)
         self.tokenizer.encode_special_tokens = True  # split_special_tokens of tokenizer_config.json
-        file = str(folder / "onnx" / "model.onnx")
-        self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", providers=PROVIDERS)
 
     def tokenize(self, text):
         return self.tokenizer.encode(text).ids
@@ -73,23 +70,28 @@ class LlamaCpp:
         params.n_ctx = params.n_batch = params.n_ubatch = TOGETHER * limit
         self.server = xllamacpp.Server(params)
 
-    def _tokens(self, text, reads_special):
-        content = {"content": text, "add_special": True, "parse_special": reads_special}
+    def _tokens(self, text, reads_special, adds_special=True):
+        content = {"content": text, "add_special": adds_special, "parse_special": reads_special}
         address, headers = f"{self.server.listening_address}/tokenize", {"Content-Type": "application/json"}
         request = urllib.request.Request(address, json.dumps(content).encode(), headers)
         with urllib.request.urlopen(request) as response:
             return json.loads(response.read().decode())["tokens"]
 
     def tokenize(self, text):
-        return self._tokens(text, False)[: self.limit]
+        ids = self._tokens(text, False)
+        if len(ids) <= self.limit:
+            return ids
+        # Cut as tokenizer.json is: an end token stays.
+        plain = self._tokens(text, False, adds_special=False)
+        num_behind = len(ids) - len(plain) - (ids[: len(plain)] != plain)
+        return ids[: self.limit - num_behind] + ids[len(ids) - num_behind :]
 
     def embed(self, texts):
         rows = [self.tokenize(text) for text in texts]
         is_plain = [row == self._tokens(text, True) for text, row in zip(texts, rows, strict=True)]
         given = [text if plain else row for text, row, plain in zip(texts, rows, is_plain, strict=True)]
         answer = self.server.handle_embeddings({"input": given})
-        if "error" in answer:
-            raise RuntimeError(answer["error"]["message"])
+        assert "error" not in answer, answer["error"]["message"]
         return np.array([item["embedding"] for item in answer["data"]], np.float32)
 
 
@@ -101,13 +103,11 @@ def in_parts(embed, texts, size, **how):
 
 
 def main(name: str, folder: str, request_file: str, output: str) -> None:
-    with open(request_file, encoding="utf-8") as file:
-        request = json.load(file)
-    with open(Path(folder) / "sentence_bert_config.json", encoding="utf-8") as file:
-        limit = json.load(file)["max_seq_length"]
-    with open(Path(folder) / "config_sentence_transformers.json", encoding="utf-8") as file:
-        prompts = json.load(file)["prompts"]
-    texts = request["texts"]
+    request, bert, settings = (
+        json.loads(Path(folder, file).read_text(encoding="utf-8"))
+        for file in (request_file, "sentence_bert_config.json", "config_sentence_transformers.json")
+    )
+    texts, limit, prompts = request["texts"], bert["max_seq_length"], settings["prompts"]
     prompted, long_text = texts[: request["num_prompted"]], texts[-1] * request["num_repeats"]
     consumer = CONSUMERS[name](Path(folder), limit)
     rows = [consumer.tokenize(text) for text in (*texts, long_text)]

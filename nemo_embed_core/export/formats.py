@@ -117,9 +117,9 @@ CONSUMERS: Mapping[str, Consumer] = {
         file="model.gguf",
         precision="float16",  # of keys and values in its cache
         command="llama-server -m model.gguf --embedding --kv-unified -np 4 -c {all} -b {all} -ub {all}",
-        differs="the caller puts the prompt before the text and cuts it at {limit} tokens; text that looks "
-        "like a special token is one; without --kv-unified, or with less in -b and -ub than -np times the "
-        "longest text, texts that are served together get other vectors without a word",
+        differs="the caller puts the prompt before the text and cuts it at {limit} tokens, an end token "
+        "included; text that looks like a special token is one; without --kv-unified, or with less in -b and "
+        "-ub than -np times the longest text, texts served together get other vectors without a word",
     ),
     "vllm": Consumer(
         command="vllm serve path/to/this/folder --runner pooling",

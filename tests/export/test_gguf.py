@@ -1,5 +1,6 @@
 """model.gguf: read back by our reader and by the gguf library, against the weights and tokens it is of."""
 
+import importlib.util
 import itertools
 import json
 from dataclasses import replace
@@ -17,8 +18,10 @@ from nemo_embed_core.checkpoint.gguf_reader import read_gguf
 from nemo_embed_core.checkpoint.hf_folder import open_folder
 from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.config import ModelConfig, RopeScaling
+from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export import gguf as ours
+from nemo_embed_core.export import serving
 from nemo_embed_core.export.folder import write_folder
 from nemo_embed_core.model.spec import hf_shapes
 
@@ -227,6 +230,38 @@ def test_scores_of_sentencepiece_join_as_its_merges_do(prepend: bool) -> None:
         assert symbols == tokenizer.encode(text, add_special_tokens=False).tokens, text
 
 
+def with_normalizer(normalizer: Any, tokenizer: Tokenizer | None = None) -> Tokenizer:
+    tokenizer = tokenizer or bpe(digits())
+    tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="no xllamacpp: `make consumers` installs it"
+)
+@pytest.mark.parametrize(
+    ("tokenizer", "left_out"),
+    [
+        (lambda: bpe(digits(), bos=True), ""),
+        (lambda: bpe(split(LLAMA3), bos=True, ignore_merges=True), ""),
+        (
+            lambda: with_normalizer(normalizers.NFC(), bpe(split(QWEN2), bos=True)),
+            "1 left out, as it does not",
+        ),
+        (lambda: bpe(split(TEKKEN), bos=True, ignore_merges=True), ""),
+        (sentencepiece, ""),
+    ],
+    ids=["smollm", "llama3", "qwen2", "tekken", "sentencepiece"],
+)
+def test_llama_cpp_makes_the_tokens_of_tokenizer_json(tmp_path: Path, tokenizer: Any, left_out: str) -> None:
+    folder = write(tmp_path / "m", replace(MODEL, rope_scaling=None), tokenizer())
+    ours.write_gguf(folder)
+    embedder = Embedder.load(str(folder), "cpu", "fp32")
+    answer = serving.ask(folder, "llama.cpp", lambda texts, limit: embedder.encode(texts, max_length=limit))
+    assert (answer.state, left_out in answer.words) == ("proven", True)
+
+
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
 
 
@@ -245,12 +280,6 @@ def test_what_llama_cpp_does_not_compute_is_refused(changes: dict[str, Any], mes
     ours.check_gguf(MODEL, files)
     with pytest.raises(UserError, match=message):
         ours.check_gguf(replace(MODEL, **changes), files)
-
-
-def with_normalizer(normalizer: Any) -> Tokenizer:
-    tokenizer = bpe(digits())
-    tokenizer.normalizer = normalizer
-    return tokenizer
 
 
 def two_in_front() -> Tokenizer:
