@@ -92,9 +92,14 @@ def dump_yaml(config: Any, path: Path) -> None:
 _UNIONS = (typing.Union, types.UnionType)
 
 
-def types_of(cls: type[Options]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+_TYPES: dict[type[Options], dict[str, Any]] = {}  # to resolve them is most of the time to make a tree
+
+
+def types_of(cls: type[Options]) -> Mapping[str, Any]:
+    if cls not in _TYPES:
+        hints = typing.get_type_hints(cls)
+        _TYPES[cls] = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return _TYPES[cls]
 
 
 def options_of(cls: type[Options]) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from nemo_embed_core.options import Options
 
 # What must be the same of all models of a task that are compared, but where it is allowed to differ.
 SETTINGS = ("data", "split", "lengths", "prompts")
+WITH_BM25 = ("retrieval", "reranking")  # of task_type: where documents are ranked for a query
 
 
 # Of TaskOptions, and of dev sets, what a table of texts has nothing of.

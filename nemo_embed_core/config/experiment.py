@@ -20,10 +20,11 @@ class ExperimentConfig(Options):
     output: str
     """Folder of all that it makes: steps/ with a folder for each run, results.json, .md and .png."""
     constants: dict[str, str] = field(default_factory=dict)
-    """Values by name in place of the grid's own constants (--constants.base exports/model)."""
+    """Values by name in place of the grid's own constants (--constants.base exports/model): a text where that
+    is one, else as YAML reads it."""
     only: list[str] = field(default_factory=list)
     """Cells to run, by axis=value and seed=N (--only threshold=0.95 seed=1); the others are left to another
-    call, and the table waits for them."""
+    call, which may run at the same time, and the table waits for them."""
     dry_run: bool = False
     """Whether the steps are only listed: which are done, which are to do, and what they cost."""
     jobs: int = 0
@@ -31,7 +32,8 @@ class ExperimentConfig(Options):
     ranks: int = 1
     """Data-parallel ranks of a step that trains or mines, under torchrun."""
     delete_models: bool = False
-    """Whether weights are deleted as soon as no step that is left needs them; scores and logs stay."""
+    """Whether weights are deleted as soon as no step that is left needs them; scores and logs stay, links and
+    what a step was given by its path too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

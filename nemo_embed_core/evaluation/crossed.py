@@ -27,7 +27,8 @@ from nemo_embed_core.evaluation.statistics import CELLS, LEVEL, student
 class Error(NamedTuple):
     """Variance of a mean difference and its degrees of freedom, with the parts of it.
 
-    A part that the data do not show is NaN: seeds of one run, queries of a task without scores of them.
+    A part that the data do not show is NaN: seeds of one run.  variance: NaN where nothing tells it, with
+    one seed and a task of one query or without scores of its queries.
     """
 
     variance: float
@@ -36,7 +37,9 @@ class Error(NamedTuple):
     queries: float
 
     def half(self, level: float = LEVEL) -> float:
-        """Half of the interval for other seeds and other queries."""
+        """Half of the interval for other seeds and other queries; NaN without a variance."""
+        if math.isnan(self.variance):
+            return math.nan
         return student(0.5 + level / 2, self.degrees) * math.sqrt(self.variance)
 
 
@@ -81,9 +84,8 @@ def error_of(tasks: Sequence[np.ndarray]) -> Error:
             own = float((residual**2).sum()) / ((S - 1) * (n - 1)) / (S * n) / T**2
             rest, spread = rest + own, spread + own**2 / ((S - 1) * (n - 1))
     if S == 1:
-        assert queries or all(x.shape[1] > 1 for x in tasks), "one seed and no queries have no interval"
-        smallest = min(x.shape[1] for x in tasks if x.shape[1] > 1)
-        return Error(queries, smallest - 1, seeds, queries)
+        smallest = min(x_Sn.shape[1] for x_Sn in tasks)
+        return Error(queries if smallest > 1 else math.nan, smallest - 1, seeds, queries)
     spread += seeds**2 / (S - 1)
     variance = max(seeds + queries - rest, seeds, queries)
     degrees = max(S - 1, math.floor(variance**2 / spread)) if spread > 0 else S - 1

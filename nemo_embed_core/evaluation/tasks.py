@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from nemo_embed_core.checkpoint.source import Prompts, Usage
 from nemo_embed_core.config import EvaluateConfig
-from nemo_embed_core.config.evaluate import TaskOptions
+from nemo_embed_core.config.evaluate import WITH_BM25, TaskOptions
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import with_tasks
 from nemo_embed_core.errors import UserError
@@ -26,8 +26,6 @@ from nemo_embed_core.evaluation.models import Subject
 from nemo_embed_core.evaluation.named import named_plans
 from nemo_embed_core.evaluation.retrieval import mteb_imported
 from nemo_embed_core.evaluation.retrieval_task import Retrieval, dataset_of
-
-WITH_BM25 = ("retrieval", "reranking")  # of local tasks: where documents are ranked for a query
 
 
 class Task(Protocol):

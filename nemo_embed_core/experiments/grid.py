@@ -1,32 +1,29 @@
-"""A grid of runs: what its YAML file says, and the steps that follow, each known by a digest of its inputs.
+"""A grid of runs, as its YAML file says it: docs/experiments.md.
 
-    grid = read_grid("configs/experiments/thresholds.yaml", {"base": "exports/model"})
-    plan = steps_of(grid)                  # every option of every step checked, nothing run
-
-A step (one train, mine, merge, judge or evaluate) is the same step in all cells where its options and what it
-reads are the same, and runs once: stage 1 of a grid over thresholds is trained once a seed.
+grid = read_grid("configs/experiments/thresholds.yaml", {"base": "exports/model"})
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nemo_embed_core import __version__
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.experiments.verbs import HERE, VERBS, Verb, inputs_of
-from nemo_embed_core.files.durable import sha256_file, sha256_folder
-from nemo_embed_core.options import check_yaml
+from nemo_embed_core.experiments.verbs import VERBS
+from nemo_embed_core.options import check_yaml, short
 
 KEPT = ("text", "folder")  # placeholders of prompts and commands, which are not the grid's
-KEYS = ("question", "constants", "seeds", "axes", "steps", "models", "references", "evaluate", "compare",
-        "figures")  # fmt: skip
+MEAN = "mean"  # of the tasks, where there are several
+Wrong = Callable[[str], UserError]
+# What each key of the file holds.
+KINDS = {
+    "question": str, "constants": dict, "seeds": list, "axes": dict, "steps": dict, "models": list,
+    "references": dict, "evaluate": dict, "compare": str, "figures": dict,
+}  # fmt: skip
+WORDS = {str: "a text", list: "a list", dict: "a mapping of names"}
 
 
 @dataclass(frozen=True)
@@ -50,287 +47,136 @@ class Grid:
         return UserError(f"{self.path}: {message}")
 
 
-@dataclass(frozen=True)
-class Step:
-    """name: of the grid's step; options: checked and whole, paths of other steps with HERE before them."""
-
-    name: str
-    verb: Verb
-    options: dict[str, Any]
-    needs: tuple[Step, ...]
-    digest: str
-
-    @property
-    def folder(self) -> str:
-        return f"{HERE}steps/{self.name}-{self.digest[:12]}"
-
-    @property
-    def product(self) -> str:
-        return f"{self.folder}/{self.verb.product}"
-
-
-class Row(NamedTuple):
-    """Of the table, for one seed: a cell and one of its models; scores: task -> step that evaluates it."""
-
-    values: dict[str, str]
-    model: str
-    seed: int | None  # None of a reference
-    scores: dict[str, Step]
-    figures: dict[str, Step]
-
-    @property
-    def ends(self) -> list[Step]:
-        return [*self.scores.values(), *self.figures.values()]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """rows: of every cell, model and seed.  steps: each once, none before one that it needs."""
-
-    rows: list[Row]
-    steps: list[Step] = field(default_factory=list)
-
-
-# ------------------------------------------------------------------------------------------ the file
-
-
 def read_grid(path: str, constants: Mapping[str, str] | None = None) -> Grid:
     """UserError names the key that is wrong, of the file or of what is given in place of its constants."""
-    from jsonargparse import get_loader
-
     check_yaml(path)
-    values = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
 
     def wrong(message: str) -> UserError:
         return UserError(f"{path}: {message}")
 
-    if unknown := [key for key in values if key not in KEYS]:
-        raise wrong(f"{unknown[0]} is no key of an experiment; there are {', '.join(KEYS)}")
+    values = _plain(_yaml(Path(path).read_text(encoding="utf-8")), "", wrong)
+    if unknown := [key for key in values if key not in KINDS]:
+        raise wrong(f"{unknown[0]} is no key of an experiment; there are {', '.join(KINDS)}")
+    for key, kind in KINDS.items():
+        if values.setdefault(key, None) is None:
+            values[key] = kind()
+        if not isinstance(values[key], kind):
+            raise wrong(f"{key}={short(values[key])} must be {WORDS[kind]}")
     for key, example in (
         ("steps", "{train: {verb: train, options: {...}}}"),
         ("evaluate", "{wiki: {data: ...}}"),
     ):
-        if not values.get(key):
+        if not values[key]:
             raise wrong(f"{key} is missing: {key}: {example}")
-    for key in ("constants", "axes", "steps", "references", "evaluate", "figures"):
-        if not isinstance(values.setdefault(key, {}), dict):
-            raise wrong(f"{key} must be a mapping of names")
-    for name in (*values["steps"], *values["evaluate"]):
-        if not re.fullmatch(r"[\w.-]+", str(name)):
-            raise wrong(f"{name!r}, a name of a folder, must be of letters, digits, dots, - and _")
-    seeds = values.get("seeds", [1])
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+    _check_names(values, wrong)
+    seeds = values["seeds"] or [1]
+    if not all(type(s) is int for s in seeds):
         raise wrong(f"seeds={seeds!r} must be a list of integers")
     if len(set(seeds)) < len(seeds):
         raise wrong(f"seeds={seeds} has one twice")
     if strange := set(constants or {}) - set(values["constants"]):
         have = ", ".join(values["constants"]) or "none"
         raise wrong(f"constants.{sorted(strange)[0]} is not a constant of it; there are: {have}")
-    names = {**dict.fromkeys(values["constants"], "constants"), "seed": "seeds"}
-    axes = {}
-    for axis, given in values["axes"].items():
-        if axis in names or axis in values["steps"] or axis in (*KEPT, "model"):
-            raise wrong(f"axes.{axis}: the name is taken")
-        is_list = isinstance(given, list)
-        if not given or not (is_list or isinstance(given, dict)):
-            raise wrong(f"axes.{axis} must be values, or {{value: {{step.option: ...}}}}")
-        found = {str(v): None for v in given} if is_list else {str(v): p or {} for v, p in given.items()}
-        if bad := [v for v, p in found.items() if p is not None and not isinstance(p, dict)]:
-            raise wrong(f"axes.{axis}.{bad[0]} must be {{step.option: value}}")
-        if len(found) < len(given):
-            raise wrong(f"axes.{axis} has a value twice")
-        axes[str(axis)] = {v: given[i] if is_list else p for i, (v, p) in enumerate(found.items())}
-    models = values.get("models") or [list(values["steps"])[-1]]
+    given = {
+        name: _typed(name, values["constants"][name], text, wrong) for name, text in (constants or {}).items()
+    }
+    axes = {axis: _axis(axis, found, wrong) for axis, found in values["axes"].items()}
     for name, step in values["steps"].items():
-        if not isinstance(step, dict) or set(step) - {"verb", "config", "options"} or "verb" not in step:
-            raise wrong(f"steps.{name} must be {{verb, config: [files], options}}")
-        if step["verb"] not in VERBS or step["verb"] == "evaluate":
-            raise wrong(f"steps.{name}.verb={step['verb']!r} must be one of train, mine, merge, judge")
-    if bad := [
-        m for m in models if m not in values["steps"] or not VERBS[values["steps"][m]["verb"]].is_model
-    ]:
+        _check_step(name, step, wrong)
+    models = values["models"] or [list(values["steps"])[-1]]
+    is_model = {name: VERBS[step["verb"]].is_model for name, step in values["steps"].items()}
+    if bad := [m for m in models if not isinstance(m, str) or not is_model.get(m)]:
         raise wrong(f"models: {bad[0]!r} is no step that makes a model")
+    for name, reference in values["references"].items():
+        if not isinstance(reference, str):
+            raise wrong(f"references.{name}={short(reference)} must be a model: a path, or bm25")
     if bad := [t for t, options in values["evaluate"].items() if not isinstance(options, dict)]:
         raise wrong(f"evaluate.{bad[0]} must be options of launch/evaluate.py")
-    compare = values.get("compare") or ("model" if len(models) > 1 else next(reversed(axes), "model"))
+    compare = values["compare"] or ("model" if len(models) > 1 else next(reversed(axes), "model"))
     if compare != "model" and compare not in axes:
         raise wrong(f"compare={compare!r} must be an axis ({', '.join(axes) or 'none'}) or model")
     for figure, place in values["figures"].items():
-        if str(place).partition(".")[0] not in values["steps"] or "." not in str(place):
-            raise wrong(f"figures.{figure}={place!r} must be STEP.KEY of a step that mines or judges")
+        step = values["steps"].get(str(place).partition(".")[0])
+        if not step or "." not in str(place) or not VERBS[step["verb"]].report:
+            raise wrong(f"figures.{figure}={short(place)} must be STEP.KEY of a step that mines or judges")
     return Grid(
-        path, values.get("question", ""), {**values["constants"], **(constants or {})}, seeds, axes,
+        path, values["question"], {**values["constants"], **given}, seeds, axes,
         values["steps"], models, values["references"], values["evaluate"], compare, values["figures"],
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ its steps
+def _yaml(text: str) -> Any:
+    from jsonargparse import get_loader
+
+    return get_loader("yaml")(text)
 
 
-def cells(grid: Grid) -> Iterator[tuple[dict[str, str], int]]:
-    """(axis -> value, seed), the seeds of a cell one after another."""
-    for values in itertools.product(*grid.axes.values()):
-        for seed in grid.seeds:
-            yield dict(zip(grid.axes, values, strict=True)), seed
+def _plain(value: Any, place: str, wrong: Wrong) -> Any:
+    """With the keys of mappings as strings, as 0.95 is one; nothing but what JSON has."""
+    if isinstance(value, dict):
+        found = {str(key): _plain(item, f"{place}.{key}".strip("."), wrong) for key, item in value.items()}
+        if len(found) < len(value):
+            raise wrong(f"{place} has a value twice")
+        return found
+    if isinstance(value, list):
+        return [_plain(item, f"{place}.{i}", wrong) for i, item in enumerate(value)]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise wrong(f"{place}={short(value)} must be a text, a number, true, false or null")
 
 
-def steps_of(grid: Grid) -> Plan:
-    """Every cell's steps with their options checked; UserError names the cell, the step and the option."""
-    plan, known, digests = Plan([]), dict[str, Step](), dict[str, str]()
-    for values, seed in cells(grid):
-        cell = _Cell(grid, values, seed, known, digests)
-        made = {name: cell.step(name) for name in grid.steps}
-        figures = {figure: made[place.partition(".")[0]] for figure, place in grid.figures.items()}
-        for model in grid.models:
-            scores = {task: cell.evaluation(task, made[model]) for task in grid.evaluate}
-            plan.rows.append(Row(values, model, seed, scores, figures))
-    for name in grid.references:
-        cell = _Cell(grid, {}, None, known, digests)
-        scores = {task: cell.evaluation(task, str(cell.put(grid.references[name]))) for task in grid.evaluate}
-        plan.rows.append(Row({}, name, None, scores, {}))
-    _check_differ(grid, plan.rows)
-    used = closure([step for row in plan.rows for step in row.ends])
-    if idle := [name for name in grid.steps if name not in {step.name for step in used.values()}]:
-        raise grid.refuse(f"steps.{idle[0]}: no model, no figure and no other step needs it: leave it out")
-    plan.steps.extend(step for step in known.values() if step.digest in used)
-    return plan
+def _typed(name: str, own: Any, given: str, wrong: Wrong) -> Any:
+    """A text where the grid's own value is one, else as YAML reads it: 40 is a number."""
+    import yaml
+
+    if isinstance(own, str):
+        return given
+    try:
+        return _plain(_yaml(given), f"constants.{name}", wrong)
+    except yaml.YAMLError:
+        raise wrong(f"constants.{name}={given} is no value of YAML; its own is {short(own)}") from None
 
 
-def closure(steps: Iterable[Step]) -> dict[str, Step]:
-    """These and all that they need, by digest."""
-    found, queue = dict[str, Step](), list(steps)
-    while queue:
-        step = queue.pop()
-        if found.setdefault(step.digest, step) is step:
-            queue += step.needs
-    return found
+def _check_names(values: Mapping[str, Any], wrong: Wrong) -> None:
+    """A name stands in braces, before the dot of STEP.OPTION and in the names of folders."""
+    for key in ("constants", "axes", "steps", "evaluate"):
+        for name in values[key]:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise wrong(f"{key}.{name}: a name must be of letters, digits, - and _")
+    owners = dict.fromkeys((*KEPT, "model", "seed"), "")
+    for key in ("constants", "steps", "axes"):
+        for name in values[key]:
+            if owners.setdefault(name, key) != key:
+                raise wrong(f"{key}.{name}: the name is taken")
+    if "evaluate" in values["steps"]:
+        raise wrong("steps.evaluate: the name is taken: evaluate.OPTION is of the tasks")
+    if MEAN in values["evaluate"]:
+        raise wrong(f"evaluate.{MEAN}: the name is taken, by the mean of all tasks")
+    if twice := set(values["references"]) & set(values["steps"]):
+        raise wrong(f"references.{sorted(twice)[0]}: the name is taken, by a step")
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """known: all steps by their digests.  digests: of files, so that each is read once."""
-
-    grid: Grid
-    values: dict[str, str]
-    seed: int | None
-    known: dict[str, Step]
-    digests: dict[str, str]
-    open: list[str] = field(default_factory=list)
-
-    def step(self, name: str) -> Step:
-        if name in self.open:
-            raise UserError(f"steps stand in a circle: {' -> '.join([*self.open, name])}")
-        given = self.grid.steps[name]
-        self.open.append(name)
-        made = self._made(name, VERBS[given["verb"]], given.get("config", []), given.get("options", {}), name)
-        self.open.pop()
-        return made
-
-    def evaluation(self, task: str, model: Step | str) -> Step:
-        of = model.product if isinstance(model, Step) else model
-        options = {**self.grid.evaluate[task], "models": [of], "name": task}
-        return self._made(f"evaluate-{task}", VERBS["evaluate"], [], options, f"evaluate.{task}")
-
-    def _made(self, name: str, verb: Verb, files: Any, options: Any, place: str) -> Step:
-        try:
-            whole = verb.check(self.put(files), self._patched(options, place))
-            needs = tuple(self._needed(whole))
-            read = {path: self._digest(path) for path in inputs_of(verb, whole)}
-        except UserError as error:
-            said = " ".join(
-                [*(f"{axis}={value}" for axis, value in self.values.items()), f"seed={self.seed}"]
-            )
-            raise self.grid.refuse(f"{place}, cell {said}: {error}") from None
-        content = json.dumps([name, whole, [n.digest for n in needs], read, __version__], sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        return self.known.setdefault(digest, Step(name, verb, whole, needs, digest))
-
-    def _patched(self, options: Any, place: str) -> Any:
-        """A deep copy with the patches of this cell's values and their placeholders filled in."""
-        options = json.loads(json.dumps(options))
-        patches = [
-            p for axis, v in self.values.items() if (p := self.grid.axes[axis][v]) and isinstance(p, dict)
-        ]
-        for path, value in ((path, value) for patch in patches for path, value in patch.items()):
-            first, *keys = path.split(".")
-            if first not in {*self.grid.steps, "evaluate"} or not keys:
-                raise UserError(
-                    f"{path}: {first} is no step: STEP.OPTION, evaluate.OPTION or evaluate.TASK.OPTION"
-                )
-            if first == "evaluate" and keys[0] in self.grid.evaluate and len(keys) > 1:
-                first, keys = f"evaluate.{keys[0]}", keys[1:]
-            if first in (place, place.partition(".")[0]):
-                _set(options, keys, value, path)
-        return self.put(options)
-
-    def put(self, value: Any) -> Any:
-        """Placeholders filled in; "{name}" alone becomes the value itself, a step the path of its product."""
-        if isinstance(value, dict):
-            return {key: self.put(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.put(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        if whole := re.fullmatch(r"\{([\w-]+)\}", value):
-            return value if whole[1] in KEPT else self._named(whole[1])
-        return re.sub(r"\{([\w-]+)\}", lambda m: m[0] if m[1] in KEPT else str(self._named(m[1])), value)
-
-    def _named(self, name: str) -> Any:
-        if name in self.grid.constants:
-            return self.put(self.grid.constants[name])
-        if name == "seed" and self.seed is not None:
-            return self.seed
-        if name in self.values:
-            given = self.grid.axes[name][self.values[name]]
-            return self.values[name] if isinstance(given, dict) else given
-        if name in self.grid.steps:
-            return self.step(name).product
-        there = ", ".join([*self.grid.constants, "seed", *self.values, *self.grid.steps])
-        raise UserError(f"{{{name}}} stands for nothing; there are: {there}")
-
-    def _needed(self, options: Any) -> Iterator[Step]:
-        """The steps whose paths are in the options, which are known already."""
-        text = json.dumps(options, ensure_ascii=False)
-        for step in list(self.known.values()):
-            if step.folder in text:
-                yield step
-
-    def _digest(self, path: str) -> str:
-        if path not in self.digests:
-            place = Path(path)
-            self.digests[path] = sha256_folder(place) if place.is_dir() else sha256_file(place)
-        return self.digests[path]
+def _axis(axis: str, given: Any, wrong: Wrong) -> dict[str, Any]:
+    if not given or not isinstance(given, list | dict):
+        raise wrong(f"axes.{axis} must be values, or {{value: {{step.option: ...}}}}")
+    if isinstance(given, list):
+        found = {str(value): value for value in given}
+        if len(found) < len(given):
+            raise wrong(f"axes.{axis} has a value twice")
+        return found
+    if bad := [value for value, patches in given.items() if not isinstance(patches or {}, dict)]:
+        raise wrong(f"axes.{axis}.{bad[0]} must be {{step.option: value}}")
+    return {value: patches or {} for value, patches in given.items()}
 
 
-def _set(options: Any, keys: list[str], value: Any, path: str) -> None:
-    """options[a][b] = value for a.b; a number is the place in a list, a mapping that is missing is made."""
-    for i, key in enumerate(keys):
-        is_last = i == len(keys) - 1
-        if isinstance(options, list):
-            if not key.isdigit() or int(key) >= len(options):
-                raise UserError(f"{path}: {key} is no place in a list of {len(options)}")
-            if is_last:
-                options[int(key)] = value
-            else:
-                options = options[int(key)]
-        elif not isinstance(options, dict):
-            raise UserError(f"{path}: {'.'.join(keys[:i])} holds {options!r}, which has no {key}")
-        elif is_last:
-            options[key] = value
-        else:
-            options = options.setdefault(key, {})
-
-
-def _check_differ(grid: Grid, rows: list[Row]) -> None:
-    """Rows that are the same runs are a forgotten {seed} or an option that changes nothing."""
-    seen: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        key = tuple(step.digest for step in (*row.scores.values(), *row.figures.values()))
-        if (other := seen.setdefault(key, row)) is not row:
-            if row.values == other.values and row.model == other.model:
-                raise grid.refuse(
-                    f'{row.model} is the same run with seed {other.seed} and {row.seed}: put "{{seed}}" into '
-                    "its options (steps.train.options.seed), or give one seed"
-                )
-            ways = [f"{' '.join(map('='.join, r.values.items()))} {r.model}".strip() for r in (other, row)]
-            raise grid.refuse(f"{ways[0]} and {ways[1]} are the same run: their options differ in nothing")
+def _check_step(name: str, step: Any, wrong: Wrong) -> None:
+    if not isinstance(step, dict) or set(step) - {"verb", "config", "options"} or "verb" not in step:
+        raise wrong(f"steps.{name} must be {{verb, config: [files], options}}")
+    verbs = [verb for verb in VERBS if verb != "evaluate"]
+    if step["verb"] not in verbs:
+        raise wrong(f"steps.{name}.verb={step['verb']!r} must be one of {', '.join(verbs)}")
+    files = step.get("config") or []
+    if not all(isinstance(file, str) for file in (files if isinstance(files, list) else [files])):
+        raise wrong(f"steps.{name}.config={short(files)} must be a file of options, or a list of them")
+    if not isinstance(step.get("options") or {}, dict):
+        raise wrong(f"steps.{name}.options={short(step['options'])} must be a mapping")

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -22,15 +23,16 @@ from typing import IO, Any
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.evaluation.compare_plot import pyplot_or_refuse
-from nemo_embed_core.experiments.grid import Grid, Plan, Row, Step, closure, read_grid, steps_of
+from nemo_embed_core.experiments.cells import Plan, Row, Step, steps_of
+from nemo_embed_core.experiments.grid import Grid, read_grid
+from nemo_embed_core.experiments.state import DONE, is_done, is_there, listed, place, real, to_do
 from nemo_embed_core.experiments.table import present, results
-from nemo_embed_core.experiments.verbs import HERE
-from nemo_embed_core.files.durable import make_folder, write_atomically
+from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.lock import Lock
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.version import code_version
 
-DONE, LOG = "done.json", "log.txt"
+LOG = "log.txt"
 Say = Callable[[str], None]
 
 
@@ -45,11 +47,7 @@ def run(config: ExperimentConfig, say: Say = print) -> dict[str, Any] | None:
             say(line)
         return None
     pyplot_or_refuse()  # not after hours
-    lock = Lock(output, say).acquire()
-    try:
-        Runner(config, output, plan, rows, say).run()
-    finally:
-        lock.release()
+    Runner(config, output, plan, rows, say).run()
     if left := [row for row in plan.rows if not all(is_done(s, output) for s in row.ends)]:
         say(f"{len(plan.rows) - len(left)} of {len(plan.rows)} rows have their scores: no table yet")
         return None
@@ -76,104 +74,25 @@ def _chosen(grid: Grid, rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ state on disk
-
-
-def real(value: Any, output: Path) -> Any:
-    """With the folder of the experiment in place of HERE."""
-    if isinstance(value, dict):
-        return {key: real(item, output) for key, item in value.items()}
-    if isinstance(value, list):
-        return [real(item, output) for item in value]
-    return str(output / value[len(HERE) :]) if isinstance(value, str) and value.startswith(HERE) else value
-
-
-def place(step: Step, output: Path) -> Path:
-    return Path(real(step.folder, output))
-
-
-def is_done(step: Step, output: Path) -> bool:
-    return (place(step, output) / DONE).is_file()
-
-
-def is_there(step: Step, output: Path) -> bool:
-    """Done, and its product was not deleted since."""
-    return is_done(step, output) and Path(real(step.product, output)).exists()
-
-
-def to_do(rows: Sequence[Row], output: Path) -> set[str]:
-    """Digests of the steps that have to run for what is missing of these rows."""
-    found: set[str] = set()
-
-    def want(step: Step) -> None:
-        if step.digest not in found and not is_there(step, output):
-            found.add(step.digest)
-            for needed in step.needs:
-                want(needed)
-
-    for row in rows:
-        for step in row.ends:
-            if not is_done(step, output):
-                want(step)
-    return found
-
-
-def texts(step: Step) -> int | None:
-    """That a step encodes at most: of training, queries and documents of all its steps."""
-    options = step.options
-    if step.verb.name != "train" or options["steps"] is None:
-        return None
-    return options["steps"] * options["global_batch_size"] * (2 + options["data"]["num_hard_negatives"])
-
-
-def listed(plan: Plan, rows: Sequence[Row], output: Path) -> Iterator[str]:
-    """The steps of these rows and what they cost, as far as steps that are done tell it."""
-    todo, used = to_do(rows, output), closure(step for row in rows for step in row.ends)
-    steps = [step for step in plan.steps if step.digest in used]
-    seconds, unknown = 0.0, list[str]()
-    for step in steps:
-        cost = _seconds(step, plan.steps, output)
-        state = "done" if step.digest not in todo else "to do"
-        size = "" if (n := texts(step)) is None else f"{n:,} texts"
-        took = "" if cost is None else f"{cost:.0f} s"
-        yield f"{state:6} {Path(step.folder).name:40} {step.verb.name:9} {size:>16} {took:>8}"
-        if step.digest in todo:
-            seconds += cost or 0
-            unknown += [step.name] if cost is None else []
-    names = ", ".join(dict.fromkeys(unknown))
-    rest = f"; of {names} nothing is known yet: run one cell (--only)" if unknown else ""
-    yield f"{len(todo)} of {len(steps)} steps to do, about {seconds / 60:.0f} minutes one after another{rest}"
-
-
-def _seconds(step: Step, steps: Sequence[Step], output: Path) -> float | None:
-    """As it took; else the mean of the done steps of its name, in proportion to the texts."""
-    if is_done(step, output):
-        return read_object(place(step, output) / DONE)["seconds"]
-    own = texts(step)
-    took = [
-        read_object(place(other, output) / DONE)["seconds"] * ((own or 1) / (texts(other) or 1))
-        for other in steps
-        if other.name == step.name and is_done(other, output)
-    ]
-    return sum(took) / len(took) if took else None
-
-
-# ------------------------------------------------------------------------------------------ running
-
-
 def _start(command: list[str], log: IO[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
 class Runner:
-    """jobs steps at a time, in the plan's order, each on `ranks` GPUs of its own where there are GPUs."""
+    """jobs steps at a time, in the plan's order, each on `ranks` GPUs of its own where there are GPUs.
+
+    Each step has a lock: several commands may run cells of one grid in one folder, from several machines.
+    """
+
+    GRACE_S = 60.0  # for training to save where it is
 
     def __init__(self, config: ExperimentConfig, output: Path, plan: Plan, rows: Sequence[Row], say: Say):
         self.output, self.plan, self.rows, self.say = output, plan, rows, say
         self.ranks, self.delete = config.ranks, config.delete_models
         todo = to_do(rows, output)
         self.steps = [step for step in plan.steps if step.digest in todo]
-        self.number, self.said = 0, threading.Lock()
+        self.number, self.mutex = 0, threading.Lock()
+        self.processes, self.ending = set[subprocess.Popen[bytes]](), threading.Event()
         from torch.cuda import device_count  # seconds, and only here
 
         gpus = device_count()
@@ -188,35 +107,69 @@ class Runner:
             self.places.put(",".join(map(str, mine)) if gpus else "")
 
     def run(self) -> None:
-        """UserError of the first step that fails, when those that run beside it have ended."""
+        """UserError of the first step that fails. Those that run beside it are then ended, as they are at a
+        signal: training saves where it is."""
         futures: dict[str, Future[None]] = {}
         with ThreadPoolExecutor(self.jobs) as pool:
             # In the plan's order, so that a step that waits for another one never keeps it from starting.
             for step in self.steps:
                 futures[step.digest] = pool.submit(self._step, step, futures)
             try:
-                for future in futures.values():
+                for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
                     future.result()
             except BaseException:
-                for future in futures.values():
-                    future.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._end(futures.values())
                 raise
+
+    def _end(self, futures: Iterable[Future[None]]) -> None:
+        with self.mutex:  # no process starts behind this
+            self.ending.set()
+            processes = list(self.processes)
+        for process in processes:
+            process.terminate()
+        try:
+            wait(futures, timeout=self.GRACE_S)
+        finally:  # also at a second Ctrl-C
+            for process in processes:
+                process.kill()
 
     def _step(self, step: Step, futures: dict[str, Future[None]]) -> None:
         for needed in step.needs:
             if needed.digest in futures:
                 futures[needed.digest].result()
+        if (lock := self._lock(step)) is None:
+            return
         gpus = self.places.get()
         try:
             self._run(step, gpus)
         finally:
             self.places.put(gpus)
+            lock.release()
         if self.delete:
             self._delete()
 
+    def _lock(self, step: Step) -> Lock | None:
+        """Of its folder; None where another command has done it meanwhile."""
+        lock, waits = Lock(place(step, self.output), self.say), False
+        while step.digest in to_do(self.rows, self.output):
+            try:
+                lock.acquire()
+            except UserError as error:
+                if not waits:
+                    self.say(f"{place(step, self.output).name}: waiting, as {error}")
+                waits = True
+                if self.ending.wait(Lock.POLL_S):
+                    raise CancelledError from None
+                continue
+            if step.digest in to_do(self.rows, self.output):
+                return lock
+            lock.release()
+        return None
+
     def _run(self, step: Step, gpus: str) -> None:
         folder = place(step, self.output)
-        make_folder(folder)
+        self._clear(step, folder)
         command = [sys.executable, "-m", "nemo_embed_core.experiments.step", str(os.getpid())]
         command += self._command(step, folder)
         threads = max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks))
@@ -229,24 +182,41 @@ class Runner:
         with (folder / LOG).open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
-            process = _start(command, log, env)
-            try:
-                code = process.wait()
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
+            with self.mutex:
+                if self.ending.is_set():
+                    raise CancelledError
+                process = _start(command, log, env)
+                self.processes.add(process)
+            code = process.wait()
+        with self.mutex:
+            self.processes.remove(process)
         seconds = time.monotonic() - start
         if code:
             last = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             said = "\n".join(last)
             raise UserError(f"{step.name} ended with code {code}; the end of {folder / LOG}:\n{said}")
+        if step.verb.name == "train":
+            _check_ended(Path(real(step.product, self.output)))
         failpoint("experiment-done", step.name)
         about = {"digest": step.digest, "seconds": round(seconds, 1), "code": code_version()}
         write_atomically(folder / DONE, f"{json.dumps(about, indent=1)}\n".encode())
-        with self.said:
+        with self.mutex:
             self.number += 1
             self.say(f"[{self.number}/{len(self.steps)}] {folder.name}: {seconds:.0f} s")
+
+    def _clear(self, step: Step, folder: Path) -> None:
+        """What a killed one has left: only training goes on with it. And the mark of one whose model was
+        deleted since: of a part of the model that is made again it would say that it is whole."""
+        (folder / DONE).unlink(missing_ok=True)
+        product = Path(real(step.product, self.output))
+        left = [] if step.verb.name == "train" else [product]
+        if step.verb.name == "mine" and len(step.options["datasets"]) > 1:
+            left = [path for path in product.glob("*") if path.suffix != ".work"]  # its embeddings stay
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _command(self, step: Step, folder: Path) -> list[str]:
         """The launcher as a module, with its options in a file; merge takes arguments."""
@@ -254,7 +224,6 @@ class Runner:
 
         product, options = Path(real(step.product, self.output)), real(step.options, self.output)
         if step.verb.name == "merge":
-            shutil.rmtree(product, ignore_errors=True)  # a part of one: merge takes new folders only
             argv = ["merge", *options.pop("sources"), "-o", str(product)]
             for name, value in options.items():
                 if value is not None:
@@ -271,17 +240,42 @@ class Runner:
             return ["nemo_embed_core.experiments.judge", *argv[1:]]
         if self.ranks > 1 and step.verb.name in ("train", "mine"):
             ranks = ["--standalone", "--nproc-per-node", str(self.ranks)]
-            return ["torch.distributed.run", *ranks, "-m", "nemo_embed_core.cli", *argv]
+            worker = ["nemo_embed_core.experiments.step", "0", "nemo_embed_core.cli"]  # ends with torchrun
+            return ["torch.distributed.run", *ranks, "-m", *worker, *argv]
         return ["nemo_embed_core.cli", *argv]
 
     def _delete(self) -> None:
-        """Weights of models that no step to come reads."""
-        with self.said:
+        """Weights of models that no step to come reads. Not what is a link, or what another step was given by
+        its path: these are somebody's own."""
+        with self.mutex:
             todo = to_do(self.plan.rows, self.output)
             needed = {n.digest for step in self.plan.steps if step.digest in todo for n in step.needs}
+            given = {Path(path).resolve() for step in self.plan.steps for path in step.inputs}
             for step in self.plan.steps:
                 if step.verb.is_model and step.digest not in needed and is_there(step, self.output):
                     product = Path(real(step.product, self.output))
-                    if (metrics := product / "metrics.jsonl").is_file():
-                        metrics.replace(place(step, self.output) / "metrics.jsonl")
-                    shutil.rmtree(product)
+                    is_given = any(p.is_relative_to(product) or product.is_relative_to(p) for p in given)
+                    if not product.is_symlink() and not is_given:
+                        _delete_model(product)
+
+
+def _check_ended(run: Path) -> None:
+    """Training that was asked to end by a signal ends well too, before its last step."""
+    from nemo_embed_core.checkpoint.manifest import MANIFEST
+    from nemo_embed_core.checkpoint.runs import checkpoints
+
+    manifest = read_object(checkpoints(run)[0] / MANIFEST)
+    if manifest["step"] < manifest["config"]["steps"]:
+        at = f"step {manifest['step']} of {manifest['config']['steps']}"
+        raise UserError(f"{run} was stopped by a signal at {at}: give the command again, it goes on there")
+
+
+def _delete_model(product: Path) -> None:
+    """But for its metrics. It loses its name first, as a part of a model would pass for one."""
+    metrics, aside = product / "metrics.jsonl", product.with_name(".deleted")
+    with suppress(FileNotFoundError):  # another command deletes it too
+        if metrics.is_file():
+            metrics.replace(product.parent / metrics.name)
+        shutil.rmtree(aside, ignore_errors=True)  # of a command that was killed here
+        product.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

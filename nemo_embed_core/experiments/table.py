@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from nemo_embed_core.evaluation.compare_plot import pyplot_or_refuse
 from nemo_embed_core.evaluation.crossed import Error, error_of, shares
 from nemo_embed_core.evaluation.results import Result, results_in
 from nemo_embed_core.evaluation.statistics import LEVEL
-from nemo_embed_core.experiments.grid import Grid, Plan, Row, Step
+from nemo_embed_core.experiments.cells import Plan, Row, Step
+from nemo_embed_core.experiments.grid import MEAN, Grid
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.options import short
 
-MEAN = "mean"  # of the tasks, where there are several
 Key = tuple[tuple[str, ...], str]  # values of the axes, model
 
 
@@ -123,32 +124,46 @@ def _difference(own: Sequence[Result], base: Sequence[Result]) -> tuple[float, n
 
 
 def _bounded(value: float, error: Error) -> dict[str, Any]:
+    """The bounds and errors are None where nothing tells them."""
     half = error.half()
+    is_known = not math.isnan(half)
+    low, high = (value - half, value + half) if is_known else (None, None)
     return {
-        **{"value": value, "low": value - half, "high": value + half},
+        **{"value": value, "low": low, "high": high},
         # Of a seed, and of the queries alone: what more of which would narrow the interval.
         "error_of_seeds": None if math.isnan(error.seeds) else math.sqrt(error.seeds),
-        "error_of_queries": math.sqrt(error.queries),
+        "error_of_queries": math.sqrt(error.queries) if is_known else None,
         "degrees": error.degrees,
-        "error": math.sqrt(error.variance),
+        "error": math.sqrt(error.variance) if is_known else None,
     }
 
 
 def _mark(entries: Sequence[Mapping[str, Any]]) -> None:
     """holds: the difference keeps its sign at Bonferroni's level of all differences of the table."""
-    all_of = [s["difference"] for e in entries for s in e["tasks"].values() if "difference" in s]
+    all_of = _differences(entries)
+    known = [found for found in all_of if found["error"] is not None]
     for found in all_of:
+        found["holds"] = False
+    for found in known:
         error = Error(found["error"] ** 2, found["degrees"], math.nan, math.nan)
-        found["holds"] = bool(abs(found["value"]) > error.half(1 - (1 - LEVEL) / len(all_of)))
+        found["holds"] = bool(abs(found["value"]) > error.half(1 - (1 - LEVEL) / len(known)))
+
+
+def _differences(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [s["difference"] for e in entries for s in e["tasks"].values() if "difference" in s]
 
 
 def _figure(grid: Grid, name: str, step: Step, path_of: Callable[[str], Any]) -> float:
-    file = Path(path_of(step.product if step.verb.name == "judge" else f"{step.product}.report.json"))
+    file = Path(path_of(f"{step.folder}/{step.verb.report}"))
+    if not file.exists():  # of several datasets, each under its name
+        file = Path(path_of(f"{step.product}/report.json"))
     value: Any = read_object(file)
     for key in grid.figures[name].split(".")[1:]:
         if not isinstance(value, dict) or key not in value:
             raise grid.refuse(f"figures.{name}={grid.figures[name]}: {file} has no {key}")
         value = value[key]
+    if not isinstance(value, int | float):
+        raise grid.refuse(f"figures.{name}={grid.figures[name]}: {file} has {short(value)} there, no number")
     return float(value)
 
 
@@ -164,8 +179,10 @@ def _machine() -> str:
 
 
 def present(found: Mapping[str, Any], output: Path, say: Callable[[str], None]) -> None:
-    write_atomically(output / "results.json", f"{json.dumps(found, indent=1, ensure_ascii=False)}\n".encode())
-    write_atomically(output / "results.md", (markdown(found) + "\n").encode())
+    # shared: of several commands on one disk each that ends last writes them.
+    text = f"{json.dumps(found, indent=1, ensure_ascii=False)}\n"
+    write_atomically(output / "results.json", text.encode(), shared=True)
+    write_atomically(output / "results.md", (markdown(found) + "\n").encode(), shared=True)
     plot(found, output / "results.png")
     head, rows = table(found, lambda text: text)
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -183,7 +200,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def note(found: Mapping[str, Any]) -> str:
     seeds, several = found["seeds"], len(found["seeds"]) > 1
-    count = sum("difference" in s for e in found["rows"] for s in e["tasks"].values())
+    known = [d["low"] is not None for d in _differences(found["rows"])]
     base = found["models"][0] if found["compare"] == "model" else found["axes"][found["compare"]][0]
     said = f"Means over seeds {', '.join(map(str, seeds))} ± their standard deviation. " if several else ""
     of = (
@@ -193,7 +210,9 @@ def note(found: Mapping[str, Any]) -> str:
     )
     said += f"In brackets the difference from {found['compare']} {base}, all else the same, with its "
     said += f"{found['level']:.0%} interval for {of} of the same tasks; "
-    said += f"bold: it keeps its sign at Bonferroni's level for all {count}. "
+    said += f"bold: it keeps its sign at Bonferroni's level for all {sum(known)}. "
+    if not all(known):
+        said += "Without an interval: one seed, and no scores of several queries. "
     queries = ", ".join(f"{t['queries']:,} of {name}" for name, t in found["tasks"].items())
     return (
         said + f"Queries: {queries}. {found['hours']:g} h on {found['machine']}; {'; '.join(found['code'])}."
@@ -232,7 +251,8 @@ def _cell(scores: Mapping[str, Any], bold: Callable[[str], str]) -> str:
     if (d := scores.get("difference")) is None:
         return _number(scores)
     value = bold(f"{d['value']:+.4f}") if d["holds"] else f"{d['value']:+.4f}"
-    return f"{_number(scores)} ({value} [{d['low']:+.4f}, {d['high']:+.4f}])"
+    bounds = "" if d["low"] is None else f" [{d['low']:+.4f}, {d['high']:+.4f}]"
+    return f"{_number(scores)} ({value}{bounds})"
 
 
 def plot(found: Mapping[str, Any], file: Path) -> None:
@@ -250,7 +270,8 @@ def plot(found: Mapping[str, Any], file: Path) -> None:
         for place, entry in enumerate(rows):
             d = entry["tasks"][task]["difference"]
             color = "C1" if d["holds"] else "C0"
-            axis.plot([d["low"], d["high"]], [place, place], color=color, linewidth=2)
+            if d["low"] is not None:
+                axis.plot([d["low"], d["high"]], [place, place], color=color, linewidth=2)
             axis.plot(d["value"], place, "o", color=color)
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set(title=task, xlabel=f"difference, {found['level']:.0%} intervals")

@@ -1,17 +1,17 @@
-"""The verbs of a step: how its options are checked before anything runs, what it reads and what it makes."""
+"""The verbs of a step: how its options are checked before anything runs, and what it makes."""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemo_embed_core.config import EvaluateConfig, JudgeConfig, MineConfig, TrainConfig
+from nemo_embed_core.config.evaluate import WITH_BM25
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.merge.recipes import check_recipe, check_weights
-from nemo_embed_core.options import Options, to_dict
+from nemo_embed_core.export.formats import Format
+from nemo_embed_core.merge.recipes import Method, check_recipe, check_weights
+from nemo_embed_core.options import Options, short, to_dict
 
 HERE = "@/"  # before the path of a step or its product in options: below the experiment's folder
 
@@ -23,11 +23,11 @@ class MergeOptions(Options):
     sources: list[str]
     output: str
     weights: list[float] | None = None
-    method: str = "average"
+    method: Method = "average"
     t: float | None = None
     evaluate: str | None = None
-    dtype: str = "auto"
-    format: str = "native"
+    dtype: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
+    format: Format = "native"
     task: str | None = None
     document_task: str | None = None
 
@@ -38,30 +38,56 @@ class MergeOptions(Options):
             raise UserError("sources is empty: give the runs to average")
         if self.weights is not None:
             check_weights(self.weights, len(self.sources))
+        if self.method == "slerp" and len(self.sources) != 2:
+            raise UserError(f"method=slerp goes between two models, and sources has {len(self.sources)}")
+
+
+def _is_one_report(options: Mapping[str, Any]) -> None:
+    """UserError for what would be several reports, several models in one, or no score."""
+    several = [name for name in ("tasks", "local", "pool", "base") if options.get(name)]
+    several += ["split"] if "," in str(options.get("split")) else []
+    for name in several:
+        raise UserError(
+            f"{name}={short(options[name])}: a step is one report of one model; give each split and task an "
+            "entry of evaluate of its own"
+        )
+    kind = options.get("task_type", "retrieval")
+    if "bm25" in options["models"] and kind not in WITH_BM25:
+        raise UserError(f"bm25 ranks documents for queries: task_type={kind} has none")
+
+
+def _makes_rows(options: Mapping[str, Any]) -> None:
+    if options.get("write_texts"):
+        raise UserError(f"write_texts={options['write_texts']} mines nothing: leave it out")
 
 
 @dataclass(frozen=True)
 class Verb:
-    """output: the option that names its product.  paths: options that name what it reads.  own: options that
-    the experiment sets."""
+    """output: the option that names its product.  paths: options that name what it reads.  data: those of
+    them that are datasets, whose files its readers choose by what stands beside the path.  report: of its
+    folder the file with its figures.  own: options that the experiment sets.  refuse: UserError for options
+    that a step cannot have."""
 
     name: str
     options: type[Options]
     output: str
     product: str
     paths: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    report: str = ""
     is_model: bool = False
     own: tuple[tuple[str, str, str], ...] = ()
+    refuse: Callable[[Mapping[str, Any]], None] = lambda options: None
 
     def check(self, files: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """The whole tree of options, defaults too; UserError for what the launcher would refuse."""
-        if not isinstance(options, dict):
-            raise UserError("options must be a mapping")
         if self.output in options:
             raise UserError(f"{self.output} is the experiment's own: leave it out")
         files, options = [files] if isinstance(files, str) else files, {**options, self.output: "run"}
+        self.refuse(options)  # in its words, before the launcher's own
         make = self.options
         whole = to_dict(make.from_yaml(*files, **options) if files else make.from_dict(options))
+        self.refuse(whole)
         del whole[self.output]
         for section, name, value in self.own:
             whole[section][name] = value
@@ -70,38 +96,31 @@ class Verb:
 
 VERBS = {
     "train": Verb(
-        *("train", TrainConfig, "output_dir", "run", ("init_from", "tokenizer", "data.datasets"), True),
+        *("train", TrainConfig, "output_dir", "run"),
+        paths=("init_from", "tokenizer", "data.datasets.path", "data.datasets.source", "data.store",
+               "eval.datasets.path", "eval.datasets.source"),
+        data=("data.datasets.path", "eval.datasets.path"),
+        is_model=True,
         own=(("data", "cache_dir", f"{HERE}data-cache"), ("checkpoint", "resume", "auto")),
     ),
     "mine": Verb(
-        "mine", MineConfig, "output", "mined.jsonl", ("model", "data", "corpus", "exclude", "datasets")
+        *("mine", MineConfig, "output", "mined.jsonl"),
+        paths=("model", "data", "source", "datasets.path", "datasets.source", "corpus", "exclude"),
+        data=("data", "datasets.path"),
+        report="mined.jsonl.report.json",
+        refuse=_makes_rows,
     ),
-    "merge": Verb("merge", MergeOptions, "output", "model", ("sources",), True),
-    "judge": Verb("judge", JudgeConfig, "output", "judged.json", ("mined", "labels", "cross_encoder")),
-    "evaluate": Verb("evaluate", EvaluateConfig, "output", "report.json", ("models", "data")),
-}
-
-
-def inputs_of(verb: Verb, options: Mapping[str, Any]) -> Iterator[str]:
-    """Files and folders that are there before the first step; UserError for one that is not."""
-    for name in verb.paths:
-        value: Any = options
-        for key in name.split("."):
-            value = value[key]
-        for given in value if isinstance(value, list) else [value]:
-            for path in [given["path"], given["source"]] if isinstance(given, dict) else [given]:
-                yield from _found(path, name)
-
-
-def _found(path: str, name: str) -> Iterator[str]:
-    if not path or path.startswith((HERE, "hf:")) or (name == "models" and path == "bm25"):
-        return
-    place = path.partition(":")[0] if name == "exclude" else path
-    if Path(place).exists():
-        yield place
-    elif glob.has_magic(place) and (matched := sorted(glob.glob(place, recursive=True))):
-        yield from matched
-    elif place.count(",") == 1 and all(Path(part.strip()).exists() for part in place.split(",")):
-        yield from (part.strip() for part in place.split(","))
-    else:
-        raise UserError(f"{name}={path} is not there")
+    "merge": Verb(*("merge", MergeOptions, "output", "model"), paths=("sources",), is_model=True),
+    "judge": Verb(
+        *("judge", JudgeConfig, "output", "judged.json"),
+        paths=("mined", "labels", "cross_encoder"),
+        data=("labels",),
+        report="judged.json",
+    ),
+    "evaluate": Verb(
+        *("evaluate", EvaluateConfig, "output", "report.json"),
+        paths=("models", "data", "source", "training", "mirror"),
+        data=("data",),
+        refuse=_is_one_report,
+    ),
+}  # fmt: skip

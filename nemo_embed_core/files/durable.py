@@ -38,9 +38,10 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_folder(folder: Path) -> str:
-    """sha256 over the names and contents of all its files."""
+    """sha256 over the names and contents of all its files, also of those behind links."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
+    found = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]
+    for file in sorted(found):
         if file.is_file():
             digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
