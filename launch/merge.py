@@ -4,7 +4,7 @@ python launch/merge.py runs/stage2 -o exports/model
 python launch/merge.py runs/a runs/b runs/c [--weights 0.5 0.3 0.2] -o exports/average    (or else the mean)
 python launch/merge.py runs/a runs/b --method slerp --t 0.3 -o exports/between
 python launch/merge.py runs/a runs/b runs/c --method soup --evaluate "python f.py {folder}" -o exports/soup
-python launch/merge.py runs/stage2 --format onnx -o exports/onnx      (or compat, for transformers >= 4.51)
+python launch/merge.py runs/stage2 --format onnx -o exports/onnx (compat: transformers >= 4.51; peft: of LoRA)
 python launch/merge.py --check DIR [--with onnxruntime tei]     (prove it, also in programs that serve it)
 """
 
@@ -23,8 +23,8 @@ def options() -> ArgumentParser:
     add("-o", "--output", help="folder to make; must not exist or be empty")
     add("--check", metavar="DIR", help="only prove DIR: weights, causality, embeddings")
     add("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own")
-    formats = "; ".join(f"{name}: {format.readers}" for name, format in FORMATS.items())
-    add("--format", choices=FORMATS, default="native", help=formats)
+    readers = {"peft": "LoRA adapters alone"} | {name: format.readers for name, format in FORMATS.items()}
+    add("--format", choices=readers, default="native", help="; ".join(map(": ".join, readers.items())))
     served = f"with --check: run there, or judged where not installed; of {', '.join(CONSUMERS)}"
     add("--with", choices=CONSUMERS, nargs="+", metavar="NAME", default=LIBRARIES, help=served)
     add("--trust-remote-code", action="store_true", help="with --check: run code in DIR that is not ours")

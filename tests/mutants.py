@@ -56,6 +56,12 @@ ONE, TP2, TP2_SP, DP2, HSDP = (
 )
 BF16, WIRE = "tests/parallel/test_bf16.py", "tests/parallel/test_wire.py"
 RECOMPUTE = "tests/parallel/test_recompute.py"
+LORA = "nemo_embed_core/model/lora.py"
+ADAPTER, WEIGHTS = (f"nemo_embed_core/checkpoint/{name}.py" for name in ("adapter", "weights"))
+TEST_LORA, LORA_ORACLE = (
+    "tests/train/test_lora.py",
+    f"{ORACLE}::test_lora_trains_as_the_projection_of_a_dense_run",
+)
 MASTERS, MOMENTS = "tests/train/test_master_weights.py", "tests/train/test_moments.py"
 
 
@@ -161,6 +167,23 @@ MUTANTS = [
     Mutant("a reduce-scatter after every micro-batch", FSDP, "set_requires_gradient_sync(is_last or not whole)", "set_requires_gradient_sync(True)", WIRE),
     Mutant("an all-gather for every micro-batch", FSDP, "set_reshard_after_backward(is_last or not whole)", "set_reshard_after_backward(True)", WIRE),
     Mutant("a sum over copies after every micro-batch", FSDP, "set_requires_all_reduce(is_last)", "set_requires_all_reduce(True)", WIRE),
+    # ---- LoRA
+    Mutant("alpha / rank never arrives", LORA, "alpha=self.scale)", "alpha=1.0)", f"{TEST_LORA} {LORA_ORACLE}"),
+    Mutant("tp ranks keep shares of a row-parallel h", LORA, "(copy_to_tp if self.is_column else reduce_from_tp)", "copy_to_tp", LORA_ORACLE),
+    Mutant("the gradient of a column-parallel h is a share", LORA, "(copy_to_tp if self.is_column else reduce_from_tp)", "(type(h_TR).clone if self.is_column else reduce_from_tp)", LORA_ORACLE),
+    Mutant("the base of LoRA is trained too", LORA, "    model.requires_grad_(False)\n", "", f"{TEST_LORA} {LORA_ORACLE}"),
+    Mutant("a column-parallel factor is cut by equal rows", LORA, "cut_B, layer.unit)", "cut_B)", LORA_ORACLE),
+    Mutant("the whole factors' gradients are of a rank's tokens", GRAD_NORM, "if mesh.tp.sequence_parallel or getattr(module", "if getattr(module", LORA_ORACLE),
+    Mutant("a frozen weight's input is gathered again", COLLECTIVES, "x if ctx.needs_input_grad[1] else None, w", "x, w", "tests/plan/test_plan.py -k sends"),
+    Mutant("adapters are folded without alpha / rank", ADAPTER, "return self._scale * (B", "return (B", TEST_LORA),
+    Mutant("rows of B are stacked as q, k, v", ADAPTER, "row + low - start : row + high - start", "low : high", TEST_LORA),
+    Mutant("boxes of B are the first rows", ADAPTER, "self._product(B[row : row + rows]", "self._product(B[:rows]", TEST_LORA),
+    Mutant("peft's B is in our order", ADAPTER, "parts = sorted(self._rows[hf_name])\n", "parts = [(0, 0, n, layer) for _, _, n, layer in self._rows[hf_name]]\n", TEST_LORA),
+    Mutant("folded weights are rounded twice", WEIGHTS, "round_once(values, tensor.dtype) if values.dtype == torch.float64 else values", "values", TEST_LORA),
+    Mutant("adapters are folded into any base", WEIGHTS, "        adapter.check_base(base, folder)\n", "        pass\n", TEST_LORA),
+    Mutant("a run goes on from any base", "nemo_embed_core/train/first_weights.py", "adapter.check_base(weights, checkpoint)", "pass", TEST_LORA),
+    Mutant("merging looks at no base", ADAPTER, "stored._replace(sha256=self.adapter.files[file])", "stored", TEST_LORA),
+    Mutant("adapters of another alpha are gone on with", RUN_STATE, "and lora != config.lora:", "and lora.rank != config.lora.rank:", TEST_LORA),
     # ---- the optimizer and the loop
     Mutant("AdamW ignores beta1 and beta2", OPTIM, '"betas": (config.beta1, config.beta2)', '"betas": (0.9, 0.999)', OPTIM_OPTIONS),
     Mutant("AdamW ignores eps", OPTIM, '"eps": config.eps', '"eps": 1e-8', OPTIM_OPTIONS),

@@ -106,8 +106,14 @@ class Oracle:
         angles = position_ids[..., None] * torch.tensor(frequencies * 2, dtype=torch.float64)
         return angles.cos(), angles.sin()
 
+    def trained(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.model.named_parameters()}
+
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return {name: p.clone() for name, p in self.trained().items()}
 
     def embed(self, texts: list[list[int]]) -> Tensor:
         """[N, D] of each text's tokens, weighted by the pooling, unit length; in fp32 or wider."""
@@ -219,18 +225,19 @@ class Oracle:
         """Step `number` of 0, 1, ..., steps - 1, with the options under their names in a training
         configuration."""
         self.model.zero_grad()
+        trained = self.trained()
         losses, scores = self.losses(batch, loss)
         losses.mean().backward()
         learned = self.log_temperature
         temperature = loss["temperature"] if learned is None else learned.exp().item()
-        gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        gradients = self.gradients()
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         if optim["clip_norm"] > 0 and norm > optim["clip_norm"]:
             for g in gradients.values():
                 g *= optim["clip_norm"] / (norm + 1e-6)
         rate = self._rate(number, steps, optim)
         self.count += 1
-        for name, p in self.model.named_parameters():
+        for name, p in trained.items():
             self._adamw(name, p, gradients[name], rate, optim["weight_decay"] if p.ndim > 1 else 0.0, optim)
         if learned is not None:
             rate *= loss["temperature_lr"] / optim["lr"]
@@ -259,3 +266,49 @@ class Oracle:
         self.moments[name] = m, v
         m, v = m / (1 - beta1**self.count), v / (1 - beta2**self.count)
         p -= lr * (decay * p + m / (v.sqrt() + optim["eps"]))
+
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class LowRank(Oracle):
+    """LoRA as the projection of a dense run: of the gradient dW of W = W0 + s B A by autograd,
+
+        dA = s B^T dW, summed over the weights that share A      dB = s dW A^T
+
+    factors: layers.0.mlp.gate_up_proj/A, which its gate and up share, and layers.0.mlp.gate_proj.weight/B.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, factors: dict[str, Tensor], scale: float):
+        super().__init__(folder, dtype)
+        self.factors, self.scale = {name: x.clone() for name, x in factors.items()}, scale
+        self.base = dict(self.model.named_parameters())
+        self.start = {name: p.detach().clone() for name, p in self.base.items()}
+
+    def _pairs(self) -> list[tuple[str, str, str]]:
+        """(weight, its A, its B)."""
+        found = []
+        for name in self.factors:
+            if name.endswith("/B"):
+                layer, _, kind = name.removesuffix(".weight/B").rpartition(".")
+                own = next((fused for fused, parts in FUSED.items() if kind in parts), kind)
+                found.append((name.removesuffix("/B"), f"{layer}.{own}/A", name))
+        return found
+
+    def losses(self, batch: Batch, loss: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        with torch.no_grad():
+            for weight, a, b in self._pairs():
+                folded = self.start[weight] + self.scale * self.factors[b] @ self.factors[a]
+                self.base[weight].copy_(folded)
+        return super().losses(batch, loss)
+
+    def trained(self) -> dict[str, Tensor]:
+        return self.factors
+
+    def gradients(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for weight, a, b in self._pairs():
+            dense = self.base[weight].grad
+            found[b] = self.scale * dense @ self.factors[a].T
+            found[a] = found.get(a, 0.0) + self.scale * self.factors[b].T @ dense
+        return found

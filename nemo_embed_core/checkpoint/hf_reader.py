@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,12 +67,9 @@ class HFReader:
         order = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
         return next(dtype for kind, dtype in order.items() if kind in kinds)
 
-    def digest(self) -> str:
-        """sha256 over the bytes of the weight files."""
-        total = hashlib.sha256()
-        for file in sorted({file for _, file in self._where.values()}):
-            total.update(bytes.fromhex(sha256_file(self.folder / file)))
-        return total.hexdigest()
+    def sha256(self) -> dict[str, str]:
+        """Of each weight file, read wholly."""
+        return {f: sha256_file(self.folder / f) for f in sorted({file for _, file in self._where.values()})}
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
         """(Hugging Face name, where it stands) of every tensor."""

@@ -48,6 +48,7 @@ class CheckpointError(UserError):
 
 
 _COUNT = (int, "a whole number >= 0")
+_ADAPTER = {"rank": _COUNT, "alpha": float, "targets": [str], "base": str, "files": {str: str}}
 _BLOCK = {"file": str, "offset": [_COUNT], "size": [_COUNT]}
 # What a reader relies on, so that it may index without looking: a type, {field: ...}, {str: ...} for any
 # name, [...].
@@ -76,6 +77,7 @@ _MANIFEST: dict[str, Any] = {
 _OPTIONAL: dict[str, Any] = {
     "overrides": [dict],
     "eval": {},
+    "adapter": _ADAPTER,  # LoRA's (checkpoint/adapter.py)
     "skipped": _COUNT,
     "recent_losses": [float],
     "drawn": {str: [_COUNT]},

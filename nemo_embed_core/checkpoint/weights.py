@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +14,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nemo_embed_core.checkpoint.adapter import AdaptedReader, Adapter, adapter_of
 from nemo_embed_core.checkpoint.hf_folder import open_folder
 from nemo_embed_core.checkpoint.hf_reader import HFReader, Stored
-from nemo_embed_core.checkpoint.manifest import CheckpointError, is_state, parameter_of, verify_checkpoint
+from nemo_embed_core.checkpoint.manifest import (
+    CheckpointError,
+    check_digest,
+    is_state,
+    parameter_of,
+    verify_checkpoint,
+)
 from nemo_embed_core.checkpoint.reader import Reader
+from nemo_embed_core.checkpoint.rounding import round_once
 from nemo_embed_core.checkpoint.source import Source, resolve, say_note
-from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.config import LoraConfig, ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.page_cache import is_cached
 from nemo_embed_core.files.safetensors import find_tensors
@@ -26,7 +35,15 @@ from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.kernels.adamw import from_fp32_
 from nemo_embed_core.model.hf_config import text_part
 from nemo_embed_core.model.llama import initial_weight
-from nemo_embed_core.model.spec import FAMILIES, hf_rows, hf_shapes, parameter_shapes, tp_dim, tp_unit
+from nemo_embed_core.model.spec import (
+    FAMILIES,
+    hf_rows,
+    hf_shapes,
+    parameter_shapes,
+    tp_dim,
+    tp_unit,
+    trained_shapes,
+)
 from nemo_embed_core.parallel.boxes import Box, local_box, unpadded
 from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
@@ -56,12 +73,18 @@ class Weights:
     folder: Path
     dtype: torch.dtype  # of the stored values
     digest: str  # changes when a weight changes; "" when opened without hashing
+    files: Mapping[str, str] = field(default_factory=dict)  # weight files -> sha256, where it is known
 
     @property
     def name(self) -> str:
         """run/step-00000500 or the folder's own name: no path of this machine goes into a model card."""
         parts = self.folder.absolute().parts
         return parts[-1] if self.reader.manifest is None else "/".join(parts[-2:])
+
+    @property
+    def adapted(self) -> AdaptedReader | None:
+        """The reader, of a checkpoint of LoRA adapters, which is folded into its base."""
+        return self.reader if isinstance(self.reader, AdaptedReader) else None
 
 
 class RandomReader:
@@ -117,22 +140,53 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
     folder, (config, where) = source.folder, _llama(source, base)
     if source.kind == "checkpoint":
         manifest = verify_checkpoint(folder, weights_only=True, hashed=hashed)
-        reader = Reader(folder, manifest)
-        expected = parameter_shapes(config)
+        reader, adapter = Reader(folder, manifest), adapter_of(manifest)
+        expected = trained_shapes(config, adapter.lora if adapter is not None else LoraConfig())
         states = [n for n in manifest["tensors"] if is_state(n) and parameter_of(n) in expected]
         # An optimizer's, of whichever parameters and shapes: they are no weights.
         reader.check(expected | {n: tuple(manifest["tensors"][n]["shape"]) for n in states})
-        digests = sorted(f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-"))
+        files = {n: f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-")}
         dtype = getattr(torch, manifest["export_dtype"])
-        digest = hashlib.sha256("".join(digests).encode()).hexdigest() if hashed else ""
-        return Weights(config, reader, folder, dtype, digest)
+        digest = hashlib.sha256("".join(sorted(files.values())).encode()).hexdigest() if hashed else ""
+        if adapter is not None:
+            return _folded(reader, adapter, config, dtype, digest)
+        return Weights(config, reader, folder, dtype, digest, files)
     if not base and _is_causal(folder):
         here = "here it is run bidirectionally"
         say_note(
             f"{folder}: config.json does not say is_causal: false, so transformers runs it causally; {here}"
         )
     hf = HFReader(folder, config, where)
-    return Weights(config, hf, folder, hf.dtype, hf.digest() if hashed else "")
+    files = hf.sha256() if hashed else {}
+    digest = hashlib.sha256(b"".join(map(bytes.fromhex, files.values()))).hexdigest() if hashed else ""
+    return Weights(config, hf, folder, hf.dtype, digest, files)
+
+
+def _folded(
+    adapters: Reader, adapter: Adapter, model: ModelConfig, dtype: torch.dtype, digest: str
+) -> Weights:
+    """Adapters and what they adapt as one model; digest: of their files, "" where nothing is hashed yet.
+
+    Adapters are small and read here, so that they are hashed here; the base's files as open_weights says.
+    """
+    folder, is_hashed = adapters.folder, bool(digest)
+    if not is_hashed:
+        for name in {piece["file"] for pieces in adapters.manifest["pieces"].values() for piece in pieces}:
+            if name.startswith("model-"):
+                check_digest(folder / name, adapters.manifest["files"][name]["sha256"])
+    if not Path(adapter.base).is_dir():
+        raise CheckpointError(
+            f"{folder} holds LoRA adapters alone, of {adapter.base}, which is not there: put that folder "
+            "back, or a link to it, as it is not copied"
+        )
+    base = open_weights(adapter.base, hashed=is_hashed, base=True)
+    if base.files:
+        adapter.check_base(base, folder)
+    if (shape := replace(base.model, pooling=model.pooling, is_causal=model.is_causal)) != model:
+        raise CheckpointError(f"{folder} holds LoRA adapters of {model}, and {adapter.base} is {shape}")
+    known = json.dumps([base.digest, digest, adapter.lora.scale])
+    digest = hashlib.sha256(known.encode()).hexdigest() if is_hashed else ""
+    return Weights(model, AdaptedReader(adapters, base, adapter, model), folder, dtype, digest)
 
 
 @dataclass(frozen=True)
@@ -160,10 +214,11 @@ class Rows:
     """
 
     def __init__(self, weights: Weights, behind: int = 0):
-        self.shapes = hf_shapes(weights.model)
+        self.shapes, self._adapted = hf_shapes(weights.model), weights.adapted
         self._behind, self._passing = behind, set[int]()  # file descriptors whose pages leave
         self.sha256: dict[Path, str] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        self.dtypes: dict[str, torch.dtype] = {}  # of what is read: fp64 where adapters are folded in
+        self._kinds: dict[str, torch.dtype] = {}  # in the files
         self._segments: dict[str, list[_Segment]] = {}
         self._files: dict[Path, int] = {}
         self._headers: dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...], int]]] = {}
@@ -193,8 +248,10 @@ class Rows:
             ) as error:  # RuntimeError: torch, of too many open files
                 raise CheckpointError(f"{path}: {error}") from None
         dtype, have, offset = self._headers[path].get(stored.name, (None, None, 0))
-        if dtype is None or have != shape or self.dtypes.setdefault(name, dtype) != dtype:
+        if dtype is None or have != shape or self._kinds.setdefault(name, dtype) != dtype:
             raise CheckpointError(f"{path}: {stored.name} is {dtype} {have}, expected {shape}")
+        is_folded = self._adapted is not None and self._adapted.is_adapted(name)
+        self.dtypes[name] = torch.float64 if is_folded else dtype
         columns = torch.Size(shape[1:]).numel()
         offset += stored.skip * columns * dtype.itemsize
         segment = _Segment(stored.first, stored.rows, stored.column, columns, path, offset)
@@ -202,6 +259,14 @@ class Rows:
 
     def read(self, name: str, first: int, out_RC: Tensor) -> None:
         """Rows first, first + 1, ... of the tensor (a vector: one column) into `out_RC`, of dtypes[name]."""
+        if self._adapted is None or not self._adapted.is_adapted(name):
+            self._read(name, first, out_RC)
+            return
+        base_RC = torch.empty(out_RC.shape, dtype=self._kinds[name])
+        self._read(name, first, base_RC)
+        torch.add(base_RC.double(), self._adapted.delta(name, first, len(out_RC)), out=out_RC)
+
+    def _read(self, name: str, first: int, out_RC: Tensor) -> None:
         R, C = out_RC.shape
         filled = 0
         for segment in self._segments[name]:
@@ -251,14 +316,15 @@ def fill(
     tp: tuple[int, int] = (0, 1),
     dp: tuple[int, int] = (0, 1),
     remainder_of: Callable[[nn.Parameter], Tensor | None] = lambda p: None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Read this rank's box of every parameter into it, zeros into its padding; tp and dp are (rank, size).
 
     remainder_of: the lower half of an fp32 master whose upper half the parameter is (kernels/adamw.py), which
-    is filled with it.
+    is filled with it.  shapes: of a model with more than config says (LoRA).
     UserError with the tensors' names when a value is NaN or infinite.
     """
-    shapes = parameter_shapes(config)
+    shapes = shapes or parameter_shapes(config)
     bad: list[str] = []
     with torch.no_grad():
         for full_name, parameter in model.named_parameters():
@@ -279,7 +345,7 @@ def fill(
 def write_values(values: Tensor, tensor: Tensor, rest: Tensor | None = None) -> None:
     """In place: into the tensor, or into the two that stand for fp32 values (kernels/adamw.py)."""
     if rest is None:
-        tensor.copy_(values)
+        tensor.copy_(round_once(values, tensor.dtype) if values.dtype == torch.float64 else values)
     else:
         from_fp32_(values.float().to(tensor.device), tensor, rest)
 

@@ -8,6 +8,7 @@ from nemo_embed_core.config.data import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.config.evaluate import EvaluateConfig
 from nemo_embed_core.config.experiment import ExperimentConfig, JudgeConfig
 from nemo_embed_core.config.held_out import EvalConfig, EvalDatasetConfig
+from nemo_embed_core.config.lora import LoraConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig, Selection, check_threshold
 from nemo_embed_core.config.model import ModelConfig, ModelType, Pooling
 from nemo_embed_core.config.plan import ClusterConfig, LengthsConfig, PlanConfig

@@ -13,7 +13,7 @@ from nemo_embed_core.options import Options
 class ClusterConfig(Options, section="cluster"):
     """The machines."""
 
-    gpu: Literal["A100-80GB", "H100", "H200"] = "H100"
+    gpu: Literal["L4", "A100-80GB", "H100", "H200"] = "H100"
     """Kind of the GPUs (SXM), whose facts are in nemo_embed_core/plan/hardware.py."""
     per_node: int = 8
     """GPUs of a node."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from nemo_embed_core.config.data import DataConfig
 from nemo_embed_core.config.held_out import EvalConfig
+from nemo_embed_core.config.lora import LoraConfig
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
@@ -293,6 +294,7 @@ class TrainConfig(Options):
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -337,6 +339,17 @@ class TrainConfig(Options):
             raise UserError(f"init_layers={layers} are of init_from: give that, or model.num_hidden_layers")
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             raise UserError(f"init_layers={layers} must be different layers, counted from 0")
+        if self.lora.rank and (not self.init_from or layers):
+            why = f"init_layers={layers} leaves some out" if layers else "that is not set"
+            raise UserError(
+                f"lora.rank={self.lora.rank} adapts all layers of a model that is there, init_from, and "
+                f"{why}: save the model first (steps=0 without lora) and give that run as init_from"
+            )
+        if self.lora.rank and self.optim.master_weights == "split":
+            raise UserError(
+                "lora: adapters are kept in fp32 and what is frozen as it runs, so there is nothing to "
+                "split: set optim.master_weights=fp32 and optim.moments=fp32"
+            )
         if unknown := [name for name in self.report_to if name not in TRACKERS]:
             raise UserError(f"report_to has {unknown[0]!r}; it takes {', '.join(TRACKERS)}")
         if self.tensorboard and "tensorboard" not in self.report_to:

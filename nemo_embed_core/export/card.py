@@ -177,6 +177,8 @@ def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     flat = []
     for config in configs:
         options = {key: config[key] for key in keys if key in config}
+        if config.get("lora", {}).get("rank"):
+            options["lora"] = config["lora"]
         if config.get("init_layers"):
             options = {"init_layers": config["init_layers"], **options}
         flat.append(dict(_flat({**options, "data": {key: config["data"][key] for key in data_keys}})))

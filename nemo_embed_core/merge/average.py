@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_embed_core.checkpoint.rounding import round_once
+
 PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # significand bits
 CHUNK_ELEMENTS = 1 << 17  # of each source, one call of the arithmetic: less costs calls
 WIDE_ELEMENTS = 1 << 14  # of each source in fp64 at a time: what is four times as wide leaves the cache
-_BELOW_FP32 = (1 << 29) - 1  # the bits of an fp64 significand that fp32 does not have
 _BF16_TINY, _BF16_HUGE = 127 - 100 << 7, 127 + 120 << 7  # the bits of 2^-100 and 2^120
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -261,35 +262,3 @@ def _split(x: Tensor) -> list[Tensor]:
     scaled = x * float((1 << 27) + 1)
     high = scaled - (scaled - x)
     return [high, x - high]
-
-
-def round_once(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None, is_normal: bool = False) -> Tensor:
-    """fp64 -> dtype, correctly rounded (to nearest, ties to even).
-
-    Casting fp64 to bf16 or fp16 goes through fp32 and rounds twice. Rounding to odd on the way to fp32 keeps
-    the second rounding right: fp32 has more than two bits beyond either (Boldo and Melquiond 2008). Odd
-    means: cut what fp32 does not have, and set the last bit where anything was cut.  bits: int64 memory of
-    x's size to work in.  is_normal: no value but 0 is below fp32's smallest normal number.
-    """
-    if dtype in (torch.float64, torch.float32):
-        return x.to(dtype)
-    shape, x = x.shape, x.contiguous().view(-1)
-    given = x.view(torch.int64)
-    odd = torch.bitwise_and(given, _BELOW_FP32, out=torch.empty_like(given) if bits is None else bits)
-    odd.add_(_BELOW_FP32).bitwise_or_(given).bitwise_and_(~_BELOW_FP32)
-    y = odd.view(torch.float64).float()  # exact from fp32's smallest normal number upwards
-    if is_normal:
-        return y.to(dtype).view(shape)
-    magnitude = torch.abs(y, out=odd.view(torch.float32)[: y.numel()])
-    if y.numel() and float(magnitude.amin()) < torch.finfo(torch.float32).tiny:
-        small = (magnitude < torch.finfo(torch.float32).tiny).nonzero()[:, 0]
-        y[small] = _subnormal_to_odd(x[small])
-    return y.to(dtype).view(shape)
-
-
-def _subnormal_to_odd(x: Tensor) -> Tensor:
-    """Where fp32 is subnormal, its cast rounds: a step back where it went beyond x, then the last bit."""
-    rounded = x.float()
-    bits = rounded.view(torch.int32)
-    truncated = torch.where(rounded.double().abs() > x.abs(), bits - 1, bits)
-    return torch.where(rounded.double() == x, bits, truncated | 1).view(torch.float32)

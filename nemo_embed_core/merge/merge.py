@@ -20,6 +20,7 @@ from nemo_embed_core.export import serving
 from nemo_embed_core.export.card import Card, describe, serving_section, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
 from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES, Answer, Format, check_format
+from nemo_embed_core.export.peft import PEFT, write_adapter
 from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.files.durable import new_folder, writing
 from nemo_embed_core.files.safetensors import dtype_name
@@ -49,7 +50,7 @@ def merge(
     t: float | None = None,
     evaluate: Score | None = None,
     dtype: Dtype = "auto",
-    format: Format = "native",
+    format: Format | Literal["peft"] = "native",
     task: str | None = None,
     document_task: str | None = None,
     command: Sequence[str] = (),
@@ -68,7 +69,8 @@ def merge(
     evaluate: a function of a folder, or a command line with {folder} that prints the score on its last line;
         higher is better.
     dtype: of the output; "auto" is the sources' own.  format: "native" for transformers >= 5.2, "compat" for
-        >= 4.51, with code; "onnx", "gguf": native, and a file for onnxruntime, for llama.cpp.
+        >= 4.51, with code; "onnx", "gguf": native, and a file for onnxruntime, for llama.cpp; "peft": of one
+        run of LoRA the adapters alone, for that library, unproven.
     task, document_task: instructions of the default prompts; None: the sources' own.
     command: for the model card.  say: gets every line of progress.
 
@@ -78,7 +80,7 @@ def merge(
     then.
     """
     recipes.check_recipe(method, weights, t, evaluate)
-    for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, FORMATS)):
+    for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, (*FORMATS, PEFT))):
         if value not in known:
             raise UserError(f"{option}={value!r} must be one of {', '.join(known)}")
     paths = [str(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
@@ -89,7 +91,10 @@ def merge(
     for origin in origins:
         check_mergeable(origin)
     opened = open_sources(paths, say)
-    check_format(format, opened[0].model)
+    whole: Format = "native" if format == "peft" else format
+    check_format(whole, opened[0].model)
+    if format == PEFT and (len(opened) > 1 or dtype not in ("auto", "fp32")):
+        raise UserError("format=peft writes the fp32 adapters of one run: give one source, and no dtype")
     if weights is not None:
         recipes.check_weights(weights, len(opened))
     torch_dtype = dtype_of(dtype, opened)
@@ -106,10 +111,15 @@ def merge(
     tokenizer_files, servable = one_tokenizer(paths, opened)
     if evaluate is None:
         say("\n".join(usage.lines() + said + servable))
-    serving.check_file(format, opened[0].model, tokenizer_files)
+    if format == PEFT:
+        with new_folder(output) as folder:
+            write_adapter(folder, opened[0], tokenizer_files, usage, describe(opened))
+        say(f"wrote {output} (LoRA adapters for peft)")
+        return {}
+    serving.check_file(whole, opened[0].model, tokenizer_files)
     beside = sum(map(len, tokenizer_files.values())) + BESIDE_BYTES * len(opened)
     shapes = hf_shapes(opened[0].model)
-    of_file = {"onnx": torch.float32, "gguf": torch_dtype}.get(format)
+    of_file = {"onnx": torch.float32, "gguf": torch_dtype}.get(whole)
     needed = weight_bytes(shapes, torch_dtype) + beside
     needed += weight_bytes(shapes, of_file) if of_file is not None else 0
 
@@ -122,7 +132,7 @@ def merge(
         if metrics:
             card["metrics"] = metrics
         model = chosen[0].model
-        write_folder(folder, model, dtype_text, tokenizer_files, format=format, usage=usage, card=card)
+        write_folder(folder, model, dtype_text, tokenizer_files, format=whole, usage=usage, card=card)
         return report
 
     with writing(output, needed, "the merged model"), new_folder(output) as folder:
@@ -138,10 +148,10 @@ def merge(
             shown = shown_command(shlex.split(evaluate)) if isinstance(evaluate, str) else how_scored
             report = write(folder, members, {shown: {"score": score}}, hashed=False)
             report |= {"method": "soup", "evaluate": how_scored, "decisions": decisions}
-        if (file := serving.write_file(format, folder)) is not None:
+        if (file := serving.write_file(whole, folder)) is not None:
             say(f"  {file.relative_to(folder)}: {file.stat().st_size:,} bytes")
         # A folder that fails is not published.
-        asked = (*LIBRARIES, *filter(None, [FORMATS[format].consumer]), *serving.JUDGES)
+        asked = (*LIBRARIES, *filter(None, [FORMATS[whole].consumer]), *serving.JUDGES)
         answers = check(folder, ours=True, consumers=asked, say=say)["consumers"]
         with (folder / "README.md").open("a", encoding="utf-8") as readme:
             readme.write(serving_section(answers, usage))

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, ModelType, Pooling, RopeScaling
+from nemo_embed_core.config import LoraConfig, ModelConfig, ModelType, Pooling, RopeScaling
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.layout import tp_chunk
@@ -183,25 +183,49 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def tp_dim(name: str) -> int | None:
     """The dim that tensor parallelism splits; None for replicated parameters."""
-    if name.endswith("norm.weight"):
+    is_row_parallel = "o_proj." in name or "down_proj." in name
+    if name.endswith(("norm.weight", ".lora.B" if is_row_parallel else ".lora.A")):
         return None
-    return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+    return 1 if is_row_parallel else 0
 
 
 def tp_unit(name: str, config: ModelConfig) -> int:
     """Rows or columns of the tp dim that stay together: a rank holds whole units."""
     width = config.intermediate_size // config.mlp_blocks
-    if name.endswith("gate_up_proj.weight"):
+    if "gate_up_proj." in name:
         return 2 * width
-    if name.endswith("o_proj.weight"):
+    if "o_proj." in name:
         return config.num_attention_heads // config.num_key_value_heads * config.head_dim
-    return width if name.endswith("down_proj.weight") else 1
+    return width if "down_proj." in name else 1
 
 
-def rank_units(config: ModelConfig, tp_size: int) -> list[list[tuple[int, ...]]]:
-    """Shapes on a tp rank of what FSDP2 gathers together: of the root and of each block."""
+def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Names of LoRA's factors (model/lora.py) -> global shapes, behind the weights that they adapt; {} of
+    rank 0."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *columns) in parameter_shapes(config).items() if lora.rank else ():
+        layer = name.removesuffix(".weight")
+        if layer.rpartition(".")[2] in lora.targets and columns:
+            shapes |= {f"{layer}.lora.A": (lora.rank, *columns), f"{layer}.lora.B": (rows, lora.rank)}
+            if lora.rank > min(rows, *columns):
+                raise UserError(
+                    f"lora.rank={lora.rank} is more than {name} has, {rows} x {columns[0]}; lower it"
+                )
+    return shapes
+
+
+def trained_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """What has gradients and optimizer state, and is what a checkpoint holds."""
+    return adapter_shapes(config, lora) or parameter_shapes(config)
+
+
+def rank_units(
+    config: ModelConfig, tp_size: int, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> list[list[tuple[int, ...]]]:
+    """Shapes on a tp rank of what FSDP2 gathers together: of the root and of each block. shapes: of some
+    parameters alone."""
     units: list[list[tuple[int, ...]]] = [[] for _ in range(1 + config.num_hidden_layers)]
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in (shapes or parameter_shapes(config)).items():
         local, dim = list(shape), tp_dim(name)
         if dim is not None:
             local[dim] = tp_chunk(shape[dim], tp_size, tp_unit(name, config))

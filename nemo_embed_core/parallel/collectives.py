@@ -129,19 +129,22 @@ def reduce_scatter_tokens(x: Tensor, group: Any) -> Tensor:
 class _ColumnLinear(torch.autograd.Function):
     """F.linear(all_gather(x), w) that saves the shard [T/tp, D], not the gathered [T, D].
 
-    Backward gathers x again behind the dX product and reduce-scatters dX behind the dW product.
+    Backward gathers x again behind the dX product and reduce-scatters dX behind the dW product; of a frozen w
+    there is no dW, and x is neither saved nor gathered.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
         return torch.nn.functional.linear(all_gather_rows(x, group), w)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
         x, w = ctx.saved_tensors
+        if x is None:
+            return reduce_scatter_rows(dy @ w, ctx.group), None, None
         gathered = begin_all_gather_rows(x, ctx.group)  # in flight during dX
         dx_full = dy @ w
         gathered = wait(gathered)

@@ -33,6 +33,7 @@ from nemo_embed_core.parallel.collectives import (
     begin_all_gather_rows,
     begin_reduce_scatter_rows,
     copy_to_tp,
+    reduce_scatter_rows,
     wait,
 )
 from nemo_embed_core.parallel.fsdp import gather_by
@@ -175,7 +176,8 @@ class _Fp8Linear(torch.autograd.Function):
         w = local_tensor(w)
         ctx.is_gathered = column and tp.size > 1 and tp.sequence_parallel
         largest = _amax(x, tp, ctx.is_gathered or not column, own)
-        ctx.save_for_backward(x, w, largest)
+        ctx.is_frozen = not ctx.needs_input_grad[1]
+        ctx.save_for_backward(None if ctx.is_frozen else x, w, largest)
         x8 = quantize(x, largest, E4M3)
         rows = x8.rows
         if ctx.is_gathered:
@@ -188,6 +190,10 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy, own), (x, w, largest), tp = grads, ctx.saved_tensors, ctx.tp
         w8 = ctx.weight.of(w, tp, columns=True)
+        if ctx.is_frozen:
+            dy8 = quantize(dy, _amax(dy, tp, ctx.column, own), E5M2)
+            dx = scaled_mm(dy8.rows, dy8.scale, w8.columns, w8.scale, fast=False)
+            return reduce_scatter_rows(dx, tp.group) if ctx.is_gathered else dx, *[None] * 5
         x8 = quantize(x, largest, E4M3, rows=ctx.is_gathered, columns=not ctx.is_gathered)
         columns = x8.columns
         if ctx.is_gathered:

@@ -29,7 +29,8 @@ def shard(
     activation_checkpointing: bool,
 ) -> None:
     """Wrap in place: (activation checkpointing) -> each block -> root. `dtype` is what runs; weights are
-    fp32, or with runs_as_stored `dtype` too.
+    fp32, or with runs_as_stored `dtype` too. Where some are frozen, these are what runs as stored, and layers
+    cast the others (model/lora.py).
 
     cast_forward_inputs is off: it would turn the fp32 RoPE table into bf16. Inputs are ids, so nothing needs
     a cast.
@@ -41,10 +42,14 @@ def shard(
     )
     if dtype == torch.float64:  # tests: keep fp64 end to end
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    runs_as_stored |= bool(frozen)
     if runs_as_stored:
         for module in model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
-                module.register_parameter(name, nn.Parameter(p.detach().to(dtype)))
+                if not (frozen and p.requires_grad):
+                    stored = nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
+                    module.register_parameter(name, stored)
     is_sharded = mesh.dp_size > 1 or not runs_as_stored
     for i, block in enumerate(blocks):
         if activation_checkpointing:
@@ -108,7 +113,7 @@ def begin_micro_batch(model: nn.Module, is_last: bool) -> None:
     """
     if not isinstance(model, FSDPModule):
         for p in model.parameters():
-            if p.grad is None:
+            if p.grad is None and p.requires_grad:
                 is_alone = is_last and p.ndim > 1
                 p.grad_dtype = p.dtype if is_alone else torch.promote_types(p.dtype, torch.float32)
         return

@@ -27,7 +27,7 @@ def sync_replicated_grads(model: nn.Module, mesh: Mesh) -> None:
     """A replicated parameter's gradient that covers a share alone is summed over tp, once per step.
 
     Norms of the heads of q and k are of this rank's heads; under sequence parallelism the gradients of all
-    norms are of this rank's tokens. Else they are whole on every rank already.
+    norms, and of LoRA's whole factors, are of this rank's tokens. Else they are whole on every rank already.
 
     ONE flat all-reduce after FSDP's reduce-scatter (both are linear, so the order is free) and before
     clipping. Post-accumulate hooks would sum again what was summed when gradients accumulate.

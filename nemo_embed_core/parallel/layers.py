@@ -113,7 +113,8 @@ class ColumnParallelLinear(nn.Module):
         self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1, bias: bool = False
     ):
         super().__init__()
-        self.tp = tp
+        self.tp, self.in_features, self.out_features, self.unit = tp, in_features, out_features, unit
+        self.lora: nn.Module | None = None  # (x, y) -> y with what adapters add (model/lora.py)
         self.weight = tp_parameter(tp, (out_features, in_features), 0, unit)
         self.bias = tp_parameter(tp, (out_features,), 0, unit) if bias else None
 
@@ -129,12 +130,14 @@ class ColumnParallelLinear(nn.Module):
         """y_local without the bias, and in fp8 the scalar that takes the largest value of its gradient
         (fp8_linear)."""
         with remade(x, again):
+            beside = None
             if self.fp8 is not None:
-                return fp8_linear(x, self.weight, self.fp8, self.tp, column=True, own=amax)
-            w = local(self.weight)
-            if self.tp.size > 1 and self.tp.sequence_parallel:
-                return column_linear(x, w, self.tp.group), None
-            return F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, w), None
+                y, beside = fp8_linear(x, self.weight, self.fp8, self.tp, column=True, own=amax)
+            elif self.tp.size > 1 and self.tp.sequence_parallel:
+                y = column_linear(x, local(self.weight), self.tp.group)
+            else:
+                y = F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, local(self.weight))
+            return y if self.lora is None else self.lora(x, y), beside
 
 
 class RowParallelLinear(nn.Module):
@@ -145,7 +148,8 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, unit: int = 1):
         super().__init__()
-        self.tp = tp
+        self.tp, self.in_features, self.out_features, self.unit = tp, in_features, out_features, unit
+        self.lora: nn.Module | None = None  # as above
         self.weight = tp_parameter(tp, (out_features, in_features), 1, unit)
 
     def forward(
@@ -156,11 +160,10 @@ class RowParallelLinear(nn.Module):
                 y = F.linear(x, local(self.weight))
             else:
                 y, _ = fp8_linear(x, self.weight, self.fp8, self.tp, column=False, own=amax)
-        if self.tp.size == 1:
-            return y
-        if self.tp.sequence_parallel:
-            return reduce_scatter_tokens(y, self.tp.group)
-        return reduce_from_tp(y, self.tp.group)
+            if self.tp.size > 1:
+                together = reduce_scatter_tokens if self.tp.sequence_parallel else reduce_from_tp
+                y = together(y, self.tp.group)
+            return y if self.lora is None else self.lora(x, y)
 
 
 def run_in_fp8(model: nn.Module) -> None:

@@ -30,6 +30,13 @@ dp             all_gather       with in-batch terms: documents, and for query-qu
                                 the cosines' gradients, once a step for each width
                all_reduce       the gradient of a learned temperature, 4 bytes
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
+LoRA           W is frozen      no reduction over dp; no gather of a column-parallel input in backward, nor of
+                                the embedding's gradient, and no gradient of the first block's input
+               tp (SP)          of T r: a column-parallel layer all_gather forward, reduce_scatter backward, a
+                                row-parallel one the reverse; the gradients of whole factors as the norms'
+               tp (no SP)       all_reduce of T r: row-parallel forward, column-parallel backward
+
+For LoRA qkv_proj is taken to be among its targets: without it a little less is sent.
 
 GradCache (in-batch negatives or CoSENT, and n > 1) runs each forward but the first micro-batch's twice; full
 recomputation runs a block's forward in its backward, selective none of its collectives. An axis of one rank
@@ -65,6 +72,20 @@ def sent(operation: str, whole: float, ranks: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraWire:
+    """units: as Wire's, of the factors, which alone have gradients. columns, rows: of a block's column- and
+    row-parallel layers those that have factors, of this rank; the last layer of a block is among them or
+    not. whole: shapes of a block's factors that tp does not cut."""
+
+    units: Sequence[Sequence[Sequence[int]]]
+    rank: int
+    columns: int
+    rows: int
+    has_last: bool
+    whole: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wire:
     """units: of the root and of each block, the shapes of its parameters on a tp rank."""
 
@@ -88,6 +109,7 @@ class Wire:
     fp8: bool = False  # products of the blocks
     reduce_bytes: int = 4
     row_bytes: int = 4
+    lora: LoraWire | None = None
     head_norms: Sequence[int] = ()  # lengths of a block's norms whose gradients tp ranks have shares of
 
     @property
@@ -106,43 +128,53 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
     n, s, L, D = len(micro_batches), wire.dp_shard, wire.num_layers, wire.hidden_size
     passes = [1] + [2 if wire.couples_rows else 1] * (n - 1)  # forwards of each micro-batch
     gathers, reductions = (sum(passes) + n, n) if wire.reshard else (1, 1)
-    for unit, shapes in enumerate(wire.units):
-        numels = [-(-rows // s) * s * torch.Size(rest).numel() for rows, *rest in shapes]
-        numel = sum(numels)
+    lora = wire.lora
+    for unit, (shapes, trained) in enumerate(
+        zip(wire.units, lora.units if lora else wire.units, strict=True)
+    ):
+        numel, gradients = _numel(shapes, s), _numel(trained, s)
         if s > 1:
             in_fp8 = wire.fp8 and unit > 0  # not the root, which has no products
-            one_byte = sum(n for n, shape in zip(numels, shapes, strict=True) if in_fp8 and len(shape) > 1)
-            add(
-                "dp_shard",
-                "all_gather",
-                gathers,
-                numel * wire.weight_bytes - one_byte * (wire.weight_bytes - 1),
-            )
-            add("dp_shard", "reduce_scatter", reductions, numel * wire.reduce_bytes)
+            one_byte = _numel([shape for shape in shapes if len(shape) > 1], s) if in_fp8 else 0
+            one_byte -= gradients if lora and in_fp8 else 0
+            size = numel * wire.weight_bytes - one_byte * (wire.weight_bytes - 1)
+            add("dp_shard", "all_gather", gathers, size)
+            add("dp_shard", "reduce_scatter", reductions if gradients else 0, gradients * wire.reduce_bytes)
         if wire.dp_replicate > 1:
-            add("dp_replicate", "all_reduce", 1, numel // s * wire.reduce_bytes)
+            add("dp_replicate", "all_reduce", 1 if gradients else 0, gradients // s * wire.reduce_bytes)
     if wire.tp > 1:
         # What a block does again in backward: up to the last tensor that backward needs, which the
         # row-parallel product after it makes no more.
         again = 1 if wire.recompute else 0
+        rows_again = again * L * (2 if lora and lora.has_last else 1)
+        first = 1 if lora else 0  # products whose input has no gradient
         for (T, N), forwards in zip(micro_batches, passes, strict=True):
             hidden = T * D * wire.weight_bytes
             if wire.sequence_parallel:
                 # Inputs of the column-parallel products, which backward gathers too, and its gradients.
                 inputs = T * D if wire.fp8 else hidden
-                add("tp", "all_gather", 2 * L * (forwards + again + 1), inputs)
-                add("tp", "all_gather", 2 * L + 1, hidden)
-                add("tp", "reduce_scatter", (2 * L + 1) * forwards + 2 * L + again * L, hidden)
+                add("tp", "all_gather", 2 * L * (forwards + again + (0 if lora else 1)), inputs)
+                add("tp", "all_gather", 2 * L + 1 - first, hidden)
+                add("tp", "reduce_scatter", (2 * L + 1) * forwards + 2 * L - first + rows_again, hidden)
                 add("tp", "all_reduce", forwards, N * D * wire.row_bytes)
             else:
-                add("tp", "all_reduce", (2 * L + 1) * forwards + 2 * L + again * L, hidden)
+                add("tp", "all_reduce", (2 * L + 1) * forwards + 2 * L - first + rows_again, hidden)
+            if lora:
+                narrow, passed = T * lora.rank * wire.weight_bytes, L * (forwards + again)
+                if wire.sequence_parallel:
+                    add("tp", "all_gather", passed * lora.columns + L * lora.rows, narrow)
+                    add("tp", "reduce_scatter", passed * lora.rows + L * lora.columns, narrow)
+                else:
+                    add("tp", "all_reduce", passed * lora.rows + L * lora.columns, narrow)
             if wire.fp8:
                 matrices = 4 if wire.sequence_parallel else 2
-                add("tp", "all_reduce", (matrices * (forwards + again) + 2) * L, 4)
+                add("tp", "all_reduce", (matrices * (forwards + again) + 2) * L - first, 4)
                 add("tp", "all_reduce", 4 * L * (forwards + again + 1) if wire.reshard and s == 1 else 0, 4)
         add("tp", "all_reduce", 4 * L if wire.fp8 and s == 1 and not wire.reshard else 0, 4)
-        norms = sum(L * -(-size // s) for size in wire.head_norms)
-        norms += (2 * L + 1) * -(-D // s) if wire.sequence_parallel else 0
+        norms = sum(L * -(-size // s) for size in wire.head_norms) if lora is None else 0
+        if wire.sequence_parallel:
+            factors = [L * _numel([shape], s) // s for shape in lora.whole] if lora else []
+            norms += sum(factors) if lora else (2 * L + 1) * -(-D // s)
         add("tp", "all_reduce", 1 if norms else 0, norms * 4)
         add("tp", "all_reduce", 1, 4)
     if s > 1:
@@ -167,6 +199,11 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
     if wire.learned_temperature and dp > 1:
         add(axis, "all_reduce", 1, 4)
     return {key: Traffic(*values) for key, values in sorted(found.items())}
+
+
+def _numel(shapes: Sequence[Sequence[int]], shards: int) -> int:
+    """Elements, padded to equal shards."""
+    return sum(-(-rows // shards) * shards * torch.Size(rest).numel() for rows, *rest in shapes)
 
 
 # ------------------------------------------------------------------------------------------ what happens

@@ -26,6 +26,11 @@ class GPU:
 
 
 GPUS: Mapping[str, GPU] = {
+    "L4": GPU(
+        peak=121e12, memory=22.1 * 2**30, bandwidth=0.28e12, node_link=25e9, rates=(0.40, 0.67),
+        source="NVIDIA L4 datasheet: 24 GB, 300 GB/s, 242 TFLOP/s with sparsity, PCIe Gen4 x16; rates, the "
+        "memory that torch finds and the link are assumed",
+    ),
     "A100-80GB": GPU(
         peak=312e12, memory=79.15 * 2**30, bandwidth=2.0e12, node_link=240e9, rates=(0.48, 0.79),
         source="NVIDIA A100 datasheet: 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways, of which 80 % are "

@@ -28,8 +28,17 @@ from nemo_embed_core.data.mix import parts
 from nemo_embed_core.data.sampler import sampler
 from nemo_embed_core.data.shapes import Most, Shape
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model.spec import HEAD_NORMS, check_fp8, family_of, parameter_shapes, rank_units
-from nemo_embed_core.parallel.wire import Key, Traffic, Wire, step_traffic
+from nemo_embed_core.model.spec import (
+    HEAD_NORMS,
+    adapter_shapes,
+    check_fp8,
+    family_of,
+    parameter_shapes,
+    rank_units,
+    tp_dim,
+    trained_shapes,
+)
+from nemo_embed_core.parallel.wire import Key, LoraWire, Traffic, Wire, step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Split, Texts, split, texts_of
 from nemo_embed_core.plan.pretend import Seen, pretend
@@ -81,9 +90,17 @@ class Found:
     def num_parameters(self) -> int:
         return num_parameters(self.model)
 
+    @property
+    def num_trained(self) -> int:
+        return num_trained(self.train, self.model)
+
 
 def num_parameters(model: ModelConfig) -> int:
     return sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+
+
+def num_trained(train: TrainConfig, model: ModelConfig) -> int:
+    return sum(torch.Size(shape).numel() for shape in trained_shapes(model, train.lora).values())
 
 
 def needed(peak: float) -> float:
@@ -237,14 +254,14 @@ def _evaluate(
         for n in LAYERS
     ]
     slope = (peaks[1] - peaks[0]) / (LAYERS[1] - LAYERS[0])
-    times, traffic = [], {}
+    times, traffic, is_frozen = [], {}, train.lora.rank > 0
     for s in splits:
         traffic = traffic_of(chosen, model, layout, s)
         times.append(
             step_seconds(
                 config.cluster, layout, model, [(t, squares) for t, squares, _ in s.micro_batches], traffic,
                 candidate.recompute, num_parameters(model), update_bytes(train.optim),
-                train.precision == "fp8",
+                train.precision == "fp8", num_trained(train, model) if is_frozen else None,
             )
         )  # fmt: skip
     tokens = float(np.mean([s.tokens for s in splits]))
@@ -252,7 +269,7 @@ def _evaluate(
     return replace(
         candidate, peak=round(peaks[0] + slope * (model.num_hidden_layers - LAYERS[0])), traffic=traffic,
         tokens=tokens, fill=tokens / float(np.mean(rooms)),
-        flops=float(np.mean([training_flops(model, s.tokens, s.squares) for s in splits])),
+        flops=float(np.mean([training_flops(model, s.tokens, s.squares, is_frozen) for s in splits])),
         seconds=(float(np.mean([t[0] for t in times])), float(np.mean([t[1] for t in times]))),
     )  # fmt: skip
 
@@ -265,10 +282,12 @@ def traffic_of(train: TrainConfig, model: ModelConfig, layout: Layout, step: Spl
 
 def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
     queries, split = train.global_batch_size // layout.dp, train.optim.master_weights == "split"
+    whole = parameter_shapes(model) | adapter_shapes(model, train.lora)
     return Wire(
-        units=rank_units(model, layout.tp), hidden_size=model.hidden_size, dp_shard=layout.shard,
+        units=rank_units(model, layout.tp, whole), lora=_lora_wire(train, model, layout.tp),
+        hidden_size=model.hidden_size, dp_shard=layout.shard,
         dp_replicate=layout.replicate, tp=layout.tp, sequence_parallel=train.parallel.sequence_parallel,
-        reshard=train.parallel.reshard_after_forward and (layout.dp > 1 or not split),
+        reshard=train.parallel.reshard_after_forward and (layout.dp > 1 or not (split or train.lora.rank)),
         recompute=train.activation_checkpointing == "full", fp8=train.precision == "fp8",
         head_norms=[model.head_dim] * (len(HEAD_NORMS) if family_of(model).qk_norm else 0),
         in_batch_columns=train.loss.columns(train.data.num_hard_negatives) * queries,
@@ -277,4 +296,17 @@ def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
         couples_rows=train.loss.couples_rows, widths=max(1, len(train.loss.matryoshka_dims)),
         learned_temperature=train.loss.temperature_lr > 0,
         reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
+    )  # fmt: skip
+
+
+def _lora_wire(train: TrainConfig, model: ModelConfig, tp: int) -> LoraWire | None:
+    shapes, targets = adapter_shapes(model, train.lora), train.lora.targets
+    if not shapes:
+        return None
+    block = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
+    return LoraWire(
+        units=rank_units(model, tp, shapes), rank=train.lora.rank,
+        columns=sum(name in targets for name in ("qkv_proj", "gate_up_proj")),
+        rows=sum(name in targets for name in ("o_proj", "down_proj")), has_last="down_proj" in targets,
+        whole=[shape for name, shape in block.items() if tp_dim(name) is None],
     )  # fmt: skip

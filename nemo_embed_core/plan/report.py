@@ -37,11 +37,12 @@ def report(found: Found) -> str:
 def _lines(found: Found) -> Iterator[str]:
     config, cluster, train = found.config, found.config.cluster, found.train
     gpu = GPUS[cluster.gpu]
+    lora = f" and {found.num_trained / 1e6:.1f} M of LoRA, trained alone" if train.lora.rank else ""
     yield (
         f"{', '.join(config.files)} on {cluster.world_size} x {cluster.gpu} (nodes: "
         f"{cluster.nodes} of {cluster.per_node}): "
-        f"{found.num_parameters / 1e9:.3f} B parameters ({found.model_words}), {train.num_steps:,} steps of "
-        f"{train.global_batch_size:,} queries"
+        f"{found.num_parameters / 1e9:.3f} B parameters ({found.model_words}){lora}, "
+        f"{train.num_steps:,} steps of {train.global_batch_size:,} queries"
     )
     yield f"Texts: {found.texts.words}; the longest row that can be drawn has {found.texts.longest:,} tokens"
     if not found.best:
@@ -93,7 +94,7 @@ def _in_full(found: Found, best: Candidate) -> Iterator[str]:
     yield f"  Peak of a rank, with the largest micro-batch: {seen.peak / 1e9:.2f} GB in the {seen.at}:"
     for part, size in seen.components.items():
         yield f"    {part:<24}{size / 1e9:8.2f} GB"
-    checkpoint = BYTES_PER_PARAMETER * found.num_parameters
+    checkpoint = BYTES_PER_PARAMETER * found.num_trained
     if train.checkpoint.async_save:
         rank = checkpoint / best.layout.tp / best.layout.shard
         yield (
@@ -151,7 +152,7 @@ def _remedy(candidate: Candidate, train: TrainConfig) -> str:
         ways.append("a larger parallel.tp_size")
         if not train.parallel.reshard_after_forward:
             ways.append("parallel.reshard_after_forward=true")
-    if train.optim.master_weights != "split" and train.precision != "fp32":
+    if not train.lora.rank and train.optim.master_weights != "split" and train.precision != "fp32":
         ways.append("optim.master_weights=split")
     if train.optim.master_weights == "split" and train.optim.moments != "8bit":
         ways.append("optim.moments=" + ("bf16" if train.optim.moments == "fp32" else "8bit"))

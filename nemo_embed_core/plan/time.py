@@ -98,14 +98,20 @@ def step_seconds(
     num_parameters: int,
     optimizer_bytes: float,
     fp8: bool = False,
+    num_trained: int | None = None,
 ) -> tuple[float, float]:
     """(least, most) seconds of a step; micro_batches: (tokens, sum of squared lengths) of the fullest rank in
-    each; optimizer_bytes: optim.update_bytes; fp8: of the blocks' products."""
+    each; optimizer_bytes: optim.update_bytes; fp8: of the blocks' products; num_trained: of LoRA's
+    factors, beside frozen weights."""
     gpu = GPUS[cluster.gpu]
-    floor = training_flops(model, 1, 0) / layout.tp / gpu.bandwidth  # 6: 2 bytes of each weight, three times
+    is_frozen = num_trained is not None
+    floor = (
+        training_flops(model, 1, 0, is_frozen) / layout.tp / gpu.bandwidth
+    )  # 2 bytes of each weight, each time
     tp = wire_seconds(cluster, layout, traffic, ("tp",))
     dp = wire_seconds(cluster, layout, traffic, ("dp_shard", "dp_replicate", "dp"))
-    optimizer = optimizer_bytes * num_parameters / layout.tp / layout.shard / gpu.bandwidth
+    updated = num_parameters if num_trained is None else num_trained
+    optimizer = optimizer_bytes * updated / layout.tp / layout.shard / gpu.bandwidth
     again = 2.0 if recompute == "full" else 1.0
     quantized = fp8_bytes(model, again)
     if fp8:
@@ -118,10 +124,11 @@ def step_seconds(
         narrow = layout.tp * NARROW.get(layout.tp, min(NARROW.values()))
         compute = 0.0
         for tokens, squares in micro_batches:
-            flops = training_flops(model, tokens, squares) * (1 + RECOMPUTED[recompute])
+            flops = training_flops(model, tokens, squares, is_frozen)
+            flops += training_flops(model, tokens, squares) * RECOMPUTED[recompute]
             seconds = flops / (narrow * gpu.peak * rate)
             if fp8:
-                products = training_flops(model, tokens, 0) * again / narrow
+                products = training_flops(model, tokens, 0, is_frozen) * again / narrow
                 seconds += products / fp8_rate - products / (gpu.peak * gpu.rates[1])
                 seconds += quantized * tokens / layout.tp / gpu.bandwidth
             compute += max(seconds, floor)

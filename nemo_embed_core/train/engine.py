@@ -20,7 +20,8 @@ from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.model.attention import Attention, pick_attention
 from nemo_embed_core.model.encoder import Encoder
-from nemo_embed_core.model.spec import parameter_shapes, tp_dim, tp_unit
+from nemo_embed_core.model.lora import add_lora
+from nemo_embed_core.model.spec import adapter_shapes, parameter_shapes, tp_dim, tp_unit
 from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.boxes import Box, local_box
 from nemo_embed_core.parallel.fp8 import gather_in_fp8, weights_kept
@@ -54,7 +55,7 @@ class Engine:
         memory: AbstractContextManager[object] | None = None,
     ):
         self.config, self.model_config, self.mesh = config, model, mesh
-        self.shapes = parameter_shapes(model)
+        self.shapes = parameter_shapes(model) | adapter_shapes(model, config.lora)
         # Gets the rows [N, D] of every forward of a step, without their graph, and its micro-batch.
         self.seen: Callable[[Tensor, MicroBatch], None] | None = None
         self.dtype = dtype or run_dtype(config, mesh.device)
@@ -63,6 +64,8 @@ class Engine:
         with torch.device("meta"):  # no memory before it is sharded
             selective = config.activation_checkpointing == "selective"
             self.model = Encoder(model, mesh.tp, attention, selective)
+            if config.lora.rank:
+                add_lora(self.model, config.lora)
         if config.precision == "fp8":
             run_in_fp8(self.model)
         split = config.optim.master_weights == "split"
@@ -82,7 +85,7 @@ class Engine:
                 fsdp.keep_gradients_in_fp32(self.model)
             if config.precision == "fp8" and mesh.shard_size > 1:
                 gather_in_fp8(self.model, mesh.shard_group)
-            found = {p: fsdp.plain_name(name) for name, p in self.model.named_parameters()}
+            found = {p: name for name, p in self.trained()}
             places = {
                 p: place_of(name, self.shapes[name], self.box(name), model) for p, name in found.items()
             }
@@ -93,6 +96,11 @@ class Engine:
             if config.loss.temperature_lr:
                 wide = torch.promote_types(self.dtype, torch.float32)
                 self.temperature = Temperature(config.loss, config.optim, wide, mesh.device)
+
+    def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """(our name, parameter) of those that have gradients and optimizer state."""
+        named = self.model.named_parameters()
+        return [(fsdp.plain_name(name), p) for name, p in named if p.requires_grad]
 
     def box(self, name: str) -> Box:
         """What this rank holds of our parameter."""

@@ -17,7 +17,7 @@ from nemo_embed_core.config import LossConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.loss.objective import figures, sum_names
-from nemo_embed_core.model.spec import parameter_shapes
+from nemo_embed_core.model.spec import parameter_shapes, trained_shapes
 from nemo_embed_core.parallel.collectives import all_reduce_world_
 from nemo_embed_core.parallel.mesh import Mesh
 from nemo_embed_core.train.trackers import Trackers
@@ -34,17 +34,19 @@ def device_peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
 
 
-def training_flops(model: ModelConfig, num_tokens: int, sum_of_squared_lengths: int) -> float:
+def training_flops(
+    model: ModelConfig, num_tokens: int, sum_of_squared_lengths: int, is_frozen: bool = False
+) -> float:
     """6 P T for the GEMMs + 12 L (H A) sum(n^2) for full attention, half of it for causal; embedding
     lookup and norms not counted.
 
-    P: matmul parameters. Forward 2 P T, backward twice that; recomputation by activation checkpointing is not
-    counted.
+    P: matmul parameters. Forward 2 P T, backward twice that, of frozen weights as much (4 P T in all: LoRA,
+    whose own products are not counted); recomputation by activation checkpointing is not counted.
     """
     width = model.num_attention_heads * model.head_dim
     kv = model.num_key_value_heads * model.head_dim
     per_layer = model.hidden_size * (2 * width + 2 * kv + 3 * model.intermediate_size)
-    return 6.0 * model.num_hidden_layers * per_layer * num_tokens + (
+    return (4.0 if is_frozen else 6.0) * model.num_hidden_layers * per_layer * num_tokens + (
         (6.0 if model.is_causal else 12.0) * model.num_hidden_layers * width * sum_of_squared_lengths
     )
 
@@ -99,11 +101,15 @@ def opening_line(
     config: TrainConfig, model: ModelConfig, mesh: Mesh, dtype: torch.dtype, num_rows: int, step: int
 ) -> str:
     """What is trained, on what, from which step on."""
-    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+    parameters, trained = (
+        sum(torch.Size(shape).numel() for shape in shapes.values())
+        for shapes in (parameter_shapes(model), trained_shapes(model, config.lora))
+    )
+    lora = f" and {trained / 1e6:,.1f} M of LoRA, trained alone," if config.lora.rank else ""
     copies, tp = mesh.dp_size // mesh.shard_size, mesh.tp
     kind = f"{'sequence parallel, ' if tp.sequence_parallel else ''}{str(dtype).removeprefix('torch.')}"
     return (
-        f"{parameters / 1e6:,.1f} M parameters on {mesh.dp_size} dp "
+        f"{parameters / 1e6:,.1f} M parameters{lora} on {mesh.dp_size} dp "
         f"{f'({copies} copies) ' if copies > 1 else ''}x {tp.size} tp {mesh.device.type} ranks ({kind}); "
         f"{num_rows:,} rows, {config.global_batch_size} queries a step, "
         f"steps {step + 1} to {config.num_steps}"
@@ -196,14 +202,15 @@ def step_values(
     """What metrics.jsonl says of a step, from its totals. num_rows: of an epoch; drawn: of each dataset rows
     and tokens so far."""
     capacity = config.data.max_tokens * num_micro_batches * mesh.dp_size
-    flops = training_flops(model, int(totals["tokens"]), int(totals["squares"]))
+    tokens, squares = int(totals["tokens"]), int(totals["squares"])
+    flops = training_flops(model, tokens, squares, config.lora.rank > 0)
     return {
         "step": step,
         "epoch": step * config.global_batch_size / num_rows,
         **figures(totals, config.loss),
         "grad_norm": totals["grad_norm"],
         "lr": lr,
-        "tokens": int(totals["tokens"]),
+        "tokens": tokens,
         "tokens_per_s": totals["tokens"] / seconds,
         "packing_density": totals["tokens"] / capacity,
         "micro_batches": num_micro_batches,

@@ -121,8 +121,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Masters are fp32 because at lr 2e-6 a bf16 update would vanish. seed, places: of the matrices, where
     config.moments is not fp32."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    norms = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, norms = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": norms, "weight_decay": 0.0},
@@ -176,7 +176,7 @@ def state_of(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Ten
 
 def remainder_of(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tensor | None:
     """The live lower half of a split master."""
-    return optimizer.state[p].get(REMAINDER)
+    return optimizer.state[p].get(REMAINDER) if p.requires_grad else None
 
 
 def base_of(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str) -> Tensor | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from nemo_embed_core.evaluation.dev import DevSet, read_dev_sets
 from nemo_embed_core.files import durable
 from nemo_embed_core.files.lock import Lock
 from nemo_embed_core.model.attention import backends, choose_attention
-from nemo_embed_core.model.spec import check_fp8, parameter_shapes
+from nemo_embed_core.model.spec import adapter_shapes, check_fp8, trained_shapes
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.collectives import broadcast_object, gather_objects, raise_first
 from nemo_embed_core.parallel.layout import check_layout, rank_from_env, world_size_from_env
 from nemo_embed_core.parallel.liveness import begun_before
 from nemo_embed_core.parallel.mesh import pick_device
 from nemo_embed_core.train.engine import run_dtype
+from nemo_embed_core.train.first_weights import check_lora
 from nemo_embed_core.train.optim import BYTES_PER_PARAMETER, check_master_weights
 from nemo_embed_core.train.run_state import (
     changed_samples,
@@ -111,6 +112,7 @@ def prepare(config: TrainConfig) -> Prepared:
     dp_size = check_layout(config.parallel, world_size_from_env(), model)
     if config.precision == "fp8":
         check_fp8(model, config.parallel.tp_size)
+    adapter_shapes(model, config.lora)  # a rank that is too large is refused here
     if (widest := max(config.loss.matryoshka_dims, default=0)) > model.hidden_size:
         raise UserError(
             f"loss.matryoshka_dims has {widest} and the model's hidden_size is {model.hidden_size}: a vector "
@@ -136,7 +138,7 @@ def prepare(config: TrainConfig) -> Prepared:
     choose_attention(config.attention, device, dtype)
     check_trackers(config)
     if rank_from_env() == 0:
-        _check_output(Path(config.output_dir), model)
+        _check_output(Path(config.output_dir), trained_shapes(model, config.lora))
         _warn_of_keep_every(config.checkpoint)
         checkpoint, is_newest = checkpoint_by_name(config)
         manifest = _readable_manifest(checkpoint) if checkpoint is not None else None
@@ -147,7 +149,7 @@ def prepare(config: TrainConfig) -> Prepared:
         if checkpoint is not None and manifest is not None:
             refuse_other_model(config, checkpoint, manifest, model)
         if config.init_from and checkpoint is None:
-            open_weights(config.init_from, hashed=False, base=True)
+            check_lora(config, open_weights(config.init_from, hashed=False, base=True))
         store = open_store(config.data, tokenizer)
         _check_scores(config, store)
         _check_grades(config, store)
@@ -188,7 +190,7 @@ def same_dev_sets(config: TrainConfig, prepared: Prepared) -> list[DevSet]:
     return broadcast_object(prepared.dev_sets) if config.eval.datasets else []
 
 
-def _check_output(folder: Path, model: ModelConfig) -> None:
+def _check_output(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """An output that is used by another run, unwritable or too full fails now, not at the first checkpoint.
 
     A checkpoint needs room beside the one before it: 2.2 x its size in a new folder, 1.1 x where there is one
@@ -196,7 +198,7 @@ def _check_output(folder: Path, model: ModelConfig) -> None:
     """
     durable.probe(folder)
     Lock(folder, print).refuse_if_held(warn=False)  # the one that takes it warns
-    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     size = BYTES_PER_PARAMETER * parameters
     factor = 1.1 if checkpoints(folder) else 2.2
     durable.check_free_space(folder, int(factor * size), f"{factor} x a checkpoint of {size:,} bytes")

@@ -12,19 +12,19 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nemo_embed_core.checkpoint.adapter import Adapter, adapter_of
 from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, parameter_of, state_name
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Usage, usage_of_training
-from nemo_embed_core.checkpoint.weights import BoxReader, fill, non_finite_weights, write_values
+from nemo_embed_core.checkpoint.weights import non_finite_weights, write_values
 from nemo_embed_core.checkpoint.write import Piece
-from nemo_embed_core.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from nemo_embed_core.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from nemo_embed_core.data import mix
 from nemo_embed_core.data.packing import draw_rows
 from nemo_embed_core.data.population import Population, population
@@ -33,7 +33,6 @@ from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import to_dict
-from nemo_embed_core.parallel import fsdp
 from nemo_embed_core.parallel.boxes import Box, unpadded
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
@@ -53,6 +52,15 @@ def refuse_other_model(
             f"asked for; set steps above {manifest['step']} to train on, or use it as it is "
             "(launch/merge.py, launch/evaluate.py)"
         )
+    adapter = adapter_of(manifest)
+    lora = adapter.lora if adapter is not None else LoraConfig()
+    if (lora.rank or config.lora.rank) and lora != config.lora:
+        held = f"LoRA adapters ({_lora_words(lora)})" if lora.rank else "a whole model"
+        now = f"lora is {_lora_words(config.lora)}" if config.lora.rank else "has no lora"
+        raise UserError(
+            f"{folder} holds {held} and this run {now}: continue as it was begun, or start a new run with "
+            "--init_from and this checkpoint"
+        )
     was = model_from_dict(manifest["model"], folder / MANIFEST)
     for name in ("pooling", "is_causal"):
         old, new = getattr(was, name), getattr(model, name)
@@ -71,6 +79,10 @@ def refuse_other_model(
             f"loss.temperature_lr=0, which would go back to loss.temperature={config.loss.temperature}; "
             "continue with a rate, or start a new run with --init_from and this checkpoint"
         )
+
+
+def _lora_words(lora: LoraConfig) -> str:
+    return f"rank={lora.rank}, alpha={lora.alpha:g}, targets={' '.join(lora.targets)}"
 
 
 def changed_samples(
@@ -154,23 +166,6 @@ def usage_of(config: TrainConfig, model: ModelConfig, store: Store) -> Usage:
     return replace(usage, dims=tuple(config.loss.matryoshka_dims))
 
 
-def fill_engine(engine: Engine, reader: BoxReader) -> None:
-    """This rank's box of every parameter; UserError on all ranks."""
-    mesh, failure = engine.mesh, None
-    try:
-        fill(
-            engine.model,
-            reader,
-            engine.model_config,
-            (mesh.tp.rank, mesh.tp.size),
-            (mesh.shard_rank, mesh.shard_size),
-            partial(remainder_of, engine.optimizer),
-        )
-    except UserError as error:
-        failure = str(error)
-    raise_first(failure)
-
-
 class RunState:
     """The engine's tensors by name, and the few facts beside them.
 
@@ -182,6 +177,7 @@ class RunState:
     evaluated          record of the last evaluation and the best one (train/evaluate.py); {}: there was none
     overrides          what checkpoint.allow_changed has let pass, over all resumes
     export_dtype       of the weights that training began with: what merge writes
+    adapter            of LoRA, what the manifest says of its base; None: whole models are saved
     """
 
     def __init__(
@@ -205,6 +201,7 @@ class RunState:
         self.evaluated: dict[str, Any] = {}
         self.overrides: list[dict[str, Any]] = []
         self.export_dtype = engine.dtype
+        self.adapter: Adapter | None = None
         self.shapes = engine.shapes
 
     def count(self, rows: np.ndarray, tokens: np.ndarray, skipped: bool) -> None:
@@ -228,8 +225,7 @@ class RunState:
         """Our parameter name and STATE/NAME of what the optimizer keeps of it -> this rank's live shard,
         unpadded."""
         named = {}
-        for full_name, p in self.engine.model.named_parameters():
-            name = fsdp.plain_name(full_name)
+        for name, p in self.engine.trained():
             named[name] = local_tensor(p.detach())
             for state, tensor in state_of(self.engine.optimizer, p).items():
                 named[state_name(state, name)] = local_tensor(tensor)
@@ -238,9 +234,8 @@ class RunState:
     def rests(self) -> dict[str, torch.Tensor]:
         """The same names -> what a tensor is read with (kernels/adamw.py: to_fp32), likewise: the lower half
         of a split master, the bases of a moment's blocks."""
-        named = {}
-        for full_name, p in self.engine.model.named_parameters():
-            name, optimizer = fsdp.plain_name(full_name), self.engine.optimizer
+        named, optimizer = {}, self.engine.optimizer
+        for name, p in self.engine.trained():
             if (half := remainder_of(optimizer, p)) is not None:
                 named[name] = unpadded(local_tensor(half), self._box(name))
             for state in STATE:
@@ -260,9 +255,7 @@ class RunState:
         pieces: dict[str, Piece] = {}
         if self.engine.mesh.replicate_rank:
             return pieces
-        replicated = {
-            fsdp.plain_name(n) for n, p in self.engine.model.named_parameters() if is_tp_replicated(p)
-        }
+        replicated = {name for name, p in self.engine.trained() if is_tp_replicated(p)}
         rests = self.rests()
         for name, tensor in self.tensors().items():
             plain = parameter_of(name)
@@ -283,6 +276,7 @@ class RunState:
             },
             "model": model,
             "export_dtype": str(self.export_dtype).removeprefix("torch."),
+            **({"adapter": self.adapter.to_json()} if self.adapter is not None else {}),
             "config": {**options, "optim": to_dict(self.optim)},
             "commit": self.commit,
             "run": self.run,

@@ -17,11 +17,9 @@ import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint.best import record_evaluation
-from nemo_embed_core.checkpoint.kept_layers import KeptLayers
 from nemo_embed_core.checkpoint.manifest import CheckpointError, read_manifest
 from nemo_embed_core.checkpoint.runs import checkpoints
 from nemo_embed_core.checkpoint.saver import Saver
-from nemo_embed_core.checkpoint.weights import BoxReader, RandomReader, open_weights
 from nemo_embed_core.checkpoint.write import save_checkpoint
 from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data import mix
@@ -35,6 +33,7 @@ from nemo_embed_core.parallel.liveness import mark_begun, note
 from nemo_embed_core.parallel.mesh import Mesh
 from nemo_embed_core.train.engine import Engine, run_dtype
 from nemo_embed_core.train.evaluate import Evaluation
+from nemo_embed_core.train.first_weights import adapter_to_save, fill_engine, first_reader, open_base
 from nemo_embed_core.train.metrics import (
     MetricsLog,
     console_line,
@@ -53,7 +52,7 @@ from nemo_embed_core.train.preflight import (
     open_same_store,
     same_dev_sets,
 )
-from nemo_embed_core.train.run_state import RunState, fill_engine, population_of, sampler_of
+from nemo_embed_core.train.run_state import RunState, population_of, sampler_of
 from nemo_embed_core.train.schedule import learning_rate
 from nemo_embed_core.train.spikes import NonFiniteError, refuse_non_finite, shown
 from nemo_embed_core.train.step import Stopped
@@ -104,18 +103,14 @@ class Trainer:
         drawn = population_of(config, self.store, manifest, log=lambda message: None)  # prepare() has said it
         sampler, config = sampler_of(config, drawn)
         self.config = config
-        weights = (
-            open_weights(config.init_from, base=True) if config.init_from and checkpoint is None else None
-        )
+        weights = open_base(config, checkpoint, manifest)
         engine = Engine(config, model, mesh, dtype)
-        reader: BoxReader = RandomReader(model, config.seed)
-        if weights is not None:
-            reader = KeptLayers(weights.reader, config.init_layers) if config.init_layers else weights.reader
-        fill_engine(engine, reader)
+        fill_engine(engine, first_reader(config, model, weights))
         commit, lock = code_version() if mesh.rank == 0 else "", self._held.lock
         state = RunState(
             engine, self.tokenizer, self.store, drawn, commit, lock.run if lock is not None else None
         )
+        state.adapter = adapter_to_save(config, weights)
         if weights is not None:  # their own dtype decides what merge writes: bf16 in, bf16 out
             state.export_dtype = weights.dtype
         if checkpoint is not None:

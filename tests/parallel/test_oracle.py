@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Server
-from oracle import Batch, Oracle, write_model
+from oracle import Batch, LowRank, Oracle, write_model
 from tiny import train_config, write_rows, write_tokenizer
 from tokenizers import Tokenizer
 
@@ -179,9 +179,8 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
     """On every rank of one layout's world; what rank 0 saw of each step."""
     import torch.distributed as dist
     from tiny import to_hf
+    from torch.distributed.tensor import DTensor
 
-    from nemo_embed_core.model.spec import parameter_shapes
-    from nemo_embed_core.parallel import fsdp
     from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.train.preflight import prepare
@@ -195,17 +194,30 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
         torch.set_default_dtype(dtype)
         config = configure(Path(folder), case, name)
         trainer = Trainer(config, mesh, prepare(config), log=lambda message: None, dtype=dtype)
-        shapes = parameter_shapes(trainer.model_config)
+        shapes = trainer.engine.shapes
+        frozen = {
+            n: local_tensor(p).clone()
+            for n, p in trainer.engine.model.named_parameters()
+            if not p.requires_grad
+        }
 
         def whole(what: str, trainer: Any = trainer, shapes: dict = shapes) -> dict[str, torch.Tensor]:
             found = {}
-            for full_name, p in trainer.engine.model.named_parameters():
-                plain = fsdp.plain_name(full_name)
-                tensor = without_padding(getattr(p, what).full_tensor(), shapes[plain])
-                found.update(to_hf(plain, tensor, trainer.model_config))
+            for name, p in trainer.engine.trained():
+                tensor = getattr(p, what)
+                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                tensor = without_padding(tensor, shapes[name])
+                layer, _, factor = name.partition(".lora.")
+                if factor == "A":
+                    found[f"{layer.removeprefix('model.')}/A"] = tensor
+                else:
+                    weight = f"{layer}.weight" if factor else name
+                    parts = to_hf(weight, tensor, trainer.model_config)
+                    found.update({f"{part}/B" if factor else part: rows for part, rows in parts})
             return found
 
         gradients: list[dict[str, torch.Tensor]] = []
+        start = whole("data") if "lora" in case else {}
 
         def record(*_: Any, whole: Any = whole, gradients: list = gradients) -> None:
             gradients.append(whole("grad"))
@@ -214,6 +226,12 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
         records = [trainer.train_step()[0] for _ in range(config.steps)]
         weights = whole("data")
         for full_name, p in trainer.engine.model.named_parameters():
+            if full_name in frozen:
+                assert p.grad is None and p not in trainer.engine.optimizer.state, full_name
+                assert torch.equal(local_tensor(p), frozen[full_name]), (
+                    f"{full_name} is frozen and has changed"
+                )
+        for full_name, p in trainer.engine.model.named_parameters():
             if is_tp_replicated(p) and mesh.tp.size > 1:
                 copies = [torch.empty_like(local_tensor(p)) for _ in range(mesh.tp.size)]
                 dist.all_gather(copies, local_tensor(p.detach()).contiguous(), group=mesh.tp.group)
@@ -221,7 +239,7 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
                     f"{full_name}: tp replicas drifted apart"
                 )
         trainer.close()
-        results.append({"records": records, "gradients": gradients, "weights": weights})
+        results.append({"records": records, "gradients": gradients, "weights": weights, "start": start})
     torch.set_default_dtype(torch.float32)
     return results if dist.get_rank() == 0 else []
 
@@ -299,11 +317,12 @@ def batches(config: TrainConfig) -> list[Batch]:
     return out
 
 
-def expected(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    config, oracle = (
-        configure(folder, case, "oracle"),
-        Oracle(folder / case["model"], torch.float64, case.get("pooling", "mean")),
-    )
+def expected(folder: Path, case: dict[str, Any], start: dict[str, Any] | None = None) -> dict[str, Any]:
+    """start: LoRA's factors, of which only those of the first step are the product's."""
+    config, model = configure(folder, case, "oracle"), folder / case["model"]
+    oracle = Oracle(model, torch.float64, case.get("pooling", "mean"))
+    if start:
+        oracle = LowRank(model, torch.float64, start, config.lora.alpha / config.lora.rank)
     options = config.steps, case["loss"], case["optim"]
     steps = [oracle.step(batch, number, *options) for number, batch in enumerate(batches(config))]
     return {"steps": steps, "weights": oracle.weights()}
@@ -429,6 +448,31 @@ def test_a_base_model_trains_as_the_oracle(layout: tuple, server: Server, folder
         compare(case, got, expected(folder, case))
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "layout, model, again",
+    [
+        ((1, False, 1, 1), "qwen3", "selective"), ((2, False, 1, 1), "odd", "full"),
+        ((2, True, 1, 1), "odd", "selective"), ((1, False, 2, 1), "qwen2", "full"),
+        pytest.param((2, True, 2, 1), "odd", "none", marks=pytest.mark.slow),
+        pytest.param((4, True, 1, 1), "even", "full", marks=pytest.mark.slow),
+        pytest.param((2, False, 2, 2), "even", "selective", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_lora_trains_as_the_projection_of_a_dense_run(
+    layout: tuple, model: str, again: str, server: Server, folder: Path
+) -> None:
+    """Two steps: B is zero in the first, whose update the second's dA shows. The base stays as it was."""
+    case = {
+        **BASE, "layout": layout, "model": model, "dtype": "fp64", "activation_checkpointing": again,
+        "lora": {"rank": 3, "alpha": 7.0}, "steps": 2,
+    }  # fmt: skip
+    (got,) = run(server, folder, [case], f"lora-{'-'.join(map(str, layout))}")
+    for name, factor in got["start"].items():
+        assert factor.any() == name.endswith("/A") and factor.abs().max() <= factor.shape[1] ** -0.5, name
+    compare(case, got, expected(folder, case, got["start"]))
+
+
 @pytest.mark.parametrize("group", ["loss", "optim", "data", "rest"])
 def test_every_option_changes_the_run_as_the_oracle_says(group: str, server: Server, folder: Path) -> None:
     base = {**BASE, "layout": LAYOUTS[0], "model": "even", "dtype": "fp64"}
@@ -459,7 +503,7 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         TrainConfig: {
             "output_dir", "init_from", "init_layers", "tokenizer", "model", "checkpoint", "precision",
             "device", "on_spike", "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data",
-            "parallel", "epochs", "eval", "report_to",
+            "parallel", "epochs", "eval", "report_to", "lora",
         },
     }  # fmt: skip
     groups = {

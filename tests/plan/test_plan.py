@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from nemo_embed_core.config import (
     ClusterConfig,
     DatasetConfig,
     LengthsConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -39,7 +40,15 @@ from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.parallel.wire import step_traffic
 from nemo_embed_core.plan.hardware import GPUS
 from nemo_embed_core.plan.lengths import Texts, draw, split, texts_of
-from nemo_embed_core.plan.plan import Candidate, Found, num_parameters, traffic_of, wire_of
+from nemo_embed_core.plan.plan import (
+    Candidate,
+    Found,
+    needed,
+    num_parameters,
+    num_trained,
+    traffic_of,
+    wire_of,
+)
 from nemo_embed_core.plan.plan import _model as shape_of
 from nemo_embed_core.plan.plan import plan as make_plan
 from nemo_embed_core.plan.pretend import PARTS, pretend
@@ -73,24 +82,35 @@ def test_the_recorded_peaks_within_five_percent(shape: str, layers: int, vocab_s
 
 
 @pytest.mark.parametrize(
-    "world_size, copies, precision, sizes, loss",
+    "world_size, copies, precision, sizes, more",
     [
         (64, 8, "bf16", (1, 2, 4, 8), {}), (512, 64, "bf16", (1, 2, 4, 8), {}), (64, 8, "fp8", (1, 4), {}),
-        (64, 8, "bf16", (2,), {"cosent_weight": 1.0, "kl_weight": 1.0, "matryoshka_dims": [4096, 64]}),
+        (64, 8, "bf16", (2,), {
+            "loss": LossConfig(cosent_weight=1.0, kl_weight=1.0, matryoshka_dims=[4096, 64]),
+        }),
+        (64, 8, "bf16", (1, 2, 4), {"targets": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
+        (64, 8, "fp8", (4,), {"targets": ["qkv_proj", "o_proj"], "again": "full"}),
+        (64, 8, "bf16", (1, 4), {"targets": ["qkv_proj", "down_proj"], "again": "full"}),
     ],
 )  # fmt: skip
 def test_a_pretended_step_sends_what_the_formulas_say(
-    world_size: int, copies: int, precision: Literal["bf16", "fp8"], sizes: tuple[int, ...], loss: dict
+    world_size: int, copies: int, precision: Literal["bf16", "fp8"], sizes: tuple[int, ...], more: Any
 ) -> None:
-    """Every layout of a block of the 8B, on one rank of a cluster."""
-    model = ModelConfig(num_hidden_layers=1)
+    """Every layout of a block of the 8B, on one rank of a cluster; with LoRA of two, with and without
+    recomputation and sequence parallelism."""
+    lora = LoraConfig(rank=8, targets=more["targets"]) if "targets" in more else LoraConfig()
+    model = ModelConfig(num_hidden_layers=2 if lora.rank else 1)
     for tp in sizes:
         for replicate in (1, copies):
             layout = Layout(tp, replicate, world_size)
-            parallel = ParallelConfig(tp_size=tp, dp_replicate=replicate)
+            is_odd = lora.rank > 0 and replicate > 1
+            parallel = ParallelConfig(
+                tp_size=tp, dp_replicate=replicate, sequence_parallel=not is_odd, reshard_after_forward=is_odd
+            )
             config = TrainConfig(
                 output_dir="", steps=1, parallel=parallel, global_batch_size=12 * layout.dp,
-                precision=precision, loss=LossConfig(**loss),
+                precision=precision, lora=lora, init_from="base" if lora.rank else "",
+                activation_checkpointing=more.get("again", "none"), loss=more.get("loss", LossConfig()),
             )  # fmt: skip
             shapes = [Shape((96,) * 40, 8, 4), Shape((64,) * 20, 4, 4)]
             seen = pretend(config, model, world_size, shapes, parts=False)
@@ -98,6 +118,22 @@ def test_a_pretended_step_sends_what_the_formulas_say(
                 wire_of(config, model, layout), [(s.num_tokens, len(s.lengths)) for s in shapes]
             )
             assert seen.traffic == formulas, layout
+
+
+def test_lora_of_the_8b_fits_a_card_of_24_gb() -> None:
+    """Rank 16 with full recomputation: the base in bf16, and fp32 states of the factors alone."""
+    lora = LoraConfig(rank=16)
+    config = TrainConfig(output_dir="", steps=1, init_from="base", lora=lora, activation_checkpointing="full")
+    seen = [
+        pretend(config, ModelConfig(num_hidden_layers=n), 1, [Shape((128,) * 32, 4, 8)], parts=n == 4)
+        for n in (2, 4)
+    ]
+    factors = num_trained(config, ModelConfig(num_hidden_layers=4))
+    base = num_parameters(ModelConfig(num_hidden_layers=4))
+    assert seen[1].components["weights"] == 2 * base + 4 * factors
+    assert abs(seen[1].components["optimizer states"] - 8 * factors) < 1e4
+    whole = seen[1].peak + (seen[1].peak - seen[0].peak) / 2 * 28
+    assert 2 * num_parameters(ModelConfig()) < whole and needed(whole) < GPUS["L4"].memory
 
 
 def test_fp8_is_faster_by_its_products_alone_and_no_a100_has_it(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from nemo_embed_core.merge.stream import write_weights
 from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.engine import Engine
+from nemo_embed_core.train.first_weights import fill_engine
 from nemo_embed_core.train.optim import remainder_of, state_of
 from nemo_embed_core.train.preflight import prepare
-from nemo_embed_core.train.run_state import fill_engine
 
 SPLIT: dict[str, Any] = {"master_weights": "split"}
 

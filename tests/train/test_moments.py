@@ -25,8 +25,8 @@ from nemo_embed_core.parallel.fsdp import plain_name
 from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.mesh import Mesh, build_mesh, distributed
 from nemo_embed_core.train.engine import Engine
+from nemo_embed_core.train.first_weights import fill_engine
 from nemo_embed_core.train.optim import STATE, place_of, state_of, update_bytes
-from nemo_embed_core.train.run_state import fill_engine
 
 ROUNDED = ("bf16", "8bit")
 # tp 2 pads the vocabulary and the MLP, whose blocks of 33 columns do not divide by it; dp 2 cuts uneven rows.
