@@ -66,18 +66,16 @@ def experiment(options: dict[str, Any]) -> None:
 
 @pytest.mark.dist
 def test_a_grid_killed_and_resumed_ends_in_a_table_of_its_reports(tmp_path, server):
-    """Every verb once; the rest of an experiment is in test_run.py, by stand-ins."""
+    """Verbs for real, but for merge; the rest of an experiment is in test_run.py, by stand-ins."""
     server.preload("nemo_embed_core.evaluation.run", "nemo_embed_core.mine.run", "mteb", "matplotlib.pyplot")
-    server.preload("nemo_embed_core.experiments.run", "nemo_embed_core.merge.merge")
+    server.preload("nemo_embed_core.experiments.run")
     steps = yaml.safe_load(toy(tmp_path).read_text())["steps"]
-    steps["mine"]["options"]["output_format"] = "dataset"
-    # Of training data no positive is a label's: the queries are of the test.
-    steps["mine"]["options"] |= {"data": "{data}/test", "split": "test", "threshold": None}
+    mined = {"data": "{data}/test", "split": "test", "threshold": None, "output_format": "dataset"}
+    steps["mine"]["options"] |= mined
     steps["judge"] = {"verb": "judge", "options": {"mined": "{mine}", "labels": "{data}/test"}}
-    steps["merged"] = {"verb": "merge", "options": {"sources": ["{warm}", "{train}"]}}
     figures = {"negatives": "mine.negatives", "relevant": "judge.share"}
     changes = {"steps": steps, "figures": figures, "axes": {}, "seeds": [3], "references": {}}
-    grid = toy(tmp_path, **changes, models=["train", "merged"])
+    grid = toy(tmp_path, **changes, models=["warm", "train"])
     options = {"grid": str(grid), "output": str(tmp_path / "out"), "delete_models": True}
     # A launcher in its first step; then the experiment, behind the mined folder and before its mark.
     outcome = server.call(experiment, options, env={"NEMO_EMBED_FAIL": "step.begin@1"})
@@ -89,19 +87,19 @@ def test_a_grid_killed_and_resumed_ends_in_a_table_of_its_reports(tmp_path, serv
     outcome = server.call(experiment, options)
     assert outcome.code == 0, outcome.output
     assert [line.split()[1].rpartition("-")[0] for line in outcome.output.splitlines() if line[0] == "["] == [
-        "mine", "train", "judge", "merged", "evaluate-toy", "evaluate-toy",
+        "mine", "train", "judge", "evaluate-toy", "evaluate-toy",
     ]  # fmt: skip
-    assert not list(tmp_path.glob("out/steps/*/run")) + list(tmp_path.glob("out/steps/*/model"))
+    assert not list(tmp_path.glob("out/steps/*/run"))
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     scores = {}
     for config in tmp_path.glob("out/steps/evaluate-*/config.yaml"):
         rows = (config.parent / "report.queries-0.jsonl").read_text().splitlines()
-        model = Path(yaml.safe_load(config.read_text())["models"][0])
-        scores[model.name] = np.array([json.loads(row)["ndcg_at_10"] for row in rows])
+        step = Path(yaml.safe_load(config.read_text())["models"][0]).parent.name
+        scores[step.partition("-")[0]] = np.array([json.loads(row)["ndcg_at_10"] for row in rows])
     first, second = found["rows"]
-    assert first["tasks"]["toy"]["score"] == pytest.approx(scores["run"].mean(), abs=1e-5)
+    assert first["tasks"]["toy"]["score"] == pytest.approx(scores["warm"].mean(), abs=1e-5)
     difference = second["tasks"]["toy"]["difference"]
-    x_n = scores["model"] - scores["run"]
+    x_n = scores["train"] - scores["warm"]
     assert difference["value"] == pytest.approx(x_n.mean(), abs=1e-5) and x_n.any()
     assert difference["error"] == pytest.approx(np.sqrt(x_n.var(ddof=1) / 24), abs=1e-5)
     figures = {name: f["score"] for name, f in first["figures"].items()}

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from grids import Verbs, config_of, toy
 
+from launch import merge
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.experiments import run as running
@@ -225,10 +226,9 @@ def test_every_verb_gets_its_options_and_ranks_end_with_their_launcher(tmp_path,
     assert all(command[:4] == begin for command in commands.values())
     (warm,), (train,) = (tmp_path.glob(f"out/steps/{name}-*/run") for name in ("warm", "train"))
     assert commands["merged"][4:6] == ["nemo_embed_core.cli", "merge"]
-    given = commands["merged"][6:]
-    assert given[:3] == [str(warm), str(train), "-o"]
-    assert given[given.index("--weights") :][:3] == ["--weights", "0.25", "0.75"]
-    assert given[given.index("--document-task") + 1] == "find it" and "--task" not in given
+    given = vars(merge.options().parse_args(commands["merged"][6:]))
+    assert given["sources"] == [str(warm), str(train)] and given["weights"] == [0.25, 0.75]
+    assert given["document_task"] == "find it" and given["task"] is None
     for name in ("warm", "mine", "train"):
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]
         worker = ["nemo_embed_core.experiments.step", "0", "nemo_embed_core.cli"]
