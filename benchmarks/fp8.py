@@ -46,7 +46,7 @@ SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "dow
 def train(folder: Path, precision: str, steps: int) -> list[float]:
     """The loss of every step; the run is left in folder/precision."""
     config = TrainConfig.from_yaml(
-        ROOT / "configs/train-demo-stage1.yaml", output_dir=str(folder / precision), steps=steps,
+        ROOT / "configs/train-demo-random-stage1.yaml", output_dir=str(folder / precision), steps=steps,
         precision=precision, global_batch_size=12, log_every=100, tokenizer=str(folder / "data/tokenizer"),
         model={"num_hidden_layers": 2}, optim={"lr": 1e-3, "warmup_steps": min(50, steps // 2)},
         data={

