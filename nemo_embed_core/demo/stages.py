@@ -31,7 +31,7 @@ class Demo:
     Hugging Face folder to begin with, None: random weights and a tokenizer of the demo's own texts."""
 
     def __init__(self, root: Path, output: Path, base: Path | None):
-        self.root, self.output, self.data = root, output, output / "data"
+        self.root, self.output, self.base, self.data = root, output, base, output / "data"
         tokenizer = str(self.data / "tokenizer")
         self.begin = ["--tokenizer", tokenizer] if base is None else ["--init_from", str(base)]
         self.config = f"configs/train-demo{'-random' if base is None else ''}-stage{{}}.yaml"
@@ -61,12 +61,15 @@ class Demo:
         return str(self.output / name)
 
     def _train(self, name: str, stage: int, dataset: Path, *options: str) -> None:
-        """torchrun with tp=2, on two GPUs or on a CPU whose cores both ranks share; on one GPU tp=1."""
+        """torchrun with two ranks, on two GPUs or on a CPU whose cores both share; on one GPU with one. They
+        share each layer (tp) with random weights, each batch (dp) with SmolLM2's, whose 3 KV heads 2 does not
+        divide."""
         import torch
 
         ranks = "1" if torch.cuda.device_count() == 1 else "2"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        command += ["launch/train.py", "--config", self.config.format(stage), "--parallel.tp_size", ranks]
+        command += ["launch/train.py", "--config", self.config.format(stage)]
+        command += ["--parallel.tp_size", ranks if self.base is None else "1"]
         command += ["--output_dir", self._path(name), "--data.cache_dir", self._path("cache")]
         command += ["--data.datasets", json.dumps([{"path": str(dataset), "task": TASK}])]
         threads = max(1, (os.cpu_count() or 2) // 2)
