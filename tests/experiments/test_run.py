@@ -16,6 +16,7 @@ import pytest
 import yaml
 from grids import Verbs, config_of, toy
 
+from launch import experiment as launch_experiment
 from launch import merge
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.errors import UserError
@@ -107,16 +108,23 @@ def test_a_step_that_fails_ends_those_that_run_beside_it(tmp_path, verbs, act):
     assert not list(tmp_path.glob("out/steps/*/.lock"))
 
 
-def test_an_interrupt_ends_the_step_that_runs(tmp_path, verbs):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_step_that_runs(tmp_path, verbs, monkeypatch, number):
     verbs.acts["warm"] = "hang"
+    before = signal.getsignal(signal.SIGTERM)
+    argv = ["experiment", "--grid", str(one_step(tmp_path)), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
 
     def interrupt() -> None:
         assert verbs.hanging.wait(60)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        run(one_step(tmp_path))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch_experiment.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert verbs.started == ["warm"] and ("warm", "terminate") in verbs.ended
 
 
