@@ -172,6 +172,9 @@ def test_folding_rounds_once(tmp_path: Path) -> None:
     factors = {
         f"{name}.lora.A": torch.full((1, 128), 2**-9 + 2**-31), f"{name}.lora.B": torch.ones(64, 1),
     }  # fmt: skip
+    # Only rows 8 and 9 of columns 16 to 19 are these; all of rows 3 to 7 are four times as much.
+    factors[f"{name}.lora.B"][[*range(8), *range(10, 64)]] = 4
+    factors[f"{name}.lora.A"][:, [*range(16), *range(20, 128)]] = 0
     read = SimpleNamespace(folder=tmp_path, manifest={}, read_box=lambda name, box: factors[name])
     base: Any = SimpleNamespace(
         reader=SimpleNamespace(read_box=lambda name, box: torch.ones(box[1], dtype=torch.bfloat16))
@@ -184,7 +187,8 @@ def test_folding_rounds_once(tmp_path: Path) -> None:
     out = torch.empty(2, 4, dtype=torch.bfloat16)
     write_values(values, out)
     assert (out == 1 + 2**-7).all()
-    assert (reader.delta("layers.0.self_attn.o_proj.weight", 3, 5) == 2**-8 + 2**-30).all()
+    delta = reader.delta("layers.0.self_attn.o_proj.weight", 3, 5)
+    assert (delta[:, 16:20] == 2**-6 + 2**-28).all() and delta.count_nonzero() == 5 * 4
 
 
 def resume(folder: str, name: str, steps: int, parallel: dict[str, Any], **changes: Any) -> list[float]:
