@@ -36,7 +36,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_dev(folder: Path) -> None:
     """folder/dev: 40 queries over 150 documents of ragged lengths, some of them twice under other ids, with
-    grades, zeros, ids shared with queries; folder/sts.jsonl: 60 pairs, some of them twice or of one text."""
+    grades, zeros, queries that are documents; folder/sts.jsonl: 60 pairs, some twice or of one text."""
     if folder.joinpath("dev").exists():
         return
     rng = random.Random(5)
@@ -45,7 +45,7 @@ def write_dev(folder: Path) -> None:
         texts[i] = texts[(i + 37) % 150]
     corpus = [{"_id": f"x{i * 7919 % 1000}", "title": "", "text": text} for i, text in enumerate(texts)]
     queries = [{"_id": f"x{i * 7919 % 1000}" if i % 4 == 0 else f"q{i}",
-                "text": " ".join(rng.sample(text.split(), min(4, len(text.split()))))}
+                "text": text if i % 4 == 0 else " ".join(rng.sample(text.split(), min(4, len(text.split()))))}
                for i, text in enumerate(texts[:40])]  # fmt: skip
     judged = [(query["_id"], corpus[i]["_id"], 1 + i % 3) for i, query in enumerate(queries)]
     judged += [(query["_id"], corpus[i + 50]["_id"], i % 3) for i, query in enumerate(queries)]
