@@ -188,7 +188,7 @@ def test_a_step_is_shared_by_cells_and_changes_with_all_that_it_reads(tmp_path):
 # Texts that are no path, or of what the experiment sets: of any other option the bytes must count.
 NOT_READ = {
     "train": {"checkpoint.allow_changed", "data.datasets.ignore", "data.datasets.columns", "report_to",
-              "data.cache_dir", "checkpoint.resume", "eval.metric"},
+              "data.cache_dir", "checkpoint.resume", "eval.metric", "lora.targets"},
     "mine": {"ignore", "columns", "datasets.ignore", "datasets.columns", "formats", "write_texts"},
     "merge": {"evaluate"},
     "judge": set(),

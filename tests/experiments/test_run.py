@@ -111,7 +111,8 @@ def test_a_step_that_fails_ends_those_that_run_beside_it(tmp_path, verbs, act):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_step_that_runs(tmp_path, verbs, monkeypatch, number):
     verbs.acts["warm"] = "hang"
-    before = signal.getsignal(signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `command &`
     argv = ["experiment", "--grid", str(one_step(tmp_path)), "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", argv)
 
@@ -124,7 +125,8 @@ def test_an_interrupt_ends_the_step_that_runs(tmp_path, verbs, monkeypatch, numb
         with pytest.raises(KeyboardInterrupt):
             launch_experiment.main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
     assert verbs.started == ["warm"] and ("warm", "terminate") in verbs.ended
 
 
