@@ -73,14 +73,14 @@ class Demo:
         command += ["--output_dir", self._path(name), "--data.cache_dir", self._path("cache")]
         command += ["--data.datasets", json.dumps([{"path": str(dataset), "task": TASK}])]
         threads = max(1, (os.cpu_count() or 2) // 2)
-        self._command([*command, *options], {"OMP_NUM_THREADS": str(threads), **KEPT})
+        self._command([*command, *options], {"OMP_NUM_THREADS": str(threads)})
 
     def _command(self, command: list[str], env: dict[str, str] | None = None) -> None:
         """Prints and runs one launcher; its failure ends the demo."""
         shown = [part.replace(sys.executable, "python") for part in command]
         print(f"\n$ {shlex.join(shown)}", flush=True)
         start = time.monotonic()
-        code = subprocess.run(command, cwd=self.root, env=os.environ | (env or {})).returncode
+        code = subprocess.run(command, cwd=self.root, env=os.environ | KEPT | (env or {})).returncode
         if code:
             raise SystemExit(f"demo: the command above failed with exit code {code}")
         print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
