@@ -21,8 +21,8 @@ from nemo_embed_core.files.strict_json import read_object
 
 TASK = "Find the rest of the docstring"
 RUNS = ("stage1", "stage2", "stage2-seed2")  # that have steps
-# glibc gives the memory of large tensors back when they are freed, and the kernel clears the pages of the
-# next ones again, five times its share of a step on a CPU (docs/log.md).
+# glibc gives the memory of large tensors back when they are freed, and the kernel clears the pages
+# of the next ones again: most of the system time of a step on a CPU (docs/log.md).
 KEPT = {name: str(1 << 32) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
 
 
