@@ -6,6 +6,7 @@ output/steps/NAME-DIGEST/   config.yaml, log.txt, the product, and done.json whe
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -79,7 +80,8 @@ def _start(command: list[str], log: IO[str], env: dict[str, str]) -> subprocess.
 
 
 class Runner:
-    """jobs steps at a time, in the plan's order, each on `ranks` GPUs of its own where there are GPUs.
+    """jobs steps at a time, the plan's first of those that wait for no other, each on `ranks` GPUs of its own
+    where there are GPUs.
 
     Each step has a lock: several commands may run cells of one grid in one folder, from several machines.
     """
@@ -109,17 +111,20 @@ class Runner:
     def run(self) -> None:
         """UserError of the first step that fails. Those that run beside it are then ended, as they are at a
         signal: training saves where it is."""
-        futures: dict[str, Future[None]] = {}
+        waiting, running = {step.digest: step for step in self.steps}, dict[Future[None], str]()
         with ThreadPoolExecutor(self.jobs) as pool:
-            # In the plan's order, so that a step that waits for another one never keeps it from starting.
-            for step in self.steps:
-                futures[step.digest] = pool.submit(self._step, step, futures)
             try:
-                for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
-                    future.result()
+                while waiting or running:
+                    missing = {*waiting, *running.values()}
+                    ready = (s for s in waiting.values() if not any(n.digest in missing for n in s.needs))
+                    for step in itertools.islice(ready, self.jobs - len(running)):
+                        running[pool.submit(self._step, step)] = step.digest
+                    waiting = {d: step for d, step in waiting.items() if d not in running.values()}
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        future.result()
+                        del running[future]
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self._end(futures.values())
+                self._end(running)
                 raise
 
     def _end(self, futures: Iterable[Future[None]]) -> None:
@@ -134,10 +139,7 @@ class Runner:
             for process in processes:
                 process.kill()
 
-    def _step(self, step: Step, futures: dict[str, Future[None]]) -> None:
-        for needed in step.needs:
-            if needed.digest in futures:
-                futures[needed.digest].result()
+    def _step(self, step: Step) -> None:
         if (lock := self._lock(step)) is None:
             return
         gpus = self.places.get()

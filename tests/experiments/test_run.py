@@ -94,12 +94,12 @@ def test_training_that_a_signal_stopped_before_its_last_step_is_not_done(tmp_pat
 
 @pytest.mark.parametrize("act", ["hang", "deaf"])
 def test_a_step_that_fails_ends_those_that_run_beside_it(tmp_path, verbs, act):
-    """The first in the order would run on for hours."""
+    """The first in the order would run on for hours; what waits for it keeps nothing from starting."""
     verbs.acts |= {"warm": act, "late": "fail"}
-    values = yaml.safe_load(one_step(tmp_path, seeds=[1]).read_text())
+    values = yaml.safe_load(toy(tmp_path, axes={}, seeds=[1]).read_text())
     late = yaml.safe_load(yaml.safe_dump(values["steps"]["warm"]))
     late["options"]["optim"] = {"lr": 1e-4}
-    values |= {"steps": {**values["steps"], "late": late}, "models": ["warm", "late"]}
+    values |= {"steps": {**values["steps"], "late": late}, "models": ["train", "late"]}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     with pytest.raises(UserError, match="late ended with code 1"):
         run(tmp_path / "grid.yaml", jobs=2)
