@@ -39,6 +39,7 @@ setup(
         "nemo_embed_core.model",
         "nemo_embed_core.parallel",
         "nemo_embed_core.plan",
+        "nemo_embed_core.steps",
         "nemo_embed_core.synthesize",
         "nemo_embed_core.train",
     ],

@@ -79,7 +79,7 @@ class Verbs:
 
     def __call__(self, command: list[str], log: IO[str], env: dict[str, str]) -> _Process:
         self.commands.append(command)
-        return _Process(self, command[command.index("nemo_embed_core.experiments.step") + 2 :])
+        return _Process(self, command[command.index("nemo_embed_core.steps.child") + 2 :])
 
 
 class _Process:

@@ -8,43 +8,19 @@ reads are the same, and runs once: stage 1 of a grid over thresholds is trained 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_embed_core import __version__
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.experiments.grid import KEPT, Grid
-from nemo_embed_core.experiments.inputs import inputs_of
-from nemo_embed_core.experiments.verbs import HERE, VERBS, Verb
-from nemo_embed_core.files.durable import sha256_file, sha256_folder
-
-
-@dataclass(frozen=True)
-class Step:
-    """name: of the grid's step; options: checked and whole, paths of other steps with HERE before them.
-    inputs: what it reads that no step makes."""
-
-    name: str
-    verb: Verb
-    options: dict[str, Any]
-    needs: tuple[Step, ...]
-    inputs: tuple[str, ...]
-    digest: str
-
-    @property
-    def folder(self) -> str:
-        return f"{HERE}steps/{self.name}-{self.digest[:12]}"
-
-    @property
-    def product(self) -> str:
-        return f"{self.folder}/{self.verb.product}"
+from nemo_embed_core.steps.inputs import inputs_of
+from nemo_embed_core.steps.step import Step, closure, digest_of, made
+from nemo_embed_core.steps.verbs import VERBS, Verb
 
 
 class Row(NamedTuple):
@@ -98,16 +74,6 @@ def steps_of(grid: Grid) -> Plan:
     return plan
 
 
-def closure(steps: Iterable[Step]) -> dict[str, Step]:
-    """These and all that they need, by digest."""
-    found, queue = dict[str, Step](), list(steps)
-    while queue:
-        step = queue.pop()
-        if found.setdefault(step.digest, step) is step:
-            queue += step.needs
-    return found
-
-
 @dataclass(frozen=True)
 class _Cell:
     """known: all steps by their digests.  digests: of files, so that each is read once."""
@@ -157,9 +123,8 @@ class _Cell:
                 [*(f"{axis}={value}" for axis, value in self.values.items()), f"seed={self.seed}"]
             )
             raise self.grid.refuse(f"{place}, cell {said}: {error}") from None
-        content = json.dumps([name, whole, [n.digest for n in needs], read, __version__], sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        return self.known.setdefault(digest, Step(name, verb, whole, needs, tuple(read), digest))
+        step = made(name, verb, whole, needs, read)
+        return self.known.setdefault(step.digest, step)
 
     def _patched(self, options: Any, place: str) -> Any:
         """A deep copy with the patches of this cell's values and their placeholders filled in."""
@@ -215,8 +180,7 @@ class _Cell:
 
     def _digest(self, path: str) -> str:
         if path not in self.digests:
-            place = Path(path)
-            self.digests[path] = sha256_folder(place) if place.is_dir() else sha256_file(place)
+            self.digests[path] = digest_of(path)
         return self.digests[path]
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.experiments.verbs import VERBS
 from nemo_embed_core.options import check_yaml, short
+from nemo_embed_core.steps.verbs import VERBS
 
 KEPT = ("text", "folder")  # placeholders of prompts and commands, which are not the grid's
 MEAN = "mean"  # of the tasks, where there are several

@@ -22,11 +22,12 @@ from nemo_embed_core.evaluation.compare_plot import pyplot_or_refuse
 from nemo_embed_core.evaluation.crossed import Error, error_of, shares
 from nemo_embed_core.evaluation.results import Result, results_in
 from nemo_embed_core.evaluation.statistics import LEVEL
-from nemo_embed_core.experiments.cells import Plan, Row, Step
+from nemo_embed_core.experiments.cells import Plan, Row
 from nemo_embed_core.experiments.grid import MEAN, Grid
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.options import short
+from nemo_embed_core.steps.step import Step
 
 Key = tuple[tuple[str, ...], str]  # values of the axes, model
 

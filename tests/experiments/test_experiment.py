@@ -19,6 +19,7 @@ from grids import toy
 
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.experiments import run as running
+from nemo_embed_core.steps import runner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +28,7 @@ class Forked:
     """A step's process as a fork, which has its imports: the test pays no seconds for them."""
 
     def __init__(self, command: list[str], log: Any, env: dict[str, str]):
-        assert command[:3] == [sys.executable, "-m", "nemo_embed_core.experiments.step"]
+        assert command[:3] == [sys.executable, "-m", "nemo_embed_core.steps.child"]
         if pid := os.fork():
             self.pid = pid
             return
@@ -38,7 +39,7 @@ class Forked:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
             sys.argv = command[2:]
-            from nemo_embed_core.experiments.step import main
+            from nemo_embed_core.steps.child import main
 
             main()
             code = 0
@@ -59,7 +60,7 @@ def experiment(options: dict[str, Any]) -> None:
     """At the top level, so that a server of forks finds it."""
     from nemo_embed_core.errors import user_errors
 
-    running._start = Forked  # type: ignore[assignment]
+    runner._start = Forked  # type: ignore[assignment]
     with user_errors():
         running.run(ExperimentConfig(**options))
 
@@ -80,7 +81,7 @@ def test_a_grid_killed_and_resumed_ends_in_a_table_of_its_reports(tmp_path, serv
     # A launcher in its first step; then the experiment, behind the mined folder and before its mark.
     outcome = server.call(experiment, options, env={"NEMO_EMBED_FAIL": "step.begin@1"})
     assert outcome.code == 2 and "warm ended with code -9; the end of" in outcome.output, outcome.output
-    outcome = server.call(experiment, options, env={"NEMO_EMBED_FAIL": "experiment-done@mine"})
+    outcome = server.call(experiment, options, env={"NEMO_EMBED_FAIL": "step-done@mine"})
     assert outcome.code == -signal.SIGKILL and "[1/" in outcome.output, outcome.output
     (mined,) = tmp_path.glob("out/steps/mine-*/mined.jsonl/dataset_metadata.json")
     mined.write_text("{}")  # a part of it

@@ -15,8 +15,8 @@ from nemo_embed_core.experiments import cells
 from nemo_embed_core.experiments import run as running
 from nemo_embed_core.experiments.cells import steps_of
 from nemo_embed_core.experiments.grid import read_grid
-from nemo_embed_core.experiments.verbs import VERBS
 from nemo_embed_core.options import options_of
+from nemo_embed_core.steps.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def _with(**step: Any) -> dict[str, Any]:
         ({**_steps(), "constants": {"data": "{a}", "a": "{b}/x", "b": "{a}"}},
          r"names stand in a circle: a -> b -> a"),
         ({**_steps(steps="{size}"), "axes": {"size": ["{size}"]}}, r"names stand in a circle: size -> size"),
-        (_steps(output_dir="x"), r"output_dir is the experiment's own: leave it out"),
+        (_steps(output_dir="x"), r"output_dir is the step's own: leave it out"),
         (_steps(seed=3), r'warm is the same run with seed 1 and 2: put "\{seed\}" into its options'),
         (_steps(data={"datasets": [{"path": "{data}/test", "split": "dev"}]}), r"qrels/dev.tsv"),
         (_steps(eval={"datasets": [{"path": "{data}/train.jsonl"}]}), r"train.jsonl is not a folder: a BEIR"),

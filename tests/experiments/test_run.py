@@ -23,14 +23,15 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.experiments import run as running
 from nemo_embed_core.files.durable import pid_namespace, start_time
 from nemo_embed_core.files.lock import Lock
+from nemo_embed_core.steps import runner
 
 
 @pytest.fixture
 def verbs(monkeypatch) -> Verbs:
     found = Verbs()
-    monkeypatch.setattr(running, "_start", found)
-    monkeypatch.setattr(running, "code_version", lambda: "this code")  # which asks git
-    monkeypatch.setattr(running.Runner, "GRACE_S", 0.2)
+    monkeypatch.setattr(runner, "_start", found)
+    monkeypatch.setattr(runner, "code_version", lambda: "this code")  # which asks git
+    monkeypatch.setattr(runner.Runner, "GRACE_S", 0.2)
     monkeypatch.setattr(Lock, "POLL_S", 0.02)
     return found
 
@@ -173,17 +174,17 @@ def test_deleting_models_leaves_links_and_what_a_step_is_given_by_its_path(tmp_p
 
 def test_a_model_that_is_half_deleted_or_half_made_again_is_no_model(tmp_path, verbs, monkeypatch):
     grid = one_step(tmp_path, seeds=[1])
-    removed = running.shutil.rmtree
+    removed = runner.shutil.rmtree
 
     def killed(path: Path, ignore_errors: bool = False) -> None:
         if path.exists():
             next(path.rglob("manifest.json")).unlink()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(running.shutil, "rmtree", killed)
+    monkeypatch.setattr(runner.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         run(grid, delete_models=True)
-    monkeypatch.setattr(running.shutil, "rmtree", removed)
+    monkeypatch.setattr(runner.shutil, "rmtree", removed)
     # Another task asks for the model again: it is made again, and what is made of it by halves is not it.
     values = yaml.safe_load(grid.read_text())
     values["evaluate"]["more"] = {**values["evaluate"]["toy"], "max_queries": 9}
@@ -232,7 +233,7 @@ def test_every_verb_gets_its_options_and_ranks_end_with_their_launcher(tmp_path,
     grid = toy(tmp_path, **changes, figures={"share": "judge.share", "negatives": "mine.negatives"})
     run(grid, ranks=3)
     commands = dict(zip(verbs.started, verbs.commands, strict=True))
-    begin = [sys.executable, "-m", "nemo_embed_core.experiments.step", str(os.getpid())]
+    begin = [sys.executable, "-m", "nemo_embed_core.steps.child", str(os.getpid())]
     assert all(command[:4] == begin for command in commands.values())
     (warm,), (train,) = (tmp_path.glob(f"out/steps/{name}-*/run") for name in ("warm", "train"))
     assert commands["merged"][4:6] == ["nemo_embed_core.cli", "merge"]
@@ -241,7 +242,7 @@ def test_every_verb_gets_its_options_and_ranks_end_with_their_launcher(tmp_path,
     assert given["document_task"] == "find it" and given["task"] is None
     for name in ("warm", "mine", "train"):
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]
-        worker = ["nemo_embed_core.experiments.step", "0", "nemo_embed_core.cli"]
+        worker = ["nemo_embed_core.steps.child", "0", "nemo_embed_core.cli"]
         assert commands[name][4:13] == [*launcher, *worker, "mine" if name == "mine" else "train"]
     assert commands["judge"][4:6] == ["nemo_embed_core.experiments.judge", "--config"]
     assert config_of(train)["data"]["datasets"][0]["path"].endswith("mined.jsonl")
@@ -261,7 +262,7 @@ def test_a_step_ends_with_the_process_that_started_it(tmp_path, parent):
     starter = (
         "import os, subprocess, sys\n"
         "pid = sys.argv[1] if sys.argv[1] == '0' else str(os.getpid())\n"
-        "step = [sys.executable, '-m', 'nemo_embed_core.experiments.step', pid, 'asleep', sys.argv[2]]\n"
+        "step = [sys.executable, '-m', 'nemo_embed_core.steps.child', pid, 'asleep', sys.argv[2]]\n"
         "subprocess.run(step)"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), *filter(None, sys.path)])

@@ -14,6 +14,7 @@ from grids import Verbs, config_of, toy
 
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.experiments import run as running
+from nemo_embed_core.steps import runner
 
 # (learning rate, task) -> the scores of each query by seed, of the task `one` four and of `two` two queries.
 SCORES = {
@@ -36,8 +37,8 @@ def table(folder: Path, monkeypatch: Any, seeds: list[int], scores: dict[Any, An
         train = config_of(model)
         return scores[train["optim"]["lr"], options["name"]][train["seed"] - 1]
 
-    monkeypatch.setattr(running, "_start", Verbs(score))
-    monkeypatch.setattr(running, "code_version", lambda: "this code")  # which asks git
+    monkeypatch.setattr(runner, "_start", Verbs(score))
+    monkeypatch.setattr(runner, "code_version", lambda: "this code")  # which asks git
     grid = toy(
         folder, seeds=seeds, figures={}, models=["warm"],
         axes={"rate": {"small": {"warm.optim.lr": 1e-3}, "large": {"warm.optim.lr": 1e-2}}},

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.experiments.verbs import HERE, Verb
+from nemo_embed_core.steps.verbs import HERE, Verb
 
 
 def inputs_of(verb: Verb, options: Mapping[str, Any]) -> Iterator[str]:

@@ -1,20 +1,20 @@
-"""What of an experiment lies on its disk: which steps are done, which are to do, and what they cost."""
+"""What of a plan lies on its disk: which steps are done, which are to do, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.experiments.cells import Plan, Row, Step, closure
-from nemo_embed_core.experiments.verbs import HERE
 from nemo_embed_core.files.strict_json import read_object
+from nemo_embed_core.steps.step import Step, closure
+from nemo_embed_core.steps.verbs import HERE
 
 DONE = "done.json"
 
 
 def real(value: Any, output: Path) -> Any:
-    """With the folder of the experiment in place of HERE."""
+    """With the folder of the plan in place of HERE."""
     if isinstance(value, dict):
         return {key: real(item, output) for key, item in value.items()}
     if isinstance(value, list):
@@ -35,8 +35,8 @@ def is_there(step: Step, output: Path) -> bool:
     return is_done(step, output) and Path(real(step.product, output)).exists()
 
 
-def to_do(rows: Sequence[Row], output: Path) -> set[str]:
-    """Digests of the steps that have to run for what is missing of these rows."""
+def to_do(ends: Iterable[Step], output: Path) -> set[str]:
+    """Digests of the steps that have to run for those of `ends` that are not done."""
     found: set[str] = set()
 
     def want(step: Step) -> None:
@@ -45,10 +45,9 @@ def to_do(rows: Sequence[Row], output: Path) -> set[str]:
             for needed in step.needs:
                 want(needed)
 
-    for row in rows:
-        for step in row.ends:
-            if not is_done(step, output):
-                want(step)
+    for step in ends:
+        if not is_done(step, output):
+            want(step)
     return found
 
 
@@ -60,13 +59,13 @@ def texts(step: Step) -> int | None:
     return options["steps"] * options["global_batch_size"] * (2 + options["data"]["num_hard_negatives"])
 
 
-def listed(plan: Plan, rows: Sequence[Row], output: Path) -> Iterator[str]:
-    """The steps of these rows and what they cost, as far as steps that are done tell it."""
-    todo, used = to_do(rows, output), closure(step for row in rows for step in row.ends)
-    steps = [step for step in plan.steps if step.digest in used]
+def listed(plan: Sequence[Step], ends: Sequence[Step], output: Path) -> Iterator[str]:
+    """What `ends` need of a plan's steps, and what it costs, as far as steps that are done tell it."""
+    todo, used = to_do(ends, output), closure(ends)
+    steps = [step for step in plan if step.digest in used]
     seconds, unknown = 0.0, list[str]()
     for step in steps:
-        cost = _seconds(step, plan.steps, output)
+        cost = seconds_of(step, plan, output)
         state = "done" if step.digest not in todo else "to do"
         size = "" if (n := texts(step)) is None else f"{n:,} texts"
         took = "" if cost is None else f"{cost:.0f} s"
@@ -79,7 +78,7 @@ def listed(plan: Plan, rows: Sequence[Row], output: Path) -> Iterator[str]:
     yield f"{len(todo)} of {len(steps)} steps to do, about {seconds / 60:.0f} minutes one after another{rest}"
 
 
-def _seconds(step: Step, steps: Sequence[Step], output: Path) -> float | None:
+def seconds_of(step: Step, steps: Sequence[Step], output: Path) -> float | None:
     """As it took; else the mean of the done steps of its name, in proportion to the texts."""
     if is_done(step, output):
         return read_object(place(step, output) / DONE)["seconds"]

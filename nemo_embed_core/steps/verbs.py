@@ -13,7 +13,7 @@ from nemo_embed_core.export.formats import Format
 from nemo_embed_core.merge.recipes import Method, check_recipe, check_weights
 from nemo_embed_core.options import Options, short, to_dict
 
-HERE = "@/"  # before the path of a step or its product in options: below the experiment's folder
+HERE = "@/"  # before the path of a step or its product in options: below the folder of the plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,28 @@ def _makes_rows(options: Mapping[str, Any]) -> None:
         raise UserError(f"write_texts={options['write_texts']} mines nothing: leave it out")
 
 
-@dataclass(frozen=True)
+def _merge_argv(options: Mapping[str, Any], product: str) -> list[str]:
+    argv = [*options["sources"], "-o", product]
+    for name, value in options.items():
+        if name != "sources" and value is not None:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return argv
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verb:
-    """output: the option that names its product.  paths: options that name what it reads.  data: those of
+    """name: in grids and for people.  launcher: verb of nemo-embed, that is run.
+
+    output: the option that names its product.  paths: options that name what it reads.  data: those of
     them that are datasets, whose files its readers choose by what stands beside the path.  report: of its
-    folder the file with its figures.  own: options that the experiment sets.  refuse: UserError for options
-    that a step cannot have."""
+    folder the file with its figures.  own: options that every step has.  refuse: UserError for options that
+    a step cannot have.  is_ranked: whether it runs under torchrun.  argv: of a launcher that takes arguments,
+    from its options and product.  module: is run in place of a launcher.
+    """
 
     name: str
+    launcher: str
     options: type[Options]
     output: str
     product: str
@@ -78,11 +92,14 @@ class Verb:
     is_model: bool = False
     own: tuple[tuple[str, str, str], ...] = ()
     refuse: Callable[[Mapping[str, Any]], None] = lambda options: None
+    is_ranked: bool = False
+    argv: Callable[[Mapping[str, Any], str], list[str]] | None = None
+    module: str = ""
 
     def check(self, files: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """The whole tree of options, defaults too; UserError for what the launcher would refuse."""
         if self.output in options:
-            raise UserError(f"{self.output} is the experiment's own: leave it out")
+            raise UserError(f"{self.output} is the step's own: leave it out")
         files, options = [files] if isinstance(files, str) else files, {**options, self.output: "run"}
         self.refuse(options)  # in its words, before the launcher's own
         make = self.options
@@ -94,33 +111,33 @@ class Verb:
         return whole
 
 
-VERBS = {
-    "train": Verb(
-        *("train", TrainConfig, "output_dir", "run"),
+_ALL = (
+    Verb(
+        name="train", launcher="train", options=TrainConfig, output="output_dir", product="run",
         paths=("init_from", "tokenizer", "data.datasets.path", "data.datasets.source", "data.store",
                "eval.datasets.path", "eval.datasets.source"),
         data=("data.datasets.path", "eval.datasets.path"),
-        is_model=True,
+        is_model=True, is_ranked=True,
         own=(("data", "cache_dir", f"{HERE}data-cache"), ("checkpoint", "resume", "auto")),
     ),
-    "mine": Verb(
-        *("mine", MineConfig, "output", "mined.jsonl"),
+    Verb(
+        name="mine", launcher="mine", options=MineConfig, output="output", product="mined.jsonl",
         paths=("model", "data", "source", "datasets.path", "datasets.source", "corpus", "exclude"),
         data=("data", "datasets.path"),
-        report="mined.jsonl.report.json",
-        refuse=_makes_rows,
+        report="mined.jsonl.report.json", refuse=_makes_rows, is_ranked=True,
     ),
-    "merge": Verb(*("merge", MergeOptions, "output", "model"), paths=("sources",), is_model=True),
-    "judge": Verb(
-        *("judge", JudgeConfig, "output", "judged.json"),
-        paths=("mined", "labels", "cross_encoder"),
-        data=("labels",),
-        report="judged.json",
+    Verb(
+        name="merge", launcher="merge", options=MergeOptions, output="output", product="model",
+        paths=("sources",), is_model=True, argv=_merge_argv,
     ),
-    "evaluate": Verb(
-        *("evaluate", EvaluateConfig, "output", "report.json"),
-        paths=("models", "data", "source", "training", "mirror"),
-        data=("data",),
-        refuse=_is_one_report,
+    Verb(
+        name="judge", launcher="", options=JudgeConfig, output="output", product="judged.json",
+        paths=("mined", "labels", "cross_encoder"), data=("labels",), report="judged.json",
+        module="nemo_embed_core.experiments.judge",
     ),
-}  # fmt: skip
+    Verb(
+        name="evaluate", launcher="evaluate", options=EvaluateConfig, output="output", product="report.json",
+        paths=("models", "data", "source", "training", "mirror"), data=("data",), refuse=_is_one_report,
+    ),
+)  # fmt: skip
+VERBS = {verb.name: verb for verb in _ALL}

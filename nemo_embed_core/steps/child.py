@@ -1,6 +1,6 @@
-"""A module that ends with its parent: python -m nemo_embed_core.experiments.step PARENT MODULE [ARGUMENTS].
+"""A module that ends with its parent: python -m nemo_embed_core.steps.child PARENT MODULE [ARGUMENTS].
 
-A launcher whose experiment was killed would go on writing into the folder that the next one goes on with.
+A launcher whose command was killed would go on writing into the folder that the next one goes on with.
 PARENT: its process, or 0 for whoever started this, as torchrun does its ranks.
 """
 
