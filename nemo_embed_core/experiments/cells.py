@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.experiments.grid import KEPT, Grid
+from nemo_embed_core.experiments.grid import KEPT, Grid, step_of
 from nemo_embed_core.steps.inputs import inputs_of
 from nemo_embed_core.steps.step import Step, closure, digest_of, made
 from nemo_embed_core.steps.verbs import VERBS, Verb
@@ -60,7 +60,8 @@ def steps_of(grid: Grid) -> Plan:
         made = {name: cell.step(name) for name in grid.steps}
         figures = {figure: made[place.partition(".")[0]] for figure, place in grid.figures.items()}
         for model in grid.models:
-            scores = {task: cell.evaluation(task, made[model]) for task in grid.evaluate}
+            step, cut = step_of(model)
+            scores = {task: cell.evaluation(task, made[step].product + cut) for task in grid.evaluate}
             plan.rows.append(Row(values, model, seed, scores, figures))
     for name in grid.references:
         cell = _Cell(grid, {}, None, known, digests)
@@ -92,8 +93,8 @@ class _Cell:
                 name, VERBS[given["verb"]], given.get("config") or [], given.get("options") or {}, {}, name
             )
 
-    def evaluation(self, task: str, model: Step | str) -> Step:
-        own = {"models": [model.product if isinstance(model, Step) else model], "name": task}
+    def evaluation(self, task: str, model: str) -> Step:
+        own = {"models": [model], "name": task}
         options = self.grid.evaluate[task]
         return self._made(f"evaluate-{task}", VERBS["evaluate"], [], options, own, f"evaluate.{task}")
 

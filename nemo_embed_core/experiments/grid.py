@@ -29,6 +29,7 @@ WORDS = {str: "a text", list: "a list", dict: "a mapping of names"}
 @dataclass(frozen=True)
 class Grid:
     """axes: axis -> value -> patches {dotted path: value}, or None where the value is a placeholder's.
+    models: steps, "train@144" with vectors cut to 144 columns (launch/evaluate.py).
     references: models that are no step, scored once, by their names in the table."""
 
     path: str
@@ -45,6 +46,12 @@ class Grid:
 
     def refuse(self, message: str) -> UserError:
         return UserError(f"{self.path}: {message}")
+
+
+def step_of(model: str) -> tuple[str, str]:
+    """(step, columns that its vectors are cut to as "@144", or "")."""
+    found = re.fullmatch(r"([\w-]+)(@[1-9][0-9]*)?", model)
+    return (found[1], found[2] or "") if found else (model, "")
 
 
 def read_grid(path: str, constants: Mapping[str, str] | None = None) -> Grid:
@@ -85,8 +92,8 @@ def read_grid(path: str, constants: Mapping[str, str] | None = None) -> Grid:
         _check_step(name, step, wrong)
     models = values["models"] or [list(values["steps"])[-1]]
     is_model = {name: VERBS[step["verb"]].is_model for name, step in values["steps"].items()}
-    if bad := [m for m in models if not isinstance(m, str) or not is_model.get(m)]:
-        raise wrong(f"models: {bad[0]!r} is no step that makes a model")
+    if bad := [m for m in models if not isinstance(m, str) or not is_model.get(step_of(m)[0])]:
+        raise wrong(f"models: {bad[0]!r} is no step that makes a model, nor STEP@COLUMNS of one")
     for name, reference in values["references"].items():
         if not isinstance(reference, str):
             raise wrong(f"references.{name}={short(reference)} must be a model: a path, or bm25")

@@ -215,9 +215,8 @@ def note(found: Mapping[str, Any]) -> str:
     if not all(known):
         said += "Without an interval: one seed, and no scores of several queries. "
     queries = ", ".join(f"{t['queries']:,} of {name}" for name, t in found["tasks"].items())
-    return (
-        said + f"Queries: {queries}. {found['hours']:g} h on {found['machine']}; {'; '.join(found['code'])}."
-    )
+    said += f"Queries: {queries}. Steps of {found['hours']:g} h together, on {found['machine']}; "
+    return f"{said}{'; '.join(found['code'])}."
 
 
 def table(found: Mapping[str, Any], bold: Callable[[str], str]) -> tuple[list[str], list[list[str]]]:

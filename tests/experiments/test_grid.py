@@ -56,6 +56,8 @@ def _with(**step: Any) -> dict[str, Any]:
         ({"compare": "size"}, r"compare='size' must be an axis \(threshold\) or model"),
         ({"compare": ["threshold"]}, r"compare=\['threshold'\] must be a text"),
         ({"models": ["mine"]}, r"models: 'mine' is no step that makes a model"),
+        ({"models": ["mine@8"]}, r"models: 'mine@8' is no step that makes a model, nor STEP@COLUMNS of one"),
+        ({"models": ["train@08"]}, r"models: 'train@08' is no step"),
         ({"models": [["train"]]}, r"models: \['train'\] is no step"),
         ({"models": "train"}, r"models='train' must be a list"),
         ({"question": 3}, r"question=3 must be a text"),
@@ -183,6 +185,15 @@ def test_a_step_is_shared_by_cells_and_changes_with_all_that_it_reads(tmp_path):
     changed = digests(toy(tmp_path))
     assert not changed["warm"] & first["warm"]
     assert len(changed["evaluate-toy"] & first["evaluate-toy"]) == 1  # BM25's, whose data is the same
+
+
+def test_a_model_may_be_scored_with_its_vectors_cut(tmp_path):
+    plan = steps_of(read_grid(str(toy(tmp_path, axes={}, seeds=[1], models=["train", "train@16", "warm@8"]))))
+    products = {step.name: step.product for step in plan.steps}
+    asked = [row.scores["toy"].options["models"] for row in plan.rows]
+    assert asked == [[products["train"]], [f"{products['train']}@16"], [f"{products['warm']}@8"], ["bm25"]]
+    needed = [[n.name for n in row.scores["toy"].needs] for row in plan.rows]
+    assert needed == [["train"], ["train"], ["warm"], []]
 
 
 # Texts that are no path, or of what the experiment sets: of any other option the bytes must count.
