@@ -141,7 +141,7 @@ consumers: .venv-consumers/.installed
 	$(BIN)/python -m pip --python $(@D)/bin/python install -qq $(CONSUMERS)
 	@touch $@
 
-EXPERIMENTS ?= thresholds losses merging instructions attention
+EXPERIMENTS ?= thresholds losses merging instructions attention matryoshka lora distillation
 
 experiments: $(INSTALLED)
 	for name in $(EXPERIMENTS); do \
