@@ -11,6 +11,7 @@
 #
 # make experiments  the grids of configs/experiments/ (docs/experiments.md says what they read), and their page
 # make docs     the pages and notebooks that commands make     make constraints   constraints.txt, from .venv
+# make site     docs/ as a site that opens without a network, links and anchors checked: site/index.html; installs into .venv-site
 #
 # make demo TORCH="torch==2.14.0"      another torch       make test PYTHON=python3.12      another Python
 # make demo CONSTRAINTS=               the newest versions of everything else, not the tested ones
@@ -24,7 +25,7 @@ BENCHMARKS ?= step kernels ceilings mining optimizer
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat consumers docs experiments constraints clean
+.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat consumers docs site experiments constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -156,7 +157,22 @@ docs: $(INSTALLED)
 	page=$$($(BIN)/python -m docs.architecture) && echo "$$page" >docs/architecture.md
 	page=$$($(BIN)/python -m docs.options) && echo "$$page" >docs/options.md
 	page=$$($(BIN)/python -m docs.experiments) && echo "$$page" >docs/experiments.md
+	page=$$($(BIN)/python -m docs.llms) && echo "$$page" >docs/llms.txt
 	$(BIN)/python tests/test_examples.py
+
+# Beside .venv, which has other things to do with 13 packages of a site.
+SITE := mkdocs==1.6.1 mkdocs-material==9.8.2 pymdown-extensions==13.1.2 babel==2.19.0 backrefs==8.3.1 colorama==0.4.6 \
+  ghp-import==2.1.0 jinja2==3.1.6 mergedeep==1.3.4 mkdocs-get-deps==0.2.2 mkdocs-material-extensions==1.3.1 \
+  paginate==0.5.7 platformdirs==4.14.8 pyyaml-env-tag==1.1 watchdog==7.1.0
+
+site: .venv-site/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+.venv-site/.installed: Makefile constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -qq -c constraints.txt $(SITE)
+	@touch $@
 
 # To go to newer versions: make test CONSTRAINTS= in a new .venv, then this.
 constraints: $(INSTALLED)
@@ -174,7 +190,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %) --editable '.[eval,demo,log,inspect,synthesize,dev]'
 	@touch $@
 
-# Keeps .venv, .venv-compat, .venv-consumers, runs/ and data-cache/: they cost time, not space for mistakes.
+# Keeps .venv, .venv-compat, .venv-consumers, .venv-site, runs/ and data-cache/: they cost time, not space for mistakes.
 clean:
-	rm -rf build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -55,8 +55,8 @@ def page() -> str:
     arrows = reduced({room: imported(room) & rooms for row in rows for room in row})
     drawn = {room for room in rooms if arrows[room] or any(room in targets for targets in arrows.values())}
     lines = [
-        *("# Who imports whom", "", "Made by `make docs` from the imports of every file; "
-        "`lint-imports` refuses an arrow that points up."),
+        *("# Who imports whom", "", "The packages and their imports, drawn. Made by `make docs` from the "
+        "imports of every file; `lint-imports` refuses an arrow that points up."),
         *("An arrow that others imply is left out. What each room does: [design.md](design.md).", "",
         "```mermaid", "flowchart TD"),
     ]  # fmt: skip

@@ -15,7 +15,8 @@ from nemo_embed_core.options import Options, classes_in, is_section, types_of, w
 
 TOP = """# Options
 
-Written by `python -m docs.options` from `nemo_embed_core/config/`, whose texts `--help` prints too.
+Every option of every command, with its type, its default and what it does. Written by
+`python -m docs.options` from `nemo_embed_core/config/`, whose texts `--help` prints too.
 
 Every option goes on the command line (`--optim.lr 1e-6`), into a YAML file (`--config run.yaml`; options
 after it override it) or into Python (`TrainConfig.from_yaml("run.yaml", optim={"lr": 1e-6})`, a dict with

@@ -38,6 +38,7 @@ NOT_COPIED = (
     "*.egg-info",
     "build",
     "dist",
+    "site",
     ".hypothesis",
 )
 
@@ -454,6 +455,9 @@ MUTANTS = [
     Mutant("a GGUF says that it is causal", "nemo_embed_core/export/gguf.py", "writer.add_causal_attention(model.is_causal)", "writer.add_causal_attention(True)", "tests/export/test_gguf.py"),
     Mutant("a consumer's vectors of texts together are not compared", "nemo_embed_core/export/serving.py", '"together": ("together_ND", 0, texts),', "", "tests/export/test_serving.py"),
     Mutant("ONNX pools what is padding", "nemo_embed_core/export/onnx.py", "/ mask_NL.sum(1, keepdim=True)", "/ mask_NL.shape[1]", "tests/export/test_serving.py"),
+    # ---- the site
+    Mutant("a link to a folder stays on the site", "docs/pages.py", 'if there else words', 'if words else words', "tests/test_docs.py -k links_are"),
+    Mutant("what a stylesheet loads is not seen", "docs/pages.py", '(name == "href" and tag == "link")', "False", "tests/test_docs.py -k elsewhere"),
     # ---- pairs from documents
     Mutant("a sentence stays in its document", "nemo_embed_core/synthesize/self_pairs.py", 'blocks[number].replace(sentence, "")', "blocks[number]", "tests/synthesize/test_self_pairs.py"),
     Mutant("a held-out row may stand in train", "nemo_embed_core/synthesize/self_pairs.py", 'if key in train.rows or any(', "if any(", "tests/synthesize/test_self_pairs.py"),

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from recipes import ROOT, commands
 
+from docs import pages
 from nemo_embed_core import config
+from nemo_embed_core.cli import VERBS as VERBS_OF_CLI
 from nemo_embed_core.command_line import load_config
 from nemo_embed_core.errors import UserError
 
@@ -26,6 +29,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
         ("docs/architecture.md", ["-m", "docs.architecture"]),
         ("docs/options.md", ["-m", "docs.options"]),
         ("docs/experiments.md", ["-m", "docs.experiments"]),
+        ("docs/llms.txt", ["-m", "docs.llms"]),
     ],
 )
 def test_a_page_is_what_its_command_makes(page: str, command: list[str]) -> None:
@@ -35,15 +39,31 @@ def test_a_page_is_what_its_command_makes(page: str, command: list[str]) -> None
     assert same, f"{page} is out of date: python {' '.join(command)} > {page}"
 
 
-def test_relative_links_lead_to_files() -> None:
-    links = [
-        (page, link)
-        for page in PAGES
-        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    ]
-    places = [(page, link.split("#")[0]) for page, link in links if "://" not in link]
-    assert len(places) > 30
-    assert not [f"{page.name}: {place}" for page, place in places if not (page.parent / place).exists()]
+def links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as code hosts and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found: list[str] = []
+    for head in re.findall(r"^#+ (.*)$", text, re.M):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", head).lower()
+        word = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found.append(f"{word}-{found.count(word)}" if word in found else word)
+    return set(found)
+
+
+def test_relative_links_lead_to_files_and_headings() -> None:
+    inside = [(page, link) for page in PAGES for link in links(page) if "://" not in link]
+    assert len(inside) > 100 and len([link for _, link in inside if "#" in link]) > 20
+    wrong = []
+    for page, link in inside:
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(f"{page.name}: {link}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
@@ -66,6 +86,57 @@ def test_the_readme_is_short_and_in_order() -> None:
     assert len(section.strip().splitlines()) == 5
 
 
+# ------------------------------------------------------------------------------------------ the site
+
+
+def test_every_page_stands_in_the_navigation_once() -> None:
+    """Of mkdocs.yml: those of docs/ and of the root, whose README.md is the front page."""
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    front, *parts = (next(iter(entry.values())) for entry in nav)
+    uris = [front, *(uri for part in parts for page in part for uri in page.values())]
+    assert sorted(uris) == sorted("index.md" if page.name == "README.md" else page.name for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_site_has_the_lists_and_tables_that_a_code_host_shows(page: Path) -> None:
+    """Its parser wants a blank line before a list, and ends a table elsewhere."""
+    markdown = pytest.importorskip("markdown")
+    markdown_it = pytest.importorskip("markdown_it")
+    text = page.read_text(encoding="utf-8")
+    html = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    other = markdown_it.MarkdownIt("commonmark").enable("table").render(text)
+    for tag in ("h2", "li", "ul", "ol", "tr", "table", "pre"):
+        assert html.count(f"<{tag}>") == other.count(f"<{tag}>"), tag
+
+
+def test_links_are_those_of_the_site() -> None:
+    text = "[a](../SECURITY.md#x) [b](mining.md) [c](../benchmarks/results) [d](#here) [e](https://f.g/h.md)"
+    there = "[a](SECURITY.md#x) [b](mining.md) c [d](#here) [e](https://f.g/h.md)"
+    assert pages.for_the_site(text, ROOT / "docs/training.md") == there
+    text = "[a](docs/mining.md) [b](examples/x.ipynb) [c](README.md)"
+    assert (
+        pages.for_the_site(text, ROOT / "README.md") == "[a](mining.md) [b](examples/x.ipynb) [c](index.md)"
+    )
+
+
+@pytest.mark.parametrize(
+    "html, address",
+    [
+        ('<script src="https://a.b/c.js"></script>', "https://a.b/c.js"),
+        ('<link rel="stylesheet" href="//a.b/c.css">', "//a.b/c.css"),
+        ('<img src="http://a.b/c.png">', "http://a.b/c.png"),
+        ("<style>@import url(https://a.b/c.css);</style>", "https://a.b/c.css"),
+        ('<a href="https://a.b">followed by hand</a><script src="assets/x.js"></script>', None),
+    ],
+)
+def test_what_a_page_of_the_site_would_load_from_elsewhere_is_found(
+    tmp_path: Path, html: str, address: str | None
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(html)
+    assert pages.loaded(page) == ([address] if address else [])
+
+
 # ------------------------------------------------------------------------------------------ commands
 
 
@@ -74,6 +145,20 @@ COMMANDS = [(page.name, verb, argv) for page in PAGES for verb, argv in commands
 
 def test_every_verb_has_a_command_in_the_docs() -> None:
     assert {verb for _, verb, _ in COMMANDS} == {*config.LAUNCHERS, "merge"} and len(COMMANDS) > 15
+
+
+VERBS = {
+    "prepare": "preparing", "synthesize": "synthesis", "train": "training", "mine": "mining",
+    "merge": "merging", "evaluate": "evaluation", "plan": "planning", "experiment": "experiments",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_page_of_a_verb_begins_with_its_command_and_links_its_options(verb: str) -> None:
+    text = (ROOT / f"docs/{VERBS[verb]}.md").read_text(encoding="utf-8")
+    top = text.split("\n## ")[0]
+    assert f"launch/{verb}.py " in "\n".join(top.splitlines()[:12]), "a sentence, then the command"
+    assert f"](options.md#launch{verb}py)" in top and set(VERBS) == set(VERBS_OF_CLI)
 
 
 @pytest.mark.parametrize("verb", config.LAUNCHERS)

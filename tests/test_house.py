@@ -166,10 +166,12 @@ def test_files_are_made_durable_hashed_locked_and_read_as_json_in_one_place() ->
 TOP_LEVEL = {
     *(
         ".ci",
+        ".dockerignore",
         ".gitignore",
         ".pre-commit-config.yaml",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
+        "Dockerfile",
         "LICENSE",
         "Makefile",
         "README.md",
@@ -184,6 +186,7 @@ TOP_LEVEL = {
         "examples",
         "kernels",
         "launch",
+        "mkdocs.yml",
         "nemo_embed_core",
         "pyproject.toml",
         "setup.py",

@@ -200,7 +200,7 @@ class PrepareConfig(Options):
     """Dataset folder to write the data to, documents once and rows of ids; of several datasets a folder with
     one for each. With a tokenizer the store is then made of it."""
     inspect: bool = False
-    """Print what is in the data: counts, lengths, copies, packing, samples (docs/data-formats.md has all)."""
+    """Print what is in the data: counts, lengths, copies, packing, samples (docs/preparing.md has all)."""
     output: str = ""
     """Report of --inspect as a JSON file, and beside it as a page, .html; "": only the printed tables."""
     against: list[str] = field(default_factory=list)
