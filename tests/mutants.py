@@ -458,6 +458,7 @@ MUTANTS = [
     # ---- the site
     Mutant("a link to a folder stays on the site", "docs/pages.py", 'if there else words', 'if words else words', "tests/test_docs.py -k links_are"),
     Mutant("what a stylesheet loads is not seen", "docs/pages.py", '(name == "href" and tag == "link")', "False", "tests/test_docs.py -k elsewhere"),
+    Mutant("a message changes and its page does not", "nemo_embed_core/train/spikes.py", "the step was refused and", "the step is refused and", "tests/test_docs.py -k troubleshooting"),
     # ---- pairs from documents
     Mutant("a sentence stays in its document", "nemo_embed_core/synthesize/self_pairs.py", 'blocks[number].replace(sentence, "")', "blocks[number]", "tests/synthesize/test_self_pairs.py"),
     Mutant("a held-out row may stand in train", "nemo_embed_core/synthesize/self_pairs.py", 'if key in train.rows or any(', "if any(", "tests/synthesize/test_self_pairs.py"),

@@ -184,6 +184,39 @@ def test_commands_of_merge_have_its_options() -> None:
     assert not [(page, word) for page, word in unknown if word not in known]
 
 
+# ------------------------------------------------------------------------------------------ what is printed
+
+
+def texts_of_the_code() -> list[str]:
+    """Every string of the package and the launchers, with NUL where a value stands."""
+    found = []
+    for path in sorted([*ROOT.glob("nemo_embed_core/**/*.py"), *ROOT.glob("launch/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return [text.replace("\n", " ") for text in found]
+
+
+def test_messages_that_troubleshooting_quotes_are_the_codes() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        line for block in re.findall(r"^```text\n(.*?)^```", page, re.M | re.S) for line in block.splitlines()
+    ]
+    assert len(quoted) > 30
+    code = texts_of_the_code()
+
+    def is_printed(line: str) -> bool:
+        parts = [part for part in line.split("...") if part.strip()]
+        pattern = re.compile(".*".join(map(re.escape, parts)))
+        return any(pattern.search(text) for text in code if parts[0] in text)
+
+    assert not [line for line in quoted if not is_printed(line)]
+    assert not is_printed("... of ... rows can never have more than ... tokens")
+
+
 # ------------------------------------------------------------------------------------------ who carries on
 
 
