@@ -31,7 +31,8 @@ class DataError(UserError):
 def user_errors() -> Iterator[None]:
     """Around a launcher's main(): a UserError is printed as a paragraph and ends the process with code 2.
 
-    Where the reader of stdout has ended (`merge.py --help | head -1`), the work ends without traceback.
+    At Ctrl-C and where the reader of stdout has ended (`merge.py --help | head -1`), the work ends without
+    traceback, with the shell's codes.
     """
     try:
         yield
@@ -41,6 +42,11 @@ def user_errors() -> Iterator[None]:
         with suppress(BrokenPipeError):
             print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(BrokenPipeError):
+                print("stopped by an interrupt", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise  # of another pipe or socket

@@ -110,7 +110,7 @@ def test_a_step_that_fails_ends_those_that_run_beside_it(tmp_path, verbs, act):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_step_that_runs(tmp_path, verbs, monkeypatch, number):
+def test_an_interrupt_ends_the_step_that_runs(tmp_path, verbs, monkeypatch, capsys, number):
     verbs.acts["warm"] = "hang"
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `command &`
@@ -123,12 +123,13 @@ def test_an_interrupt_ends_the_step_that_runs(tmp_path, verbs, monkeypatch, numb
 
     threading.Thread(target=interrupt).start()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             launch_experiment.main()
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
     assert verbs.started == ["warm"] and ("warm", "terminate") in verbs.ended
+    assert capsys.readouterr().err.endswith("stopped by an interrupt\n")
 
 
 def test_a_step_that_another_command_runs_is_waited_for_and_not_run_again(tmp_path, verbs):
