@@ -106,6 +106,8 @@ TOPK, CANDIDATES, STREAMING, BOUNDS = (
 )
 MANIFEST, RUNS = "nemo_embed_core/checkpoint/manifest.py", "nemo_embed_core/checkpoint/runs.py"
 SAVER, AVERAGE = "nemo_embed_core/checkpoint/saver.py", "nemo_embed_core/merge/average.py"
+HUB, TEST_HUB = "nemo_embed_core/export/hub.py", "tests/export/test_hub.py"
+MODEL_META = "nemo_embed_core/evaluation/model_meta.py"
 TEST_TOPK, TEST_NEGATIVES = "tests/mine/test_topk.py", "tests/mine/test_negatives.py"
 TEST_SHARDED, TEST_TRAINER = "tests/checkpoint/test_sharded.py", "tests/train/test_trainer.py"
 TEST_PREFETCH, TEST_REHEARSAL = "tests/train/test_prefetch.py", "tests/train/test_rehearsal.py"
@@ -454,6 +456,14 @@ MUTANTS = [
     Mutant("a GGUF's wavelengths of Llama 3 are upside down", "nemo_embed_core/export/gguf.py", "(plain / rope_inv_freq(model).numpy())", "(rope_inv_freq(model).numpy() / plain)", "tests/export/test_gguf.py"),
     Mutant("a GGUF says that it is causal", "nemo_embed_core/export/gguf.py", "writer.add_causal_attention(model.is_causal)", "writer.add_causal_attention(True)", "tests/export/test_gguf.py"),
     Mutant("a consumer's vectors of texts together are not compared", "nemo_embed_core/export/serving.py", '"together": ("together_ND", 0, texts),', "", "tests/export/test_serving.py"),
+    Mutant("a push goes beside other files", HUB, "    if others:", "    if False:", TEST_HUB),
+    Mutant("a push does not look at what the hub has", HUB, "if entry is None or not _is_same(operation, files[name], entry):", "if entry is None:", TEST_HUB),
+    Mutant("a push overwrites what changed meanwhile", HUB, "parent_commit=info.sha if info else None", "parent_commit=None", TEST_HUB),
+    Mutant("an error of the hub shows the token", HUB, 'said.replace(get_token() or "\\0", "***")', "said", TEST_HUB),
+    Mutant("a folder of anybody is pushed", "nemo_embed_core/merge/merge.py", "is_ours = ours or push is not None", "is_ours = ours", TEST_HUB),
+    Mutant("a file that its program was not asked about is pushed", "nemo_embed_core/merge/merge.py", "(*LIBRARIES, *consumers, *files)", "(*LIBRARIES, *consumers)", TEST_HUB),
+    Mutant("mteb gives documents the query's instruction", MODEL_META, "prompts[metadata.name] = ours if is_search else ours[None]", "pass", "tests/evaluation/test_tasks.py -k meta"),
+    Mutant("a card has the scores of other weights", MODEL_META, 'entry["digest"] == digests', 'entry["digest"] != digests', "tests/evaluation/test_tasks.py -k card"),
     Mutant("ONNX pools what is padding", "nemo_embed_core/export/onnx.py", "/ mask_NL.sum(1, keepdim=True)", "/ mask_NL.shape[1]", "tests/export/test_serving.py"),
     # ---- the site
     Mutant("a link to a folder stays on the site", "docs/pages.py", 'if there else words', 'if words else words', "tests/test_docs.py -k links_are"),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint.source import Source
-from nemo_embed_core.checkpoint.weights import fill, open_weights
+from nemo_embed_core.checkpoint.weights import Weights, fill, open_weights
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.data.packing import pack_texts, shapes_cost_memory
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
@@ -83,9 +83,7 @@ class Embedder:
         if precision == "fp8":
             run_in_fp8(encoder)
             freeze_weights(encoder)
-        shape = identity(weights.model)
-        known = json.dumps([weights.digest, shape, tokenizer.digest, precision, *([dim] if dim else [])])
-        digest = hashlib.sha256(known.encode()).hexdigest()
+        digest = digest_of(weights, tokenizer, precision, dim)
         return cls(encoder, weights.model, tokenizer, digest, target, max_tokens, dim)
 
     @property
@@ -138,3 +136,10 @@ class Embedder:
                 rows = cut_rows(rows, self.dim)
             out[indices] = rows.float().cpu().numpy()
         return out
+
+
+def digest_of(weights: Weights, tokenizer: Tokenizer, precision: str, dim: int | None = None) -> str:
+    """Embedder.digest of what it would load; the weights are hashed, none is read into memory."""
+    shape = identity(weights.model)
+    known = json.dumps([weights.digest, shape, tokenizer.digest, precision, *([dim] if dim else [])])
+    return hashlib.sha256(known.encode()).hexdigest()

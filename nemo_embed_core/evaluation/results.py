@@ -92,7 +92,7 @@ def results_in(path: Path) -> list[Result]:
 def load(paths: Sequence[str], say: Callable[[str], None]) -> list[Result]:
     """One result of each model and task; of a folder all reports in it, other JSON files are said."""
     results: dict[tuple[str, str], Result] = {}
-    for path, report in _reports(paths, say):
+    for path, report in reports_in(paths, say):
         for model, entry in report.items():
             result = _result(path, model, entry)
             if (other := results.setdefault((model, result.task), result)) is not result:
@@ -114,7 +114,8 @@ def load(paths: Sequence[str], say: Callable[[str], None]) -> list[Result]:
     return found
 
 
-def _reports(paths: Sequence[str], say: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def reports_in(paths: Sequence[str], say: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(file, {model: entry}) of each report; of a folder all that lie in it."""
     for name in paths:
         folder = Path(name)
         files = sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]

@@ -16,7 +16,8 @@ from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.checkpoint.weights import Weights
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.formats import CONSUMERS, FORMATS, Answer, Format
+from nemo_embed_core.export import front_matter
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, PLACE, Answer, Format
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.model.spec import POOLINGS, family_of
 from nemo_embed_core.version import code_version
@@ -122,16 +123,12 @@ def _base(folder: Path) -> Card:
 
 
 def _front_matter(readme: Path) -> dict[str, Any]:
-    import yaml
-
-    if not readme.is_file():
-        return {}
-    parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    """Of anybody's card; {} where it says nothing that can be read."""
     try:
-        value = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except yaml.YAMLError:
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        return front_matter.read(text, readme)[0]
+    except (OSError, UserError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _run(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +251,7 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        f'model = SentenceTransformer("path/to/this/folder"{trust})',
+        f'model = SentenceTransformer("{PLACE}"{trust})',
         'queries = model.encode(["how do plants turn light into sugar?"], prompt_name="query")',
         'documents = model.encode(["Photosynthesis stores the energy of light in glucose."], '
         'prompt_name="document")',
@@ -267,8 +264,8 @@ def model_card(model: ModelConfig, dtype: str, usage: Usage, card: Card, format:
         "import torch",
         "from transformers import AutoModel, AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        f'model = AutoModel.from_pretrained("path/to/this/folder"{trust}).eval()',
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
+        f'model = AutoModel.from_pretrained("{PLACE}"{trust}).eval()',
         f"query_prompt, document_prompt = {usage.default.query!r}, {usage.default.document!r}",
         'texts = [query_prompt + "how do plants turn light into sugar?"]',
         f"batch = tokenizer(texts, padding=True, truncation=True, max_length={usage.longest}, "

@@ -15,6 +15,7 @@ from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 
 Format = Literal["native", "compat", "onnx", "gguf"]
+PLACE = "path/to/this/folder"  # in a card's examples, until it has a name on the hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +123,10 @@ CONSUMERS: Mapping[str, Consumer] = {
         "-ub than -np times the longest text, texts served together get other vectors without a word",
     ),
     "vllm": Consumer(
-        command="vllm serve path/to/this/folder --runner pooling",
-        differs="the caller puts the prompt before the text",
+        command=f"vllm serve {PLACE} --runner pooling", differs="the caller puts the prompt before the text"
     ),
     "tei": Consumer(
-        command="text-embeddings-router --model-id path/to/this/folder --dtype float16 "
-        "--default-prompt-name query",
+        command=f"text-embeddings-router --model-id {PLACE} --dtype float16 --default-prompt-name query",
         differs="one prompt for all requests of a server; text that looks like a special token is one",
     ),
 }

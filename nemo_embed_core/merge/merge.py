@@ -20,12 +20,14 @@ from nemo_embed_core.export import serving
 from nemo_embed_core.export.card import Card, describe, serving_section, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
 from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES, Answer, Format, check_format
+from nemo_embed_core.export.hub import Push, check_login
 from nemo_embed_core.export.peft import PEFT, write_adapter
 from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.files.durable import new_folder, writing
 from nemo_embed_core.files.safetensors import dtype_name
 from nemo_embed_core.merge import recipes
 from nemo_embed_core.merge.output import weight_bytes
+from nemo_embed_core.merge.publish import publish
 from nemo_embed_core.merge.recipes import Method, Score
 from nemo_embed_core.merge.report import report_lines, write_report
 from nemo_embed_core.merge.sources import DTYPES, dtype_of, one_tokenizer, open_sources
@@ -53,6 +55,7 @@ def merge(
     format: Format | Literal["peft"] = "native",
     task: str | None = None,
     document_task: str | None = None,
+    push: Push | None = None,
     command: Sequence[str] = (),
     say: Say = _print,
 ) -> Report:
@@ -72,7 +75,7 @@ def merge(
         >= 4.51, with code; "onnx", "gguf": native, and a file for onnxruntime, for llama.cpp; "peft": of one
         run of LoRA the adapters alone, for that library, unproven.
     task, document_task: instructions of the default prompts; None: the sources' own.
-    command: for the model card.  say: gets every line of progress.
+    push: onto the Hugging Face hub, once it is proven.  command: for the model card.  say: gets every line.
 
     The folder is proven by check() before it appears under its name. Returns what merge-report.json has (it
     is written where there are several sources). UserError for sources that differ in shape, tokenizer,
@@ -83,6 +86,11 @@ def merge(
     for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, (*FORMATS, PEFT))):
         if value not in known:
             raise UserError(f"{option}={value!r} must be one of {', '.join(known)}")
+    if push is not None:
+        if format == PEFT:
+            raise UserError("format=peft is not proven, so it is not pushed: export the folded model")
+        if not push.dry_run:
+            check_login(push)
     paths = [str(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
     if not paths:
         raise UserError("no sources: give checkpoints, runs or Hugging Face folders")
@@ -160,6 +168,8 @@ def merge(
             say("\n".join(report_lines(report)))
     how = "converted" if len(members) == 1 else f"{report['method']} of {len(members)}"
     say(f"wrote {output} ({dtype_text}, {how})")
+    if push is not None:
+        publish(output, push, say)
     return report
 
 
@@ -188,6 +198,7 @@ def check(
     *,
     ours: bool = False,
     consumers: Sequence[str] = LIBRARIES,
+    push: Push | None = None,
     say: Say = _print,
 ) -> Report:
     """transformers.encode(x) = sentence_transformers.encode(x) = Embedder.encode(x), and the mask is as said.
@@ -195,6 +206,8 @@ def check(
     ours: a folder of this version, spelled as it writes them; else anybody's, of which all that can be
     is proven and the rest is said.  trust_remote_code: run code in the folder that we did not write.
     consumers: of export/formats.py's CONSUMERS; others than these two libraries are asked of our own folders.
+    push: an export of ours onto the Hugging Face hub, where all of this holds and whoever reads a file of it
+    that is installed here was asked too.
     Returns what was measured (export/proof.py) and "consumers": the Answer of each; UserError names the
     faults.
     """
@@ -203,6 +216,11 @@ def check(
     path, notes = find_folder(folder)
     for note in notes:
         say(f"  note: {note}")
+    if push is not None:
+        if not push.dry_run:
+            check_login(push)
+        files = [name for name, one in CONSUMERS.items() if one.file and (path / one.file).is_file()]
+        consumers = tuple(dict.fromkeys((*LIBRARIES, *consumers, *files)))
 
     def embed(texts: list[str], max_length: int) -> np.ndarray:
         # Our copy of the weights is gone when it returns.
@@ -210,7 +228,10 @@ def check(
 
     report: Report = {"consumers": []}
     if libraries := [name for name in consumers if name in LIBRARIES]:
-        report |= verify_folder(path, embed, trust_remote_code, ours=ours, say=lambda line: say(f"  {line}"))
+        is_ours = ours or push is not None
+        report |= verify_folder(
+            path, embed, trust_remote_code, ours=is_ours, say=lambda line: say(f"  {line}")
+        )
         versions = {name: report[name.replace("-", "_")] for name in libraries}
         proven = [Answer(name, "proven", f"{name} {v}") for name, v in versions.items() if v != "not there"]
         report["consumers"] += proven
@@ -223,4 +244,6 @@ def check(
         say("\n".join(f"  {line}" for line in usage_of_folder(path).lines()))
         if bad := [answer for answer in report["consumers"] if answer.state in ("refused", "wrong")]:
             raise UserError("; ".join(f"{path} is not for {a.consumer}: {a.words}" for a in bad))
+    if push is not None:
+        publish(path, push, say)
     return report

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from toy_evaluation import copied, table, write_table
 
 from nemo_embed_core.config import EvaluateConfig
@@ -15,6 +17,7 @@ from nemo_embed_core.config.evaluate import LocalTask
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.compare import compare
 from nemo_embed_core.evaluation.instructions import paper_instruction
+from nemo_embed_core.evaluation.model_meta import model_meta, results_of
 from nemo_embed_core.evaluation.retrieval import mteb_imported
 from nemo_embed_core.evaluation.run import run
 
@@ -97,8 +100,9 @@ def cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def mteb_scores(folder: Path, name: str, prompts: dict[str, str]) -> dict[str, Any]:
-    """By mteb's own task and wrapper of sentence-transformers, of rows in memory: {subset: scores}."""
+def mteb_scores(folder: Path, name: str, prompts: dict[str, str], loaded: Any = None) -> dict[str, Any]:
+    """By mteb's own task and wrapper of sentence-transformers, or the model that mteb loaded, of rows in
+    memory: {subset: scores}."""
     with mteb_imported():
         import mteb
         from datasets import Dataset, DatasetDict
@@ -128,8 +132,10 @@ def mteb_scores(folder: Path, name: str, prompts: dict[str, str]) -> dict[str, A
                     subset: DatasetDict({"test": Dataset.from_list(bucc(subset))}) for subset in PAIRS
                 }
         task.data_loaded = True
-        model = SentenceTransformerEncoderWrapper(SentenceTransformer(str(folder), device="cpu"))
-        model.model_prompts = prompts or model.model_prompts
+        model = loaded
+        if loaded is None:
+            model = SentenceTransformerEncoderWrapper(SentenceTransformer(str(folder), device="cpu"))
+            model.model_prompts = prompts or model.model_prompts
         options = {"batch_size": 8, "show_progress_bar": False}
         return dict(task.evaluate(model, "test", encode_kwargs=options))
 
@@ -239,6 +245,109 @@ def test_a_model_of_instructions_has_the_papers_by_itself_and_others_do_not(ours
     assert own[str(other)]["prompts"]["query"] == ""
     said = run_many([other], tasks=["STS12"], mirror=str(mirror), task="w2")["STS12"]
     assert said[str(other)]["prompts"] == dict.fromkeys(("query", "document"), "Instruct: w2\nQuery: ")
+
+
+FIELDS = {"license": "mit", "language": ["en", "de"], "base_model": "a/base"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("instructed", {"query": "Instruct: w1\nQuery: ", "document": ""}),
+        ("plain", {"query": "w1 ", "document": "w3 w4 ", "STS12": "w7 "}),
+    ],
+)
+def test_mteb_loads_an_export_by_its_meta_and_scores_as_we_do(
+    ours, mirror, tmp_path, monkeypatch, name, prompts
+):
+    monkeypatch.chdir(tmp_path)  # where me/NAME is a folder, as it is a repository on the hub
+    folder = copied(ours, tmp_path / "me" / name, "config_sentence_transformers.json", prompts=prompts)
+    (folder / "model_meta.json").write_bytes(model_meta(folder, f"me/{name}", FIELDS))
+    with mteb_imported():
+        from mteb.models import ModelMeta
+
+        meta = ModelMeta.model_validate_json_resolved((folder / "model_meta.json").read_bytes())
+        loaded = meta.load_model(device="cpu")
+    reports = run_many([folder], tasks=list(DATA), mirror=str(mirror))
+    for task, report in reports.items():
+        theirs = {
+            subset: each["main_score"] for subset, each in mteb_scores(folder, task, {}, loaded).items()
+        }
+        assert report[str(folder)]["scores"]["test"] == pytest.approx(theirs, abs=1e-6), task
+        assert 0 < min(theirs.values()) < 1
+
+
+def test_the_meta_has_the_papers_prompts_for_every_task_and_the_facts_of_the_folder(ours, tmp_path, recwarn):
+    """By the published model's own code in mteb."""
+    prompts = {"query": "Instruct: w1\nQuery: ", "document": ""}
+    folder = copied(ours, tmp_path / "model", "config_sentence_transformers.json", prompts=prompts)
+    (folder / "LICENSE").write_text("ask")
+    for fields in (FIELDS, {"license": "llama3.1", "datasets": ["mteb/scifact", "NFCorpus", "mine"]}):
+        data = model_meta(folder, "me/model", fields)
+        with mteb_imported():
+            import mteb
+            from mteb.models import ModelMeta
+            from mteb.models.model_implementations.nvidia_models import TASK_PROMPTS, LlamaEmbedNemotron
+
+            meta = ModelMeta.model_validate_json_resolved(data)
+        sizes = {name: tensor.numel() for name, tensor in load_file(folder / "model.safetensors").items()}
+        counts = (sum(sizes.values()), sizes["embed_tokens.weight"])
+        assert (meta.n_parameters, meta.n_embedding_parameters) == counts
+        assert (meta.embed_dim, meta.max_tokens, meta.use_instructions) == (32, 64, True)
+        assert (meta.name, meta.similarity_fn_name, meta.output_dtypes) == ("me/model", "cosine", "float32")
+        if fields is FIELDS:
+            assert meta.languages == ["deu-Latn", "eng-Latn"] and meta.license == "mit"
+            assert meta.adapted_from == "a/base" and meta.training_datasets is None
+        else:
+            assert meta.languages is None and meta.license.endswith("/me/model/blob/main/LICENSE")
+            assert {"SciFact", "NFCorpus"} <= meta.training_datasets and "mine" not in meta.training_datasets
+    with mteb_imported():
+        from mteb.abstasks.aggregated_task import AbsTaskAggregate
+        from mteb.types import PromptType
+
+        published, stub = LlamaEmbedNemotron.__new__(LlamaEmbedNemotron), meta.loader.__new__(meta.loader)
+        published.task_prompts = TASK_PROMPTS
+        stub.instruction_template = meta.loader_kwargs["instruction_template"]
+        stub.prompts_dict = meta.loader_kwargs["prompts_dict"]
+        compared = 0
+        for task in mteb.get_tasks(modalities=["text"], exclusive_modality_filter=True):
+            if isinstance(task, AbsTaskAggregate):
+                continue
+            is_search = "Retrieval" in task.metadata.type or "Reranking" in task.metadata.type
+            for side in (PromptType.query, PromptType.document) if is_search else (None,):
+                theirs = published._get_task_specific_instruction(task.metadata, side)
+                own = stub.get_task_instruction(task.metadata, side)
+                assert own == published._instruction_template(theirs), (task.metadata.name, side)
+                compared += 1
+        assert compared > 1500
+
+
+def test_scores_for_the_card_are_mtebs_own_and_of_these_weights(ours, beir, mirror, tmp_path):
+    options = {
+        "mirror": str(mirror),
+        "output": str(tmp_path / "reports"),
+        "results": str(tmp_path / "scores"),
+    }
+    local = LocalTask(name="words", data=str(beir))
+    reports = run_many([ours], tasks=["STS12", "BUCC.v2", "words"], local=[local], **options)
+    found = results_of(ours, [options["output"]])
+    files = [file for name in ("STS12", "BUCC.v2") for file in (tmp_path / "scores").rglob(f"{name}.json")]
+    with mteb_imported():
+        from mteb.results import TaskResult
+
+        theirs = [result for file in files for result in TaskResult.from_disk(file).get_hf_eval_results()]
+    (own,) = (result for result in found if result.dataset_name == "words")
+    found.remove(own)
+    by_name = [
+        [replace(r, metric_value=round(r.metric_value, 6)) for r in sorted(rs, key=lambda r: r.dataset_name)]
+        for rs in (found, theirs)  # in files mteb rounds
+    ]
+    assert by_name[0] == by_name[1] and len(found) == 1 + len(PAIRS)
+    assert (own.metric_type, own.metric_value) == ("ndcg_at_10", reports["words"][str(ours)]["ndcg_at_10"])
+    assert (own.task_type, own.dataset_split) == ("text-retrieval", "test")
+    with pytest.raises(UserError, match=r"none of .*/ours has the weights of .*evaluate that folder itself"):
+        other = copied(ours, tmp_path / "other", "config.json", rms_norm_eps=0.25)
+        results_of(other, [f"{options['output']}/STS12.json"])
 
 
 def test_local_tasks_of_a_list_are_those_of_single_runs(launcher, ours, static, beir, tmp_path, monkeypatch):
