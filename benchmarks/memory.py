@@ -6,7 +6,7 @@
 Every document is another text, and every one has a query that judges it. "above" is the peak resident memory
 of the launcher's process less that of the run on eight documents, so less what Python and the imports take;
 all of a model of 0.1 M parameters is in both. inspect is prepare with --inspect true. Needs about twice
-documents x bytes of disk, in --folder and in TMPDIR.
+documents x bytes of disk, in --folder.
 """
 
 from __future__ import annotations

@@ -361,7 +361,13 @@ MUTANTS = [
     Mutant("a store that lacks rows is opened by a run that would not leave them out", COMPILE, 'and config.on_bad == "error":', "and False:", "tests/data/test_prepare.py"),
     Mutant("texts that are being tokenised are forgotten", COMPILE, "    def _submit(self) -> None:\n        self._write()\n", "    def _submit(self) -> None:\n", "tests/data/test_build.py"),
     Mutant("a folder of other sources is taken for this one", "nemo_embed_core/data/prepare.py", "read_metadata(path).made_of == made_of[name]", "read_metadata(path).made_of", "tests/data/test_prepare.py"),
+    Mutant("texts of a store's sources in TMPDIR", "nemo_embed_core/data/build.py", "as temporary, texts_in(folder.parent):", "as temporary:", "tests/data/test_prepare.py"),
+    Mutant("a verb inside another takes its place for texts with it", "nemo_embed_core/data/texts.py", "        _kept = before\n", "        _kept = Kept()\n", "tests/data/test_texts.py"),
+    Mutant("what a corpus has to say is said of the first split alone", "nemo_embed_core/data/readers.py", "        if own is not of_corpus:", "        if own is findings[0]:", "tests/evaluation/test_pools.py"),
+    Mutant("the digest of a split has the one before in it", "nemo_embed_core/evaluation/pools.py", "self._of_corpus[pool].copy()", "self._of_corpus[pool]", "tests/evaluation/test_pools.py"),
     # ---- mining
+    Mutant("no room is asked for texts", "nemo_embed_core/mine/run.py", "    needed = num_bytes\n", "    needed = 0\n", "tests/mine/test_run.py"),
+    Mutant("each split that is excluded reads the corpus", "nemo_embed_core/mine/inputs.py", "found.setdefault(folder if folder and Path(folder).is_dir() else path, [])", "found.setdefault(path, [])", "tests/mine/test_run.py"),
     Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),
     Mutant("the margin is added", SELECTION, "lowest.astype(np.float64) - selection.absolute_margin", "lowest.astype(np.float64) + selection.absolute_margin", TEST_NEGATIVES),
     Mutant("the best are not left out", SELECTION, "keep[:, : selection.range_min] = False", "pass", TEST_NEGATIVES),

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,22 @@ def write_hf(folder: Path, dtype: Any, seed: int = 0, config: ModelConfig = MODE
     values = hf_config(config, str(dtype).removeprefix("torch."), {"bos_token_id": 0})
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def count_readings(monkeypatch: Any) -> Counter[str]:
+    """How often texts of a BEIR or dataset folder are read from now on, by the file."""
+    from nemo_embed_core.data import dataset
+    from nemo_embed_core.data.formats import beir
+
+    readings: Counter[str] = Counter()
+
+    def counted(read: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *args: Any) -> Any:
+            readings[path.name] += 1
+            return read(path, *args)
+
+        return call
+
+    monkeypatch.setattr(beir, "json_lines", counted(beir.json_lines))
+    monkeypatch.setattr(dataset, "parquet_rows", counted(dataset.parquet_rows))
+    return readings

@@ -21,6 +21,7 @@ from nemo_embed_core.data.compile import check_dropped, check_task, compile_stor
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import GROUPED, files_of, has_corpus, is_beir, reading, with_tasks
 from nemo_embed_core.data.store import FORMAT_VERSION, Store, damaged, read_manifest, report
+from nemo_embed_core.data.texts import texts_in
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import make_folder, sha256_file, write_atomically
@@ -59,7 +60,7 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, log: Log = print) -> St
     folder = Path(config.cache_dir) / digest[:32]
     if not folder.exists():
         try:
-            with building(folder, log) as temporary:
+            with building(folder, log) as temporary, texts_in(folder.parent):
                 compile_store(temporary, config, tokenizer, header, log)
                 if _stamps(config) != stamps:
                     raise UserError(

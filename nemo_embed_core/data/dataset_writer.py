@@ -128,7 +128,7 @@ class _Corpus:
         if shared is not None:
             self._shards.link(shared)
             self._base = read_corpus(shared, read_metadata(shared), Findings(strict=True))
-        self._ids = Texts()
+        self._ids = Texts(folder)
         self._exact = bytearray()  # of the text that was written, 16 bytes each
         self._of_form: dict[bytes, int] = {}
         self._taken: set[bytes] = set()

@@ -33,7 +33,7 @@ from nemo_embed_core.data.population import longest_draws, population
 from nemo_embed_core.data.sampler import Sampler, choose_documents, sampler
 from nemo_embed_core.data.statistics import quantiles, script
 from nemo_embed_core.data.store import Store
-from nemo_embed_core.data.texts import Texts
+from nemo_embed_core.data.texts import Texts, texts_in
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import probe_file
@@ -52,6 +52,13 @@ def inspect(
     config: DataConfig, tokenizer: Tokenizer, store: Store, against: Iterable[str] = (), log: Log = print
 ) -> dict[str, Any]:
     """The report. UserError where the texts cannot be read, or are not those of the store."""
+    with texts_in(config.cache_dir):
+        return _inspect(config, tokenizer, store, against, log)
+
+
+def _inspect(
+    config: DataConfig, tokenizer: Tokenizer, store: Store, against: Iterable[str], log: Log
+) -> dict[str, Any]:
     sign, m = signer(), store.manifest
     sets = {name: texts_of(name, log) for name in against}
     sides = {"queries": Distinct(), "documents": Distinct()}

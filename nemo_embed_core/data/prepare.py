@@ -5,9 +5,9 @@ config = write_datasets(config, "data/mix", print)     # its datasets are the fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from nemo_embed_core.config import DataConfig, DatasetConfig
@@ -27,6 +27,7 @@ from nemo_embed_core.data.readers import (
     source_files,
     with_tasks,
 )
+from nemo_embed_core.data.texts import texts_in
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import DataError, UserError
 
@@ -36,7 +37,8 @@ def check_datasets(config: DataConfig, tokenizer: Tokenizer | None = None, log: 
     config = _with_datasets(config)
     if tokenizer is not None:
         check_prompts(config, tokenizer)
-    findings = check_rows(config, tokenizer, log)
+    with texts_in(config.cache_dir):
+        findings = check_rows(config, tokenizer, log)
     left_out = f", {len(findings.dropped):,} bad lines left out" if findings.dropped else ""
     log(
         f"checked {findings.num_rows:,} rows of {len(config.datasets)} datasets{left_out}; nothing is written"
@@ -64,16 +66,15 @@ def write_datasets(
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not empty; choose another folder or delete it")
         todo.append(name)
-    if todo:
-        check_rows(replace(config, datasets=[named[name] for name in todo]), tokenizer, log)
-    for name in todo:
-        findings = Findings(strict=True, drop=config.on_bad == "drop")
-        read = partial(rows_of, config, named[name], tokenizer)
-        counts = _write(name, named[name], folders[name], read, findings, made_of[name])
-        log(
-            f"wrote {folders[name]}: "
-            + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
-        )
+    with texts_in(folder):
+        if todo:
+            check_rows(replace(config, datasets=[named[name] for name in todo]), tokenizer, log)
+        for name in todo:
+            findings = Findings(strict=True, drop=config.on_bad == "drop")
+            rows = rows_of(config, named[name], tokenizer, findings)
+            counts = _write(name, named[name], folders[name], rows, findings, made_of[name])
+            said = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
+            log(f"wrote {folders[name]}: {said}")
     default = DatasetConfig(path="")  # what is said of reading and instructions is in the folder now
     as_read = {f.name: getattr(default, f.name) for f in fields(RowsConfig)}
     as_read |= {name: getattr(default, name) for name in ("task", "document_task", "split", "on_missing")}
@@ -94,17 +95,14 @@ def _made_of(name: str, dataset: DatasetConfig, config: DataConfig) -> str:
 
 
 def _write(
-    name: str,
-    dataset: DatasetConfig,
-    folder: Path,
-    read: Callable[[Findings], Iterator[Row]],
-    findings: Findings,
-    made_of: str,
+    name: str, dataset: DatasetConfig, folder: Path, found: Iterator[Row], findings: Findings, made_of: str
 ) -> dict[str, int]:
-    prompt: str | None = None
+    """findings: of reading the rows `found`, which are there."""
+    first = next(found)
+    prompt = query_prompt(dataset.task if first.prompt is None else first.prompt)
 
     def rows() -> Iterator[Row]:
-        for row in read(findings):
+        for row in chain([first], found):
             own = query_prompt(dataset.task if row.prompt is None else row.prompt)
             if own != prompt:
                 raise DataError(
@@ -115,8 +113,6 @@ def _write(
                 )
             yield row
 
-    first = next(read(Findings(strict=True, drop=findings.drop)))
-    prompt = query_prompt(dataset.task if first.prompt is None else first.prompt)
     document_prompt = query_prompt(dataset.document_task)
     about = read_metadata(Path(dataset.path)) if is_dataset(dataset.path) else Metadata(corpus_id=name)
     about = replace(

@@ -12,7 +12,7 @@ the caller raises all of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from nemo_embed_core.errors import UserError
 __all__ = [
     "BadLines", "Beir", "Findings", "Row",
     "check_sources", "checked_rows", "corpus_format", "files_of", "has_corpus", "is_beir", "read_beir",
-    "read_documents", "read_passages", "read_rows", "reading", "source_files", "with_tasks",
+    "read_documents", "read_passages", "read_rows", "read_splits", "reading", "source_files", "with_tasks",
 ]  # fmt: skip
 
 
@@ -45,7 +45,8 @@ class CorpusFormat(Protocol):
     # Of queries and documents, as the data has them.
     def tasks(self, config: DatasetConfig) -> tuple[str, str]: ...
     def rows(self, config: DatasetConfig, findings: Findings) -> Iterator[Row]: ...
-    def beir(self, config: DatasetConfig, findings: Findings) -> Beir: ...  # for evaluation: the whole corpus
+    def open_corpus(self, config: DatasetConfig, findings: Findings) -> Any: ...  # whole: what beir() takes
+    def beir(self, config: DatasetConfig, corpus: Any, findings: Findings) -> Beir: ...  # for evaluation
 
 
 CORPUS_FORMATS: tuple[CorpusFormat, ...] = (
@@ -140,12 +141,25 @@ def read_beir(config: DatasetConfig, findings: Findings | None = None) -> Beir:
     them.
     """
     own = findings if findings is not None else Findings()
-    one = corpus_format(config)
-    found = (
-        beir.beir(config, own) if one is None else one.beir(config, own)
-    )  # a file of rows is no BEIR folder
+    (found,) = read_splits([config], [own])
     if findings is None:
         own.raise_bad()
+    return found
+
+
+def read_splits(configs: Sequence[DatasetConfig], findings: Sequence[Findings]) -> list[Beir]:
+    """read_beir(config, findings) of each, which differ in their split and in what may be missing there: they
+    share one corpus, read once as the first says and told of in the findings of each."""
+    one = corpus_format(configs[0]) or beir  # a file of rows is no BEIR folder
+    for config in configs:
+        one.files(config)  # a split that is not there is said before the corpus is read
+    is_one = all(own is findings[0] for own in findings)  # then lines that it knows already count once
+    of_corpus = findings[0] if is_one else Findings(findings[0].strict, findings[0].log)
+    corpus, found = one.open_corpus(configs[0], of_corpus), list[Beir]()
+    for config, own in zip(configs, findings, strict=True):
+        found.append(one.beir(config, corpus, own))
+        if own is not of_corpus:
+            own.take(of_corpus.told())
     return found
 
 

@@ -1,6 +1,7 @@
 """list[str] and dict[str, str] of texts on disk: a corpus takes 8 bytes of memory a text, and its ids.
 
-texts = Texts()            # in the folder for temporary files (TMPDIR), gone with the process
+with texts_in("runs"):      # a verb says where it has room: beside its output, in its cache
+    texts = Texts()        # an unnamed file there, gone with the process; outside of such a block in TMPDIR
 index = texts.append("a document")
 texts[index], texts[10:20], len(texts), for text in texts
 TextsById({"d1": index}, texts)["d1"]
@@ -13,6 +14,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
 
@@ -21,15 +23,50 @@ from nemo_embed_core.errors import UserError
 BLOCK = 1 << 20  # bytes that are written, and read by an iteration, at a time
 
 
+class Kept:
+    """Where Texts stand, and the bytes of all of them."""
+
+    def __init__(self, folder: str | None = None):
+        self.folder = folder  # None: TMPDIR
+        self.num_bytes = 0
+
+    def said(self) -> str:
+        """For a log: "1.5 GiB of texts stand in /tmp (TMPDIR)"."""
+        where = f"{tempfile.gettempdir()} (TMPDIR)" if self.folder is None else self.folder
+        return f"{self.num_bytes / 2**30:,.1f} GiB of texts stand in {where}"
+
+
+_kept = Kept()  # of the process, as TMPDIR is: texts are made deep inside readers, by several threads
+
+
+@contextmanager
+def texts_in(folder: str | Path | None) -> Iterator[Kept]:
+    """Texts() of this block stand in `folder`, or in the nearest one above it that is there, in place of
+    TMPDIR, which may be a small tmpfs. None: in TMPDIR, and counted."""
+    global _kept
+    before, found = _kept, None if folder is None else Path(folder).absolute()
+    while found is not None and not found.is_dir():
+        found = found.parent
+    _kept = Kept(None if found is None else str(found))
+    try:
+        yield _kept
+    finally:
+        _kept = before
+
+
 class Texts(Sequence[str]):
-    """list[str] over an unlinked UTF-8 file in `folder`; append and read in any order, also after a fork.
+    """list[str] over an unlinked UTF-8 file in `folder` (None: see texts_in); append and read in any order,
+    also after a fork.
 
     Only valid Unicode is taken: a lone surrogate is a UnicodeEncodeError. UserError when the disk is full.
     """
 
     def __init__(self, folder: str | Path | None = None):
-        self._folder = str(folder) if folder is not None else tempfile.gettempdir()
+        self._kept = _kept
+        self._is_temporary = folder is None and _kept.folder is None
+        self._folder = str(folder) if folder is not None else _kept.folder or ""
         try:
+            self._folder = self._folder or tempfile.gettempdir()
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 (closed in __del__)
         except OSError as error:
             raise self._error(error) from error
@@ -39,7 +76,9 @@ class Texts(Sequence[str]):
 
     def append(self, text: str) -> int:
         """The index that the text gets."""
-        self._pending += text.encode("utf-8")
+        data = text.encode("utf-8")
+        self._pending += data
+        self._kept.num_bytes += len(data)
         self._ends.append(self._written + len(self._pending))
         if len(self._pending) >= BLOCK:
             self._write()
@@ -100,10 +139,9 @@ class Texts(Sequence[str]):
             raise self._error(error) from error
 
     def _error(self, error: OSError) -> UserError:
-        return UserError(
-            f"texts cannot be kept in {self._folder}: {error.strerror}; set TMPDIR to a folder with room "
-            "for the whole text"
-        )
+        fix = "set TMPDIR to a folder with room" if self._is_temporary else "it has to have room"
+        where = self._folder or "a folder for temporary files"
+        return UserError(f"texts cannot be kept in {where}: {error.strerror}; {fix} for the whole text")
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

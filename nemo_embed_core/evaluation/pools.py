@@ -51,7 +51,9 @@ def pools_of(given: Sequence[str], beir: Beir) -> list[str]:
     return list(dict.fromkeys(pools))
 
 
-def restricted(beir: Beir, facts: Mapping[str, Any], language: str) -> tuple[Beir, dict[str, Any]]:
+def restricted(
+    beir: Beir, facts: Mapping[str, Any], language: str, digests: Digests
+) -> tuple[Beir, dict[str, Any]]:
     """The documents of one language, the judgements of these, and the queries that have a relevant one."""
     spoken = beir.document_languages
     corpus = Pool(beir.corpus, (document for document in beir.corpus if spoken.get(document) == language))
@@ -72,17 +74,29 @@ def restricted(beir: Beir, facts: Mapping[str, Any], language: str) -> tuple[Bei
     counts = Counter(beir.languages.get(query) or "unknown" for query in queries) if beir.languages else {}
     return own, {
         **facts,
-        **{"name": f"{facts['name']}@{pool}", "pool": pool, "digest": digest_of(own)},
+        **{"name": f"{facts['name']}@{pool}", "pool": pool, "digest": digests.of(own, pool)},
         **{"queries": len(queries), "documents": len(corpus), "languages": dict(counts)},
     }
 
 
-def digest_of(beir: Beir) -> str:
-    """sha256 of ids, texts and judgements in the order in which they are read."""
-    digest = hashlib.sha256()
-    judged = ((query, beir.qrels.get(query)) for query in beir.queries)
-    for part in (beir.corpus.items(), beir.queries.items(), judged):
-        for item in part:
-            digest.update(f"{json.dumps(item)}\n".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+class Digests:
+    """sha256 of ids, texts and judgements in the order in which they are read: of all documents, then of what
+    a split has of its own."""
+
+    def __init__(self) -> None:
+        self._of_corpus: dict[str, Any] = {}  # by pool, which is the same documents in every split
+
+    def of(self, beir: Beir, pool: str) -> str:
+        if pool not in self._of_corpus:
+            self._of_corpus[pool] = hashlib.sha256()
+            _hash(self._of_corpus[pool], beir.corpus.items())
+        digest = self._of_corpus[pool].copy()
+        _hash(digest, beir.queries.items())
+        _hash(digest, ((query, beir.qrels.get(query)) for query in beir.queries))
+        return str(digest.hexdigest())
+
+
+def _hash(digest: Any, items: Iterable[Any]) -> None:
+    for item in items:
+        digest.update(f"{json.dumps(item)}\n".encode())
+    digest.update(b"\n")

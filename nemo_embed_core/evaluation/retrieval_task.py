@@ -17,9 +17,9 @@ from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.config.evaluate import TaskOptions
 from nemo_embed_core.data.normal_form import normal_form
-from nemo_embed_core.data.readers import Beir, Findings, read_beir
+from nemo_embed_core.data.readers import Beir, Findings, read_splits
 from nemo_embed_core.evaluation.encoding import Encoding, say
-from nemo_embed_core.evaluation.pools import Pool, digest_of, pools_of, restricted
+from nemo_embed_core.evaluation.pools import Digests, Pool, pools_of, restricted
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_parts, mteb_imported
 
 SHOWN = 300  # characters of a document beside the scores of a query
@@ -37,13 +37,17 @@ class Retrieval:
     def __init__(self, options: TaskOptions, seed: int = 0):
         self.beirs: list[Beir] = []
         self.parts: list[dict[str, Any]] = []
-        splits = options.splits
-        for split in splits:
-            beir, facts = read_data(replace(options, split=split), seed)
-            if len(splits) > 1:
-                facts["name"] += f"@{split}"
+        of_splits = [replace(options, split=split) for split in options.splits]
+        findings = [Findings(log=say) for _ in of_splits]
+        found = read_splits([dataset_of(one) for one in of_splits], findings)
+        digests = Digests()
+        for one, split, met in zip(of_splits, found, findings, strict=True):
+            met.raise_bad()
+            beir, facts = with_facts(split, one, seed, met, digests)
+            if len(of_splits) > 1:
+                facts["name"] += f"@{one.split}"
             for pool in pools_of(options.pool, beir) if options.pool else [""]:
-                own, about = (beir, facts) if not pool else restricted(beir, facts, pool)
+                own, about = (beir, facts) if not pool else restricted(beir, facts, pool, digests)
                 self.beirs.append(own)
                 self.parts.append(about)
         pools, base = [beir.corpus for beir in self.beirs], beir.corpus
@@ -103,11 +107,10 @@ def sample_queries(beir: Beir, count: int, seed: int) -> Beir:
     return beir._replace(queries={query: text for query, text in beir.queries.items() if query in chosen})
 
 
-def read_data(config: TaskOptions, seed: int) -> tuple[Any, dict[str, Any]]:
+def with_facts(
+    beir: Beir, config: TaskOptions, seed: int, findings: Findings, digests: Digests
+) -> tuple[Beir, dict[str, Any]]:
     """(the split, or a sample of its queries; what the report says about it)."""
-    findings = Findings(log=say)
-    beir = read_beir(dataset_of(config), findings)
-    findings.raise_bad()
     total = len(beir.queries)
     beir = sample_queries(beir, config.max_queries, seed)
     sampled = f", a sample of {total} (seed {seed})" if len(beir.queries) < total else ""
@@ -138,7 +141,7 @@ def read_data(config: TaskOptions, seed: int) -> tuple[Any, dict[str, Any]]:
         "type": "Retrieval",  # as mteb calls it
         "main_score": METRICS[0],
         "statistic": "mean",
-        "digest": digest_of(beir),
+        "digest": digests.of(beir, ""),
         "path": config.data,
         "split": config.split,
         "queries": len(beir.queries),

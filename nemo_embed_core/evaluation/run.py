@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_embed_core.checkpoint.source import Usage
 from nemo_embed_core.config import EvaluateConfig
+from nemo_embed_core.data.texts import Kept, texts_in
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation import mteb_results
 from nemo_embed_core.evaluation.beside import Sample, besides_of, under
@@ -28,6 +29,8 @@ from nemo_embed_core.evaluation.tasks import Plan, Task, plans_of
 from nemo_embed_core.files.durable import probe_file, write_atomically
 from nemo_embed_core.parallel.layout import rank_from_env
 from nemo_embed_core.parallel.mesh import pick_device, pick_precision
+
+SAID_BYTES = 64 << 20  # of texts in TMPDIR
 
 
 def evaluate(models: Iterable[str | Path], data: str | Path, **options: Any) -> Report:
@@ -43,8 +46,14 @@ def run(config: EvaluateConfig) -> dict[str, Report]:
     report written, as soon as a task is done.
 
     Under torchrun every rank calls it in a process group: texts are encoded on all, and the first prints and
-    writes.
+    writes. Texts of local data stand beside the report; without one in TMPDIR, which is said where they are
+    many.
     """
+    with texts_in(config.output or config.results or None) as kept:
+        return _run(config, kept)
+
+
+def _run(config: EvaluateConfig, kept: Kept) -> dict[str, Report]:
     if config.base:  # first: the others are compared with it
         models = [config.base, *(name for name in config.models if name != config.base)]
         config = replace(config, models=models)
@@ -59,6 +68,8 @@ def run(config: EvaluateConfig) -> dict[str, Report]:
         del encoder  # before the next one is loaded
         encoder = subject.check(config, [plan.asked(subject)[0] for plan in plans])
     tasks = [plan.open() for plan in plans]
+    if kept.folder is None and kept.num_bytes >= SAID_BYTES:
+        say(f"{kept.said()} until the end; with --output beside the report")
     besides = [besides_of(config, task) for task in tasks]
     table = Table(config, tasks)
     reports: dict[str, Report] = {}

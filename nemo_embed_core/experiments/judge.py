@@ -44,9 +44,11 @@ def judge(config: JudgeConfig, say: Callable[[str], None] = print) -> dict[str, 
 def by_labels(config: JudgeConfig, rows: list[Row]) -> Iterator[int]:
     """Of each row the negatives whose text the labels call relevant to the text of its query."""
     from nemo_embed_core.data.readers import Findings, read_beir
+    from nemo_embed_core.data.texts import texts_in
 
     findings = Findings(log=print)
-    beir = read_beir(DatasetConfig(path=config.labels, split=config.split), findings)
+    with texts_in(config.output):
+        beir = read_beir(DatasetConfig(path=config.labels, split=config.split), findings)
     findings.raise_bad()
     relevant: dict[str, set[str]] = {}
     for query, judged in beir.qrels.items():

@@ -136,7 +136,7 @@ class FolderPool(Pool):
         return np.where(found < self.num_searched, found, -1)
 
     def held(self, numbers: np.ndarray) -> Mapping[int, str]:
-        """In a temporary file, from one pass over the row groups that have them."""
+        """On disk, from one pass over the row groups that have them."""
         numbers = np.unique(numbers)
         numbers = numbers[np.argsort(self.place[numbers])]
         texts = Texts()

@@ -16,41 +16,32 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nemo_embed_core.checkpoint.source import Source, resolve
-from nemo_embed_core.config import DatasetConfig, MineConfig, MineDatasetConfig
+from nemo_embed_core.config import MineConfig, MineDatasetConfig
 from nemo_embed_core.config.data import dataset_names
 from nemo_embed_core.data.dataset import is_dataset
-from nemo_embed_core.data.formats.beir import splits as beir_splits
 from nemo_embed_core.data.formats.writing import write_lines
-from nemo_embed_core.data.normal_form import exact_key, normal_key
+from nemo_embed_core.data.normal_form import exact_key
 from nemo_embed_core.data.prompts import query_prompt
-from nemo_embed_core.data.readers import (
-    BadLines,
-    Findings,
-    has_corpus,
-    is_beir,
-    read_beir,
-    read_documents,
-    read_rows,
-    with_tasks,
-)
+from nemo_embed_core.data.readers import Findings, is_beir, read_rows, with_tasks
+from nemo_embed_core.data.texts import texts_in
 from nemo_embed_core.encoders.precomputed import precomputed_sides
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.mine.corpus import Ranks
-from nemo_embed_core.mine.folder import FolderRows, is_read_by_ids, read_folder
+from nemo_embed_core.mine.folder import read_folder
 from nemo_embed_core.mine.formats import FORMATS, convert_all
+from nemo_embed_core.mine.inputs import by_ids, documents_of, read_all
 from nemo_embed_core.mine.negatives import mine_negatives
 from nemo_embed_core.mine.output import FolderWriter
-from nemo_embed_core.mine.pool import Document, Known, Row, Rows
+from nemo_embed_core.mine.pool import Known, Row, Rows
 from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.teachers import Teachers, check_source, using
 
 Log = Callable[[str], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,11 +77,13 @@ def make_plan(config: MineConfig, log: Log = print, ranks: Ranks | None = None) 
         check_source(
             source, datasets.values(), [of_dataset[i] for of_dataset in usage.values()], config.precision
         )
-    known, excluded, counts = _read_all(config, datasets, log, ranks or Ranks())
-    plan = Plan(config, datasets, sources, usage, known, excluded)
+    ranks = ranks or Ranks()
+    with texts_in(config.output or None):
+        found = read_all(config, datasets, log, ranks)
+    plan = Plan(config, datasets, sources, usage, found.known, found.excluded)
     for name in datasets:
         _writer(plan, name)  # refuses now what it would in hours
-    _check_disk(plan, counts)
+    _check_disk(plan, found.counts, found.num_bytes * ranks.size)
     return plan
 
 
@@ -139,136 +132,15 @@ def _with_tasks(dataset: MineDatasetConfig) -> MineDatasetConfig:
     return dataclasses.replace(dataset, task=task, document_task=document_task)
 
 
-# ------------------------------------------------------------------------------------------ what is read
+# --------------------------------------------------------------------------------------- room on the disk
 
 
-def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Document]:
-    """Documents to search beside those of the rows: of a BEIR folder the whole corpus, and --corpus."""
-    if has_corpus(dataset.as_data()) and config.pool == "all":
-        corpus = read_beir(dataset.as_data()).corpus
-        yield from (Document(corpus[key], key) for key in corpus)
-    if config.corpus:
-        yield from (Document(text, key) for key, text in read_documents(config.corpus, config.on_missing))
-
-
-def by_ids(config: MineConfig, dataset: MineDatasetConfig) -> bool:
-    return is_read_by_ids(dataset.as_data(), has_more_documents=bool(config.corpus))
-
-
-def _read_all(
-    config: MineConfig, datasets: dict[str, MineDatasetConfig], log: Log, ranks: Ranks
-) -> tuple[Known, set[bytes], dict[str, tuple[int, int]]]:
-    """(known relevance over all data sets and splits, keys of --exclude, (documents, queries) by name).
-
-    UserError with every file that does not exist, the first 20 bad lines of all others and their number.
-    """
-    known, findings, excluded = Known(), Findings(log=log), set[bytes]()
-    unread: list[str] = []
-
-    def readable(items: Iterable[T]) -> Iterator[T]:
-        try:
-            yield from items
-        except UserError as error:  # the file is missing, say; its bad lines go to `findings`
-            unread.append(str(error))
-
-    corpus = read_documents(config.corpus, config.on_missing, findings) if config.corpus else ()
-    num_corpus = sum(1 for _ in readable(corpus))
-    for path in config.exclude:
-        excluded.update(readable(_excluded(path, findings)))
-    counts: dict[str, tuple[int, int]] = {}
-    for name, dataset in datasets.items():
-        if by_ids(config, dataset):
-            counts[name] = (0, 0)
-            for table in readable(_folders(dataset, ranks, findings)):
-                known.queries += table.known.queries
-                known.documents += table.known.documents
-                counts[name] = (len(table.pool.texts), len(table))
-            continue
-        documents, num_rows = set[int](), 0
-        for row in readable(read_rows(dataset.as_data(), findings)):
-            known.add(row.query, row.pos)
-            if config.output_format == "dataset" and row.prompt is not None:
-                what = "the row has an instruction of its own, a dataset folder one for all: output_format"
-                findings.bad(Path(row.path), row.line, f"{what} jsonl keeps it")
-            documents.update(hash(text) for text in (*row.pos, *row.neg))
-            num_rows += 1
-        counts[name] = (len(documents) + num_corpus, num_rows)
-    if unread:
-        bad = [str(BadLines(findings.named, findings.num_bad))] if findings.num_bad else []
-        raise UserError("\n".join([*dict.fromkeys(unread), *bad]))
-    findings.raise_bad()
-    for line in findings.lines():
-        log(line)
-    for name, dataset in datasets.items():
-        if has_corpus(dataset.as_data()) and not by_ids(config, dataset):
-            findings = Findings(log=log)
-            whole = read_beir(dataset.as_data(), findings)
-            counts[name] = (len(whole.corpus) + num_corpus, counts[name][1])
-        _read_other_splits(config, name, dataset, known, log)
-    if excluded:
-        log(f"--exclude: {len(excluded):,} documents are not searched")
-    return known, excluded, counts
-
-
-def _folders(dataset: MineDatasetConfig, ranks: Ranks, findings: Findings) -> Iterator[FolderRows]:
-    """One, or none where a row is bad."""
-    if (table := read_folder(dataset.as_data(), ranks, findings)) is not None:
-        yield table
-
-
-def _rows(plan: Plan, dataset: MineDatasetConfig, ranks: Ranks) -> Iterable[Row] | Rows:
-    if not by_ids(plan.config, dataset):
-        return read_rows(dataset.as_data())
-    findings = Findings()
-    table = read_folder(dataset.as_data(), ranks, findings, plan.known, plan.excluded)
-    findings.raise_bad()
-    assert table is not None
-    return table
-
-
-def _excluded(path: str, findings: Findings) -> Iterator[bytes]:
-    """Normal keys of the documents of `file.jsonl[.gz]`, or of those judged in `beir/folder:split`."""
-    folder, _, split = path.rpartition(":")
-    if folder and Path(folder).is_dir():
-        beir = read_beir(DatasetConfig(path=folder, split=split, on_missing="allow"), findings)
-        judged = dict.fromkeys(doc for scores in beir.qrels.values() for doc in scores)
-        yield from (normal_key(beir.corpus[doc]) for doc in judged if doc in beir.corpus)
-    elif Path(path).is_dir():
-        add = f"add the split whose documents are meant, as {path}:test"
-        raise UserError(f"exclude {path} is a folder: {add}")
-    else:
-        yield from (normal_key(text) for _, text in read_documents(path, "allow", findings))
-
-
-def _read_other_splits(
-    config: MineConfig, name: str, dataset: MineDatasetConfig, known: Known, log: Log
-) -> None:
-    """Adds the judgements of a BEIR folder's other splits to `known`; says how many only they have."""
-    data = dataset.as_data()
-    others = [split for split in beir_splits(Path(data.path)) if split != data.split] if is_beir(data) else []
-    if not others:
-        return
-    own = {key for row in read_rows(data) for key in row.pos_ids}
-    for split in others:
-        findings, judged = Findings(), set[str]()
-        for row in read_rows(dataclasses.replace(data, split=split, on_missing="allow"), findings):
-            known.add(row.query, row.pos)
-            judged.update(row.pos_ids)
-        if findings.num_bad:
-            bad = f"{findings.num_bad:,} bad lines, the first {findings.named[0]}"
-            log(f"{name}: split {split} has {bad}: what it judges relevant is not all known")
-        option = f"{dataset.path}:{split}"
-        if only := len(judged - own):
-            what = f"searched too; --exclude {option} leaves them out"
-            what = "not searched" if option in config.exclude else what
-            log(f"{name}: {only:,} documents are relevant in split {split} only: {what}")
-
-
-def _check_disk(plan: Plan, counts: dict[str, tuple[int, int]]) -> None:
-    """Embeddings of all data sets and models, less what is there of an earlier run."""
+def _check_disk(plan: Plan, counts: dict[str, tuple[int, int]], num_bytes: int) -> None:
+    """Embeddings of all data sets and models, less what is there of an earlier run; and the texts that ranks
+    keep beside them while a data set is mined."""
     if not plan.config.output:
         return
-    needed = 0
+    needed = num_bytes
     for name, (num_documents, num_queries) in counts.items():
         for source, usage in zip(plan.sources, plan.usage[name], strict=True):
             dtype = plan.config.dtype or ("float16" if usage["similarity"] == "cosine" else "float32")
@@ -278,8 +150,9 @@ def _check_disk(plan: Plan, counts: dict[str, tuple[int, int]]) -> None:
     folder = next(p for p in Path(plan.config.output).absolute().parents if p.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
+        texts = f" and {num_bytes / 2**30:,.1f} GiB of texts" if num_bytes >= 2**27 else ""
         sizes = f"take {needed / 2**30:,.1f} GiB and {folder} has {free / 2**30:,.1f} GiB free"
-        raise UserError(f"the embeddings {sizes}: choose another --output, or make room")
+        raise UserError(f"the embeddings{texts} {sizes}: choose another --output, or make room")
 
 
 def _hidden_size(source: Source) -> int:
@@ -301,7 +174,11 @@ def write_texts(config: MineConfig, log: Log = print) -> None:
     folder = Path(config.write_texts)
     folder.mkdir(parents=True, exist_ok=True)
     datasets = named_datasets(config).values()
+    with texts_in(folder):
+        _write_texts(config, datasets, folder, log)
 
+
+def _write_texts(config: MineConfig, datasets: Iterable[MineDatasetConfig], folder: Path, log: Log) -> None:
     def documents() -> Iterator[str]:
         for dataset in datasets:
             for row in read_rows(dataset.as_data()):
@@ -322,10 +199,25 @@ def _lines_once(texts: Iterable[str], seen: set[bytes]) -> Iterator[bytes]:
             yield (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
 
 
+def _rows(plan: Plan, dataset: MineDatasetConfig, ranks: Ranks) -> Iterable[Row] | Rows:
+    if not by_ids(plan.config, dataset):
+        return read_rows(dataset.as_data())
+    findings = Findings()
+    table = read_folder(dataset.as_data(), ranks, findings, plan.known, plan.excluded)
+    findings.raise_bad()
+    assert table is not None
+    return table
+
+
 def mine(
     plan: Plan, ranks: Ranks, device: Any, load: Callable[[Source], Any], log: Log = print
 ) -> dict[str, Any]:
     """Every data set of the plan into its file; the reports by name. load: an encoder of a Source."""
+    with texts_in(plan.config.output or None):
+        return _mine(plan, ranks, device, load, log)
+
+
+def _mine(plan: Plan, ranks: Ranks, device: Any, load: Callable[[Source], Any], log: Log) -> dict[str, Any]:
     config, is_single = plan.config, len(plan.datasets) == 1
     can_plot = importlib.util.find_spec("matplotlib") is not None
     say = log if ranks.rank == 0 else (lambda _: None)

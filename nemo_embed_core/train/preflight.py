@@ -23,6 +23,7 @@ from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import text_bins
 from nemo_embed_core.data.store import Store
+from nemo_embed_core.data.texts import texts_in
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
 from nemo_embed_core.errors import UserError
@@ -174,7 +175,8 @@ def read_dev_sets_of(
     config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, store: Store
 ) -> list[DevSet]:
     """What is wrong with them is said before the first step. A text of more than a micro-batch too."""
-    dev_sets = read_dev_sets(config.eval, usage_of(config, model, store), tokenizer, print)
+    with texts_in(config.data.cache_dir):
+        dev_sets = read_dev_sets(config.eval, usage_of(config, model, store), tokenizer, print)
     for dev in dev_sets:
         for side in dev.sides:
             lengths = np.fromiter(map(len, side.tokens), np.int64, len(side.tokens))

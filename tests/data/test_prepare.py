@@ -4,18 +4,21 @@ is written once for each normal form; a folder's corpus is shared without a seco
 import gzip
 import json
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toy_release import RELEASE, write_release
 
 from nemo_embed_core.config import DataConfig, DatasetConfig, PrepareConfig
 from nemo_embed_core.data import dataset_writer
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.dataset import Metadata, read_metadata
 from nemo_embed_core.data.dataset_writer import write_dataset
+from nemo_embed_core.data.inspect import inspect
 from nemo_embed_core.data.prepare import check_datasets, write_datasets
 from nemo_embed_core.data.readers import Findings, Row, read_beir, read_rows
 from nemo_embed_core.data.store import ARRAY_FILES, TOKEN_FILES
@@ -74,6 +77,30 @@ def test_a_beir_folder_keeps_ids_and_the_whole_corpus(tmp_path, tokenizer):
     assert (before.folder / "document_tokens.bin").read_bytes() == (
         after.folder / "document_tokens.bin"
     ).read_bytes()
+
+
+def test_nothing_stands_in_the_folder_for_temporary_files(tmp_path, tokenizer, monkeypatch):
+    """Of a corpus, of rows that are left out, of a folder of ids and its source, and looked at."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        lines = [json.dumps({"_id": f"{i}", "text": f"{name} {i}"}) + "\n" for i in range(30)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    judged = "".join(f"{i}\t{i}\t1\n" for i in range(30))
+    (folder / "qrels/train.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+    (tmp_path / "qrels").mkdir()
+    write_release(tmp_path)
+    ids = DatasetConfig(path=str(tmp_path / RELEASE / "GooAQ"), source=str(tmp_path / "data/sources/GooAQ"))
+    datasets, shown = [DatasetConfig(path=str(folder)), source(tmp_path / "rows.jsonl"), ids], []
+    for name, temporary in (("calm", tmp_path), ("none", tmp_path / "absent")):
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        config = DataConfig(datasets=datasets, cache_dir=str(tmp_path / name / "cache"), on_bad="drop")
+        check_datasets(config, tokenizer, silent)
+        folders = write_datasets(config, tmp_path / name / "out", silent).datasets
+        store = open_store(config, tokenizer, silent)
+        found = inspect(config, tokenizer, store, [f"{folder}:train"], silent)
+        shown.append((store.digest, found, [content(Path(one.path)) for one in folders]))
+    assert shown[0] == shown[1]
 
 
 def test_several_sources_are_a_folder_each_and_the_same_bytes_again(tmp_path):

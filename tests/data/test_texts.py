@@ -5,12 +5,13 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from nemo_embed_core.data import texts as texts_module
-from nemo_embed_core.data.texts import Texts, TextsById
+from nemo_embed_core.data.texts import Texts, TextsById, texts_in
 from nemo_embed_core.errors import UserError
 
 
@@ -80,6 +81,34 @@ def test_texts_by_id_are_a_dict():
         by_id["x"]
 
 
+def test_texts_stand_where_the_verb_has_room(tmp_path, monkeypatch):
+    """Also in folders that are not made yet, in a verb inside another, and without a folder for temporary
+    files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "inner"
+    outer.mkdir(), inner.mkdir()
+    with texts_in(outer / "not" / "there") as kept:
+        first = Texts()
+        first.append("aé")
+        with texts_in(inner) as more:
+            second = Texts()
+            assert second.append("日") == 0
+        first.append("b" * 10)
+        third = Texts()
+        third.append("")
+        assert (kept.num_bytes, more.num_bytes) == (13, 3)
+    where = [os.readlink(f"/proc/self/fd/{texts._file.fileno()}") for texts in (first, second, third)]
+    assert [Path(name.split(" (deleted)")[0]).parent for name in where] == [outer, inner, outer]
+    assert first[:] == ["aé", "b" * 10] and second[0] == "日" and not [*inner.iterdir()]
+    with pytest.raises(UserError, match="absent: No such file or directory; set TMPDIR to a folder with"):
+        Texts()
+    with texts_in(None) as kept:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        Texts().append("c" * 2**20)
+        kept.num_bytes *= 512
+        assert kept.said() == f"0.5 GiB of texts stand in {tmp_path} (TMPDIR)"
+
+
 def test_a_full_disk_is_said():
     texts = Texts()
     texts._file.close()
@@ -89,7 +118,7 @@ def test_a_full_disk_is_said():
         UserError, match=r"texts cannot be kept in .*: No space left on device; set TMPDIR to a folder"
     ):
         texts[0]
-    with pytest.raises(UserError, match=r"texts cannot be kept in /nowhere: No such file"):
+    with pytest.raises(UserError, match=r"kept in /nowhere: No such file or directory; it has to have room"):
         Texts("/nowhere")
 
 

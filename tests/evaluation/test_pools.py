@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import count_readings
 from toy_evaluation import write_beir, write_table
 
 from nemo_embed_core.config import EvaluateConfig
@@ -62,8 +64,12 @@ def test_pools_and_splits_are_folders_of_their_own_from_one_encoding(ours, tmp_p
     )
     monkeypatch.setattr("nemo_embed_core.evaluation.retrieval.MAX_SCORES", 60)  # five documents at a time
     options = {"data": str(data), "name": "x", "output": str(tmp_path / "reports")}
-    many = run_many([ours, "bm25"], **options, split="dev, test", pool=["lang=each", "lang=all"])
+    with monkeypatch.context() as patched:
+        readings = count_readings(patched)
+        patched.setattr(tempfile, "tempdir", "/nowhere")  # texts stand beside the reports
+        many = run_many([ours, "bm25"], **options, split="dev, test", pool=["lang=each", "lang=all"])
     assert sum(encoded) == 36 + 12, "every text once"
+    assert readings == {"corpus.jsonl": 1, "queries.jsonl": 2}
     names = [
         f"x@{split}{pool}" for split in ("dev", "test") for pool in ("@lang=de", "@lang=en", "@lang=fr", "")
     ]
@@ -77,9 +83,11 @@ def test_pools_and_splits_are_folders_of_their_own_from_one_encoding(ours, tmp_p
             for metric in ("ndcg_at_10", "recall_at_10", "mrr_at_10"):
                 assert report[model][metric] == pytest.approx(entry[metric], abs=1e-6), (split, language)
             assert report[model]["by_language"].keys() == entry["by_language"].keys()
-            assert report[model]["data"]["queries"] == entry["data"]["queries"]
+            for fact in ("queries", "documents", "digest", "found"):
+                assert report[model]["data"][fact] == entry["data"][fact], fact
         assert report[str(ours)]["data"]["pool"] == f"lang={language}"
     whole = run_many([ours], data=str(data))["data"][str(ours)]
+    assert many["x@test"][str(ours)]["data"]["digest"] == whole["data"]["digest"]
     assert many["x@test"][str(ours)]["ndcg_at_10"] == pytest.approx(whole["ndcg_at_10"], abs=1e-6)
     by_language = whole["by_language"]
     total = sum(found["queries"] * found["ndcg_at_10"] for found in by_language.values())
@@ -90,6 +98,29 @@ def test_pools_and_splits_are_folders_of_their_own_from_one_encoding(ours, tmp_p
     assert sum(encoded) == 12 + only["x@lang=en"][str(ours)]["data"]["queries"], "of one pool its texts alone"
     said = capsys.readouterr().out
     assert "have no relevant document in it" in said
+
+
+def test_splits_share_what_a_corpus_has_to_say_and_refuse_one_that_is_bad(tmp_path, monkeypatch, capsys):
+    data = cross_lingual(tmp_path / "data")
+    with open(data / "corpus.jsonl", "a") as corpus:
+        corpus.write('{"_id": "x", "text": "w1", "title": null}\n')
+    monkeypatch.setattr("nemo_embed_core.evaluation.run.SAID_BYTES", 100)
+    found = run_many(["bm25"], data=str(data), name="x", split="dev,test")
+    assert f"GiB of texts stand in {tempfile.gettempdir()} (TMPDIR) until the end" in capsys.readouterr().out
+    for report in found.values():
+        assert report["bm25"]["data"]["found"] == {"documents with a null title, read as without": 1}
+    alone = run_many(["bm25"], data=str(data), name="x", split="dev", output=str(tmp_path / "x.json"))
+    assert alone["x"]["bm25"]["data"] == {**found["x@dev"]["bm25"]["data"], "name": "x"}
+    assert "(TMPDIR)" not in capsys.readouterr().out
+    readings = count_readings(monkeypatch)
+    with pytest.raises(UserError, match=r"qrels/train.tsv \(or .gz\) does not exist"):
+        run_many(["bm25"], data=str(data), split="test,train")
+    assert not readings["corpus.jsonl"], "it may be large"
+    with open(data / "corpus.jsonl", "a") as corpus:
+        corpus.write('{"_id": "y"}\n')
+    with pytest.raises(UserError) as error:
+        run_many(["bm25"], data=str(data), split="dev,test")
+    assert str(error.value) == f"{data}/corpus.jsonl:38: field 'text' is missing"
 
 
 def test_a_matrix_of_languages_is_printed(ours, tmp_path, capsys):

@@ -4,10 +4,12 @@ repeats nothing."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +132,29 @@ def test_a_dataset_folder_killed_at_three_points_and_resumed_by_two_ranks_is_the
     shutil.rmtree(tmp_path / "again")
     outcomes = miner.server.run(launch, 2, argv)
     assert [outcome.code for outcome in outcomes] == [0, 0]
+    assert shards(tmp_path / "again") == shards(tmp_path / "calm")
+
+
+def launch_without_a_temporary_folder(argv: list[str], fail: str) -> None:
+    tempfile.tempdir = "/nowhere"
+    os.environ["NEMO_EMBED_FAIL"] = fail
+    launch(argv)
+
+
+def test_texts_beside_the_output_are_killed_and_resumed_without_a_temporary_folder(miner, tmp_path):
+    """A dataset folder with --corpus, whose texts do not stand in its files alone."""
+    config = DataConfig(datasets=[DatasetConfig(path=miner.data)])
+    data = write_datasets(config, tmp_path / "data", lambda message: None).datasets[0].path
+    (tmp_path / "pool.jsonl").write_text("".join(f'{{"text": "moon {i} violin"}}\n' for i in range(40)))
+    how = ("--model", miner.model, "--data", data, "--corpus", str(tmp_path / "pool.jsonl"), *SMALL)
+    alone = miner(*how, "--output", str(tmp_path / "calm/mined.jsonl"))
+    assert alone.code == 0 and "40 " in alone.output, alone.output
+    argv = ["launch/mine.py", "--device", "cpu", *how, "--output", str(tmp_path / "again/mined.jsonl")]
+    for point in ("documents.encoded@2", "rename@again/mined.jsonl", ""):
+        (outcome,) = miner.server.run(launch_without_a_temporary_folder, 1, argv, point)
+        assert outcome.code == (KILLED if point else 0), outcome.output
+        left = [path.name for path in (tmp_path / "again").rglob("tmp*")]
+        assert not left, "nothing of the texts is left by a kill"
     assert shards(tmp_path / "again") == shards(tmp_path / "calm")
 
 

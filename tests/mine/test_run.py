@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
-from tiny import llama_tensors, write_tokenizer
+from tiny import count_readings, llama_tensors, write_tokenizer
 from toy_mining import FakeEmbedder
 
 from nemo_embed_core.checkpoint.source import Prompts, Source, Usage
@@ -24,6 +26,7 @@ from nemo_embed_core.data.readers import read_rows
 from nemo_embed_core.errors import DataError, UserError
 from nemo_embed_core.mine import run
 from nemo_embed_core.mine.corpus import Ranks
+from nemo_embed_core.mine.inputs import read_all
 from nemo_embed_core.mine.run import make_plan, mine
 from nemo_embed_core.mine.teachers import using
 
@@ -64,10 +67,11 @@ def mined(tmp_path, monkeypatch, said=None, **options):
     monkeypatch.setattr(run, "check_source", lambda *arguments: None)
     (tmp_path / "toy").mkdir(parents=True, exist_ok=True)
     log = said.append if said is not None else lambda _: None
+    planned = options.pop("planned", Ranks())
     config = MineConfig(
         model=str(tmp_path / "toy"), output=str(tmp_path / "out"), **{"dtype": "float32", **options}
     )
-    plan = make_plan(config, log)
+    plan = make_plan(config, log, planned)
     reports = mine(plan, Ranks(), "cpu", lambda source: FakeEmbedder(), log)
     outputs = {name: lines_of(plan.output(name)) for name in reports}
     return outputs, reports
@@ -349,8 +353,33 @@ def test_embeddings_that_do_not_fit_the_disk_are_refused_before_they_are_made(tm
     with pytest.raises(UserError, match=r"embeddings take 0\.4 GiB and .* 0\.4 GiB free"):
         mined(tmp_path, monkeypatch, data=data)
     assert not (tmp_path / "out.work").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 400 << 20))
-    mined(tmp_path, monkeypatch, data=data)
+    # And 286 bytes of texts of the rows and 4 of --corpus, on each rank.
+    (tmp_path / "pool.jsonl").write_text('{"text": "more"}\n')
+    options = {"data": data, "corpus": str(tmp_path / "pool.jsonl"), "planned": Ranks(0, 3)}
+    for room, is_enough in ((3 * 290 - 1, False), (3 * 290, True)):
+        free = (404 << 20) + room
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free))  # noqa: B023
+        with nullcontext() if is_enough else pytest.raises(UserError, match="embeddings take"):
+            mined(tmp_path, monkeypatch, **options)
+
+
+def test_mining_puts_no_texts_into_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    """Of a BEIR folder with other splits, --corpus and --exclude; room is asked for its corpus twice."""
+    texts = {f"d{i}": f"w{i} w{i + 1} w{i * 3 % 7}" for i in range(12)}
+    queries = {f"q{i}": f"w{i}" for i in range(6)}
+    one, other = ([[f"q{i}", f"d{i + j}", 1] for i in range(a, b)] for a, b, j in ((0, 4, 0), (2, 6, 1)))
+    data = beir(tmp_path / "nq", texts, queries, train=one, dev=other, test=other[1:])
+    pool = write(tmp_path / "pool.jsonl", {"text": "w1 w2 w7"}, {"text": "w3 w0"})
+    options = {"data": data, "corpus": pool, "exclude": [f"{data}:dev", f"{data}:test"]}
+    readings = count_readings(monkeypatch)
+    calm = mined(tmp_path / "calm", monkeypatch, **options)
+    assert readings["corpus.jsonl"] == 5, "excluded, rows checked, all splits; rows mined, documents"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    assert mined(tmp_path / "none", monkeypatch, **options) == calm
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = MineConfig(model=str(tmp_path), output=str(tmp_path / "out"), **options)
+    room = read_all(config, run.named_datasets(config), lambda _: None, Ranks()).num_bytes
+    assert room == 2 * (len("".join(texts.values())) + 2 * (4 + 4 + 3)) + 13
 
 
 # ------------------------------------------------------------------------------------------ a dataset folder

@@ -81,7 +81,7 @@ def tasks(config: DatasetConfig) -> tuple[str, str]:
     return task_of(query.pop()) if len(query) == 1 else "", task_of(prefixes["passage"].pop())
 
 
-def _documents(config: DatasetConfig, findings: Findings) -> Documents:
+def open_corpus(config: DatasetConfig, findings: Findings) -> Documents:
     """Of all corpora; of several an id is `corpus_id/id`. Not closed where a row is bad."""
     corpora, before, documents = _corpora(Path(config.path)), findings.num_met, Documents()
     for corpus_id, (_, source, _) in corpora.items():
@@ -97,7 +97,7 @@ def _documents(config: DatasetConfig, findings: Findings) -> Documents:
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
-    yield from _rows(config, _documents(config, findings), findings)
+    yield from _rows(config, open_corpus(config, findings), findings)
 
 
 def _rows(config: DatasetConfig, documents: Documents, findings: Findings) -> Iterator[Row]:
@@ -134,9 +134,9 @@ def _rows(config: DatasetConfig, documents: Documents, findings: Findings) -> It
         findings.bad(path, 1, "there are no rows")
 
 
-def beir(config: DatasetConfig, findings: Findings) -> Beir:
+def beir(config: DatasetConfig, corpus: Documents, findings: Findings) -> Beir:
     """Several corpora are searched as one."""
-    return beir_of_ids(config, findings, _documents(config, findings), _rows)
+    return beir_of_ids(config, findings, corpus, _rows)
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest: str) -> None:

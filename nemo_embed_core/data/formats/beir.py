@@ -98,19 +98,33 @@ class _Split(NamedTuple):
     queries: TextsById
     corpus: TextsById
     languages: dict[str, str]
-    document_languages: dict[str, str]
 
 
-def beir(config: DatasetConfig, findings: Findings) -> Beir:
+class Corpus(NamedTuple):
+    """Every text of it, for all splits. is_whole: no line is bad."""
+
+    texts: TextsById
+    languages: dict[str, str]
+    is_whole: bool
+
+
+def open_corpus(config: DatasetConfig, findings: Findings) -> Corpus:
+    languages, before = dict[str, str](), findings.num_met
+    file = files(config)[0]
+    texts = _read_texts(file, lambda _: True, config.on_missing, findings, languages, "documents")
+    return Corpus(texts, languages, findings.num_met == before)
+
+
+def beir(config: DatasetConfig, corpus: Corpus, findings: Findings) -> Beir:
     """With on_missing "allow" empty texts are "" and judgements of documents that do not exist stay.
 
     So does mteb: such a document is never found, and counts in the ideal ranking. A judgement of a query that
     does not exist counts nowhere.
     """
-    s = _read_split(config, findings, whole=True)
+    s = _read_split(config, findings, corpus)
     qrels = {qid: scores for qid, scores in s.qrels.items() if qid in s.queries}
     queries = TextsById({qid: s.queries.indices[qid] for qid in qrels}, s.queries.texts)
-    return Beir(s.corpus, queries, qrels, s.languages, s.document_languages)
+    return Beir(s.corpus, queries, qrels, s.languages, corpus.languages)
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
@@ -119,7 +133,7 @@ def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
     pos: documents with a score above 0. neg: the others, which somebody judged not to answer the query.
     """
     before, num_rows = findings.num_met, 0
-    s = _read_split(config, findings, whole=False)
+    s = _read_split(config, findings)
     if findings.num_met > before:
         return  # the rows that are left would be wrong: a text behind a bad line seems not to exist
     for qid, scores in s.qrels.items():
@@ -158,20 +172,22 @@ def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
         findings.bad(s.file, 1, f"no row is left: {what}")
 
 
-def _read_split(config: DatasetConfig, findings: Findings, whole: bool) -> _Split:
-    """whole: also the texts of documents that the split does not judge."""
+def _read_split(config: DatasetConfig, findings: Findings, whole: Corpus | None = None) -> _Split:
+    """whole: with the texts of documents that the split does not judge; without it those that it judges are
+    read."""
     corpus_file, queries_file, file = files(config)
     before, on_missing = findings.num_met, config.on_missing
     qrels, lines = read_qrels(file, findings)
     judged = {doc for scores in qrels.values() for doc in scores}
     languages: dict[str, str] = {}
-    document_languages: dict[str, str] = {}
     queries = _read_texts(queries_file, qrels.__contains__, on_missing, findings, languages, "queries")
-    keep = (lambda _: True) if whole else judged.__contains__
-    spoken = document_languages if whole else None
-    corpus = _read_texts(corpus_file, keep, on_missing, findings, spoken, "documents")
-    read = _Split(file, qrels, lines, queries, corpus, languages, document_languages)
-    if findings.num_met == before:  # a text behind a bad line seems not to exist
+    if whole is None:
+        corpus = _read_texts(corpus_file, judged.__contains__, on_missing, findings, None, "documents")
+    else:
+        corpus = whole.texts
+    read = _Split(file, qrels, lines, queries, corpus, languages)
+    # A text behind a bad line seems not to exist.
+    if findings.num_met == before and (whole is None or whole.is_whole):
         happens = "kept, as nothing can find them" if whole else "left out"
         _check_dangling(read, on_missing, findings, happens)
     return read

@@ -83,10 +83,17 @@ def open_folder(
     return metadata, read_corpus(folder, metadata, findings, config.source, languages)
 
 
-def beir(config: DatasetConfig, findings: Findings) -> Beir:
-    """The whole corpus, and the positives as what is relevant: no negative is known to be irrelevant."""
+Corpus = tuple[Metadata, Documents, dict[str, str]]  # and the languages of documents
+
+
+def open_corpus(config: DatasetConfig, findings: Findings) -> Corpus:
     languages: dict[str, str] = {}
-    metadata, documents = open_folder(config, findings, languages)
+    return (*open_folder(config, findings, languages), languages)
+
+
+def beir(config: DatasetConfig, corpus: Corpus, findings: Findings) -> Beir:
+    """The whole corpus, and the positives as what is relevant: no negative is known to be irrelevant."""
+    metadata, documents, languages = corpus
     rows = positive(_rows(config, metadata, documents, findings), config.min_grade, findings)
     return beir_of(documents, rows, languages)
 

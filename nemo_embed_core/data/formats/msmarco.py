@@ -66,13 +66,13 @@ def read_texts(path: Path, findings: Findings) -> Documents:
     return texts.close(findings) if findings.num_met == before else texts
 
 
-def _read(config: DatasetConfig, findings: Findings) -> tuple[Documents, Documents, Path]:
-    collection, queries, qrels = files(config)
-    return read_texts(collection, findings), read_texts(queries, findings), qrels
+def open_corpus(config: DatasetConfig, findings: Findings) -> Documents:
+    return read_texts(files(config)[0], findings)
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
-    documents, queries, file = _read(config, findings)
+    _, of_queries, file = files(config)
+    documents, queries = open_corpus(config, findings), read_texts(of_queries, findings)
     qrels, lines = read_qrels(file, findings)
     if not (documents.is_closed and queries.is_closed):
         return  # a text behind a bad line seems not to exist
@@ -92,8 +92,8 @@ def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
         yield row
 
 
-def beir(config: DatasetConfig, findings: Findings) -> Beir:
-    documents, queries, file = _read(config, findings)
+def beir(config: DatasetConfig, corpus: Documents, findings: Findings) -> Beir:
+    _, of_queries, file = files(config)
+    texts = usable(read_texts(of_queries, findings))
     qrels, _ = read_qrels(file, findings)
-    texts = usable(queries)
-    return Beir(usable(documents), {key: texts.get(key, "") for key in qrels}, qrels)
+    return Beir(usable(corpus), {key: texts.get(key, "") for key in qrels}, qrels)

@@ -62,11 +62,15 @@ def _rows(documents: Documents, queries: Documents, file: Path, findings: Findin
         yield row._replace(id=key)
 
 
-def beir(config: DatasetConfig, findings: Findings) -> Beir:
+def open_corpus(config: DatasetConfig, findings: Findings) -> Documents:
+    return read_texts(files(config)[0], findings)
+
+
+def beir(config: DatasetConfig, corpus: Documents, findings: Findings) -> Beir:
     """The positives of a query's lines are what is relevant."""
-    collection, queries_file, file = files(config)
-    documents, queries = read_texts(collection, findings), read_texts(queries_file, findings)
+    _, of_queries, file = files(config)
+    queries = read_texts(of_queries, findings)
     qrels: dict[str, dict[str, int]] = {}
-    for row in _rows(documents, queries, file, findings):
+    for row in _rows(corpus, queries, file, findings):
         qrels.setdefault(row.id, {})[row.pos_ids[0]] = 1
-    return Beir(usable(documents), {key: queries[key] for key in qrels}, qrels)
+    return Beir(usable(corpus), {key: queries[key] for key in qrels}, qrels)

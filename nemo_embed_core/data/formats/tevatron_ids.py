@@ -70,7 +70,7 @@ def _id_and_text(fields: dict[str, Any]) -> tuple[str, str]:
     return check_id(fields["docid"], "docid"), document_text({"text": text, "title": fields.get("title")})
 
 
-def _documents(config: DatasetConfig, findings: Findings) -> Documents:
+def open_corpus(config: DatasetConfig, findings: Findings) -> Documents:
     files(config)
     before, documents = findings.num_met, Documents()
     corpus = records(find(config.source), findings, DOCUMENT)
@@ -79,7 +79,7 @@ def _documents(config: DatasetConfig, findings: Findings) -> Documents:
 
 
 def rows(config: DatasetConfig, findings: Findings) -> Iterator[Row]:
-    yield from _rows(config, _documents(config, findings), findings)
+    yield from _rows(config, open_corpus(config, findings), findings)
 
 
 def _rows(config: DatasetConfig, documents: Documents, findings: Findings) -> Iterator[Row]:
@@ -104,5 +104,5 @@ def _rows(config: DatasetConfig, documents: Documents, findings: Findings) -> It
         yield row
 
 
-def beir(config: DatasetConfig, findings: Findings) -> Beir:
-    return beir_of_ids(config, findings, _documents(config, findings), _rows)
+def beir(config: DatasetConfig, corpus: Documents, findings: Findings) -> Beir:
+    return beir_of_ids(config, findings, corpus, _rows)
