@@ -7,6 +7,7 @@
 # make coverage how much of the package the tests run, forks and spawned processes counted; twice the time of make test
 # make same     nine commands under BASE=commit and under this tree: is every file that they write the same?
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
+# make peers    files that mining and prepare.py write, by the loaders of the trainers that they are for; installs them into .venv-peers
 # make consumers  what programs that serve exports make of them, and of faults in them: a table; installs them into .venv-consumers
 #
 # make experiments  the grids of configs/experiments/ (docs/experiments.md says what they read), and their page
@@ -25,7 +26,7 @@ BENCHMARKS ?= step kernels ceilings mining optimizer
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat consumers docs site experiments constraints clean
+.PHONY: help demo test slow lint coverage same faults mutants fuzz gpu bench compat consumers peers docs site experiments constraints clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -142,6 +143,19 @@ consumers: .venv-consumers/.installed
 	$(BIN)/python -m pip --python $(@D)/bin/python install -qq $(CONSUMERS)
 	@touch $@
 
+# Loaders are all that is asked of them: of what they require they have what .venv has.
+PEERS := FlagEmbedding==1.4.2 tevatron==0.1.0 nemo-automodel==0.7.0 accelerate==1.15.0
+
+peers: .venv-peers/.installed
+	.venv-peers/bin/python -m pytest tests/mine/test_peers.py -q
+
+.venv-peers/.installed: Makefile | $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "$$main" >"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install -qq --no-deps $(PEERS)
+	@touch $@
+
 EXPERIMENTS ?= thresholds losses merging instructions attention matryoshka lora distillation
 
 experiments: $(INSTALLED)
@@ -190,7 +204,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq $(TORCH) $(CONSTRAINTS:%=-c %) --editable '.[eval,demo,log,inspect,synthesize,dev]'
 	@touch $@
 
-# Keeps .venv, .venv-compat, .venv-consumers, .venv-site, runs/ and data-cache/: they cost time, not space for mistakes.
+# Keeps .venv, .venv-compat, .venv-consumers, .venv-peers, .venv-site, runs/ and data-cache/: they cost time, not space for mistakes.
 clean:
 	rm -rf build dist site *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
