@@ -76,7 +76,7 @@ def _underived(cls: type[Options]) -> Iterator[tuple[str, Any]]:
 
 def _check_files(cls: type[Options], argv: Sequence[str]) -> None:
     names = {"--config", *(f"--{name}" for name, _ in _sections(cls))}
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in zip(argv, [*argv[1:], ""], strict=False):  # nothing, of no arguments
         name, is_joined, joined = option.partition("=")
         path = joined if is_joined else value
         if name in names and path and Path(path).is_file():

@@ -475,6 +475,7 @@ MUTANTS = [
     Mutant("a link to a folder stays on the site", "docs/pages.py", 'if there else words', 'if words else words', "tests/test_docs.py -k links_are"),
     Mutant("what a stylesheet loads is not seen", "docs/pages.py", '(name == "href" and tag == "link")', "False", "tests/test_docs.py -k elsewhere"),
     Mutant("a message changes and its page does not", "nemo_embed_core/train/spikes.py", "the step was refused and", "the step is refused and", "tests/test_docs.py -k troubleshooting"),
+    Mutant("a command without arguments is a traceback", "nemo_embed_core/command_line.py", '[*argv[1:], ""], strict=False)', '[*argv[1:], ""], strict=True)', "tests/test_options.py -k without_arguments"),
     # ---- pairs from documents
     Mutant("a sentence stays in its document", "nemo_embed_core/synthesize/self_pairs.py", 'blocks[number].replace(sentence, "")', "blocks[number]", "tests/synthesize/test_self_pairs.py"),
     Mutant("a held-out row may stand in train", "nemo_embed_core/synthesize/self_pairs.py", 'if key in train.rows or any(', "if any(", "tests/synthesize/test_self_pairs.py"),

@@ -1,7 +1,13 @@
-"""What the recipes are: files of configs/ that go over others, and the commands of a page, loops unrolled."""
+"""What the recipes are: files of configs/ that go over others, and the commands of a page, loops unrolled and
+run."""
 
+import contextlib
+import importlib
+import io
+import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,3 +45,24 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
             1
         ] != "demo":
             yield match[1], shlex.split(match[2], comments=True)
+
+
+def run_commands(folder: str, given: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
+    """(exit code, what it printed) of each; in one process, by main() of its launcher."""
+    from nemo_embed_core.merge import merge
+    from nemo_embed_core.mine import run
+
+    os.chdir(folder)
+    merge.check = lambda *args, **options: {"consumers": []}  # in other libraries: tests/export
+    run.plot_report = run.plot_datasets = lambda *args: None  # 15 plots: tests/mine
+    found: list[tuple[int, str]] = []
+    for verb, argv in given:
+        sys.argv = [f"launch/{verb}.py", *argv]
+        out, code = io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                importlib.import_module(f"launch.{verb}").main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+        found.append((code, out.getvalue()))
+    return found

@@ -120,6 +120,12 @@ def test_options_beside_a_file_override_only_the_keys_that_they_have(tmp_path: P
     assert (optim.lr, optim.beta2) == (5e-4, 0.9)
 
 
+@pytest.mark.parametrize("cls", [k for k in c.LAUNCHERS.values() if NEEDED[k]], ids=lambda cls: cls.__name__)
+def test_a_command_without_arguments_says_what_is_missing(cls: Any) -> None:
+    """The first that a newcomer types."""
+    assert re.search(r"is missing|^give --", refusal(lambda: load_config(cls, [])))
+
+
 def test_a_value_that_follows_from_others_is_no_default() -> None:
     sizes = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     argv = ["--output_dir", "x", "--steps", "1", *(f"--model.{key}={value}" for key, value in sizes.items())]

@@ -3,13 +3,10 @@ the page runs on the release made small."""
 
 import contextlib
 import gzip
-import importlib
 import io
 import json
-import os
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pytest
 import torch
 import yaml
 from forked import Server
-from recipes import CONFIGS, MIX, RECIPES, ROOT, commands, files, launcher
+from recipes import CONFIGS, MIX, RECIPES, ROOT, commands, files, launcher, run_commands
 from safetensors.torch import load_file
 from tiny import MODEL, write_hf
 from toy_evaluation import write_beir
@@ -135,27 +132,6 @@ def test_a_recipe_fits_its_cluster_by_the_plan(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ the commands
-
-
-def run_commands(folder: str, given: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
-    """(exit code, what it printed) of each; in one process, by main() of its launcher."""
-    from nemo_embed_core.merge import merge
-    from nemo_embed_core.mine import run
-
-    os.chdir(folder)
-    merge.check = lambda *args, **options: {"consumers": []}  # in other libraries: tests/export
-    run.plot_report = run.plot_datasets = lambda *args: None  # 15 plots: tests/mine
-    found: list[tuple[int, str]] = []
-    for verb, argv in given:
-        sys.argv = [f"launch/{verb}.py", *argv]
-        out, code = io.StringIO(), 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                importlib.import_module(f"launch.{verb}").main()
-            except SystemExit as end:
-                code = int(end.code or 0)
-        found.append((code, out.getvalue()))
-    return found
 
 
 def made_small(verb: str, argv: list[str]) -> list[str]:

@@ -237,6 +237,11 @@ def test_wrong_mining_merging_and_evaluation(launch: Launcher) -> None:
     evaluate = ["launch/evaluate.py", "--data", str(launch.folder), "--models"]
     refuses(launch([*evaluate, "nowhere"]), "nowhere is not a folder")
     refuses(launch([*evaluate, "bm25"]), str(launch.folder))
+    made = launch.folder / "synthesized"  # which has a folder for each split
+    (made / "test").mkdir(parents=True)
+    (made / "test" / "dataset_metadata.json").touch()
+    evaluate[2] = str(made)
+    refuses(launch([*evaluate, "bm25"]), f"its dataset folders are {made / 'test'}: give one of them")
     assert not (launch.folder / "out").exists() and not (launch.folder / "m.jsonl").exists()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import new_folder
+from nemo_embed_core.files.safetensors import SafetensorsWriter
 
 TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 BLOCK = {
@@ -55,10 +56,13 @@ def read_gguf(file: Path, output: Path, layers: int = 0) -> None:
     state = _weights(file, reader.tensors, facts, layers or total)
     config = _config(facts, state, layers or total)
     tokenizer, settings = _tokenizer(facts, len(state["model.embed_tokens.weight"]))
-    from safetensors.torch import save_file
-
     with new_folder(output) as folder:
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        # Not the library's save_file, whose file no other user may read, as that of a container.
+        entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        with SafetensorsWriter(folder / "model.safetensors", entries) as writer:
+            for tensor in state.values():
+                writer.write(tensor)
+            writer.close()
         for name, value in (("config.json", config), ("tokenizer_config.json", settings)):
             (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         tokenizer.save(str(folder / "tokenizer.json"))

@@ -147,6 +147,8 @@ def test_the_folder_is_a_model_and_a_tokenizer_of_ours(tmp_path, weights):
     from nemo_embed_core.encoders import open_encoder
 
     read_gguf(write(tmp_path / "m.gguf", gguf.GGMLQuantizationType.F32, weights), tmp_path / "out")
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "whoever reads the one reads the other, as a container's user"
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.vocab_size == len(TOKENS)
     from tokenizers import Tokenizer

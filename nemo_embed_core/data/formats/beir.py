@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nemo_embed_core.config import DatasetConfig
+from nemo_embed_core.data.dataset import is_dataset
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.qrels import read_qrels
 from nemo_embed_core.data.formats.row import Row
@@ -332,9 +333,11 @@ def _files(folder: Path, split: str) -> list[Path]:
     names = sorted(p.name for p in folder.iterdir())
     is_model = " but a model" if "config.json" in names else ""
     if not set(MARKS) & set(names):
+        inside = [str(folder / name) for name in names if is_dataset(folder / name)]
+        one_of = f"; its dataset folders are {', '.join(inside[:10])}: give one of them" if inside else ""
         raise UserError(
             f"{folder} is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/){is_model}; it "
-            f"holds: {', '.join(names[:10]) or 'nothing'}"
+            f"holds: {', '.join(names[:10]) or 'nothing'}{one_of}"
         )
     texts = [_file(folder, name, names) for name in ("corpus.jsonl", "queries.jsonl")]
     return [*texts, _qrels_file(folder, split)]
