@@ -38,6 +38,7 @@ setup(
         "nemo_embed_core.mine.search",
         "nemo_embed_core.model",
         "nemo_embed_core.parallel",
+        "nemo_embed_core.pipeline",
         "nemo_embed_core.plan",
         "nemo_embed_core.steps",
         "nemo_embed_core.synthesize",

@@ -9,7 +9,7 @@ import sys
 
 from nemo_embed_core.errors import user_errors
 
-VERBS = ("prepare", "train", "mine", "merge", "evaluate", "plan", "experiment", "synthesize")
+VERBS = ("prepare", "train", "mine", "merge", "evaluate", "plan", "experiment", "synthesize", "pipeline")
 USAGE = (
     f"usage: nemo-embed {{{','.join(VERBS)}}} [options]\n\nnemo-embed VERB --help lists the options of each."
 )

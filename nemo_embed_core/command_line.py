@@ -20,6 +20,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import (
     C,
     Options,
+    changed,
     check_yaml,
     is_section,
     no_option,
@@ -56,6 +57,14 @@ def load_config(cls: type[C], argv: Sequence[str] | None = None) -> C:
         if not isinstance(value := values.get(name), Namespace):
             raise UserError(not_a_section(name, value, section))
     return cls(**vars(parser.instantiate(values)))
+
+
+def arguments(config: Options) -> list[str]:
+    """The shortest command line of which load_config makes this: options that are not at their default."""
+    argv = []
+    for name, value in changed(config).items():
+        argv += [f"--{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
+    return argv
 
 
 def _sections(cls: type[Options]) -> list[tuple[str, type[Options]]]:

@@ -80,6 +80,36 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def changed(config: Options) -> dict[str, Any]:
+    """{"optim.lr": 1e-6} of every option that has another value than its default; of objects in lists what
+    they have changed."""
+    found: dict[str, Any] = {}
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    defaults |= {f.name: f.default_factory() for f in dataclasses.fields(config)
+                 if f.default_factory is not dataclasses.MISSING}  # fmt: skip
+    for name, kind in types_of(type(config)).items():
+        value = getattr(config, name)
+        if is_section(kind):
+            found |= {f"{name}.{key}": inner for key, inner in changed(value).items()}
+        elif value != defaults[name] and not _follows(config, name, defaults[name]):
+            found[name] = _without_defaults(value)
+    return found
+
+
+def _follows(config: Options, name: str, default: Any) -> bool:
+    """Whether the constructor makes this value of the default, as head_dim follows from the sizes."""
+    try:
+        return bool(getattr(dataclasses.replace(config, **{name: default}), name) == getattr(config, name))
+    except (UserError, TypeError):
+        return False
+
+
+def _without_defaults(value: Any) -> Any:
+    if isinstance(value, Options):
+        return changed(value)
+    return [_without_defaults(item) for item in value] if isinstance(value, list) else value
+
+
 def dump_yaml(config: Any, path: Path) -> None:
     """The resolved tree as YAML that `--config` and `from_yaml` read back."""
     import yaml

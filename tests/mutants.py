@@ -342,7 +342,7 @@ MUTANTS = [
     Mutant("micro-batches that best fit alone makes", BINS, "for fewer in range(least, count):", "for fewer in range(count, count):", "tests/data/test_packing.py"),
     Mutant("a swap moves no tokens", BINS, "loads[other] += more_FO[f, o]", "loads[other] += 0", "tests/data/test_packing.py"),
     Mutant("another mix goes on with a run", POPULATION, "digest.update(repr([part.draws for part in drawn]).encode())", "pass", "tests/data/test_mix.py"),
-    Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '"NFKC", _FORMAT.sub("", text))', '"NFKC", text)', "tests/data/test_normal_form.py"),
+    Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '_FORMAT.sub("", text)).translate', "text).translate", "tests/data/test_normal_form.py"),
     Mutant("special tokens inside texts are special", "nemo_embed_core/data/tokenizer.py", "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "tests/data/test_tokenizer.py"),
     Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),
     # ---- looking at data
@@ -351,7 +351,7 @@ MUTANTS = [
     Mutant("evaluation texts that the data lacks count as copies", OVERLAP, "yield key, name\n                continue", "yield key, name", INSPECT),
     Mutant("missing documents are padded", "nemo_embed_core/data/inspect.py", "int((documents > 0).sum())", "documents.size", INSPECT),
     Mutant("density without the room that is left", "nemo_embed_core/data/inspect.py", "tokens / (micro_batches * config.max_tokens)", "tokens / (steps * config.max_tokens)", INSPECT),
-    Mutant("cells of the page as they are", PAGE, "{_escaped(str(c))}", "{c}", INSPECT),
+    Mutant("cells of the page as they are", "nemo_embed_core/files/html.py", "{escaped(str(c))}", "{c}", INSPECT),
     # ---- reading
     Mutant("row groups are read ahead", COLUMNAR, "pre_buffer=False, buffer_size=1 << 16", "buffer_size=1 << 16", "tests/data/test_dataset.py"),
     Mutant("a columnar file is read by thousands of rows", COLUMNAR, "BATCH = 64", "BATCH = 4096", "tests/data/test_dataset.py"),
@@ -366,8 +366,6 @@ MUTANTS = [
     Mutant("what a corpus has to say is said of the first split alone", "nemo_embed_core/data/readers.py", "        if own is not of_corpus:", "        if own is findings[0]:", "tests/evaluation/test_pools.py"),
     Mutant("the digest of a split has the one before in it", "nemo_embed_core/evaluation/pools.py", "self._of_corpus[pool].copy()", "self._of_corpus[pool]", "tests/evaluation/test_pools.py"),
     # ---- mining
-    Mutant("rows behind one that its grade leaves out have its query", "nemo_embed_core/mine/folder.py", 'FolderTexts(folder, "queries", self._at)', 'FolderTexts(folder, "queries")', "tests/mine/test_folder.py"),
-    Mutant("a written row has the query of a record that its grade leaves out", "nemo_embed_core/mine/folder.py", "int(self._at[row])", "int(row)", "tests/mine/test_folder.py"),
     Mutant("no room is asked for texts", "nemo_embed_core/mine/run.py", "    needed = num_bytes\n", "    needed = 0\n", "tests/mine/test_run.py"),
     Mutant("each split that is excluded reads the corpus", "nemo_embed_core/mine/inputs.py", "found.setdefault(folder if folder and Path(folder).is_dir() else path, [])", "found.setdefault(path, [])", "tests/mine/test_run.py"),
     Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),
@@ -479,6 +477,15 @@ MUTANTS = [
     Mutant("a message changes and its page does not", "nemo_embed_core/train/spikes.py", "the step was refused and", "the step is refused and", "tests/test_docs.py -k troubleshooting"),
     Mutant("a command without arguments is a traceback", "nemo_embed_core/command_line.py", '[*argv[1:], ""], strict=False)', '[*argv[1:], ""], strict=True)', "tests/test_options.py -k without_arguments"),
     # ---- pairs from documents
+    Mutant("a sample of the documents is of one split", "nemo_embed_core/synthesize/documents.py", '{seed}\\0sample\\0{', '{seed}\\0{', "tests/synthesize/test_self_pairs.py -k sample"),
+    Mutant("two outputs write into one journal", "nemo_embed_core/synthesize/generate.py", "(output.resolve(), journal.parent.resolve())", "(output.resolve(),)", "tests/synthesize/test_generate.py -k share"),
+    Mutant("answers are paid again for a document more", "nemo_embed_core/steps/verbs.py", 'own=(("generate", "journal", f"{HERE}answers/journal.jsonl"),),', "own=(),", "tests/pipeline/test_stages.py -k rows_of_models"),
+    Mutant("other documents are the same pipeline", "nemo_embed_core/pipeline/stages.py", "digests[documents] = setting.documents", 'digests[documents] = ""', "tests/pipeline/test_stages.py -k bytes"),
+    Mutant("what does not fit is trained", "nemo_embed_core/pipeline/method.py", "if least <= machine.memory else", "if True else", "tests/pipeline/test_method.py"),
+    Mutant("a difference by chance is a proof", "nemo_embed_core/pipeline/report.py", 'difference["p_holm"] < SURE', "True", "tests/pipeline/test_page.py -k hundred"),
+    Mutant("a document may be in both splits of a pipeline", "nemo_embed_core/pipeline/report.py", 'sorted(files["train"] & files["test"])', "sorted(set[str]())", "tests/pipeline/test_page.py -k both_splits"),
+    Mutant("a page obeys what a document says", "nemo_embed_core/pipeline/page.py", "{escaped(text)}</p>", "{text}</p>", "tests/pipeline/test_page.py"),
+    Mutant("a shown command leaves out what is 0", "nemo_embed_core/options.py", "elif value != defaults[name] and not", "elif value and value != defaults[name] and not", "tests/pipeline/test_stages.py -k dry_run"),
     Mutant("a sentence stays in its document", "nemo_embed_core/synthesize/self_pairs.py", 'blocks[number].replace(sentence, "")', "blocks[number]", "tests/synthesize/test_self_pairs.py"),
     Mutant("a held-out row may stand in train", "nemo_embed_core/synthesize/self_pairs.py", 'if key in train.rows or any(', "if any(", "tests/synthesize/test_self_pairs.py"),
     Mutant("a held-out document's text may stand in train", "nemo_embed_core/synthesize/self_pairs.py", "held_out.chunks[place].text) in texts", "held_out.chunks[place].text) in ()", "tests/synthesize/test_self_pairs.py"),

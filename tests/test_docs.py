@@ -150,6 +150,7 @@ def test_every_verb_has_a_command_in_the_docs() -> None:
 VERBS = {
     "prepare": "preparing", "synthesize": "synthesis", "train": "training", "mine": "mining",
     "merge": "merging", "evaluate": "evaluation", "plan": "planning", "experiment": "experiments",
+    "pipeline": "pipeline",
 }  # fmt: skip
 
 

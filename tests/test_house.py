@@ -392,7 +392,7 @@ AROUND = (
     ("tests/conftest.py", "tests/*/conftest.py", "tests/mutants.py", "tests/same_behaviour.py"),
     ("tests/crash.py",),  # runs that are killed, on
     ("tests/forked.py",),  # a server of forks, warmed by
-    ("tests/grids.py",),  # of
+    ("tests/grids.py", "tests/pipelines.py"),  # of
     ("tests/tiny.py", "tests/toy_*.py", "tests/fuzz.py"),  # toys
     ("tests/recipes.py",),  # what configs and pages say, for
     ("tests/kernels/checks.py", "tests/kernels/compile_sm90.py"),

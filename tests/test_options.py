@@ -31,6 +31,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     c.ExperimentConfig: {"grid": "grid.yaml", "output": "o"},
     c.JudgeConfig: {"mined": "m", "output": "o", "labels": "l"},
     c.SynthesizeConfig: {"documents": "docs", "output": "o"},
+    c.PipelineConfig: {"documents": "docs", "output": "o"},
     c.DatasetConfig: {"path": "p"},
     c.GeneratorConfig: {"name": "m"},
     c.MineDatasetConfig: {"path": "p"},

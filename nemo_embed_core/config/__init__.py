@@ -11,6 +11,7 @@ from nemo_embed_core.config.held_out import EvalConfig, EvalDatasetConfig
 from nemo_embed_core.config.lora import LoraConfig
 from nemo_embed_core.config.mine import MineConfig, MineDatasetConfig, Selection, check_threshold
 from nemo_embed_core.config.model import ModelConfig, ModelType, Pooling
+from nemo_embed_core.config.pipeline import PipelineConfig
 from nemo_embed_core.config.plan import ClusterConfig, LengthsConfig, PlanConfig
 from nemo_embed_core.config.rope import RopeScaling
 from nemo_embed_core.config.synthesize import (
@@ -36,4 +37,5 @@ LAUNCHERS: dict[str, type[Options]] = {
     "plan": PlanConfig,
     "experiment": ExperimentConfig,
     "synthesize": SynthesizeConfig,
+    "pipeline": PipelineConfig,
 }

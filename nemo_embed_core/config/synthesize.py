@@ -120,6 +120,9 @@ class GenerateConfig(Options, section="generate"):
     """Folder of an embedding model, or bm25, that has to find a row's document; "": none."""
     top_k: int = 20
     """Places among which `embedder` has to find it, of all documents of the task."""
+    journal: str = ""
+    """File of all answers, which several outputs may share, one at a time: none asks for what another one
+    has; "": output/journal.jsonl."""
     judge: GeneratorConfig | None = None
     """Model that grades each document for its query from 0 to 5; null: none."""
     judge_grade: int = 3
@@ -163,6 +166,8 @@ class SynthesizeConfig(Options):
     documents: str = ""
     """Folder of documents: Markdown, HTML, reStructuredText, plain text (a PDF's too), Python, also .gz. With
     models those that are not held out are seeds: queries are written for their chunks."""
+    max_documents: int = 0
+    """Files of `documents` that are read at most, a sample by their paths and the seed; 0: all."""
     task: str = "Given a title, a question or a statement, retrieve documents that it is about"
     """Instruction of the queries that documents give themselves."""
     licence: str = ""
@@ -174,6 +179,8 @@ class SynthesizeConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_documents < 0:
+            raise UserError(f"max_documents={self.max_documents} must not be negative; 0 reads all")
         if not self.documents and not self.generate.models:
             raise UserError(
                 "documents is missing: give the folder that the documents are in, or generate.models that "

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.data.building import Log
 from nemo_embed_core.data.store import limits
 from nemo_embed_core.files.durable import write_atomically
-
-Cells = Iterable[Sequence[object]]
+from nemo_embed_core.files.html import Cells, document, escaped, histogram, svg
+from nemo_embed_core.files.html import table as html_table
 
 FEW = 12  # languages, scripts and counts that are named; the others are added up
 
@@ -182,97 +180,32 @@ def present(report: dict[str, Any], output: str = "") -> None:
 
 # ------------------------------------------------------------------------------------------ HTML
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.05rem; margin: 2rem 0 .4rem }
-table { border-collapse: collapse }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; vertical-align: top }
-td:first-child, th:first-child { text-align: left } th { color: #59636e; font-weight: 500 }
-tr + tr td { border-top: 1px solid #e4e8ec }
-td.wide { text-align: left; max-width: 26rem; overflow-wrap: anywhere }
-pre { background: #f6f8fa; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .8rem }
-svg { display: block; margin: .4rem 0 } rect { fill: #0969da } rect.second { fill: #bc4c00; opacity: .6 }
-text { font-size: 11px; fill: #59636e } .note { color: #59636e }
-"""
-WIDTH, HEIGHT = 640, 140
-
 
 def page(report: dict[str, Any]) -> str:
     """HTML that is XML too; all texts escaped, no script, nothing from elsewhere."""
     tokens, scores = report["tokens"], report["scores"] or {}
     plots = {
         "tokens of a text": [
-            _histogram(f"{side}, tokens", {side: found["histogram"]}) for side, found in tokens.items()
+            histogram(f"{side}, tokens", {side: found["histogram"]}) for side, found in tokens.items()
         ]
     }
     if scores:
         both = {name: found["histogram"] for name, found in scores.items()}
-        plots["scores"] = [_histogram(" and ".join(scores), both)]
+        plots["scores"] = [histogram(" and ".join(scores), both)]
     body = [f"<h1>{report['counts']['rows']:,} rows, {report['counts']['documents']:,} documents</h1>"]
-    body.append(f'<p class="note">Token store {_escaped(report["store"])}.</p>')
+    body.append(f'<p class="note">Token store {escaped(report["store"])}.</p>')
     for title, head, rows in figures(report):
-        body += [f"<h2>{_escaped(title)}</h2>", *plots.get(title, ())]
+        body += [f"<h2>{escaped(title)}</h2>", *plots.get(title, ())]
         if len(head) == 3 and head[-1] == "of them":
             body.append(_bars(rows))
-        body.append(_table(head, rows))
+        body.append(html_table(head, rows))
     body.append("<h2>as the model sees them</h2>")
     for sample in report["samples"]:
-        body.append(f'<p class="note">{_escaped(sample["where"])}</p>')
+        body.append(f'<p class="note">{escaped(sample["where"])}</p>')
         for text in sample["texts"]:
             said = f"{text['is']}, {text['tokens']:,} tokens"
-            body.append(f"<div>{_escaped(said)}</div><pre>{_escaped(text['text'])}</pre>")
-    meta = '<meta charset="utf-8"/><meta name="viewport" content="width=device-width"/><title>Data</title>'
-    top, content = f"<head>{meta}<style>{STYLE}</style></head>", "\n".join(body)
-    return f'<!DOCTYPE html>\n<html lang="en">{top}\n<body>\n{content}\n</body></html>\n'
-
-
-def _escaped(text: str) -> str:
-    """Also what XML has no place for: control characters as their pictures (U+2400 and on)."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
-    return html.escape(re.sub(r"[\x7f-\x9f\ufffe\uffff]", "\ufffd", text))
-
-
-def _table(head: Sequence[str], rows: Cells) -> str:
-    lines = ["<tr>" + "".join(f"<th>{_escaped(name)}</th>" for name in head) + "</tr>"] if any(head) else []
-    for row in rows:
-        wide = ("" if re.fullmatch(r"[\d.,%-]+", str(cell)) else ' class="wide"' for cell in row)
-        lines.append(
-            "<tr>"
-            + "".join(f"<td{w}>{_escaped(str(c))}</td>" for c, w in zip(row, wide, strict=True))
-            + "</tr>"
-        )
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _svg(height: float, parts: Iterable[str], label: str) -> str:
-    size = f'width="{WIDTH}" height="{height:.0f}" viewBox="0 0 {WIDTH} {height:.0f}"'
-    says = f'xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{_escaped(label)}"'
-    return f"<svg {says} {size}>{''.join(parts)}</svg>"
-
-
-def _histogram(label: str, series: Mapping[str, dict[str, list[float]]]) -> str:
-    """Shares of each series over the same edges, the second one before the first."""
-    parts: list[str] = []
-    edges = next(iter(series.values()))["edges"]
-    shares = {name: [c / sum(one["counts"]) for c in one["counts"]] for name, one in series.items()}
-    most = max(max(values) for values in shares.values())
-    step = WIDTH / (len(edges) - 1)
-    for kind, values in zip(("first", "second"), shares.values(), strict=False):
-        for i, share in enumerate(values):
-            height = HEIGHT * share / most
-            place = (
-                f'x="{i * step:.1f}" y="{HEIGHT - height:.1f}" width="{step - 1:.1f}" height="{height:.1f}"'
-            )
-            said = f"{edges[i]:.4g} to {edges[i + 1]:.4g}: {share:.2%}"
-            parts.append(f'<rect class="{kind}" {place}><title>{said}</title></rect>' if share else "")
-    for i in range(0, len(edges), (len(edges) - 1) // 4):
-        anchor = {0: "start", len(edges) - 1: "end"}.get(i, "middle")
-        where = f'x="{i * step:.0f}" y="{HEIGHT + 14}" text-anchor="{anchor}"'
-        parts.append(f"<text {where}>{edges[i]:.4g}</text>")
-    parts.append(
-        f'<text x="{WIDTH}" y="10" text-anchor="end">{_escaped(label)}; highest bar {most:.1%}</text>'
-    )
-    return _svg(HEIGHT + 18, parts, label)
+            body.append(f"<div>{escaped(said)}</div><pre>{escaped(text['text'])}</pre>")
+    return document("Data", body)
 
 
 def _bars(rows: Sequence[Sequence[str]]) -> str:
@@ -281,6 +214,6 @@ def _bars(rows: Sequence[Sequence[str]]) -> str:
     parts = []
     for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
         width, y = 440 * count / max(1, *counts), 18 * i
-        parts.append(f'<text x="148" y="{y + 13}" text-anchor="end">{_escaped(row[0][:24])}</text>')
+        parts.append(f'<text x="148" y="{y + 13}" text-anchor="end">{escaped(row[0][:24])}</text>')
         parts.append(f'<rect x="156" y="{y + 3}" width="{width:.1f}" height="12"/>')
-    return _svg(18 * len(rows), parts, "bars")
+    return svg(18 * len(rows), parts, "bars")

@@ -15,6 +15,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import check_yaml, short
 from nemo_embed_core.steps.verbs import VERBS
 
+STEPS = ("train", "mine", "merge", "judge")  # of VERBS, those of a grid's steps
 KEPT = ("text", "folder")  # placeholders of prompts and commands, which are not the grid's
 MEAN = "mean"  # of the tasks, where there are several
 Wrong = Callable[[str], UserError]
@@ -179,9 +180,8 @@ def _axis(axis: str, given: Any, wrong: Wrong) -> dict[str, Any]:
 def _check_step(name: str, step: Any, wrong: Wrong) -> None:
     if not isinstance(step, dict) or set(step) - {"verb", "config", "options"} or "verb" not in step:
         raise wrong(f"steps.{name} must be {{verb, config: [files], options}}")
-    verbs = [verb for verb in VERBS if verb != "evaluate"]
-    if step["verb"] not in verbs:
-        raise wrong(f"steps.{name}.verb={step['verb']!r} must be one of {', '.join(verbs)}")
+    if step["verb"] not in STEPS:
+        raise wrong(f"steps.{name}.verb={step['verb']!r} must be one of {', '.join(STEPS)}")
     files = step.get("config") or []
     if not all(isinstance(file, str) for file in (files if isinstance(files, list) else [files])):
         raise wrong(f"steps.{name}.config={short(files)} must be a file of options, or a list of them")

@@ -85,6 +85,17 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], shared: bool = F
         file.writelines((data,) if isinstance(data, bytes) else data)
 
 
+def link_atomically(name: Path, target: Path) -> None:
+    """name -> target, relative, in place of the link that it was. UserError where it is something else."""
+    if name.exists() and not name.is_symlink():
+        raise UserError(f"{name} is not the link to {target.name} that it should be: move it away")
+    beside = name.with_name(f".{name.name}.link")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(os.path.relpath(target, name.parent))
+    os.replace(beside, name)
+    fsync(name.parent)
+
+
 # ------------------------------------------------------------------------------------------ folders
 
 

@@ -243,17 +243,7 @@ def _evaluate(
     splits = [split(batch, layout.dp, _room(candidate)) for batch in texts.batches]
     candidate = replace(candidate, micro_batches=max(len(s.micro_batches) for s in splits))
     chosen = _with(train, candidate)
-    peaks = [
-        pretend(
-            chosen,
-            replace(model, num_hidden_layers=n),
-            layout.world_size,
-            _worst(train, texts, candidate),
-            parts=False,
-        ).peak
-        for n in LAYERS
-    ]
-    slope = (peaks[1] - peaks[0]) / (LAYERS[1] - LAYERS[0])
+    peak = _peak(chosen, model, layout.world_size, _worst(train, texts, candidate))
     times, traffic, is_frozen = [], {}, train.lora.rank > 0
     for s in splits:
         traffic = traffic_of(chosen, model, layout, s)
@@ -267,11 +257,35 @@ def _evaluate(
     tokens = float(np.mean([s.tokens for s in splits]))
     rooms = [len(s.micro_batches) * layout.dp * candidate.max_tokens for s in splits]
     return replace(
-        candidate, peak=round(peaks[0] + slope * (model.num_hidden_layers - LAYERS[0])), traffic=traffic,
+        candidate, peak=peak, traffic=traffic,
         tokens=tokens, fill=tokens / float(np.mean(rooms)),
         flops=float(np.mean([training_flops(model, s.tokens, s.squares, is_frozen) for s in splits])),
         seconds=(float(np.mean([t[0] for t in times])), float(np.mean([t[1] for t in times]))),
     )  # fmt: skip
+
+
+def _peak(train: TrainConfig, model: ModelConfig, world_size: int, worst: list[Shape]) -> int:
+    """Of two small depths, continued to all layers."""
+    peaks = [
+        pretend(train, replace(model, num_hidden_layers=n), world_size, worst, parts=False).peak
+        for n in LAYERS
+    ]
+    slope = (peaks[1] - peaks[0]) / (LAYERS[1] - LAYERS[0])
+    return round(peaks[0] + slope * (model.num_hidden_layers - LAYERS[0]))
+
+
+def peak_of(train: TrainConfig, model: ModelConfig, world_size: int) -> int:
+    """Bytes that a rank of data-parallel training needs at most, whatever its texts are."""
+    M, (query, document) = (
+        1 + train.data.num_hard_negatives,
+        (max(each) for each in zip(*train.data.all_lengths(), strict=True)),
+    )
+    rows = -(-train.global_batch_size // world_size)
+    longest, room = query + M * document, train.data.max_tokens
+    count = max(1, -(-rows * longest // room))
+    queries = max(1, min(rows, room // longest))
+    most = Most(min(room, rows * longest), queries * (1 + M), document, queries, count)
+    return _peak(train, model, world_size, most.step(M, train.loss.couples_rows, rows))
 
 
 def traffic_of(train: TrainConfig, model: ModelConfig, layout: Layout, step: Split) -> dict[Key, Traffic]:

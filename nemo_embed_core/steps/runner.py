@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from nemo_embed_core.command_line import arguments
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.lock import Lock
@@ -219,6 +221,17 @@ def command_of(step: Step, output: Path, ranks: int = 1) -> list[str]:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         return [*torchrun, "-m", CHILD, "0", CLI, step.verb.launcher, *argv]  # ends with torchrun
     return [CLI, step.verb.launcher, *argv]
+
+
+def shown(step: Step, output: Path, ranks: int = 1) -> str:
+    """The same as a command to copy, with its options in place of the file that has them."""
+    given = file_of(step, output)
+    command = command_of(step, output, ranks)
+    if given is not None:
+        command = [*command[:-2], *arguments(step.verb.options.from_dict(given))]
+    if command[0] == CLI:
+        return shlex.join(["nemo-embed", *command[1:]])
+    return shlex.join(["python", "-m", *command])
 
 
 def _check_ended(run: Path) -> None:

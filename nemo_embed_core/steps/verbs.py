@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nemo_embed_core.config import EvaluateConfig, JudgeConfig, MineConfig, TrainConfig
+from nemo_embed_core.config import EvaluateConfig, JudgeConfig, MineConfig, SynthesizeConfig, TrainConfig
 from nemo_embed_core.config.evaluate import WITH_BM25
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.export.formats import Format
+from nemo_embed_core.export.formats import LIBRARIES, Format
 from nemo_embed_core.merge.recipes import Method, check_recipe, check_weights
 from nemo_embed_core.options import Options, short, to_dict
 
@@ -40,6 +40,15 @@ class MergeOptions(Options):
             check_weights(self.weights, len(self.sources))
         if self.method == "slerp" and len(self.sources) != 2:
             raise UserError(f"method=slerp goes between two models, and sources has {len(self.sources)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Options):
+    """Of launch/merge.py --check."""
+
+    folder: str
+    output: str
+    consumers: list[str] = field(default_factory=lambda: list(LIBRARIES))
 
 
 def _is_one_report(options: Mapping[str, Any]) -> None:
@@ -138,6 +147,20 @@ _ALL = (
     Verb(
         name="evaluate", launcher="evaluate", options=EvaluateConfig, output="output", product="report.json",
         paths=("models", "data", "source", "training", "mirror"), data=("data",), refuse=_is_one_report,
+    ),
+    # Of a pipeline alone. Documents are known by a digest of their own: the pipeline gives it.
+    Verb(
+        name="synthesize", launcher="synthesize", options=SynthesizeConfig, output="output", product="data",
+        paths=(), own=(("generate", "journal", f"{HERE}answers/journal.jsonl"),),
+    ),
+    Verb(
+        name="compare", launcher="evaluate", options=EvaluateConfig, output="output",
+        product="compared.json", paths=("compare",),
+    ),
+    Verb(
+        name="check", launcher="merge", options=CheckOptions, output="output", product="log.txt",
+        paths=("folder",),
+        argv=lambda options, _: ["--check", options["folder"], "--with", *options["consumers"]],
     ),
 )  # fmt: skip
 VERBS = {verb.name: verb for verb in _ALL}

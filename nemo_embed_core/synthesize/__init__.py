@@ -29,7 +29,8 @@ def write_self_pairs(
     held_out=0, gets no pair.
     """
     source = name_of(config.documents)
-    splits = self_pairs(read_documents(config.documents, log), config.self_pairs, config.seed)
+    documents = read_documents(config.documents, log, config.max_documents, config.seed)
+    splits = self_pairs(documents, config.self_pairs, config.seed)
     about = Metadata(
         corpus_id=source,
         query_instruction=instruction(query_prompt(config.task)),
@@ -43,8 +44,8 @@ def write_self_pairs(
             if name == "test" and config.self_pairs.held_out == 0:
                 continue
             _check(name, split, config)
-            documents = ((chunk.id, chunk.text) for chunk in split.chunks)
-            found[name] = dict(split.counts) | write_dataset(tmp / name, split.rows_of(), about, documents)
+            corpus = ((chunk.id, chunk.text) for chunk in split.chunks)
+            found[name] = dict(split.counts) | write_dataset(tmp / name, split.rows_of(), about, corpus)
             counts = ", ".join(f"{number:,} {what}" for what, number in found[name].items() if number)
             log(f"{Path(config.output) / name}: {counts}")
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import heapq
 import os
 import zlib
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from nemo_embed_core.data.normal_form import has_content, normal_key
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.synthesize.structure import SUFFIXES, Parsed, parse
 
 MAX_BYTES = 32 << 20  # of a file: beyond it is data, not a document
@@ -38,18 +40,19 @@ def name_of(folder: str | Path) -> str:
     return shown(Path(folder).resolve().name)
 
 
-def read_documents(folder: str | Path, log: Callable[[str], None]) -> Iterator[Document]:
+def read_documents(
+    folder: str | Path, log: Callable[[str], None], most: int = 0, seed: int = 0
+) -> Iterator[Document]:
     """Files of SUFFIXES, also with .gz, below the folder, in the order of their paths; hidden ones are not.
 
     UTF-8, with or without a byte order mark. What is left out is counted and said with the first file of each
     reason: another suffix, another encoding, a copy of an earlier document (in the normal form), no content,
     over MAX_BYTES, a file or folder that cannot be read. UserError where nothing is left. Memory: one
     document, and of all others their paths and 16 bytes.
+
+    most: files of these suffixes that are looked at, a sample by their paths alone; 0: all.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"documents: {shown(root)} is no folder; give the folder that the documents are in")
-    name = shown(root)
+    root, name = _root(folder), shown(folder)
     left_out, first, others = Counter[str](), dict[str, str](), Counter[str]()
     seen, count = set[bytes](), 0
 
@@ -57,28 +60,81 @@ def read_documents(folder: str | Path, log: Callable[[str], None]) -> Iterator[D
         left_out[reason] += 1
         first.setdefault(reason, shown(path.relative_to(root)))
 
-    for path in _files(root, leave_out):
-        suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-        if suffix not in SUFFIXES:
-            others[shown(suffix) or "none"] += 1
-            continue
+    candidates = _candidates(root, leave_out, others)
+    chosen = _sample(candidates, root, most, seed)
+    if len(chosen) < len(candidates):
+        log(f"{name}: {len(chosen):,} of {len(candidates):,} files are read: max_documents={most}")
+    for path in chosen:
         try:
-            document = _read(path, shown(path.relative_to(root)), SUFFIXES[suffix], seen)
+            document = _read(path, shown(path.relative_to(root)), SUFFIXES[_suffix(path)], seen)
         except ValueError as error:
             leave_out(str(error), path)
             continue
         count += 1
         yield document
     if others:
-        most = ", ".join(f"{suffix} {number:,}" for suffix, number in others.most_common(8))
-        log(
-            f"{name}: {others.total():,} files left out: another suffix ({most}{', ...' * (len(others) > 8)})"
-        )
+        named = ", ".join(f"{suffix} {number:,}" for suffix, number in others.most_common(8))
+        rest = ", ..." * (len(others) > 8)
+        log(f"{name}: {others.total():,} files left out: another suffix ({named}{rest})")
     for reason, number in left_out.most_common():
         log(f"{name}: {number:,} files left out: {reason} (first: {first[reason]})")
     if not count:
-        suffixes = ", ".join(SUFFIXES)
-        raise UserError(f"documents: {name} holds no document that can be read: files of {suffixes}, or .gz")
+        raise _nothing(folder)
+
+
+def digest_of_documents(folder: str | Path, most: int = 0, seed: int = 0) -> str:
+    """sha256 over names and bytes of the files that read_documents looks at; UserError where there are
+    none."""
+    root, digest = _root(folder), hashlib.sha256()
+    chosen = _sample(_candidates(root, lambda *_: None, Counter()), root, most, seed)
+    if not chosen:
+        raise _nothing(folder)
+    for path in chosen:
+        digest.update(os.fsencode(path.relative_to(root)) + b"\0")
+        try:
+            digest.update(sha256_file(path).encode() if path.is_file() else b"-")
+        except OSError:  # left out and said when it is read
+            digest.update(b"-")
+    return digest.hexdigest()
+
+
+def _root(folder: str | Path) -> Path:
+    if not (root := Path(folder)).is_dir():
+        raise UserError(f"documents: {shown(root)} is no folder; give the folder that the documents are in")
+    return root
+
+
+def _nothing(folder: str | Path) -> UserError:
+    suffixes = ", ".join(SUFFIXES)
+    return UserError(
+        f"documents: {shown(folder)} holds no document that can be read: files of {suffixes}, or .gz"
+    )
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def _candidates(root: Path, leave_out: Callable[[str, Path], None], others: Counter[str]) -> list[Path]:
+    found = []
+    for path in _files(root, leave_out):
+        if _suffix(path) in SUFFIXES:
+            found.append(path)
+        else:
+            others[shown(_suffix(path)) or "none"] += 1
+    return found
+
+
+def _sample(paths: list[Path], root: Path, most: int, seed: int) -> list[Path]:
+    """Of the smallest hashes, in their order. Another hash than that of is_held_out: the sample would be of
+    one split alone."""
+    if not 0 < most < len(paths):
+        return paths
+    hashed = [
+        (hashlib.sha256(f"{seed}\0sample\0{shown(path.relative_to(root))}".encode()).digest(), path)
+        for path in paths
+    ]
+    return sorted(path for _, path in heapq.nsmallest(most, hashed))
 
 
 def _files(root: Path, leave_out: Callable[[str, Path], None]) -> list[Path]:

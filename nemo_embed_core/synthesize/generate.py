@@ -2,6 +2,8 @@
 
 generate(config, print) -> output/datasets/TASK, dataset folders; output/journal.jsonl, every answer
 
+generate.journal puts that file elsewhere, for several outputs.
+
 The journal is what was paid for; the folders are made of it anew by each call, and the same journal gives the
 same bytes. Memory: of each request its place in the plan, its digest and its verdict; the accepted rows; the
 seed documents.
@@ -13,7 +15,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,16 +46,19 @@ def generate(config: SynthesizeConfig, log: Log = print) -> dict[str, dict[str, 
     """What was counted, by task. UserError where nothing can be asked or no row is accepted."""
     signer()  # UserError before anything is paid
     output = Path(config.output)
-    make_folder(output)
-    if (descriptor := hold(output)) is None:
-        raise UserError(f"{output} is in use by another process; wait until it ends or choose another output")
-    try:
-        return _generate(config, output, log)
-    finally:
-        os.close(descriptor)
+    journal = Path(config.generate.journal or output / "journal.jsonl")
+    with ExitStack() as held:
+        for folder in dict.fromkeys((output.resolve(), journal.parent.resolve())):
+            make_folder(folder)
+            if (descriptor := hold(folder)) is None:
+                raise UserError(
+                    f"{folder} is in use by another process; wait until it ends or choose another output"
+                )
+            held.callback(os.close, descriptor)
+        return _generate(config, journal, log)
 
 
-def _generate(config: SynthesizeConfig, output: Path, log: Log) -> dict[str, dict[str, int]]:
+def _generate(config: SynthesizeConfig, path: Path, log: Log) -> dict[str, dict[str, int]]:
     """All that a call needs is opened before the first request is paid for."""
     seeds = seed_documents(config, log) if config.documents else []
     items = list(plan(config.generate, config.seed, [text for _, text in seeds]))
@@ -64,7 +69,7 @@ def _generate(config: SynthesizeConfig, output: Path, log: Log) -> dict[str, dic
         from nemo_embed_core.encoders import open_encoder  # torch: only where it is asked for
 
         embedder = open_encoder(config.generate.embedder)
-    with closing(Journal(output / "journal.jsonl", log)) as journal:
+    with closing(Journal(path, log)) as journal:
         if len(journal):
             log(f"{journal.path}: {len(journal):,} replies are there, {journal.spent:.4f} spent at most")
         requests = [_requests(items, place, config, seeds) for place in range(len(generators))]
@@ -113,7 +118,7 @@ def seed_documents(config: SynthesizeConfig, log: Log) -> list[tuple[str, str]]:
     """(id, text) of the chunks of documents that are not held out, below their title and heading."""
     found: list[tuple[str, str]] = []
     limits = config.self_pairs
-    for document in read_documents(config.documents, log):
+    for document in read_documents(config.documents, log, config.max_documents, config.seed):
         if is_held_out(document.id, limits.held_out, config.seed):
             continue
         number = 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,44 +14,13 @@ import numpy as np
 import pytest
 import yaml
 from grids import toy
+from toy_steps import Forked
 
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.experiments import run as running
 from nemo_embed_core.steps import runner
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Forked:
-    """A step's process as a fork, which has its imports: the test pays no seconds for them."""
-
-    def __init__(self, command: list[str], log: Any, env: dict[str, str]):
-        assert command[:3] == [sys.executable, "-m", "nemo_embed_core.steps.child"]
-        if pid := os.fork():
-            self.pid = pid
-            return
-        code = 1
-        try:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-            os.environ.update(env)
-            for descriptor in (1, 2):
-                os.dup2(log.fileno(), descriptor)
-            sys.argv = command[2:]
-            from nemo_embed_core.steps.child import main
-
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-
-    def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def experiment(options: dict[str, Any]) -> None:

@@ -141,3 +141,13 @@ def test_the_writer_and_the_library_read_each_other(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_bytes(data[:-1])
     with pytest.raises(UserError, match=r"theirs .*cut short or changed"):
         read_header(tmp_path / "theirs")
+
+
+def test_a_link_follows_its_target_and_nothing_else_is_replaced(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        durable.link_atomically(tmp_path / "model", tmp_path / name)
+    assert (tmp_path / "model").resolve() == tmp_path / "second"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine is not the link to first that it should be"):
+        durable.link_atomically(tmp_path / "mine", tmp_path / "first")

@@ -1,6 +1,7 @@
 """Against an endpoint on this machine that misbehaves (benchmarks/synthesis_server.py): every fault, kills, a
 budget, keys."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -456,3 +458,21 @@ def test_one_process_at_a_time_writes_into_a_folder(tmp_path: Path) -> None:
     with Server() as server, pytest.raises(UserError, match="in use by another process"):
         generate(config(server, tmp_path))
     assert not server.asked and descriptor is not None
+
+
+def test_outputs_that_share_a_journal_pay_once_and_one_at_a_time(tmp_path: Path) -> None:
+    shared = str(tmp_path / "answers/journal.jsonl")
+    with Server() as server:
+        options = config(server, tmp_path, journal=shared, requests=12, tasks={"document-question": 1.0})
+        generate(options, silent)
+        asked = server.asked.total()
+        assert asked == 12 and not (tmp_path / "out/journal.jsonl").exists()
+        other = replace(options, output=str(tmp_path / "other"))
+        with (tmp_path / "answers/lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="answers is in use by another process"):
+                generate(other, silent)
+        generate(other, silent)
+        assert server.asked.total() == asked
+    folders = [tmp_path / name / "datasets/document-question" for name in ("out", "other")]
+    assert sha256_folder(folders[0]) == sha256_folder(folders[1])

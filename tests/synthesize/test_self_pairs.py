@@ -208,3 +208,45 @@ def test_a_folder_without_pairs_is_refused_and_leaves_nothing(
     with pytest.raises(UserError, match=says):
         run(write(tmp_path / "in", **files), tmp_path / "out", held_out=held_out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_sample_of_the_files_is_one_of_both_splits_and_keeps_its_files(tmp_path: Path) -> None:
+    for i in range(60):
+        write(tmp_path / "in", **{f"a{i}_md": f"# Title of number {i}\n\n{BODY.format(i, i)}"})
+    (tmp_path / "in/not.csv").write_text("x")
+
+    def files(most: int, seed: int = 0) -> tuple[set[str], set[str]]:
+        out = tmp_path / f"out-{most}-{seed}"
+        how = {"max_documents": most, "seed": seed, "self_pairs": {"held_out": 0.4}}
+        config = SynthesizeConfig.from_dict({"documents": str(tmp_path / "in"), "output": str(out), **how})
+        said: list[str] = []
+        write_self_pairs(config, said.append)
+        assert (f"{tmp_path}/in: {most} of 60 files are read: max_documents={most}" in said) == (most < 60)
+        ids = [pq.read_table(out / side / "corpus.parquet")["id"].to_pylist() for side in ("train", "test")]
+        return tuple({key.split("#")[0] for key in side} for side in ids)  # type: ignore[return-value]
+
+    whole, some, fewer = files(60), files(30), files(20)
+    assert len(some[0] | some[1]) == 30 and len(fewer[0] | fewer[1]) == 20
+    for side in (0, 1):
+        assert fewer[side] < some[side] < whole[side]  # what is held out stays so
+    assert 6 <= len(some[1]) <= 18
+    assert files(30, seed=1)[0] != some[0]
+
+
+def test_a_digest_of_documents_is_of_what_is_read(tmp_path: Path) -> None:
+    from nemo_embed_core.synthesize.documents import digest_of_documents
+
+    folder = write(tmp_path / "in", a_md=GUIDE, sub__b_txt=BODY.format("other", 7))
+    before = digest_of_documents(folder)
+    (folder / "other.csv").write_text("1,2")
+    (folder / ".hidden.md").write_text("# Hidden")
+    (folder / "loop").symlink_to(folder)
+    assert digest_of_documents(folder) == before
+    (folder / "sub/b.txt").rename(folder / "sub/c.txt")
+    renamed = digest_of_documents(folder)
+    (folder / "a.md").write_text(GUIDE + "\n\nMore.\n")
+    assert len({before, renamed, digest_of_documents(folder)}) == 3
+    for wrong, says in ((tmp_path / "gone", "is no folder"), (tmp_path / "empty", "holds no document")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=says):
+            digest_of_documents(wrong)
