@@ -106,6 +106,11 @@ TOPK, CANDIDATES, STREAMING, BOUNDS = (
 )
 MANIFEST, RUNS = "nemo_embed_core/checkpoint/manifest.py", "nemo_embed_core/checkpoint/runs.py"
 SAVER, AVERAGE = "nemo_embed_core/checkpoint/saver.py", "nemo_embed_core/merge/average.py"
+SERVING, FAULTS, TEST_SERVING = (
+    "nemo_embed_core/export/serving.py",
+    "nemo_embed_core/export/faults.py",
+    "tests/export/test_serving.py",
+)
 HUB, TEST_HUB = "nemo_embed_core/export/hub.py", "tests/export/test_hub.py"
 MODEL_META = "nemo_embed_core/evaluation/model_meta.py"
 TEST_TOPK, TEST_NEGATIVES = "tests/mine/test_topk.py", "tests/mine/test_negatives.py"
@@ -470,6 +475,12 @@ MUTANTS = [
     Mutant("a file that its program was not asked about is pushed", "nemo_embed_core/merge/merge.py", "(*LIBRARIES, *consumers, *files)", "(*LIBRARIES, *consumers)", TEST_HUB),
     Mutant("mteb gives documents the query's instruction", MODEL_META, "prompts[metadata.name] = ours if is_search else ours[None]", "pass", "tests/evaluation/test_tasks.py -k meta"),
     Mutant("a card has the scores of other weights", MODEL_META, 'entry["digest"] == digests', 'entry["digest"] != digests', "tests/evaluation/test_tasks.py -k card"),
+    Mutant("a variant is not asked for faults", SERVING, "            check_faults(what, theirs, ours, faults)\n", "", TEST_SERVING),
+    Mutant("a fault's share counts in the other direction", FAULTS, "if not share <= MOST:", "if not share >= -MOST:", TEST_SERVING),
+    Mutant("a variant's prompts are not compared", SERVING, '{"a missing prompt": asked.ours_ND[: len(of)]}', "{}", TEST_SERVING),
+    Mutant("the fault of a mask is none", FAULTS, "else partial(layer.attention, causal=True)\n    found", "else layer.attention\n    found", TEST_SERVING),
+    Mutant("fp16 need not agree", SERVING, "if not cosines[worst] >= variant.cosine:", "if False:", TEST_SERVING),
+    Mutant("a served file sees padding", "nemo_embed_core/encoders/onnx_runtime.py", "mask_NL[row, : len(tokens[i])] = tokens[i], 1", "mask_NL[row] = tokens[i], 1", "tests/evaluation/test_encoders.py -k served_file"),
     Mutant("ONNX pools what is padding", "nemo_embed_core/export/onnx.py", "/ mask_NL.sum(1, keepdim=True)", "/ mask_NL.shape[1]", "tests/export/test_serving.py"),
     # ---- the site
     Mutant("a link to a folder stays on the site", "docs/pages.py", 'if there else words', 'if words else words', "tests/test_docs.py -k links_are"),

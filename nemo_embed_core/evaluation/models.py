@@ -21,6 +21,7 @@ from nemo_embed_core.config.evaluate import ENCODING, TaskOptions
 from nemo_embed_core.data.tokenizer import load_tokenizer
 from nemo_embed_core.encoders import check_precision, open_encoder
 from nemo_embed_core.encoders.embedder import Embedder
+from nemo_embed_core.encoders.onnx_runtime import OnnxEncoder, is_onnx
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
 from nemo_embed_core.errors import UserError
@@ -31,9 +32,15 @@ class Subject:
     name: str
     source: Source
     dim: int | None = None  # columns that its vectors are cut to: of "exports/model@256" 256
+    onnx: str = ""  # the file of the folder that is run instead: of "exports/model/onnx/model.onnx" that
 
     @classmethod
     def of(cls, name: str) -> Subject:
+        if is_onnx(name):
+            folder = cls.of(str(Path(name).parent.parent))
+            if not folder.is_ours:
+                raise UserError(f"{name}: no export of ours is around it, so its prompts are not known")
+            return replace(folder, name=name, onnx=name)
         at = None if Path(name).exists() else re.fullmatch(r"(.+)@([1-9][0-9]*)", name)
         try:
             source = resolve(at[1] if at else name)
@@ -64,6 +71,10 @@ class Subject:
     def check(self, config: EvaluateConfig, usages: Iterable[Usage]) -> TextEncoder | None:
         """UserError when it cannot be loaded or a prompt leaves no room; of ours only headers are read."""
         encoder = None
+        if self.onnx and (config.precision != "auto" or config.device == "cuda"):
+            raise UserError(
+                f"{self.name} runs on the CPU in its own precision: leave out precision and device"
+            )
         check_precision(self.source, config.precision, not self.is_ours)
         if self.is_ours:
             tokenizer = load_tokenizer(self.source.folder)
@@ -89,7 +100,9 @@ class Subject:
                 raise UserError(f"{self.name}: {error}") from None
         return encoder
 
-    def load(self, config: EvaluateConfig) -> Embedder | SentenceTransformerEncoder:
+    def load(self, config: EvaluateConfig) -> Embedder | SentenceTransformerEncoder | OnnxEncoder:
+        if self.onnx:
+            return OnnxEncoder(self.onnx)
         how = (config.device, config.precision, config.max_tokens)
         by: Any = "ours" if self.is_ours else "sentence-transformers"
         return open_encoder(self.source, *how, by=by, dim=self.dim)

@@ -118,6 +118,8 @@ def _scored(
     encoding.reset()
     entries = task.evaluate(encoding, usage)
     precision = pick_precision(config.precision, pick_device(config.device))
+    if subject.onnx:
+        precision = Path(subject.onnx).stem  # which file says it: model_int8
     about = {"digest": encoding.digest, "precision": precision, "encoding": encoding.speed}
     return entries, about | described(subject, usage, overridden)
 

@@ -3,8 +3,8 @@
     python clients.py CONSUMER FOLDER REQUEST.json OUTPUT.npz
 
 Imports nothing of this package, so that it sees the folder as any user does: prompts and the limit are those
-of the sentence-transformers files. REQUEST.json: {"texts", "num_prompted", "num_repeats"}; the last text is
-the long one, and num_repeats of it must be cut.
+of the sentence-transformers files. REQUEST.json: {"file", "texts", "num_prompted", "num_repeats"}; the last
+text is the long one, and num_repeats of it must be cut; file: what is read of the folder.
 
 OUTPUT.npz holds, for N texts of D channels, M of them with prompts:
 
@@ -28,7 +28,7 @@ TOGETHER, PROVIDERS = 4, ["CPUExecutionProvider"]  # texts at a time; of onnxrun
 
 
 class OnnxRuntime:
-    def __init__(self, folder: Path, limit: int):
+    def __init__(self, folder: Path, file: str, limit: int):
         import onnxruntime
         from tokenizers import Tokenizer
 
@@ -37,7 +37,7 @@ class OnnxRuntime:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limit)
         self.tokenizer.encode_special_tokens = True  # split_special_tokens of tokenizer_config.json
-        self.session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", providers=PROVIDERS)
+        self.session = onnxruntime.InferenceSession(folder / file, providers=PROVIDERS)
 
     def tokenize(self, text):
         return self.tokenizer.encode(text).ids
@@ -57,12 +57,12 @@ class LlamaCpp:
     """llama-server in this process: a text is given as text where it reads no special token in it, else, and
     where it is too long, as its tokens."""
 
-    def __init__(self, folder: Path, limit: int):
+    def __init__(self, folder: Path, file: str, limit: int):
         import xllamacpp
 
         self.limit, self.version = limit, f"llama.cpp of xllamacpp {version('xllamacpp')}"
         params = xllamacpp.CommonParams()
-        params.model.path = str(folder / "model.gguf")
+        params.model.path = str(folder / file)
         params.embedding, params.warmup = True, False
         # A cache of each text by itself, or too small a batch, cuts texts that are served together into parts
         # that do not see one another: without a causal mask other vectors, and not a word.
@@ -109,7 +109,7 @@ def main(name: str, folder: str, request_file: str, output: str) -> None:
     )
     texts, limit, prompts = request["texts"], bert["max_seq_length"], settings["prompts"]
     prompted, long_text = texts[: request["num_prompted"]], texts[-1] * request["num_repeats"]
-    consumer = CONSUMERS[name](Path(folder), limit)
+    consumer = CONSUMERS[name](Path(folder), request["file"], limit)
     rows = [consumer.tokenize(text) for text in (*texts, long_text)]
     found = {
         "version": np.array(consumer.version),

@@ -6,7 +6,7 @@ one that adds a file to a native folder is an entry here and in serving.py's FIL
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -60,6 +60,22 @@ FORMATS: Mapping[Format, ExportFormat] = {
     "gguf": ExportFormat(
         readers="native, and model.gguf for llama.cpp", requirements=_NATIVE, consumer="llama.cpp"
     ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A smaller file beside a format's own.  cosine: the least with our vectors; 0: measured, and said."""
+
+    file: str
+    format: Format
+    cosine: float = 0.0
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "fp16": Variant("onnx/model_fp16.onnx", "onnx", 0.9999),
+    "int8": Variant("onnx/model_int8.onnx", "onnx"),
+    "q8_0": Variant("model-q8_0.gguf", "gguf"),
 }
 
 
@@ -130,6 +146,20 @@ CONSUMERS: Mapping[str, Consumer] = {
         differs="one prompt for all requests of a server; text that looks like a special token is one",
     ),
 }
+
+
+def variants_in(path: Path, consumer: str) -> dict[str, Variant]:
+    """Of the folder, those that this consumer reads."""
+    its = {name: one for name, one in VARIANTS.items() if FORMATS[one.format].consumer == consumer}
+    return {name: one for name, one in its.items() if (path / one.file).is_file()}
+
+
+def check_variants(format: str, variants: Sequence[str]) -> None:
+    """UserError for those of another format."""
+    for name in variants:
+        if name not in VARIANTS or VARIANTS[name].format != format:
+            known = ", ".join(f"{n} (--format {one.format})" for n, one in VARIANTS.items())
+            raise UserError(f"--format {format} has no variant {name}; there are {known}")
 
 
 def check_format(format: Format, model: ModelConfig) -> None:

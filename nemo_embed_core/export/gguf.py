@@ -43,6 +43,7 @@ PART = {hf: part for part, hf in BLOCK.items()} | {
 }
 OUTER = {hf.removeprefix("model."): name for name, hf in TENSORS.items()}
 KINDS = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bfloat16": ("BF16", "MOSTLY_BF16")}
+Q8_0 = ("Q8_0", "MOSTLY_Q8_0")  # 32 values of a row: int8 each, and their largest / 127 in fp16
 NORMAL, UNKNOWN, USER_DEFINED, UNUSED, BYTE = 1, 2, 4, 5, 6  # token types of llama.cpp, beside CONTROL
 
 
@@ -229,10 +230,11 @@ def _scores(model: Mapping[str, Any], tokens: list[str], types: list[int]) -> di
 # ------------------------------------------------------------------------------------------ the file
 
 
-def write_gguf(folder: Path, file: Path | None = None) -> Path:
+def write_gguf(folder: Path, file: Path | None = None, kinds: tuple[str, str] | None = None) -> Path:
     """The file, `folder`/model.gguf unless another is named, of the model in `folder`, in its dtype.
 
-    Vectors stay in fp32, as llama.cpp wants them.
+    kinds: Q8_0 for that instead.  Vectors stay in fp32, as llama.cpp wants them, and so do matrices whose
+    rows are not of blocks.
     """
     import gguf
     import torch
@@ -242,7 +244,7 @@ def write_gguf(folder: Path, file: Path | None = None) -> Path:
     model, file = opened.model, file or folder / FILE
     tokenizer_files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
     check_gguf(model, tokenizer_files)
-    kind, file_type = KINDS[config["dtype"]]
+    kind, file_type = kinds or KINDS[config["dtype"]]
     architecture, rope = _architecture(model), _rope(model)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(folder.name)
@@ -261,10 +263,11 @@ def write_gguf(folder: Path, file: Path | None = None) -> Path:
         writer.add_tensor_info(
             "rope_freqs.weight", rope["freqs"].shape, np.dtype(np.float32), rope["freqs"].nbytes
         )
+    values_of_block, block_bytes = gguf.GGML_QUANT_SIZES[matrix]
+    plain = {name for name, shape in shapes.items() if len(shape) == 1 or shape[-1] % values_of_block}
     for name, shape in shapes.items():
-        is_vector = len(shape) == 1
-        width, of = (4, gguf.GGMLQuantizationType.F32) if is_vector else (4 if kind == "F32" else 2, matrix)
-        size = int(np.prod(shape)) * width
+        of, count = gguf.GGMLQuantizationType.F32 if name in plain else matrix, int(np.prod(shape))
+        size = 4 * count if name in plain else count // values_of_block * block_bytes
         writer.add_tensor_info(_name(name), shape, np.dtype(np.float32), size, raw_dtype=of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -280,8 +283,11 @@ def write_gguf(folder: Path, file: Path | None = None) -> Path:
         if of_heads and architecture in NEIGHBOURS:
             rows = torch.from_numpy(permute(np.arange(len(tensor))[:, None], of_heads)[:, 0])
             tensor = tensor[rows]
-        if tensor.dim() == 1:
+        if name in plain or kinds is not None:
             tensor = tensor.float()
+        if name not in plain and kinds is not None:
+            writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), matrix))
+            continue
         values = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bf16
         writer.write_tensor_data(values.contiguous().numpy())
     writer.close()

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from nemo_embed_core.checkpoint.source import usage_of_folder
 from nemo_embed_core.config import ModelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.consumers import NUM_PROMPTED, backend
+from nemo_embed_core.export.faults import check_faults, faulty_vectors
 from nemo_embed_core.export.files import check_sentence_transformers_files
-from nemo_embed_core.export.formats import CONSUMERS, FORMATS, Answer, Format, State
-from nemo_embed_core.export.gguf import check_gguf, write_gguf
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, VARIANTS, Answer, Format, State, variants_in
+from nemo_embed_core.export.gguf import Q8_0, check_gguf, write_gguf
 from nemo_embed_core.export.onnx import check_onnx, write_onnx
+from nemo_embed_core.export.onnx_variants import check_libraries, write_fp16, write_int8
 from nemo_embed_core.export.proof import Embed, compare_vectors
 from nemo_embed_core.files.durable import writing
 from nemo_embed_core.files.strict_json import read_object
@@ -44,17 +47,32 @@ FILES: Mapping[str, tuple[Callable[[ModelConfig, Mapping[str, bytes]], None], Ca
     "onnx": (check_onnx, write_onnx),
     "gguf": (check_gguf, write_gguf),
 }
+# variant -> writer of it, given the format's own file.
+WRITERS: Mapping[str, Callable[[Path, Path], Any]] = {
+    "fp16": write_fp16,
+    "int8": write_int8,
+    "q8_0": lambda source, file: write_gguf(source.parent, file, Q8_0),
+}
 
 
-def check_file(format: Format, model: ModelConfig, tokenizer_files: Mapping[str, bytes]) -> None:
-    """UserError, before anything is written, where the file of this format cannot be."""
+def check_file(
+    format: Format, model: ModelConfig, tokenizer_files: Mapping[str, bytes], variants: Sequence[str] = ()
+) -> None:
+    """UserError, before anything is written, where the files of this format cannot be."""
     if format in FILES:
         FILES[format][0](model, tokenizer_files)
+        check_libraries(variants)
 
 
-def write_file(format: Format, folder: Path) -> Path | None:
-    """The file that this format adds to the native folder; None of one that adds none."""
-    return FILES[format][1](folder) if format in FILES else None
+def write_files(format: Format, folder: Path, variants: Sequence[str] = ()) -> list[Path]:
+    """What this format adds to the native folder, and the variants of it; [] of one that adds none."""
+    if format not in FILES:
+        return []
+    source = FILES[format][1](folder)
+    files = [folder / VARIANTS[name].file for name in variants]
+    for name, file in zip(variants, files, strict=True):
+        WRITERS[name](source, file)
+    return [source, *files]
 
 
 # ------------------------------------------------------------------------------------------ asked
@@ -80,6 +98,33 @@ def ask(path: Path, name: str, embed: Embed) -> Answer:
     return _run(path, name, embed)
 
 
+@dataclass
+class _Asked:
+    """What one consumer is asked of a folder, and our vectors of it.
+
+    kinds: {kind: (key of clients.py's arrays, first of ours_ND, its texts)}.
+    """
+
+    path: Path
+    name: str
+    request: dict[str, Any]
+    token_texts: list[str]
+    tokens: list[list[int]]
+    kinds: dict[str, tuple[str, int, list[str]]]
+    ours_ND: np.ndarray
+
+    def answer(self, file: str) -> Tensors:
+        found = _vectors(self.path, self.name, {**self.request, "file": file})
+        _check_tokens(self.path, self.name, found, self.tokens, self.token_texts)
+        return found
+
+    def pairs(self, found: Tensors) -> Iterator[tuple[str, np.ndarray, np.ndarray, list[str]]]:
+        """(kind, their rows, ours, the texts) of all kinds that this consumer answers."""
+        for kind, (key, first, of) in self.kinds.items():
+            if key in found:
+                yield kind, found[key].astype(np.float32), self.ours_ND[first : first + len(of)], of
+
+
 def _run(path: Path, name: str, embed: Embed) -> Answer:
     opened = open_folder(path)
     limit = check_sentence_transformers_files(path, opened.model.hidden_size, opened.model.pooling)
@@ -87,39 +132,64 @@ def _run(path: Path, name: str, embed: Embed) -> Answer:
     left_out = _not_composed(name, tokenizer, texts)
     texts = [text for text in texts if text not in left_out]
     repeats = limit // (len(tokenizer.encode(texts[-1]).ids) // 2) + 2
-    request = {"texts": texts, "num_prompted": NUM_PROMPTED, "num_repeats": repeats}
-    found = _vectors(path, name, request)
-    version, long_text = str(found["version"]), texts[-1] * repeats
-    _check_tokens(
-        path, name, found, [tokenizer.encode(text).ids for text in (*texts, long_text)], [*texts, long_text]
-    )
-
+    long_text = texts[-1] * repeats
     prompted, prompts = texts[:NUM_PROMPTED], usage_of_folder(path).default
     queries, documents = ([prompt + text for text in prompted] for prompt in prompts)
-    ours_ND = np.asarray(embed([*texts, long_text, *queries, *documents], limit), np.float32)
     N, M = len(texts), len(prompted)
-    kinds = {
-        "alone": ("alone_ND", 0, texts),
-        "together": ("together_ND", 0, texts),
-        "padded on the left": ("left_padded_ND", 0, texts),
-        "cut": ("cut_1D", N, [long_text]),
-        "queries": ("queries_MD", N + 1, queries),
-        "documents": ("documents_MD", N + 1 + M, documents),
-    }
-    kinds = {kind: entry for kind, entry in kinds.items() if entry[0] in found}
-    differences, cosines = list[float](), list[float]()
-    for kind, (key, first, of) in kinds.items():
-        theirs, ours = found[key].astype(np.float32), ours_ND[first : first + len(of)]
+    asked = _Asked(
+        *(path, name, {"texts": texts, "num_prompted": NUM_PROMPTED, "num_repeats": repeats}),
+        token_texts=[*texts, long_text],
+        tokens=[tokenizer.encode(text).ids for text in (*texts, long_text)],
+        kinds={
+            "alone": ("alone_ND", 0, texts),
+            "together": ("together_ND", 0, texts),
+            "padded on the left": ("left_padded_ND", 0, texts),
+            "cut": ("cut_1D", N, [long_text]),
+            "queries": ("queries_MD", N + 1, queries),
+            "documents": ("documents_MD", N + 1 + M, documents),
+        },
+        ours_ND=np.asarray(embed([*texts, long_text, *queries, *documents], limit), np.float32),
+    )
+    found = asked.answer(CONSUMERS[name].file)
+    differences, cosines, kinds = list[float](), list[float](), list[str]()
+    for kind, theirs, ours, of in asked.pairs(found):
         pair = {f"{name}'s vectors ({kind})": theirs, "our encoder's": ours}
         differences += compare_vectors(path, pair, CONSUMERS[name].precision, of).values()
         cosines.append(float((theirs * ours).sum(1).min()))
+        kinds.append(kind)
     return Answer(
         name,
         "proven",
-        f"{version}: {N} texts {', '.join(list(kinds)[:-3])}, one that is cut, {M} with the prompts of each "
-        f"side; largest difference of a coordinate {max(differences):.1e}, lowest cosine {min(cosines):.7f}"
-        + (f"; {len(left_out)} left out, as it does not compose characters (NFC)" if left_out else ""),
+        f"{found['version']}: {N} texts {', '.join(kinds[:-3])}, one that is cut, {M} with the prompts of "
+        f"each side; largest difference of a coordinate {max(differences):.1e}, "
+        f"lowest cosine {min(cosines):.7f}"
+        + (f"; {len(left_out)} left out, as it does not compose characters (NFC)" if left_out else "")
+        + "".join(f"; {line}" for line in _variants(asked, texts, limit)),
     )
+
+
+def _variants(asked: _Asked, texts: list[str], limit: int) -> list[str]:
+    """The lowest cosine of each variant in the folder; UserError below its least, or for a fault."""
+    lines, variants = [], variants_in(asked.path, asked.name)
+    faulty = faulty_vectors(asked.path, texts, limit) if variants else {}
+    for name, variant in variants.items():
+        found, lowest = asked.answer(variant.file), 1.0
+        for kind, theirs, ours, of in asked.pairs(found):
+            what = f"{asked.path / variant.file} ({kind})"
+            faults = dict(faulty) if of is texts else {}
+            if kind in ("queries", "documents"):
+                faults = {"a missing prompt": asked.ours_ND[: len(of)]}
+            check_faults(what, theirs, ours, faults)
+            cosines = (theirs * ours).sum(1) / np.linalg.norm(theirs, axis=1)
+            worst = int(cosines.argmin())
+            if not cosines[worst] >= variant.cosine:
+                raise UserError(
+                    f"{what}: its vector of {of[worst][:40]!r} has a cosine of {cosines[worst]:.6f} with "
+                    f"ours; {name} must have {variant.cosine}: leave that variant out"
+                )
+            lowest = min(lowest, float(cosines[worst]))
+        lines.append(f"{variant.file}: lowest cosine {lowest:.7f}, measured on these texts")
+    return lines
 
 
 def _not_composed(name: str, tokenizer: Tokenizer, texts: list[str]) -> list[str]:

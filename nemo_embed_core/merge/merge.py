@@ -19,7 +19,15 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.export import serving
 from nemo_embed_core.export.card import Card, describe, serving_section, shown_command
 from nemo_embed_core.export.folder import check_mergeable, write_folder
-from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES, Answer, Format, check_format
+from nemo_embed_core.export.formats import (
+    CONSUMERS,
+    FORMATS,
+    LIBRARIES,
+    Answer,
+    Format,
+    check_format,
+    check_variants,
+)
 from nemo_embed_core.export.hub import Push, check_login
 from nemo_embed_core.export.peft import PEFT, write_adapter
 from nemo_embed_core.export.proof import verify_folder
@@ -53,6 +61,7 @@ def merge(
     evaluate: Score | None = None,
     dtype: Dtype = "auto",
     format: Format | Literal["peft"] = "native",
+    variants: Sequence[str] = (),
     task: str | None = None,
     document_task: str | None = None,
     push: Push | None = None,
@@ -74,6 +83,7 @@ def merge(
     dtype: of the output; "auto" is the sources' own.  format: "native" for transformers >= 5.2, "compat" for
         >= 4.51, with code; "onnx", "gguf": native, and a file for onnxruntime, for llama.cpp; "peft": of one
         run of LoRA the adapters alone, for that library, unproven.
+    variants: smaller files beside the format's own, of formats.VARIANTS.
     task, document_task: instructions of the default prompts; None: the sources' own.
     push: onto the Hugging Face hub, once it is proven.  command: for the model card.  say: gets every line.
 
@@ -86,6 +96,7 @@ def merge(
     for option, value, known in (("dtype", dtype, ("auto", *DTYPES)), ("format", format, (*FORMATS, PEFT))):
         if value not in known:
             raise UserError(f"{option}={value!r} must be one of {', '.join(known)}")
+    check_variants(format, variants)
     if push is not None:
         if format == PEFT:
             raise UserError("format=peft is not proven, so it is not pushed: export the folded model")
@@ -124,12 +135,14 @@ def merge(
             write_adapter(folder, opened[0], tokenizer_files, usage, describe(opened))
         say(f"wrote {output} (LoRA adapters for peft)")
         return {}
-    serving.check_file(whole, opened[0].model, tokenizer_files)
+    serving.check_file(whole, opened[0].model, tokenizer_files, variants)
     beside = sum(map(len, tokenizer_files.values())) + BESIDE_BYTES * len(opened)
     shapes = hf_shapes(opened[0].model)
     of_file = {"onnx": torch.float32, "gguf": torch_dtype}.get(whole)
     needed = weight_bytes(shapes, torch_dtype) + beside
-    needed += weight_bytes(shapes, of_file) if of_file is not None else 0
+    # None of them is larger than half of the file that it is made of.
+    if of_file is not None:
+        needed += weight_bytes(shapes, of_file) * (2 + len(variants)) // 2
 
     def write(folder: Path, members: Sequence[int], metrics: Metrics | None = None, **how: Any) -> Report:
         chosen, (usage, said) = [opened[i] for i in members], encoded(members)
@@ -156,7 +169,7 @@ def merge(
             shown = shown_command(shlex.split(evaluate)) if isinstance(evaluate, str) else how_scored
             report = write(folder, members, {shown: {"score": score}}, hashed=False)
             report |= {"method": "soup", "evaluate": how_scored, "decisions": decisions}
-        if (file := serving.write_file(whole, folder)) is not None:
+        for file in serving.write_files(whole, folder, variants):
             say(f"  {file.relative_to(folder)}: {file.stat().st_size:,} bytes")
         # A folder that fails is not published.
         asked = (*LIBRARIES, *filter(None, [FORMATS[whole].consumer]), *serving.JUDGES)

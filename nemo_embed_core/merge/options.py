@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES, VARIANTS
 
 
 def parser_of(description: str | None) -> ArgumentParser:
@@ -16,6 +16,8 @@ def parser_of(description: str | None) -> ArgumentParser:
     add("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto", help="auto: the sources' own")
     readers = {"peft": "LoRA adapters alone"} | {name: format.readers for name, format in FORMATS.items()}
     add("--format", choices=readers, default="native", help="; ".join(map(": ".join, readers.items())))
+    smaller = ", ".join(f"{name} of --format {one.format}" for name, one in VARIANTS.items())
+    add("--variants", choices=VARIANTS, nargs="+", default=(), help=f"smaller files beside it: {smaller}")
     served = f"with --check: run there, or judged where not installed; of {', '.join(CONSUMERS)}"
     add("--with", choices=CONSUMERS, nargs="+", metavar="NAME", default=LIBRARIES, help=served)
     add("--push-to-hub", metavar="USER/NAME", help="once proven; token: `hf auth login`, or HF_TOKEN")

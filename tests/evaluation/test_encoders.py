@@ -1,11 +1,14 @@
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from toy_evaluation import copied
 
 from nemo_embed_core.checkpoint.source import resolve
-from nemo_embed_core.encoders import open_encoder
+from nemo_embed_core.encoders import onnx_runtime, open_encoder
 from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.encoders.sentence_transformer import SentenceTransformerEncoder
 from nemo_embed_core.errors import UserError
@@ -175,3 +178,52 @@ def test_widths_of_a_training_stay_with_the_model():
     assert united.dims == (64, 8) and any("widths 16, 32 are not said by all" in line for line in said)
     card = model_card(ModelConfig(), "float32", united, {})
     assert "- Widths: trained for the first 64, 8 columns, normalised again\n" in card
+
+
+# ------------------------------------------------------------------------------------------ onnx
+
+
+def test_a_served_file_is_scored_beside_the_model_that_it_was_made_of(
+    ours, static, beir, launcher, tmp_path, monkeypatch
+):
+    """By a stand-in for onnxruntime that runs our own encoder on what the mask lets through."""
+    folder = copied(ours, tmp_path / "model")
+    (folder / "onnx").mkdir()
+    files = [folder / "onnx" / name for name in ("model.onnx", "model_int8.onnx")]
+    batches = []
+
+    class Session:
+        def __init__(self, path, providers):
+            assert providers == ["CPUExecutionProvider"]
+            self.embedder, self.is_worse = Embedder.load(folder, "cpu", "fp32"), "int8" in path
+
+        def get_outputs(self):
+            return [SimpleNamespace(shape=["texts", 32])]
+
+        def run(self, names, inputs):
+            assert names == ["sentence_embedding"]
+            batches.append(inputs["input_ids"].shape)
+            both = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            rows = self.embedder.encode_tokens([ids[mask > 0].astype(np.int32) for ids, mask in both])
+            return [rows[:, ::-1] * (np.arange(32) < 2) if self.is_worse else rows]
+
+    for file in files:
+        file.write_text(file.name)
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+    monkeypatch.setattr(onnx_runtime, "BATCH_TOKENS", 20)
+    models = [str(folder), *map(str, files)]
+    report = launcher.run(tmp_path / "report.json", models=models, data=str(beir))
+    whole, exact, worse = (report[model] for model in models)
+    for metric in ("ndcg_at_10", "mrr_at_10"):
+        assert exact[metric] == pytest.approx(whole[metric], abs=1e-6) and worse[metric] != whole[metric]
+    assert exact["prompts"] == whole["prompts"] == {"query": "query: ", "document": ""}
+    assert (exact["precision"], worse["precision"]) == ("model", "model_int8")
+    assert len({entry["digest"] for entry in (whole, exact, worse)}) == 3
+    assert max(N * L for N, L in batches) <= 20 and max(N for N, _ in batches) > 1
+    with pytest.raises(UserError, match="runs on the CPU in its own precision"):
+        launcher.run(tmp_path / "no.json", models=models[1:], data=str(beir), precision="fp32")
+    alone = copied(static, tmp_path / "static")
+    (alone / "onnx").mkdir()
+    (alone / "onnx" / "model.onnx").touch()
+    with pytest.raises(UserError, match="no export of ours is around it"):
+        launcher.run(tmp_path / "no.json", models=[str(alone / "onnx/model.onnx")], data=str(beir))

@@ -6,6 +6,7 @@ for planted into their files; `make consumers` installs them and prints the tabl
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,8 +26,9 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.export import gguf, onnx, serving
 from nemo_embed_core.export.card import serving_section
 from nemo_embed_core.export.consumers import NUM_PROMPTED, backend
+from nemo_embed_core.export.faults import check_faults
 from nemo_embed_core.export.folder import hf_config, write_folder
-from nemo_embed_core.export.formats import CONSUMERS, LIBRARIES, Answer
+from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES, VARIANTS, Answer
 from nemo_embed_core.merge import merge
 from nemo_embed_core.model.spec import hf_shapes
 
@@ -156,6 +158,107 @@ def test_who_is_not_installed_is_said_to_be_not_run(folder: Path, monkeypatch: p
     assert (answer.state, "not run" in answer.words) == ("written", True)
 
 
+# ------------------------------------------------------------------------------------------ variants
+
+
+NOISE = 0.004  # of a coordinate, of 64: cosines of about 0.9995
+
+
+def of_variant(
+    embedder: Embedder, request: dict[str, Any], noise: float = 0.0, unprompted: bool = False
+) -> dict[str, np.ndarray]:
+    """clients.py's arrays, as a variant of these weights would give them in eight bits."""
+    texts, limit = request["texts"], 40
+    long_text = texts[-1] * request["num_repeats"]
+    tokenizer = embedder.tokenizer
+    rows = tokenizer.encode([*texts, long_text], limit)
+    generator = np.random.default_rng(0)
+
+    def noisy(texts: list[str]) -> np.ndarray:
+        exact = embedder.encode(texts, max_length=limit)
+        near = exact + noise * generator.standard_normal(exact.shape).astype(np.float32)
+        return near / np.linalg.norm(near, axis=1, keepdims=True)
+
+    prompted = texts[: request["num_prompted"]]
+    query, document = ("", "") if unprompted else ("find it: ", "read: ")
+    return {
+        "version": np.array("onnxruntime 9"),
+        "token_ids": np.concatenate(rows),
+        "token_counts": np.array([len(row) for row in rows]),
+        **{key: noisy(texts) for key in ("alone_ND", "together_ND", "left_padded_ND")},
+        "cut_1D": noisy([long_text]),
+        "queries_MD": noisy([query + text for text in prompted]),
+        "documents_MD": noisy([document + text for text in prompted]),
+    }
+
+
+@pytest.fixture
+def with_variant(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """ask() of a copy of the toy with this variant, of these weights; the rest is faultless."""
+    path = shutil.copytree(folder, tmp_path / "toy")
+    (path / "onnx").mkdir()
+    exact = Embedder.load(str(path), "cpu", "fp32")
+
+    def ask(name: str, embedder: Embedder | None = None, **how: Any) -> Answer:
+        for file in ("model.onnx", f"model_{name}.onnx"):
+            (path / "onnx" / file).touch()
+
+        def vectors(path: Path, consumer: str, request: dict[str, Any]) -> dict[str, np.ndarray]:
+            if request["file"] == "onnx/model.onnx":
+                return of_variant(exact, request)
+            return of_variant(embedder or exact, request, NOISE, **how)
+
+        monkeypatch.setattr(serving, "_vectors", vectors)
+        monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: object())
+        return serving.ask(path, "onnxruntime", lambda texts, limit: exact.encode(texts, max_length=limit))
+
+    return ask
+
+
+def test_a_variants_lowest_cosine_is_said_and_fp16_has_to_keep_its_own(with_variant: Any) -> None:
+    words = with_variant("int8").words
+    assert re.search(
+        r"cosine \d\.\d{7}; onnx/model_int8\.onnx: lowest cosine 0\.999[1-8]\d{3}, measured", words
+    )
+    with pytest.raises(
+        UserError, match=r"model_fp16\.onnx .* a cosine of 0\.99\d+ with ours; fp16 must have 0\.99"
+    ):
+        with_variant("fp16")
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("causal mask", "a causal mask"),
+        ("other pooling", "pooling=cls"),
+        ("dropped final norm", "no final norm"),
+        ("missing prompt", "a missing prompt"),
+    ],
+)
+def test_a_fault_is_found_under_the_noise_of_eight_bits(
+    folder: Path, tmp_path: Path, with_variant: Any, fault: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "other")
+    faulty = Embedder.load(str(damaged(copy, fault, monkeypatch)), "cpu", "fp32")
+    with pytest.raises(UserError, match=rf"model_int8\.onnx .*: \d+% of what {named} would change"):
+        with_variant("int8", faulty, unprompted=fault == "missing prompt")
+
+
+def test_vectors_of_any_length_are_found_in_a_variant() -> None:
+    rows = np.eye(3, 4, dtype=np.float32)
+    check_faults("a", rows, rows, {"unseen": rows + 1e-5})
+    with pytest.raises(UserError, match=r"rows of length 1\.000 to 1\.010, not normalised"):
+        check_faults("a", rows * np.array([[1], [1.01], [1]]), rows, {})
+
+
+def test_variants_are_of_their_format(tmp_path: Path) -> None:
+    for format, variants in (("native", ["fp16"]), ("gguf", ["q8_0", "int8"]), ("onnx", ["int4"])):
+        with pytest.raises(
+            UserError, match=f"--format {format} has no variant {variants[-1]}; there are fp16"
+        ):
+            merge.merge("runs/x", tmp_path / "out", format=format, variants=variants)  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------ who is judged
 
 
@@ -246,9 +349,11 @@ def test_every_base_model_gives_our_vectors_where_it_is_served(
     tmp_path: Path, capsys: Any, consumer: str
 ) -> None:
     rows = []
+    format = next(format for format, entry in FORMATS.items() if entry.consumer == consumer)
+    variants = [name for name, variant in VARIANTS.items() if variant.format == format]
     for name in MODELS:
         path = write(tmp_path / name, model_of(name))
-        file = RUN[consumer][0](path).relative_to(path)
+        file = serving.write_files(format, path, variants)[0].relative_to(path)
         rows.append((consumer, str(file), name, *serving.ask(path, consumer, ours(path))[1:]))
     with capsys.disabled():
         print("\n\n| consumer | file | model | result | |\n|---|---|---|---|---|")
@@ -304,3 +409,23 @@ def test_a_fault_of_serving_is_found_in_each(
     message = rf"{consumer}'s vectors \({'queries' if fault == 'missing prompt' else 'alone'}\) .* disagree"
     with pytest.raises(UserError, match=message):
         serving.ask(folder, consumer, lambda texts, limit: embedder.encode(texts, max_length=limit))
+
+
+@pytest.mark.slow
+@runs
+@pytest.mark.parametrize("fault", ["causal mask", "other pooling", "dropped final norm"])
+def test_a_fault_of_a_variant_alone_is_found_in_each(
+    tmp_path: Path, fault: str, consumer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "toy", MODEL)
+    RUN[consumer][0](folder)
+    format = next(format for format, entry in FORMATS.items() if entry.consumer == consumer)
+    names = [name for name, variant in VARIANTS.items() if variant.format == format]
+    copy = damaged(folder, fault, monkeypatch)
+    serving.write_files(format, copy, names)
+    for name in names:
+        file = VARIANTS[name].file
+        shutil.copy(copy / file, folder / file)
+        with pytest.raises(UserError, match=rf"{file} \(alone\): \d+% of what .* would change is in"):
+            serving.ask(folder, consumer, ours(folder))
+        (folder / file).unlink()
