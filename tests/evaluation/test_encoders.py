@@ -211,6 +211,9 @@ def test_a_served_file_is_scored_beside_the_model_that_it_was_made_of(
         file.write_text(file.name)
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
     monkeypatch.setattr(onnx_runtime, "BATCH_TOKENS", 20)
+    ragged = ["w1", "w1 w2 w3 w4 w5 w6 w7 w8", "", "w5 w6"]
+    rows = onnx_runtime.OnnxEncoder(files[0]).encode(ragged, "query: ", 9)
+    assert np.abs(rows - Embedder.load(folder, "cpu", "fp32").encode(ragged, "query: ", 9)).max() < 1e-6
     models = [str(folder), *map(str, files)]
     report = launcher.run(tmp_path / "report.json", models=models, data=str(beir))
     whole, exact, worse = (report[model] for model in models)
