@@ -23,14 +23,14 @@ from nemo_embed_core.data.readers import corpus_format
 from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.folder_parts import FolderDocuments, Questions, read_parts
-from nemo_embed_core.mine.keys import Numbers, as_keys, first_of
+from nemo_embed_core.mine.keys import KEY, Numbers, as_keys, first_of
 from nemo_embed_core.mine.pool import Known, Noise, Pool, Rows
 from nemo_embed_core.mine.search.exclude import Exclude
 
 
 def is_read_by_ids(config: DatasetConfig, has_more_documents: bool) -> bool:
-    """A dataset folder that has its texts, is the whole pool, and whose pairs are not graded."""
-    is_folder = corpus_format(config) is dataset_format and config.min_grade is None
+    """A dataset folder that has its texts and is the whole pool."""
+    is_folder = corpus_format(config) is dataset_format
     return is_folder and not has_more_documents and not read_metadata(Path(config.path)).ids_only
 
 
@@ -183,6 +183,9 @@ class FolderRows(Rows):
     ):
         self.folder, self.known, self.prompts = folder, known or Known(), {}
         self.keys = b"".join(part.keys for part in parts)
+        before = np.cumsum([0, *(len(part.ids) // KEY for part in parts)])
+        at = np.concatenate([part.at + start for part, start in zip(parts, before[:-1], strict=True)])
+        self._at = None if len(at) == before[-1] else at  # of each row its record of the folder
         noise = Noise()
         for part in parts:
             noise.rows += part.noise.rows
@@ -214,11 +217,12 @@ class FolderRows(Rows):
             self.known.queries += np.repeat(as_keys(self.keys), np.diff(ends["pos"])).tobytes()
             self.known.documents += as_keys(documents.normal)[places["pos"]].tobytes()
         del self.pool.of_place
-        self.queries = FolderTexts(folder, "queries")
+        self.queries = FolderTexts(folder, "queries", self._at)
 
     def read(self, at: Iterable[int] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
         columns, strict = ("question_id", "question", "lang", "group"), Findings(strict=True)
-        wanted = iter(range(len(self)) if at is None else at)
+        rows = range(len(self)) if at is None else at
+        wanted = iter(rows if self._at is None else (int(self._at[row]) for row in rows))
         place, next_at = 0, next(wanted, None)
         for group in row_groups(self.folder, "queries"):
             if next_at is None or next_at >= place + group.num_rows:

@@ -25,7 +25,7 @@ from nemo_embed_core.data.dataset import (
     row_groups,
 )
 from nemo_embed_core.data.formats.dataset import files, row_of, stands_twice
-from nemo_embed_core.data.formats.row import Row, positive
+from nemo_embed_core.data.formats.row import Row, is_below, none_left, positive
 from nemo_embed_core.data.lines import Findings, check_id, short
 from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
 from nemo_embed_core.data.statistics import script
@@ -64,16 +64,21 @@ def read_parts(
     del ids, exact, normal, content
 
     def questions(own: Findings) -> Questions:
-        return _read_questions(folder, metadata, _part(row_groups(folder, "queries"), ranks), documents, own)
+        groups = _part(row_groups(folder, "queries"), ranks)
+        return _read_questions(folder, metadata, groups, documents, config.min_grade, own)
 
     found = _together(questions, ranks, findings)
-    if graded := [part.graded for part in found if part.graded is not None][:1]:
-        list(positive(graded, None, findings))  # says what is wrong
+    if odd := [part.odd for part in found if part.odd is not None][:1]:
+        list(positive(odd, config.min_grade, findings))  # says what is wrong
     if findings.num_met == before:
         ids = b"".join(part.ids for part in found)
         if not ids:
             findings.bad(row_groups(folder, "queries")[0].path, 1, "there are no rows")
         _refuse_twice(folder, "queries", as_keys(ids), findings)
+        if ids and not any(len(part.at) for part in found):
+            assert config.min_grade is not None
+            last = row_groups(folder, "queries")[-1]
+            none_left(last.path, last.before + last.num_rows, config.min_grade, findings)
     if findings.num_met > before:
         return None
     return documents, found
@@ -166,38 +171,48 @@ class FolderDocuments:
 class Questions:
     """The rows of one rank."""
 
-    ids: bytes  # keys of 16 bytes, as are
+    ids: bytes  # keys of 16 bytes, of all records; as are
+    at: np.ndarray  # which of them are rows: those that no grade leaves out
     keys: bytes  # those of the normal form
     groups: bytes  # and of the groups (zeros: none)
     noise: Noise
     places: dict[str, np.ndarray]  # of "pos" and "neg"
     counts: dict[str, np.ndarray]
     words: dict[str, list[str]]  # "lang" and "script" of each row
-    graded: Row | None  # the first row with a grade
+    odd: Row | None  # the first row with a grade where none is asked for, or without one
 
 
 def _read_questions(
-    folder: Path, metadata: Metadata, groups: list[RowGroup], documents: FolderDocuments, findings: Findings
+    folder: Path,
+    metadata: Metadata,
+    groups: list[RowGroup],
+    documents: FolderDocuments,
+    min_grade: float | None,
+    findings: Findings,
 ) -> Questions:
+    at = array("q")
     ids, keys, of_group, noise = bytearray(), bytearray(), bytearray(), Noise()
     places, counts = ({side: array("q") for side in ("pos", "neg")} for _ in range(2))
     words: dict[str, list[str]] = {"lang": [], "script": []}
     once: dict[str, str] = {}  # one object for each word
-    graded: Row | None = None
+    odd: Row | None = None
     for path, line, fields in read_records(folder, "queries", False, findings, groups):
         try:
             row = row_of(fields, metadata, documents, path, line, findings)
         except ValueError as error:
             findings.bad(path, line, str(error), row=True)
             continue
-        if row.grade is not None:
-            graded = row
+        if (row.grade is None) != (min_grade is None):
+            odd = row
             break  # as the others are
+        ids += exact_key(row.id)
+        if is_below(row, min_grade, findings):
+            continue
+        at.append(len(ids) // KEY - 1)
         sides: dict[str, Any] = {"pos": row.pos, "neg": row.neg}
         for side, found in sides.items():
             places[side].extend(found)
             counts[side].append(len(found))
-        ids += exact_key(row.id)
         keys += (key := normal_key(row.query))
         of_group += exact_key(row.group) if row.group else bytes(KEY)
         is_empty = not all(documents.content[place] for place in chain(*sides.values()))
@@ -205,8 +220,8 @@ def _read_questions(
         noise.add(key, pos, neg, not has_content(row.query), is_empty)
         for name, word in (("lang", row.lang), ("script", script(row.query))):
             words[name].append(once.setdefault(word, word))
-    columns = (_columns(places), _columns(counts), words, graded)
-    return Questions(bytes(ids), bytes(keys), bytes(of_group), noise, *columns)
+    columns = (_columns(places), _columns(counts), words, odd)
+    return Questions(bytes(ids), np.array(at, np.int64), bytes(keys), bytes(of_group), noise, *columns)
 
 
 def _columns(values: dict[str, array[int]]) -> dict[str, np.ndarray]:

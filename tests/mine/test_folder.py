@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from nemo_embed_core.data.texts import Texts
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.mine import corpus as corpus_module
 from nemo_embed_core.mine.corpus import Ranks
-from nemo_embed_core.mine.folder import read_folder
+from nemo_embed_core.mine.folder import is_read_by_ids, read_folder
 from nemo_embed_core.mine.keys import Numbers, as_keys, first_of, lists_of
 from nemo_embed_core.mine.output import FolderWriter
 from nemo_embed_core.mine.pool import Document, Known, exclusions
@@ -51,7 +52,7 @@ def write(folder: Path, corpus: list[dict], queries: list[dict], group: int = 5,
     return DatasetConfig(path=str(folder))
 
 
-def trapped(folder: Path, count: int = 40, **how) -> DatasetConfig:
+def trapped(folder: Path, count: int = 40, graded: bool = False, **how) -> DatasetConfig:
     """Documents in the order in which rows name them, then others: spellings, equal texts of two ids, texts
     without content; rows with groups, languages and siblings."""
     ids: dict[str, str] = {}
@@ -66,7 +67,7 @@ def trapped(folder: Path, count: int = 40, **how) -> DatasetConfig:
         queries.append(
             {"question_id": f"q{i}", "question": query, "corpus_id": "toy", "pos_doc": entries(pos),
              "neg_doc": entries(neg), "lang": "de" if i % 3 else "en",
-             "group": f"g{i % 4}" if i % 5 else None}
+             "group": f"g{i % 4}" if i % 5 else None, "grade": i * 7 % 5 / 2 if graded else None}
         )  # fmt: skip
     corpus = [{"id": key, "title": None, "text": text} for text, key in ids.items()]
     some = [row["text"] for row in corpus]
@@ -118,6 +119,31 @@ def test_negatives_scores_and_report_are_those_of_the_rows_with_their_texts(tmp_
     assert (report["documents_excluded"], report["positives_excluded"]) == ((3, 1) if excluded else (0, 0))
     assert set(report["by_language"]) == {"de", "en"} and report["noise"]["same_query_rows"] == 1
     assert any("without content" in line and "variants" in line for line in said)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pairs_below_min_grade_are_no_rows_and_no_text_is_kept_for_it(tmp_path, size, monkeypatch):
+    config = replace(trapped(tmp_path / "data", graded=True, shards=2), min_grade=1.5)
+    assert is_read_by_ids(config, has_more_documents=False)
+    met = Findings()
+    corpus, found = read_beir(config).corpus, list(read_rows(config, met))
+    documents = [Document(corpus[key], key) for key in corpus]
+    mine(found, tmp_path / "texts.jsonl", documents=documents, **OPTIONS)
+    told: list[list[str]] = []
+
+    def work(ranks):
+        findings = Findings()
+        rows = read_folder(config, ranks, findings)
+        told.append(findings.lines())
+        return mine(rows, tmp_path / "ids.jsonl", ranks=ranks, **OPTIONS)
+
+    on_ranks(size, work)
+    want, got = lines_of(tmp_path / "texts.jsonl"), lines_of(tmp_path / "ids.jsonl")
+    assert got == want and 10 < len(got) < 30 and {line.get("group") for line in got} > {"g1", "g2"}
+    # Drawn by the numbers of documents, which are in the order of the corpus or of the rows that are left.
+    reports = [report_of(tmp_path / f"{name}.jsonl") for name in ("ids", "texts")]
+    assert all(report.pop("random_pair_score_quantiles") for report in reports) and reports[0] == reports[1]
+    assert told == [met.lines()] * size and "pairs with a grade below min_grade=1.5, left out: " in told[0][0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -215,6 +241,11 @@ BAD = {
     "another corpus": lambda corpus, queries: [row.update(corpus_id="c") for row in queries[4:6]],
     "positive and negative": lambda corpus, queries: queries[2].update(neg_doc=queries[2]["pos_doc"]),
     "no rows": lambda corpus, queries: queries.__delitem__(slice(None)),
+    "below 2": lambda corpus, queries: [row.update(grade=1.0) for row in queries],
+    "below 2, a question twice": lambda corpus, queries: [
+        row.update(grade=3.0 - 2 * (i % 2), question_id=f"q{i % 10}") for i, row in enumerate(queries)
+    ],
+    "below 2, not graded": lambda corpus, queries: [row.update(grade=3.0) for row in queries[:7]],
 }
 
 
@@ -231,6 +262,7 @@ def test_what_is_wrong_is_said_as_the_reader_says_it_by_all_ranks(name, tmp_path
     config = write(tmp_path / "data", corpus, queries or [{**dict.fromkeys(whole.names)}], group=2)
     if not queries:
         pq.write_table(pa.Table.from_pylist([], whole), tmp_path / "data/queries.parquet")
+    config = replace(config, min_grade=2.0 if name.startswith("below 2") else None)
     with pytest.raises(UserError) as wanted:
         list(read_rows(config))
 

@@ -129,17 +129,26 @@ def positive(rows: Iterable[Row], min_grade: float | None, findings: Findings) -
                 fix += "grades and loss.cosent_weight"
             findings.bad(Path(row.path), row.line, f"{what}: {fix}")
             return  # every other line would be as bad
-        if row.grade is not None and min_grade is not None and row.grade < min_grade:
-            findings.note(
-                f"pairs with a grade below min_grade={min_grade:g}, left out", Path(row.path), row.line
-            )
+        if is_below(row, min_grade, findings):
             continue
         found = True
         yield row
     if row is not None and not found:
-        findings.bad(
-            Path(row.path), row.line, f"no row is left: none has a grade of min_grade={min_grade:g} or more"
-        )
+        assert min_grade is not None
+        none_left(Path(row.path), row.line, min_grade, findings)
+
+
+def is_below(row: Row, min_grade: float | None, findings: Findings) -> bool:
+    """A graded pair that is left out, and noted."""
+    if row.grade is None or min_grade is None or row.grade >= min_grade:
+        return False
+    findings.note(f"pairs with a grade below min_grade={min_grade:g}, left out", Path(row.path), row.line)
+    return True
+
+
+def none_left(path: Path, line: int, min_grade: float, findings: Findings) -> None:
+    """line: the last one."""
+    findings.bad(path, line, f"no row is left: none has a grade of min_grade={min_grade:g} or more")
 
 
 def optional_id(fields: dict[str, Any], field: str) -> str:
