@@ -347,7 +347,7 @@ MUTANTS = [
     Mutant("micro-batches that best fit alone makes", BINS, "for fewer in range(least, count):", "for fewer in range(count, count):", "tests/data/test_packing.py"),
     Mutant("a swap moves no tokens", BINS, "loads[other] += more_FO[f, o]", "loads[other] += 0", "tests/data/test_packing.py"),
     Mutant("another mix goes on with a run", POPULATION, "digest.update(repr([part.draws for part in drawn]).encode())", "pass", "tests/data/test_mix.py"),
-    Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '_FORMAT.sub("", text)).translate', "text).translate", "tests/data/test_normal_form.py"),
+    Mutant("zero-width characters tell texts apart", "nemo_embed_core/data/normal_form.py", '"NFKC", _FORMAT.sub("", text))', '"NFKC", text)', "tests/data/test_normal_form.py"),
     Mutant("special tokens inside texts are special", "nemo_embed_core/data/tokenizer.py", "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "tests/data/test_tokenizer.py"),
     Mutant("a text that fills the length exactly counts as cut", "nemo_embed_core/data/tokenizer.py", "len(ids) == max_length and bool(encoding.overflowing)", "len(ids) == max_length", "tests/data/test_tokenizer.py tests/data/test_cuts.py"),
     # ---- looking at data
@@ -371,6 +371,8 @@ MUTANTS = [
     Mutant("what a corpus has to say is said of the first split alone", "nemo_embed_core/data/readers.py", "        if own is not of_corpus:", "        if own is findings[0]:", "tests/evaluation/test_pools.py"),
     Mutant("the digest of a split has the one before in it", "nemo_embed_core/evaluation/pools.py", "self._of_corpus[pool].copy()", "self._of_corpus[pool]", "tests/evaluation/test_pools.py"),
     # ---- mining
+    Mutant("rows behind one that its grade leaves out have its query", "nemo_embed_core/mine/folder.py", 'FolderTexts(folder, "queries", self._at)', 'FolderTexts(folder, "queries")', "tests/mine/test_folder.py"),
+    Mutant("a written row has the query of a record that its grade leaves out", "nemo_embed_core/mine/folder.py", "int(self._at[row])", "int(row)", "tests/mine/test_folder.py"),
     Mutant("no room is asked for texts", "nemo_embed_core/mine/run.py", "    needed = num_bytes\n", "    needed = 0\n", "tests/mine/test_run.py"),
     Mutant("each split that is excluded reads the corpus", "nemo_embed_core/mine/inputs.py", "found.setdefault(folder if folder and Path(folder).is_dir() else path, [])", "found.setdefault(path, [])", "tests/mine/test_run.py"),
     Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),
