@@ -373,6 +373,7 @@ MUTANTS = [
     # ---- mining
     Mutant("rows behind one that its grade leaves out have its query", "nemo_embed_core/mine/folder.py", 'FolderTexts(folder, "queries", self._at)', 'FolderTexts(folder, "queries")', "tests/mine/test_folder.py"),
     Mutant("a written row has the query of a record that its grade leaves out", "nemo_embed_core/mine/folder.py", "int(self._at[row])", "int(row)", "tests/mine/test_folder.py"),
+    Mutant("negatives are counted for each format", "nemo_embed_core/mine/formats.py", "has = has or _num", "has = _num", "tests/mine/test_formats.py"),
     Mutant("no room is asked for texts", "nemo_embed_core/mine/run.py", "    needed = num_bytes\n", "    needed = 0\n", "tests/mine/test_run.py"),
     Mutant("each split that is excluded reads the corpus", "nemo_embed_core/mine/inputs.py", "found.setdefault(folder if folder and Path(folder).is_dir() else path, [])", "found.setdefault(path, [])", "tests/mine/test_run.py"),
     Mutant("a ceiling above a negative score", SELECTION, "np.where(s >= 0, threshold * s, (2 - threshold) * s)", "threshold * s", TEST_NEGATIVES),

@@ -41,11 +41,13 @@ def convert_all(
     mined: str | Path, forms: Sequence[str], log: Callable[[str], None] = print, **options: Any
 ) -> dict[str, str]:
     """convert(mined, f"{mined}.{form}{suffix}", form, **options) of every form; {path: why} of failures."""
-    failed = {}
+    failed: dict[str, str] = {}
+    has: list[int] = []  # counted once
     for form in forms:
         path = f"{mined}.{form}{FORMATS[form].SUFFIX}"
         try:
-            counts = convert(mined, path, form, **options)
+            has = has or _num_negatives(Path(mined))
+            counts = _convert(Path(mined), Path(path), form, has, **options)
         except (UserError, OSError) as error:
             failed[path] = str(error)
             log(f"{path} is not written: {error}")
@@ -69,18 +71,36 @@ def convert(
     """
     if form not in FORMATS:
         raise UserError(f"format {form!r} is none of {', '.join(FORMATS)}")
+    has = _num_negatives(Path(mined))
+    return _convert(Path(mined), Path(output), form, has, num_negatives, prompt, document_prompt)
+
+
+def _num_negatives(mined: Path) -> list[int]:
+    """Of each row."""
+    return [len(row["neg"]) for row in read_mined(mined)]
+
+
+def _convert(
+    mined: Path,
+    output: Path,
+    form: str,
+    has: list[int],
+    num_negatives: int = 4,
+    prompt: str = "",
+    document_prompt: str = "",
+) -> dict[str, int]:
+    """has: _num_negatives(mined), which of a dataset folder reads its corpus as every format does."""
     least = num_negatives if form == "sentence-transformers" else 1
-    counts = [len(row["neg"]) for row in read_mined(Path(mined))]
-    num_whole = sum(count >= least for count in counts)
+    num_whole = sum(count >= least for count in has)
     if not num_whole:
         raise UserError(
-            f"{mined}: none of {len(counts)} rows has the {least} negatives that {form} needs; the most is "
-            f"{max(counts, default=0)}: mine with a higher threshold or a smaller num_negatives"
+            f"{mined}: none of {len(has)} rows has the {least} negatives that {form} needs; the most is "
+            f"{max(has, default=0)}: mine with a higher threshold or a smaller num_negatives"
         )
-    whole = (row for row in read_mined(Path(mined)) if len(row["neg"]) >= least)
+    whole = (row for row in read_mined(mined) if len(row["neg"]) >= least)
     prompted = (_prompted(row, prompt, document_prompt) for row in whole)
-    FORMATS[form].write(Path(output), prompted, num_negatives, digest_of(Path(mined)))
-    return {"rows": num_whole, "left_out": len(counts) - num_whole}
+    FORMATS[form].write(output, prompted, num_negatives, digest_of(mined))
+    return {"rows": num_whole, "left_out": len(has) - num_whole}
 
 
 def _prompted(row: dict[str, Any], prompt: str, document_prompt: str) -> dict[str, Any]:

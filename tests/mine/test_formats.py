@@ -9,7 +9,9 @@ import pytest
 from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.data.readers import read_rows, reading
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.mine import formats
 from nemo_embed_core.mine.formats import FORMATS, convert, convert_all
+from nemo_embed_core.mine.output import read_mined
 
 ROWS = [
     {
@@ -214,10 +216,12 @@ def test_automodel_trains_on_files_of_one_name_together(tmp_path):
     )
 
 
-def test_one_format_that_cannot_be_written_does_not_end_the_others(mined, tmp_path):
+def test_one_format_that_cannot_be_written_does_not_end_the_others(mined, tmp_path, monkeypatch):
     (tmp_path / "mined.jsonl.tevatron.jsonl").mkdir()  # a folder is in the way
-    said = []
+    said, read = [], []
+    monkeypatch.setattr(formats, "read_mined", lambda path: read.append(path) or read_mined(path))
     failed = convert_all(mined, list(FORMATS), said.append, num_negatives=3)
+    assert len(read) == 1 + len(FORMATS) - 1, "counted once, and written but the one that cannot be"
     assert sorted(failed) == [f"{mined}.sentence-transformers.parquet", f"{mined}.tevatron.jsonl"]
     assert "none of 3 rows has the 3 negatives that sentence-transformers needs; the most is 2" in " ".join(
         said
