@@ -157,9 +157,9 @@ def read_splits(configs: Sequence[DatasetConfig], findings: Sequence[Findings]) 
     of_corpus = findings[0] if is_one else Findings(findings[0].strict, findings[0].log)
     corpus, found = one.open_corpus(configs[0], of_corpus), list[Beir]()
     for config, own in zip(configs, findings, strict=True):
-        found.append(one.beir(config, corpus, own))
         if own is not of_corpus:
             own.take(of_corpus.told())
+        found.append(one.beir(config, corpus, own))
     return found
 
 

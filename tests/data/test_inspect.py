@@ -84,7 +84,7 @@ def test_every_figure_of_a_small_corpus(small, tmp_path):
     name, said = f"{tmp_path / 'beir'}:dev", []
     report = inspect(*small, against=[name], log=said.append)
     assert [line.split(" (")[0] for line in said] == [
-        f"{name}: queries that are empty: 1", f"{name}: documents that are empty: 1",
+        f"{name}: documents that are empty: 1", f"{name}: queries that are empty: 1",
     ]  # fmt: skip
     assert report["sources"] == [
         {
