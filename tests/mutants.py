@@ -454,6 +454,8 @@ MUTANTS = [
     Mutant("dev sets are no input of a training", "nemo_embed_core/steps/verbs.py", '"eval.datasets.path", "eval.datasets.source"),', "),", "tests/experiments/test_grid.py"),
     Mutant("several reports of one step pass", "nemo_embed_core/steps/verbs.py", '["split"] if "," in str(options.get("split")) else []', "[]", "tests/experiments/test_grid.py"),
     Mutant("a number for a constant stays a text", "nemo_embed_core/experiments/grid.py", "if isinstance(own, str):", "if True:", "tests/experiments/test_grid.py"),
+    Mutant("a build that is published meanwhile ends another", "nemo_embed_core/data/building.py", "        with suppress(FileNotFoundError):\n            times", "        if True:\n            times", "tests/data/test_build.py"),
+    Mutant("a local model is known by its name", "nemo_embed_core/pipeline/stages.py", "for path in local if path)]", "for path in local if not path)]", "tests/pipeline/test_stages.py"),
     Mutant("a failure is seen when all have ended", "nemo_embed_core/steps/runner.py", "return_when=FIRST_COMPLETED", 'return_when="ALL_COMPLETED"', "tests/experiments/test_run.py"),
     Mutant("a step that waits keeps others from starting", "nemo_embed_core/steps/runner.py", "in itertools.islice(ready, self.jobs - len(running))", "in [s for s in itertools.islice(waiting.values(), 1) if s in ready]", "tests/experiments/test_run.py"),
     Mutant("a step that another command runs is run too", "nemo_embed_core/steps/runner.py", "                lock.acquire()\n", "                return lock\n", "tests/experiments/test_run.py"),

@@ -59,7 +59,8 @@ def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
     for leftover in sorted(parent.glob(".building-*")):
-        age = time.time() - max(path.stat().st_mtime for path in [leftover, *leftover.glob("*")])
+        if (age := _age(leftover)) is None:
+            continue  # published or removed meanwhile
         if not (leftover / "lock").exists():  # of an older version, or being made right now
             if age > 3600:
                 log(f"removing {leftover}, left by an older version")
@@ -87,6 +88,15 @@ def _sweep(parent: Path, prefix: str, log: Log) -> tuple[Path | None, int | None
         shutil.rmtree(leftover, ignore_errors=True)
         os.close(lock)
     return (mine[-1][1], mine[-1][2]) if mine else (None, None)
+
+
+def _age(folder: Path) -> float | None:
+    """Seconds since it or a file in it was written; None where it is gone. Another process builds there."""
+    times = []
+    for path in (folder, *folder.glob("*")):
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return time.time() - max(times) if times else None
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

@@ -77,6 +77,8 @@ class Stages:
 
     def _digest(self, path: str) -> str:
         if path not in self._digests:
+            if not Path(path).exists():
+                raise UserError(f"{path} is not there")
             self._digests[path] = digest_of(path)
         return self._digests[path]
 
@@ -104,7 +106,10 @@ def stages_of(config: PipelineConfig, setting: Setting, output: Path, digests: d
         tasks = dict(config.generate.tasks) or dict.fromkeys(OF_DOCUMENTS, 1.0)
         generate = {**to_dict(config.generate), "tasks": tasks}
         del generate["journal"]
-        written = stages.add("written", VERBS["synthesize"], {**about, "generate": generate}, [documents])
+        models = (*config.generate.models, config.generate.judge)
+        local = [config.generate.embedder, *(m.name for m in models if m is not None and not m.base_url)]
+        read = [documents, *(os.path.abspath(path) for path in local if path)]
+        written = stages.add("written", VERBS["synthesize"], {**about, "generate": generate}, read)
         folder = Path(real(f"{written.product}/datasets", output))
         for task in tasks:  # of which, once it is done, one may have got no row
             if not is_there(written, output) or (folder / task).is_dir():

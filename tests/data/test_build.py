@@ -137,6 +137,7 @@ def test_leftovers_are_named_and_removed_when_their_owner_is_gone(
     for name, time_s in (("old", 1e9), ("new", None)):
         (file := empty.with_name(f".sources.json.{name}.tmp")).touch()
         os.utime(file, time_s and (time_s, time_s))
+    (empty / "state.json").symlink_to("gone")  # as a file that another process removes meanwhile
     (held := of_other.with_name(".building-0123456789abcdef-2")).mkdir()
     descriptor = hold(held)
     lines: list[str] = []

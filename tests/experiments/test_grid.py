@@ -205,6 +205,13 @@ NOT_READ = {
     "judge": set(),
     "evaluate": {"tasks", "pool", "local.pool", "local.source", "local.data", "local.prompt_name", "results",
                  "base", "compare", "allow", "plot", "other_task"},
+    # Of a pipeline, which digests documents and local models itself, and gives two reports to compare.
+    "synthesize": {"documents", "licence", *(f"generate.{name}" for name in (
+        "embedder", "journal", "judge.base_url", "judge.key_env", "judge.licence", "models.base_url",
+        "models.key_env", "models.licence"))},
+    "compare": {"allow", "base", "data", "local.data", "local.pool", "local.source", "mirror", "models",
+                "other_task", "plot", "pool", "results", "source", "tasks", "training"},
+    "check": {"consumers"},
 }  # fmt: skip
 WORDS = ("name", "prompt_name", "task", "document_task", "split", "format")
 

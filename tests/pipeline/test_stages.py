@@ -86,6 +86,7 @@ def test_a_dry_run_prints_commands_that_mean_the_same_options(tmp_path, nothing_
         ({"train": "wrong.yaml"}, "train=wrong.yaml: .*optim.lrate is not an option"),
         ({"self_pairs": {"held_out": 0.0}}, "held_out=0 leaves nothing to prove the model on"),
         ({"generate": {"models": [MODEL | {"key_env": "NO_SUCH_KEY"}]}}, "environment has no NO_SUCH_KEY"),
+        ({"generate": {"models": [MODEL], "embedder": "gone"}}, r"written: \S+/gone is not there"),
         ({"generate": {"models": [MODEL], "tasks": {"topic": 1.0}}}, "topic, which is not about"),
         ({"generate": {"models": [MODEL], "journal": "x"}}, "journal is the pipeline's own"),
         ({"steps": 3, "epochs": 2}, "in place of epochs=2"),
@@ -101,6 +102,20 @@ def test_what_is_wrong_is_said_before_the_first_stage(tmp_path, monkeypatch, not
     with pytest.raises(UserError, match=says):
         running.run(config(tmp_path, **changes), lambda _: None)
     assert not nothing_runs and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["embedder", "models", "judge"])
+def test_rows_are_written_anew_when_a_byte_changes_of_a_local_model(tmp_path, kind):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/weights").write_text("1")
+    one = {**MODEL, "name": str(tmp_path / "local"), "base_url": ""}
+    given = {"embedder": str(tmp_path / "local"), "models": [MODEL, one], "judge": one}
+    changes = {"generate": {"models": [MODEL], kind: given[kind]}}
+    before = stages(config(tmp_path, **changes)).steps
+    (tmp_path / "local/weights").write_text("2")
+    after = stages(config(tmp_path, **changes)).steps
+    assert after["written"].digest != before["written"].digest
+    assert after["pairs"].digest == before["pairs"].digest
 
 
 def test_under_torchrun_it_says_who_starts_whom(tmp_path, monkeypatch):
