@@ -47,9 +47,7 @@ class Options:
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Those of these options that have another value than their default."""
-        has = {f.name: f.default for f in dataclasses.fields(self)}
-        has |= {f.name: f.default_factory() for f in dataclasses.fields(self)
-                if f.default_factory is not dataclasses.MISSING}  # fmt: skip
+        has = _defaults(type(self))
         return [name for name in names if getattr(self, name) != has[name]]
 
     @classmethod
@@ -66,14 +64,21 @@ class Options:
         values: dict[str, Any] = {}
         for path in paths:
             check_yaml(path)
-            values = _merged(cls, values, get_loader("yaml")(Path(path).read_text(encoding="utf-8")))
+            values = merged(cls, values, get_loader("yaml")(Path(path).read_text(encoding="utf-8")))
         try:
-            return cls.from_dict(_merged(cls, values, options))
+            return cls.from_dict(merged(cls, values, options))
         except UserError as error:
             raise UserError(f"{', '.join(map(str, paths))}: {error}") from None
 
 
 C = TypeVar("C", bound=Options)
+
+
+def _defaults(cls: type[Options]) -> dict[str, Any]:
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(cls)
+    }
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -83,10 +88,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def changed(config: Options) -> dict[str, Any]:
     """{"optim.lr": 1e-6} of every option that has another value than its default; of objects in lists what
     they have changed."""
-    found: dict[str, Any] = {}
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    defaults |= {f.name: f.default_factory() for f in dataclasses.fields(config)
-                 if f.default_factory is not dataclasses.MISSING}  # fmt: skip
+    found, defaults = dict[str, Any](), _defaults(type(config))
     for name, kind in types_of(type(config)).items():
         value = getattr(config, name)
         if is_section(kind):
@@ -229,14 +231,14 @@ def no_option(cls: type[Options], key: str, prefix: str = "") -> str:
     return f"{prefix}{key} is not an option" + (f"; did you mean {prefix}{near[0]}?" if near else "")
 
 
-def _merged(cls: type[Options], values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(cls: type[Options], values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Section by section; any other value, a list or mapping too, is replaced, as on the command line."""
-    merged, kinds = {**values, **changes}, types_of(cls)
+    found, kinds = {**values, **changes}, types_of(cls)
     for key, change in changes.items():
         sections = classes_in(kinds[key]) if key in kinds else []
         if sections and isinstance(change, dict) and isinstance(values.get(key), dict):
-            merged[key] = _merged(sections[0], values[key], change)
-    return merged
+            found[key] = merged(sections[0], values[key], change)
+    return found
 
 
 def check_yaml(path: str | Path) -> None:

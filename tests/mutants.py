@@ -474,6 +474,7 @@ MUTANTS = [
     Mutant("a consumer's vectors of texts together are not compared", "nemo_embed_core/export/serving.py", '"together": ("together_ND", 0, texts),', "", "tests/export/test_serving.py"),
     Mutant("a push goes beside other files", HUB, "    if others:", "    if False:", TEST_HUB),
     Mutant("a push does not look at what the hub has", HUB, "if entry is None or not _is_same(operation, files[name], entry):", "if entry is None:", TEST_HUB),
+    Mutant("what a push needs is missed behind the proof", "nemo_embed_core/merge/publish.py", 'if find_spec("mteb") is None:', "if False:", "tests/export/test_hub.py::test_without_mteb_nothing_is_proven_first"),
     Mutant("a push overwrites what changed meanwhile", HUB, "parent_commit=info.sha if info else None", "parent_commit=None", TEST_HUB),
     Mutant("an error of the hub shows the token", HUB, 'said.replace(get_token() or "\\0", "***")', "said", TEST_HUB),
     Mutant("a folder of anybody is pushed", "nemo_embed_core/merge/merge.py", "is_ours = ours or push is not None", "is_ours = ours", TEST_HUB),

@@ -16,7 +16,7 @@ import unicodedata
 
 _SPELLINGS = {"\ufffd": ""} | dict.fromkeys("‘’‚‛′ʼ`´", "'") | dict.fromkeys("“”„‟″«»", '"')
 _SPELLINGS |= dict.fromkeys("‐‑‒–—―−", "-") | {"…": "..."}
-# str.translate would look up every character: nine times as long.
+# str.translate would look up every character in a dict, and few of them change.
 _SPELLED = re.compile(f"[{re.escape(''.join(_SPELLINGS))}]")
 _ENDS = " .,;:!?'\"()[]{}<>" + "。、，．：；！？؟،؛।॥·¿¡「」『』【】〈〉《》"
 _FORMAT = re.compile(

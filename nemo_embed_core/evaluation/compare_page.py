@@ -108,11 +108,11 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 def _differences(entry: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, found in entry["tasks"].items():
-        yield [name, bounded(found, "+"), _p(found["p"]), _p(found["p_holm"])]
+        yield [name, bounded(found, "+"), p_of(found["p"]), p_of(found["p_holm"])]
     for title, key in (("over queries", "over_queries"), ("over tasks", "over_tasks")):
         if found := entry[key]:
             shown = bounded({"score": entry["difference"], **found}, "+")
-            yield [f"mean, {title}", shown, _p(found["p"]), _p(found["p_holm"])]
+            yield [f"mean, {title}", shown, p_of(found["p"]), p_of(found["p_holm"])]
 
 
 def labels(models: Sequence[str]) -> dict[str, str]:
@@ -136,7 +136,7 @@ def bounded(found: Mapping[str, Any] | None, sign: str = "") -> str:
     return figure(found["score"], sign) + ends
 
 
-def _p(value: float | None) -> str:
+def p_of(value: float | None) -> str:
     if value is None:
         return "-"
     return "<0.0002" if value < 2e-4 else f"{value:.4f}"

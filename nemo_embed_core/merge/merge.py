@@ -28,14 +28,14 @@ from nemo_embed_core.export.formats import (
     check_format,
     check_variants,
 )
-from nemo_embed_core.export.hub import Push, check_login
+from nemo_embed_core.export.hub import Push
 from nemo_embed_core.export.peft import PEFT, write_adapter
 from nemo_embed_core.export.proof import verify_folder
 from nemo_embed_core.files.durable import new_folder, writing
 from nemo_embed_core.files.safetensors import dtype_name
 from nemo_embed_core.merge import recipes
 from nemo_embed_core.merge.output import weight_bytes
-from nemo_embed_core.merge.publish import publish
+from nemo_embed_core.merge.publish import check_push, publish
 from nemo_embed_core.merge.recipes import Method, Score
 from nemo_embed_core.merge.report import report_lines, write_report
 from nemo_embed_core.merge.sources import DTYPES, dtype_of, one_tokenizer, open_sources
@@ -100,8 +100,7 @@ def merge(
     if push is not None:
         if format == PEFT:
             raise UserError("format=peft is not proven, so it is not pushed: export the folded model")
-        if not push.dry_run:
-            check_login(push)
+        check_push(push)
     paths = [str(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
     if not paths:
         raise UserError("no sources: give checkpoints, runs or Hugging Face folders")
@@ -230,8 +229,7 @@ def check(
     for note in notes:
         say(f"  note: {note}")
     if push is not None:
-        if not push.dry_run:
-            check_login(push)
+        check_push(push)
         files = [name for name, one in CONSUMERS.items() if one.file and (path / one.file).is_file()]
         consumers = tuple(dict.fromkeys((*LIBRARIES, *consumers, *files)))
 

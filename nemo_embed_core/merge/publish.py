@@ -10,6 +10,7 @@ for the hub.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from nemo_embed_core.errors import UserError
@@ -18,6 +19,14 @@ from nemo_embed_core.export import front_matter, hub
 from nemo_embed_core.export.hub import Push
 
 CARD = "README.md"
+
+
+def check_push(push: Push) -> None:
+    """UserError, before the work that makes the folder, where mteb is missing or the hub would refuse."""
+    if find_spec("mteb") is None:  # looked for, not imported: that would take the hub for out of reach
+        raise UserError("--push-to-hub needs mteb: pip install 'nemo_embed_core[eval]'")
+    if not push.dry_run:
+        hub.check_login(push)
 
 
 def publish(folder: Path, push: Push, say: Callable[[str], None]) -> str:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from nemo_embed_core.config import ModelConfig, PipelineConfig, TrainConfig
 from nemo_embed_core.config.train import Recompute
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.model.spec import parameter_shapes
 
 # Micro-batches, from the fastest to the one that needs least.
 WAYS: tuple[tuple[Recompute, int], ...] = (
@@ -90,7 +89,7 @@ OptionsOf = Callable[[Chosen], dict[str, Any]]
 
 def choose(config: PipelineConfig, machine: Machine, model: ModelConfig, options_of: OptionsOf) -> Chosen:
     """UserError where what was asked for does not fit, or nothing does: with the bytes of each."""
-    from nemo_embed_core.plan.plan import needed, peak_of
+    from nemo_embed_core.plan.plan import needed, num_parameters, peak_of
 
     def fits(method: Any, way: int, layers: int = 0) -> Chosen | int:
         recompute, max_tokens = WAYS[way]
@@ -123,8 +122,8 @@ def choose(config: PipelineConfig, machine: Machine, model: ModelConfig, options
         if isinstance(found, Chosen):
             return found if config.layers else _most_layers(found, model, best)
         tried.append(f"layers ({config.layers or 1}) {found / 1e9:.1f} GB")
-    parameters = sum(_size(shape) for shape in parameter_shapes(model).values())
     smaller = "lora, layers" if config.method == "full" else "layers" if config.method == "lora" else ""
+    parameters = num_parameters(model)
     raise UserError(
         f"training {parameters / 1e9:.2f} B parameters does not fit {machine.memory / 1e9:.1f} GB on "
         f"{machine.words}: {', '.join(tried)} are needed at least; take "
@@ -143,10 +142,3 @@ def _most_layers(found: Chosen, model: ModelConfig, best: Callable[[Any, int], C
         else:
             high = middle
     return found
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_embed_core.config import PipelineConfig
+from nemo_embed_core.evaluation.compare_page import bounded, p_of
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.files.html import document, escaped, histogram, table
 from nemo_embed_core.pipeline.plots import curve, intervals
@@ -42,17 +43,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"alarm: {alarm['of']}: {alarm['says']}"
 
 
-def bounded(score: Mapping[str, Any], sign: str = "") -> str:
-    ends = "" if score["low"] is None else f" [{score['low']:{sign}.4f}, {score['high']:{sign}.4f}]"
-    return f"{score['score']:{sign}.4f}{ends}"
-
-
 def difference(entry: Mapping[str, Any]) -> str:
     return f"{entry['of']} minus {entry['minus']}: {bounded(entry, '+')}, p {p_of(entry['p_holm'])}"
-
-
-def p_of(p: float | None) -> str:
-    return "-" if p is None else "<0.0002" if p < 2e-4 else f"{p:.4f}"
 
 
 # ------------------------------------------------------------------------------------------ HTML

@@ -23,12 +23,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_embed_core.config import ModelConfig, PipelineConfig
+from nemo_embed_core.config import ModelConfig, PipelineConfig, TrainConfig
 from nemo_embed_core.config.data import dataset_names
 from nemo_embed_core.config.pipeline import OF_DOCUMENTS
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.export.formats import CONSUMERS, FORMATS, LIBRARIES
-from nemo_embed_core.options import check_yaml, to_dict
+from nemo_embed_core.options import check_yaml, merged, to_dict
 from nemo_embed_core.pipeline.method import Chosen, Machine
 from nemo_embed_core.steps.inputs import inputs_of
 from nemo_embed_core.steps.state import is_there, real
@@ -196,15 +196,7 @@ def train_options(
         **({"steps": config.steps} if config.steps else {"epochs": config.epochs}),
         **({"lora": {"rank": config.lora_rank}} if is_lora else {}),
     }  # fmt: skip
-    return _over(_over(values, given), own)
-
-
-def _over(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**values, **more}
-    for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
-            merged[key] = _over(values[key], value)
-    return merged
+    return merged(TrainConfig, merged(TrainConfig, values, given), own)
 
 
 def _on(train: Mapping[str, Any], datasets: Mapping[str, str], most: int) -> dict[str, Any]:

@@ -270,6 +270,21 @@ def test_a_pushed_folder_is_asked_of_all_who_read_a_file_of_it(
         merge.check(folder, push=Push("me/toy", dry_run=True), say=lambda line: None)
 
 
+@pytest.mark.parametrize("verb", ["check", "merge"])
+def test_without_mteb_nothing_is_proven_first(
+    verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = publish.find_spec
+    monkeypatch.setattr(publish, "find_spec", lambda name: None if name == "mteb" else find(name))
+    monkeypatch.setattr(merge, "verify_folder", lambda *_, **__: pytest.fail("an hour of work"))
+    push = Push("me/toy", dry_run=True)
+    with pytest.raises(UserError, match=r"--push-to-hub needs mteb: pip install 'nemo_embed_core\[eval\]'"):
+        if verb == "check":
+            merge.check(folder, push=push)
+        else:
+            merge.merge(folder, folder.parent / "out", push=push)
+
+
 def test_adapters_which_are_not_proven_are_not_pushed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="format=peft is not proven"):
         merge.merge("runs/x", tmp_path / "out", format="peft", push=PUSH)
