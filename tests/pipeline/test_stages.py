@@ -177,7 +177,10 @@ def test_rows_of_models_stand_beside_the_pairs_and_a_task_without_rows_is_left_o
     (tmp_path / "docs/more.md").write_text("# More\n\n" + "A sentence of the new document stands here. " * 4)
     again = stages(given).steps["written"]
     assert again.digest != written.digest
-    assert again.options["generate"]["journal"] == written.options["generate"]["journal"]
+    for step in (written, again):
+        assert file_of(step, tmp_path / "out")["generate"]["journal"] == str(
+            tmp_path / "out/answers/journal.jsonl"
+        )
     folder = place(again, tmp_path / "out")
     (folder / "data/datasets/document-question").mkdir(parents=True)
     (folder / DONE).write_text("{}")
