@@ -156,7 +156,7 @@ peers: .venv-peers/.installed
 	$(BIN)/python -m pip --python $(@D)/bin/python install -qq --no-deps $(PEERS)
 	@touch $@
 
-EXPERIMENTS ?= thresholds losses merging instructions attention matryoshka lora distillation
+EXPERIMENTS ?= thresholds losses merging instructions attention matryoshka lora distillation synthetic
 
 experiments: $(INSTALLED)
 	for name in $(EXPERIMENTS); do \

@@ -134,7 +134,7 @@ class Server:
             return await self._fail(writer, fault)
         if self.delay_s:
             await asyncio.sleep(self.delay_s)
-        content, ends, is_planted = self._content(prompt, rng, fault)
+        content, ends, is_planted = self._content(body, rng, fault)
         if fault in IN_THE_ANSWER and not is_planted:
             self.planted[digest] = ""
         self.paid[digest] += 1
@@ -171,8 +171,9 @@ class Server:
 
     # -------------------------------------------------------------------------------------- what it says
 
-    def _content(self, prompt: str, rng: random.Random, fault: str) -> tuple[str, str, bool]:
+    def _content(self, body: Any, rng: random.Random, fault: str) -> tuple[str, str, bool]:
         """(text, finish_reason, whether the fault is in it: not every answer can have each)."""
+        prompt: str = body["messages"][0]["content"]
         if fault == "refusal":
             return "I'm sorry, but I can't help with that request.", "stop", True
         if fault == "prose":
@@ -187,7 +188,7 @@ class Server:
             return "", "content_filter", True
         if prompt.startswith("Does the document help"):
             return json.dumps({"grade": rng.choice((0, 5))}), "stop", False
-        value = self._answer(prompt, rng)
+        value = self._answer(prompt, rng, body["model"])
         names, before = [name for name in value if name not in ("label", "grade")], dict(value)
         if fault == "polite refusal":
             value[names[0]] = "I cannot assist with writing this."
@@ -216,7 +217,7 @@ class Server:
             text = f"```json\n{text}\n```"
         return text, "length" if fault == "longest length" else "stop", value != before or "longest" in fault
 
-    def _answer(self, prompt: str, rng: random.Random) -> dict[str, Any]:
+    def _answer(self, prompt: str, rng: random.Random, model: str) -> dict[str, Any]:
         """What the prompt asks for, read as a person would."""
         value: dict[str, Any] = json.loads(prompt.splitlines()[-1].split("nothing else: ")[1])
         said = re.search(r"All texts are in (\w+)\.", prompt)
