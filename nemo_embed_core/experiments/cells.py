@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from nemo_embed_core.checkpoint.weights import read_model_config
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.experiments.grid import KEPT, Grid, step_of
 from nemo_embed_core.steps.inputs import inputs_of
@@ -61,6 +62,8 @@ def steps_of(grid: Grid) -> Plan:
         figures = {figure: made[place.partition(".")[0]] for figure, place in grid.figures.items()}
         for model in grid.models:
             step, cut = step_of(model)
+            if cut and int(cut[1:]) > (columns := _columns(made[step])):
+                raise grid.refuse(f"models: {model}: the vectors of {step} have {columns} columns")
             scores = {task: cell.evaluation(task, made[step].product + cut) for task in grid.evaluate}
             plan.rows.append(Row(values, model, seed, scores, figures))
     for name in grid.references:
@@ -73,6 +76,15 @@ def steps_of(grid: Grid) -> Plan:
         raise grid.refuse(f"steps.{idle[0]}: no model, no figure and no other step needs it: leave it out")
     plan.steps.extend(step for step in known.values() if step.digest in used)
     return plan
+
+
+def _columns(step: Step) -> int:
+    """Of the vectors of the model that a step makes: those of what it begins with."""
+    first = step.options["init_from"] if step.verb.name == "train" else step.options["sources"][0]
+    if not first:
+        return int(step.options["model"]["hidden_size"])
+    maker = next((need for need in step.needs if first.startswith(need.folder)), None)
+    return _columns(maker) if maker else read_model_config(first).hidden_size
 
 
 @dataclass(frozen=True)

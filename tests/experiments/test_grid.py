@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from grids import toy
+from tiny import MODEL
 
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.errors import UserError
@@ -154,6 +156,7 @@ def test_a_constant_that_is_given_has_the_type_of_the_grids_own(tmp_path):
 def test_the_grids_of_the_repository_are_accepted(path, monkeypatch):
     """But for what they read, which is not in the repository."""
     monkeypatch.setattr(cells, "inputs_of", lambda verb, options: iter(()))
+    monkeypatch.setattr(cells, "read_model_config", lambda path: replace(MODEL, hidden_size=576))
     monkeypatch.chdir(ROOT)
     plan = steps_of(read_grid(str(path)))
     assert len({row.seed for row in plan.rows if row.seed}) == 3 and plan.rows[0].scores
@@ -194,6 +197,29 @@ def test_a_model_may_be_scored_with_its_vectors_cut(tmp_path):
     assert asked == [[products["train"]], [f"{products['train']}@16"], [f"{products['warm']}@8"], ["bm25"]]
     needed = [[n.name for n in row.scores["toy"].needs] for row in plan.rows]
     assert needed == [["train"], ["train"], ["warm"], []]
+
+
+@pytest.mark.parametrize("name", ["warm", "train", "both"])
+def test_more_columns_than_the_model_has_are_refused_before_anything_runs(name, tmp_path):
+    """Those of the shape that the first of a chain of trainings and merges is given."""
+    given = yaml.safe_load(toy(tmp_path, axes={}, seeds=[1]).read_text())["steps"]
+    steps = {**given, "both": {"verb": "merge", "options": {"sources": ["{warm}", "{train}"]}}}
+    columns = MODEL.hidden_size
+    models = ["train", "both", f"{name}@{columns}"]
+    assert steps_of(read_grid(str(toy(tmp_path, axes={}, seeds=[1], steps=steps, models=models))))
+    models[-1] = f"{name}@{columns + 1}"
+    with pytest.raises(
+        UserError, match=f"models: {models[-1]}: the vectors of {name} have {columns} columns"
+    ):
+        steps_of(read_grid(str(toy(tmp_path, axes={}, seeds=[1], steps=steps, models=models))))
+
+
+def test_the_columns_of_a_base_are_those_of_its_config(monkeypatch):
+    monkeypatch.setattr(cells, "inputs_of", lambda verb, options: iter(()))
+    monkeypatch.setattr(cells, "read_model_config", lambda path: replace(MODEL, hidden_size=96))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="nested@144: the vectors of nested have 96 columns"):
+        steps_of(read_grid("configs/experiments/matryoshka.yaml"))
 
 
 # Texts that are no path, or of what the experiment sets: of any other option the bytes must count.
