@@ -191,7 +191,7 @@ def page(report: dict[str, Any]) -> str:
     }
     if scores:
         both = {name: found["histogram"] for name, found in scores.items()}
-        plots["scores"] = [histogram(" and ".join(scores), both)]
+        plots["scores"] = [histogram("scores", both)]
     body = [f"<h1>{report['counts']['rows']:,} rows, {report['counts']['documents']:,} documents</h1>"]
     body.append(f'<p class="note">Token store {escaped(report["store"])}.</p>')
     for title, head, rows in figures(report):

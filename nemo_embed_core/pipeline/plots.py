@@ -38,7 +38,8 @@ def curve(label: str, x: Sequence[float], y: Sequence[float | None]) -> str:
         return f"{WIDTH * across:.1f},{HEIGHT - HEIGHT * (b - low) / ((high - low) or 1):.1f}"
 
     points = " ".join(place(a, b) for a, b in known)
-    parts = [f'<polyline points="{points}" fill="none" stroke="#0969da" stroke-width="1.5"/>']
+    parts = [f'<path d="M0,0V{HEIGHT}H{WIDTH}" fill="none" stroke="#d1d9e0"/>']
+    parts.append(f'<polyline points="{points}" fill="none" stroke="#0969da" stroke-width="1.5"/>')
     said = f"{label}: {known[0][1]:.4g} to {known[-1][1]:.4g}, least {low:.4g}, most {high:.4g}"
     parts.append(f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{escaped(said)}</text>')
     parts.append(f'<text x="0" y="{HEIGHT + 14}">steps {first:,} to {last:,}</text>')

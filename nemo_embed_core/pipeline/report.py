@@ -199,9 +199,9 @@ def _alarms(
     if not found["is_better"]:
         says = f"the tuned model is not shown to be better than its base, by p < {SURE:g}"
         yield {"of": "scores", "says": says}
-    for model, name in label.items():
-        for own in scores[model].get("alarms", ()):
-            yield {"of": name, "says": f"{own['kind']}: {own['says']}"}
+    tuned = next(model for model, name in label.items() if name == "tuned")
+    for own in scores[tuned].get("alarms", ()):  # those of the base are no fault of what was made of it
+        yield {"of": "tuned", "says": f"{own['kind']}: {own['says']}"}
     sounded = [("training", alarm) for alarm in trained_with(checkpoints(run)[0])]
     sounded += [(f"mining of {name}", strict_threshold(entry)) for name, entry in reports.items()]
     for of, alarm in sounded:

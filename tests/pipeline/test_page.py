@@ -68,15 +68,18 @@ def test_texts_are_shown_as_they_are_and_nothing_is_loaded():
 def test_figures_are_those_that_were_found():
     made, shown = texts(FOUND)
     for said in (
-        "On 1,234 queries", "is better than its base", "ndcg@10 0.4321 [0.4000, 0.4567]",
+        "On 1,234 queries", "is better than its base", "ndcg@10 is 0.4321 [0.4000, 0.4567]",
         "against 0.2500 [0.2000, 0.3125]", "a difference of +0.1821 [+0.1234, +0.2345], p 0.0003",
         "BM25 has 0.5000.", "recall@100", "0.7500", "queries 1.30%, documents 40.00%", "9,001", "812",
         "13,013 negatives of 7,007 queries", "17 queries have none", "adapters", "steps 1 to 21",
         "loss: 3.25 to 1.125", "accuracy: 0.5 to 0.75, least 0.5, most 0.75", "70 replies, 1.5000 spent",
-        "0.8750", "attention: bidirectional in 8 of 8 cases", "Transformer('runs/mine/model')", "78 s",
+        "0.8750", "attention: bidirectional in 8 of 8 cases", "Transformer('runs/mine/model')",
+        "tuned78steps/tuned-1",
     ):  # fmt: skip
         assert said in shown, said
-    assert "<td>&lt;0.0002</td>" in made or "&lt;0.0002" in made  # p before Holm's correction
+    # Figures stand to the right below their heads, p before Holm's correction too; texts to the left.
+    assert "<td>&lt;0.0002</td>" in made and '<th class="wide">says</th>' in made and "<th>p</th>" in made
+    assert re.search(r"<details><summary>Their commands</summary><pre>nemo-embed train .*</details>", made)
     assert list(lines(FOUND))[:4] == [
         "1,234 held-out queries over 1,002 chunks, ndcg@10:", "  base   0.2500 [0.2000, 0.3125]",
         "  tuned  0.4321 [0.4000, 0.4567]", "  BM25   0.5000",
@@ -100,8 +103,8 @@ def test_alarms_of_all_stages_stand_together(tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 1, "alarms": {"no_negatives": "x"}}\n')
     mining = {"with_no_negatives": 40, "with_fewer_than_k": 20, "num_negatives": 2, "queries": 100,
               "documents": 500, "threshold": 0.5, "trivial_negatives": 51, "negatives": 100}  # fmt: skip
-    scores = {"base": {"alarms": []}, "tuned": {"alarms": [{"kind": "collapse", "says": "flat"}],
-              "overlap": {"queries": {"share": 0.06}}}}  # fmt: skip
+    flat = {"alarms": [{"kind": "collapse", "says": "flat"}]}
+    scores = {"base": flat, "tuned": {**flat, "overlap": {"queries": {"share": 0.06}}}}
     found = {
         "is_better": False,
         "checks": {"check-gguf": ["fine", "tei: wrong, not run; by its source: causal"]},
