@@ -356,7 +356,7 @@ MUTANTS = [
     Mutant("evaluation texts that the data lacks count as copies", OVERLAP, "yield key, name\n                continue", "yield key, name", INSPECT),
     Mutant("missing documents are padded", "nemo_embed_core/data/inspect.py", "int((documents > 0).sum())", "documents.size", INSPECT),
     Mutant("density without the room that is left", "nemo_embed_core/data/inspect.py", "tokens / (micro_batches * config.max_tokens)", "tokens / (steps * config.max_tokens)", INSPECT),
-    Mutant("cells of the page as they are", "nemo_embed_core/files/html.py", "{escaped(str(c))}", "{c}", INSPECT),
+    Mutant("cells of the page as they are", "nemo_embed_core/files/html.py", "{escaped(c)}</{tag}>", "{c}</{tag}>", INSPECT),
     # ---- reading
     Mutant("row groups are read ahead", COLUMNAR, "pre_buffer=False, buffer_size=1 << 16", "buffer_size=1 << 16", "tests/data/test_dataset.py"),
     Mutant("a columnar file is read by thousands of rows", COLUMNAR, "BATCH = 64", "BATCH = 4096", "tests/data/test_dataset.py"),
@@ -503,6 +503,9 @@ MUTANTS = [
     Mutant("what does not fit is trained", "nemo_embed_core/pipeline/method.py", "if least <= machine.memory else", "if True else", "tests/pipeline/test_method.py"),
     Mutant("a difference by chance is a proof", "nemo_embed_core/pipeline/report.py", 'difference["p_holm"] < SURE', "True", "tests/pipeline/test_page.py -k hundred"),
     Mutant("a document may be in both splits of a pipeline", "nemo_embed_core/pipeline/report.py", 'sorted(files["train"] & files["test"])', "sorted(set[str]())", "tests/pipeline/test_page.py -k both_splits"),
+    Mutant("texts of a page stand to the right", "nemo_embed_core/files/html.py", 'kinds = ["" if figures else', 'kinds = ["" if figures or head else', "tests/pipeline/test_page.py -k figures"),
+    Mutant("bars have no owner", "nemo_embed_core/files/html.py", "{above}</text>", "{escaped(label)}</text>", "tests/pipeline/test_page.py -k bars"),
+    Mutant("the base's alarms are the pipeline's", "nemo_embed_core/pipeline/report.py", 'label.items() if name == "tuned")', 'label.items() if name == "base")', "tests/pipeline/test_page.py -k stages"),
     Mutant("a page obeys what a document says", "nemo_embed_core/pipeline/page.py", "{escaped(text)}</p>", "{text}</p>", "tests/pipeline/test_page.py"),
     Mutant("a shown command leaves out what is 0", "nemo_embed_core/options.py", "elif value != defaults[name] and not", "elif value and value != defaults[name] and not", "tests/pipeline/test_stages.py -k dry_run"),
     Mutant("a sentence stays in its document", "nemo_embed_core/synthesize/self_pairs.py", 'blocks[number].replace(sentence, "")', "blocks[number]", "tests/synthesize/test_self_pairs.py"),

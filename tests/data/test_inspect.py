@@ -219,7 +219,9 @@ def test_the_page_is_whole_and_obeys_no_text(small, tmp_path):
     bars = [float(element.get("width")) for element in root.iter() if element.tag.endswith("rect")]
     assert min(bars) > 0 and max(bars) <= 640
 
-    assert [line.text for line in root.iter() if (line.text or "").startswith("positives and negatives")]
+    assert [
+        line for line in root.iter() if "".join(line.itertext()).startswith("scores: positives, negatives;")
+    ]
     ET.fromstring(page({**report, "scores": None, "packing": [], "padded": []}))  # of rows that do not fit
 
     lines = []

@@ -89,6 +89,17 @@ def test_figures_are_those_that_were_found():
     assert "is not shown to be better than its base" in shown and "No alarm sounded." in shown
 
 
+def test_bars_of_two_kinds_are_told_apart():
+    both = copy.deepcopy(FOUND)
+    both["mining"]["pairs"]["histogram"]["negatives"] = [5, 0, 3, 0]
+    made, shown = texts(both)
+    assert "cosines with the query: positives, negatives; highest bar 62.5%" in shown
+    colour = dict(re.findall(r'<tspan class="(\w+)">(\w+)</tspan>', made))
+    assert colour == {"first": "positives", "second": "negatives"}
+    assert [made.count(f'<rect class="{kind}"') for kind in colour] == [3, 2]
+    assert "cosines with the query; highest bar 50.0%" in texts(FOUND)[1]  # of one kind alone
+
+
 @pytest.mark.parametrize(
     "score, p, better", [(0.1, 0.009, True), (0.1, 0.011, False), (-0.1, 0.0001, False), (0.1, None, False)]
 )
@@ -103,8 +114,8 @@ def test_alarms_of_all_stages_stand_together(tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 1, "alarms": {"no_negatives": "x"}}\n')
     mining = {"with_no_negatives": 40, "with_fewer_than_k": 20, "num_negatives": 2, "queries": 100,
               "documents": 500, "threshold": 0.5, "trivial_negatives": 51, "negatives": 100}  # fmt: skip
-    flat = {"alarms": [{"kind": "collapse", "says": "flat"}]}
-    scores = {"base": flat, "tuned": {**flat, "overlap": {"queries": {"share": 0.06}}}}
+    flat, mixed = ({"alarms": [{"kind": kind, "says": "so"}]} for kind in ("collapse", "confusion"))
+    scores = {"base": mixed, "tuned": {**flat, "overlap": {"queries": {"share": 0.06}}}}
     found = {
         "is_better": False,
         "checks": {"check-gguf": ["fine", "tei: wrong, not run; by its source: causal"]},
