@@ -46,6 +46,7 @@ from benchmarks.ceilings import (
     kernel_times,
     matmul_rates,
 )
+from nemo_embed_core.kernels import dropout_linear as dropped
 from nemo_embed_core.kernels import fp8, info_nce, mean_pool, rms_norm, rope, swiglu
 from nemo_embed_core.loss.contrastive import scored_dtype
 from nemo_embed_core.model import attention
@@ -239,6 +240,30 @@ def rope_case(dtype: torch.dtype, device: str, T: int, H: int, G: int, A: int) -
         return run
 
     case.peer("liger", "liger_kernel.ops.rope", liger)
+    return case
+
+
+def dropout_linear_case(dtype: torch.dtype, device: str, T: int, D: int, rank: int) -> Case:
+    """Beside torch's own dropout, whose mask is saved and another one in each layout, and none at all."""
+    bounds = torch.tensor([0, T // 3, T], device=device)
+    ids, positions = torch.arange(T, device=device), torch.arange(T, device=device)
+    place = dropped.token_keys(dropped.run_key(0, 1), ids, positions, bounds), 3, 0, 0.1
+
+    def inputs() -> Tensors:
+        shapes = {"x_TI": (T, D), "A_RI": (rank, D)}
+        return {name: random(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+
+    case = Case(
+        "dropout_linear",
+        {"T": T, "D": D, "rank": rank},
+        inputs,
+        ours=lambda x_TI, A_RI: dropped.dropout_linear_kernel(x_TI, A_RI, *place),
+        reference=lambda x_TI, A_RI: dropped.dropout_linear_ref(x_TI, A_RI, *place),
+        bytes=(T * D * dtype.itemsize, 2 * T * D * dtype.itemsize),  # x;  x -> dx
+        flops=(2 * T * D * rank, 4 * T * D * rank),
+        eager=lambda x_TI, A_RI: F.linear(F.dropout(x_TI, place[-1]), A_RI),
+    )
+    case.peers["no_dropout"] = Variant(lambda x_TI, A_RI: F.linear(x_TI, A_RI), comparable=False)
     return case
 
 
@@ -447,6 +472,7 @@ def info_nce_in_batch_case(dtype: torch.dtype, device: str, B: int, P: int, D: i
 
 KERNELS: dict[str, Callable[..., Case]] = {
     "attention": attention_case,
+    "dropout_linear": dropout_linear_case,
     "info_nce_hard": info_nce_hard_case,
     "info_nce_in_batch": info_nce_in_batch_case,
     "mean_pool": mean_pool_case,
@@ -458,6 +484,7 @@ KERNELS: dict[str, Callable[..., Case]] = {
 # the goal's.
 SHAPES: dict[str, list[dict[str, int]]] = {
     "attention": [{"T": 16384, "H": 32, "G": 8, "A": 128}, {"T": 16384, "H": 32, "G": 8, "A": 64}],
+    "dropout_linear": [{"T": 16384, "D": 4096, "rank": 16}, {"T": 16384, "D": 14336, "rank": 16}],
     "rms_norm": [
         {"T": 16384, "D": 4096},
         {"T": 16384, "D": 2048},
@@ -506,6 +533,7 @@ def timed_case(kernel: str, device: str, shape: dict[str, int]) -> Case:
 GATE: dict[str, dict[str, dict[str, int]]] = {
     "cuda": {
         "attention": {"T": 1025, "H": 32, "G": 8, "A": 128},
+        "dropout_linear": {"T": 1025, "D": 4096, "rank": 16},
         "rms_norm": {"T": 1025, "D": 4096, "amax": 1},
         "swiglu": {"T": 513, "width": 8 * 1792, "blocks": 8, "amax": 1},
         "rope": {"T": 1025, "H": 32, "G": 8, "A": 128},
@@ -515,6 +543,7 @@ GATE: dict[str, dict[str, dict[str, int]]] = {
     },
     "cpu": {
         "attention": {"T": 129, "H": 6, "G": 2, "A": 32},
+        "dropout_linear": {"T": 9, "D": 100, "rank": 3},
         "rms_norm": {"T": 9, "D": 100, "amax": 1},
         "swiglu": {"T": 9, "width": 3 * 40, "blocks": 3, "amax": 1},
         "rope": {"T": 9, "H": 6, "G": 2, "A": 32},

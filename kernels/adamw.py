@@ -19,7 +19,7 @@ By beta2 = 0.999 a step moves exp_avg_sq by less than half of what separates two
 would stand still. So moments are rounded up as often as they are near the value above, right in the mean:
 
     stored = bits(moment) + random >> dropped     0 <= random < 2**dropped, dropped 16 of bf16, 20 of codes
-    random of exp_avg = mix(index ^ key), of exp_avg_sq = mix(that + 0x9E3779B9), mix: murmur3's finaliser
+    random of exp_avg = mix(index ^ key), of exp_avg_sq = mix(that + 0x9E3779B9), mix: hash32.py
 
 index: of the element in the whole parameter, wherever that is cut. key: of (seed, step, parameter). So they
 are the same in every layout and after a resume.
@@ -42,6 +42,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nemo_embed_core.kernels.hash32 import mix, mixed
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,15 +113,8 @@ def random_bits(key: int, first: int, columns: int, shape: torch.Size, device: t
     """32 of each element for exp_avg and for exp_avg_sq, int64 in `shape`."""
     local = torch.arange(shape.numel(), device=device).view(shape)
     index = first + local + local // max(1, shape[-1]) * (columns - shape[-1])
-    bits = _mixed((index ^ key) & 0xFFFFFFFF)
-    return [bits, _mixed((bits + 0x9E3779B9) & 0xFFFFFFFF)]
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """murmur3's finaliser of uint32, in int64."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    bits = mixed((index ^ key) & 0xFFFFFFFF)
+    return [bits, mixed((bits + 0x9E3779B9) & 0xFFFFFFFF)]
 
 
 def adamw_ref(
@@ -152,14 +147,6 @@ def adamw_ref(
 
 
 _CONFIG = (1024, 4)  # BLOCK, num_warps: 8 elements a thread are 16 bytes of each half and 32 of each moment
-
-
-@triton.jit
-def _mix(x):
-    """murmur3's finaliser of uint32."""
-    x = (x ^ (x >> 16)) * tl.full((), 0x85EBCA6B, tl.uint32)
-    x = (x ^ (x >> 13)) * tl.full((), 0xC2B2AE35, tl.uint32)
-    return x ^ (x >> 16)
 
 
 @triton.jit
@@ -236,11 +223,11 @@ def _adamw_kernel(
         index = offs.to(tl.int32)
         if IS_CUT:
             index += index // columns * gap
-        random = _mix((index + first).to(tl.uint32) ^ key.to(tl.uint32))
+        random = mix((index + first).to(tl.uint32) ^ key.to(tl.uint32))
         _store_moment(
             exp_avg_ptr, avg_base_ptr, offs, mask, block, block_mask, exp_avg, random, BITS, 127
         )  # fmt: skip
-        random = _mix(random + tl.full((), 0x9E3779B9, tl.uint32))
+        random = mix(random + tl.full((), 0x9E3779B9, tl.uint32))
         _store_moment(
             exp_avg_sq_ptr, sq_base_ptr, offs, mask, block, block_mask, exp_avg_sq, random, BITS, 255
         )  # fmt: skip

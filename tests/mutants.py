@@ -63,6 +63,10 @@ TEST_LORA, LORA_ORACLE = (
     "tests/train/test_lora.py",
     f"{ORACLE}::test_lora_trains_as_the_projection_of_a_dense_run",
 )
+DROPOUT, DROPOUT_ORACLE = (
+    "kernels/dropout_linear.py",
+    f"{ORACLE}::test_dropout_of_lora_is_the_oracles_in_every_layout",
+)
 MASTERS, MOMENTS = "tests/train/test_master_weights.py", "tests/train/test_moments.py"
 
 
@@ -179,6 +183,14 @@ MUTANTS = [
     Mutant("alpha / rank never arrives", LORA, "alpha=self.scale)", "alpha=1.0)", f"{TEST_LORA} {LORA_ORACLE}"),
     Mutant("tp ranks keep shares of a row-parallel h", LORA, "(copy_to_tp if self.is_column else reduce_from_tp)", "copy_to_tp", LORA_ORACLE),
     Mutant("the gradient of a column-parallel h is a share", LORA, "(copy_to_tp if self.is_column else reduce_from_tp)", "(type(h_TR).clone if self.is_column else reduce_from_tp)", LORA_ORACLE),
+    Mutant("a tp rank's columns have the masks of the first's", LORA, "0 if self.is_column else self.tp.rank * columns", "0", DROPOUT_ORACLE),
+    Mutant("tokens of a tp rank have the masks of the first's", LORA, "self.tp.rank * tokens if self.is_column and self.tp.sequence_parallel else 0", "0", DROPOUT_ORACLE),
+    Mutant("each step has the masks of the first", TRAINER, "        self.engine.step = self.step\n", "", DROPOUT_ORACLE),
+    Mutant("what dropout keeps is not scaled", DROPOUT, "x_TI * (1 / (1 - rate))", "x_TI", f"{DROPOUT_ORACLE} {TEST_LORA}"),
+    Mutant("a block's layers have one mask", LORA, "enumerate(linear)", "((int(n.split('.')[2]), (n, m)) for n, m in linear)", DROPOUT_ORACLE),
+    Mutant("a text is named by its length", DROPOUT, "_hash(_hash(0, position_ids_T), input_ids_T.long())", "_hash(0, position_ids_T + 0 * input_ids_T.long())", DROPOUT_ORACLE),
+    Mutant("vectors are encoded with dropout", LLAMA, "if self.training and self.dropout_key is not None:", "if self.dropout_key is not None:", TEST_LORA),
+    Mutant("peft hears of no dropout", "nemo_embed_core/export/peft.py", "dropout = trained.get(\"dropout\", 0.0)", "dropout = 0.0 if trained else 0.0", TEST_LORA),
     Mutant("the base of LoRA is trained too", LORA, "    model.requires_grad_(False)\n", "", f"{TEST_LORA} {LORA_ORACLE}"),
     Mutant("a column-parallel factor is cut by equal rows", LORA, "cut_B, layer.unit)", "cut_B)", LORA_ORACLE),
     Mutant("the whole factors' gradients are of a rank's tokens", GRAD_NORM, "if mesh.tp.sequence_parallel or getattr(module", "if getattr(module", LORA_ORACLE),
@@ -191,7 +203,7 @@ MUTANTS = [
     Mutant("adapters are folded into any base", WEIGHTS, "        adapter.check_base(base, folder)\n", "        pass\n", TEST_LORA),
     Mutant("a run goes on from any base", "nemo_embed_core/train/first_weights.py", "adapter.check_base(weights, checkpoint)", "pass", TEST_LORA),
     Mutant("merging looks at no base", ADAPTER, "stored._replace(sha256=self.adapter.files[file])", "stored", TEST_LORA),
-    Mutant("adapters of another alpha are gone on with", RUN_STATE, "and lora != config.lora:", "and lora.rank != config.lora.rank:", TEST_LORA),
+    Mutant("adapters of another alpha are gone on with", RUN_STATE, "and lora != replace(config.lora, dropout=0.0):", "and lora.rank != config.lora.rank:", TEST_LORA),
     # ---- the optimizer and the loop
     Mutant("AdamW ignores beta1 and beta2", OPTIM, '"betas": (config.beta1, config.beta2)', '"betas": (0.9, 0.999)', OPTIM_OPTIONS),
     Mutant("AdamW ignores eps", OPTIM, '"eps": config.eps', '"eps": 1e-8', OPTIM_OPTIONS),
@@ -305,7 +317,7 @@ MUTANTS = [
     Mutant("a build without backward trains", ATTENTION, "and backward and not _flash3_has_backward()", "and not backward and not _flash3_has_backward()", "tests/model/test_attention.py"),
     Mutant("causal attention", ATTENTION, "F.scaled_dot_product_attention(q, k, v, is_causal=causal)", "F.scaled_dot_product_attention(q, k, v, is_causal=True)", ONE),
     Mutant("query heads share the wrong KV heads", ATTENTION, "k_TGA.repeat_interleave(r, 1), v_TGA.repeat_interleave(r, 1)", "k_TGA.repeat(1, r, 1), v_TGA.repeat(1, r, 1)", ONE),
-    Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD, again, amax), residual_TD", "return self.mlp(x_TD, again, amax), x_TD", ONE),
+    Mutant("the residual skips the MLP", LLAMA, "return self.mlp(x_TD, again, amax, token_keys_T), residual_TD", "return self.mlp(x_TD, again, amax, token_keys_T), x_TD", ONE),
     Mutant("selective recomputation saves it all", LAYERS, "return again if", "return saved if", RECOMPUTE),
     Mutant("a norm is made again of what stands before it", LLAMA, "(lambda: norm(kept)[0])", "(lambda: norm(kept)[1])", RECOMPUTE),
     Mutant("sums instead of means under sequence parallelism", POOLING, "unit(sums_ND / segments.cu_seqlens.diff().clamp(min=1)[:, None].to(sums_ND.dtype))", "unit(sums_ND)", TP2_SP,

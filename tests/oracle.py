@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -268,6 +269,8 @@ class Oracle:
         p -= lr * (decay * p + m / (v.sqrt() + optim["eps"]))
 
 
+# Linear layers that share a mask, in the order in which a block runs them.
+MASKED = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -312,3 +315,73 @@ class LowRank(Oracle):
             found[b] = self.scale * dense @ self.factors[a].T
             found[a] = found.get(a, 0.0) + self.scale * self.factors[b].T @ dense
         return found
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """fmix32 of MurmurHash3, of words in uint64."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor) % np.uint64(2**32)
+    return x ^ (x >> np.uint64(16))
+
+
+def hashed(*values: Any) -> np.ndarray:
+    """Of 0, then with each value in turn: mixed(key ^ mixed(value + 0x9E3779B9))."""
+    key = np.uint64(0)
+    for value in values:
+        word = np.asarray(value).astype(np.uint64)
+        key = mixed(key ^ mixed((word + np.uint64(0x9E3779B9)) % np.uint64(2**32)))
+    return key
+
+
+class Dropped(LowRank):
+    """LoRA with dropout: W x + s B A (mask x / (1 - rate)), weight by weight, and its gradients by autograd.
+
+    A value is dropped where hashed(seed, step, text, position, layer, column) < rate 2^32; a text is the sum
+    of hashed(position, id) over its tokens, mod 2^32.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, factors: dict[str, Tensor], scale: float, rate: float,
+        seed: int,
+    ):  # fmt: skip
+        super().__init__(folder, dtype, factors, scale)
+        self.rate, self.seed = rate, seed
+        for factor in self.factors.values():
+            factor.requires_grad_()
+        for weight, a, b in self._pairs():
+            name = weight.removesuffix(".weight")
+            place = next(i for i, kinds in enumerate(MASKED) if name.rpartition(".")[2] in kinds)
+            layer = len(MASKED) * int(name.split(".")[1]) + place
+            linear = self.model.get_submodule(name)
+            linear.forward = self._forward(linear, layer, a, b)
+
+    def _forward(self, linear: torch.nn.Linear, layer: int, a: str, b: str) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            u = hashed(self.seed, self.number, self.texts[..., None], self.positions[..., None], layer,
+                       np.arange(x.shape[-1]))  # fmt: skip
+            x_kept = x * torch.from_numpy(u >= int(self.rate * 2**32)) / (1 - self.rate)
+            y = torch.nn.functional.linear(x, linear.weight, linear.bias)
+            return y + self.scale * (x_kept @ self.factors[a].T) @ self.factors[b].T
+
+        return forward
+
+    def embed(self, texts: list[list[int]]) -> Tensor:
+        sums = [hashed(range(len(text)), text).sum() % 2**32 for text in texts]
+        self.texts = np.array(sums)[:, None]
+        self.positions = np.arange(max(map(len, texts)))[None]
+        return Oracle.embed(self, texts)
+
+    def step(self, batch: Batch, number: int, *options: Any) -> Step:
+        self.number = number
+        for factor in self.factors.values():
+            factor.grad = None
+        return super().step(batch, number, *options)
+
+    def losses(self, batch: Batch, loss: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        return Oracle.losses(self, batch, loss)
+
+    def trained(self) -> dict[str, Tensor]:
+        return {name: factor.detach() for name, factor in self.factors.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: factor.grad for name, factor in self.factors.items()}

@@ -299,7 +299,7 @@ class TrainConfig(Options):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
-    """Seed of the sampler and, without init_from, of the weights."""
+    """Seed of the sampler, of LoRA's factors and dropout and, without init_from, of the weights."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     """Precision of activations and GEMMs, and of the rows that in-batch negatives are scored with (weights,
     moments and sums of the loss are fp32); auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with the GEMMs of

@@ -44,9 +44,11 @@ def write_adapter(
         writer.close()
     base = card.get("base_model", Path(source.adapted.adapter.base).name)
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    trained = source.adapted.manifest["config"]["lora"]
+    dropout = trained.get("dropout", 0.0)  # there was none when the option was not there
     settings = {
         "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base,
-        "r": lora.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": sorted(targets),
+        "r": lora.rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(targets),
         "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True,
     }  # fmt: skip
     files = {"adapter_config.json": json_bytes(settings), "README.md": _readme(output, source, base, usage)}

@@ -19,18 +19,19 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from nemo_embed_core.config import ModelConfig
+from nemo_embed_core.kernels.dropout_linear import token_keys
 from nemo_embed_core.kernels.rope import split_rope
 from nemo_embed_core.kernels.swiglu import swiglu
 from nemo_embed_core.model.attention import Attention, Segments
 from nemo_embed_core.model.spec import family_of
 from nemo_embed_core.parallel.layers import (
+    Again,
     ColumnParallelLinear,
     RMSNorm,
     RowParallelLinear,
@@ -89,9 +90,6 @@ def rope_table(
     return (magnitude * angles.cos()).to(dtype), (magnitude * angles.sin()).to(dtype)
 
 
-Again = Callable[[], Tensor] | None  # of parallel/layers.py: remade
-
-
 class LlamaAttention(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel, attention: Attention):
         super().__init__()
@@ -118,13 +116,15 @@ class LlamaAttention(nn.Module):
         again: Again = None,
         amax: Tensor | None = None,
         q_scale: Tensor | None = None,
+        token_keys_T: Tensor | None = None,
     ) -> Tensor:
-        qkv = self.qkv_proj(x_TD, again, amax)  # [T, (H + 2G) / tp * A]
+        qkv = self.qkv_proj(x_TD, again, amax, token_keys_T)  # [T, (H + 2G) / tp * A]
         if self.q_norm is not None and self.k_norm is not None:
             qkv = self._with_normed_heads(qkv, self.q_norm, self.k_norm)
         q_THA, k_TGA, v_TGA = split_rope(qkv, cos, sin, self.num_heads, self.num_kv_heads, self.head_dim)
         q_THA = q_THA if q_scale is None else q_THA * q_scale.to(q_THA.dtype)
-        return self.o_proj(self.attention(q_THA, k_TGA, v_TGA, segments).flatten(1))
+        out_TD = self.attention(q_THA, k_TGA, v_TGA, segments).flatten(1)
+        return self.o_proj(out_TD, token_keys_T=token_keys_T)
 
     def _with_normed_heads(self, qkv_TE: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> Tensor:
         """Each head of q and of k through its RMSNorm (Qwen3)."""
@@ -143,12 +143,18 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(config.hidden_size, 2 * F, tp, unit=2 * width)
         self.down_proj = RowParallelLinear(F, config.hidden_size, tp, unit=width)
 
-    def forward(self, x_TD: Tensor, again: Again = None, amax: Tensor | None = None) -> Tensor:
-        gate_up, beside = self.gate_up_proj.with_beside(x_TD, again, amax)  # [T, 2 F / tp]
+    def forward(
+        self,
+        x_TD: Tensor,
+        again: Again = None,
+        amax: Tensor | None = None,
+        token_keys_T: Tensor | None = None,
+    ) -> Tensor:
+        gate_up, beside = self.gate_up_proj.with_beside(x_TD, again, amax, token_keys_T)  # [T, 2 F / tp]
         kept = gate_up.detach()
         remake = None if again is None else lambda: swiglu(kept, self.num_blocks)[0]
         x_TF, amax = swiglu(gate_up, self.num_blocks, beside)
-        return self.down_proj(x_TF, remake, amax)
+        return self.down_proj(x_TF, remake, amax, token_keys_T)
 
 
 class LlamaBlock(nn.Module):
@@ -174,15 +180,16 @@ class LlamaBlock(nn.Module):
         sin: Tensor,
         segments: Segments,
         q_scale: Tensor | None = None,
+        token_keys_T: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) -> (x, residual): the addition of x waits for the next norm, where it is fused."""
         is_fp8 = self.self_attn.qkv_proj.fp8 is not None
         x_TD, residual_TD, amax = self.input_layernorm(x_TD, residual_TD, is_fp8)
         again = self._again(self.input_layernorm, residual_TD)
-        x_TD = self.self_attn(x_TD, cos, sin, segments, again, amax, q_scale)
+        x_TD = self.self_attn(x_TD, cos, sin, segments, again, amax, q_scale, token_keys_T)
         x_TD, residual_TD, amax = self.post_attention_layernorm(x_TD, residual_TD, is_fp8)
         again = self._again(self.post_attention_layernorm, residual_TD)
-        return self.mlp(x_TD, again, amax), residual_TD
+        return self.mlp(x_TD, again, amax, token_keys_T), residual_TD
 
     def _again(self, norm: RMSNorm, sum_TD: Tensor) -> Again:
         """The output of the norm once more, from the sum that its own backward needs too."""
@@ -204,6 +211,7 @@ class Llama(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         self.inv_freq: Tensor | None = None  # made on first use: built on the meta device it would stay there
+        self.dropout_key: int | None = None  # run_key of the step, where LoRA has dropout
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, segments: Segments) -> Tensor:
         x_TD = self.embed_tokens(input_ids_T)
@@ -213,9 +221,12 @@ class Llama(nn.Module):
         wide, scaling = torch.promote_types(x_TD.dtype, torch.float32), self.config.rope_scaling
         cos, sin = rope_table(self.inv_freq, position_ids_T, wide, scaling.magnitude if scaling else 1.0)
         q_scale = query_scale(self.config, position_ids_T, segments.max_seqlen)
+        token_keys_T = None
+        if self.training and self.dropout_key is not None:
+            token_keys_T = token_keys(self.dropout_key, input_ids_T, position_ids_T, segments.cu_seqlens)
         residual_TD = None
         for layer in self.layers:
-            x_TD, residual_TD = layer(x_TD, residual_TD, cos, sin, segments, q_scale)
+            x_TD, residual_TD = layer(x_TD, residual_TD, cos, sin, segments, q_scale, token_keys_T)
         return self.norm(x_TD, residual_TD)[0]
 
 

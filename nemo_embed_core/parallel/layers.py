@@ -70,7 +70,10 @@ def local(w: Tensor) -> Tensor:
     return _Local.apply(w)
 
 
-def remade(x: Tensor, again: Callable[[], Tensor] | None) -> AbstractContextManager[Any]:
+Again = Callable[[], Tensor] | None  # of `remade`
+
+
+def remade(x: Tensor, again: Again) -> AbstractContextManager[Any]:
     """Within, autograd keeps `again` where it would save x, or a view of all of it, and calls it in backward.
 
     Selective recomputation: x frees its memory as soon as nothing else holds it. again() must give the bits
@@ -105,7 +108,8 @@ class RMSNorm(nn.Module):
 
 class ColumnParallelLinear(nn.Module):
     """y_local = f(x) @ W_local.T + b_local: rows of W and b over tp. Under sequence parallelism x is
-    [T/tp, D] and is all-gathered. `again`: of `remade`; amax: of x, which fp8 then does not look for."""
+    [T/tp, D] and is all-gathered. `again`: of `remade`; amax: of x, which fp8 then does not look for;
+    token_keys: of every token of the batch, for LoRA's dropout."""
 
     fp8: Fp8Weight | None = None  # run_in_fp8
 
@@ -114,18 +118,18 @@ class ColumnParallelLinear(nn.Module):
     ):
         super().__init__()
         self.tp, self.in_features, self.out_features, self.unit = tp, in_features, out_features, unit
-        self.lora: nn.Module | None = None  # (x, y) -> y with what adapters add (model/lora.py)
+        self.lora: nn.Module | None = None  # (x, y, token_keys) -> y with what adapters add (model/lora.py)
         self.weight = tp_parameter(tp, (out_features, in_features), 0, unit)
         self.bias = tp_parameter(tp, (out_features,), 0, unit) if bias else None
 
     def forward(
-        self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
+        self, x: Tensor, again: Again = None, amax: Tensor | None = None, token_keys_T: Tensor | None = None
     ) -> Tensor:
-        y = self.with_beside(x, again, amax)[0]
+        y = self.with_beside(x, again, amax, token_keys_T)[0]
         return y if self.bias is None else y + local(self.bias)
 
     def with_beside(
-        self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
+        self, x: Tensor, again: Again = None, amax: Tensor | None = None, token_keys_T: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """y_local without the bias, and in fp8 the scalar that takes the largest value of its gradient
         (fp8_linear)."""
@@ -137,12 +141,12 @@ class ColumnParallelLinear(nn.Module):
                 y = column_linear(x, local(self.weight), self.tp.group)
             else:
                 y = F.linear(copy_to_tp(x, self.tp.group) if self.tp.size > 1 else x, local(self.weight))
-            return y if self.lora is None else self.lora(x, y), beside
+            return y if self.lora is None else self.lora(x, y, token_keys_T), beside
 
 
 class RowParallelLinear(nn.Module):
     """y = g(x_local @ W_local.T): columns of W over tp; all-reduce, or reduce-scatter to [T/tp, D].
-    `again`, amax: as above."""
+    The rest as above."""
 
     fp8: Fp8Weight | None = None  # run_in_fp8
 
@@ -153,7 +157,7 @@ class RowParallelLinear(nn.Module):
         self.weight = tp_parameter(tp, (out_features, in_features), 1, unit)
 
     def forward(
-        self, x: Tensor, again: Callable[[], Tensor] | None = None, amax: Tensor | None = None
+        self, x: Tensor, again: Again = None, amax: Tensor | None = None, token_keys_T: Tensor | None = None
     ) -> Tensor:
         with remade(x, again):
             if self.fp8 is None:
@@ -163,7 +167,7 @@ class RowParallelLinear(nn.Module):
             if self.tp.size > 1:
                 together = reduce_scatter_tokens if self.tp.sequence_parallel else reduce_from_tp
                 y = together(y, self.tp.group)
-            return y if self.lora is None else self.lora(x, y)
+            return y if self.lora is None else self.lora(x, y, token_keys_T)
 
 
 def run_in_fp8(model: nn.Module) -> None:

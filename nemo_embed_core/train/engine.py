@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data.packing import MicroBatch
+from nemo_embed_core.kernels.dropout_linear import run_key
 from nemo_embed_core.model.attention import Attention, pick_attention
 from nemo_embed_core.model.encoder import Encoder
 from nemo_embed_core.model.lora import add_lora
@@ -58,6 +59,7 @@ class Engine:
         self.shapes = parameter_shapes(model) | adapter_shapes(model, config.lora)
         # Gets the rows [N, D] of every forward of a step, without their graph, and its micro-batch.
         self.seen: Callable[[Tensor, MicroBatch], None] | None = None
+        self.step = 0  # of the run; masks of LoRA's dropout are others in each
         self.dtype = dtype or run_dtype(config, mesh.device)
         check_master_weights(config.optim, self.dtype)
         attention = attention or pick_attention(config.attention, mesh.device, self.dtype)
@@ -127,6 +129,8 @@ class Engine:
             before(phase, i)
 
         self.optimizer.zero_grad(set_to_none=True)
+        if self.config.lora.dropout:
+            self.model.model.dropout_key = run_key(self.config.seed, self.step)
         log_temperature = None
         if self.temperature is not None:
             self.temperature.drop_gradient()

@@ -54,7 +54,8 @@ def refuse_other_model(
         )
     adapter = adapter_of(manifest)
     lora = adapter.lora if adapter is not None else LoraConfig()
-    if (lora.rank or config.lora.rank) and lora != config.lora:
+    # Dropout may change, as the learning rate may: what is held is the same.
+    if (lora.rank or config.lora.rank) and lora != replace(config.lora, dropout=0.0):
         held = f"LoRA adapters ({_lora_words(lora)})" if lora.rank else "a whole model"
         now = f"lora is {_lora_words(config.lora)}" if config.lora.rank else "has no lora"
         raise UserError(

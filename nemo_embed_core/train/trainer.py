@@ -264,6 +264,7 @@ class Trainer:
         failpoint("step.begin", self.step)
         self._num_micro_batches = len(batches)
         self.engine.seen = self.watch.seen if self.watch is not None else None
+        self.engine.step = self.step
         losses_B, stats = self.engine.forward_backward(batches, self._before)
         note("grad norm")
         norm = self.engine.clip()

@@ -34,6 +34,13 @@ def test_swiglu_within_budget(T, num_blocks, width, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize(("T", "I", "rate"), [(1, 100, 0.5), (1025, 4096, 0.1), (513, 14336, 0.9)])
+def test_dropout_linear_has_the_bits_of_the_reference(T, I, rate, dtype):
+    place = {"layer": 1, "first_column": 3 * I, "rate": rate}
+    checks.run("dropout_linear", {"T": T, "I": I, **place, "dtype": dtype, "device": "cuda"})
+
+
+@DTYPES
 @pytest.mark.parametrize(
     ("T", "num_heads", "num_kv_heads", "head_dim"), [(1, 6, 2, 100), (1025, 32, 8, 128), (513, 32, 8, 64)]
 )

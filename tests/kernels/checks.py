@@ -204,6 +204,28 @@ def swiglu(module, T, num_blocks, width, dtype="fp32", device="cpu"):
             amax_of(noted.grad, beside.grad)
 
 
+def dropout_linear(module, T, I, layer, first_column, rate, dtype="fp32", device="cpu"):
+    """The mask and what it leaves to the bit, NaN where the kernel wrote nothing, and the gradients of the
+    product."""
+    x = noise(T, I, dtype=dtype, device=device)
+    ids, bounds = torch.arange(T, device=device) % 7, torch.tensor([0, T // 2, T], dtype=torch.int32)
+    positions = torch.cat([torch.arange(T // 2), torch.arange(T - T // 2)]).to(device)
+    keys = module.token_keys(module.run_key(3, 5), ids, positions, bounds.to(device))
+    mask = keys, layer, first_column, rate
+    with poisoned_memory():
+        ours = module.dropout_kernel(x, *mask)
+    want = module.dropout_ref(x, *mask)
+    assert ours.dtype == want.dtype and torch.equal(ours, want), (
+        f"{(ours != want).sum()} of {x.numel()} values differ"
+    )
+    inputs = {"x_TI": x, "A_RI": noise(4, I, dtype=dtype, device=device)}
+    both = (
+        lambda x_TI, A_RI, function=function: function(x_TI, A_RI, *mask)
+        for function in (module.dropout_linear_kernel, module.dropout_linear_ref)
+    )
+    check(*both, inputs, slack=2)
+
+
 def split_rope(module, T, num_heads, num_kv_heads, head_dim, dtype="fp32", device="cpu"):
     angle = torch.rand(T, head_dim // 2, dtype=torch.float64) * 6.3
     cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
@@ -837,6 +859,8 @@ def operator_samples(module: ModuleType, name: str) -> Iterator[tuple[Callable, 
     elif name == "swiglu":
         for beside in (None, x()):
             yield operator_of(module._swiglu_fwd), (x(3, 32), 2, beside)
+    elif name == "dropout_linear":
+        yield operator_of(module.dropout_kernel), (x(3, 16).detach(), torch.arange(3), 2, 5, 0.3)
     elif name == "rope":
         yield operator_of(module.split_rope_kernel), (x(3, 64), torch.rand(3, 4), torch.rand(3, 4), 4, 2, 8)
     elif name == "quantize_rows":
@@ -966,6 +990,7 @@ def benchmark_rehearsal(folder: str) -> None:
         "K": 1,
         "D": 16,
         "normalize": 1,
+        "rank": 2,
     }
     shapes = {
         name: [{k: tiny.get(k, v) for k, v in shape.items()}] for name, shape in kernels.GATE["cpu"].items()

@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemo_embed_core.kernels import (
     adamw,
+    dropout_linear,
     filter_scores,
     fp8,
     info_nce,
@@ -118,6 +119,10 @@ def launch_everything(names: list[str], recipe: bool) -> None:
                 for beside in (None, empty(dtype=torch.float32)):
                     gate_up = empty(16, 2 * num_blocks * width)
                     backward(swiglu.swiglu_kernel(gate_up, num_blocks, beside)[0])
+        if "dropout_linear" in names and (dtype == torch.bfloat16 or not recipe):
+            for columns in (4096,) if recipe else (2048, 4096, 8192, 14336):
+                keys = torch.empty(16, dtype=torch.int64)
+                dropout_linear.dropout_kernel(empty(16, columns).detach(), keys, 3, 0, 0.1)
         if "adamw" in names and (dtype == torch.bfloat16 or not recipe):  # dtype: of the gradient
             options = {"step": 2, "lr": 1e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
             weight, remainder = adamw.split_master(torch.empty(4096, 4096))
@@ -244,7 +249,7 @@ def main() -> None:
         "files",
         nargs="*",
         default=[
-            *("adamw", "fp8", "rms_norm", "rope", "swiglu", "mean_pool", "info_nce"),
+            *("adamw", "fp8", "rms_norm", "rope", "swiglu", "dropout_linear", "mean_pool", "info_nce"),
             *("quantize_rows", "rotate_quantize", "pair_scores", "filter_scores"),
         ],
     )

@@ -158,6 +158,30 @@ MUTANTS = {
         "(2 * block * WIDTH + offs_f)",
         "(block * WIDTH + offs_f)",
     ),
+    "dropout_linear: columns are this rank's": (
+        "dropout_linear",
+        {"T": 5, "I": 40, "layer": 2, "first_column": 40, "rate": 0.3},
+        "(first_column + offs_i)",
+        "(offs_i)",
+    ),
+    "dropout_linear: all layers have one mask": (
+        "dropout_linear",
+        {"T": 5, "I": 40, "layer": 2, "first_column": 0, "rate": 0.3},
+        "mix(row_keys ^ mix(layer.to(tl.uint32) + golden))",
+        "mix(row_keys ^ mix(golden))",
+    ),
+    "dropout_linear: the gradient of x is of all columns": (
+        "dropout_linear",
+        {"T": 5, "I": 40, "layer": 2, "first_column": 0, "rate": 0.3},
+        "dx_TI = ctx.dropout(dh_TR @ A_RI, token_keys_T, *ctx.place) if",
+        "dx_TI = dh_TR @ A_RI if",
+    ),
+    "dropout_linear: every tile is the first of its rows": (
+        "dropout_linear",
+        {"T": 5, "I": 300, "layer": 2, "first_column": 0, "rate": 0.3},
+        "tl.program_id(0) % tiles * BLOCK_I + tl.arange(0, BLOCK_I)",
+        "tl.arange(0, BLOCK_I)",
+    ),
     "quantize_rows: the error of the values before rounding": (
         "quantize_rows",
         {"N": 5, "D": 40},

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Server
-from oracle import Batch, LowRank, Oracle, write_model
+from oracle import Batch, Dropped, LowRank, Oracle, write_model
 from tiny import train_config, write_rows, write_tokenizer
 from tokenizers import Tokenizer
 
@@ -322,7 +322,10 @@ def expected(folder: Path, case: dict[str, Any], start: dict[str, Any] | None = 
     config, model = configure(folder, case, "oracle"), folder / case["model"]
     oracle = Oracle(model, torch.float64, case.get("pooling", "mean"))
     if start:
-        oracle = LowRank(model, torch.float64, start, config.lora.alpha / config.lora.rank)
+        scale, rate = config.lora.alpha / config.lora.rank, config.lora.dropout
+        oracle = LowRank(model, torch.float64, start, scale)
+        if rate:
+            oracle = Dropped(model, torch.float64, start, scale, rate, config.seed)
     options = config.steps, case["loss"], case["optim"]
     steps = [oracle.step(batch, number, *options) for number, batch in enumerate(batches(config))]
     return {"steps": steps, "weights": oracle.weights()}
@@ -470,6 +473,32 @@ def test_lora_trains_as_the_projection_of_a_dense_run(
     (got,) = run(server, folder, [case], f"lora-{'-'.join(map(str, layout))}")
     for name, factor in got["start"].items():
         assert factor.any() == name.endswith("/A") and factor.abs().max() <= factor.shape[1] ** -0.5, name
+    compare(case, got, expected(folder, case, got["start"]))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "layout, model, again, max_tokens",
+    [
+        ((1, False, 1, 1), "qwen3", "selective", 200), ((2, False, 1, 1), "odd", "full", 200),
+        ((2, True, 1, 1), "odd", "selective", 200), ((1, False, 2, 1), "qwen2", "full", 150),
+        ((1, False, 1, 1), "odd", "none", 4000), ((2, True, 1, 1), "even", "none", 4000),
+        pytest.param((2, True, 2, 1), "odd", "none", 150, marks=pytest.mark.slow),
+        pytest.param((4, True, 1, 1), "odd", "full", 200, marks=pytest.mark.slow),
+        pytest.param((2, False, 2, 2), "even", "selective", 200, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_dropout_of_lora_is_the_oracles_in_every_layout(
+    layout: tuple, model: str, again: str, max_tokens: int, server: Server, folder: Path
+) -> None:
+    """Masks by the oracle's own integers: of tp ranks' shares of tokens and columns, of ranks and
+    micro-batches that have other texts beside, made again in backward, and others in each step."""
+    case = {
+        **BASE, "layout": layout, "model": model, "dtype": "fp64", "activation_checkpointing": again,
+        "lora": {"rank": 3, "alpha": 7.0, "dropout": 0.3}, "steps": 3,
+        "data": {**BASE["data"], "max_tokens": max_tokens},
+    }  # fmt: skip
+    (got,) = run(server, folder, [case], f"dropout-{'-'.join(map(str, layout))}-{max_tokens}")
     compare(case, got, expected(folder, case, got["start"]))
 
 

@@ -98,7 +98,7 @@ def test_a_pretended_step_sends_what_the_formulas_say(
 ) -> None:
     """Every layout of a block of the 8B, on one rank of a cluster; with LoRA of two, with and without
     recomputation and sequence parallelism."""
-    lora = LoraConfig(rank=8, targets=more["targets"]) if "targets" in more else LoraConfig()
+    lora = LoraConfig(rank=8, dropout=0.1, targets=more["targets"]) if "targets" in more else LoraConfig()
     model = ModelConfig(num_hidden_layers=2 if lora.rank else 1)
     for tp in sizes:
         for replicate in (1, copies):

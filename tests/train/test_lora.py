@@ -23,6 +23,8 @@ from nemo_embed_core.encoders.embedder import Embedder
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.merge.merge import merge
 from nemo_embed_core.merge.stream import write_weights
+from nemo_embed_core.model.attention import Segments
+from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.mesh import distributed
 from nemo_embed_core.train.preflight import prepare
 from nemo_embed_core.train.trainer import Trainer
@@ -132,7 +134,7 @@ def test_peft_has_the_adapters(folder: Path) -> None:
     base, want = load_file(folder / "hf/model.safetensors"), by_hand(folder, run)
     adapted = {name for name in want if name.endswith("_proj.weight")}
     assert {name.rsplit(".", 2)[1] for name in adapted} == {*settings["target_modules"]}
-    assert len(tensors) == 2 * len(adapted)
+    assert len(tensors) == 2 * len(adapted) and settings["lora_dropout"] == 0.0
     for name in adapted:
         A, B = (
             tensors[f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight"].double() for x in "AB"
@@ -191,7 +193,7 @@ def test_folding_rounds_once(tmp_path: Path) -> None:
     assert (delta[:, 16:20] == 2**-6 + 2**-28).all() and delta.count_nonzero() == 5 * 4
 
 
-def resume(folder: str, name: str, steps: int, parallel: dict[str, Any], **changes: Any) -> list[float]:
+def resume(folder: str, name: str, steps: int, parallel: dict[str, Any], dropout: float) -> list[float]:
     import torch.distributed as dist
 
     from nemo_embed_core.parallel.mesh import build_mesh
@@ -200,7 +202,8 @@ def resume(folder: str, name: str, steps: int, parallel: dict[str, Any], **chang
     config = configure(
         Path(folder), name, steps=steps, parallel=parallel,
         checkpoint={"every": 2, "keep": 9, "resume": "auto"},
-        optim={"lr": 3e-2, "min_lr": 3e-2, "warmup_steps": 0, "eps": 1e-3}, **changes,
+        optim={"lr": 3e-2, "min_lr": 3e-2, "warmup_steps": 0, "eps": 1e-3},
+        lora={**LORA, "dropout": dropout},
     )  # fmt: skip
     p = config.parallel
     mesh = build_mesh(
@@ -225,31 +228,67 @@ def values_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.dist
-def test_a_run_goes_on_in_another_layout(folder: Path, server: Server) -> None:
-    """Factors and their moments: tp 2 with sequence parallelism, then dp 2, as one rank throughout."""
-    calm = server.results(resume, 1, str(folder), "calm", 4, {})[0]
-    assert len(calm) == 4
-    server.results(resume, 2, str(folder), "moved", 2, {"tp_size": 2})
-    moved = server.results(resume, 2, str(folder), "moved", 4, {"dp_size": 2})[0]
-    assert np.abs(np.array(moved) - calm).max() < 1e-4
-    want, got = (values_of(folder / name / "step-00000004") for name in ("calm", "moved"))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_run_goes_on_in_another_layout(folder: Path, server: Server, dropout: float) -> None:
+    """Factors, their moments and masks: tp 2 with sequence parallelism, then dp 2, as one rank throughout."""
+    calm, moved = f"calm-{dropout}", f"moved-{dropout}"
+    losses = server.results(resume, 1, str(folder), calm, 4, {}, dropout)[0]
+    assert len(losses) == 4
+    server.results(resume, 2, str(folder), moved, 2, {"tp_size": 2}, dropout)
+    others = server.results(resume, 2, str(folder), moved, 4, {"dp_size": 2}, dropout)[0]
+    assert np.abs(np.array(others) - losses).max() < 1e-4
+    want, got = (values_of(folder / name / "step-00000004") for name in (calm, moved))
     assert want.keys() == got.keys()
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-3 * value.abs().max(), name
-    assert read_manifest(folder / "moved/step-00000004")["layout"]["dp_size"] == 2
+    assert read_manifest(folder / moved / "step-00000004")["layout"]["dp_size"] == 2
+
+
+def test_only_training_has_dropout(folder: Path) -> None:
+    """Vectors while it trains, before and after a step, are those of a run without it; the steps are not. Its
+    adapters tell peft the rate, and a run may go on with another one."""
+    ids, bounds = torch.arange(20), torch.tensor([0, 8, 20], dtype=torch.int32)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])
+    segments, found = Segments(bounds, [8, 12], 12), {}
+    for name, dropout in (("wet", 0.4), ("dry", 0.0)):
+        config = configure(folder, name, lora={**LORA, "dropout": dropout}, steps=2)
+        with distributed(config.parallel, "cpu") as mesh:
+            trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
+            engine = trainer.engine
+            losses = [trainer.train_step()[0]["loss"] for _ in range(2)]
+            generator = torch.Generator().manual_seed(0)
+            for _, p in engine.trained():
+                local_tensor(p).copy_(0.3 * torch.rand(p.shape, generator=generator) - 0.15)
+            with engine.encoding(), torch.no_grad():
+                rows = engine.model(ids, positions, segments)
+            with torch.no_grad():
+                training = [engine.model(ids, positions, segments) for _ in range(2)]
+            trainer.close()
+        found[name] = losses, rows, training
+    (wet, rows, training), (dry, others, plain) = found.values()
+    assert torch.equal(rows, others) and torch.equal(plain[0], others)
+    assert torch.equal(*training) and (training[0] - rows).abs().max() > 1e-2
+    assert wet[0] == dry[0] and abs(wet[1] - dry[1]) > 1e-5, "B is 0 in the first step"
+
+    train(configure(folder, "wet", lora={**LORA, "dropout": 0.4}, steps=2))
+    merge(folder / "wet", folder / "wet-adapter", format="peft", say=lambda line: None)
+    assert json.loads((folder / "wet-adapter/adapter_config.json").read_text())["lora_dropout"] == 0.4
+    again = configure(folder, "wet", lora={**LORA, "dropout": 0.1}, checkpoint={"resume": "auto"})
+    train(again)
+    assert read_manifest(folder / "wet/step-00000004")["config"]["lora"]["dropout"] == 0.1
 
 
 @pytest.mark.parametrize("precision, off", [("bf16", 0.1), ("fp8", 0.5)])
 def test_lower_precision_computes_about_the_same(
     folder: Path, precision: str, off: float, tmp_path: Path
 ) -> None:
-    """The base is kept in bf16, the factors in fp32 and so their gradients."""
+    """The base is kept in bf16, the factors in fp32 and so their gradients; masks are those of fp32."""
     shutil.copytree(folder / "hf", tmp_path / "hf")
     norms = []
     for kind in ("fp32", precision):
         config = configure(
             tmp_path, kind, precision=kind, activation_checkpointing="selective",
-            loss={"temperature": 0.3}, optim={"lr": 1e-3, "warmup_steps": 0},
+            loss={"temperature": 0.3}, optim={"lr": 1e-3, "warmup_steps": 0}, lora={**LORA, "dropout": 0.3},
         )  # fmt: skip
         with distributed(config.parallel, "cpu") as mesh:
             trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
@@ -298,6 +337,9 @@ def test_a_base_that_is_not_the_same_is_refused(folder: Path, tmp_path: Path) ->
         ({"lora": {"rank": 2, "targets": ["q_proj"]}}, "has 'q_proj'; it takes qkv_proj, o_proj"),
         ({"lora": {"rank": 2, "targets": []}}, "must be one or more different layers"),
         ({"lora": {"rank": 2, "targets": ["o_proj", "o_proj"]}}, "must be one or more different layers"),
+        ({"lora": {"rank": 2, "dropout": 1.0}}, r"lora.dropout=1.0 must be 0 or more and below 1"),
+        ({"lora": {"rank": 2, "dropout": -0.1}}, r"lora.dropout=-0.1 must be 0 or more"),
+        ({"lora": {"rank": 0, "dropout": 0.1}}, r"0 where there are no adapters \(lora.rank=0\)"),
         ({"lora": {"rank": 65}}, r"lora.rank=65 is more than .*qkv_proj.weight has, 256 x 64"),
         ({"init_from": ""}, "and that is not set"),
         ({"init_layers": [0]}, r"init_layers=\[0\] leaves some out"),
