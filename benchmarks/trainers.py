@@ -1,14 +1,16 @@
 """Our trainer beside sentence-transformers' on the same rows, model, steps and batch, interleaved.
 
     python -m benchmarks.trainers --shape toy --seeds 1 2 3 4 5
-    python -m benchmarks.trainers --shape 30m --rows 1024 --seeds 1 2
+    python -m benchmarks.trainers --shape 30m --rows 256 --batch 32 --length 512 --seeds 1 2
+    python -m benchmarks.trainers --base runs/smollm2-1 --rows 2048 --seeds 1 2 3
 
 Rows are docstrings of the installed packages (launch/demo.py): the summary line with an instruction, and the
 rest, cut at --length tokens. One pass, InfoNCE with the other rows' documents, fp32 on a CPU, AdamW, the same
-random weights at the start. Every run is a process of its own. Its seconds are those of tokenising and of
-all steps, without imports, loading and saving; tokens are useful ones, without padding. Then each model is
-scored on held-out docstrings: nDCG@10 with an interval for other seeds and other queries. Needs accelerate,
-which sentence-transformers' trainer asks for.
+weights at the start: random ones of a shape, after so few steps of use for speed alone, or those of --base
+(python -m nemo_embed_core.demo.pretrained). Every run is a process of its own. Its seconds are those of
+tokenising and of all steps, without imports, loading and saving; tokens are useful ones, without padding.
+Then each model is scored on held-out docstrings: nDCG@10 with an interval for other seeds and other queries.
+Needs accelerate, which sentence-transformers' trainer asks for.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ def config_of(args: argparse.Namespace, output: Path, seed: int, steps: int) -> 
         cache_dir=str(output / "cache"), num_hard_negatives=0, query_max_length=args.length,
         document_max_length=args.length, max_tokens=1 << 20,
     )  # fmt: skip
-    more: dict[str, Any] = {"init_from": str(folder / "base")} if steps else {}
+    if steps or args.base:
+        start: dict[str, Any] = {"init_from": str(folder / "base") if steps else args.base}
+    else:
+        start = {"model": SHAPES[args.shape], "tokenizer": str(folder / "tokenizer")}
     values = {
         "output_dir": str(output / "run"), "steps": steps, "global_batch_size": args.batch, "seed": seed,
-        "tokenizer": str(folder / "tokenizer"), "model": SHAPES[args.shape], "data": data, "device": "cpu",
-        "precision": "fp32", "log_every": 1000, **more,
+        "data": data, "device": "cpu", "precision": "fp32", "log_every": 1000, **start,
         "loss": {"temperature": TEMPERATURE, "in_batch": "positives"},
         "optim": {"lr": args.lr, "warmup_steps": max(1, steps // 10)}, "checkpoint": {"every": 100000},
     }  # fmt: skip
@@ -71,7 +75,7 @@ def ours(args: argparse.Namespace, output: Path, seed: int) -> dict[str, Any]:
     from nemo_embed_core.train.trainer import Trainer
 
     config = config_of(args, output, seed, args.rows // args.batch)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer or config.init_from)
     begin, cpu = time.perf_counter(), time.process_time()
     store = open_store(config.data, tokenizer, log=lambda line: None)
     tokenised, cpu = time.perf_counter() - begin, time.process_time() - cpu
@@ -196,7 +200,9 @@ def prepare_folder(args: argparse.Namespace) -> None:
     np.random.default_rng(0).shuffle(pairs)  # type: ignore[arg-type]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs[: args.rows])
     (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
-    train_sentencepiece((t for row in pairs for t in (row["query"], *row["pos"])), 8192, folder / "tokenizer")
+    if not args.base:
+        texts = (text for row in pairs for text in (row["query"], *row["pos"]))
+        train_sentencepiece(texts, 8192, folder / "tokenizer")
     from nemo_embed_core.merge.merge import merge
     from nemo_embed_core.parallel.mesh import distributed
     from nemo_embed_core.train.preflight import prepare
@@ -224,6 +230,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--shape", choices=SHAPES, default="toy")
+    parser.add_argument("--base", default="", help="a folder to begin with, not random weights")
     parser.add_argument("--rows", type=int, default=4096, help="of one pass; a multiple of --batch")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="tokens of a text")
