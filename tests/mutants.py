@@ -83,11 +83,11 @@ CONTRASTIVE, OBJECTIVE, DISTILL, GRADED = (
     f"nemo_embed_core/loss/{name}.py" for name in ("contrastive", "objective", "distill", "graded")
 )
 TEST_GRADED = "tests/loss/test_graded.py"
+TEACHER, TEACHER_VECTORS = "tests/train/test_teacher_vectors.py", "nemo_embed_core/data/teacher_vectors.py"
 STEP = "nemo_embed_core/train/step.py"
 OPTIM, SCHEDULE = (f"nemo_embed_core/train/{name}.py" for name in ("optim", "schedule"))
-ENGINE, TRAINER, PREFETCH, RUN_STATE, TEMPERATURE = (
-    f"nemo_embed_core/train/{name}.py"
-    for name in ("engine", "trainer", "prefetch", "run_state", "temperature")
+ENGINE, TRAINER, PREFETCH, RUN_STATE, LEARNED = (
+    f"nemo_embed_core/train/{name}.py" for name in ("engine", "trainer", "prefetch", "run_state", "learned")
 )
 EVALUATION, DEV_TESTS = "nemo_embed_core/train/evaluate.py", "tests/train/test_evaluate.py"
 GRAD_NORM, FSDP = "nemo_embed_core/parallel/grad_norm.py", "nemo_embed_core/parallel/fsdp.py"
@@ -134,13 +134,21 @@ MUTANTS = [
     Mutant("own negatives above the margin count", CONTRASTIVE, "negative_BK & (own_scores(q_BD, docs_BMD[:, 1:]) <= limits_B[:, None])", "negative_BK", "tests/loss/test_contrastive.py"),
     Mutant("further terms are not relative to the positive", CONTRASTIVE, "extra_B - positive_B / temperature", "extra_B - positive_B.detach() / temperature", "tests/loss/test_contrastive.py"),
     Mutant("rows without in_batch are not joined", STEP, "loss.couples_rows and len", 'loss.in_batch != "none" and len', DP2),
-    Mutant("each rank learns a temperature of its own", TEMPERATURE, "all_reduce_(self.log.grad, dp_group)", "self.log.grad", DP2),
-    Mutant("the temperature's gradient is the sum over ranks", TEMPERATURE, ".div_(dp_group.size())", "", DP2),
-    Mutant("the temperature learns at the weights' rate", TEMPERATURE, "self._lr * lr / self._peak", "lr", LOSS),
-    Mutant("the temperature adds its gradients up over steps", ENGINE, "self.temperature.drop_gradient()\n            log", "pass\n            log", LOSS),
-    Mutant("a learned temperature leaves its range", TEMPERATURE, "self.log.clamp_(*map(math.log, TEMPERATURE_RANGE))", "pass", "tests/train/test_temperature.py"),
-    Mutant("a refused step moves the temperature", TEMPERATURE, "finite.to(self.log.dtype)", "torch.ones_like(self.log)", "tests/train/test_temperature.py"),
-    Mutant("a resumed run forgets the temperature's moments", TEMPERATURE, "value.fill_(values[name])", "pass", "tests/train/test_temperature.py"),
+    Mutant("each rank learns a temperature of its own", LEARNED, "all_reduce_(self.value.grad, dp_group)", "self.value.grad", DP2),
+    Mutant("the temperature's gradient is the sum over ranks", LEARNED, ".div_(dp_group.size())", "", DP2),
+    Mutant("the temperature learns at the weights' rate", LEARNED, "self._lr * lr / self._peak", "lr", LOSS),
+    Mutant("the temperature adds its gradients up over steps", ENGINE, "learned.drop_gradient()\n        beside", "pass\n        beside", LOSS),
+    Mutant("a learned temperature leaves its range", LEARNED, "self.value.clamp_(*map(math.log, TEMPERATURE_RANGE))", "pass", "tests/train/test_temperature.py"),
+    Mutant("a refused step moves the temperature", LEARNED, "finite.to(self.value.dtype)", "finite.new_ones((), dtype=self.value.dtype)", "tests/train/test_temperature.py"),
+    Mutant("a resumed run forgets the temperature's moments", LEARNED, "value.fill_(values[name])", "pass", "tests/train/test_temperature.py"),
+    Mutant("a narrow vector is projected by other columns than its own", DISTILL, "projection[:, : rows_BND.shape[-1]]", "projection[:, -rows_BND.shape[-1] :]", LOSS),
+    Mutant("slots without a document are far from the teacher", DISTILL, "far_BN.masked_fill(~exists_BN, 0.0).sum(1) / exists_BN.sum(1)", "far_BN.mean(1)", f"{TEACHER} {LOSS}"),
+    Mutant("the projection is a constant", OBJECTIVE, "teacher_vectors(groups, projection)", "teacher_vectors(groups, projection.detach() + 0 * projection)", LOSS),
+    Mutant("the projection decays as the weights", LEARNED, "weight_decay=0.0", "weight_decay=0.3", LOSS),
+    Mutant("the projection is written by every shard", RUN_STATE, "if plain == PROJECTION and self.engine.mesh.rank:", "if plain == PROJECTION and self.engine.mesh.tp.rank:", TEACHER),
+    Mutant("a resumed run forgets the projection's updates", RUN_STATE, 'projection.moments["step"].fill_(reader.manifest["teacher_vectors"]["updates"])', "pass", TEACHER),
+    Mutant("one teacher's folder serves every dataset", TEACHER_VECTORS, "getattr(self.vectors[dataset], side).find", "getattr(self.vectors[0], side).find", "tests/data/test_teacher_vectors.py"),
+    Mutant("keys of other shards are taken", "nemo_embed_core/data/vectors.py", 'proof is None or proof.get("texts") != [sidecar["texts"] for sidecar in sidecars]', "proof is None", "tests/data/test_teacher_vectors.py"),
     Mutant("own documents are scored in bf16", CONTRASTIVE, "return run if in_batch else torch.promote_types(run, torch.float32)", "return run", "tests/loss"),
     Mutant("in-batch rows are scored in fp32, and timed in bf16", CONTRASTIVE, "gather_tokens(local, dp_group, dtype)", "gather_tokens(local, dp_group)", "tests/kernels/test_benchmark.py -k training"),
     Mutant("missing slots count in the accuracy", CONTRASTIVE, "(exists & (scores >= positive[:, None]))", "(scores >= positive[:, None])", f"tests/loss {ORACLE}"),

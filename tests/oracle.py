@@ -9,7 +9,7 @@ Imports nothing of nemo_embed_core: what product and oracle share, a comparison 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Batch:
     tokens: dict[int, list[int]]  # of each document
     known: list[set[tuple[int, ...]]]  # [B] token ids of all documents that are right for the row
     scores: list[dict[tuple[int, ...], float]]  # [B] a teacher's, of documents by their token ids
+    # [B] a teacher's, of the query and of each document that is there, in order
+    vectors: list[list[Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Step:
     gradients: dict[str, Tensor]  # Hugging Face name -> after clipping
     temperature: float  # of this step
     terms: dict[str, float]  # mean loss of each, by name
+    projection: tuple[Tensor, Tensor] | None  # gradient in this step, and value after it
 
 
 class Oracle:
@@ -83,6 +86,7 @@ class Oracle:
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.count = 0
         self.log_temperature: Tensor | None = None  # learned
+        self.projection: Tensor | None = None  # learned
         if dtype == torch.float64:  # transformers computes norms and angles in fp32 whatever the weights are
             self.model.rotary_emb.forward = self._angles
             for module in self.model.modules():
@@ -167,7 +171,24 @@ class Oracle:
                     total = total + weight * own_weight * torch.stack(
                         [0 * losses[0] if x is None else x for x in found]
                     )
+            if own_weight := loss.get("teacher_vectors_weight"):
+                far = torch.stack([self._far(b, batch, cut[0], narrow) for b in range(len(q))])
+                self.terms[f"teacher_vectors{told}"] = far.mean().item()
+                total = total + weight * own_weight * far
         return total, [s.detach() for s in scores]
+
+    def _far(self, b: int, batch: Batch, q: Tensor, documents: dict[int, Tensor]) -> Tensor:
+        """1 less the cosine of a projected text and the teacher's vector, over the texts of row b."""
+        own = [q[b], *(documents[d] for d in batch.documents[b] if d >= 0)]
+        if self.projection is None:
+            width, hidden = len(batch.vectors[b][0]), self.model.config.hidden_size
+            start = [[float(i == j) for j in range(hidden)] for i in range(width)]
+            self.projection = torch.tensor(start, dtype=q.dtype, requires_grad=True)
+        total = torch.zeros((), dtype=q.dtype)
+        for e, t in zip(own, batch.vectors[b], strict=True):
+            y = sum(self.projection[:, j] * e[j] for j in range(len(e)))
+            total = total + 1 - (y @ t) / (y @ y).sqrt() / (t @ t).sqrt()
+        return total / len(own)
 
     @staticmethod
     def _distilled(
@@ -236,7 +257,7 @@ class Oracle:
         if optim["clip_norm"] > 0 and norm > optim["clip_norm"]:
             for g in gradients.values():
                 g *= optim["clip_norm"] / (norm + 1e-6)
-        rate = self._rate(number, steps, optim)
+        rate = base_rate = self._rate(number, steps, optim)
         self.count += 1
         for name, p in trained.items():
             self._adamw(name, p, gradients[name], rate, optim["weight_decay"] if p.ndim > 1 else 0.0, optim)
@@ -246,8 +267,14 @@ class Oracle:
             learned.grad = None
             with torch.no_grad():
                 learned.clamp_(math.log(0.005), 0.0)
+        projection = None
+        if (w := self.projection) is not None:
+            self._adamw(
+                "projection", w, w.grad, base_rate * loss["teacher_vectors_lr"] / optim["lr"], 0.0, optim
+            )
+            projection, w.grad = (w.grad, w.detach().clone()), None
         kept = {name: g.clone() for name, g in gradients.items()}
-        return Step(losses.detach(), scores, norm, kept, temperature, self.terms)
+        return Step(losses.detach(), scores, norm, kept, temperature, self.terms, projection)
 
     @staticmethod
     def _rate(number: int, steps: int, optim: dict[str, Any]) -> float:

@@ -27,6 +27,9 @@ from nemo_embed_core.parallel.boxes import Box
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PROJECTION = (
+    "teacher_projection"  # no parameter of the model (train/learned.py): states alone, "value" is one
+)
 
 
 def is_state(name: str) -> bool:
@@ -82,6 +85,8 @@ _OPTIONAL: dict[str, Any] = {
     "recent_losses": [float],
     "drawn": {str: [_COUNT]},
     "temperature": {"log": float, "step": float, "exp_avg": float, "exp_avg_sq": float},
+    # The teacher of a learned projection, which is among the tensors as STATE/teacher_projection.
+    "teacher_vectors": {"models": [str], "columns": _COUNT, "updates": _COUNT},
 }
 
 

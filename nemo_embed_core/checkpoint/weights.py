@@ -18,6 +18,7 @@ from nemo_embed_core.checkpoint.adapter import AdaptedReader, Adapter, adapter_o
 from nemo_embed_core.checkpoint.hf_folder import open_folder
 from nemo_embed_core.checkpoint.hf_reader import HFReader, Stored
 from nemo_embed_core.checkpoint.manifest import (
+    PROJECTION,
     CheckpointError,
     check_digest,
     is_state,
@@ -142,7 +143,8 @@ def open_weights(path: str | Path | Source, hashed: bool = True, base: bool = Fa
         manifest = verify_checkpoint(folder, weights_only=True, hashed=hashed)
         reader, adapter = Reader(folder, manifest), adapter_of(manifest)
         expected = trained_shapes(config, adapter.lora if adapter is not None else LoraConfig())
-        states = [n for n in manifest["tensors"] if is_state(n) and parameter_of(n) in expected]
+        known = {*expected, PROJECTION}
+        states = [n for n in manifest["tensors"] if is_state(n) and parameter_of(n) in known]
         # An optimizer's, of whichever parameters and shapes: they are no weights.
         reader.check(expected | {n: tuple(manifest["tensors"][n]["shape"]) for n in states})
         files = {n: f["sha256"] for n, f in manifest["files"].items() if n.startswith("model-")}

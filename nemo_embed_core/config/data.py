@@ -64,6 +64,9 @@ class DatasetConfig(RowsConfig, section="data.datasets"):
     grades: bool = False
     """Whether its rows are graded pairs (an STS table) that keep their grade, for loss.cosent_weight: a batch
     is of such rows or of others (data.batches one_source beside other datasets)."""
+    teacher_vectors: str = ""
+    """Folder with a teacher's vectors of its queries and documents, for loss.teacher_vectors_weight: what
+    mining keeps beside its output, <output>.work; "": none."""
     name: str = ""
     """Its name in reports, metrics and prompts; "": that of its file or folder."""
     cap: int | None = None

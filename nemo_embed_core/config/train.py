@@ -9,6 +9,7 @@ from nemo_embed_core.config.data import DataConfig
 from nemo_embed_core.config.held_out import EvalConfig
 from nemo_embed_core.config.lora import LoraConfig
 from nemo_embed_core.config.model import ModelConfig
+from nemo_embed_core.config.parallel import ParallelConfig
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import Options
 
@@ -16,43 +17,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 Recompute = Literal["none", "selective", "full"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig(Options, section="parallel"):
-    """How ranks share the model and the batch."""
-
-    tp_size: int = 1
-    """Tensor-parallel ranks; must divide the KV heads."""
-    sequence_parallel: bool = True
-    """Whether norms and residuals hold T / tp_size tokens when tp_size > 1."""
-    dp_size: int = 0
-    """Data-parallel ranks; 0: world size / tp_size."""
-    dp_replicate: int = 1
-    """Copies of weights, gradients and optimizer state among the dp_size ranks (HSDP): dp_size / dp_replicate
-    neighbours shard one, so that weights are gathered within a node and only gradients cross nodes; 1: one,
-    over all."""
-    reshard_after_forward: bool = False
-    """Whether nothing whole outlives a block (ZeRO-3): in every micro-batch weights are gathered twice and
-    gradients reduced, which saves 2 bytes a parameter, and 6 when there are several. Else each happens once
-    a step."""
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """In which gradients are summed over data-parallel ranks, and over micro-batches where they wait for
-    that; bf16 halves both bytes and has 8 bits."""
-    timeout_s: int = 600
-    """Seconds without progress after which the ranks end the job and name the one that is behind."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tp_size < 1 or self.dp_size < 0:
-            raise UserError(f"parallel.tp_size={self.tp_size} must be >= 1 and dp_size={self.dp_size} >= 0")
-        if self.dp_replicate < 1:
-            raise UserError(
-                f"parallel.dp_replicate={self.dp_replicate} must be at least 1: one copy, sharded over all"
-            )
-        if self.timeout_s < 1:
-            raise UserError(f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
-
-
-TERMS = ("info_nce", "kl", "margin_mse", "cosent")  # of the loss; each has a weight
+TERMS = ("info_nce", "kl", "margin_mse", "teacher_vectors", "cosent")  # of the loss; each has a weight
 TEMPERATURE_RANGE = (0.005, 1.0)  # of one that is learned: the kernels are tested in it
 
 
@@ -86,9 +51,15 @@ class LossConfig(Options, section="loss"):
     margin_mse_weight: float = 0.0
     """Weight of the squared difference between the model's and the teacher's margins, positive less negative,
     of cosines."""
+    teacher_vectors_weight: float = 0.0
+    """Weight of 1 less the cosine of a text's vector, projected by a learned matrix to the teacher's width,
+    and the teacher's own (data.datasets.teacher_vectors), in the mean over a row's texts."""
+    teacher_vectors_lr: float = 1e-3
+    """Peak learning rate of that matrix, on the schedule of optim.lr; 0: it stays the identity that it begins
+    as."""
     cosent_weight: float = 0.0
     """Weight of CoSENT over the graded pairs of the global batch (data.datasets.grades), which wants the more
-    similar of two pairs to have the higher cosine. Graded pairs are in no other term."""
+    similar of two pairs to have the higher cosine. Graded pairs are in no other term but teacher_vectors."""
     cosent_temperature: float = 0.05
     """Divisor of the differences of cosines in it."""
     matryoshka_dims: list[int] = field(default_factory=list)
@@ -124,6 +95,10 @@ class LossConfig(Options, section="loss"):
                 f"loss.temperature_lr={self.temperature_lr} learns a temperature that no term has: "
                 "loss.info_nce_weight and loss.kl_weight are 0; set one of them, or temperature_lr to 0"
             )
+        if not self.teacher_vectors_lr >= 0:
+            raise UserError(
+                f"loss.teacher_vectors_lr={self.teacher_vectors_lr} must not be negative; 0: not learned"
+            )
         for name in ("kl_temperature", "cosent_temperature"):
             if not getattr(self, name) > 0:
                 raise UserError(f"loss.{name}={getattr(self, name)} must be positive")
@@ -140,6 +115,16 @@ class LossConfig(Options, section="loss"):
     def needs_scores(self) -> bool:
         """Of a teacher, in the rows."""
         return self.kl_weight > 0 or self.margin_mse_weight > 0
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Of a teacher, of every text."""
+        return self.teacher_vectors_weight > 0
+
+    @property
+    def takes_lone_rows(self) -> bool:
+        """Whether a row without negatives of its own has something to learn from."""
+        return self.has_in_batch or self.needs_vectors
 
     @property
     def has_in_batch(self) -> bool:

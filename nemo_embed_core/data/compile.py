@@ -26,8 +26,9 @@ from nemo_embed_core.data.lines import MAX_NAMED
 from nemo_embed_core.data.normal_form import bytes_key, exact_key, has_content, normal_key
 from nemo_embed_core.data.prompts import query_prompt
 from nemo_embed_core.data.readers import Findings, Row, check_sources, checked_rows
-from nemo_embed_core.data.store import DROPPED, TOKEN_FILES, row_parts
+from nemo_embed_core.data.store import DROPPED, TEXT_KEYS, TOKEN_FILES, row_parts
 from nemo_embed_core.data.tokenizer import Tokenizer
+from nemo_embed_core.data.vectors import KEYS
 from nemo_embed_core.errors import DataError, UserError, failpoint
 from nemo_embed_core.files.durable import fsync, sha256_file, write_atomically
 
@@ -41,7 +42,7 @@ PARTS = (
     "query_lengths", "query_hashes", "query_cut", "query_keys", "group_keys", "class_keys", "row_lines",
     "num_positives", "positives", "positive_scores", "num_negatives", "negatives", "negative_scores",
     "document_lengths", "document_hashes", "document_cut", "document_keys", "document_texts",
-    "document_rows", "row_grades",
+    "document_rows", "row_grades", "query_text_keys", "document_text_keys",
 )  # fmt: skip
 
 
@@ -185,8 +186,8 @@ def _compile(
     folder: Path, config: DataConfig, tokenizer: Tokenizer, header: dict[str, Any], log: Log
 ) -> None:
     state = read_state(folder) or {}
-    if state and "row_grades.part" not in state["sizes"]:
-        state = {}  # begun by a version that did not keep grades, scores, which texts were cut, or groups
+    if state and "query_text_keys.part" not in state["sizes"]:
+        state = {}  # begun by a version that did not keep all of these
     if state:
         done = f"{state['rows']:,} of {state['total']:,} rows"
         log(f"going on with {folder}: {done} were done when its process ended")
@@ -212,6 +213,7 @@ def _compile(
             source["parts"] = parts
     cut = _count_cut(folder, header["sources"])
     arrays, noise = judge(folder, row_parts(header["sources"]))
+    arrays |= {name: np.fromfile(folder / f"{Path(name).stem}.part", KEYS) for name in TEXT_KEYS}
     for name, values in arrays.items():
         np.save(folder / name, values)
     left_out = int(noise.pop("left out")["count"])
@@ -291,6 +293,7 @@ def _tokenise(
             doc_id = ids[key] = len(ids)
             documents.add(prompt + text, path, line)
             files.add("document_texts", key)
+            files.add("document_text_keys", exact_key(text))
             files.add("document_keys", normal_key(text) if has_content(text) else EMPTY_KEY)
             files.add("document_rows", _int(rows))
         return doc_id
@@ -317,6 +320,7 @@ def _tokenise(
             unique_pos, unique_neg = _first(pos, row.pos_scores), _first(neg, row.neg_scores)
             state["merged"] += len(pos) + len(neg) - len(unique_pos) - len(unique_neg)
             state["scored"] = state.get("scored", 0) + bool(row.pos_scores and row.neg_scores)
+            files.add("query_text_keys", exact_key(query_prompt(row.prompt or "") + row.query))
             key = normal_key(row.query) if has_content(row.query) else EMPTY_KEY
             files.add("query_keys", key)
             files.add("group_keys", bytes_key(query_prefix.encode("utf-8") + b"\0" + key))

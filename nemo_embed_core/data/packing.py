@@ -23,6 +23,7 @@ from nemo_embed_core.errors import UserError
 
 if TYPE_CHECKING:  # the tokenizers package is not needed to pack
     from nemo_embed_core.data.store import Store
+    from nemo_embed_core.data.teacher_vectors import TeacherVectors
 
 P = TypeVar("P", bound="PackedBatch")
 
@@ -66,6 +67,8 @@ class MicroBatch(PackedBatch):
     known_ids: torch.Tensor
     rows: np.ndarray  # [b] int64 rows of the store, to name a sample in an error
     grades: torch.Tensor | None = None  # [b] fp32; NaN: not graded; None: no row of the store is
+    # [b, 1 + 1 + K, a teacher's columns]: of the query, then the documents; 0 where missing. None: not asked.
+    teacher_vectors: torch.Tensor | None = None
     teacher_scores: torch.Tensor | None = None  # [b, 1 + K] fp32; NaN where missing; None: the store has none
 
 
@@ -150,10 +153,11 @@ def build_micro_batch(
     pad_to_multiple: int = 1,
     known_ids: np.ndarray | None = None,
     room: int | None = None,
+    vectors: TeacherVectors | None = None,
 ) -> MicroBatch:
     """One micro-batch of the groups (rows_b [b], doc_ids [b, 1 + K], -1: missing).
 
-    room: the most tokens that there may be, where T is to be one of few values.
+    room: the most tokens that there may be, where T is to be one of few values. vectors: a teacher's.
     known_ids [b, J]: of the global batch that this is a part of; without it this is all there is.
 
     A document that several groups bring is encoded once: the same text has the same embedding, and its
@@ -184,6 +188,7 @@ def build_micro_batch(
         known_ids=torch.from_numpy(known_ids.astype(np.int64)),
         rows=rows_b,
         grades=None if store.row_grades is None else torch.from_numpy(store.row_grades[rows_b]),
+        teacher_vectors=None if vectors is None else torch.from_numpy(vectors.of(rows_b, doc_ids)),
         teacher_scores=None
         if (scores := store.scores(rows_b, doc_ids)) is None
         else torch.from_numpy(scores),
@@ -309,6 +314,7 @@ def load_batch(
     pad_to_multiple: int = 1,
     seed: int = 0,
     few_shapes: bool = False,
+    vectors: TeacherVectors | None = None,
 ) -> tuple[list[MicroBatch], int]:
     """(micro-batches of this dp rank, real tokens of the global batch): pure, the same on all tp ranks.
 
@@ -317,19 +323,20 @@ def load_batch(
     once.
     """
     drawn = draw_batch(store, sampler, step, dp_size, config, pad_to_multiple, seed)
-    return pack_batch(store, drawn, dp_rank, config, pad_to_multiple, few_shapes)
+    return pack_batch(store, drawn, dp_rank, config, pad_to_multiple, few_shapes, vectors)
 
 
 def pack_batch(
-    store: Store, drawn: Drawn, dp_rank: int, config: DataConfig, pad_to_multiple: int, few_shapes: bool
-) -> tuple[list[MicroBatch], int]:
+    store: Store, drawn: Drawn, dp_rank: int, config: DataConfig, pad_to_multiple: int, few_shapes: bool,
+    vectors: TeacherVectors | None = None,
+) -> tuple[list[MicroBatch], int]:  # fmt: skip
     """load_batch, of what draw_batch has drawn."""
     num_tokens = sum(int(drawn.lengths(store, bin_).sum()) for bins in drawn.bins for bin_ in bins)
     rows_B, doc_ids = drawn.rows_B, drawn.doc_ids
     most = whole_room(config.max_tokens, pad_to_multiple) if few_shapes else None
     known_BJ = known_in_batch(store, rows_B, _same_ids(store, doc_ids))
     micro_batches = [
-        build_micro_batch(store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_], most)
+        build_micro_batch(store, rows_B[bin_], doc_ids[bin_], pad_to_multiple, known_BJ[bin_], most, vectors)
         for bin_ in drawn.bins[dp_rank]
     ]
     return micro_batches, num_tokens

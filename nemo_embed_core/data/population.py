@@ -1,6 +1,6 @@
 """Which rows of a store a run draws, and how long their documents are: decided before the first step.
 
-population(store, config, has_in_batch) -> rows [n] and what an epoch draws of them, and the store's
+population(store, config, takes_lone_rows) -> rows [n] and what an epoch draws of them, and the store's
 document_lengths shortened where config.on_long_row says so
 
 The longest draw of a row is its query, its longest positive and its num_hard_negatives longest negatives:
@@ -41,7 +41,7 @@ class Population:
 def population(
     store: Store,
     config: DataConfig,
-    has_in_batch: bool,
+    takes_lone_rows: bool,
     pad_to_multiple: int = 1,
     log: Callable[[str], None] = print,
     keep_lone: bool = False,
@@ -49,14 +49,14 @@ def population(
 ) -> Population:
     """UserError with path:line of the rows that do not fit (on_long_row=error), or when no row is left.
 
-    has_in_batch: whether the loss has candidates of other rows; without them rows need hard negatives.
+    takes_lone_rows: whether rows without hard negatives are of use: of other rows' candidates, or of vectors.
     pad_to_multiple: tensor-parallel ranks, which take equal slices of a micro-batch.
     keep_lone: draw rows without a candidate too, as a run did that was begun before they were left out.
     seed: of the run, for the samples of datasets with a cap: of rows that can be drawn, so that a cap is met
     where there are as many.
     """
     datasets = _datasets(store, config)
-    rows = _with_candidates(store, keep_lone, log) if not has_in_batch else np.arange(len(store))
+    rows = _with_candidates(store, keep_lone, log) if not takes_lone_rows else np.arange(len(store))
     room = config.max_tokens // pad_to_multiple * pad_to_multiple
     tokens_R = longest_draws(store, config.num_hard_negatives, config.negatives)
     if config.on_long_row != "drop":

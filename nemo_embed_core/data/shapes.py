@@ -33,8 +33,8 @@ class Shape:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
-    def tensors(self, loss: LossConfig) -> MicroBatch:
-        """Of token 0 throughout, with the scores and grades that the loss's terms take."""
+    def tensors(self, loss: LossConfig, teacher_width: int = 0) -> MicroBatch:
+        """Of token 0 throughout, with the scores, vectors and grades that the loss's terms take."""
         T, N, b, M = self.num_tokens, len(self.lengths), self.num_queries, self.num_documents
         rows = torch.arange(b * (1 + M)) % N
         return MicroBatch(
@@ -46,6 +46,7 @@ class Shape:
             document_mask=torch.ones(b, M, dtype=torch.bool), document_ids=torch.arange(b * M).view(b, M),
             known_ids=torch.zeros(b, 0, dtype=torch.int64), rows=np.zeros(b, dtype=np.int64),
             teacher_scores=torch.zeros(b, M) if loss.needs_scores else None,
+            teacher_vectors=torch.zeros(b, 1 + M, teacher_width) if teacher_width else None,
             grades=torch.zeros(b) if loss.cosent_weight else None,
         )  # fmt: skip
 

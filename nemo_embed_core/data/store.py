@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nemo_embed_core.config.data import Lengths
+from nemo_embed_core.data.vectors import KEYS
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import sha256_file
 from nemo_embed_core.files.strict_json import parse
@@ -43,7 +44,10 @@ CLASSES = "row_classes.npy"
 # Where rows have a teacher's scores: fp32 beside positives.npy and negatives.npy, NaN where there is none.
 SCORES = ("positive_scores.npy", "negative_scores.npy")
 GRADES = "row_grades.npy"  # [rows] fp32, where datasets have grades; NaN for rows of others
-OPTIONAL_FILES = {CLASSES, GRADES, *SCORES}
+# [rows], [documents] S16, which vectors are found by: exact_key of the text, without its dataset's
+# instruction and with a row's own. Older stores have none.
+TEXT_KEYS = ("query_text_keys.npy", "document_text_keys.npy")
+OPTIONAL_FILES = {CLASSES, GRADES, *SCORES, *TEXT_KEYS}
 
 
 class Store:
@@ -63,7 +67,7 @@ class Store:
                 _map_tokens(self.folder / name) for name in TOKEN_FILES
             )
             arrays = {
-                name: _map_array(self.folder / name, np.float32 if name in (*SCORES, GRADES) else np.int64)
+                name: _map_array(self.folder / name)
                 for name in self.manifest["files"]
                 if name not in TOKEN_FILES
             }
@@ -77,6 +81,7 @@ class Store:
         self.row_classes = arrays.get(CLASSES)
         self.positive_scores, self.negative_scores = map(arrays.get, SCORES)
         self.row_grades = arrays.get(GRADES)
+        self.query_text_keys, self.document_text_keys = map(arrays.get, TEXT_KEYS)
         self.same_as = arrays["same_as.npy"]
         self.known_offsets, self.known_ids = arrays["known_offsets.npy"], arrays["known.npy"]
         rows, documents, groups = (self.manifest[key] for key in ("rows", "documents", "groups"))
@@ -95,6 +100,10 @@ class Store:
             (CLASSES, self.row_groups if self.row_classes is None else self.row_classes, rows),
             (GRADES, self.row_groups if self.row_grades is None else self.row_grades, rows),
             ("same_as.npy", self.same_as, documents),
+            *(
+                (name, arrays.get(name, like), len(like))
+                for name, like in zip(TEXT_KEYS, (self.row_lines, self.same_as), strict=True)
+            ),
             *(
                 (name, arrays.get(name, ids), len(ids))
                 for name, ids in zip(SCORES, (self.positive_ids, self.negative_ids), strict=True)
@@ -292,10 +301,14 @@ def _map_tokens(path: Path) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype="<i4", mode="r"))
 
 
-def _map_array(path: Path, dtype: type = np.int64) -> np.ndarray:
+_DTYPES: dict[str, Any] = dict.fromkeys((*SCORES, GRADES), np.float32) | dict.fromkeys(TEXT_KEYS, KEYS)
+
+
+def _map_array(path: Path) -> np.ndarray:
+    dtype = np.dtype(_DTYPES.get(path.name, np.int64))
     values = np.load(path, mmap_mode="r" if path.stat().st_size > 1024 else None, allow_pickle=False)
     if values.dtype != dtype or values.ndim != 1:
-        raise ValueError(f"{path.name} is {values.dtype} {values.shape}, not a list of {dtype.__name__}")
+        raise ValueError(f"{path.name} is {values.dtype} {values.shape}, not a list of {dtype}")
     values = np.asarray(values)
     values.flags.writeable = False
     return values

@@ -40,6 +40,9 @@ class Groups:
     ids_BM: Tensor  # int64 document ids (same text, same id); -1 where mask is False
     known_BJ: Tensor | None = None  # int64 ids that are right for the row too; -2 in empty places
     teacher_BM: Tensor | None = None  # fp32 scores of a teacher; NaN where there is none
+    teacher_BND: Tensor | None = (
+        None  # its vectors of the query and the documents, as wide as its own; 0: none
+    )
     grade_B: Tensor | None = None  # fp32, of a graded pair (query, document 0); NaN: the row is none
 
     def is_right(self, ids_BP: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
-"""Distillation from a teacher's scores of a query's own documents, which mining writes; terms of single rows.
+"""Distillation from a teacher's scores of a query's own documents and from its vectors, which mining writes;
+terms of single rows.
 
     kl[b]         = sum_m p_m (log p_m - log q_m),    p = softmax(y_b / T), q = softmax(s(q_b, d_bm) / t)
     margin_mse[b] = mean_k ((s(q_b, d_b0) - s(q_b, d_bk)) - (y_b0 - y_bk))^2
+    teacher_vectors[b] = mean_x (1 - cos(W e_x, t_x))    x over the row's query and its documents
 
 y: scores, NaN where the teacher gave none · m over the positive 0 and the negatives k that have one · t
 loss.temperature · T loss.kl_temperature. kl is arXiv:1503.02531 without its factor T^2, and the distillation
 of FlagEmbedding at T = 1; margin_mse is arXiv:2010.02666, of cosines. A row whose positive or all of whose
 negatives have no score has 0, gradient 0, and counts in the mean over the batch like any other.
+
+e: the text's vector · t: the teacher's, of any length · W [its columns, D]: learned (train/learned.py); of
+vectors cut to d columns (matryoshka) its first d.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_embed_core.loss.contrastive import Groups, own_scores
@@ -58,3 +64,13 @@ def margin_mse(groups: Groups) -> Tensor:
     squares_BK = margins_BK.square().masked_fill(~kept_BM[:, 1:], 0.0)
     mean_B = squares_BK.sum(1) / kept_BM[:, 1:].sum(1).clamp(min=1)
     return mean_B.masked_fill(~has_B, 0.0)
+
+
+def teacher_vectors(groups: Groups, projection: Tensor) -> Tensor:
+    """[B]; (1 - F.cosine_similarity(e @ W[:, :d].T, t, -1)).mean(1), over the documents that exist."""
+    assert groups.teacher_BND is not None
+    rows_BND = torch.cat([groups.q_BD[:, None], groups.docs_BMD], 1).to(projection.dtype)
+    projected = rows_BND @ projection[:, : rows_BND.shape[-1]].T
+    exists_BN = F.pad(groups.mask_BM, (1, 0), value=True)
+    far_BN = 1 - F.cosine_similarity(projected, groups.teacher_BND.to(projection.dtype), -1)
+    return far_BN.masked_fill(~exists_BN, 0.0).sum(1) / exists_BN.sum(1)

@@ -22,7 +22,7 @@ from nemo_embed_core.loss.contrastive import (
     retrieval_stats,
     scored_dtype,
 )
-from nemo_embed_core.loss.distill import kl, margin_mse, scored
+from nemo_embed_core.loss.distill import kl, margin_mse, scored, teacher_vectors
 from nemo_embed_core.loss.graded import cosent
 from nemo_embed_core.loss.matryoshka import cut_columns, cut_groups
 
@@ -55,11 +55,12 @@ def objective(
     dp_group: Any,
     dp_rank: int,
     log_temperature: Tensor | None = None,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss [B] to take gradients of, sums in fp64 to report).
 
     run: dtype of the forward. Gradients have the dtype of the groups' rows. log_temperature: learned, in
-    place of loss.temperature.
+    place of loss.temperature. projection [a teacher's columns, D]: W of teacher_vectors.
     """
     temperature = loss.temperature if log_temperature is None else log_temperature.exp()
     dtype = scored_dtype(loss.has_in_batch, run)
@@ -71,7 +72,7 @@ def objective(
     weights, losses, is_told = loss.matryoshka_weights or [1.0] * len(dims), [], bool(_terms(loss))
     for dim, weight in zip(dims, weights, strict=True):
         cut = cut_groups(groups, dim), cut_columns(columns, dim)
-        for own_weight, losses_B in _each(*cut, loss, temperature, dtype, dp_group):
+        for own_weight, losses_B in _each(*cut, loss, temperature, dtype, dp_group, projection):
             factor = weight * own_weight
             losses.append(losses_B if factor == 1 else factor * losses_B)
             if is_told:
@@ -90,7 +91,7 @@ def _is_graded(groups: Groups) -> Tensor:
 
 def _each(
     groups: Groups, columns: Columns | None, loss: LossConfig, temperature: float | Tensor,
-    dtype: torch.dtype, dp_group: Any,
+    dtype: torch.dtype, dp_group: Any, projection: Tensor | None,
 ) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
     """(weight, [B]) of each term that has a weight, in the order of TERMS. A graded pair may be far apart: it
     is no positive."""
@@ -103,6 +104,9 @@ def _each(
         yield loss.kl_weight, kl(groups, temperature, loss.kl_temperature)
     if loss.margin_mse_weight:
         yield loss.margin_mse_weight, margin_mse(groups)
+    if loss.needs_vectors:
+        assert projection is not None
+        yield loss.teacher_vectors_weight, teacher_vectors(groups, projection)
     if loss.cosent_weight:
         if groups.grade_B is None:
             yield loss.cosent_weight, groups.q_BD.new_zeros(len(groups.q_BD)) * groups.q_BD.sum()
@@ -127,7 +131,7 @@ def figures(totals: Mapping[str, float], loss: LossConfig) -> dict[str, Any]:
     if "temperature" in totals:
         found["temperature"] = totals["temperature"] / totals["rows"]
     if terms := _terms(loss):
-        count = {"info_nce": totals["rows"] - graded, "cosent": graded}
+        count = {"info_nce": totals["rows"] - graded, "cosent": graded, "teacher_vectors": totals["rows"]}
         of = {term: count.get(term.partition("@")[0], totals.get("scored_rows", 0.0)) for term in terms}
         found["losses"] = {term: totals[_sum_of(term)] / of[term] if of[term] else None for term in terms}
     found |= {name: round(totals[name]) for name in ("scored_rows", "graded_rows") if name in totals}

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from nemo_embed_core.data.vectors import Corpus, open_shards, read_sidecar
 from nemo_embed_core.encoders.protocol import TextEncoder
 from nemo_embed_core.encoders.sentence_transformer import pieces
 from nemo_embed_core.errors import UserError, failpoint
 from nemo_embed_core.files.durable import sha256_file, write_atomically
-from nemo_embed_core.files.strict_json import parse
 from nemo_embed_core.mine.progress import Progress
 
 FORMAT = 1
@@ -46,48 +46,6 @@ class Ranks:
     def span(self, count: int) -> tuple[int, int]:
         """This rank's contiguous share of count items."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
-
-
-class Corpus:
-    """np.concatenate(arrays) without the copy: .shape, [a:b] and [ids], read from memory maps on touch."""
-
-    def __init__(self, arrays: list[np.ndarray], start: int = 0, stop: int | None = None):
-        self.arrays = arrays
-        self.ends = np.cumsum([len(a) for a in arrays])
-        self.start, self.stop = start, int(self.ends[-1]) if stop is None else stop
-        self.shape = (self.stop - self.start, arrays[0].shape[1])
-        self.dtype = arrays[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def part(self, start: int, stop: int) -> Corpus:
-        """Rows [start, stop) as a corpus: nothing is read."""
-        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
-        return Corpus(self.arrays, self.start + start, self.start + stop)
-
-    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            assert step == 1, "only contiguous slices"
-            pieces = []
-            for array, end in zip(self.arrays, self.ends, strict=True):
-                first = int(end) - len(array)
-                a, b = max(self.start + start, first) - first, min(self.start + stop, int(end)) - first
-                if a < b:
-                    pieces.append(array[a:b])
-            if not pieces:
-                return np.empty((0, self.shape[1]), self.dtype)
-            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        ids = np.asarray(index)
-        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < len(self)), "row ids outside of the corpus"
-        ids = ids + self.start
-        rows = np.empty((len(ids), self.shape[1]), self.dtype)
-        shard = np.searchsorted(self.ends, ids, side="right")
-        for i in np.unique(shard):
-            here = shard == i
-            rows[here] = self.arrays[i][ids[here] - (self.ends[i] - len(self.arrays[i]))]
-        return rows
 
 
 def encode_corpus(
@@ -159,8 +117,7 @@ def encode_corpus(
     if reused and ranks.rank == 0:
         log(f"{reused} of {len(mine)} shards of {name} were already there")
     ranks.gather(None)  # a shard is opened only when every rank has published its own
-    paths = [folder / f"{i:05d}.npy" for i in range(num_shards)]
-    return Corpus([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
+    return open_shards(folder, num_shards)
 
 
 @dataclass(frozen=True)
@@ -265,15 +222,6 @@ def publish(path: Path, data: bytes, sidecar: dict[str, Any]) -> None:
 def _publish_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
     text = json.dumps(sidecar, indent=1, ensure_ascii=False)
     write_atomically(path.with_suffix(".json"), text.encode())
-
-
-def read_sidecar(path: Path) -> dict[str, Any] | None:
-    """The JSON object beside a published file; None when there is none or it is damaged."""
-    try:
-        sidecar = parse(path.with_suffix(".json").read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return sidecar if isinstance(sidecar, dict) else None
 
 
 def _is_done(folder: Path, index: int, want: dict[str, Any], log: Callable[[str], None]) -> bool:

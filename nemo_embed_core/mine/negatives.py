@@ -21,6 +21,7 @@ import torch
 
 from nemo_embed_core.config import Selection, check_threshold
 from nemo_embed_core.data.formats.writing import write_lines
+from nemo_embed_core.data.vectors import write_keys
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import write_atomically
 from nemo_embed_core.mine.corpus import Corpus, Ranks, encode_corpus, read_truncation
@@ -191,6 +192,8 @@ def _encode(teacher: Teacher, table: Rows, folder: Path, dtype: str | None, **op
         texts, teacher.queries, folder / "queries", prompt=prompt,
         max_length=teacher.query_max_length, name="queries", **options,
     )  # fmt: skip
+    if options["ranks"].rank == 0:
+        write_keys(folder, documents=table.pool.texts, queries=table.prompted("")[0])
     of_documents = read_truncation(folder / "documents", len(documents.arrays))
     of_queries = read_truncation(folder / "queries", len(queries.arrays))
     cut = Cut(of_documents.numbers, of_documents.keys)

@@ -28,7 +28,8 @@ dp             all_gather       with in-batch terms: documents, and for query-qu
                reduce_scatter   the gradients of those rows, in fp32, once a step
                with CoSENT      all_gather of a cosine and a grade of each row, in fp32, and reduce_scatter of
                                 the cosines' gradients, once a step for each width
-               all_reduce       the gradient of a learned temperature, 4 bytes
+               all_reduce       the gradient of a learned temperature, 4 bytes, and of a projection to a
+                                teacher's vectors, 4 bytes an element
 dp_shard, tp   all_reduce       the square of the gradient norm, 4 bytes
 LoRA           W is frozen      no reduction over dp; no gather of a column-parallel input in backward, nor of
                                 the embedding's gradient, and no gradient of the first block's input
@@ -103,6 +104,7 @@ class Wire:
     couples_rows: bool = False  # GradCache joins micro-batches
     widths: int = 1  # at which the loss is taken
     learned_temperature: bool = False
+    projection: int = 0  # elements of the one to a teacher's vectors
     weight_bytes: int = (
         2  # of an element: as weights run and columns are scored, gradients are reduced, and rows are pooled
     )
@@ -198,6 +200,8 @@ def step_traffic(wire: Wire, micro_batches: Sequence[tuple[int, int]]) -> dict[K
         add(axis, "reduce_scatter", wire.widths, dp * wire.graded_queries * wire.row_bytes)
     if wire.learned_temperature and dp > 1:
         add(axis, "all_reduce", 1, 4)
+    if wire.projection and dp > 1:
+        add(axis, "all_reduce", 1, 4 * wire.projection)
     return {key: Traffic(*values) for key, values in sorted(found.items())}
 
 

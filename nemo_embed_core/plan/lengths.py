@@ -45,9 +45,9 @@ class Split:
 
 
 def texts_of(
-    store: str, data: DataConfig, has_in_batch: bool, lengths: LengthsConfig, batch_size: int, seed: int
+    store: str, data: DataConfig, takes_lone_rows: bool, lengths: LengthsConfig, batch_size: int, seed: int
 ) -> Texts:
-    """has_in_batch: of the loss, which decides what rows of a store are drawn."""
+    """takes_lone_rows: of the loss, which decides what rows of a store are drawn."""
     M = 1 + data.num_hard_negatives
     if store:
         if not (Path(store) / "manifest.json").is_file():
@@ -57,7 +57,7 @@ def texts_of(
             )
         opened = Store(Path(store))
         roomy = replace(data, max_tokens=2**31)  # which rows are too long is said of each layout
-        drawn = population(opened, roomy, has_in_batch, log=lambda message: None, seed=seed)
+        drawn = population(opened, roomy, takes_lone_rows, log=lambda message: None, seed=seed)
         found, batches = sampler(drawn.parts, data.batches, batch_size, seed), []
         for step in range(NUM_STEPS):
             rows = found.rows(step)

@@ -27,6 +27,7 @@ from nemo_embed_core.config.train import Recompute, TrainConfig
 from nemo_embed_core.data.mix import parts
 from nemo_embed_core.data.sampler import sampler
 from nemo_embed_core.data.shapes import Most, Shape
+from nemo_embed_core.data.teacher_vectors import teacher_width
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.spec import (
     HEAD_NORMS,
@@ -111,7 +112,12 @@ def plan(config: PlanConfig, log: Callable[[str], None] = print) -> Found:
     train = TrainConfig.from_yaml(*config.files)
     model, words = _model(train)
     texts = texts_of(
-        config.store, train.data, train.loss.has_in_batch, config.lengths, train.global_batch_size, train.seed
+        config.store,
+        train.data,
+        train.loss.takes_lone_rows,
+        config.lengths,
+        train.global_batch_size,
+        train.seed,
     )
     if train.epochs is not None:
         texts = texts if texts.sampler else _at_their_caps(config, train, texts)
@@ -309,6 +315,7 @@ def wire_of(train: TrainConfig, model: ModelConfig, layout: Layout) -> Wire:
         graded_queries=queries if train.loss.cosent_weight else 0,
         couples_rows=train.loss.couples_rows, widths=max(1, len(train.loss.matryoshka_dims)),
         learned_temperature=train.loss.temperature_lr > 0,
+        projection=teacher_width(train) * model.hidden_size,
         reduce_bytes=2 if train.parallel.reduce_dtype == "bf16" else 4,
     )  # fmt: skip
 

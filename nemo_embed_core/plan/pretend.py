@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from nemo_embed_core.config.model import ModelConfig
 from nemo_embed_core.config.train import TrainConfig
 from nemo_embed_core.data.shapes import Shape
+from nemo_embed_core.data.teacher_vectors import teacher_width
 from nemo_embed_core.model.attention import varlen_attention
 from nemo_embed_core.parallel.grad_norm import local_tensor
 from nemo_embed_core.parallel.layout import check_layout
@@ -137,11 +138,15 @@ def _step(
         mesh = build_mesh(
             device, dp_size, parallel.tp_size, parallel.sequence_parallel, parallel.dp_replicate
         )
-        engine = Engine(config, model, mesh, torch.bfloat16, attention=varlen_attention, memory=memory())
+        width = teacher_width(config)
+        engine = Engine(
+            config, model, mesh, torch.bfloat16, attention=varlen_attention, memory=memory(),
+            teacher_width=width,
+        )  # fmt: skip
         # Every tensor says that it is on a GPU, so that the kernels' wrappers take the kernels.
         on_gpu = mock.patch.object(torch.Tensor, "is_cuda", True)
         with memory(), on_gpu, Counted(mesh) as counted:
-            engine.forward_backward([shape.tensors(config.loss) for shape in shapes], begin)
+            engine.forward_backward([shape.tensors(config.loss, width) for shape in shapes], begin)
             phase = "the gradient norm"
             engine.clip()
             phase = "the optimizer"

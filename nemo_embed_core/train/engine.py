@@ -29,10 +29,10 @@ from nemo_embed_core.parallel.fp8 import gather_in_fp8, weights_kept
 from nemo_embed_core.parallel.grad_norm import clip_factor, grad_norm, sync_replicated_grads
 from nemo_embed_core.parallel.layers import run_in_fp8
 from nemo_embed_core.parallel.mesh import DTYPES, Mesh, pick_precision
+from nemo_embed_core.train.learned import Projection, Temperature
 from nemo_embed_core.train.metrics import peak_memory
 from nemo_embed_core.train.optim import build_optimizer, check_master_weights, ensure_state, place_of, update
 from nemo_embed_core.train.step import forward_backward
-from nemo_embed_core.train.temperature import Temperature
 
 
 def run_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -43,6 +43,7 @@ class Engine:
     """Every rank makes one. dtype: of the forward and backward, where it is not that of config.precision.
 
     attention, memory: for a plan, the one of another device and a mode in which nothing is really allocated.
+    teacher_width: columns of the vectors that the loss asks for.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class Engine:
         *,
         attention: Attention | None = None,
         memory: AbstractContextManager[object] | None = None,
+        teacher_width: int = 0,
     ):
         self.config, self.model_config, self.mesh = config, model, mesh
+        self.teacher_width = teacher_width
         self.shapes = parameter_shapes(model) | adapter_shapes(model, config.lora)
         # Gets the rows [N, D] of every forward of a step, without their graph, and its micro-batch.
         self.seen: Callable[[Tensor, MicroBatch], None] | None = None
@@ -94,10 +97,15 @@ class Engine:
             matrices = {p: place for p, place in places.items() if place is not None}
             self.optimizer = build_optimizer(self.model, config.optim, config.seed, matrices)
             ensure_state(self.optimizer)
+            loss, wide = config.loss, torch.promote_types(self.dtype, torch.float32)
             self.temperature: Temperature | None = None
-            if config.loss.temperature_lr:
-                wide = torch.promote_types(self.dtype, torch.float32)
-                self.temperature = Temperature(config.loss, config.optim, wide, mesh.device)
+            if loss.temperature_lr:
+                self.temperature = Temperature(loss, config.optim, wide, mesh.device)
+            self.projection: Projection | None = None
+            if loss.needs_vectors:
+                columns = teacher_width, model.hidden_size
+                self.projection = Projection(columns, loss, config.optim, wide, mesh.device)
+            self._learned = [x for x in (self.temperature, self.projection) if x is not None]
 
     def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         """(our name, parameter) of those that have gradients and optimizer state."""
@@ -131,17 +139,18 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.lora.dropout:
             self.model.model.dropout_key = run_key(self.config.seed, self.step)
-        log_temperature = None
-        if self.temperature is not None:
-            self.temperature.drop_gradient()
-            log_temperature = self.temperature.log
+        for learned in self._learned:
+            learned.drop_gradient()
+        beside = [
+            None if learned is None else learned.value for learned in (self.temperature, self.projection)
+        ]
         seen, hook = self.seen, None
         if seen is not None:
             hook = self.model.register_forward_hook(lambda m, given, rows: seen(rows.detach(), batches[at]))
         try:
             with weights_kept(self.model):
                 return forward_backward(
-                    self.model, batches, self.mesh, self.config.loss, self.dtype, begin, log_temperature
+                    self.model, batches, self.mesh, self.config.loss, self.dtype, begin, *beside
                 )
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
@@ -184,8 +193,8 @@ class Engine:
         sync_replicated_grads(self.model, self.mesh)
         norm = grad_norm(self.model.parameters(), self.mesh)
         self.factor = clip_factor(norm, self.config.optim.clip_norm)
-        if self.temperature is not None:
-            self.temperature.reduce(self.mesh.dp_group)
+        for learned in self._learned:
+            learned.reduce(self.mesh.dp_group)
         return norm
 
     def update(self, lr: float, finite: Tensor | None = None) -> None:
@@ -193,14 +202,14 @@ class Engine:
         `finite`, a bool on the device, is false."""
         factor = self.factor if finite is None else torch.where(finite, self.factor, 0.0)
         update(self.optimizer, lr, factor)
-        if self.temperature is not None:
-            self.temperature.update(lr, factor != 0)
+        for learned in self._learned:
+            learned.update(lr, factor != 0)
 
     def drop_step(self) -> None:
         """Forget a forward_backward that was left half-done; weights and moments were not touched by it."""
         fsdp.drop_step(self.model)
-        if self.temperature is not None:
-            self.temperature.drop_gradient()
+        for learned in self._learned:
+            learned.drop_gradient()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

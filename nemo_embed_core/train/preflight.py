@@ -23,6 +23,7 @@ from nemo_embed_core.config import CheckpointConfig, ModelConfig, TrainConfig
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.packing import text_bins
 from nemo_embed_core.data.store import Store
+from nemo_embed_core.data.teacher_vectors import TeacherVectors, teacher_width
 from nemo_embed_core.data.texts import texts_in
 from nemo_embed_core.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_embed_core.data.tokenizer_files import check_servable
@@ -151,9 +152,12 @@ def prepare(config: TrainConfig) -> Prepared:
             refuse_other_model(config, checkpoint, manifest, model)
         if config.init_from and checkpoint is None:
             check_lora(config, open_weights(config.init_from, hashed=False, base=True))
+        teacher_width(config)  # what is wrong with the folders is said before hours of tokenising
         store = open_store(config.data, tokenizer)
         _check_scores(config, store)
         _check_grades(config, store)
+        if config.loss.needs_vectors:
+            TeacherVectors(store, config.data.datasets).check()
         drawn = population_of(config, store, manifest, print)
         if checkpoint is not None and manifest is not None:
             changed_samples(config, checkpoint, manifest, store, drawn.digest)
@@ -277,6 +281,18 @@ def open_same_store(config: TrainConfig, prepared: Prepared) -> Store:
         f"data.cache_dir={config.data.cache_dir} has to be a folder that all nodes share"
     )
     return Store(folder)
+
+
+def open_vectors(config: TrainConfig, store: Store) -> TeacherVectors | None:
+    """Those that the loss asks for, if any, of texts that prepare() has looked up; every rank calls it."""
+    found, failure = None, None
+    if config.loss.needs_vectors:
+        try:
+            found = TeacherVectors(store, config.data.datasets)
+        except UserError as error:
+            failure = f"node {socket.gethostname()}: {error}"
+    raise_first(failure)
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ import numpy as np
 import torch
 
 from nemo_embed_core.checkpoint.adapter import Adapter, adapter_of
-from nemo_embed_core.checkpoint.manifest import MANIFEST, model_from_dict, parameter_of, state_name
+from nemo_embed_core.checkpoint.manifest import (
+    MANIFEST,
+    PROJECTION,
+    model_from_dict,
+    parameter_of,
+    state_name,
+)
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Usage, usage_of_training
 from nemo_embed_core.checkpoint.weights import non_finite_weights, write_values
@@ -30,6 +36,7 @@ from nemo_embed_core.data.packing import draw_rows
 from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.sampler import Sampler, sampler
 from nemo_embed_core.data.store import Store
+from nemo_embed_core.data.teacher_vectors import TeacherVectors, refuse_other_teacher
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import to_dict
@@ -80,6 +87,8 @@ def refuse_other_model(
             f"loss.temperature_lr=0, which would go back to loss.temperature={config.loss.temperature}; "
             "continue with a rate, or start a new run with --init_from and this checkpoint"
         )
+    if "teacher_vectors" in manifest:
+        refuse_other_teacher(config, folder, manifest["teacher_vectors"])
 
 
 def _lora_words(lora: LoraConfig) -> str:
@@ -148,7 +157,7 @@ def population_of(
     """Of a new run, or of the one that continues from this manifest."""
     keep_lone = draws_lone_rows(manifest)
     return population(
-        store, config.data, config.loss.has_in_batch, config.parallel.tp_size, log, keep_lone, config.seed
+        store, config.data, config.loss.takes_lone_rows, config.parallel.tp_size, log, keep_lone, config.seed
     )
 
 
@@ -178,6 +187,7 @@ class RunState:
     evaluated          record of the last evaluation and the best one (train/evaluate.py); {}: there was none
     overrides          what checkpoint.allow_changed has let pass, over all resumes
     export_dtype       of the weights that training began with: what merge writes
+    teacher            of the vectors that the loss asks for; None: it asks for none
     adapter            of LoRA, what the manifest says of its base; None: whole models are saved
     """
 
@@ -203,7 +213,10 @@ class RunState:
         self.overrides: list[dict[str, Any]] = []
         self.export_dtype = engine.dtype
         self.adapter: Adapter | None = None
-        self.shapes = engine.shapes
+        self.teacher: TeacherVectors | None = None
+        self.shapes = dict(engine.shapes)
+        if engine.projection is not None:
+            self.shapes[PROJECTION] = tuple(engine.projection.value.shape)
 
     def count(self, rows: np.ndarray, tokens: np.ndarray, skipped: bool) -> None:
         """A step of these rows, which have so many tokens each, is done."""
@@ -230,6 +243,8 @@ class RunState:
             named[name] = local_tensor(p.detach())
             for state, tensor in state_of(self.engine.optimizer, p).items():
                 named[state_name(state, name)] = local_tensor(tensor)
+        if self.engine.projection is not None:
+            named |= self.engine.projection.tensors()
         return {name: unpadded(tensor, self._box(name)) for name, tensor in named.items()}
 
     def rests(self) -> dict[str, torch.Tensor]:
@@ -248,11 +263,13 @@ class RunState:
 
     def _box(self, name: str) -> Box:
         """Of this rank."""
-        return self.engine.box(parameter_of(name))
+        if (plain := parameter_of(name)) == PROJECTION:  # each has all
+            return (0, 0), self.shapes[plain]
+        return self.engine.box(plain)
 
     def pieces(self) -> dict[str, Piece]:
         """What this rank writes: its boxes, and those of replicated parameters on tp rank 0; of several
-        copies the first."""
+        copies the first. What is learned beside the model, rank 0."""
         pieces: dict[str, Piece] = {}
         if self.engine.mesh.replicate_rank:
             return pieces
@@ -260,6 +277,8 @@ class RunState:
         rests = self.rests()
         for name, tensor in self.tensors().items():
             plain = parameter_of(name)
+            if plain == PROJECTION and self.engine.mesh.rank:
+                continue
             if tensor.numel() and not (plain in replicated and self.engine.mesh.tp.rank):
                 pieces[name] = Piece(self.shapes[plain], self._box(name), tensor, rests.get(name))
         return pieces
@@ -268,7 +287,11 @@ class RunState:
         """Of the manifest, beside the tensors."""
         config, mesh = self.engine.config, self.engine.mesh
         model, options = to_dict(self.engine.model_config), to_dict(config)
-        temperature = self.engine.temperature
+        temperature, projection = self.engine.temperature, self.engine.projection
+        teacher: dict[str, Any] = {}
+        if projection is not None and self.teacher is not None:
+            updates = int(projection.moments["step"].item())
+            teacher = {"models": self.teacher.models, "columns": self.teacher.width, "updates": updates}
         return {
             "layout": {
                 "tp_size": mesh.tp.size,
@@ -285,6 +308,7 @@ class RunState:
             "ledger": self.ledger,
             "skipped": self.skipped,
             **({"temperature": temperature.state()} if temperature is not None else {}),
+            **({"teacher_vectors": teacher} if teacher else {}),
             "drawn": dict(self.drawn),  # as it is now: it may be written later
             "recent_losses": self.losses.losses,
             "usage": usage_of(config, self.engine.model_config, self.store).to_json(),
@@ -301,10 +325,15 @@ class RunState:
         sampler: counts what was drawn before the step, where the checkpoint is too old to say it."""
         reader = Reader(folder)
         self._check_same_run(folder, reader.manifest, log)
-        reader.check({name: self.shapes[parameter_of(name)] for name in self.tensors()})
+        tensors, projection = self.tensors(), self.engine.projection
+        if projection is not None and "teacher_vectors" not in reader.manifest:
+            begins = reader.manifest["step"] + 1
+            log(f"loss.teacher_vectors_weight: the projection is learned from step {begins} on")
+            tensors = {name: x for name, x in tensors.items() if parameter_of(name) != PROJECTION}
+        reader.check({name: self.shapes[parameter_of(name)] for name in tensors})
         bad, rests = [], self.rests()
         with torch.no_grad():
-            for name, tensor in self.tensors().items():
+            for name, tensor in tensors.items():
                 if tensor.numel():
                     values = reader.read_box(name, self._box(name))
                     write_values(values, tensor, rests.get(name))
@@ -319,6 +348,8 @@ class RunState:
             self.export_dtype = getattr(torch, reader.manifest["export_dtype"])
             self.evaluated = reader.manifest["eval"]
             set_num_updates(self.engine.optimizer, self.step - self.skipped)
+        if projection is not None and "teacher_vectors" in reader.manifest:
+            projection.moments["step"].fill_(reader.manifest["teacher_vectors"]["updates"])
         if (temperature := self.engine.temperature) is not None:
             if "temperature" in reader.manifest:
                 temperature.load(reader.manifest["temperature"])

@@ -44,6 +44,7 @@ def group(embeddings_ND: Tensor, batch: MicroBatch) -> Groups:
         ids_BM=batch.document_ids,
         known_BJ=batch.known_ids,
         teacher_BM=batch.teacher_scores,
+        teacher_BND=batch.teacher_vectors,
         grade_B=batch.grades,
     )
 
@@ -62,9 +63,10 @@ def forward_backward(
     dtype: torch.dtype,
     before: Callable[[str, int], None] = lambda phase, i: None,
     log_temperature: Tensor | None = None,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss of each of this rank's queries [B], loss.objective.sum_names of them); gradients are left on the
-    parameters, and on log_temperature, where it is learned.
+    parameters, and on log_temperature and projection (loss.objective), where they are learned.
 
     `before("forward", i)` and the like are called before each forward and backward of micro-batch i, equally
     often on every rank; what it raises ends the step there. dtype: of the forward.
@@ -75,13 +77,15 @@ def forward_backward(
     rows = sum(len(batch.query_index) for batch in batches)
     batches = [batch.to(mesh.device) for batch in batches]
     if loss.couples_rows and len(batches) > 1:
-        return _grad_cache(model, batches, mesh, loss, dtype, rows, before, log_temperature)
+        return _grad_cache(model, batches, mesh, loss, dtype, rows, before, log_temperature, projection)
     losses, stats = [], []
     for i, batch in enumerate(batches):
         before("forward", i)
         begin_micro_batch(model, i == len(batches) - 1)
         groups = group(embed(model, batch), batch)
-        losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank, log_temperature)
+        losses_B, sums = objective(
+            groups, loss, dtype, mesh.dp_group, mesh.dp_rank, log_temperature, projection
+        )
         before("backward", i)
         (losses_B.sum() / rows).backward()
         losses.append(losses_B.detach())
@@ -98,6 +102,7 @@ def _grad_cache(
     rows: int,
     before: Callable[[str, int], None],
     log_temperature: Tensor | None,
+    projection: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     embeddings = []
     for i, batch in enumerate(batches[1:], 1):
@@ -111,7 +116,7 @@ def _grad_cache(
     embeddings.insert(0, with_graph.detach().requires_grad_())
     before("loss", 0)
     groups = _concat([group(e, batch) for e, batch in zip(embeddings, batches, strict=True)])
-    losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank, log_temperature)
+    losses_B, sums = objective(groups, loss, dtype, mesh.dp_group, mesh.dp_rank, log_temperature, projection)
     (losses_B.sum() / rows).backward()
     for i, (e, batch) in enumerate(zip(embeddings, batches, strict=True)):
         if i > 0:

@@ -50,6 +50,7 @@ from nemo_embed_core.train.preflight import (
     agree_on_attention,
     hold_output,
     open_same_store,
+    open_vectors,
     same_dev_sets,
 )
 from nemo_embed_core.train.run_state import RunState, population_of, sampler_of
@@ -78,6 +79,7 @@ class Trainer:
         self.log = log if mesh.rank == 0 else lambda message: None
         self.output = Path(config.output_dir)
         self.store = open_same_store(config, prepared)
+        self.teacher = open_vectors(config, self.store)
         self._attention = agree_on_attention(config, mesh.device, dtype or run_dtype(config, mesh.device))
         self._held = hold_output(config, mesh.rank, self.log)
         try:
@@ -104,12 +106,13 @@ class Trainer:
         sampler, config = sampler_of(config, drawn)
         self.config = config
         weights = open_base(config, checkpoint, manifest)
-        engine = Engine(config, model, mesh, dtype)
+        engine = Engine(config, model, mesh, dtype, teacher_width=self.teacher.width if self.teacher else 0)
         fill_engine(engine, first_reader(config, model, weights))
         commit, lock = code_version() if mesh.rank == 0 else "", self._held.lock
         state = RunState(
             engine, self.tokenizer, self.store, drawn, commit, lock.run if lock is not None else None
         )
+        state.teacher = self.teacher
         state.adapter = adapter_to_save(config, weights)
         if weights is not None:  # their own dtype decides what merge writes: bf16 in, bf16 out
             state.export_dtype = weights.dtype
@@ -219,7 +222,7 @@ class Trainer:
         of = f"micro-batch of steps {self.step + 1} to {config.num_steps}"
         try:
             self.engine.rehearse(
-                [shape.tensors(config.loss) for shape in shapes],
+                [shape.tensors(config.loss, self.engine.teacher_width) for shape in shapes],
                 lambda phase, i: note(f"largest micro-batch, {phase}"),
             )
         except BaseException as error:
@@ -315,7 +318,9 @@ class Trainer:
             self.store, self.sampler, step, mesh.dp_size, config.data, mesh.tp.size, config.seed
         )
         few_shapes = shapes_cost_memory(mesh.device, self.engine.dtype)
-        return drawn, *pack_batch(self.store, drawn, mesh.dp_rank, config.data, mesh.tp.size, few_shapes)
+        return drawn, *pack_batch(
+            self.store, drawn, mesh.dp_rank, config.data, mesh.tp.size, few_shapes, self.teacher
+        )
 
     def _update(self, lr: float, finite: torch.Tensor) -> None:
         note("optimizer")

@@ -19,10 +19,19 @@ from oracle import Batch, Dropped, LowRank, Oracle, write_model
 from tiny import train_config, write_rows, write_tokenizer
 from tokenizers import Tokenizer
 
-from nemo_embed_core.config import DataConfig, LossConfig, OptimConfig, ParallelConfig, TrainConfig
+from nemo_embed_core.config import (
+    DataConfig,
+    DatasetConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from nemo_embed_core.data.build import open_store
 from nemo_embed_core.data.sampler import Sampler, choose_documents
 from nemo_embed_core.data.tokenizer import load_tokenizer
+from nemo_embed_core.data.vectors import write_keys
+from nemo_embed_core.mine.corpus import encode_corpus
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 # Of a row's largest value, and of the tensor's: what rounding loses of a row that is nearly cancelled.
@@ -49,7 +58,8 @@ BASE: dict[str, Any] = {
     "steps": 3, "global_batch_size": 8, "seed": 3, "activation_checkpointing": "none", "attention": "auto",
     "loss": {
         "temperature": 0.05, "in_batch": "positives", "kl_weight": 0.5, "kl_temperature": 0.1,
-        "matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5],
+        "matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5], "teacher_vectors_weight": 0.4,
+        "teacher_vectors_lr": 0.02,
     },
     "optim": {
         "lr": 2e-3, "min_lr": 5e-4, "warmup_steps": 1, "weight_decay": 0.3, "beta1": 0.7, "beta2": 0.9,
@@ -66,7 +76,8 @@ CHANGES: list[tuple[str, Any, bool]] = [
     ("loss.false_negative_margin", 0.05, True), ("loss.temperature_lr", 0.1, True),
     ("loss.matryoshka_dims", [32, 5], True), ("loss.matryoshka_weights", [0.5, 2.0], True),
     ("loss.info_nce_weight", 0.5, True), ("loss.kl_weight", 2.0, True), ("loss.kl_temperature", 0.05, True),
-    ("loss.margin_mse_weight", 3.0, True), ("optim.lr", 1e-3, True),
+    ("loss.margin_mse_weight", 3.0, True), ("loss.teacher_vectors_weight", 1.5, True),
+    ("loss.teacher_vectors_lr", 0.1, True), ("optim.lr", 1e-3, True),
     ("optim.min_lr", 1e-3, True), ("optim.warmup_steps", 2, True), ("optim.warmup_steps", 0, True),
     ("optim.weight_decay", 0.0, True), ("optim.beta1", 0.2, True), ("optim.beta2", 0.5, True),
     ("optim.eps", 1e-8, True), ("optim.clip_norm", 0.0, True), ("optim.clip_norm", 0.25, True),
@@ -82,13 +93,15 @@ TERMS: list[dict[str, Any]] = [  # of the loss, beside in_batch
     {
         "in_batch": "all", "query_query": True, "document_document": True, "false_negative_margin": 0.02,
         "temperature_lr": 0.1, "matryoshka_dims": [4, 32, 9], "matryoshka_weights": [0.5, 1.0, 2.0],
+        "teacher_vectors_weight": 2.0, "teacher_vectors_lr": 0.1,
     },
     {"in_batch": "none", "query_query": True, "false_negative_margin": 0.05, "temperature_lr": 0.3},
     {"in_batch": "none", "document_document": True, "temperature_lr": 0.03, "matryoshka_dims": [7],
-     "kl_weight": 1.5, "kl_temperature": 0.05},
+     "kl_weight": 1.5, "kl_temperature": 0.05, "teacher_vectors_weight": 0.7, "teacher_vectors_lr": 0.3},
     {
         "in_batch": "none", "matryoshka_dims": [32, 3], "matryoshka_weights": [0.3, 1.0], "kl_weight": 0.5,
         "kl_temperature": 0.1, "margin_mse_weight": 2.0, "info_nce_weight": 0.0,
+        "teacher_vectors_weight": 1.3, "teacher_vectors_lr": 0.05,
     },
 ]  # fmt: skip
 
@@ -162,6 +175,10 @@ def configure(folder: Path, case: dict[str, Any], name: str) -> TrainConfig:
     changes["model"] = {
         "is_causal": case["model"] == "causal", "pooling": changes.pop("pooling", "mean"),
     }  # fmt: skip
+    dataset = DatasetConfig(
+        path=str(folder / "train.jsonl"), task="find it", teacher_vectors=str(folder / "teacher")
+    )
+    changes["data"] = {**case["data"], "datasets": [dataset]}
     return train_config(
         folder, init_from=str(folder / case["model"]), output_dir=str(folder / f"runs-{name}"), **changes
     )
@@ -217,14 +234,25 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
             return found
 
         gradients: list[dict[str, torch.Tensor]] = []
+        projection, of_projection = trainer.engine.projection, []
         start = whole("data") if "lora" in case else {}
 
-        def record(*_: Any, whole: Any = whole, gradients: list = gradients) -> None:
+        def record(
+            *_: Any, whole: Any = whole, gradients: list = gradients, projection: Any = projection,
+            of_projection: list = of_projection,
+        ) -> None:  # fmt: skip
             gradients.append(whole("grad"))
+            if projection is not None:
+                of_projection.append(projection.value.grad.clone())
 
         trainer.engine.optimizer.register_step_pre_hook(record)
         records = [trainer.train_step()[0] for _ in range(config.steps)]
         weights = whole("data")
+        if projection is not None:
+            everywhere = [torch.empty_like(projection.value) for _ in range(dist.get_world_size())]
+            dist.all_gather(everywhere, projection.value.detach())
+            assert all(torch.equal(copy, everywhere[0]) for copy in everywhere), "projections drifted apart"
+            of_projection.append(projection.value.detach().clone())
         for full_name, p in trainer.engine.model.named_parameters():
             if full_name in frozen:
                 assert p.grad is None and p not in trainer.engine.optimizer.state, full_name
@@ -239,7 +267,12 @@ def train_cases(folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[di
                     f"{full_name}: tp replicas drifted apart"
                 )
         trainer.close()
-        results.append({"records": records, "gradients": gradients, "weights": weights, "start": start})
+        results.append(
+            {
+                "records": records, "gradients": gradients, "weights": weights, "start": start,
+                "projection": of_projection,
+            }
+        )  # fmt: skip
     torch.set_default_dtype(torch.float32)
     return results if dist.get_rank() == 0 else []
 
@@ -270,6 +303,34 @@ def write_data(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def vector(side: str, text: str) -> np.ndarray:
+    """[24] fp32, of any length: what a teacher says of a text, with fewer columns than the student."""
+    return np.random.default_rng(list(f"{side} {text}".encode())).normal(size=24).astype(np.float32)
+
+
+class Teacher:
+    digest, hidden_size = "a teacher", 24
+
+    def __init__(self, side: str):
+        self.side = side
+
+    def encode(self, texts: list[str], prompt: str = "", max_length: int = 512) -> np.ndarray:
+        return np.stack([vector(self.side, text) for text in texts])
+
+
+def write_vectors(path: Path, work: Path) -> None:
+    """As mining keeps them, in another order than the rows have, with texts that no row has."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()][::-1]
+    sides = {
+        "queries": [row["query"] for row in rows],
+        "documents": ["of no row", *dict.fromkeys(text for row in rows for text in row["neg"] + row["pos"])],
+    }
+    for side, texts in sides.items():
+        options = {"dtype": "float32", "unit": False, "shard_size": 10, "log": lambda message: None}
+        encode_corpus(texts, Teacher(side), work / side, **options)
+        write_keys(work, **{side: texts})
+
+
 def batches(config: TrainConfig) -> list[Batch]:
     """The batch of each step from the texts; the choice of rows and documents is the sampler's, whose tests
     are its own."""
@@ -292,8 +353,12 @@ def batches(config: TrainConfig) -> list[Batch]:
     drawn = [
         i
         for i, row in enumerate(data)
-        if config.loss.has_in_batch or any(cut(text) not in right(row) for text in row["neg"])
+        if config.loss.has_in_batch
+        or config.loss.teacher_vectors_weight
+        or any(cut(text) not in right(row) for text in row["neg"])
     ]
+    # Ids are given in the order in which the rows bring their texts.
+    texts = list(dict.fromkeys(text for row in data for text in row["pos"] + row["neg"]))
     sampler = Sampler(np.array(drawn), config.global_batch_size, config.seed)
     out = []
     for step in range(config.steps):
@@ -313,7 +378,17 @@ def batches(config: TrainConfig) -> list[Batch]:
             }
             for row in found
         ]
-        out.append(Batch(queries, documents.tolist(), tokens, [right(row) for row in found], scores))
+        assert all(tuple(ids) == cut(texts[d]) for d, ids in tokens.items())
+        vectors = [
+            [
+                torch.from_numpy(x).double()
+                for x in (
+                    vector("queries", row["query"]), *(vector("documents", texts[d]) for d in own if d >= 0),
+                )
+            ]
+            for row, own in zip(found, documents.tolist(), strict=True)
+        ]  # fmt: skip
+        out.append(Batch(queries, documents.tolist(), tokens, [right(row) for row in found], scores, vectors))
     return out
 
 
@@ -375,6 +450,13 @@ def compare(case: dict[str, Any], got: dict[str, Any], want: dict[str, Any]) -> 
         for name, gradient in step.gradients.items():
             off = rows_off(gradients[name], gradient, tolerance)
             assert off <= 1, f"{where}: a row of the gradient of {name} is off by {off:.1e} times its budget"
+    if case["loss"].get("teacher_vectors_weight"):
+        *gradients, value = got["projection"]
+        for number, (gradient, step) in enumerate(zip(gradients, want["steps"], strict=True)):
+            off = rows_off(gradient, step.projection[0], tolerance)
+            assert off <= 1, f"step {number} of {shown}: the projection's gradient is off by {off:.1e}"
+        off = rows_off(value, want["steps"][-1].projection[1], tolerance)
+        assert off <= 1, f"{shown}: the projection is off by {off:.1e} times its budget"
     for name, weight in want["weights"].items():
         off = rows_off(got["weights"][name], weight, tolerance)
         assert off <= 1, (
@@ -388,6 +470,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("oracle")
     write_tokenizer(root / "tokenizer")
     write_data(root / "train.jsonl")
+    write_vectors(root / "train.jsonl", root / "teacher")
     for name, (vocab_size, intermediate_size) in MODELS.items():
         write_model(root / name, vocab_size, intermediate_size)
     for name, shape in BASES.items():

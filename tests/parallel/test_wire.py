@@ -4,6 +4,7 @@ parallel/wire.py."""
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,12 +39,13 @@ LOSSES: dict[str, dict[str, Any]] = {  # more than in_batch
     "queries": {"query_query": True, "temperature_lr": 1e-3},
     "queries and documents": {"in_batch": "all", "query_query": True, "document_document": True},
     "documents": {"document_document": True},
+    "vectors": {"teacher_vectors_weight": 1.0},
     "grades": {"cosent_weight": 1.0, "matryoshka_dims": [64, 16]},
 }
 TERM_MODES = [
     ("queries", False, "none", 4000, "bf16", "fp32"), ("documents", True, "none", 150, "fp32", "fp32"),
     ("queries and documents", False, "none", 150, "bf16", "fp32"),
-    ("grades", False, "none", 150, "bf16", "fp32"),
+    ("grades", False, "none", 150, "bf16", "fp32"), ("vectors", False, "none", 150, "bf16", "fp32"),
 ]  # fmt: skip
 FEW_MODES = [ALL_MODES[i] for i in (1, 9, 17)] + FP8_MODES[1:] + TERM_MODES
 # Each in-batch mode with and without reshard_after_forward, and a kind of recomputation by turns.
@@ -86,18 +88,23 @@ def count(folder: str, layouts: list, modes: list, backend: str) -> list[tuple[s
             sampler = Sampler(torch.arange(61).numpy(), 6 * ranks, 0)
             # Norms of heads, whose gradients are summed over tp without sequence parallelism too.
             model = MODEL if reshard else replace(MODEL, model_type="qwen3")
-            engine = Engine(config, model, mesh)
+            engine = Engine(config, model, mesh, teacher_width=24)
             place = (mesh.tp.rank, tp), (mesh.shard_rank, mesh.shard_size)
             fill(engine.model, RandomReader(model, 0), model, *place)
             batches, _ = load_batch(store, sampler, 0, rank, ranks, config.data, tp, 0)
             if config.loss.cosent_weight:
                 batches = [replace(b, grades=torch.rand(len(b.query_index))) for b in batches]
+            if config.loss.needs_vectors:
+                ones = [torch.ones(*b.document_index.shape, 24) for b in batches]
+                ones = [torch.cat([x[:, :1], x], 1) for x in ones]
+                batches = [replace(b, teacher_vectors=x) for b, x in zip(batches, ones, strict=True)]
             with Counted(mesh) as counted:
                 engine.forward_backward(batches)
                 engine.clip()
                 engine.update(1e-4)
             assert sum(len(batch.query_index) for batch in batches) == 6
-            wire = wire_of(config, model, Layout(tp, replicate, tp * dp))
+            with mock.patch("nemo_embed_core.plan.plan.teacher_width", lambda c: 24 * c.loss.needs_vectors):
+                wire = wire_of(config, model, Layout(tp, replicate, tp * dp))
             wire = replace(wire, weight_bytes=4 if precision == "fp32" else 2)  # plans are of bf16 weights
             sizes = [(len(batch.input_ids), len(batch.lengths)) for batch in batches]
             case = f"{tp=} {sp=} {dp=} {replicate=} {in_batch} {reshard=} {recompute=}"

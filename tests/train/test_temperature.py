@@ -13,8 +13,8 @@ from nemo_embed_core.config import LossConfig, OptimConfig
 from nemo_embed_core.config.train import TEMPERATURE_RANGE
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.parallel.mesh import distributed
+from nemo_embed_core.train.learned import Temperature
 from nemo_embed_core.train.preflight import prepare
-from nemo_embed_core.train.temperature import Temperature
 from nemo_embed_core.train.trainer import Trainer
 
 
@@ -65,7 +65,7 @@ def test_it_stays_in_its_range_and_a_refused_step_leaves_it(end: int, sign: floa
     bounds = math.log(TEMPERATURE_RANGE[0]), math.log(TEMPERATURE_RANGE[1])
     log, m, v, logs = math.log(0.07), 0.0, 0.0, []
     for step, (gradient, lr) in enumerate([(2.0, 5e-3), (math.nan, 1e-2), (1.0, 1e-2), (-4.0, 2e-3)]):
-        learned.log.grad = torch.tensor(sign * gradient, dtype=torch.float64)
+        learned.value.grad = torch.tensor(sign * gradient, dtype=torch.float64)
         before = learned.state()
         learned.update(lr, torch.tensor(math.isfinite(gradient)))
         if step == 1:
@@ -76,7 +76,7 @@ def test_it_stays_in_its_range_and_a_refused_step_leaves_it(end: int, sign: floa
         log -= 4.0 * lr / 1e-2 * (m / (1 - 0.8**n)) / (math.sqrt(v / (1 - 0.9**n)) + 1e-8)
         log = min(max(log, bounds[0]), bounds[1])
         logs.append(log)
-        assert learned.log.item() == pytest.approx(log, abs=1e-12)
+        assert learned.value.item() == pytest.approx(log, abs=1e-12)
     assert logs[1] == bounds[end] and logs[0] not in bounds and logs[2] not in bounds
 
 
