@@ -124,7 +124,7 @@ _ALL = (
     Verb(
         name="train", launcher="train", options=TrainConfig, output="output_dir", product="run",
         paths=("init_from", "tokenizer", "data.datasets.path", "data.datasets.source", "data.store",
-               "eval.datasets.path", "eval.datasets.source"),
+               "data.datasets.teacher_vectors", "eval.datasets.path", "eval.datasets.source"),
         data=("data.datasets.path", "eval.datasets.path"),
         is_model=True, is_ranked=True,
         own=(("data", "cache_dir", f"{HERE}data-cache"), ("checkpoint", "resume", "auto")),
