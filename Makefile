@@ -174,8 +174,8 @@ docs: $(INSTALLED)
 	page=$$($(BIN)/python -m docs.llms) && echo "$$page" >docs/llms.txt
 	$(BIN)/python tests/test_examples.py
 
-# Beside .venv, which has other things to do with 13 packages of a site.
-SITE := mkdocs==1.6.1 mkdocs-material==9.8.2 pymdown-extensions==13.1.2 babel==2.19.0 backrefs==8.3.1 colorama==0.4.6 \
+# Beside .venv, which has other things to do with 13 packages of a site. pymdown-extensions 13 leaves out 3.11.0 to 3.11.4.
+SITE := mkdocs==1.6.1 mkdocs-material==9.8.2 pymdown-extensions==12.3 babel==2.19.0 backrefs==8.3.1 colorama==0.4.6 \
   ghp-import==2.1.0 jinja2==3.1.6 mergedeep==1.3.4 mkdocs-get-deps==0.2.2 mkdocs-material-extensions==1.3.1 \
   paginate==0.5.7 platformdirs==4.14.8 pyyaml-env-tag==1.1 watchdog==7.1.0
 
