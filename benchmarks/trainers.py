@@ -23,11 +23,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from nemo_embed_core.config import DataConfig, DatasetConfig, ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 TASK = "Find the rest of the docstring"
 TEMPERATURE = 0.05
@@ -112,19 +116,23 @@ def ours(args: argparse.Namespace, output: Path, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def peer_model(folder: Path) -> SentenceTransformer:
+    """With fp32 weights: by itself it keeps and trains them in the folder's dtype, which is bf16."""
+    from sentence_transformers import SentenceTransformer
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs=options)
+
+
 def sentence_transformers(args: argparse.Namespace, output: Path, seed: int) -> dict[str, Any]:
     from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     rows = [json.loads(line) for line in (Path(args.folder) / "pairs.jsonl").read_text().splitlines()]
     prompt = f"Instruct: {TASK}\nQuery: "
     data = [{"anchor": prompt + row["query"], "positive": row["pos"][0]} for row in rows]
-    model = SentenceTransformer(str(Path(args.folder) / "base"), device="cpu", local_files_only=True)
+    model = peer_model(Path(args.folder) / "base")
     model.max_seq_length = args.length
     steps = args.rows // args.batch
     arguments = SentenceTransformerTrainingArguments(

@@ -106,7 +106,8 @@ def _hardest_to_positive(scores: np.ndarray, lowest: np.ndarray) -> np.ndarray:
 def print_report(report: dict[str, Any], log: Callable[[str], None] = print) -> None:
     total, k = report["queries"], report["num_negatives"]
     log(f"{total:,} queries, {report['documents']:,} documents, threshold {report['threshold']}")
-    words = ("no negative below the ceiling", f"1 to {k - 1} negatives", f"{k} negatives")
+    fewer = "1 negative" if k == 2 else f"1 to {k - 1} negatives"
+    words = ("no negative below the ceiling", fewer, f"{k} negatives")
     for key, said in zip(SHARES, words, strict=True):
         if key != "with_fewer_than_k" or k > 1:
             log(f"  {said:<32}{report[key]:>10,}  {report[key] / total:>7.1%}")
