@@ -68,6 +68,13 @@ class Subject:
         """Whether our encoder gives its vectors: always of length 1, so only where cosine is meant."""
         return self.source.kind != "sentence-transformers" and self.source.usage.similarity == "cosine"
 
+    def check_columns(self) -> None:
+        """Of ours; those of another model are known when it is loaded."""
+        if self.dim is not None and self.is_ours:
+            columns = open_weights(self.source, hashed=False).model.hidden_size
+            if self.dim > columns:
+                raise UserError(f"{self.name}: the model's vectors have {columns} columns")
+
     def check(self, config: EvaluateConfig, usages: Iterable[Usage]) -> TextEncoder | None:
         """UserError when it cannot be loaded or a prompt leaves no room; of ours only headers are read."""
         encoder = None
@@ -80,8 +87,7 @@ class Subject:
             tokenizer = load_tokenizer(self.source.folder)
             model = open_weights(self.source, hashed=False).model
             tokenizer.check_fits(model.vocab_size)
-            if self.dim is not None and self.dim > model.hidden_size:
-                raise UserError(f"{self.name}: the model's vectors have {model.hidden_size} columns")
+            self.check_columns()
             check_prompt = tokenizer.check_prompt
         else:
             encoder = self.load(config)

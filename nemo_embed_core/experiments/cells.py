@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 from nemo_embed_core.checkpoint.weights import read_model_config
 from nemo_embed_core.errors import UserError
+from nemo_embed_core.evaluation.models import Subject
 from nemo_embed_core.experiments.grid import KEPT, Grid, step_of
 from nemo_embed_core.steps.inputs import inputs_of
 from nemo_embed_core.steps.step import Step, closure, digest_of, made
-from nemo_embed_core.steps.verbs import VERBS, Verb
+from nemo_embed_core.steps.verbs import HERE, VERBS, Verb
 
 
 class Row(NamedTuple):
@@ -69,6 +70,7 @@ def steps_of(grid: Grid) -> Plan:
     for name in grid.references:
         cell = _Cell(grid, {}, None, known, digests)
         scores = {task: cell.evaluation(task, grid.references[name]) for task in grid.evaluate}
+        _check_reference(grid, name, str(cell.put(grid.references[name])))
         plan.rows.append(Row({}, name, None, scores, {}))
     _check_differ(grid, plan.rows)
     used = closure([step for row in plan.rows for step in row.ends])
@@ -85,6 +87,16 @@ def _columns(step: Step) -> int:
         return int(step.options["model"]["hidden_size"])
     maker = next((need for need in step.needs if first.startswith(need.folder)), None)
     return _columns(maker) if maker else read_model_config(first).hidden_size
+
+
+def _check_reference(grid: Grid, name: str, model: str) -> None:
+    """That it is a model with so many columns, as launch/evaluate.py asks when it begins."""
+    if model == "bm25" or model.startswith(HERE):
+        return
+    try:
+        Subject.of(model).check_columns()
+    except UserError as error:
+        raise grid.refuse(f"references.{name}: {error}") from None
 
 
 @dataclass(frozen=True)

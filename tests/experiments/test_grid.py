@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from grids import toy
-from tiny import MODEL
+from tiny import MODEL, write_hf
 
 from nemo_embed_core.config import ExperimentConfig
 from nemo_embed_core.errors import UserError
@@ -157,6 +158,7 @@ def test_the_grids_of_the_repository_are_accepted(path, monkeypatch):
     """But for what they read, which is not in the repository."""
     monkeypatch.setattr(cells, "inputs_of", lambda verb, options: iter(()))
     monkeypatch.setattr(cells, "read_model_config", lambda path: replace(MODEL, hidden_size=576))
+    monkeypatch.setattr(cells, "_check_reference", lambda grid, name, model: None)
     monkeypatch.chdir(ROOT)
     plan = steps_of(read_grid(str(path)))
     assert len({row.seed for row in plan.rows if row.seed}) == 3 and plan.rows[0].scores
@@ -214,6 +216,23 @@ def test_more_columns_than_the_model_has_are_refused_before_anything_runs(name, 
         steps_of(read_grid(str(toy(tmp_path, axes={}, seeds=[1], steps=steps, models=models))))
 
 
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        ("model@{more}", "model@{more}: the model's vectors have {columns} columns"),
+        ("tokenizer", "tokenizer.* config.json"),
+    ],
+)
+def test_a_reference_that_cannot_be_scored_is_refused_before_anything_runs(model, said, tmp_path):
+    write_hf(tmp_path / "model", torch.bfloat16)
+    columns = {"columns": MODEL.hidden_size, "more": MODEL.hidden_size + 1}
+    right = {"whole": "{data}/model", "cut": f"{{data}}/model@{MODEL.hidden_size}"}
+    assert steps_of(read_grid(str(toy(tmp_path, references=right))))
+    wrong = {"old": "{data}/" + model.format(**columns)}
+    with pytest.raises(UserError, match=f"references.old: .*{said.format(**columns)}"):
+        steps_of(read_grid(str(toy(tmp_path, references=wrong))))
+
+
 def test_the_columns_of_a_base_are_those_of_its_config(monkeypatch):
     monkeypatch.setattr(cells, "inputs_of", lambda verb, options: iter(()))
     monkeypatch.setattr(cells, "read_model_config", lambda path: replace(MODEL, hidden_size=96))
@@ -260,12 +279,13 @@ def test_every_option_that_may_name_a_path_is_read_or_known_to_be_a_word(verb):
         ("dev/qrels/test.tsv", _evaluate(training=["{data}/dev:test"])),
         ("dev/qrels/test.tsv", _evaluate(training=["own", "{data}/link"])),
         ("train.jsonl", {**_steps(data={"datasets": [{"path": "{data}/tr*.jsonl"}]})}),
-        ("tokenizer/tokenizer.json", {**_evaluate(), "references": {"cut": "{data}/tokenizer@8"}}),
+        ("model/tokenizer.json", {**_evaluate(), "references": {"cut": "{data}/model@8"}}),
     ],
 )
 def test_a_step_is_another_one_when_a_byte_changes_of_what_it_reads(tmp_path, changed, changes):
     """Through a name with a split or a number of columns, a glob, a link to a folder in a folder."""
     path = toy(tmp_path)
+    write_hf(tmp_path / "model", torch.bfloat16)
     (tmp_path / "test").rename(tmp_path / "dev")
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "inner").symlink_to(tmp_path / "dev")
