@@ -32,7 +32,7 @@ def main() -> None:
         if config.inspect:  # packs with torch, whose 190 MiB and seconds nothing else here needs
             from nemo_embed_core.data import inspect, inspect_page
 
-            inspect.check(config.against, config.output)
+            inspect.check(config.data, config.against, config.output)
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         if config.check:
             check_datasets(data, tokenizer)

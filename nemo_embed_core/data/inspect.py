@@ -30,13 +30,14 @@ from nemo_embed_core.data.near import CHARACTERS, NEAR, NearIndex, signer
 from nemo_embed_core.data.overlap import Distinct, Overlap, evaluation_set, texts_of
 from nemo_embed_core.data.packing import load_batch
 from nemo_embed_core.data.population import longest_draws, population
+from nemo_embed_core.data.readers import files_of, source_files
 from nemo_embed_core.data.sampler import Sampler, choose_documents, sampler
 from nemo_embed_core.data.statistics import quantiles, script
 from nemo_embed_core.data.store import Store
 from nemo_embed_core.data.texts import Texts, texts_in
 from nemo_embed_core.data.tokenizer import Tokenizer
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.files.durable import probe_file
+from nemo_embed_core.files.durable import probe_file, refuse_inputs
 
 UNCUT = 1_000  # texts of a side that are tokenised whole
 DRAWN = 8_192  # rows that are packed
@@ -122,13 +123,14 @@ def _inspect(
     }
 
 
-def check(against: Iterable[str], output: str) -> None:
+def check(config: DataConfig, against: Iterable[str], output: str) -> None:
     """UserError for what inspect() would find out after the store is built."""
     signer()
-    for name in against:
-        evaluation_set(name)
+    read = [file for group in files_of(config.datasets) for file in group]
+    read += [file for name in against for file in source_files(evaluation_set(name))]
     if output:
         probe_file(Path(output))
+        refuse_inputs((Path(output), Path(output).with_suffix(".html")), read)
 
 
 # ------------------------------------------------------------------------------------------ texts

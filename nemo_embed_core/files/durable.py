@@ -202,6 +202,18 @@ def probe_file(output: Path) -> None:
         raise UserError(f"output {output} cannot be written: {error.strerror}") from None
 
 
+def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """UserError where one of the outputs is a file that is read, under this name or another one."""
+    files = {(stat.st_dev, stat.st_ino): file for file in inputs if file.exists() for stat in [file.stat()]}
+    for output in outputs:
+        if not output.exists():
+            continue
+        stat = output.stat()
+        if (read := files.get((stat.st_dev, stat.st_ino))) is not None:
+            as_what = "" if read == output else f" (as {read})"
+            raise UserError(f"{output} is read{as_what}, and would be written over: choose another name")
+
+
 def free_bytes(path: Path) -> int:
     """Of the file system of `path`, or of the nearest folder above that still exists."""
     while not path.exists() and path != path.parent:

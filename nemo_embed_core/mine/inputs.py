@@ -24,6 +24,7 @@ from nemo_embed_core.data.readers import (
     read_documents,
     read_rows,
     read_splits,
+    source_files,
 )
 from nemo_embed_core.data.texts import texts_in
 from nemo_embed_core.errors import UserError
@@ -53,6 +54,17 @@ def documents_of(config: MineConfig, dataset: MineDatasetConfig) -> Iterator[Doc
         yield from (Document(corpus[key], key) for key in corpus)
     if config.corpus:
         yield from (Document(text, key) for key, text in read_documents(config.corpus, config.on_missing))
+
+
+def input_files(config: MineConfig, datasets: Iterable[MineDatasetConfig]) -> list[Path]:
+    """Every file of data that is read."""
+    found = [file for dataset in datasets for file in source_files(dataset.as_data())]
+    found += map(Path, [config.corpus] if config.corpus else [])
+    for path in config.exclude:
+        folder, _, split = path.rpartition(":")
+        is_split = folder and Path(folder).is_dir()
+        found += source_files(DatasetConfig(path=folder, split=split)) if is_split else [Path(path)]
+    return found
 
 
 def by_ids(config: MineConfig, dataset: MineDatasetConfig) -> bool:

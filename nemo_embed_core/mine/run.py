@@ -29,12 +29,12 @@ from nemo_embed_core.data.readers import Findings, is_beir, read_rows, with_task
 from nemo_embed_core.data.texts import texts_in
 from nemo_embed_core.encoders.precomputed import precomputed_sides
 from nemo_embed_core.errors import UserError
-from nemo_embed_core.files.durable import write_atomically
+from nemo_embed_core.files.durable import refuse_inputs, write_atomically
 from nemo_embed_core.files.strict_json import read_object
 from nemo_embed_core.mine.corpus import Ranks
 from nemo_embed_core.mine.folder import read_folder
 from nemo_embed_core.mine.formats import FORMATS, convert_all
-from nemo_embed_core.mine.inputs import by_ids, documents_of, read_all
+from nemo_embed_core.mine.inputs import by_ids, documents_of, input_files, read_all
 from nemo_embed_core.mine.negatives import mine_negatives
 from nemo_embed_core.mine.output import FolderWriter
 from nemo_embed_core.mine.pool import Known, Row, Rows
@@ -42,6 +42,7 @@ from nemo_embed_core.mine.report import plot_datasets, plot_report, print_groups
 from nemo_embed_core.mine.teachers import Teachers, check_source, using
 
 Log = Callable[[str], None]
+REPORTS = (".report.json", ".report.png")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def make_plan(config: MineConfig, log: Log = print, ranks: Ranks | None = None) 
     with texts_in(config.output or None):
         found = read_all(config, datasets, log, ranks)
     plan = Plan(config, datasets, sources, usage, found.known, found.excluded)
+    refuse_inputs(_written(plan), input_files(config, datasets.values()))
     for name in datasets:
         _writer(plan, name)  # refuses now what it would in hours
     _check_disk(plan, found.counts, found.num_bytes * ranks.size)
@@ -105,6 +107,16 @@ def _check_options(config: MineConfig) -> None:
     folder = next(p for p in output.absolute().parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"output {config.output}: {folder} cannot be written to; choose another place")
+
+
+def _written(plan: Plan) -> Iterator[Path]:
+    """Every file whose name an input may have."""
+    outputs = [plan.output(name) for name in plan.datasets]
+    suffixes = ["", *(f".{form}{FORMATS[form].SUFFIX}" for form in plan.config.formats)]
+    for output in outputs:
+        yield from (output.with_name(output.name + suffix) for suffix in [*suffixes, *REPORTS])
+    if len(outputs) > 1:
+        yield from (Path(plan.config.output) / f"report{suffix}" for suffix in (".json", ".png"))
 
 
 def _is_of_a_killed_run(config: MineConfig, output: Path) -> bool:
@@ -172,8 +184,9 @@ def write_texts(config: MineConfig, log: Log = print) -> None:
     """The texts that a run embeds, once each, for embedding elsewhere; --model takes them with the .npy."""
     _check_options(config)
     folder = Path(config.write_texts)
-    folder.mkdir(parents=True, exist_ok=True)
     datasets = named_datasets(config).values()
+    refuse_inputs((folder / "documents.jsonl", folder / "queries.jsonl"), input_files(config, datasets))
+    folder.mkdir(parents=True, exist_ok=True)
     with texts_in(folder):
         _write_texts(config, datasets, folder, log)
 

@@ -310,19 +310,24 @@ def test_what_is_missing_is_said_before_anything_is_read(tmp_path, monkeypatch):
     beir, rows = tmp_path / "beir", tmp_path / "rows.jsonl"
     write_beir(beir, {"q": "a"}, {"d": "b"}, "dev")
     rows.write_text("not read")
-    check([f"{beir}:dev"], "")
+    data = DataConfig(datasets=[DatasetConfig(path=str(rows))])
+    check(data, [f"{beir}:dev"], "")
+    (tmp_path / "rows.json").symlink_to(rows)
+    (tmp_path / "report.html").symlink_to(beir / "corpus.jsonl")
     for against, output, message in [
         ([str(beir)], "", "test.tsv (or .gz) does not exist; splits there: dev"),
         ([f"{beir}:dev", f"{tmp_path}/none"], "", "none is no BEIR or dataset folder"),
         ([str(rows)], "", "rows.jsonl is no BEIR or dataset folder"),
         ([], str(rows / "report.json"), "rows.jsonl"),
+        ([], f"{tmp_path}/rows.json", f"{tmp_path}/rows.json is read (as {rows}), and would be written over"),
+        ([f"{beir}:dev"], f"{tmp_path}/report.json", "report.html is read"),
     ]:
         with pytest.raises(UserError) as error:
-            check(against, output)
+            check(data, against, output)
         assert message in str(error.value)
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(UserError, match=r"pip install 'nemo_embed_core\[inspect\]'"):
-        check([], "")
+        check(data, [], "")
 
 
 @pytest.mark.parametrize(

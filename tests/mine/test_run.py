@@ -428,3 +428,33 @@ def test_rows_are_mined_into_a_dataset_folder_of_their_own(tmp_path, monkeypatch
     own = write(tmp_path / "own.jsonl", {"query": "w", "pos": ["w w"], "prompt": "Mine"})
     with pytest.raises(UserError, match=r"own.jsonl:1: the row has an instruction of its own"):
         make_plan(replace(config, data=own, output=str(tmp_path / "other")), lambda _: None)
+
+
+@pytest.mark.parametrize("kind", ["data", "one of several", "a link", "corpus", "exclude", "texts of BEIR"])
+def test_a_file_that_is_read_is_never_written_over(kind, tmp_path, monkeypatch):
+    row = {"query": "w1 w2", "pos": ["w1 w2 w3"], "neg": ["w1 w7", "w5 w6"]}
+    data, other = write(tmp_path / "out", row), write(tmp_path / "in" / "b.jsonl", row)
+    (tmp_path / "texts.jsonl").write_text('{"text": "w1 w9"}\n')
+    options = {"data": data}
+    if kind == "one of several":  # out/b.jsonl is what one of them is written to
+        (tmp_path / "out").unlink()
+        data = write(tmp_path / "out" / "b.jsonl", row)
+        more = write(tmp_path / "in" / "c.jsonl", row)
+        options = {"datasets": [MineDatasetConfig(path=data), MineDatasetConfig(path=more)]}
+    elif kind == "a link":
+        (tmp_path / "link.jsonl").symlink_to(data)
+        options = {"data": str(tmp_path / "link.jsonl")}
+    elif kind in ("corpus", "exclude"):
+        data = str((tmp_path / "texts.jsonl").rename(tmp_path / "out"))
+        options = {"data": other, kind: data if kind == "corpus" else [data]}
+    if kind == "texts of BEIR":
+        folder = beir(tmp_path / "nq", {"d0": "w0 w1"}, {"q0": "w0"}, train=[("q0", "d0", 1)])
+        data = f"{folder}/queries.jsonl"
+        config = MineConfig(data=folder, write_texts=folder)
+    before = Path(data).read_bytes()
+    with pytest.raises(UserError, match=rf"^{data} is read.*: choose another name"):
+        if kind == "texts of BEIR":
+            run.write_texts(config)
+        else:
+            mined(tmp_path, monkeypatch, **options)
+    assert Path(data).read_bytes() == before and not list(tmp_path.glob("out*.work"))
