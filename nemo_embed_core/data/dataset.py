@@ -83,6 +83,9 @@ def read_metadata(folder: Path, findings: Findings | None = None, name: str = ME
             raise UserError(f"{path}: {name} must be {type_name(want())}, got {type_name(entry)}")
         if name not in known and findings is not None:
             findings.note(f"fields of {METADATA} that are not known ({short(name)}), passed over", path, 1)
+    for name in ("queries", "documents"):
+        if type(count := value.get("counts", {}).get(name, 0)) is not int:
+            raise UserError(f"{path}: counts.{name} must be an integer, got {type_name(count)}")
     return Metadata(**{name: entry for name, entry in value.items() if name in known})
 
 
@@ -279,9 +282,10 @@ def read_documents(
     for path, line, row in read_records(folder, "corpus", texts is not None, findings, groups):
         try:
             key = check_id(row["id"], "id")
-            for name in ("lang", "group"):
-                if row.get(name) is not None:
-                    check_id(row[name], name)
+            if row.get("group") is not None:
+                check_id(row["group"], "group")
+            if row.get("lang") is not None:
+                check_unicode(row["lang"], "lang")
             text = document_text(row) if texts is None else texts.at(key)
             if languages is not None and row.get("lang") is not None:
                 languages[key] = sys.intern(row["lang"])

@@ -18,7 +18,8 @@ from nemo_embed_core.data.columnar import BATCH, num_parquet_rows
 from nemo_embed_core.data.dataset import COLUMNS, METADATA, Metadata, read_corpus, read_metadata, shards
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.row import Row
-from nemo_embed_core.data.lines import Findings, short
+from nemo_embed_core.data.formats.writing import RowIds
+from nemo_embed_core.data.lines import Findings
 from nemo_embed_core.data.normal_form import exact_key, has_content, normal_key
 from nemo_embed_core.data.store import DROPPED
 from nemo_embed_core.data.texts import Texts
@@ -52,27 +53,24 @@ def write_dataset(
     with new_folder(folder) as tmp:
         corpus = _Corpus(tmp, shared)
         queries = _Shards(tmp, "queries")
-        seen: set[bytes] = set()
-        num_left_out = 0
+        names, num_left_out = RowIds(), 0
         for i, row in enumerate(rows):
             failpoint("dataset.row", i)
-            key = row.id or f"q{i}"
-            if (hashed := exact_key(key)) in seen:
-                raise DataError(
-                    row.path, row.line, f"id {short(key)} is the id of another row: make ids unique"
-                )
-            seen.add(hashed)
+            try:
+                key = names.of(i, row.id)
+            except UserError as error:
+                raise DataError(row.path, row.line, str(error)) from None
             pos = corpus.entries(row.pos, row.pos_ids, row.pos_scores)
             neg = corpus.entries(row.neg, row.neg_ids, row.neg_scores)
             num_left_out += len(pos.keys() & neg.keys())
             queries.add_question(metadata.corpus_id, key, row, pos, neg)
         for key, text in documents:
             corpus.entries([text], [key] if key else (), ())
-        if not seen:
+        if not len(names):
             raise UserError(f"{folder}: there are no rows to write")
         files = {**corpus.close(), **queries.close()}
         counts = {
-            "queries": len(seen),
+            "queries": len(names),
             "documents": sum(entry["rows"] for name, entry in files.items() if name.startswith("corpus")),
             "variants": corpus.num_variants,
             "renamed": corpus.num_renamed,

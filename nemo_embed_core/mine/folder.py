@@ -232,7 +232,7 @@ class FolderRows(Rows):
                 if place == next_at:
                     names = {"lang": "lang", "id": "question_id", "group": "group"}
                     known = {name: row.get(column) for name, column in names.items()}
-                    more = {name: check_id(x, name) for name, x in known.items() if x is not None}
+                    more = {name: str(x) for name, x in known.items() if x not in (None, "")}
                     yield row["question"], more
                     next_at = next(wanted, None)
                 place += 1

@@ -176,6 +176,24 @@ def replace_neg(one: Row) -> Row:
     return one._replace(neg=["two"], neg_ids=["d2"], neg_scores=[0.5])
 
 
+def test_what_is_written_is_read_back_with_odd_ids_and_languages(tmp_path):
+    """Ids of some rows, one of them the name that the row behind it would get; any string is a language."""
+    rows = [dict(ROWS[i], lang=lang) for i, lang in enumerate([" de", "pt BR", "", "zh\t"])]
+    rows[0]["id"], rows[2]["id"] = "q1", "x y"
+    config = DataConfig(datasets=[source(tmp_path / "rows.jsonl", rows)])
+    folders = write_datasets(config, tmp_path / "out", silent)
+    check_datasets(folders, log=silent)
+    got = list(read_rows(folders.datasets[0]))
+    assert [one.lang for one in got] == [" de", "pt BR", "", "zh\t"]
+    assert [one.query for one in got] == [one["query"] for one in rows]
+    ids = [one.id for one in got]
+    assert ids[0] == "q1" and ids[2] == "x y" and len(set(ids)) == 4
+    again = [dict(ROWS[0]), dict(ROWS[1], id="q0")]
+    config = DataConfig(datasets=[source(tmp_path / "other.jsonl", again)])
+    with pytest.raises(UserError, match=r"other.jsonl:2: id 'q0' is the id of another row, maybe"):
+        write_datasets(config, tmp_path / "other", silent)
+
+
 def test_what_a_folder_cannot_hold_is_refused(tmp_path):
     rows = [dict(ROWS[0], prompt="A"), dict(ROWS[1], prompt="B")]
     config = DataConfig(datasets=[source(tmp_path / "rows.jsonl", rows)])
@@ -186,6 +204,10 @@ def test_what_a_folder_cannot_hold_is_refused(tmp_path):
     whole = replace(source(tmp_path / "rows.jsonl"), task="query:{text}")
     with pytest.raises(UserError, match=r"'query:' does not end in a space"):
         write_datasets(DataConfig(datasets=[whole]), tmp_path / "out", silent)
+    inside = DataConfig(datasets=[replace(whole, task="find {text} in it")])
+    for call in (lambda: write_datasets(inside, tmp_path / "out", silent), lambda: check_datasets(inside)):
+        with pytest.raises(UserError, match=r"task 'find \{text\} in it': \{text\} has to be its end"):
+            call()
     with pytest.raises(UserError, match="give --tokenizer FOLDER"):
         PrepareConfig()
     assert not (tmp_path / "out").exists()

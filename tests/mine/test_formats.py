@@ -118,6 +118,24 @@ def test_ids_of_the_rows_and_of_their_documents_are_kept(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("form", ["tevatron", "automodel"])
+def test_odd_rows_are_read_back_from_what_is_written_for_others(tmp_path, form):
+    """Ids of some rows, of which one is the name that another would get, of some documents, and a positive
+    that stands twice."""
+    odd = {"pos": ["p1", "p1", "p2"], "pos_scores": [0.9, 0.9, 0.8]}
+    rows = [{**ROWS[0], **odd, "id": "q1", "neg_ids": [None, "d4"]}, ROWS[1]]
+    (tmp_path / "mined.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(tmp_path / "mined.jsonl", path := tmp_path / f"out{FORMATS[form].SUFFIX}", form)
+    first, second = read_rows(DatasetConfig(path=str(path)))
+    assert first.id == "q1" and second.id not in ("q1", "") and [*dict.fromkeys(first.pos)] == ["p1", "p2"]
+    assert dict(zip(first.pos, first.pos_scores, strict=True)) == {"p1": 0.9, "p2": 0.8}
+    assert first.neg == ROWS[0]["neg"] and all(first.neg_ids)
+    rows = [ROWS[1], rows[0] | {"id": "q0"}]
+    (tmp_path / "mined.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="id 'q0' is the id of another row, maybe of one without: make ids"):
+        convert(tmp_path / "mined.jsonl", tmp_path / "no.json", form)
+
+
 def test_sentence_transformers_rows_are_whole_tuples_one_per_positive(mined, tmp_path):
     counts = convert(mined, tmp_path / "out.parquet", "sentence-transformers", num_negatives=2, prompt="P ")
     assert counts == {"rows": 1, "left_out": 2}

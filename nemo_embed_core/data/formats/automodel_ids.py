@@ -20,7 +20,7 @@ from nemo_embed_core.data.formats.beir import Beir
 from nemo_embed_core.data.formats.dataset import joined
 from nemo_embed_core.data.formats.ids import beir_of_ids, entries, read_corpus, without
 from nemo_embed_core.data.formats.row import Row, check_known
-from nemo_embed_core.data.formats.writing import document_id, write_parquet
+from nemo_embed_core.data.formats.writing import RowIds, document_id, write_parquet
 from nemo_embed_core.data.lines import Findings, check_id, check_text, short, type_name
 from nemo_embed_core.data.prompts import task_of
 from nemo_embed_core.data.records import Source, find, records
@@ -148,22 +148,23 @@ def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest
     new: list[dict[str, str]] = []
 
     def documents(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-        out = []
+        out: dict[str, dict[str, Any]] = {}
         for text, score in zip(row[kind], row[f"{kind}_scores"], strict=True):
-            key = document_id(text)
+            if (key := document_id(text)) in out:
+                continue  # a row names a document once
             if (raw := bytes.fromhex(key)) not in seen:
                 seen.add(raw)
                 new.append({"id": key, "text": text})
-            out.append({"id": key, "score": score})
-        return out
+            out[key] = {"id": key, "score": score}
+        return [*out.values()]
 
-    data = path.with_name(f".{path.name}.data.tmp")
+    data, names = path.with_name(f".{path.name}.data.tmp"), RowIds()
 
     def texts() -> Iterable[dict[str, str]]:
         # One pass over the rows: ids go to a file of their own while their new texts go to the corpus.
         with open(data, "w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
-                question = {"question_id": str(row.get("id", f"q{i}")), "question": row["query"]}
+                question = {"question_id": names.of(i, row.get("id", "")), "question": row["query"]}
                 lists = {"pos_doc": documents(row, "pos"), "neg_doc": documents(row, "neg")}
                 line = {**question, "corpus_id": corpus_id, **lists}
                 file.write((",\n" if i else "") + json.dumps(line, ensure_ascii=False))

@@ -24,7 +24,7 @@ from nemo_embed_core.data.dataset import (
 from nemo_embed_core.data.dataset_source import SourceTexts, source_files, source_texts
 from nemo_embed_core.data.documents import Documents
 from nemo_embed_core.data.formats.beir import Beir, beir_of
-from nemo_embed_core.data.formats.row import Row, check_number, positive
+from nemo_embed_core.data.formats.row import Row, check_number, check_string, positive
 from nemo_embed_core.data.lines import Findings, check_id, check_text, short
 from nemo_embed_core.data.normal_form import exact_key
 from nemo_embed_core.data.prompts import task_of
@@ -190,7 +190,7 @@ def joined(
     lang, group = fields.get("lang"), fields.get("group")
     return Row(
         query, list(pos.values()), list(neg.values()), path, line,
-        lang="" if lang is None else check_id(lang, "lang"),
+        lang=check_string(lang or "", "lang", '"de"'),
         id=key,
         group="" if group is None else check_id(group, "group"),
         pos_ids=list(pos), neg_ids=list(neg),

@@ -18,7 +18,7 @@ from nemo_embed_core.data.formats.row import (
     check_number,
     check_string,
 )
-from nemo_embed_core.data.formats.writing import document_id, write_lines
+from nemo_embed_core.data.formats.writing import RowIds, document_id, write_lines
 from nemo_embed_core.data.lines import check_id, check_text, type_name
 
 NAME = "tevatron"
@@ -70,14 +70,17 @@ def _passages(value: Any, field: str) -> tuple[list[str], list[str], list[float]
 
 def write(path: Path, rows: Iterable[dict[str, Any]], num_negatives: int, digest: str) -> None:
     def passages(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-        ids = row.get(f"{kind}_ids") or map(document_id, row[kind])
+        known = row.get(f"{kind}_ids") or [None] * len(row[kind])
+        ids = [key or document_id(text) for key, text in zip(known, row[kind], strict=True)]
         # No "title", not even an empty one: the peer would put a space behind it, in front of the text.
         triples = zip(ids, row[kind], row[f"{kind}_scores"], strict=True)
         return [{"docid": key, "text": text, "score": score} for key, text, score in triples]
 
+    names = RowIds()
+
     def lines() -> Iterable[dict[str, Any]]:
         for i, row in enumerate(rows):
             texts = {"positive_passages": passages(row, "pos"), "negative_passages": passages(row, "neg")}
-            yield {"query_id": str(row.get("id", f"q{i}")), "query": row["query"], **texts}
+            yield {"query_id": names.of(i, row.get("id", "")), "query": row["query"], **texts}
 
     write_lines(path, lines())

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_embed_core.data.lines import short
+from nemo_embed_core.data.normal_form import exact_key
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.files.durable import replacing, write_atomically
 
 ROWS_PER_GROUP, CHARACTERS_PER_GROUP = 4096, 32 << 20  # of a parquet file, at most: what is in memory at once
@@ -16,6 +19,28 @@ ROWS_PER_GROUP, CHARACTERS_PER_GROUP = 4096, 32 << 20  # of a parquet file, at m
 def document_id(text: str) -> str:
     """The same for the same text in every file, so that files may be trained on together."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class RowIds:
+    """of(i, own): the id of row i, its own or, where it has none, q{i} or the next that no row before has."""
+
+    def __init__(self) -> None:
+        self._taken: set[bytes] = set()
+
+    def of(self, number: int, own: str) -> str:
+        """UserError for an id of its own that another row has."""
+        key, count = own or f"q{number}", 1
+        while exact_key(key) in self._taken:
+            if own:
+                fix = "make ids unique, and give them to all rows or to none"
+                raise UserError(f"id {short(own)} is the id of another row, maybe of one without: {fix}")
+            count += 1
+            key = f"q{number}-{count}"
+        self._taken.add(exact_key(key))
+        return key
+
+    def __len__(self) -> int:
+        return len(self._taken)
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
