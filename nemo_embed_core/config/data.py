@@ -105,7 +105,9 @@ def dataset_names(paths: Iterable[str], given: Iterable[str] = ()) -> list[str]:
     for i, path in enumerate(paths):
         if names[i]:
             continue
-        stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.(gz|zst))?$", "", Path(path).name)
+        own = Path(path).name
+        own = Path(path).resolve().name if own in ("", "..") else own  # of "." and ".."
+        stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.(gz|zst))?$", "", own)
         stem = re.sub(r"[^\w.-]+", "_", stem)  # of a glob
         count = 1
         while (name := stem if count == 1 else f"{stem}-{count}") in names:

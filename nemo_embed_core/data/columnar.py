@@ -103,8 +103,26 @@ def arrow(path: Path, findings: Findings, wanted: str) -> Fields:
             else:
                 reader = batches = pyarrow.ipc.open_stream(mapped)
             yield from _batches(path, findings, reader.schema, _column_problem, 0, map(_valid, batches))
+            if not is_file and (wrong := _stream_problem(mapped)):
+                findings.bad(path, 1, wrong)
     except (pyarrow.ArrowException, OSError) as error:
         findings.bad(path, 1, f"not a whole Arrow file: {one_line(error)}; copy it again")
+
+
+_CONTINUES = b"\xff\xff\xff\xff"  # in front of each message; of length 0, the end
+
+
+def _stream_problem(mapped: Any) -> str:
+    """What is wrong with the end of a stream that has been read: without its mark, batches may lack."""
+    end = mapped.tell()
+    if end != mapped.size():
+        return f"not one Arrow stream: {mapped.size() - end:,} bytes follow its end; write one file for each"
+    mapped.seek(0)
+    is_of_old = mapped.read(4) != _CONTINUES  # before Arrow 0.15, whose mark is four zeros
+    mapped.seek(max(0, end - 8))
+    if is_of_old or mapped.read() == _CONTINUES + bytes(4):
+        return ""
+    return "the Arrow stream has no end mark: the file is truncated, copy or write it again"
 
 
 def _valid(batch: Any) -> Any:

@@ -35,6 +35,8 @@ from nemo_embed_core.errors import DataError, UserError
 def check_datasets(config: DataConfig, tokenizer: Tokenizer | None = None, log: Log = print) -> Findings:
     """Reads every row as training would; tokenises nothing but instructions, and writes nothing."""
     config = _with_datasets(config)
+    for dataset in config.datasets:
+        query_prompt(dataset.task), query_prompt(dataset.document_task)  # say what is wrong with them
     if tokenizer is not None:
         check_prompts(config, tokenizer)
     with texts_in(config.cache_dir):

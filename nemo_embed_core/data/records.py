@@ -71,7 +71,12 @@ def find(path: str, split: str = "train") -> Source:
     if here.is_dir():
         return _folder(here, split)
     if not here.exists() and glob.has_magic(path):
-        files = sorted(Path(name) for name in glob.glob(path, recursive=True) if not Path(name).is_dir())
+        found = sorted(map(Path, glob.glob(path, recursive=True)))
+        files = [file for file in found if not file.is_dir()]
+        read = {folder for file in files for folder in file.parents}
+        if passed := [one for one in found if one.is_dir() and one not in read and has_rows(one)]:
+            what = f"{path} matches {passed[0]}, a folder whose rows would not be read"
+            raise UserError(f"{what}: match its files, or name each folder as a dataset")
         if not files:
             raise UserError(f"no file matches {path}")
         for file in files:
@@ -134,6 +139,8 @@ def _folder(folder: Path, split: str) -> Source:
         splits = read_object(folder / "dataset_dict.json").get("splits")
         if not isinstance(splits, list) or split not in splits:
             raise UserError(f"{folder} has the splits {splits}: set the dataset's split to one of them")
+        if not (folder / split).is_dir():
+            raise UserError(f"{folder / split} does not exist, and dataset_dict.json names it: copy it again")
         return _folder(folder / split, split)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         data: Any = read_object(folder / "state.json").get("_data_files")
@@ -172,8 +179,12 @@ def _shards(path: str, files: list[Path], split: str) -> Source:
     if len(kinds) > 1 or not all(_ending(file) in READERS for file in files):
         names = ", ".join(file.name for file in files[:10])
         most = max(files, key=lambda file: (_ending(file) in READERS, kinds[kind_of(file)]))
+        if _ending(most) not in READERS:
+            endings = ", ".join(f".{kind}" for kind in READERS if kind != "triples")
+            raise UserError(f"{path} has {names}, whose names say no kind: rename them to end in {endings}")
+        one = path if Path(path).is_dir() else str(most.parent)
         raise UserError(
-            f"{path} has files of several kinds ({names}): give one kind, as {path}/*.{_ending(most)}"
+            f"{path} has files of several kinds ({names}): give one kind, as {one}/*.{_ending(most)}"
         )
     plain = Counter(re.sub(r"\.(gz|zst)$", "", str(file)) for file in files)
     if twice := [file for file in files if plain[str(file)] > 1]:
@@ -197,6 +208,10 @@ def _shards(path: str, files: list[Path], split: str) -> Source:
             )
         left_out = tuple(file for name, group in of_split.items() if name != split for file in group)
         files = of_split[split]
+    chosen = [stem for stem, _ in shards if any(str(file).startswith(stem) for file in files)]
+    if twice := [stem for stem in chosen if chosen.count(stem) > 1]:
+        totals = " and ".join(f"of {int(count)}" for stem, count in shards if stem == twice[0])
+        raise UserError(f"{twice[0]} has shards of several sets, {totals}: remove those of all but one")
     for (stem, count), numbers in shards.items():
         if len(numbers) != int(count) and any(str(file).startswith(stem) for file in files):
             first = min(numbers | set(range(int(count))), key=lambda i: (i in numbers, i))

@@ -34,7 +34,8 @@ from nemo_embed_core.errors import DataError
 class Format(Protocol):
     """A module of data/formats/: how a record becomes a row.
 
-    It may also have COLUMNS = True: fields count by their order; NUMBERS: fields that are numbers, also in
+    It may also have COLUMNS = True: fields count by their order; columns(fields): where they stand in one of
+    the fields; NUMBERS: fields that are numbers, also in
     CSV; scan(records): what row() gets as its fourth argument, of all records.
     """
 
@@ -80,6 +81,7 @@ def file_rows(config: DatasetConfig, source: Source, findings: Findings) -> Iter
                     findings.note(what, path, line)
             fields = _as_written(fields, source, one)
             if getattr(one, "COLUMNS", False):
+                fields = one.columns(fields) if hasattr(one, "columns") else fields
                 order = order or list(fields)
                 fields = _ordered(fields, order)
             elif order:

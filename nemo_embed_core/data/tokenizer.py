@@ -71,11 +71,6 @@ class Tokenizer:
         for a prompt that leaves no room (named `name`), for a text that gives no token at all (no BOS and
         nothing the vocabulary knows) and for a text that is not Unicode (lone surrogates).
         """
-        if max_length <= self._num_special:
-            raise UserError(
-                f"{name}={max_length} leaves no room for text: the tokenizer adds {self._num_special} "
-                f"special token(s); use at least {self._num_special + 1}"
-            )
         self.check_prompt(prompt, max_length, name)
         out, cut = list[np.ndarray](), list[np.ndarray]()
         for batch in _batches(texts):
@@ -157,6 +152,11 @@ class Tokenizer:
 
         encode() asks this of every prompt; callers ask it before they read or embed anything.
         """
+        if max_length <= self._num_special:
+            raise UserError(
+                f"{name}={max_length} leaves no room for text: the tokenizer adds {self._num_special} "
+                f"special token(s); use at least {self._num_special + 1}"
+            )
         if not prompt or (prompt, max_length) in self._prompts:
             return
         ((ids, _),) = self._encode([prompt], [0], 1 << 20)

@@ -84,7 +84,7 @@ def make_plan(config: MineConfig, log: Log = print, ranks: Ranks | None = None) 
     plan = Plan(config, datasets, sources, usage, found.known, found.excluded)
     refuse_inputs(_written(plan), input_files(config, datasets.values()))
     for name in datasets:
-        _writer(plan, name)  # refuses now what it would in hours
+        _writer(plan, name), _prompts(plan, name)  # refuse now what they would in hours
     _check_disk(plan, found.counts, found.num_bytes * ranks.size)
     return plan
 

@@ -435,6 +435,60 @@ def test_rows_that_would_be_read_twice_or_not_at_all_are_refused(tmp_path: Path)
     assert len(read(tmp_path)) == 1, "as on the hub; an empty folder has no rows"
 
 
+def test_folders_that_a_glob_would_pass_over_and_left_overs_of_other_sets_are_refused(tmp_path: Path) -> None:
+    row_file(tmp_path / "a.jsonl")
+    (tmp_path / "de").mkdir()
+    assert len(read(f"{tmp_path}/*")) == 1, "an empty folder"
+    row_file(tmp_path / "de" / "b.jsonl")
+    with pytest.raises(UserError, match=rf"/\* matches {tmp_path}/de, a folder whose rows would not be read"):
+        read(f"{tmp_path}/*")
+    assert len(read(f"{tmp_path}/**")) == 2, "its files are matched, too"
+    for number, total in ((0, 1), (0, 2), (1, 2)):
+        row_file(tmp_path / "de" / f"train-{number:05d}-of-{total:05d}.jsonl")
+    (tmp_path / "de" / "b.jsonl").unlink()
+    for path in (tmp_path / "de", f"{tmp_path}/de/*"):
+        with pytest.raises(UserError, match=r"de/train has shards of several sets, of 1 and of 2: remove"):
+            read(path)
+    (tmp_path / "de" / "train-00000-of-00001.jsonl").unlink()
+    assert len(read(tmp_path / "de")) == 2
+    (tmp_path / "de" / "b.csv").write_text("anchor,positive\na,b\n")
+    with pytest.raises(UserError, match=rf"several kinds .* as {tmp_path}/de/\*\.jsonl$"):
+        read(f"{tmp_path}/de/*")
+
+
+def test_a_saved_split_whose_folder_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match=rf"{tmp_path}/train does not exist, and dataset_dict\.json names it"):
+        read(tmp_path)
+
+
+def test_an_arrow_stream_that_ends_before_its_mark_or_goes_on_behind_it_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    rows, file = pyarrow.table({"anchor": ["a", "b"], "positive": ["p", "q"]}), tmp_path / "x.arrow"
+
+    def stream(legacy: bool) -> bytes:
+        buffer, how = io.BytesIO(), pyarrow.ipc.IpcWriteOptions(use_legacy_format=legacy)
+        with pyarrow.ipc.new_stream(buffer, rows.schema, options=how) as writer:
+            for _ in range(3):
+                writer.write_table(rows)
+        return buffer.getvalue()
+
+    whole = stream(False)
+    for data in (whole, stream(True)):
+        file.write_bytes(data)
+        assert len(read(file)) == 6
+    size = len(rows.to_batches()[0].serialize())
+    for data, message in (
+        (whole[:-8], "the Arrow stream has no end mark: the file is truncated"),
+        (whole[: -8 - size], "the Arrow stream has no end mark"),  # a whole batch less
+        (whole + whole, f"not one Arrow stream: {len(whole)} bytes follow its end"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(DataError) as error:
+            read(file)
+        assert message in str(error.value)
+
+
 def test_a_glob_over_several_splits_is_said(tmp_path: Path) -> None:
     for name in ("nq_dev", "nq_train", "train-2"):
         row_file(tmp_path / f"{name}.jsonl")

@@ -168,6 +168,10 @@ BAD = {
         {"metadata": {**METADATA, "counts": {"documents": 4}}},
         "corpus has 3 rows, and dataset_metadata.json counts 4 documents",
     ),
+    "a count in quotes": (
+        {"metadata": {**METADATA, "counts": {"queries": "2"}}},
+        "dataset_metadata.json: counts.queries must be an integer, got a string",
+    ),
     "another class": (
         {"metadata": {**METADATA, "class": "Other"}},
         "dataset_metadata.json: class is 'Other'",

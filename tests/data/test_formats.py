@@ -232,6 +232,14 @@ NEAR = {
     "labels, null": ({"text": "a", "label": None}, "field 'label' must be a string or an integer, got null"),
     "bitext, empty": ({"en": "a", "de": " "}, "field 'de' is empty or only spaces"),
     "bitext, three": ({"translation": {"en": "a", "de": "b", "fr": "c"}}, "bitext has two"),
+    "ours, a score that no fp32 holds": (
+        {"query": "q", "pos": ["p"], "neg": [], "pos_scores": [3.5e38]},
+        "pos_scores[0] must be a finite number, got 3.5e+38; fp32 has room for 3.403e+38",
+    ),
+    "flagembedding, a prompt with words behind the text": (
+        {"query": "q", "pos": ["p"], "neg": [], "prompt": "about {text}, find"},
+        "task 'about {text}, find': {text} has to be its end",
+    ),
     "none": (
         {"title": "a", "body": "b"},
         "not a training row: it has ['body', 'title'] and no query, pos, neg",
@@ -281,6 +289,18 @@ def test_what_is_unknown_and_what_is_missing_is_said_together(tmp_path: Path) ->
     assert str(caught.value) == f"{path}:1: {right}"
     with pytest.raises(DataError, match=r":1: field 'passage' is missing$"):
         rows_of(path, format="f2llm", ignore=["url", "Passage"])
+
+
+def test_translations_are_read_in_one_order_whatever_the_order_of_their_keys(tmp_path: Path) -> None:
+    pairs = [{"en": "dog", "de": "Hund"}, {"de": "Katze", "en": "cat"}]
+    path = jsonl(tmp_path / "d.jsonl", [{"translation": pair} for pair in pairs])
+    there = [("dog", ["Hund"], "en"), ("cat", ["Katze"], "en")]
+    back = [(pos[0], [query], "de") for query, pos, _ in there]
+    assert [(row.query, row.pos, row.lang) for row in rows_of(path)] == there
+    assert [(row.query, row.pos, row.lang) for row in rows_of(path, columns=["de", "en"])] == back
+    jsonl(path, [{"translation": pairs[0]}, {"translation": {"en": "cat", "fr": "chat"}}])
+    with pytest.raises(DataError, match=r":2: columns \['en', 'fr'\] are not those of the first row"):
+        rows_of(path)
 
 
 def test_columns_are_read_in_the_order_that_the_dataset_says(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,4 +124,7 @@ def test_options_of_a_mix_are_those_of_the_stores_datasets(store, config):
 def test_names():
     paths = ["data/nq.jsonl.gz", "other/nq.parquet", "beir/nq", "a b*.csv"]
     assert dataset_names(paths) == ["nq", "nq-2", "nq-3", "a_b_"]
+    assert dataset_names([".", "..", f"{Path.cwd()}/../"]) == [
+        Path.cwd().name, Path.cwd().parent.name, f"{Path.cwd().parent.name}-2",
+    ]  # fmt: skip
     assert dataset_names(paths, ["", "q", "", "nq-2"]) == ["nq", "q", "nq-3", "nq-2"]

@@ -15,6 +15,7 @@ from nemo_embed_core.data import containers, lines
 from nemo_embed_core.data.formats import ours
 from nemo_embed_core.data.formats import row as data_row
 from nemo_embed_core.data.readers import Row, read_beir, read_passages, read_rows, source_files
+from nemo_embed_core.data.texts import TextsById
 from nemo_embed_core.errors import DataError, UserError
 
 
@@ -280,6 +281,22 @@ def test_missing_parts_of_a_beir_folder(tmp_path):
         rows_of(folder, split="dev")
     with pytest.raises(UserError, match="is not a folder"):
         read_beir(DatasetConfig(path=str(tmp_path / "nowhere"), split="test"))
+
+
+def test_ids_that_stand_twice_are_said_by_lines_without_a_search_for_each(tmp_path, monkeypatch):
+    (tmp_path / "qrels").mkdir()
+    texts = [json.dumps({"_id": f"d{i}", "text": f"text {i}"}) for i in (0, 1, 2, 1, 3, 0, 3)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(texts) + "\n")
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "x"}\n')
+    (tmp_path / "qrels/train.tsv").write_text("q\td0\t1\n")
+    passes, real = [], TextsById.__iter__
+    monkeypatch.setattr(TextsById, "__iter__", lambda self: passes.append(1) or real(self))
+    with pytest.raises(UserError) as error:
+        list(read_rows(DatasetConfig(path=str(tmp_path))))
+    said = [f"_id 'd{i}' is already the _id of line {line}:" for i, line in ((1, 2), (0, 1), (3, 5))]
+    for line, what in zip((4, 6, 7), said, strict=True):
+        assert f"corpus.jsonl:{line}: {what}" in str(error.value)
+    assert len(passes) == 1, "not once for each"
 
 
 def test_passages_of_a_candidate_pool(tmp_path):

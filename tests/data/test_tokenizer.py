@@ -253,6 +253,8 @@ def test_what_is_not_text_is_named(tokenizer, bad, fragment):
 def test_lengths_too_short_for_anything(tokenizer):
     with pytest.raises(UserError, match=r"max_length=1 leaves no room.*at least 2"):
         tokenizer.encode(["x"], 1)
+    with pytest.raises(UserError, match=r"query_max_length=1 leaves no room.*at least 2"):
+        tokenizer.check_prompt("", 1, "query_max_length")
     prompt = query_prompt("Given a question, retrieve the passages that answer it")
     length = len(tokenizer.encode([prompt], 999)[0])
     tokenizer.check_prompt(prompt, length + 4, "data.query_max_length")

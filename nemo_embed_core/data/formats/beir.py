@@ -244,13 +244,15 @@ def _read_texts(
     texts = TextsById({}, Texts())
     nothing = texts.texts.append("")
     lines = array("q")  # of the texts, in order
+    places: dict[str, int] = {}  # of the ids in `lines`, from the first that stands twice on
     for line, row in json_lines(path, findings, '{"_id": "...", "text": "..."}'):
         try:
             if "_id" not in row:
                 raise ValueError("field '_id' is missing" + (": rename id to _id" if "id" in row else ""))
             key = check_id(row["_id"], "_id")
             if key in texts:
-                first = lines[list(texts).index(key)]
+                places = places or {other: place for place, other in enumerate(texts)}
+                first = lines[places[key]]
                 raise ValueError(f"_id {short(key)} is already the _id of line {first}: make ids unique")
             if languages is not None and isinstance(lang := row.get("lang"), str) and keep(key):
                 check_unicode(lang, "lang")
@@ -259,6 +261,8 @@ def _read_texts(
         except ValueError as error:
             findings.bad(path, line, str(error))
             continue
+        if places:
+            places[key] = len(lines)
         lines.append(line)
         texts.indices[key] = texts.texts.append(text) if text and keep(key) else nothing
     return texts

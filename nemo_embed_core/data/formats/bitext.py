@@ -42,14 +42,17 @@ def sniff(fields: dict[str, Any]) -> bool:
     return is_pair and (names in PAIRS or all(map(_is_code, names)))
 
 
+def columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """The languages of a translation: keys of an object have no order, and rows are to have that of one."""
+    inner = fields.get("translation")
+    return inner if len(fields) == 1 and isinstance(inner, dict) else fields
+
+
 def row(fields: dict[str, Any], path: str, line: int) -> Row:
-    inside = ""
-    if tuple(fields) == ("translation",) and isinstance(fields["translation"], dict):
-        fields, inside = fields["translation"], "translation."
     if len(fields) != 2:
         raise ValueError(
             f"columns {short(list(fields))}: bitext has two, a text and its translation; ignore others"
         )
     (first, query), (second, pos) = fields.items()
-    query, pos = check_text(query, inside + first), check_text(pos, inside + second)
+    query, pos = check_text(query, first), check_text(pos, second)
     return Row(query, [pos], [], path, line, lang=first if _is_code(first) else "")

@@ -15,6 +15,7 @@ from nemo_embed_core.data.formats.row import (
     text_list,
 )
 from nemo_embed_core.data.lines import check_id, check_text
+from nemo_embed_core.data.prompts import query_prompt
 
 NAME = "ours"
 EXAMPLE = '{"query": "...", "pos": ["..."], "neg": []}'
@@ -51,6 +52,7 @@ def row(fields: dict[str, Any], path: str, line: int) -> Row:
     )
     lang = check_string(fields.get("lang", ""), "lang", '"de"')
     prompt = check_string(fields["prompt"], "prompt", '"Find answers"') if "prompt" in fields else None
+    query_prompt(prompt or "")  # says what is wrong with it
     key, group = optional_id(fields, "id"), optional_id(fields, "group")
     pos_ids, neg_ids = _document_ids(fields, "pos_ids", len(pos)), _document_ids(fields, "neg_ids", len(neg))
     more = (lang, key, group, pos_ids, neg_ids, prompt)

@@ -6,7 +6,6 @@ positive, and no positive among the negatives.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,10 +46,14 @@ def check_list(value: Any, field: str, what: str, count: int | None = None) -> l
     return value
 
 
+FP32_MAX = (2 - 2**-23) * 2.0**127  # a store keeps scores and grades in fp32
+
+
 def check_number(value: Any, field: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{field} must be a finite number, got {short(value)}")
+    if not is_number or not abs(value) <= FP32_MAX:
+        most = f"; fp32 has room for {FP32_MAX:.4g}" if is_number and abs(value) > FP32_MAX else ""
+        raise ValueError(f"{field} must be a finite number, got {short(value)}{most}")
     return float(value)
 
 
