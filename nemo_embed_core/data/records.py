@@ -209,9 +209,9 @@ def _shards(path: str, files: list[Path], split: str) -> Source:
         left_out = tuple(file for name, group in of_split.items() if name != split for file in group)
         files = of_split[split]
     chosen = [stem for stem, _ in shards if any(str(file).startswith(stem) for file in files)]
-    if twice := [stem for stem in chosen if chosen.count(stem) > 1]:
-        totals = " and ".join(f"of {int(count)}" for stem, count in shards if stem == twice[0])
-        raise UserError(f"{twice[0]} has shards of several sets, {totals}: remove those of all but one")
+    if several := [stem for stem in chosen if chosen.count(stem) > 1]:
+        totals = " and ".join(f"of {int(count)}" for stem, count in shards if stem == several[0])
+        raise UserError(f"{several[0]} has shards of several sets, {totals}: remove those of all but one")
     for (stem, count), numbers in shards.items():
         if len(numbers) != int(count) and any(str(file).startswith(stem) for file in files):
             first = min(numbers | set(range(int(count))), key=lambda i: (i in numbers, i))
