@@ -159,10 +159,17 @@ def new_folder(final: Path, replaces: bool = False) -> Iterator[Path]:
     try:
         yield tmp
         fsync_files(tmp)
-        if final.exists() and not replaces:
-            final.rmdir()
-        if (old := publish(tmp, final)) is not None:
-            shutil.rmtree(old)
+        if replaces:
+            if (old := publish(tmp, final)) is not None:
+                shutil.rmtree(old)
+        else:
+            made = tmp.stat().st_ino
+            publish(tmp, final, first_wins=True)  # takes the place of an empty folder
+            if final.stat().st_ino != made:
+                raise UserError(
+                    f"{final} has been written by another process meanwhile: its result stays, and this one "
+                    "is dropped"
+                )
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise

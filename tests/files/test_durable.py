@@ -75,6 +75,18 @@ def test_every_file_of_a_new_folder_is_synced_before_the_folder_has_its_name(
     assert calls[named + 1 :] == [f"fsync {tmp_path.name}"]
 
 
+def test_of_two_that_make_one_new_folder_the_first_stays_and_the_other_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is as good as none
+    told = f"^{out} has been written by another process meanwhile: its result stays"
+    with pytest.raises(UserError, match=told), durable.new_folder(out) as late:
+        (late / "x").write_text("late")
+        (tmp_path / "first").mkdir()
+        (tmp_path / "first/x").write_text("first")
+        os.rename(tmp_path / "first", out)
+    assert (out / "x").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_of_two_folders_of_one_name_the_first_wins_or_is_set_aside(tmp_path: Path) -> None:
     def publish(text: str, **how: bool) -> Path | None:
         (tmp_path / "tmp").mkdir()
