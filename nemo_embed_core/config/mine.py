@@ -103,7 +103,7 @@ class Selection(Options):
     """Of several models' lists: the documents in all of them, or in any, ordered by the mean of their
     ranks."""
     combine_depth: int = 100
-    """Documents per query of each model's list."""
+    """Documents per query of each model's list; at least as many as one model's search has to return."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -112,12 +112,18 @@ def figures(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
             for p in report["packing"]
         ],
     )
-    packed = report["packing"][-1]["density"] if report["packing"] else 0.0
+    # Steps of one micro-batch each are not full for lack of rows, which says nothing about packing.
+    last = report["packing"][-1] if report["packing"] else {"micro_batches": 0, "steps": 0}
+    packed = last["density"] if last["micro_batches"] > last["steps"] else 0.0
+
+    def saved(useful: float) -> str:
+        return f"{1 - useful / packed:.1%}" if packed else "too few rows"
+
     table(
         "padded to the longest query and the longest document of a batch",
         ["rows of a batch", "tokens", "with padding", "useful", "saved by packing"],
         [
-            (p["rows_a_batch"], p["tokens"], p["slots"], p["useful"], f"{1 - p['useful'] / packed:.1%}")
+            (p["rows_a_batch"], p["tokens"], p["slots"], p["useful"], saved(p["useful"]))
             for p in report["padded"]
         ],
     )

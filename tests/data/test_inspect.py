@@ -164,6 +164,16 @@ def test_rows_are_packed_in_the_mix_that_training_draws(small):
     assert report["counts"]["rows"] == 5
 
 
+def test_a_few_short_rows_in_a_large_micro_batch_are_no_share_of_it(words, tmp_path, capsys):
+    """Two tokens of 100,000 are a density of 0.0000."""
+    (tmp_path / "one.jsonl").write_text('{"query": "a", "pos": ["b"], "neg": []}\n')
+    data = DatasetConfig(path=str(tmp_path / "one.jsonl"))
+    config = DataConfig(datasets=[data], cache_dir=str(tmp_path / "cache"), max_tokens=100_000)
+    report = inspect(config, words, open_store(config, words, lambda line: None), log=lambda line: None)
+    print_report(report)
+    assert capsys.readouterr().out.count("too few rows") == 2 and "too few rows" in page(report)
+
+
 def test_samples_have_the_negatives_that_training_takes(small):
     config, words, store = small
     first = replace(config, num_hard_negatives=1, negatives="first")
