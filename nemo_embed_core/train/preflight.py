@@ -41,13 +41,8 @@ from nemo_embed_core.parallel.mesh import pick_device
 from nemo_embed_core.train.engine import run_dtype
 from nemo_embed_core.train.first_weights import check_lora
 from nemo_embed_core.train.optim import BYTES_PER_PARAMETER, check_master_weights
-from nemo_embed_core.train.run_state import (
-    changed_samples,
-    population_of,
-    refuse_other_model,
-    sampler_of,
-    usage_of,
-)
+from nemo_embed_core.train.run_state import population_of, sampler_of, usage_of
+from nemo_embed_core.train.same_run import changed_samples, refuse_other_model
 from nemo_embed_core.train.trackers import check_trackers
 
 

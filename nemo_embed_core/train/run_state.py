@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and which run may go on from it.
+"""What a checkpoint of a run holds.
 
 State is (weights, optimizer state, step): the data position is the step itself, so a resumed run sees exactly
 the rows that an uninterrupted one would have seen, at any world size.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,131 +16,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_embed_core.checkpoint.adapter import Adapter, adapter_of
-from nemo_embed_core.checkpoint.manifest import (
-    MANIFEST,
-    PROJECTION,
-    model_from_dict,
-    parameter_of,
-    state_name,
-)
+from nemo_embed_core.checkpoint.adapter import Adapter
+from nemo_embed_core.checkpoint.manifest import PROJECTION, parameter_of, state_name
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Usage, usage_of_training
 from nemo_embed_core.checkpoint.weights import non_finite_weights, write_values
 from nemo_embed_core.checkpoint.write import Piece
-from nemo_embed_core.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from nemo_embed_core.config import ModelConfig, TrainConfig
 from nemo_embed_core.data import mix
 from nemo_embed_core.data.packing import draw_rows
 from nemo_embed_core.data.population import Population, population
 from nemo_embed_core.data.sampler import Sampler, sampler
 from nemo_embed_core.data.store import Store
-from nemo_embed_core.data.teacher_vectors import TeacherVectors, refuse_other_teacher
+from nemo_embed_core.data.teacher_vectors import TeacherVectors
 from nemo_embed_core.data.tokenizer import Tokenizer
-from nemo_embed_core.errors import UserError
 from nemo_embed_core.options import to_dict
 from nemo_embed_core.parallel.boxes import Box, unpadded
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine
 from nemo_embed_core.train.optim import STATE, base_of, remainder_of, set_num_updates, state_of
+from nemo_embed_core.train.same_run import changed_options, changed_samples, first_weights, refuse_other_model
 from nemo_embed_core.train.schedule import num_warmup_steps
 from nemo_embed_core.train.spikes import LossWindow
-
-
-def refuse_other_model(
-    config: TrainConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig
-) -> None:
-    """A checkpoint is continued by the model that wrote it, and forward."""
-    if config.steps is not None and manifest["step"] > config.steps:
-        raise UserError(
-            f"{folder} has done {manifest['step']} steps already and steps={config.steps} is the last one "
-            f"asked for; set steps above {manifest['step']} to train on, or use it as it is "
-            "(launch/merge.py, launch/evaluate.py)"
-        )
-    adapter = adapter_of(manifest)
-    lora = adapter.lora if adapter is not None else LoraConfig()
-    # Dropout may change, as the learning rate may: what is held is the same.
-    if (lora.rank or config.lora.rank) and lora != replace(config.lora, dropout=0.0):
-        held = f"LoRA adapters ({_lora_words(lora)})" if lora.rank else "a whole model"
-        now = f"lora is {_lora_words(config.lora)}" if config.lora.rank else "has no lora"
-        raise UserError(
-            f"{folder} holds {held} and this run {now}: continue as it was begun, or start a new run with "
-            "--init_from and this checkpoint"
-        )
-    was = model_from_dict(manifest["model"], folder / MANIFEST)
-    for name in ("pooling", "is_causal"):
-        old, new = getattr(was, name), getattr(model, name)
-        if old != new:
-            raise UserError(
-                f"{folder} was trained with model.{name}={old} and this run has model.{name}={new}, whose "
-                f"vectors are others; continue with {old}, or start a new run with --init_from and this "
-                "checkpoint"
-            )
-    if was != model:
-        raise UserError(f"{folder} holds a model of another shape: {to_dict(was)}, not {to_dict(model)}")
-    if "temperature" in manifest and not config.loss.temperature_lr:
-        learned = math.exp(manifest["temperature"]["log"])
-        raise UserError(
-            f"{folder} has learned a temperature, {learned:.4g} by now, and this run has "
-            f"loss.temperature_lr=0, which would go back to loss.temperature={config.loss.temperature}; "
-            "continue with a rate, or start a new run with --init_from and this checkpoint"
-        )
-    if "teacher_vectors" in manifest:
-        refuse_other_teacher(config, folder, manifest["teacher_vectors"])
-
-
-def _lora_words(lora: LoraConfig) -> str:
-    return f"rank={lora.rank}, alpha={lora.alpha:g}, targets={' '.join(lora.targets)}"
-
-
-def changed_samples(
-    config: TrainConfig, folder: Path, manifest: dict[str, Any], store: Store, population: str
-) -> list[str]:
-    """What differs of the options that decide the sequence of samples; UserError where it must not."""
-    old, new = manifest["config"], json.loads(json.dumps(to_dict(config)))
-    hard = "num_hard_negatives"
-    # Begun before stores left out negatives, or before they knew the groups of rows: the same samples where
-    # none was left out for it.
-    earlier = [store.manifest.get(name) for name in ("digest_v1", "digest_ungrouped")]
-    digest = manifest["data_digest"] if manifest["data_digest"] in earlier else store.digest
-    changed = [
-        (option, f"{name} was {was!r}, now {now!r}")
-        for option, name, was, now in (
-            ("seed", "seed", old["seed"], new["seed"]),
-            ("global_batch_size", "global_batch_size", old["global_batch_size"], new["global_batch_size"]),
-            ("data", "data (digest)", manifest["data_digest"], digest),
-            ("data", f"data.{hard}", old["data"][hard], new["data"][hard]),
-            # Rows left out or shortened: other loss.in_batch, on_long_row or max_tokens, or begun before any
-            # were.
-            ("data", "rows drawn from (digest, empty for all)", manifest.get("population", ""), population),
-            *(
-                ("data", f"data.{key}", old["data"].get(key, default), new["data"][key])
-                for key, default in {"negatives": "sample", "batches": "mixed"}.items()
-            ),
-            *(
-                ("data", f"{key} of data.datasets", _of_datasets(old, key), _of_datasets(new, key))
-                for key in MIX
-            ),
-        )
-        if was != now
-    ]
-    refused = {option: text for option, text in changed if option not in config.checkpoint.allow_changed}
-    if refused:
-        raise UserError(
-            f"{folder} cannot be continued: {'; '.join(refused.values())}. With these changed the samples "
-            "of a step are others; restore them, start a new run with --init_from and this checkpoint, or "
-            "accept that samples are seen twice or left out: --checkpoint.allow_changed "
-            f"{' '.join(refused)}"
-        )
-    return [text for _, text in changed]
-
-
-# Options of a dataset that decide how often its rows are drawn, and what they were before they could be set.
-MIX = {"cap": None, "weight": 1.0}
-
-
-def _of_datasets(config: dict[str, Any], name: str) -> list[Any]:
-    return [dataset.get(name, MIX[name]) for dataset in config["data"]["datasets"]]
 
 
 def draws_lone_rows(manifest: dict[str, Any] | None) -> bool:
@@ -183,6 +79,7 @@ class RunState:
     ledger             hash chain over the rows of every step so far, and whether it was skipped
     losses             what the next loss is judged by
     optim              options of the optimizer with the number of warm-up steps, once it is known
+    init_from          what the run began with, whatever a resumed one is given
     drawn              of each dataset, by name, rows and tokens so far (data/mix.py)
     evaluated          record of the last evaluation and the best one (train/evaluate.py); {}: there was none
     overrides          what checkpoint.allow_changed has let pass, over all resumes
@@ -209,6 +106,7 @@ class RunState:
         self.ledger = "0" * 64
         self.losses = LossWindow(engine.config.spike_zscore)
         self.optim = engine.config.optim
+        self.init_from = engine.config.init_from
         self.evaluated: dict[str, Any] = {}
         self.overrides: list[dict[str, Any]] = []
         self.export_dtype = engine.dtype
@@ -301,7 +199,7 @@ class RunState:
             "model": model,
             "export_dtype": str(self.export_dtype).removeprefix("torch."),
             **({"adapter": self.adapter.to_json()} if self.adapter is not None else {}),
-            "config": {**options, "optim": to_dict(self.optim)},
+            "config": {**options, "optim": to_dict(self.optim), "init_from": self.init_from},
             "commit": self.commit,
             "run": self.run,
             "overrides": self.overrides,
@@ -386,14 +284,8 @@ class RunState:
                 "on the samples of a step are others, and no promise holds any more that each is seen "
                 "once an epoch; the manifest records it"
             )
-        old = manifest["config"]
         if self.optim.warmup_steps is None:  # left out: the run keeps the one that it began with
-            self.optim = replace(self.optim, warmup_steps=old["optim"]["warmup_steps"])
-        new = json.loads(json.dumps({**to_dict(config), "optim": to_dict(self.optim)}))
-        options = {"loss": LossConfig, "optim": OptimConfig}
-        for key in ("steps", "loss", "optim", "precision"):
-            was = old.get(key)
-            if key in options:  # older: fewer options
-                was = {**to_dict(options[key]()), **was}
-            if was != new[key]:
-                log(f"WARNING: {key} changed since the checkpoint: {was} -> {new[key]}")
+            self.optim = replace(self.optim, warmup_steps=manifest["config"]["optim"]["warmup_steps"])
+        self.init_from, other = first_weights(config, manifest)
+        for text in [other] * bool(other) + changed_options(config, self.optim, manifest):
+            log(f"WARNING: {text}")
