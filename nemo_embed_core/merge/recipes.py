@@ -101,12 +101,13 @@ def score_name(evaluate: Score) -> str:
 def score_of(folder: Path, evaluate: Score, sources: str) -> float:
     """evaluate(folder); of a command line the number on the last line that it prints.
 
-    UserError names `sources`, whose average the folder holds, where that is no number.
+    UserError names `sources`, whose average the folder holds, where that is no finite number, which neither
+    ranks nor stands in a report.
     """
     if not isinstance(evaluate, str):
         score = float(evaluate(folder))
-        if math.isnan(score):
-            raise UserError(f"evaluate={score_name(evaluate)} returned nan for the average of {sources}")
+        if not math.isfinite(score):
+            raise UserError(f"evaluate={score_name(evaluate)} returned {score} for the average of {sources}")
         return score
     command = [word.replace("{folder}", str(folder)) for word in shlex.split(evaluate)]
     try:
@@ -118,8 +119,8 @@ def score_of(folder: Path, evaluate: Score, sources: str) -> float:
         score = math.nan if run.returncode else float(last)
     except ValueError:
         score = math.nan
-    if math.isnan(score):
+    if not math.isfinite(score):
         failed = f"ended with code {run.returncode}"
-        ended = failed if run.returncode else f"printed {last!r} on its last line, not a number"
+        ended = failed if run.returncode else f"printed {last!r} on its last line, not a finite number"
         raise UserError(f"--evaluate {evaluate!r} {ended} for the average of {sources}")
     return score

@@ -357,13 +357,13 @@ def test_soup_through_the_launcher(three: list[Path], tmp_path: Path, monkeypatc
     )
     card = (tmp_path / "out/README.md").read_text()
     assert "because it scored best alone" in card and "s2: " not in card
-    for broken in ("print('no number')", "raise SystemExit(3)", "print(float('nan'))"):
+    for broken in ("print('no number')", "raise SystemExit(3)", "print(float('nan'))", "print('-inf')"):
         (tmp_path / "score.py").write_text(broken)
         with pytest.raises(SystemExit):
             launcher(
                 monkeypatch, *folders, "--method", "soup", "--evaluate", evaluate, "-o", tmp_path / "out2"
             )
-        assert re.search("not a number|ended with code 3", capsys.readouterr().err)
+        assert re.search("not a finite number|ended with code 3", capsys.readouterr().err)
     assert not list(tmp_path.glob("*out2*"))
 
 
@@ -390,6 +390,8 @@ def test_merging_from_python(three: list[Path], tmp_path: Path, monkeypatch, cap
     assert "wrote " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"evaluate=<lambda> returned nan for the average of .*m0"):
         merge.merge(three, tmp_path / "out", method="soup", evaluate=lambda folder: math.nan)
+    with pytest.raises(UserError, match=r"evaluate=<lambda> returned inf for the average of .*m0"):
+        merge.merge(three, tmp_path / "out", method="soup", evaluate=lambda folder: math.inf)
     for options, message in (
         ({"method": "mean"}, "method='mean' must be one of average, slerp, soup"),
         ({"method": "slerp"}, "--method slerp and --t T belong together"),
