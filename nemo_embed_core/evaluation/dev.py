@@ -32,7 +32,7 @@ from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation import labelled
 from nemo_embed_core.evaluation.rank_statistics import spearman
 from nemo_embed_core.evaluation.retrieval import Best, rank_of_ids
-from nemo_embed_core.evaluation.retrieval_task import sample_queries
+from nemo_embed_core.evaluation.retrieval_task import sample_queries, unanswerable
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _read_retrieval(name: str, dataset: EvalDatasetConfig, how: _How, findings: 
         if grade > 0 and document in number
     ]
     own_Q = [number.get(query, -1) if dataset.ignore_identical_ids else -1 for query in beir.queries]
-    if all(pair % len(ids) == own_Q[pair // len(ids)] for pair, _ in pairs):
+    if len(lost := unanswerable(beir, dataset.ignore_identical_ids)) == len(beir.queries):
         raise UserError(f"{dataset.path}: no query of split {dataset.split} has a relevant document")
     judged = np.array(sorted(pairs), np.int64)
     ideal = [_ideal(beir.qrels[query].values()) for query in beir.queries]
@@ -165,8 +165,9 @@ def _read_retrieval(name: str, dataset: EvalDatasetConfig, how: _How, findings: 
     documents, cut_documents = _side(
         how.tokenizer, stripped, length, prompts.document, "data.document_max_length"
     )
+    without = f", {len(lost):,} without a relevant document, whose nDCG@10 is 0" if lost else ""
     how.log(
-        f"dev set {name}: {len(own_Q):,} queries ({cut:.1%} cut) over {len(ids):,} documents "
+        f"dev set {name}: {len(own_Q):,} queries ({cut:.1%} cut{without}) over {len(ids):,} documents "
         f"({cut_documents:.1%} cut){sampled}, prompts {prompts.query!r} and {prompts.document!r}"
     )
     arrays = (judged[:, 0], judged[:, 1], np.array(ideal), np.array(own_Q, np.int64))

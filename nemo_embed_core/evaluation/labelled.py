@@ -107,7 +107,15 @@ class Labelled:
             raise UserError(
                 f"{config.data}: {len(self.rows)} rows of split {config.split}; two are the least"
             )
+        check_gold(config, self.rows, self.train)
         say(f"{len(self.rows)} rows of split {config.split} of {config.data}")
+        found = dict(findings.counts)
+        if self.train and (strangers := untrained(self.rows, self.train)):
+            found["texts with a label that no row of train has, which cannot be right"] = len(strangers)
+            say(
+                f"{len(strangers)} of {len(self.rows)} texts have a label that no row of train has, and "
+                f"cannot be right (first: {strangers[0]['id']}, label {strangers[0]['gold']!r})"
+            )
         for line in findings.lines():
             say(line)
         digest = hashlib.sha256(json.dumps([self.rows, self.train]).encode()).hexdigest()
@@ -117,7 +125,7 @@ class Labelled:
             "main_score": next(iter(self.columns.values())),
             "statistic": self.kind.statistic,
             **{"digest": digest, "path": config.data, "split": config.split},
-            **{"queries": len(self.rows), "train": len(self.train), "found": findings.counts},
+            **{"queries": len(self.rows), "train": len(self.train), "found": found},
         }
         with mteb_imported():
             pass  # seconds in the table are of encoding and scoring, not of imports
@@ -146,7 +154,9 @@ class Labelled:
             figures, scores = self.kind.run(model, self.rows, self.train)
         figures = {name: float(value) for name, value in figures.items()}
         if bad := [name for name, value in figures.items() if not np.isfinite(value)]:
-            raise UserError(f"{bad[0]} is not a number: all grades, or all similarities, are the same")
+            raise UserError(
+                f"{self.facts['path']}: {bad[0]} is not a number: all similarities of the model are the same"
+            )
         name = self.facts["main_score"] if self.kind.statistic == "mean" else "predicted"
         own = [{}] * len(self.rows) if self.kind.statistic == "none" else [{name: score} for score in scores]
         rows = [
@@ -154,6 +164,33 @@ class Labelled:
             for row, score in zip(self.rows, own, strict=True)
         ]
         return {**figures, "per_query": rows}
+
+
+def check_gold(config: TaskOptions, rows: list[Row], train: list[Row]) -> None:
+    """UserError for labels or grades that leave nothing to tell apart: any model would have the same score,
+    or none."""
+    of, num = (
+        f"{config.data}: {len(rows)} rows of split {config.split}",
+        len({row.get("gold") for row in rows}),
+    )
+    if config.task_type == "sts" and num == 1:
+        raise UserError(f"{of} with one grade have no order; give others")
+    if config.task_type == "pair_classification" and num == 1:
+        raise UserError(f"{of} all have the label {rows[0]['gold']:g}; give pairs with 0 and with 1")
+    if config.task_type == "clustering" and num in (1, len(rows)):
+        have = "one label" if num == 1 else "as many labels"
+        raise UserError(f"{of} have {have}: nothing is to be grouped; give texts of several labels")
+    if config.task_type == "classification" and len({row["gold"] for row in train}) == 1:
+        label = train[0]["gold"]
+        raise UserError(
+            f"{config.data}: {len(train)} rows of split train all have the label {label!r}; give others too"
+        )
+
+
+def untrained(rows: list[Row], train: list[Row]) -> list[Row]:
+    """Of a classification, with labels that it cannot know."""
+    known = {row["gold"] for row in train}
+    return [row for row in rows if row["gold"] not in known]
 
 
 def without_sides(usage: Usage) -> Usage:

@@ -18,6 +18,7 @@ from nemo_embed_core.config import DatasetConfig
 from nemo_embed_core.config.evaluate import TaskOptions
 from nemo_embed_core.data.normal_form import normal_form
 from nemo_embed_core.data.readers import Beir, Findings, read_splits
+from nemo_embed_core.errors import UserError
 from nemo_embed_core.evaluation.encoding import Encoding, say
 from nemo_embed_core.evaluation.pools import Digests, Pool, pools_of, restricted
 from nemo_embed_core.evaluation.retrieval import METRICS, evaluate_bm25, evaluate_parts, mteb_imported
@@ -107,6 +108,18 @@ def sample_queries(beir: Beir, count: int, seed: int) -> Beir:
     return beir._replace(queries={query: text for query, text in beir.queries.items() if query in chosen})
 
 
+def unanswerable(beir: Beir, ignore_identical_ids: bool) -> list[str]:
+    """Queries that judge no document relevant that could be found."""
+    return [
+        query
+        for query in beir.queries
+        if not any(
+            grade > 0 and document in beir.corpus and not (ignore_identical_ids and document == query)
+            for document, grade in beir.qrels[query].items()
+        )
+    ]
+
+
 def with_facts(
     beir: Beir, config: TaskOptions, seed: int, findings: Findings, digests: Digests
 ) -> tuple[Beir, dict[str, Any]]:
@@ -122,6 +135,15 @@ def with_facts(
         say(f"languages of the queries: {', '.join(f'{name} {count}' for name, count in languages.items())}")
     for line in findings.lines():
         say(line)
+    found = dict(findings.counts)
+    if lost := unanswerable(beir, config.ignore_identical_ids):
+        if len(lost) == len(beir.queries):
+            raise UserError(f"{config.data}: no query of split {config.split} has a relevant document")
+        found["queries without a relevant document, which count as 0"] = len(lost)
+        say(
+            f"{len(lost)} of {len(beir.queries)} queries have no relevant document and count as 0, as in "
+            f"mteb (first: {lost[0]!r})"
+        )
     # The query is in the corpus under its own id: ArguAna, Quora. In other sets two numberings only meet.
     identical = [query for query in beir.queries if query in beir.corpus]
     if identical:
@@ -149,7 +171,7 @@ def with_facts(
         "seed": seed if sampled else None,
         "documents": len(beir.corpus),
         "languages": languages,  # of the queries, where they say it
-        "found": findings.counts,
+        "found": found,
         "ignore_identical_ids": config.ignore_identical_ids,
         "identical_ids": len(identical),
     }

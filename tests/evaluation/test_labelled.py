@@ -235,11 +235,48 @@ def test_what_a_task_has_not_is_refused(tmp_path, task_type, options, message):
         plan.open()
 
 
-def test_grades_that_are_all_the_same_are_refused(launcher, static, tmp_path):
-    data = tmp_path / "same.jsonl"
-    rows = ({**row, "score": 1} for row in table("sts", 1, 5))
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        UserError, match="spearman is not a number: all grades, or all similarities, are the same"
-    ):
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task_type", "gold", "message"),
+    [
+        ("sts", lambda i: 1.5, "d.jsonl: 5 rows of split test with one grade have no order"),
+        ("pair_classification", lambda i: 1, "d.jsonl: 5 rows of split test all have the label 1; give"),
+        ("pair_classification", lambda i: 0.0, "d.jsonl: 5 rows of split test all have the label 0; give"),
+        ("clustering", lambda i: "a", "d.jsonl: 5 rows of split test have one label: nothing is to be"),
+        ("clustering", lambda i: i, "d.jsonl: 5 rows of split test have as many labels: nothing is to be"),
+    ],
+)
+def test_grades_and_labels_that_no_model_could_get_wrong_are_refused(tmp_path, task_type, gold, message):
+    """Before anything is encoded."""
+    name = "score" if task_type == "sts" else "label"
+    rows = [{**row, name: gold(i)} for i, row in enumerate(table(task_type, 1, 5))]
+    data = written(tmp_path / "d.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        Labelled(EvaluateConfig(data=str(data), task_type=task_type))
+
+
+def test_labels_of_a_classification_that_training_has_not_are_refused_or_said(tmp_path, capsys):
+    texts = [{"text": f"w{i} w{i + 1}", "label": i % 2} for i in range(12)]
+    written(tmp_path / "data/test.jsonl", [*texts, {"text": "w3", "label": 7}, {"text": "w4", "label": "8"}])
+    config = EvaluateConfig(data=str(tmp_path / "data"), task_type="classification")
+    written(tmp_path / "data/train.jsonl", [{**row, "label": 1} for row in texts])
+    with pytest.raises(UserError, match="data: 12 rows of split train all have the label '1'; give others"):
+        Labelled(config)
+    written(tmp_path / "data/train.jsonl", texts)
+    counts = {"texts with a label that no row of train has, which cannot be right": 2}
+    assert counts.items() <= Labelled(config).facts["found"].items()
+    said = "2 of 14 texts have a label that no row of train has, and cannot be right (first: test.jsonl:13, "
+    assert f"{said}label '7')" in capsys.readouterr().out
+
+
+def test_similarities_that_are_all_the_same_are_refused(launcher, static, tmp_path):
+    data = written(
+        tmp_path / "same.jsonl", [{"sentence1": "w1", "sentence2": "w1", "score": i} for i in range(5)]
+    )
+    with pytest.raises(UserError, match=r"same.jsonl: spearman is not a number: all similarities of"):
         launcher.run(tmp_path / "r.json", models=[str(static)], data=str(data), task_type="sts")

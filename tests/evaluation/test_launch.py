@@ -448,6 +448,22 @@ def test_a_query_that_is_its_own_document_is_warned_about_and_left_out_when_told
     assert "warning" not in said and "20 of 20 queries have the id of a document" in said
 
 
+def test_queries_without_a_relevant_document_count_as_0_and_are_said(launcher, tmp_path, capsys):
+    """As in mteb and trec_eval; a task of nothing else measures nothing. Grades below 0 are not relevant."""
+    corpus = [{"_id": f"d{i}", "text": f"w{i} w{i + 1}"} for i in range(6)]
+    queries = [{"_id": f"q{i}", "text": f"w{i} w{i + 1}"} for i in range(4)]
+    judged = [("q0", "d0", 0), ("q1", "d1", 2), ("q2", "d2", -1), ("q3", "d3", 1)]
+    data = write_beir(tmp_path / "some", corpus, queries, judged)
+    entry = launcher.run(tmp_path / "a.json", models=["bm25"], data=str(data))["bm25"]
+    assert figures(entry) == [0.5, 0.5, 0.5]
+    assert entry["data"]["found"] == {"queries without a relevant document, which count as 0": 2}
+    said = "2 of 4 queries have no relevant document and count as 0, as in mteb (first: 'q0')"
+    assert said in capsys.readouterr().out
+    data = write_beir(tmp_path / "none", corpus, queries, [(q, d, min(g, 0)) for q, d, g in judged])
+    with pytest.raises(UserError, match="none: no query of split test has a relevant document"):
+        launcher.run(tmp_path / "b.json", models=["bm25"], data=str(data))
+
+
 def test_max_queries_is_a_sample_by_its_seed(launcher, beir, tmp_path, capsys):
     def ids(seed: int, count: int = 6) -> tuple[dict[str, int], list[float]]:
         entry = launcher.run(
