@@ -211,7 +211,8 @@ MUTANTS = [
     Mutant("adapters are folded into any base", WEIGHTS, "        adapter.check_base(base, folder)\n", "        pass\n", TEST_LORA),
     Mutant("a run goes on from any base", "nemo_embed_core/train/first_weights.py", "adapter.check_base(weights, checkpoint)", "pass", TEST_LORA),
     Mutant("merging looks at no base", ADAPTER, "stored._replace(sha256=self.adapter.files[file])", "stored", TEST_LORA),
-    Mutant("adapters of another alpha are gone on with", RUN_STATE, "and lora != replace(config.lora, dropout=0.0):", "and lora.rank != config.lora.rank:", TEST_LORA),
+    Mutant("adapters of another alpha are gone on with", "nemo_embed_core/train/same_run.py", "and lora != replace(config.lora, dropout=0.0):", "and lora.rank != config.lora.rank:", TEST_LORA),
+    Mutant("a resumed run says that it began with what it is given now", "nemo_embed_core/train/same_run.py", "stays = new if is_gone else old", "stays = new", "tests/train/test_init_layers.py"),
     # ---- the optimizer and the loop
     Mutant("AdamW ignores beta1 and beta2", OPTIM, '"betas": (config.beta1, config.beta2)', '"betas": (0.9, 0.999)', OPTIM_OPTIONS),
     Mutant("AdamW ignores eps", OPTIM, '"eps": config.eps', '"eps": 1e-8', OPTIM_OPTIONS),

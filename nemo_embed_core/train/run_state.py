@@ -36,7 +36,7 @@ from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine
 from nemo_embed_core.train.optim import STATE, base_of, remainder_of, set_num_updates, state_of
-from nemo_embed_core.train.same_run import changed_options, changed_samples, first_weights, refuse_other_model
+from nemo_embed_core.train.same_run import changed_options, changed_samples, refuse_other_model
 from nemo_embed_core.train.schedule import num_warmup_steps
 from nemo_embed_core.train.spikes import LossWindow
 
@@ -286,6 +286,6 @@ class RunState:
             )
         if self.optim.warmup_steps is None:  # left out: the run keeps the one that it began with
             self.optim = replace(self.optim, warmup_steps=manifest["config"]["optim"]["warmup_steps"])
-        self.init_from, other = first_weights(config, manifest)
+        self.init_from, other = began_with(config, manifest)
         for text in [other] * bool(other) + changed_options(config, self.optim, manifest):
             log(f"WARNING: {text}")

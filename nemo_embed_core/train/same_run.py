@@ -120,7 +120,7 @@ def _of_datasets(config: dict[str, Any], name: str) -> list[Any]:
     return [dataset.get(name, MIX[name]) for dataset in config["data"]["datasets"]]
 
 
-def first_weights(config: TrainConfig, manifest: dict[str, Any]) -> tuple[str, str]:
+def began_with(config: TrainConfig, manifest: dict[str, Any]) -> tuple[str, str]:
     """(init_from, as the checkpoints and cards of a resumed run go on to say it; what is to be said of it).
 
     Its own weights go on, so what it began with stays true, whatever is given now. The base of LoRA is read
