@@ -36,7 +36,7 @@ from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.parallel.grad_norm import is_tp_replicated, local_tensor
 from nemo_embed_core.train.engine import Engine
 from nemo_embed_core.train.optim import STATE, base_of, remainder_of, set_num_updates, state_of
-from nemo_embed_core.train.same_run import changed_options, changed_samples, refuse_other_model
+from nemo_embed_core.train.same_run import began_with, changed_options, changed_samples, refuse_other_model
 from nemo_embed_core.train.schedule import num_warmup_steps
 from nemo_embed_core.train.spikes import LossWindow
 
