@@ -143,6 +143,7 @@ MUTANTS = [
     Mutant("a resumed run forgets the temperature's moments", LEARNED, "value.fill_(values[name])", "pass", "tests/train/test_temperature.py"),
     Mutant("a narrow vector is projected by other columns than its own", DISTILL, "projection[:, : rows_BND.shape[-1]]", "projection[:, -rows_BND.shape[-1] :]", LOSS),
     Mutant("slots without a document are far from the teacher", DISTILL, "far_BN.masked_fill(~exists_BN, 0.0).sum(1) / exists_BN.sum(1)", "far_BN.mean(1)", f"{TEACHER} {LOSS}"),
+    Mutant("a teacher's vectors are compared in bf16", "nemo_embed_core/loss/distill.py", "groups.docs_BMD], 1).to(projection.dtype)", "groups.docs_BMD], 1).bfloat16().to(projection.dtype)", "tests/parallel/test_bf16.py -k teacher"),
     Mutant("the projection is a constant", OBJECTIVE, "teacher_vectors(groups, projection)", "teacher_vectors(groups, projection.detach() + 0 * projection)", LOSS),
     Mutant("the projection decays as the weights", LEARNED, "weight_decay=0.0", "weight_decay=0.3", LOSS),
     Mutant("the projection is written by every shard", RUN_STATE, "if plain == PROJECTION and self.engine.mesh.rank:", "if plain == PROJECTION and self.engine.mesh.tp.rank:", TEACHER),

@@ -5,6 +5,7 @@ is small beside that of the activations; so each fp32 stage is compared with fp6
 it was given.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,87 @@ def test_bf16_is_as_good_as_hugging_face_and_rounds_nothing_else(
             if layout[3] == "bf16" and stage == "sum over micro-batches and ranks":
                 low, limit = 1e-4, 2e-2  # a rounding for each micro-batch and rank
             assert low <= error <= limit, f"{name}: {stage} is off by {error:.1e} of a row, not {limit:.0e}"
+
+
+def one_step_of_vectors(folder: str, layout: tuple, name: str) -> dict[str, float]:
+    """The worst row's error of a step whose loss is the distance to a teacher's vectors, from the embeddings,
+    the projection and the vectors that the loss was given."""
+    import torch.distributed as dist
+    from tiny import read_config
+
+    from nemo_embed_core.checkpoint.weights import RandomReader
+    from nemo_embed_core.data.packing import build_micro_batch
+    from nemo_embed_core.parallel.mesh import build_mesh
+    from nemo_embed_core.train import step as step_module
+    from nemo_embed_core.train.engine import Engine
+    from nemo_embed_core.train.first_weights import fill_engine
+
+    dist.init_process_group("gloo")
+    tp, sp, dp, _ = layout
+    config, model = config_of(Path(folder), layout, name), read_config(Path(folder) / "model")
+    weights = {"info_nce_weight": 0.0, "teacher_vectors_weight": 0.7, "teacher_vectors_lr": 1e-3}
+    config = replace(config, loss=replace(config.loss, **weights))
+    mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
+    engine = Engine(config, model, mesh, teacher_width=24)
+    fill_engine(engine, RandomReader(model, 0))
+    generator = torch.Generator().manual_seed(mesh.dp_rank)
+    W = engine.projection.value
+    assert W.dtype == torch.float32
+    W.data += (
+        torch.randn(W.shape, generator=torch.Generator().manual_seed(7)) / 8
+    )  # the identity rounds nothing
+    store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
+    rows = np.arange(ROWS).reshape(dp, -1)[mesh.dp_rank]
+    ids = choose_documents(store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
+    batches = []
+    for i in range(0, len(rows), EACH):
+        batch = build_micro_batch(store, rows[i : i + EACH], ids[i : i + EACH], tp)
+        teacher = torch.randn(EACH, 1 + batch.document_index.shape[1], 24, generator=generator)
+        batches.append(replace(batch, teacher_vectors=teacher))
+    seen: list[tuple[Any, torch.Tensor, dict[str, torch.Tensor]]] = []
+    objective = step_module.objective
+
+    def see(groups: Any, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        gradients: dict[str, torch.Tensor] = {}
+        for side in ("q_BD", "docs_BMD"):
+            getattr(groups, side).register_hook(lambda grad, side=side: gradients.update({side: grad}))
+        losses, sums = objective(groups, *options)
+        seen.append((groups, losses.detach(), gradients))
+        return losses, sums
+
+    step_module.objective = see
+    engine.forward_backward(batches)
+    assert len(seen) == len(batches) > 1
+    errors: dict[str, float] = {}
+
+    def note(stage: str, got: torch.Tensor, want: torch.Tensor) -> None:
+        assert got.dtype == torch.float32, f"{stage}: {got.dtype}"
+        error = (got.double() - want).abs().flatten(0, -2).amax(1) if got.ndim > 1 else (got - want).abs()
+        size = want.abs().flatten(0, -2).amax(1) if got.ndim > 1 else want.abs()
+        errors[stage] = max(errors.get(stage, 0.0), (error / size)[size > 0].max().item())
+
+    exact = W.detach().double().requires_grad_()
+    for groups, losses, gradients in seen:
+        q, docs = (getattr(groups, s).detach().double().requires_grad_() for s in ("q_BD", "docs_BMD"))
+        projected = torch.einsum("bnd,td->bnt", torch.cat([q[:, None], docs], 1), exact)
+        teacher = groups.teacher_BND.double()
+        cosines = (projected * teacher).sum(-1) / projected.norm(dim=-1) / teacher.norm(dim=-1)
+        exists = torch.cat([torch.ones_like(groups.mask_BM[:, :1]), groups.mask_BM], 1)
+        wanted = 0.7 * ((1 - cosines) * exists).sum(1) / exists.sum(1)
+        (wanted.sum() / len(rows)).backward()
+        note("loss", losses, wanted.detach())
+        note("gradient of the queries", gradients["q_BD"], q.grad)
+        note("gradient of the documents", gradients["docs_BMD"], docs.grad)
+    note("gradient of the projection", W.grad, exact.grad)
+    return errors
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["tp2+sp", "dp2 split"])
+def test_the_distance_to_a_teacher_is_in_fp32_in_a_bf16_run(name, server, folder) -> None:
+    layout = LAYOUTS[name]
+    for errors in server.results(one_step_of_vectors, layout[0] * layout[2], str(folder), layout, name):
+        assert max(errors.values()) < 3e-6, errors
 
 
 def rms(errors: torch.Tensor) -> float:
