@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -23,6 +21,8 @@ from pathlib import Path
 
 import torch
 import triton
+
+from nemo_embed_core import version
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,17 +35,8 @@ LAYERS = {
 
 def commit() -> str:
     """Of the tree that runs; COMMIT in the environment names it where a copy has no history."""
-    if given := os.environ.get("COMMIT"):
-        return given
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True
-        ).stdout.strip()
-
-    if shutil.which("git") is None or not git("rev-parse", "HEAD"):
-        return "unknown"
-    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    sha, is_changed = version.commit()
+    return os.environ.get("COMMIT") or (sha or "unknown") + ("+changes" if is_changed else "")
 
 
 def cpu_name() -> str:

@@ -323,6 +323,7 @@ MUTANTS = [
     Mutant("rotary angles computed in fp32", LLAMA, "position_ids_T[:, None].to(inv_freq.dtype) * inv_freq", "(position_ids_T[:, None].float() * inv_freq.float()).to(inv_freq.dtype)", ONE),
     Mutant("rope scaling without its linear part", LLAMA, ".clamp(0, 1)", ".round().clamp(0, 1)", ONE),
     Mutant("the other trainer trains in the dtype of the folder", "benchmarks/trainers.py", '"dtype": torch.float32}', '"dtype": "auto"}', "tests/benchmarks/test_trainers.py"),
+    Mutant("the result of another measurement makes a commit changed", "nemo_embed_core/version.py", '"--", ".", *others', '"--", "."', "tests/export/test_card.py -k commit"),
     Mutant("rows of a quick run look whole", "benchmarks/step_report.py", '**({"quick": self.quick} if self.quick else {})', "**{}", "tests/benchmarks/test_step.py -k quick"),
     Mutant("FlashAttention-3 is causal", ATTENTION, "causal=causal, deterministic", "causal=True, deterministic", "tests/model/test_attention.py"),
     Mutant("a build without backward trains", ATTENTION, "and backward and not _flash3_has_backward()", "and not backward and not _flash3_has_backward()", "tests/model/test_attention.py"),

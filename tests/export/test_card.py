@@ -12,6 +12,7 @@ import torch
 import yaml
 from tiny import MODEL, train_config
 
+from nemo_embed_core import version
 from nemo_embed_core.checkpoint.manifest import FORMAT_VERSION, seal
 from nemo_embed_core.checkpoint.reader import Reader
 from nemo_embed_core.checkpoint.source import Prompts, Usage
@@ -275,3 +276,22 @@ def test_llama_licence_note_only_when_the_base_says_llama(base, says_llama):
     assert ("Built with Llama" in text) == says_llama
     front = yaml.safe_load(text.split("---")[1])
     assert front.get("base_model") == (base if base == "meta-llama/Llama-3.1-8B" else None)
+
+
+def test_a_commit_is_changed_by_code_and_not_by_what_measurements_wrote(tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    assert version.commit(tmp_path) == ("", False)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "step.py").write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    sha, is_changed = version.commit(tmp_path)
+    assert len(sha) == 40 and not is_changed
+    (tmp_path / "benchmarks" / "results" / "step.jsonl").write_text("{}\n")
+    assert version.commit(tmp_path) == (sha, False)
+    (tmp_path / "benchmarks" / "new.py").write_text("2\n")
+    assert version.commit(tmp_path) == (sha, True)
