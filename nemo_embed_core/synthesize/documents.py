@@ -145,6 +145,11 @@ def _files(root: Path, leave_out: Callable[[str, Path], None]) -> list[Path]:
 
     found: list[Path] = []
     for folder, folders, files in os.walk(root, onerror=failed):
+        for name in sorted((*folders, *files)):
+            if name.startswith("."):
+                leave_out("hidden, as their names begin with a dot", Path(folder, name))
+            elif name in folders and Path(folder, name).is_symlink():
+                leave_out("a link to a folder, which is not followed", Path(folder, name))
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted(found)

@@ -177,6 +177,7 @@ def test_what_is_not_read_is_counted_by_reason_and_the_same_bytes_come_again(
     (folder / "i.txt").symlink_to("nothing")
     (folder / "j.txt").symlink_to("/proc/self/mem")  # opens, and cannot be read
     os.mkfifo(folder / "k.txt")
+    (folder / "sub" / "up").symlink_to("..")
     (folder / "locked").mkdir()
     monkeypatch.setattr(os, "scandir", locked(os.scandir))
     _, said = run(folder, tmp_path / "one")
@@ -186,6 +187,8 @@ def test_what_is_not_read_is_counted_by_reason_and_the_same_bytes_come_again(
                    "cannot be read (No such file or directory) (first: i.txt)",
                    "cannot be read (Input/output error) (first: j.txt)", "no ordinary file (first: k.txt)",
                    "a folder that cannot be read (Permission denied) (first: locked)",
+                   "a link to a folder, which is not followed (first: sub/up)",
+                   "hidden, as their names begin with a dot (first: .hidden.md)",
                    "not Python that this interpreter reads: SyntaxError (first: f.py)"):  # fmt: skip
         assert f"in: 1 files left out: {reason}\n" in said, (reason, said)
     ids = pq.read_table(tmp_path / "one/train/corpus.parquet")["id"].to_pylist()
