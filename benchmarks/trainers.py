@@ -2,14 +2,15 @@
 
     python -m benchmarks.trainers --shape toy --seeds 1 2 3 4 5
     python -m benchmarks.trainers --shape 30m --rows 256 --batch 32 --length 512 --seeds 1 2
-    python -m benchmarks.trainers --base runs/smollm2-1 --rows 2048 --seeds 1 2 3
+    python -m benchmarks.trainers --base runs/smollm2-1 --rows 2048 --seeds 1 2 3 [--same_order]
 
 Rows are docstrings of the installed packages (launch/demo.py): the summary line with an instruction, and the
 rest, cut at --length tokens. One pass, InfoNCE with the other rows' documents, fp32 on a CPU, AdamW, the same
-weights at the start: random ones of a shape, after so few steps of use for speed alone, or those of --base
-(python -m nemo_embed_core.demo.pretrained). Every run is a process of its own. Its seconds are those of
-tokenising and of all steps, without imports, loading and saving; tokens are useful ones, without padding.
-Then each model is scored on held-out docstrings: nDCG@10 with an interval for other seeds and other queries.
+schedule, and the same weights at the start: random ones of a shape, after so few steps of use for speed
+alone, or those of --base (python -m nemo_embed_core.demo.pretrained). Every run is a process of its own. Its
+seconds are those of tokenising and of all steps, without imports, loading and saving; tokens are useful ones,
+without padding. Then each model is scored on held-out docstrings: nDCG@10 with an interval for other seeds
+and other queries. Each side draws its own order of the rows, or both have ours (--same_order).
 Needs accelerate, which sentence-transformers' trainer asks for.
 """
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from nemo_embed_core.config import DataConfig, DatasetConfig, ModelConfig, TrainConfig
+from nemo_embed_core.train.schedule import learning_rate
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -91,6 +93,7 @@ def ours(args: argparse.Namespace, output: Path, seed: int) -> dict[str, Any]:
     clock: dict[str, float] = {"forward and backward": 0.0, "last": 0.0}
     with distributed(config.parallel, config.device, prepared.model) as mesh:
         trainer = Trainer(config, mesh, prepared, log=lambda line: None)
+        order = [trainer.sampler.rows(i).tolist() for i in range(args.rows // args.batch)]
         step, inner = trainer.train_step, trainer.engine.forward_backward
 
         def timed_step() -> Any:
@@ -111,7 +114,7 @@ def ours(args: argparse.Namespace, output: Path, seed: int) -> dict[str, Any]:
     parts = {"tokenising": tokenised, "forward and backward": clock["forward and backward"]}
     return {
         "model": str(output / "run"), "seconds": tokenised + stepped, "cpu": cpu + clock["cpu"],
-        "tokens": tokens, "padding": 0.0,
+        "tokens": tokens, "padding": 0.0, "order": order,
         "parts": {**parts, "the rest of the steps": stepped - clock["forward and backward"]},
     }  # fmt: skip
 
@@ -137,11 +140,13 @@ def sentence_transformers(args: argparse.Namespace, output: Path, seed: int) -> 
     steps = args.rows // args.batch
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(output / "trainer"), num_train_epochs=1, per_device_train_batch_size=args.batch,
-        learning_rate=args.lr, lr_scheduler_type="linear", warmup_steps=max(1, steps // 10),
-        weight_decay=0.01, max_grad_norm=1.0, seed=seed, save_strategy="no", report_to="none",
-        use_cpu=True, disable_tqdm=True,
+        learning_rate=args.lr, weight_decay=0.01, max_grad_norm=1.0, seed=seed, save_strategy="no",
+        report_to="none", use_cpu=True, disable_tqdm=True,
         logging_steps=100000, dataloader_drop_last=True, dataloader_pin_memory=False,
     )  # fmt: skip
+    if args.same_order:
+        order = json.loads((Path(args.folder) / f"ours-{seed}.json").read_text())["order"]
+        arguments.batch_sampler = lambda dataset, **options: order
     loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     trainer = SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_list(data), loss=loss
@@ -157,6 +162,12 @@ def sentence_transformers(args: argparse.Namespace, output: Path, seed: int) -> 
 
         return inner
 
+    # Its own schedule begins with a step at a rate of 0, where ours begins with one at lr / warmup_steps.
+    optim = config_of(args, output, seed, steps).optim
+    trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: learning_rate(step, steps, optim) / optim.lr
+    )
     # Of the class: the trainer reads other things of its collator.
     kind = type(trainer.data_collator)
     collate = timed("tokenising", kind.__call__)
@@ -244,6 +255,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a text")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--same_order", action="store_true", help="give the peer our batches")
     parser.add_argument("--queries", type=int, default=1000, help="of the held-out docstrings")
     parser.add_argument("--folder", default="runs/trainers", help="of all that it makes; must be new")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -263,7 +275,7 @@ def main() -> None:
     start("prepare", "0")
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for i, seed in enumerate(args.seeds):
-        for side in SIDES if i % 2 == 0 else SIDES[::-1]:
+        for side in SIDES if args.same_order or i % 2 == 0 else SIDES[::-1]:
             start(side, str(seed))
             run = json.loads((Path(args.folder) / f"{side}-{seed}.json").read_text())
             found[side].append(run)
