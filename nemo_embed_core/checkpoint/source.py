@@ -93,7 +93,8 @@ class Usage:
         None is the model's own, "" no instruction. UserError for a prompt_name that it does not have.
         """
         if prompt_name and prompt_name not in self.prompts:
-            raise UserError(f"prompt_name={prompt_name!r}: it has {', '.join(self.prompts) or 'no prompts'}")
+            have = ", ".join(self.prompts) or "none"
+            raise UserError(f"prompt_name={prompt_name!r}: the model's prompts are {have}")
         own = self.prompts[prompt_name] if prompt_name else self.default
         query = own.query if task is None else query_prompt(task)
         document = own.document if document_task is None else query_prompt(document_task)

@@ -169,10 +169,8 @@ class Labelled:
 def check_gold(config: TaskOptions, rows: list[Row], train: list[Row]) -> None:
     """UserError for labels or grades that leave nothing to tell apart: any model would have the same score,
     or none."""
-    of, num = (
-        f"{config.data}: {len(rows)} rows of split {config.split}",
-        len({row.get("gold") for row in rows}),
-    )
+    of = f"{config.data}: {len(rows)} rows of split {config.split}"
+    num = len({row.get("gold") for row in rows})
     if config.task_type == "sts" and num == 1:
         raise UserError(f"{of} with one grade have no order; give others")
     if config.task_type == "pair_classification" and num == 1:

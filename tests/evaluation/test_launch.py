@@ -139,7 +139,7 @@ def test_a_folder_brings_its_prompts_and_lengths_and_what_overrides_them_is_said
     assert named["overridden"] == {"prompt_name": "other"}
     same = launcher.run(tmp_path / "d.json", **options, query_max_length=64)[str(other)]
     assert same["overridden"] == {} and figures(same) == figures(entry)
-    with pytest.raises(UserError, match="prompt_name='wiki': it has query, other"):
+    with pytest.raises(UserError, match="prompt_name='wiki': the model's prompts are query, other"):
         launcher.run(tmp_path / "e.json", **options, prompt_name="wiki")
 
 

@@ -159,7 +159,7 @@ def test_a_dataset_folder_has_pools_by_the_lang_of_its_documents(ours, tmp_path)
         ({"pool": ["en"]}, "pool=en must be lang=LANGUAGE, lang=each or lang=all"),
         ({"pool": ["lang=ru"]}, "pool=lang=ru: the documents are in de, en, fr"),
         ({"pool": ["lang=en"], "task_type": "sts"}, "pool and several splits are of task_type retrieval"),
-        ({"split": "test,dev", "output": "a.json"}, "output=a.json: several tasks have a report each"),
+        ({"split": "test,dev", "output": "a.json"}, "output=a.json: each task, split and pool has a report"),
     ],
 )
 def test_pools_that_cannot_be_are_refused(tmp_path, options, message):

@@ -343,7 +343,7 @@ def test_an_evaluation_that_costs_too_much_is_left_out_and_said(
     [
         ({"path": "nowhere"}, r"eval.datasets: nowhere: .*nowhere"),
         ({"split": "test"}, r"eval.datasets: dev: .*qrels"),
-        ({"prompt_name": "nq"}, r"eval.datasets: dev: prompt_name='nq': it has train"),
+        ({"prompt_name": "nq"}, r"eval.datasets: dev: prompt_name='nq': the model's prompts are train"),
         ({"task": "a " * 60}, r"eval.datasets: dev: data.query_max_length=48 tokens leaves no room"),
         ({"name": "a/b"}, "must be of letters"),
         ({"task_type": "sts", "max_queries": 3}, "max_queries is of task_type retrieval"),
