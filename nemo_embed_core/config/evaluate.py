@@ -174,7 +174,7 @@ class EvaluateConfig(TaskOptions):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise UserError(f"local: two have the name {twice[0]!r}; give each its own")
         if self.is_many and self.output.endswith(".json"):
-            raise UserError(f"output={self.output}: each task, split and pool has a report of its own: give a folder")
+            raise UserError(f"output={self.output}: each task, split and pool has a report: give a folder")
         if self.strict is not None and not (self.training and 0 <= self.strict <= 1):
             raise UserError(f"strict={self.strict} is a share from 0 to 1 of what --training has: give that")
         if self.compare and (given := self.given(f.name for f in fields(self) if f.name not in OF_COMPARE)):
