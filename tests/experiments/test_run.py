@@ -162,9 +162,8 @@ def test_a_step_that_another_command_runs_is_waited_for_and_not_run_again(tmp_pa
 
 
 def test_deleting_models_leaves_links_and_what_a_step_is_given_by_its_path(tmp_path, verbs, monkeypatch):
-    monkeypatch.setattr(
-        cells, "_check_reference", lambda grid, name, model: None
-    )  # a stand-in's model is none
+    # What stands in for a training makes no model that could be looked at.
+    monkeypatch.setattr(cells, "_check_reference", lambda grid, name, model: None)
     grid = one_step(tmp_path)
     run(grid)
     first, second = sorted(path.parent for path in tmp_path.glob("out/steps/warm-*/done.json"))

@@ -53,13 +53,22 @@ def config_of(folder: Path, layout: tuple, name: str) -> Any:
     )  # fmt: skip
 
 
+def micro_batches(store: Any, config: Any, mesh: Any) -> tuple[np.ndarray, np.ndarray, list]:
+    """(rows of this rank, their documents, micro-batches of EACH rows)"""
+    from nemo_embed_core.data.packing import build_micro_batch
+
+    rows = np.arange(ROWS).reshape(mesh.dp_size, -1)[mesh.dp_rank]
+    ids = choose_documents(store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
+    parts = [slice(i, i + EACH) for i in range(0, len(rows), EACH)]
+    return rows, ids, [build_micro_batch(store, rows[part], ids[part], mesh.tp.size) for part in parts]
+
+
 def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     """Embeddings and gradients of a step in micro-batches, and each stage's error; on every rank of the
     layout's world."""
     import torch.distributed as dist
     from tiny import to_hf
 
-    from nemo_embed_core.data.packing import build_micro_batch
     from nemo_embed_core.model import encoder, llama
     from nemo_embed_core.model.llama import rope_inv_freq
     from nemo_embed_core.model.spec import parameter_shapes
@@ -77,14 +86,7 @@ def one_step(folder: str, layout: tuple, name: str) -> dict[str, Any]:
     config = config_of(Path(folder), layout, name)
     mesh = build_mesh(torch.device("cpu"), dp, tp, sp)
     trainer = Trainer(config, mesh, prepare(config), log=lambda message: None)
-    rows = np.arange(ROWS).reshape(dp, -1)[mesh.dp_rank]
-    ids = choose_documents(
-        trainer.store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed
-    )
-    batches = [
-        build_micro_batch(trainer.store, rows[i : i + EACH], ids[i : i + EACH], tp)
-        for i in range(0, len(rows), EACH)
-    ]
+    rows, ids, batches = micro_batches(trainer.store, config, mesh)
     shapes = parameter_shapes(trainer.model_config)
 
     def gradients(of: list) -> dict[str, torch.Tensor]:
@@ -265,7 +267,6 @@ def one_step_of_vectors(folder: str, layout: tuple, name: str) -> dict[str, floa
     from tiny import read_config
 
     from nemo_embed_core.checkpoint.weights import RandomReader
-    from nemo_embed_core.data.packing import build_micro_batch
     from nemo_embed_core.parallel.mesh import build_mesh
     from nemo_embed_core.train import step as step_module
     from nemo_embed_core.train.engine import Engine
@@ -282,17 +283,13 @@ def one_step_of_vectors(folder: str, layout: tuple, name: str) -> dict[str, floa
     generator = torch.Generator().manual_seed(mesh.dp_rank)
     W = engine.projection.value
     assert W.dtype == torch.float32
-    W.data += (
-        torch.randn(W.shape, generator=torch.Generator().manual_seed(7)) / 8
-    )  # the identity rounds nothing
+    noise = torch.randn(W.shape, generator=torch.Generator().manual_seed(7))
+    W.data += noise / 8  # by the identity alone nothing is rounded
     store = open_store(config.data, load_tokenizer(config.tokenizer), log=lambda message: None)
-    rows = np.arange(ROWS).reshape(dp, -1)[mesh.dp_rank]
-    ids = choose_documents(store, rows, np.zeros_like(rows), config.data.num_hard_negatives, config.seed)
-    batches = []
-    for i in range(0, len(rows), EACH):
-        batch = build_micro_batch(store, rows[i : i + EACH], ids[i : i + EACH], tp)
+    rows, _, batches = micro_batches(store, config, mesh)
+    for i, batch in enumerate(batches):
         teacher = torch.randn(EACH, 1 + batch.document_index.shape[1], 24, generator=generator)
-        batches.append(replace(batch, teacher_vectors=teacher))
+        batches[i] = replace(batch, teacher_vectors=teacher)
     seen: list[tuple[Any, torch.Tensor, dict[str, torch.Tensor]]] = []
     objective = step_module.objective
 
