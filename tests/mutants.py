@@ -79,6 +79,8 @@ class Mutant(NamedTuple):
     no_bug: str = ""  # why nothing has to notice
 
 
+PRINCIPAL, TURNED = "nemo_embed_core/train/principal_axes.py", "nemo_embed_core/checkpoint/turned_axes.py"
+TEST_AXES = "tests/train/test_init_axes.py"
 CONTRASTIVE, OBJECTIVE, DISTILL, GRADED = (
     f"nemo_embed_core/loss/{name}.py" for name in ("contrastive", "objective", "distill", "graded")
 )
@@ -171,6 +173,16 @@ MUTANTS = [
     Mutant("the document of a graded pair is right", "nemo_embed_core/data/judge.py", "np.isnan(grades_R)[row_P]", "row_P >= 0", "tests/data/test_scores.py"),
     Mutant("a loss without its scores goes unseen", "nemo_embed_core/train/preflight.py", "        _check_scores(config, store)\n", "", "tests/data/test_scores.py"),
     Mutant("the first layers are kept, whichever are named", "nemo_embed_core/checkpoint/kept_layers.py", "self._layers[int(number)]", "int(number)", "tests/train/test_init_layers.py"),
+    Mutant("axes are those of vectors behind a final norm that the turned model has not", PRINCIPAL, "local_tensor(parameter).fill_(1.0)", "pass", TEST_AXES),
+    Mutant("the first columns hold the least", PRINCIPAL, "rising.flip(1)", "rising", TEST_AXES),
+    Mutant("each rank turns by its own texts", PRINCIPAL, "    all_reduce_(sum_DD, mesh.dp_group)\n", "", TEST_AXES),
+    Mutant("a missing negative counts as a text", PRINCIPAL, "texts.docs_BMD[texts.mask_BM]", "texts.docs_BMD.flatten(0, 1)", TEST_AXES),
+    Mutant("what adds to the residual is turned back", TURNED, "self._axes_DD[:, first : first + rows].T", "self._axes_DD[first : first + rows]", TEST_AXES),
+    Mutant("a norm's weights are lost", TURNED, "(weights_D / _size(weights_D))[:, None] * right_DD", "right_DD", TEST_AXES),
+    Mutant("a norm's size moves into the matrix behind it", TURNED, "    return weights_D.square().mean().sqrt()", "    return weights_D.square().mean().sqrt() * 0 + 1", TEST_AXES),
+    Mutant("norms of heads are made equal", TURNED, 'name.endswith((*HEAD_NORMS, ".bias"))', 'name.endswith(".bias")', TEST_AXES),
+    Mutant("the second part of a matrix is the first", TURNED, "((first + start, 0), (count, width))", "((first, 0), (count, width))", TEST_AXES),
+    Mutant("a run of turned axes goes on as one of its own", "nemo_embed_core/train/same_run.py", '("init_axes", "own")', '("init_layers", [])', TEST_AXES),
     Mutant("pairs of equal grades are ordered", GRADED, "grade[:, None] > grade[None, :]", "grade[:, None] >= grade[None, :]", TEST_GRADED),
     Mutant("cosines of other ranks are constants", GRADED, "gather_tokens(own_B, dp_group)", "gather_tokens(own_B.detach(), dp_group) + own_B.sum() - own_B.sum().detach()", TEST_GRADED),
     Mutant("the lower grade wants the higher cosine", GRADED, "(s[None, :] - s[:, None])", "(s[:, None] - s[None, :])", TEST_GRADED),

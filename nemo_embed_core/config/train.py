@@ -273,6 +273,11 @@ class TrainConfig(Options):
     init_layers: list[int] = field(default_factory=list)
     """Layers of init_from that the model begins with, in this order, counted from 0: [0, 2, 4, 6] of eight
     makes a model of four; []: all."""
+    init_axes: Literal["own", "principal"] = "own"
+    """Axes of the hidden states that the model begins with. principal: all weights are turned so that the
+    first columns of a vector hold the most of it that so many can, by the vectors that init_from gives of the
+    run's first texts, 4 hidden_size of them: loss.matryoshka_dims then begins from principal components.
+    Vectors stay as they are but for the turn and the final norm, whose weights become equal."""
     tokenizer: str = ""
     """Folder with tokenizer.json; "": the one in init_from."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -324,8 +329,12 @@ class TrainConfig(Options):
             raise UserError(f"init_layers={layers} are of init_from: give that, or model.num_hidden_layers")
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             raise UserError(f"init_layers={layers} must be different layers, counted from 0")
-        if self.lora.rank and (not self.init_from or layers):
+        if self.init_axes != "own" and not self.init_from:
+            raise UserError(f"init_axes={self.init_axes} are those of init_from's vectors: give that")
+        if self.lora.rank and (not self.init_from or layers or self.init_axes != "own"):
             why = f"init_layers={layers} leaves some out" if layers else "that is not set"
+            if self.init_axes != "own":
+                why = f"init_axes={self.init_axes} turns them"
             raise UserError(
                 f"lora.rank={self.lora.rank} adapts all layers of a model that is there, init_from, and "
                 f"{why}: save the model first (steps=0 without lora) and give that run as init_from"

@@ -178,6 +178,8 @@ def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             options["lora"] = config["lora"]
         if config.get("init_layers"):
             options = {"init_layers": config["init_layers"], **options}
+        if config.get("init_axes", "own") != "own":
+            options = {"init_axes": config["init_axes"], **options}
         flat.append(dict(_flat({**options, "data": {key: config["data"][key] for key in data_keys}})))
     recipe = {}
     for key in dict.fromkeys(key for options in flat for key in options):

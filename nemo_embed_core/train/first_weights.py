@@ -1,9 +1,9 @@
-"""What the model is filled with before its first step: a base model, some layers of one, LoRA's factors
-beside one, or random numbers."""
+"""What the model is filled with before its first step: a base model, some layers of one, either of them
+turned, LoRA's factors beside one, or random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from nemo_embed_core.checkpoint.adapter import Adapter, adapter_of
 from nemo_embed_core.checkpoint.kept_layers import KeptLayers
+from nemo_embed_core.checkpoint.turned_axes import TurnedAxes
 from nemo_embed_core.checkpoint.weights import BoxReader, RandomReader, Weights, fill, open_weights
 from nemo_embed_core.config import LoraConfig, ModelConfig, TrainConfig
+from nemo_embed_core.data.sampler import Sampler
+from nemo_embed_core.data.store import Store
 from nemo_embed_core.errors import UserError
 from nemo_embed_core.model.lora import initial_factor
 from nemo_embed_core.model.spec import adapter_shapes
@@ -21,6 +24,7 @@ from nemo_embed_core.parallel.boxes import Box
 from nemo_embed_core.parallel.collectives import raise_first
 from nemo_embed_core.train.engine import Engine
 from nemo_embed_core.train.optim import remainder_of
+from nemo_embed_core.train.principal_axes import principal_axes
 
 
 def open_base(
@@ -71,6 +75,18 @@ def first_reader(config: TrainConfig, model: ModelConfig, weights: Weights | Non
     if weights is not None:
         reader = KeptLayers(weights.reader, config.init_layers) if config.init_layers else weights.reader
     return FirstFactors(reader, model, config.lora, config.seed) if config.lora.rank else reader
+
+
+def fill_first(
+    engine: Engine, weights: Weights | None, store: Store, sampler: Sampler, log: Callable[[str], None]
+) -> None:
+    """What a run begins with. weights: open_base's, without which a resumed run's come afterwards."""
+    config = engine.config
+    reader = first_reader(config, engine.model_config, weights)
+    fill_engine(engine, reader)
+    if config.init_axes == "principal" and weights is not None:
+        axes_DD = principal_axes(engine, store, sampler, log)
+        fill_engine(engine, TurnedAxes(reader, engine.model_config, axes_DD))
 
 
 def fill_engine(engine: Engine, reader: BoxReader) -> None:

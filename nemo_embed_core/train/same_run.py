@@ -38,12 +38,13 @@ def refuse_other_model(
             f"{folder} holds {held} and this run {now}: continue as it was begun, or start a new run with "
             "--init_from and this checkpoint"
         )
-    kept = manifest["config"].get("init_layers", [])
-    if kept != config.init_layers:
-        raise UserError(
-            f"{folder} began with init_layers={kept} and this run has init_layers={config.init_layers}: "
-            "continue as it was begun, or start a new run with --init_from and this checkpoint"
-        )
+    for name, default in (("init_layers", []), ("init_axes", "own")):
+        began, now = manifest["config"].get(name, default), getattr(config, name)
+        if began != now:
+            raise UserError(
+                f"{folder} began with {name}={began} and this run has {name}={now}: continue as it was "
+                "begun, or start a new run with --init_from and this checkpoint"
+            )
     was = model_from_dict(manifest["model"], folder / MANIFEST)
     for name in ("pooling", "is_causal"):
         old, new = getattr(was, name), getattr(model, name)

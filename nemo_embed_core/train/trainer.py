@@ -33,7 +33,7 @@ from nemo_embed_core.parallel.liveness import mark_begun, note
 from nemo_embed_core.parallel.mesh import Mesh
 from nemo_embed_core.train.engine import Engine, run_dtype
 from nemo_embed_core.train.evaluate import Evaluation
-from nemo_embed_core.train.first_weights import adapter_to_save, fill_engine, first_reader, open_base
+from nemo_embed_core.train.first_weights import adapter_to_save, fill_first, open_base
 from nemo_embed_core.train.metrics import (
     MetricsLog,
     console_line,
@@ -107,7 +107,7 @@ class Trainer:
         self.config = config
         weights = open_base(config, checkpoint, manifest)
         engine = Engine(config, model, mesh, dtype, teacher_width=self.teacher.width if self.teacher else 0)
-        fill_engine(engine, first_reader(config, model, weights))
+        fill_first(engine, weights, self.store, sampler, self.log)
         commit, lock = code_version() if mesh.rank == 0 else "", self._held.lock
         state = RunState(
             engine, self.tokenizer, self.store, drawn, commit, lock.run if lock is not None else None

@@ -613,9 +613,9 @@ def test_no_option_of_the_loss_and_the_optimizer_is_left_out() -> None:
         LossConfig: {"cosent_weight", "cosent_temperature"},  # of graded rows: tests/loss/test_graded.py
         OptimConfig: {"master_weights", "moments"},
         TrainConfig: {
-            "output_dir", "init_from", "init_layers", "tokenizer", "model", "checkpoint", "precision",
-            "device", "on_spike", "spike_zscore", "log_every", "tensorboard", "loss", "optim", "data",
-            "parallel", "epochs", "eval", "report_to", "lora",
+            "output_dir", "init_from", "init_layers", "init_axes", "tokenizer", "model", "checkpoint",
+            "precision", "device", "on_spike", "spike_zscore", "log_every", "tensorboard", "loss", "optim",
+            "data", "parallel", "epochs", "eval", "report_to", "lora",
         },
     }  # fmt: skip
     groups = {
