@@ -4,7 +4,7 @@
 # make faults   the fault tests alone, without the slow ones (all: FAULTS=fault); docs/checkpoint-format.md has their table
 # make mutants  bugs planted one at a time: does a test notice? A table; an hour or more (MUTANTS="clip bf16": these only)
 # make fuzz     a thousand broken rows of every data format: read clean, or refused by path, line and reason; minutes
-# make coverage how much of the package the tests run, forks and spawned processes counted; twice the time of make test
+# make coverage how much of the package make test runs, forks and spawned processes counted; some three times as long
 # make same     nine commands under BASE=commit and under this tree: is every file that they write the same?
 # make compat   what older transformers make of our exports: a table; installs them into .venv-compat (0.5 GB)
 # make peers    files that mining and prepare.py write, by the loaders of the trainers that they are for; installs them into .venv-peers
@@ -52,7 +52,7 @@ lint: $(INSTALLED)
 # A process that is killed leaves no figures, so the failpoints' own lines are not all counted.
 coverage: $(INSTALLED)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/coverage run -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

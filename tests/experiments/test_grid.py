@@ -237,7 +237,7 @@ def test_the_columns_of_a_base_are_those_of_its_config(monkeypatch):
     monkeypatch.setattr(cells, "inputs_of", lambda verb, options: iter(()))
     monkeypatch.setattr(cells, "read_model_config", lambda path: replace(MODEL, hidden_size=96))
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match="nested@144: the vectors of nested have 96 columns"):
+    with pytest.raises(UserError, match="turned@144: the vectors of turned have 96 columns"):
         steps_of(read_grid("configs/experiments/matryoshka.yaml"))
 
 
