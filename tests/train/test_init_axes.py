@@ -69,11 +69,14 @@ def run(config: TrainConfig, dtype: torch.dtype | None = None) -> tuple[list[dic
     return [json.loads(line) for line in metrics.read_text().splitlines()], lines
 
 
-def of_transformers(folder: Path, texts: list[str], final_norm: bool) -> np.ndarray:
-    """One text at a time. final_norm: its own weights, else equal ones."""
+def of_transformers(folder: Path, texts: list[str], final_norm: bool, layers: list[int]) -> np.ndarray:
+    """One text at a time. final_norm: its own weights, else equal ones.  layers: [] for all."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    if layers:
+        model.layers = torch.nn.ModuleList(model.layers[i] for i in layers)
+        model.config.num_hidden_layers = len(layers)
     if not final_norm:
         torch.nn.init.ones_(model.norm.weight)
     encode, rows = Tokenizer.from_file(f"{folder}/tokenizer.json").encode, []
@@ -89,17 +92,19 @@ def texts_of(folder: Path) -> list[str]:
     return [row["query"] for row in rows] + [row["pos"][0] for row in rows]
 
 
-@pytest.mark.parametrize("family", SHAPES)
-def test_vectors_are_turned_and_their_first_columns_hold_the_most(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family, layers", [*((family, []) for family in SHAPES), ("llama", [1])])
+def test_vectors_are_turned_and_their_first_columns_hold_the_most(
+    family: str, layers: list[int], tmp_path: Path
+) -> None:
     base = write_base(tmp_path / "hf", SHAPES[family])
     config = configure(tmp_path, "run", base, loss={"in_batch": "positives", "matryoshka_dims": [32, 12]})
     (dataset,) = config.data.datasets
     data = dataclasses.replace(config.data, num_hard_negatives=0, datasets=[DatasetConfig(path=dataset.path)])
     # Every text once a step, and without a prompt.
-    _, lines = run(dataclasses.replace(config, data=data, global_batch_size=61))
+    _, lines = run(dataclasses.replace(config, data=data, global_batch_size=61, init_layers=layers))
     texts = texts_of(tmp_path)
     rows = Embedder.load(tmp_path / "run", "cpu").encode(texts)
-    expected, plain = (of_transformers(base, texts, own) for own in (False, True))
+    expected, plain = (of_transformers(base, texts, own, layers) for own in (False, True))
     assert np.abs(rows @ rows.T - expected @ expected.T).max() < 1e-5, "angles are those of the base"
     assert np.abs(rows @ rows.T - plain @ plain.T).max() > 1e-3, "the final norm's weights do matter here"
     assert np.abs(rows - expected).max() > 0.05, "it is turned"
