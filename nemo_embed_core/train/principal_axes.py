@@ -27,9 +27,8 @@ from nemo_embed_core.train.engine import Engine
 from nemo_embed_core.train.step import embed, group
 
 TEXTS = 4  # for each column of a vector
-_TIE = (
-    1e-6  # of the mean eigenvalue: between axes in which no text has anything, the first column's comes first
-)
+# Of the mean eigenvalue: between axes in which no text has anything, the first column's comes first.
+_TIE = 1e-6
 
 
 def principal_axes(engine: Engine, store: Store, sampler: Sampler, log: Callable[[str], None]) -> Tensor:
