@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,27 @@ def write_hf(folder: Path, dtype: Any, seed: int = 0, config: ModelConfig = MODE
     values = hf_config(config, str(dtype).removeprefix("torch."), {"bos_token_id": 0})
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def of_transformers(
+    folder: Path, texts: Sequence[str], layers: Sequence[int] = (), equal_final_norm: bool = False
+) -> np.ndarray:
+    """Its unit rows of texts, one text at a time. layers: of these alone, in this order; (): all."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    if layers:
+        model.layers = torch.nn.ModuleList(model.layers[i] for i in layers)
+        model.config.num_hidden_layers = len(layers)
+    if equal_final_norm:
+        torch.nn.init.ones_(model.norm.weight)
+    encode, rows = Tokenizer.from_file(f"{folder}/tokenizer.json").encode, []
+    with torch.no_grad():
+        for text in texts:
+            mean = model(input_ids=torch.tensor([encode(text).ids])).last_hidden_state[0].mean(0)
+            rows.append((mean / mean.norm()).numpy())
+    return np.stack(rows)
 
 
 def count_readings(monkeypatch: Any) -> Counter[str]:

@@ -176,10 +176,9 @@ def _recipe(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         options = {key: config[key] for key in keys if key in config}
         if config.get("lora", {}).get("rank"):
             options["lora"] = config["lora"]
-        if config.get("init_layers"):
-            options = {"init_layers": config["init_layers"], **options}
-        if config.get("init_axes", "own") != "own":
-            options = {"init_axes": config["init_axes"], **options}
+        for name, default in (("init_layers", []), ("init_axes", "own")):
+            if config.get(name, default) != default:
+                options = {name: config[name], **options}
         flat.append(dict(_flat({**options, "data": {key: config["data"][key] for key in data_keys}})))
     recipe = {}
     for key in dict.fromkeys(key for options in flat for key in options):

@@ -66,9 +66,7 @@ def principal_axes(engine: Engine, store: Store, sampler: Sampler, log: Callable
         )
     held, axes_DD = sum_DD.trace(), broadcast_object(_axes(sum_DD) if mesh.rank == 0 else None).to(device)
     left = (axes_DD.T @ sum_DD @ axes_DD).diagonal().cumsum(0) / held
-    shares = ", ".join(
-        f"{d} columns {left[d - 1]:.1%}" for d in sorted({*config.loss.matryoshka_dims, D // 4})
-    )
+    shares = ", ".join(f"{d} columns {left[d - 1]:.1%}" for d in config.loss.matryoshka_dims or [D])
     log(f"init_axes=principal: of {count} texts of the first {step} steps, {shares} of |x|^2")
     return axes_DD
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, train_config, write_hf
-from tokenizers import Tokenizer
+from tiny import MODEL, of_transformers, train_config, write_hf
 
 from nemo_embed_core.checkpoint.manifest import read_manifest
 from nemo_embed_core.checkpoint.weights import open_weights
@@ -31,21 +30,6 @@ def run(folder: Path, name: str, init_from: Path, layers: list[int], steps: int 
     return output
 
 
-def of_transformers(folder: Path, layers: list[int]) -> np.ndarray:
-    """One text at a time."""
-    from transformers import LlamaModel
-
-    model = LlamaModel.from_pretrained(folder, dtype=torch.float32)
-    model.layers = torch.nn.ModuleList(model.layers[i] for i in layers)
-    model.config.num_hidden_layers = len(layers)
-    encode, rows = Tokenizer.from_file(f"{folder}/tokenizer.json").encode, []
-    with torch.no_grad():
-        for text in TEXTS:
-            mean = model(input_ids=torch.tensor([encode(text).ids])).last_hidden_state[0].mean(0)
-            rows.append((mean / mean.norm()).numpy())
-    return np.stack(rows)
-
-
 def test_layers_are_those_that_are_named_in_their_order(tmp_path: Path) -> None:
     """Of a Hugging Face folder, and of a run that was made so."""
     hf = write_hf(tmp_path / "hf", torch.float32, config=dataclasses.replace(MODEL, num_hidden_layers=4))
@@ -56,8 +40,8 @@ def test_layers_are_those_that_are_named_in_their_order(tmp_path: Path) -> None:
         assert manifest["model"]["num_hidden_layers"] == len(layers)
         assert not any(f"layers.{len(layers)}." in name for name in manifest["tensors"])
         rows = Embedder.load(folder, "cpu").encode(TEXTS)
-        assert np.abs(rows - of_transformers(hf, layers)).max() < 1e-5
-        assert np.abs(rows - of_transformers(hf, sorted(layers, reverse=True))).max() > 1e-4
+        assert np.abs(rows - of_transformers(hf, TEXTS, layers)).max() < 1e-5
+        assert np.abs(rows - of_transformers(hf, TEXTS, sorted(layers, reverse=True))).max() > 1e-4
     assert read_manifest(first / "step-00000000")["config"]["init_layers"] == [3, 0, 2]
 
 
@@ -71,7 +55,7 @@ def test_a_run_of_some_layers_goes_on_as_if_it_had_not_been_stopped(tmp_path: Pa
     assert ends[0]["ledger"] == ends[1]["ledger"] and ends[0]["recent_losses"] == ends[1]["recent_losses"]
     first = Embedder.load(calm / "step-00000002", "cpu").encode(TEXTS)
     assert np.array_equal(first, Embedder.load(stopped, "cpu").encode(TEXTS))
-    assert np.abs(first - of_transformers(hf, [2, 0])).max() > 1e-6, "the steps have moved it"
+    assert np.abs(first - of_transformers(hf, TEXTS, [2, 0])).max() > 1e-6, "the steps have moved it"
 
 
 @pytest.mark.parametrize(
