@@ -403,6 +403,7 @@ MUTANTS = [
     Mutant("texts that are being tokenised are forgotten", COMPILE, "    def _submit(self) -> None:\n        self._write()\n", "    def _submit(self) -> None:\n", "tests/data/test_build.py"),
     Mutant("a folder of other sources is taken for this one", "nemo_embed_core/data/prepare.py", "read_metadata(path).made_of == made_of[name]", "read_metadata(path).made_of", "tests/data/test_prepare.py"),
     Mutant("texts of a store's sources in TMPDIR", "nemo_embed_core/data/build.py", "as temporary, texts_in(folder.parent):", "as temporary:", "tests/data/test_prepare.py"),
+    Mutant("texts are held too", "nemo_embed_core/data/texts.py", "        self._pending += data\n", '        self._pending += data\n        self.__dict__.setdefault("held", []).append(data)\n', "tests/mine/test_memory.py"),
     Mutant("a verb inside another takes its place for texts with it", "nemo_embed_core/data/texts.py", "        _kept = before\n", "        _kept = Kept()\n", "tests/data/test_texts.py"),
     Mutant("what a corpus has to say is said of the first split alone", "nemo_embed_core/data/readers.py", "        if own is not of_corpus:", "        if own is findings[0]:", "tests/evaluation/test_pools.py"),
     Mutant("the digest of a split has the one before in it", "nemo_embed_core/evaluation/pools.py", "self._of_corpus[pool].copy()", "self._of_corpus[pool]", "tests/evaluation/test_pools.py"),
